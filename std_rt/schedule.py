@@ -86,6 +86,11 @@ def img2img_timesteps(eta: float, steps: int) -> list[int]:
     return full[steps - kept :]
 
 
+def _cumprod(betas: Array) -> NDArray[np.float64]:
+    """``alphas_cumprod`` of betas."""
+    return np.asarray(np.cumprod(1 - betas.astype(np.float64)), np.float64)
+
+
 @dataclass(frozen=True)
 class NoiseSchedule:
     """``alphas_cumprod[t]`` for t in 0..999 (float64, falling), and what the network predicts."""
@@ -103,20 +108,20 @@ class NoiseSchedule:
     def scaled_linear(cls, beta_start: float = 0.00085, beta_end: float = 0.012) -> NoiseSchedule:
         """The schedule of Stable Diffusion 1.x, 2.x and XL."""
         betas = np.linspace(beta_start**0.5, beta_end**0.5, TRAIN_STEPS) ** 2
-        return cls(np.cumprod(1 - betas))
+        return cls(_cumprod(betas))
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> NoiseSchedule:
         """From a diffusers ``scheduler_config.json``; ``trained_betas`` wins over the formula."""
         kind = config.get("prediction_type", "epsilon")
         if config.get("trained_betas") is not None:
-            return cls(np.cumprod(1 - np.asarray(config["trained_betas"], np.float64)), kind)
+            return cls(_cumprod(np.asarray(config["trained_betas"])), kind)
         start, end = config.get("beta_start", 0.00085), config.get("beta_end", 0.012)
         match config.get("beta_schedule", "scaled_linear"):
             case "scaled_linear":
                 return cls(cls.scaled_linear(start, end).alphas_cumprod, kind)
             case "linear":
-                return cls(np.cumprod(1 - np.linspace(start, end, TRAIN_STEPS)), kind)
+                return cls(_cumprod(np.linspace(start, end, TRAIN_STEPS)), kind)
             case other:
                 raise ValueError(
                     f"beta_schedule {other!r} is not supported: scaled_linear, linear or trained_betas"
@@ -134,7 +139,8 @@ class NoiseSchedule:
     def betas(self) -> NDArray[np.float64]:
         """The betas that give these alphas: what goes into ``trained_betas``."""
         before = np.concatenate([[1.0], self.alphas_cumprod[:-1]])
-        return 1 - self.alphas_cumprod / before
+        betas: NDArray[np.float64] = 1 - self.alphas_cumprod / before
+        return betas
 
     def alpha_sigma(self, timestep: int) -> tuple[float, float]:
         """``(sqrt(ab_t), sqrt(1 - ab_t))``; timestep -1 is the clean end ``(1, 0)``."""

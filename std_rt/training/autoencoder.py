@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from std_rt.training.arrays import Frame
 from std_rt.training.autoencoder_model import AutoencoderPixelShuffle
-from std_rt.training.data import Frame, PictureSet, load_pictures, picture_files, random_crop, read_picture
+from std_rt.training.data import PictureSet, load_pictures, picture_files, random_crop, read_picture
 from std_rt.training.loop import Run, cosine_rate
 from std_rt.training.recipe import AutoencoderConfig
 from std_rt.training.sheet import centre_crop, save_sheet, to_frames, to_tensor
@@ -98,7 +99,7 @@ def train_autoencoder(config: AutoencoderConfig, stop_after: int | None = None) 
         config.latent_channels,
         config.channels[:2],
         config.encoder_blocks,
-        config.decoder_blocks,  # type: ignore[arg-type]
+        config.decoder_blocks,
     ).to(memory_format=torch.channels_last)
     run = Run(config, {"model": model}, list(model.parameters()), weight_decay=1e-4)
 

@@ -25,8 +25,8 @@ class ResBlock(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        for parameter in self.conv2.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(F.silu(self.conv1(F.silu(x))))
@@ -115,6 +115,10 @@ class AutoencoderPixelShuffle(ModelMixin, ConfigMixin):
         measured on, so scaling_factor stays 1 and the noise schedule means the same in each channel.
         """
         last, first = self.encoder[-1], self.decoder[0]
+        assert isinstance(last, nn.Conv2d)
+        assert isinstance(first, nn.Conv2d)
+        assert last.bias is not None
+        assert first.bias is not None
         last.bias.copy_((last.bias - mean) / std)
         last.weight.div_(std[:, None, None, None])
         # A border pixel of the decoder's first convolution sees zero padding, which used to mean

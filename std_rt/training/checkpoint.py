@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -53,7 +53,7 @@ def save_checkpoint(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, meta)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def load_checkpoint(
@@ -63,13 +63,11 @@ def load_checkpoint(
     generator: torch.Generator,
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Restore optimizer and random states; return the modules' state dicts and the progress."""
-    from safetensors import safe_open
-
     try:
         tensors = load_file(path)
         with safe_open(path, "pt") as f:
             meta = f.metadata()
-    except Exception as error:  # safetensors raises its own type for damage, OSError for the rest
+    except (SafetensorError, OSError) as error:
         raise RecipeError(f"checkpoint {path} cannot be read ({error}); delete it to start over") from None
     modules: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-Frame = NDArray[np.uint8]
+from std_rt.training.arrays import Frame, Image
 
 
 def smooth(frame: Frame, rng: np.random.Generator) -> Frame:
@@ -42,7 +42,7 @@ def transfer_colours(frame: Frame, reference: Frame) -> Frame:
     return (np.clip(out, 0, 1) * 255 + 0.5).astype(np.uint8).reshape(frame.shape)
 
 
-def _shading(shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.float32]:
+def _shading(shape: tuple[int, ...], rng: np.random.Generator) -> Image:
     small = rng.normal(0, 1, (4, 4, 3)) * rng.uniform(0, 0.06) + rng.normal(0, 1, (4, 4, 1)) * rng.uniform(
         0, 0.18
     )

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from std_rt.errors import RecipeError
+from std_rt.training.arrays import Frame
 
-Frame = NDArray[np.uint8]
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
@@ -79,7 +79,7 @@ def random_crop(frame: Frame, size_px: int, rng: np.random.Generator, min_scale:
     scale = (
         rng.uniform(max(min_scale, size_px / min(h, w)), 1.0) if min(h, w) > size_px else size_px / min(h, w)
     )
-    side = min(int(round(size_px / scale)), h, w)
+    side = min(round(size_px / scale), h, w)
     y, x = int(rng.integers(0, h - side + 1)), int(rng.integers(0, w - side + 1))
     crop = frame[y : y + side, x : x + side]
     if side != size_px:

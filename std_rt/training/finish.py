@@ -20,12 +20,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from std_rt.errors import RecipeError
 from std_rt.schedule import StepCoefficients, trajectory_timesteps
 from std_rt.training.latents import STYLE_LATENTS, Triple, draw_triples, load_latents
 from std_rt.training.loop import Run, cosine_rate
-from std_rt.training.recipe import FinishConfig
+from std_rt.training.recipe import FinishConfig, TeacherConfig, load_run_recipe
 from std_rt.training.teacher import (
     ema_update,
     make_noisy,
@@ -48,7 +49,8 @@ def draw_unpaired(
     latents: dict[str, list[Triple]], batch: int, side: int, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
     """Photos ``[B, C, side, side]`` and unrelated styles ``[B, C, 28, 28]``, three in four artworks."""
-    contents, styles = [], []
+    contents: list[Tensor] = []
+    styles: list[Tensor] = []
     for _ in range(batch):
         photo = latents["generated"][int(rng.integers(len(latents["generated"])))].c
         kind = "art" if rng.random() < 0.75 else "generated"
@@ -68,12 +70,14 @@ def anchor_loss(x_0: Tensor, teacher_x_0: Tensor) -> Tensor:
 
 def finish_pipeline(config: FinishConfig, stop_after: int | None = None) -> Path:
     """Finish (or go on finishing) a teacher; returns the diffusers folder of the averaged weights."""
-    if not (Path(config.teacher) / "model_index.json").exists():
+    source = Path(config.teacher)
+    base: TeacherConfig = load_run_recipe(source)
+    if not (source / "pipeline" / "model_index.json").exists():
         raise RecipeError(
-            f"no teacher in {config.teacher}; train it first: std-rt train training/std_tiny_teacher.toml"
+            f"the teacher in {source} is not finished; std-rt train training/std_tiny_teacher.toml"
         )
     torch.manual_seed(config.seed)
-    teacher, live, average = (load_tiny(Path(config.teacher)) for _ in range(3))
+    teacher, live, average = (load_tiny(source / "pipeline") for _ in range(3))
     teacher.unet.requires_grad_(False)
     live.style_encoder.patchify.requires_grad_(False)
     parameters = [p for m in (live.unet, live.style_encoder) for p in m.parameters() if p.requires_grad]
@@ -84,10 +88,10 @@ def finish_pipeline(config: FinishConfig, stop_after: int | None = None) -> Path
         "average_style": average.style_encoder,
     }
     run = Run(config, modules, parameters, weight_decay=1e-2)
-    latents = load_latents(Path(config.latents))
-    pairs = watched_pairs(config.base.data)
+    latents = load_latents(source / "latents.safetensors")
+    pairs = watched_pairs(base.data)
     coefficients = live.schedule.coefficients(trajectory_timesteps(config.eta, config.run_steps))
-    shares = {"art": config.base.share_art, "generated": config.base.share_generated}
+    shares = {"art": base.share_art, "generated": base.share_generated}
 
     def own_run(n: int, side: int) -> Tensor:
         """Texture and anchor losses at a random step of the network's own run on unpaired samples."""
@@ -113,9 +117,9 @@ def finish_pipeline(config: FinishConfig, stop_after: int | None = None) -> Path
         side = int(run.rng.choice(config.window))
         n = max(1, round(config.batch * (max(config.window) / side) ** 2 / 2))
         triples = draw_triples(latents, shares, n, side, run.rng)
-        batch = make_noisy(*triples, live.schedule, config.base, run.rng, run.generator)
-        keep = torch.from_numpy(run.rng.random(n) >= config.base.drop_style).float()
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+        batch = make_noisy(*triples, live.schedule, base, run.rng, run.generator)
+        keep = torch.from_numpy(run.rng.random(n) >= base.drop_style).float()
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16), sdpa_kernel(SDPBackend.MATH):
             tokens, pooled = live.style_encoder.encode_latents(batch.s)
             tokens, pooled = tokens * keep[:, None, None], pooled * keep[:, None]
             v = run_unet(live.unet, batch.x_t, batch.t, tokens, pooled, random_time_ids(n, run.rng))

@@ -8,7 +8,7 @@ Two kinds of samples come out of it, each a triple of latents (target z, content
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,10 @@ from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from std_rt.training.arrays import Frame
 from std_rt.training.autoencoder_model import AutoencoderPixelShuffle
 from std_rt.training.content import content_version
-from std_rt.training.data import Frame, PictureSet
+from std_rt.training.data import PictureSet
 from std_rt.training.sheet import to_tensor
 from std_rt.training.styles import draw_style
 
@@ -39,7 +40,11 @@ class Triple:
 
 
 def variant(frame: Frame, rng: np.random.Generator, low_px: int = 256, high_px: int = 400) -> Frame:
-    """Random scale (short side ``low_px`` to ``high_px``, never enlarged past need) and mirror; sides divide by 8."""
+    """Random scale and mirror.
+
+    The short side is ``low_px`` to ``high_px``, at most the picture's own unless that is below ``low_px``;
+    sides divide by 8 and end at 640 px.
+    """
     h, w = frame.shape[:2]
     short = int(rng.integers(low_px, max(low_px + 1, min(high_px, min(h, w)) + 1)))
     scale = short / min(h, w)
@@ -71,7 +76,12 @@ def _encode(vae: AutoencoderPixelShuffle, frame: Frame, bf16: bool) -> Tensor:
 
 
 def _triples(
-    kind: str, make: object, count: int, vae: AutoencoderPixelShuffle, seed: int, bf16: bool
+    kind: str,
+    make: Callable[[int, int], list[Frame]],
+    count: int,
+    vae: AutoencoderPixelShuffle,
+    seed: int,
+    bf16: bool,
 ) -> Iterator[Triple]:
     # Pictures are made in one thread (OpenCV leaves the interpreter lock) while this one encodes; more
     # threads than that only take the cores from each other.
@@ -79,7 +89,7 @@ def _triples(
         waiting: list[Future[list[Frame]]] = []
         for index in track(range(count + 8), f"encoding {kind}"):
             if index < count:
-                waiting.append(pool.submit(make, index, seed))  # type: ignore[arg-type]
+                waiting.append(pool.submit(make, index, seed))
             if index < 8 or not waiting:
                 continue
             z, c, *s = [_encode(vae, f, bf16) for f in waiting.pop(0).result()]
@@ -95,7 +105,7 @@ def build_latents(
     bf16: bool = True,
 ) -> dict[str, list[Triple]]:
     """Make ``counts[kind]`` triples of each kind (art and generated go round the pictures in turn)."""
-    makers = {
+    makers: dict[str, Callable[[int, int], list[Frame]]] = {
         "art": lambda i, s: _art_frames(art, photos, i % len(art.frames), s + i // len(art.frames)),
         "generated": lambda i, s: _generated_frames(art, photos, i, s),
     }
@@ -165,4 +175,5 @@ def draw_triples(
         style = triple.s[int(rng.integers(len(triple.s)))]
         crop = _crop(style, *_random_window(style, STYLE_LATENTS, rng), STYLE_LATENTS)
         rows.append((_crop(triple.z, y, x, side), _crop(triple.c, y, x, side), crop))
-    return tuple(torch.stack(column).float() for column in zip(*rows, strict=True))  # type: ignore[return-value]
+    z, c, s = (torch.stack(column).float() for column in zip(*rows, strict=True))
+    return z, c, s

@@ -39,7 +39,8 @@ class Run:
         )
         self.rng = np.random.default_rng(config.seed)
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.start, self.losses, self.seen = 0, [], 0
+        self.start, self.seen = 0, 0
+        self.losses: list[float] = []
         self._restore()
 
     @property
@@ -77,8 +78,8 @@ class Run:
         value = loss.item()
         if not math.isfinite(value):
             raise RecipeError(
-                f"the loss is not a number at step {len(self.losses)}; lower learning_rate or set bf16 = false, "
-                "then run the same command to go on from the last checkpoint"
+                f"the loss is not a number at step {len(self.losses)}; lower learning_rate or set "
+                "bf16 = false, then run the same command to go on from the last checkpoint"
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ class AutoencoderConfig:
 class UNetConfig:
     """Size of the small SDXL-layout UNet and its style encoder."""
 
-    block_out_channels: tuple[int, ...] = (64, 128, 192)
+    block_out_channels: tuple[int, ...] = (96, 128, 192)
     layers_per_block: int = 1
     cross_attention_dim: int = 192
     attention_head_dim: int = 32
@@ -89,12 +90,10 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class FinishConfig:
-    """Recipe of the finishing stage; ``base`` repeats the teacher's recipe (its data and shares)."""
+    """Recipe of the finishing stage; data, shares and latents are those of the teacher's run."""
 
     output: str
-    teacher: str
-    latents: str
-    base: TeacherConfig
+    teacher: str  # the run folder of the teacher stage
     stage: str = "finish"
     seed: int = 1
     steps: int = 2_000
@@ -122,7 +121,7 @@ STAGES: dict[str, type] = {
 
 
 def _convert(value: Any, kind: Any, where: str) -> Any:
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         if not isinstance(value, dict):
             raise RecipeError(f"{where} must be a table ([{where}])")
         return _build(kind, value, where + ".")
@@ -143,10 +142,11 @@ def _build(kind: type[T], table: dict[str, Any], prefix: str = "") -> T:
             near = difflib.get_close_matches(key, hints, 1)
             hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(sorted(hints))}"
             raise RecipeError(f"unknown key {prefix}{key}{hint}")
+    values = {k: _convert(v, hints[k], prefix + k) for k, v in table.items()}
     for f in fields(kind):  # type: ignore[arg-type]
         if f.name not in table and f.default is MISSING and f.default_factory is MISSING:
             raise RecipeError(f"the recipe lacks {prefix}{f.name}")
-    return kind(**{k: _convert(v, hints[k], prefix + k) for k, v in table.items()})
+    return kind(**values)
 
 
 def _override(table: dict[str, Any], assignment: str) -> None:
@@ -177,6 +177,17 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Any:
     if stage not in STAGES:
         raise RecipeError(f"{path}: stage = {stage!r}; known stages: {', '.join(STAGES)}")
     return _build(STAGES[stage], table)
+
+
+def load_run_recipe(folder: Path) -> Any:
+    """The recipe that a run folder keeps; raise RecipeError where there is none."""
+    try:
+        table = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(
+            f"{folder} is no run folder (it has no recipe.json); train that stage first"
+        ) from None
+    return _build(STAGES[table["stage"]], table)
 
 
 def as_dict(recipe: Any) -> dict[str, Any]:

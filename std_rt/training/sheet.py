@@ -7,10 +7,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-Frame = NDArray[np.uint8]
+from std_rt.training.arrays import Frame
 
 
 def to_tensor(frames: list[Frame]) -> Tensor:

@@ -11,10 +11,9 @@ from collections.abc import Callable
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
-Frame = NDArray[np.uint8]
-Image = NDArray[np.float32]  # [H, W, 3] or [H, W], in [0, 1]
+from std_rt.training.arrays import Frame, Image
+
 Style = Callable[[Frame, np.random.Generator], Frame]
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
@@ -43,7 +42,8 @@ def palette_of(picture: Frame, rng: np.random.Generator, n: int) -> Image:
     small = cv2.resize(picture, (48, 48), interpolation=cv2.INTER_AREA).reshape(-1, 3)
     cv2.setRNGSeed(int(rng.integers(2**31 - 1)))
     stop = (cv2.TERM_CRITERIA_MAX_ITER, 8, 1.0)
-    _, _, centres = cv2.kmeans(small.astype(np.float32), n, None, stop, 1, cv2.KMEANS_PP_CENTERS)
+    labels = np.zeros((len(small), 1), np.int32)  # an output; the stubs allow no None
+    _, _, centres = cv2.kmeans(small.astype(np.float32), n, labels, stop, 1, cv2.KMEANS_PP_CENTERS)
     rgb = centres.astype(np.float32) / 255
     return rgb[np.argsort(rgb @ _LUMA)]
 

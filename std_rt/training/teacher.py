@@ -19,11 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from std_rt.errors import RecipeError
 from std_rt.schedule import NoiseSchedule, grid_timestep, start_index, trajectory_timesteps
+from std_rt.training.arrays import Frame
 from std_rt.training.autoencoder_model import AutoencoderPixelShuffle
-from std_rt.training.data import Frame, load_pictures, picture_files, read_picture
+from std_rt.training.data import load_pictures, picture_files, read_picture
 from std_rt.training.latents import Triple, build_latents, draw_triples, load_latents, save_latents
 from std_rt.training.loop import Run, cosine_rate
 from std_rt.training.recipe import DataConfig, TeacherConfig
@@ -98,7 +100,7 @@ def v_loss(v: Tensor, batch: NoisyBatch) -> Tensor:
 
 
 def random_time_ids(batch: int, rng: np.random.Generator) -> Tensor:
-    """``[B, 6]`` sizes at random: the crops say nothing about the true ones, so the model learns to ignore them."""
+    """``[B, 6]`` sizes at random: a crop says nothing of the true ones, so the model learns not to look."""
     size = torch.from_numpy(rng.integers(8, 129, (batch, 2)) * 8).float()
     return torch.cat([size, torch.zeros(batch, 2), size], 1)
 
@@ -171,7 +173,8 @@ def _latents(config: TeacherConfig, vae: AutoencoderPixelShuffle, run: Path) -> 
 def _load_vae(config: TeacherConfig) -> AutoencoderPixelShuffle:
     if not (Path(config.autoencoder) / "config.json").exists():
         raise RecipeError(
-            f"no autoencoder in {config.autoencoder}; train it first: std-rt train training/std_tiny_autoencoder.toml"
+            f"no autoencoder in {config.autoencoder}; "
+            "train it first: std-rt train training/std_tiny_autoencoder.toml"
         )
     return AutoencoderPixelShuffle.from_pretrained(config.autoencoder).eval().requires_grad_(False)
 
@@ -229,7 +232,7 @@ def train_teacher(config: TeacherConfig, stop_after: int | None = None) -> Path:
         triples = draw_triples(latents, shares, size, side, run.rng)
         batch = make_noisy(*triples, live.schedule, config, run.rng, run.generator)
         keep = torch.from_numpy(run.rng.random(size) >= config.drop_style).float()
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16), sdpa_kernel(SDPBackend.MATH):
             tokens, pooled = live.style_encoder.encode_latents(batch.s)
             tokens, pooled = tokens * keep[:, None, None], pooled * keep[:, None]
             v = run_unet(live.unet, batch.x_t, batch.t, tokens, pooled, random_time_ids(size, run.rng))

@@ -45,15 +45,17 @@ def add_style_attention(unet: UNet2DConditionModel, tokens: int) -> None:
 
 def build_unet(config: UNetConfig, latent_channels: int) -> UNet2DConditionModel:
     """The SDXL-layout UNet in miniature, with the image branch on every cross-attention layer."""
-    levels = len(config.block_out_channels)
+    # As in SDXL, the finest level has no attention: over its many positions that would cost more than
+    # all the rest, and style reaches it through the scale and shift of the time embedding.
+    kinds = ["", *["CrossAttn"] * (len(config.block_out_channels) - 1)]
     unet = UNet2DConditionModel(
         sample_size=32,
         in_channels=latent_channels,
         out_channels=latent_channels,
         block_out_channels=config.block_out_channels,
         layers_per_block=config.layers_per_block,
-        down_block_types=("CrossAttnDownBlock2D",) * levels,
-        up_block_types=("CrossAttnUpBlock2D",) * levels,
+        down_block_types=tuple(f"{k}DownBlock2D" for k in kinds),
+        up_block_types=tuple(f"{k}UpBlock2D" for k in reversed(kinds)),
         cross_attention_dim=config.cross_attention_dim,
         attention_head_dim=tuple(c // config.attention_head_dim for c in config.block_out_channels),
         use_linear_projection=True,

@@ -1,0 +1,104 @@
+"""Colour of clips: which matrix and range a frame has, to RGB and back, and the tags of the output.
+
+An untagged clip is read the way players do: BT.709 from 720 lines up, BT.601 below, limited range.
+The output keeps the matrix of the source (RGB sources: BT.709) and is always limited range, tagged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorRange, Interpolation
+from av.video.stream import VideoStream
+from numpy.typing import NDArray
+
+__all__ = ["Colour", "colour_of", "tag_stream", "to_rgb", "to_yuv"]
+
+# FFmpeg's AVColorSpace numbers; the last two are what unknown frames are taken for.
+_RGB, _BT709, _UNSPECIFIED, _BT470BG, _SMPTE170M, _BT2020 = 0, 1, 2, 5, 6, 9
+_SWSCALE = {_BT709: 1, 4: 4, _BT470BG: 5, _SMPTE170M: 5, 7: 7, _BT2020: 9, 10: 9}
+_HD_LINES = 720
+_HDR_CURVES = frozenset({16, 18})  # PQ and HLG
+
+
+@dataclass(frozen=True)
+class Colour:
+    """Tags in FFmpeg's numbers: matrix (AVColorSpace, resolved), full range?, primaries, transfer curve."""
+
+    matrix: int
+    full_range: bool
+    primaries: int
+    transfer: int
+
+    @property
+    def is_hdr(self) -> bool:
+        """True for PQ and HLG clips, whose brightness this 8-bit path takes as it is."""
+        return self.transfer in _HDR_CURVES
+
+
+def colour_of(frame: VideoFrame) -> Colour:
+    """The colour of a decoded frame, guesses filled in."""
+    name = frame.format.name
+    full = frame.color_range == ColorRange.JPEG or name.startswith("yuvj")
+    # Grey without a tag is full range, as FFmpeg has it.
+    full |= frame.color_range == ColorRange.UNSPECIFIED and name.startswith(("gray", "ya8", "ya16"))
+    if frame.format.is_rgb or name == "pal8":
+        return Colour(_BT709, False, _BT709, _BT709)
+    matrix = int(frame.colorspace)
+    if matrix not in _SWSCALE:
+        lines = min(frame.height, frame.width)
+        matrix = _BT709 if lines >= _HD_LINES else _SMPTE170M
+    return Colour(matrix, full, int(frame.color_primaries), int(frame.color_trc))
+
+
+def to_rgb(frame: VideoFrame, colour: Colour) -> NDArray[np.uint8]:
+    """uint8 [H, W, 3] of a decoded frame; transparent pixels (GIF, APNG) laid over white."""
+    if _has_alpha(frame):
+        rgba = frame.to_ndarray(format="rgba").astype(np.uint16)
+        alpha = rgba[:, :, 3:]
+        return ((rgba[:, :, :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    rgb = frame.reformat(
+        format="rgb24",
+        src_colorspace=_SWSCALE[colour.matrix],
+        src_color_range=ColorRange.JPEG if colour.full_range else ColorRange.MPEG,
+        dst_color_range=ColorRange.JPEG,
+        interpolation=Interpolation.BILINEAR,
+    )
+    return np.asarray(rgb.to_ndarray(), dtype=np.uint8)
+
+
+def _has_alpha(frame: VideoFrame) -> bool:
+    return frame.format.name in (
+        "pal8",
+        "rgba",
+        "bgra",
+        "argb",
+        "abgr",
+        "rgba64be",
+        "rgba64le",
+        "ya8",
+        "ya16be",
+    )
+
+
+def to_yuv(rgb: NDArray[np.uint8], colour: Colour) -> VideoFrame:
+    """A limited-range yuv420p frame of ``rgb`` (uint8 [H, W, 3]) by the matrix of ``colour``."""
+    frame = VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24").reformat(
+        format="yuv420p",
+        dst_colorspace=_SWSCALE[colour.matrix],
+        src_color_range=ColorRange.JPEG,
+        dst_color_range=ColorRange.MPEG,
+        interpolation=Interpolation.BICUBIC,
+    )
+    frame.colorspace, frame.color_range = colour.matrix, ColorRange.MPEG
+    frame.color_primaries, frame.color_trc = colour.primaries, colour.transfer
+    return frame
+
+
+def tag_stream(stream: VideoStream, colour: Colour) -> None:
+    """Write the tags of :func:`to_yuv`'s frames on an output stream, before its first frame."""
+    context = stream.codec_context
+    context.colorspace, context.color_range = colour.matrix, ColorRange.MPEG
+    context.color_primaries, context.color_trc = colour.primaries, colour.transfer

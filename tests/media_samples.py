@@ -1,0 +1,209 @@
+"""Clips and pictures made by code, and ways to look into the results that share nothing with the package."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+SAMPLE_RATE = 48_000
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How a sample clip is made; ``pts`` are in units of ``time_base``."""
+
+    pts: Sequence[int] = tuple(range(0, 12 * 512, 512))
+    time_base: Fraction = Fraction(1, 12_800)
+    width: int = 64
+    height: int = 48
+    audio: str | None = None
+    audio_start: int = 0
+    codec: str = "libx264"
+    pix_fmt: str = "yuv420p"
+    options: dict[str, str] = field(default_factory=lambda: {"crf": "10", "bf": "2", "preset": "ultrafast"})
+    container_options: dict[str, str] = field(default_factory=dict)
+    rotate: tuple[float, bool, bool] | None = None
+    aspect: Fraction | None = None  # of one pixel
+    tags: tuple[int, int, int, int] | None = None  # colorspace, range, primaries, trc
+    picture: Callable[[int], Array] | None = None  # index -> array in ``pix_fmt`` or rgb24
+
+
+def moving_bar(index: int, width: int = 64, height: int = 48) -> Array:
+    """A gradient with a bar that moves by three pixels a frame: uint8 [height, width, 3]."""
+    frame = np.zeros((height, width, 3), np.uint8)
+    frame[..., 0] = np.linspace(0, 255, width, dtype=np.uint8)
+    frame[..., 1] = np.linspace(0, 255, height, dtype=np.uint8)[:, None]
+    frame[:, (3 * index) % width :][:, :5] = 255
+    return frame
+
+
+def make_clip(path: Path, spec: Spec | None = None) -> Path:
+    """Encode a sample clip; its sound (``spec.audio`` names the encoder) lasts as long as its frames."""
+    spec = spec or Spec()
+    with av.open(str(path), "w", container_options=spec.container_options) as container:
+        stream: Any = container.add_stream(spec.codec, rate=25, options=spec.options)
+        stream.width, stream.height, stream.pix_fmt = spec.width, spec.height, spec.pix_fmt
+        stream.codec_context.time_base = spec.time_base
+        if spec.aspect is not None:
+            stream.codec_context.sample_aspect_ratio = spec.aspect
+        if spec.rotate is not None:
+            stream.set_display_rotation(spec.rotate[0], hflip=spec.rotate[1], vflip=spec.rotate[2])
+        if spec.tags is not None:
+            context = stream.codec_context
+            context.colorspace, context.color_range, context.color_primaries, context.color_trc = spec.tags
+        sound = _add_sound(container, spec)
+        for index, pts in enumerate(spec.pts):
+            container.mux(stream.encode(_frame(spec, index, pts)))
+        container.mux(stream.encode(None))
+        if sound is not None:
+            _write_sound(container, sound, spec)
+    return path
+
+
+def _frame(spec: Spec, index: int, pts: int) -> av.VideoFrame:
+    if spec.picture is None:
+        array, given = moving_bar(index, spec.width, spec.height), "rgb24"
+    else:
+        array = spec.picture(index)
+        given = "rgb24" if array.ndim == 3 else spec.pix_fmt
+    frame = av.VideoFrame.from_ndarray(array, format=given)
+    if given != spec.pix_fmt:
+        frame = frame.reformat(format=spec.pix_fmt)
+    if spec.tags is not None:
+        frame.colorspace, frame.color_range, frame.color_primaries, frame.color_trc = spec.tags
+    frame.pts, frame.time_base = pts, spec.time_base
+    return frame
+
+
+def _add_sound(container: Any, spec: Spec) -> Any:
+    if spec.audio is None:
+        return None
+    sound = container.add_stream(spec.audio, rate=SAMPLE_RATE)
+    sound.codec_context.layout = "mono"
+    return sound
+
+
+def _write_sound(container: Any, sound: Any, spec: Spec) -> None:
+    rng = np.random.default_rng(7)
+    seconds = float((max(spec.pts) - min(spec.pts)) * spec.time_base) + 0.04
+    size = sound.codec_context.frame_size or 1024
+    for start in range(0, max(1, int(seconds * SAMPLE_RATE)), size):
+        kind = sound.codec_context.format.name
+        noise = rng.normal(0, 0.1, (1, size))
+        data = noise.astype(np.float32) if kind.startswith("flt") else (noise * 30_000).astype(np.int16)
+        frame = av.AudioFrame.from_ndarray(data, format=kind, layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = (
+            SAMPLE_RATE,
+            start + spec.audio_start,
+            Fraction(1, SAMPLE_RATE),
+        )
+        container.mux(sound.encode(frame))
+    container.mux(sound.encode(None))
+
+
+def frame_times(path: Path) -> list[Fraction]:
+    """Seconds of every decoded frame."""
+    with av.open(str(path)) as container:
+        frames: Any = container.decode(video=0)
+        return [f.pts * f.time_base for f in frames]
+
+
+def frame_spans(path: Path) -> list[Fraction]:
+    """Duration in seconds of every decoded frame."""
+    with av.open(str(path)) as container:
+        frames: Any = container.decode(video=0)
+        return [f.duration * f.time_base for f in frames]
+
+
+def sound_packets(path: Path) -> list[tuple[Fraction, str]]:
+    """(seconds, sha256) of every packet of the first audio stream."""
+    with av.open(str(path)) as container:
+        packets: list[Any] = [p for p in container.demux(audio=0) if p.size]
+        return [(p.pts * p.time_base, hashlib.sha256(bytes(p)).hexdigest()) for p in packets]
+
+
+def rgb_frames(path: Path) -> list[Array]:
+    """All frames by FFmpeg's own colours, for geometry checks: uint8 [H, W, 3] each."""
+    with av.open(str(path)) as container:
+        return [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+
+
+def yuv_planes(frame: av.VideoFrame) -> tuple[Array, Array, Array]:
+    """Y, U, V of a yuv420p frame, chroma repeated to full size."""
+    flat, h, w = frame.to_ndarray(), frame.height, frame.width
+    chroma = flat[h:].reshape(2, h // 2, w // 2).repeat(2, axis=1).repeat(2, axis=2)
+    return flat[:h], chroma[0], chroma[1]
+
+
+_LUMA = {1: (0.2126, 0.0722), 5: (0.299, 0.114), 6: (0.299, 0.114)}
+
+
+def rgb_to_yuv420(rgb: Array, matrix: int, full: bool) -> Array:
+    """BT.601/709 by their definition; uint8 [H * 3 / 2, W] as PyAV lays out yuv420p."""
+    kr, kb = _LUMA[matrix]
+    r, g, b = np.moveaxis(rgb.astype(np.float64) / 255, 2, 0)
+    y = kr * r + (1 - kr - kb) * g + kb * b
+    u, v = (b - y) / (2 - 2 * kb), (r - y) / (2 - 2 * kr)
+    luma = 255 * y if full else 16 + 219 * y
+    chroma = [128 + (255 if full else 224) * plane[::2, ::2] for plane in (u, v)]
+    flat = np.concatenate([plane.ravel() for plane in (luma, *chroma)])
+    return np.asarray(np.clip(np.rint(flat), 0, 255), np.uint8).reshape(rgb.shape[0] * 3 // 2, rgb.shape[1])
+
+
+def yuv_to_rgb(planes: tuple[Array, Array, Array], matrix: int, full: bool) -> Array:
+    """The inverse, float64 [H, W, 3] in 0..255."""
+    kr, kb = _LUMA[matrix]
+    y, u, v = (plane.astype(np.float64) for plane in planes)
+    y = y / 255 if full else (y - 16) / 219
+    u, v = ((plane - 128) / (255 if full else 224) for plane in (u, v))
+    r, b = y + v * (2 - 2 * kr), y + u * (2 - 2 * kb)
+    g = (y - kr * r - kb * b) / (1 - kr - kb)
+    return np.asarray(np.clip(255 * np.stack([r, g, b], axis=2), 0, 255))
+
+
+def swapped_profile() -> bytes:
+    """An ICC profile like sRGB (gamma 1) with the red and green primaries exchanged."""
+
+    def xyz(*values: float) -> bytes:
+        return b"XYZ \0\0\0\0" + b"".join(struct.pack(">i", round(v * 65536)) for v in values)
+
+    curve = b"curv\0\0\0\0" + struct.pack(">I", 1) + struct.pack(">H", round(2.2 * 256)) + b"\0\0"
+    text = b"desc\0\0\0\0" + struct.pack(">I", 8) + b"swapped\0" + bytes(78)
+    red, green, blue = (0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141)
+    tags = {
+        b"desc": text,
+        b"cprt": b"text\0\0\0\0none\0\0\0\0",
+        b"wtpt": xyz(0.9642, 1.0, 0.8249),
+        b"rXYZ": xyz(*green),
+        b"gXYZ": xyz(*red),
+        b"bXYZ": xyz(*blue),
+        b"rTRC": curve,
+        b"gTRC": curve,
+        b"bTRC": curve,
+    }
+    return _profile(tags)
+
+
+def _profile(tags: dict[bytes, bytes]) -> bytes:
+    table, body, offset = b"", b"", 132 + 12 * len(tags)
+    for name, data in tags.items():
+        padded = data + bytes(-len(data) % 4)
+        table += name + struct.pack(">II", offset + len(body), len(data))
+        body += padded
+    head = bytearray(128)
+    head[8:12] = struct.pack(">I", 0x02400000)
+    head[12:24] = b"mntrRGB XYZ "
+    head[36:40] = b"acsp"
+    head[68:80] = struct.pack(">iii", 63190, 65536, 54061)
+    profile = bytes(head) + struct.pack(">I", len(tags)) + table + body
+    return struct.pack(">I", len(profile)) + profile[4:]
