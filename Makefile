@@ -1,0 +1,44 @@
+# make demo   runtime only (no torch), then the example pictures in the example styles
+# make test   everything the tests need, then pytest
+# make check  formatter, linter, types
+# Each target installs once and again only when pyproject.toml or constraints.txt change.
+PYTHON ?= python3
+RUNTIME := .venv
+TESTS := .venv-test
+ifeq ($(OS),Windows_NT)
+BIN := Scripts
+else
+BIN := bin
+endif
+
+.PHONY: demo test check format clean
+
+demo: $(RUNTIME)/.installed
+	$(RUNTIME)/$(BIN)/std-rt demo -o demo
+
+test: $(TESTS)/.installed
+	$(TESTS)/$(BIN)/python -m pytest
+
+check: $(TESTS)/.installed
+	$(TESTS)/$(BIN)/ruff format --check .
+	$(TESTS)/$(BIN)/ruff check .
+	$(TESTS)/$(BIN)/mypy
+
+format: $(TESTS)/.installed
+	$(TESTS)/$(BIN)/ruff format .
+	$(TESTS)/$(BIN)/ruff check --fix .
+
+$(RUNTIME)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'std-rt needs Python 3.11 or newer: make PYTHON=python3.12')"
+	$(PYTHON) -m venv $(RUNTIME)
+	$(RUNTIME)/$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(TESTS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'std-rt needs Python 3.11 or newer: make PYTHON=python3.12')"
+	$(PYTHON) -m venv $(TESTS)
+	$(TESTS)/$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,export,onnx,train]"
+	touch $@
+
+clean:
+	rm -rf $(RUNTIME) $(TESTS) demo build dist .mypy_cache .pytest_cache .ruff_cache

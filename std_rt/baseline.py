@@ -1,0 +1,84 @@
+"""The same bundle through diffusers, for `std-rt bench --against diffusers`. Needs the extra [export].
+
+diffusers' own UNet with its IP-Adapter attention, and the VAE, rebuilt from the bundle's weights: eager,
+fp32, batch 1, the trajectory of the bundle. Only the loop around them is ours, and shorter than that of
+a diffusers pipeline, which favours diffusers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from std_rt.bundle import Bundle
+from std_rt.conditioning import StyleEncoder, to_frame, to_image, unet_inputs
+from std_rt.export import load_torch_components
+from std_rt.export.modules import VaeDecoder, VaeEncoder
+from std_rt.schedule import add_noise, step, to_eps
+from std_rt.stylizer import draw_noise
+
+__all__ = ["DiffusersLoop"]
+
+Frame = NDArray[np.uint8]
+
+
+class DiffusersLoop:
+    """`Stylizer.step` in torch, at one working size (H, W) and style strength 1."""
+
+    def __init__(self, bundle: Bundle, steps: int, size: tuple[int, int]) -> None:
+        self._bundle, self._size = bundle, size
+        parts = load_torch_components(bundle)
+        self._unet, self._style_encoder = parts["unet"], parts["style_encoder"]
+        self._encode, self._decode = VaeEncoder(parts["vae"]), VaeDecoder(parts["vae"])
+        self._coefficients = bundle.coefficients(steps)
+        self._image = np.empty((1, 3, *size), np.float32)
+        scale = bundle.vae_scale
+        shape = (1, bundle.latent_channels, size[0] // scale, size[1] // scale)
+        self._noise: Any = torch.from_numpy(draw_noise(0, shape))
+        self._text: dict[str, Any] = {}
+
+    @torch.inference_mode()
+    def set_style(self, frame: Frame) -> None:
+        """Encode the style picture, uint8 [H, W, 3]."""
+        style = StyleEncoder(self._run_style_encoder, self._bundle.style_px)(frame)
+        inputs = unet_inputs(self._bundle.conditioning(), style, 1.0, self._size)
+        given = {name: torch.from_numpy(value) for name, value in inputs.items()}
+        self._text = {
+            "encoder_hidden_states": given["encoder_hidden_states"],
+            "added_cond_kwargs": {
+                "text_embeds": given["text_embeds"],
+                "time_ids": given["time_ids"],
+                "image_embeds": [given["style_tokens"]],
+            },
+        }
+
+    @torch.inference_mode()
+    def step(self, frame: Frame, *, mark: Callable[[str], None] = lambda stage: None) -> Frame:
+        """Stylize a frame uint8 [H, W, 3] of the working size; ``mark(stage)`` follows each stage."""
+        image = torch.from_numpy(to_image(frame, self._image))
+        mark("convert")
+        z: Any = self._encode(image)
+        mark("vae_encoder")
+        x = add_noise(z, self._noise, self._coefficients[0])
+        mark("scheduler")
+        for c in self._coefficients:
+            output = self._unet(x, c.timestep, **self._text, return_dict=False)[0]
+            mark("unet")
+            x = step(x, to_eps(output, x, c, self._bundle.prediction_type), c)
+            mark("scheduler")
+        image = self._decode(x)
+        mark("vae_decoder")
+        styled = to_frame(image.numpy())
+        mark("convert")
+        return styled
+
+    def _run_style_encoder(self, style_image: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        found: Tensor | tuple[Tensor, Tensor] = self._style_encoder(torch.from_numpy(style_image))
+        if isinstance(found, Tensor):
+            return {"style_tokens": found.numpy()}
+        return {"style_tokens": found[0].numpy(), "text_embeds": found[1].numpy()}

@@ -1,0 +1,247 @@
+"""The command line: parse, call, print. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from std_rt import __version__
+from std_rt.cli_options import (
+    BackendOption,
+    BundleOption,
+    OverwriteOption,
+    PrecisionOption,
+    SizeOption,
+    StepsOption,
+    parse_size,
+    parse_style,
+)
+from std_rt.errors import StdRtError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="std-rt",
+    help="Stylize pictures and video with a diffusion model, in real time and without torch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+bundles_app = typer.Typer(help="List, describe and verify bundles (models).", no_args_is_help=True)
+app.add_typer(bundles_app, name="bundles")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"std-rt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Stylize pictures and video with a diffusion model, in real time and without torch."""
+
+
+@app.command()
+def stylize(
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Pictures, clips or folders.")],
+    style: Annotated[
+        list[str],
+        typer.Option(
+            "--style", "-s", metavar="PICTURE[:WEIGHT]", help="Style picture; several blend by weight."
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE|FOLDER", help="Default: NAME_styled beside it."),
+    ] = None,
+    bundle: BundleOption = None,
+    size: SizeOption = None,
+    steps: StepsOption = None,
+    strength: Annotated[float, typer.Option("--style-strength", help="0 none, 1 as trained.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same noise, same picture.")] = 0,
+    backend: BackendOption = "auto",
+    precision: PrecisionOption = "auto",
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Paint pictures, folders and clips in the style of a picture.
+
+    std-rt stylize photo.jpg --style art.png
+
+    std-rt stylize clip.mp4 -s art.png:0.7 -s ink.png:0.3 -o styled.mp4 --size 512
+    """
+    styles = [parse_style(text) for text in style]
+    working = parse_size(size)
+    from std_rt.cli_stylize import Request, run
+
+    request = Request(
+        inputs, styles, out, overwrite, strength, seed, bundle, working, steps, backend, precision
+    )
+    raise typer.Exit(run(request))
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="SDXL-layout diffusers folder.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="The bundle, such as engines/NAME.")
+    ],
+    lora: Annotated[
+        list[str] | None, typer.Option("--lora", metavar="FILE[:SCALE]", help="Fused in; repeatable.")
+    ] = None,
+    ip_adapter: Annotated[Path | None, typer.Option("--ip-adapter", help="IP-Adapter Plus weights.")] = None,
+    image_encoder: Annotated[Path | None, typer.Option("--image-encoder", help="Its CLIP folder.")] = None,
+    vae: Annotated[Path | None, typer.Option("--vae", help="Folder of another VAE.")] = None,
+    eta: Annotated[float | None, typer.Option("--eta", help="Start; default: the LoRA's, or 0.75.")] = None,
+    tau: Annotated[int | None, typer.Option("--tau", help="Start as a timestep; default: eta's.")] = None,
+    steps: Annotated[
+        list[int] | None, typer.Option("--steps", help="Step count; repeatable, the first is the default.")
+    ] = None,
+    size: Annotated[str, typer.Option("--size", metavar="PX|WxH", help="Default working size.")] = "256",
+    weights: Annotated[str, typer.Option("--weights", help="Stored weights: fp16 or fp32.")] = "fp16",
+    prompt: Annotated[str, typer.Option("--prompt", help="Baked in, where there are text encoders.")] = "",
+    style_layers: Annotated[str, typer.Option("--style-layers", help="auto, all or published.")] = "auto",
+    name: Annotated[str, typer.Option("--name", help="Default: the folder's name.")] = "",
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Turn a diffusers pipeline (and a LoRA) into a bundle. Needs: pip install 'std-rt\\[export]'"""
+    from std_rt.cli_build import run_export
+
+    working = parse_size(size)
+    run_export(
+        source,
+        output,
+        lora=tuple(lora or ()),
+        ip_adapter=ip_adapter,
+        image_encoder=image_encoder,
+        vae=vae,
+        eta=eta,
+        tau=tau,
+        steps=tuple(steps or ()),
+        size=(working, working) if isinstance(working, int) else working,
+        weights=weights,
+        prompt=prompt,
+        style_layers=style_layers,
+        name=name,
+        overwrite=overwrite,
+    )
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe value; repeatable."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
+) -> None:
+    """Run a training recipe; run again, it goes on where it stopped. Needs: pip install 'std-rt\\[train]'"""
+    from std_rt.cli_build import run_train
+
+    run_train(recipe, tuple(overrides or ()), dry_run=dry_run)
+
+
+@app.command()
+def bench(
+    bundle: BundleOption = None,
+    size: SizeOption = None,
+    steps: StepsOption = None,
+    backend: BackendOption = "auto",
+    precision: PrecisionOption = "auto",
+    frames: Annotated[int, typer.Option("--frames", min=1, help="Frames to time.")] = 60,
+    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Frames before the clock starts.")] = 10,
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="diffusers", help="Also run the same weights there.")
+    ] = None,
+) -> None:
+    """Time every stage. The last line of the output is one JSON object."""
+    working = parse_size(size)
+    if against not in (None, "diffusers"):
+        raise typer.BadParameter(f"--against knows diffusers only, not {against!r}")
+    from std_rt.bench import Settings, run
+
+    run(Settings(bundle, working, steps, backend, precision, frames, warmup, against == "diffusers"))
+
+
+@app.command("eval")
+def evaluate(
+    contents: Annotated[Path, typer.Argument(metavar="CONTENTS", help="Folder of pictures.")],
+    styles: Annotated[Path, typer.Argument(metavar="STYLES", help="Folder of style pictures.")],
+    sheet: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The sheet.")] = Path(
+        "eval.png"
+    ),
+    pairs: Annotated[int, typer.Option("--pairs", help="Pairs, spread evenly over both folders.")] = 12,
+    bundle: BundleOption = None,
+    size: SizeOption = None,
+    steps: StepsOption = None,
+    backend: BackendOption = "auto",
+    precision: PrecisionOption = "auto",
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Judge a bundle: a sheet beside two baselines, and weight-free scores. The last line is JSON."""
+    working = parse_size(size)
+    from std_rt.cli_evaluate import Request, run
+
+    run(Request(contents, styles, sheet, pairs, bundle, working, steps, backend, precision, overwrite))
+
+
+@app.command()
+def doctor() -> None:
+    """Show the machine, the backends found and missing, and the bundles. Exit 1 where stylize cannot run."""
+    from std_rt.doctor import run
+
+    raise typer.Exit(run())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER")] = Path("demo"),
+    bundle: BundleOption = None,
+    backend: BackendOption = "auto",
+) -> None:
+    """Render example pictures and styles, stylize them, and lay out a contact sheet."""
+    from std_rt.demo import run
+
+    run(out, bundle, backend)
+
+
+@bundles_app.command("list")
+def bundles_list() -> None:
+    """List every bundle in reach."""
+    from std_rt.cli_bundles import show_list
+
+    show_list()
+
+
+@bundles_app.command("info")
+def bundles_info(bundle: Annotated[str | None, typer.Argument(metavar="NAME|FOLDER")] = None) -> None:
+    """Describe a bundle: sizes, schedule, graphs, sources, parity."""
+    from std_rt.cli_bundles import show_info
+
+    show_info(bundle)
+
+
+@bundles_app.command("verify")
+def bundles_verify(bundle: Annotated[str | None, typer.Argument(metavar="NAME|FOLDER")] = None) -> None:
+    """Hash every file of a bundle against its manifest; exit 2 and name the file where one has changed."""
+    from std_rt.cli_bundles import verify
+
+    verify(bundle)
+
+
+def main() -> None:
+    """Entry point ``std-rt``: a user error is one line on stderr and exit 2, Ctrl-C is exit 130."""
+    try:
+        app(prog_name="std-rt")
+    except StdRtError as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        sys.exit(2)

@@ -1,0 +1,5 @@
+"""Engines: the one boundary to hardware. See `std_rt.engines.base`."""
+
+from std_rt.engines.base import BackendInfo, Engine, GraphSpec, backends, choose_backend, open_engine
+
+__all__ = ["BackendInfo", "Engine", "GraphSpec", "backends", "choose_backend", "open_engine"]

@@ -1,0 +1,246 @@
+"""Tensor-only modules around the pipeline's networks: what is traced, with the graph's names as arguments.
+
+Each wrapper holds the network it wraps as ``module``, so the names in a weights file are those of that
+network's ``state_dict``. Attention is written out as two matrix products and a softmax: runtimes fuse
+that form, where torch's own operator leaves a chain of shape arithmetic behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from std_rt.export.components import Network
+
+__all__ = [
+    "ClipStyleEncoder",
+    "StyleAttention",
+    "UNet",
+    "VaeDecoder",
+    "VaeEncoder",
+    "prepare_attention",
+]
+
+# Pictures' statistics in CLIP's preprocessing, in [0, 1] RGB (openai/clip-vit-*).
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def _heads(x: Tensor, attn: Attention) -> Tensor:
+    """``[B, N, heads * d]`` -> ``[B, N, heads, d]``; inner sizes are constants, so the graph stays clean."""
+    return x.unflatten(2, (attn.heads, x.shape[2] // attn.heads))
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, attn: Attention) -> Tensor:
+    """Softmax attention over ``[B, N, heads * d]`` inputs; returns the query's shape.
+
+    The scale goes to the key, which in cross-attention is computed once a style and not once a step.
+    """
+    q = _heads(query, attn).transpose(1, 2)
+    k = _heads(key * attn.scale, attn).permute(0, 2, 3, 1)
+    v = _heads(value, attn).transpose(1, 2)
+    return ((q @ k).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def _attend_text(query: Tensor, text: Tensor, attn: Attention) -> Tensor:
+    """Attention to ``[B, L, D]``; to a single token it is that token's value, whatever the query."""
+    if text.shape[1] == 1:
+        value: Tensor = attn.to_v(text)
+        return value
+    return _attend(query, attn.to_k(text), attn.to_v(text), attn)
+
+
+class SelfAttention(nn.Module):
+    """Attention of ``[B, N, D]`` to itself."""
+
+    def forward(self, attn: Attention, x: Tensor, **_: Any) -> Tensor:
+        """As diffusers calls a processor; other arguments do not apply here."""
+        out: Tensor = attn.to_out[0](_attend(attn.to_q(x), attn.to_k(x), attn.to_v(x), attn))
+        return out
+
+
+class TextAttention(nn.Module):
+    """Cross-attention to the text only: for a layer outside the style layout."""
+
+    def forward(self, attn: Attention, x: Tensor, encoder_hidden_states: Any = None, **_: Any) -> Tensor:
+        """``encoder_hidden_states`` is (text, style, strength)."""
+        query = attn.to_q(x)
+        out: Tensor = attn.to_out[0](_attend_text(query, encoder_hidden_states[0], attn).expand_as(query))
+        return out
+
+
+class StyleAttention(nn.Module):
+    """Decoupled cross-attention (IP-Adapter, arXiv 2308.06721, eq. 5): text plus ``strength`` times style.
+
+    Parameters are named as in diffusers' processor (``to_k_ip.0.weight``), so that weights go both ways.
+    """
+
+    def __init__(self, to_k_ip: Tensor, to_v_ip: Tensor) -> None:
+        super().__init__()
+        self.to_k_ip = nn.ModuleList([_linear(to_k_ip)])
+        self.to_v_ip = nn.ModuleList([_linear(to_v_ip)])
+
+    def forward(self, attn: Attention, x: Tensor, encoder_hidden_states: Any = None, **_: Any) -> Tensor:
+        """``encoder_hidden_states`` is (text [B, L, D], style [B, T, D], strength [B])."""
+        text, style, strength = encoder_hidden_states
+        query = attn.to_q(x)
+        # Strength on the value is strength on the result, and leaves nothing to do at every step.
+        value = strength[:, None, None] * self.to_v_ip[0](style)
+        styled = _attend(query, self.to_k_ip[0](style), value, attn)
+        out: Tensor = attn.to_out[0](styled + _attend_text(query, text, attn))
+        return out
+
+
+class SplitGEGLU(nn.Module):
+    """diffusers' GEGLU as two products with half the weight each: one copy of a wide tensor less."""
+
+    def __init__(self, module: GEGLU) -> None:
+        super().__init__()
+        self.proj = module.proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, N, D]`` -> ``[B, N, inner]``."""
+        half = self.proj.out_features // 2
+        weight, bias = self.proj.weight, self.proj.bias
+        return F.linear(x, weight[:half], bias[:half]) * F.gelu(F.linear(x, weight[half:], bias[half:]))
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    return layer
+
+
+def prepare_attention(unet: Network, styled: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Replace the attention processors (in place) by those above.
+
+    ``styled`` maps a cross-attention layer's name to its (to_k_ip, to_v_ip) weights; cross-attention
+    layers outside it keep the text only.
+    """
+    for name, module in unet.named_modules():
+        if isinstance(module, Attention):
+            _check_plain(name, module)
+    processors: dict[str, nn.Module] = {}
+    for name in unet.attn_processors:
+        layer = name.removesuffix(".processor")
+        if layer.endswith("attn1"):
+            processors[name] = SelfAttention()
+        else:
+            processors[name] = StyleAttention(*styled[layer]) if layer in styled else TextAttention()
+    unet.set_attn_processor(processors)
+    _split_geglu(unet)
+
+
+def _check_plain(name: str, attn: Attention) -> None:
+    """The processors above leave out what SDXL's layers do not have."""
+    extras = ("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross")
+    found = [key for key in extras if getattr(attn, key, None)]
+    if found or attn.residual_connection or attn.rescale_output_factor != 1:
+        raise ValueError(
+            f"attention layer {name} has {', '.join(found) or 'a residual'}, which SDXL's layers do not"
+        )
+
+
+def _split_geglu(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, GEGLU):
+            setattr(module, name, SplitGEGLU(child))
+        else:
+            _split_geglu(child)
+
+
+class UNet(nn.Module):
+    """One noise prediction; style tokens come projected, so no resampler runs at every step."""
+
+    def __init__(self, module: Network) -> None:
+        super().__init__()
+        self.module: Network = module
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor,
+        time_ids: Tensor,
+        style_tokens: Tensor,
+        style_strength: Tensor,
+    ) -> Tensor:
+        """``sample`` [B, C, h, w] -> ``noise_pred`` of the same shape."""
+        context = (encoder_hidden_states, style_tokens, style_strength)
+        added = {"text_embeds": text_embeds, "time_ids": time_ids}
+        output: Tensor = self.module(sample, timestep, context, added_cond_kwargs=added, return_dict=False)[0]
+        return output
+
+
+class VaeEncoder(nn.Module):
+    """Image in [-1, 1] -> latents as the UNet wants them: (mean - shift) * scaling."""
+
+    def __init__(self, module: Network) -> None:
+        super().__init__()
+        self.module: Network = module
+
+    def forward(self, image: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` -> ``[B, C, h, w]``."""
+        encoded = self.module.encode(image)
+        z: Tensor = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        shift, scale = _latent_affine(self.module)
+        return z if (shift, scale) == (0, 1) else (z - shift) * scale
+
+
+class VaeDecoder(nn.Module):
+    """Latents as the UNet gives them -> image, not clamped."""
+
+    def __init__(self, module: Network) -> None:
+        super().__init__()
+        self.module: Network = module
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """``[B, C, h, w]`` -> ``[B, 3, H, W]``."""
+        shift, scale = _latent_affine(self.module)
+        z = latents if (shift, scale) == (0, 1) else latents / scale + shift
+        image: Tensor = self.module.decode(z).sample
+        return image
+
+
+def _latent_affine(vae: Network) -> tuple[float, float]:
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    return float(shift), float(vae.config.scaling_factor)
+
+
+class ClipStyleEncoder(nn.Module):
+    """CLIP's picture encoder and IP-Adapter's projection in one: style image -> style tokens.
+
+    The Plus projections read the last hidden layer but one, the plain one the pooled embedding.
+    """
+
+    def __init__(
+        self,
+        encoder: Network,
+        projection: nn.Module,
+        *,
+        reads_hidden: bool,
+        mean: Collection[float] = CLIP_MEAN,
+        std: Collection[float] = CLIP_STD,
+    ) -> None:
+        super().__init__()
+        self.module = nn.ModuleDict({"image_encoder": encoder, "image_proj": projection})
+        self.reads_hidden = reads_hidden
+        # Image x in [-1, 1] -> ((x + 1) / 2 - mean) / std as one product and one sum.
+        half = torch.tensor(list(std)).view(1, 3, 1, 1) * 2
+        self.gain = 1 / half
+        self.offset = (1 - 2 * torch.tensor(list(mean)).view(1, 3, 1, 1)) / half
+
+    def forward(self, style_image: Tensor) -> Tensor:
+        """``[B, 3, S, S]`` in [-1, 1] -> ``[B, T, D]``."""
+        pixels = style_image * self.gain + self.offset
+        seen = self.module["image_encoder"](pixels, output_hidden_states=self.reads_hidden)
+        features = seen.hidden_states[-2] if self.reads_hidden else seen.image_embeds
+        tokens: Tensor = self.module["image_proj"](features)
+        return tokens

@@ -1,0 +1,113 @@
+"""The gate: an exported graph must give what torch gave, on every backend installed here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from std_rt.engines import GraphSpec, backends, open_engine
+from std_rt.errors import BackendError, ExportError
+from std_rt.export.graphs import Example
+
+__all__ = ["FLOOR_DB", "check_graph", "lint", "psnr_db"]
+
+# fp16 weights are rounded by up to one part in 2048; a wrong layer or input shows far below either line.
+FLOOR_DB = {"fp32": 60.0, "fp16": 35.0}
+
+
+def psnr_db(found: NDArray[Any], wanted: NDArray[Any]) -> float:
+    """Peak signal-to-noise ratio; the peak is the range of ``wanted``. Equal arrays give 200 dB."""
+    error = float(np.mean((found.astype(np.float64) - wanted) ** 2))
+    span = float(wanted.max() - wanted.min())
+    if not np.isfinite(error):
+        return float("-inf")
+    return 200.0 if error == 0 else min(200.0, 10 * np.log10(max(span, 1e-12) ** 2 / error))
+
+
+def check_graph(name: str, path: Path, examples: Sequence[Example], weights: str) -> dict[str, Any]:
+    """Compare one graph with torch at every example's size; returns the manifest's ``parity`` entry.
+
+    Raises ExportError below the floor of ``weights``, or where no backend is installed to compare on.
+    """
+    found = [info.name for info in backends() if info.available]
+    if not found:
+        raise ExportError("no backend is installed to check the export with; run: pip install 'std-rt[onnx]'")
+    rows = [_compare(name, path, example, backend) for backend in found for example in examples]
+    worst = min(rows, key=lambda row: float(row["psnr_db"]))
+    if worst["psnr_db"] < FLOOR_DB[weights]:
+        raise ExportError(
+            f"graph '{name}' differs from torch: {worst['psnr_db']:.1f} dB on {worst['runtime']} where "
+            f"{FLOOR_DB[weights]:.0f} dB is due, so nothing was written; try --weights fp32"
+        )
+    return {
+        **worst,
+        "runtime": ", ".join(found),
+        "against": "torch fp32",
+        "max_abs": max(r["max_abs"] for r in rows),
+    }
+
+
+def _compare(name: str, path: Path, example: Example, backend: str) -> dict[str, Any]:
+    shapes = {key: value.shape for key, value in example.inputs.items()}
+    try:
+        # No cache key: what is compiled here is opened once.
+        engine = open_engine(backend, GraphSpec(name, path, shapes, key=""), "fp32")
+    except BackendError as error:
+        raise ExportError(f"the exported graph does not open: {error}") from error
+    results = engine(
+        **{key: np.ascontiguousarray(value, np.float32) for key, value in example.inputs.items()}
+    )
+    pairs = [(results[key], wanted) for key, wanted in example.outputs.items()]
+    row = {
+        "psnr_db": round(min(psnr_db(*pair) for pair in pairs), 2),
+        "max_abs": max(float(np.abs(found - wanted).max()) for found, wanted in pairs),
+        "runtime": backend,
+    }
+    engine.close()
+    return row
+
+
+_FLOATS = {
+    onnx.TensorProto.FLOAT,
+    onnx.TensorProto.FLOAT16,
+    onnx.TensorProto.BFLOAT16,
+    onnx.TensorProto.DOUBLE,
+}
+_ONE_TYPE = {
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Concat",
+    "MatMul",
+    "Gemm",
+    "Conv",
+    "Where",
+    "Pow",
+    "LayerNormalization",
+}
+
+
+def lint(path: Path) -> None:
+    """ONNX's own checker, then: no operator mixes float types. Raises ExportError.
+
+    TensorRT refuses such graphs and other runtimes cast without a word.
+    """
+    try:
+        onnx.checker.check_model(str(path))
+        model = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False), strict_mode=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"{path.name} is not valid ONNX: {' '.join(str(error).split())[:300]}") from error
+    graph = model.graph
+    kinds = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.input, *graph.output)}
+    kinds |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    for node in graph.node:
+        used = {kinds[name] for name in node.input if kinds.get(name) in _FLOATS}
+        if node.op_type in _ONE_TYPE and len(used) > 1:
+            names = ", ".join(onnx.TensorProto.DataType.Name(kind) for kind in sorted(used))
+            raise ExportError(f"{path.name}: {node.op_type} '{node.name}' mixes {names}")

@@ -1,0 +1,92 @@
+"""A bundle back into torch: the same weights, in diffusers' own modules, for comparisons."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from std_rt.bundle import Bundle
+from std_rt.errors import BundleError
+from std_rt.export.components import resolve
+from std_rt.export.ip_adapter import attach_diffusers
+from std_rt.export.modules import ClipStyleEncoder
+
+__all__ = ["load_torch_components"]
+
+
+def load_torch_components(bundle: Bundle) -> dict[str, nn.Module]:
+    """``unet``, ``vae`` and ``style_encoder`` in fp32, ready for inference, from the bundle's own weights.
+
+    The UNet has diffusers' IP-Adapter processors and takes projected tokens:
+    ``unet(x, t, text, added_cond_kwargs={"text_embeds", "time_ids", "image_embeds": [style_tokens]})``.
+    ``style_encoder(style_image)`` gives tokens, or (tokens, text_embeds). The VAE is diffusers' (or
+    ours); its scaling is not applied. Raises BundleError where weights and configs do not fit.
+    """
+    parts = {"unet": _unet(bundle), "vae": _vae(bundle), "style_encoder": _style_encoder(bundle)}
+    return {name: part.float().eval().requires_grad_(False) for name, part in parts.items()}
+
+
+def _state(bundle: Bundle, graph: str) -> dict[str, Tensor]:
+    state = load_file(bundle.weights_path(graph))
+    return {key: value.float() for key, value in state.items() if not key.startswith("constant.")}
+
+
+def _build(role: str, entry: dict[str, Any]) -> nn.Module:
+    made: nn.Module = resolve(role, entry["class"]).from_config(entry["config"])  # type: ignore[attr-defined]
+    return made
+
+
+def _fill(bundle: Bundle, graph: str, module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    try:
+        module.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BundleError(f"bundle '{bundle.name}': weights of {graph} do not fit: {reason}") from error
+    return module
+
+
+def _unet(bundle: Bundle) -> nn.Module:
+    unet = _build("unet", bundle.manifest["graphs"]["unet"])
+    state = _state(bundle, "unet")
+    branches = {}
+    for layer in bundle.style["layout"]["layers"]:
+        names = [f"{layer}.processor.{kind}.0.weight" for kind in ("to_k_ip", "to_v_ip")]
+        branches[layer] = (state.pop(names[0]), state.pop(names[1]))
+    _fill(bundle, "unet", unet, state)
+    attach_diffusers(unet, branches, int(bundle.style["tokens"]))
+    return unet
+
+
+def _vae(bundle: Bundle) -> nn.Module:
+    vae = _build("vae", bundle.manifest["graphs"]["vae_decoder"])
+    return _fill(bundle, "vae", vae, _state(bundle, "vae_encoder") | _state(bundle, "vae_decoder"))
+
+
+def _style_encoder(bundle: Bundle) -> nn.Module:
+    entry = bundle.manifest["graphs"]["style_encoder"]
+    state = _state(bundle, "style_encoder")
+    if entry["class"] != "ClipStyleEncoder":
+        return _fill(bundle, "style_encoder", _build("image_encoder", entry), state)
+    wrapper = _clip(entry["config"])
+    _fill(bundle, "style_encoder", wrapper.module, state)
+    return wrapper
+
+
+def _clip(config: dict[str, Any]) -> ClipStyleEncoder:
+    from diffusers.models import embeddings
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    kinds = {
+        "IPAdapterPlusImageProjection": embeddings.IPAdapterPlusImageProjection,
+        "ImageProjection": embeddings.ImageProjection,
+    }
+    vision = CLIPVisionConfig(**config["image_encoder"], attn_implementation="eager")
+    projection = kinds[config["image_proj"]["class"]](**config["image_proj"]["arguments"])
+    with torch.no_grad():
+        encoder = CLIPVisionModelWithProjection(vision)
+    return ClipStyleEncoder(
+        encoder, projection, reads_hidden=config["reads_hidden"], mean=config["mean"], std=config["std"]
+    )

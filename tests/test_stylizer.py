@@ -1,0 +1,280 @@
+"""The loop on engines made of NumPy, and on real backends with the bundle made by hand."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from handmade import DIM, POOLED, TOKENS, write_handmade
+
+from std_rt import State, Stylizer
+from std_rt.bundle import Bundle
+from std_rt.engines import GraphSpec
+from std_rt.engines.fake import FakeEngine, float_ports
+from std_rt.errors import BundleError, UsageError
+from std_rt.schedule import StepCoefficients, add_noise, step, to_eps
+from std_rt.stylizer import step_factors
+
+GREY = np.full((64, 64, 3), 90, np.uint8)
+STYLE = np.full((32, 32, 3), 200, np.uint8)
+
+
+class Backend:
+    """Opens fakes and keeps them, so that a test can see what was opened, called and closed."""
+
+    def __init__(self, unet: Any = None) -> None:
+        self.opened: list[tuple[GraphSpec, FakeEngine]] = []
+        self._unet = unet or (lambda sample, **_: 0.5 * sample)
+
+    def __call__(self, spec: GraphSpec) -> FakeEngine:
+        engine = getattr(self, f"_{spec.name}_engine")(spec)
+        self.opened.append((spec, engine))
+        return engine
+
+    def engines(self, name: str) -> list[FakeEngine]:
+        return [engine for spec, engine in self.opened if spec.name == name]
+
+    def _style_encoder_engine(self, spec: GraphSpec) -> FakeEngine:
+        def run(style_image: np.ndarray) -> dict[str, Any]:
+            mean = style_image.mean()
+            return {
+                "style_tokens": np.full((1, TOKENS, DIM), mean),
+                "text_embeds": np.full((1, POOLED), mean),
+            }
+
+        ports = float_ports(style_tokens=(1, TOKENS, DIM), text_embeds=(1, POOLED))
+        return FakeEngine(run, float_ports(**spec.shapes), ports)
+
+    def _vae_encoder_engine(self, spec: GraphSpec) -> FakeEngine:
+        _, _, h, w = spec.shapes["image"]
+        return FakeEngine(
+            lambda image: {"latents": image.reshape(1, 3, h // 8, 8, w // 8, 8).mean((3, 5))},
+            float_ports(**spec.shapes),
+            float_ports(latents=(1, 3, h // 8, w // 8)),
+        )
+
+    def _unet_engine(self, spec: GraphSpec) -> FakeEngine:
+        return FakeEngine(
+            lambda **inputs: {"noise_pred": self._unet(**inputs)},
+            float_ports(**spec.shapes),
+            float_ports(noise_pred=spec.shapes["sample"]),
+        )
+
+    def _vae_decoder_engine(self, spec: GraphSpec) -> FakeEngine:
+        _, _, h, w = spec.shapes["latents"]
+        return FakeEngine(
+            lambda latents: {"image": latents.repeat(8, 2).repeat(8, 3)},
+            float_ports(**spec.shapes),
+            float_ports(image=(1, 3, h * 8, w * 8)),
+        )
+
+
+def _stylizer(bundle: Bundle, backend: Backend | None = None, **options: Any) -> Stylizer:
+    stylizer = Stylizer(bundle, backend or Backend(), **options)
+    stylizer.set_style(STYLE)
+    return stylizer
+
+
+def _changed(bundle: Bundle, **sections: dict[str, Any]) -> Bundle:
+    manifest = copy.deepcopy(bundle.manifest)
+    for section, values in sections.items():
+        manifest[section].update(values)
+    return Bundle(bundle.path, manifest)
+
+
+def _by_hand(bundle: Bundle, frame: np.ndarray, state: State, unet: Any) -> np.ndarray:
+    """The loop in float64 from the schedule's own functions; latents [1, 3, h, w]."""
+    z = (frame / 127.5 - 1).transpose(2, 0, 1)[None]
+    z = z.reshape(1, 3, 8, 8, 8, 8).mean((3, 5))
+    cs = bundle.coefficients(4)
+    x, drawn = add_noise(z, state.noise[:1], cs[0]), 1
+    for c in cs:
+        x = step(x, to_eps(unet(x), x, c, bundle.prediction_type), c, state.noise[drawn : drawn + 1])
+        drawn += bool(c.noise)
+    return x
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_the_loop_takes_the_steps_of_the_schedule(handmade: Bundle, kind: str) -> None:
+    bundle = _changed(handmade, schedule={"prediction_type": kind})
+
+    def unet(sample: np.ndarray, **_: Any) -> np.ndarray:
+        return 0.6 * sample + 0.1
+
+    with _stylizer(bundle, Backend(unet)) as stylizer:
+        state = stylizer.state(64, 64, seed=3)
+        frame, _ = stylizer.step(GREY, state)
+    x = _by_hand(bundle, GREY, state, unet)
+    expected = np.clip((x + 1) * 127.5, 0, 255).repeat(8, 2).repeat(8, 3)[0].transpose(1, 2, 0)
+    assert np.abs(frame - expected).max() <= 0.51
+
+
+def test_a_stochastic_schedule_draws_a_noise_for_every_such_step(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    bundle = write_handmade(tmp_path / "stochastic", gamma=0.5)
+
+    def unet(sample: np.ndarray, **_: Any) -> np.ndarray:
+        return 0.6 * sample
+
+    with _stylizer(bundle, Backend(unet)) as stylizer:
+        state = stylizer.state(64, 64, seed=3)
+        assert state.noise.shape == (4, 3, 8, 8)  # the start and three steps; the last one has none
+        frame, _ = stylizer.step(GREY, state)
+    x = _by_hand(bundle, GREY, state, unet)
+    expected = np.clip((x + 1) * 127.5, 0, 255).repeat(8, 2).repeat(8, 3)[0].transpose(1, 2, 0)
+    assert np.abs(frame - expected).max() <= 0.51
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_step_factors_are_the_step(kind: str) -> None:
+    c = StepCoefficients(559, 379, 0.6, 0.8, 0.9, 0.43)
+    x, output = np.random.default_rng(0).normal(size=(2, 5))
+    p, q = step_factors(c, kind)
+    np.testing.assert_allclose(p * x + q * output, step(x, to_eps(output, x, c, kind), c))
+
+
+def test_the_unet_is_told_timesteps_style_strength_and_size(handmade: Bundle) -> None:
+    backend = Backend()
+    with _stylizer(handmade, backend) as stylizer:
+        stylizer.set_style([(STYLE, 3.0), (np.full((32, 32, 3), 40, np.uint8), 1.0)], strength=1.5)
+        stylizer.step(GREY)
+    calls = backend.engines("unet")[0].calls
+    assert [float(call["timestep"][0]) for call in calls] == [c.timestep for c in handmade.coefficients(4)]
+    expected = 0.75 * (200 / 127.5 - 1) + 0.25 * (40 / 127.5 - 1)
+    np.testing.assert_allclose(calls[0]["style_tokens"], expected, rtol=1e-5)
+    np.testing.assert_allclose(calls[0]["text_embeds"], expected, rtol=1e-5)
+    assert calls[0]["style_strength"] == np.float32(1.5)
+    assert calls[0]["time_ids"].tolist() == [[64, 64, 0, 0, 64, 64]]
+
+
+def test_a_stream_keeps_its_noise_and_a_state_is_never_changed(handmade: Bundle) -> None:
+    with _stylizer(handmade) as stylizer:
+        first = stylizer.state(64, 64, seed=5)
+        before = first.noise.copy()
+        a, second = stylizer.step(GREY, first)
+        b, third = stylizer.step(GREY, second)
+    np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(first.noise, before)
+    assert third.noise is first.noise
+    assert (first.index, second.index, third.index) == (0, 1, 2)
+
+
+def test_frames_returned_are_not_overwritten_by_the_next(handmade: Bundle) -> None:
+    with _stylizer(handmade) as stylizer:
+        a, state = stylizer.step(GREY)
+        kept = a.copy()
+        stylizer.step(255 - GREY, state)
+    np.testing.assert_array_equal(a, kept)
+
+
+def test_the_seed_decides_the_noise(handmade: Bundle) -> None:
+    with _stylizer(handmade) as stylizer:
+        same = [stylizer.stylize(GREY, seed=7) for _ in range(2)]
+        other = stylizer.stylize(GREY, seed=8)
+    np.testing.assert_array_equal(*same)
+    assert np.abs(same[0].astype(int) - other).max() > 0
+
+
+def test_a_stream_that_changes_size_keeps_seed_and_count(handmade: Bundle) -> None:
+    with _stylizer(handmade, size=(64, 64)) as stylizer:
+        _, state = stylizer.step(GREY, stylizer.state(64, 64, seed=9))
+        frame, state = stylizer.step(np.zeros((40, 80, 3), np.uint8), state)
+        expected = stylizer.state(40, 80, seed=9)
+    assert frame.shape == (40, 80, 3)
+    assert (state.seed, state.index) == (9, 2)
+    np.testing.assert_array_equal(state.noise, expected.noise)
+
+
+@pytest.mark.parametrize(
+    ("shape", "result"), [((640, 320), (88, 44)), ((50, 33), (50, 33)), ((1, 1), (1, 1))]
+)
+def test_a_frame_comes_back_in_its_aspect_and_never_larger(
+    handmade: Bundle, shape: tuple[int, int], result: tuple[int, int]
+) -> None:
+    with _stylizer(handmade, size=64) as stylizer:
+        frame = stylizer.stylize(np.zeros((*shape, 3), np.uint8))
+    assert frame.shape[:2] == result
+
+
+def test_engines_of_the_size_used_longest_ago_are_closed(handmade: Bundle) -> None:
+    backend = Backend()
+    with _stylizer(handmade, backend) as stylizer:
+        for shape in ((64, 64), (40, 80), (64, 64), (80, 40), (64, 64)):
+            stylizer.stylize(np.zeros((*shape, 3), np.uint8))
+        assert [engine.closed for engine in backend.engines("unet")] == [False, True, False]
+    assert all(engine.closed for _, engine in backend.opened)
+
+
+def test_a_new_style_needs_no_new_engines(handmade: Bundle) -> None:
+    backend = Backend(lambda sample, style_tokens, **_: 0 * sample + style_tokens.mean())
+    with _stylizer(handmade, backend) as stylizer:
+        first = stylizer.stylize(GREY)
+        stylizer.set_style(np.zeros((32, 32, 3), np.uint8))
+        assert np.abs(first.astype(int) - stylizer.stylize(GREY)).max() > 0
+    assert len(backend.opened) == 4
+
+
+def test_stages_are_marked_in_order(handmade: Bundle) -> None:
+    marks: list[str] = []
+    with _stylizer(handmade, steps=2) as stylizer:
+        stylizer.step(GREY, mark=marks.append)
+    loop = ["unet", "scheduler"] * 2
+    assert marks == ["convert", "convert", "vae_encoder", "scheduler", *loop, "vae_decoder", "convert"]
+
+
+def test_no_style_is_refused(handmade: Bundle) -> None:
+    with Stylizer(handmade, Backend()) as stylizer, pytest.raises(UsageError, match="set_style"):
+        stylizer.stylize(GREY)
+
+
+@pytest.mark.parametrize("strength", [-0.1, 2.1, float("nan")])
+def test_a_strength_outside_the_bundles_range_is_refused(handmade: Bundle, strength: float) -> None:
+    with _stylizer(handmade) as stylizer, pytest.raises(UsageError, match=r"must be in 0\.\.2"):
+        stylizer.set_style(STYLE, strength)
+
+
+@pytest.mark.parametrize(
+    "frame", [GREY.astype(np.float32), GREY[..., 0], np.zeros((8, 8, 4), np.uint8), [1, 2], None]
+)
+def test_what_is_no_frame_is_refused(handmade: Bundle, frame: Any) -> None:
+    with _stylizer(handmade) as stylizer, pytest.raises(UsageError, match=r"uint8 array \[H, W, 3\]"):
+        stylizer.step(frame)
+
+
+def test_steps_that_the_bundle_lacks_are_refused(handmade: Bundle) -> None:
+    with pytest.raises(BundleError, match="one of 1, 2, 4"):
+        Stylizer(handmade, Backend(), steps=3)
+
+
+def test_a_guidance_that_is_not_known_is_refused(handmade: Bundle) -> None:
+    bundle = _changed(handmade, guidance={"mode": "cfg"})
+    with pytest.raises(BundleError, match="'cfg'"):
+        Stylizer(bundle, Backend())
+
+
+def test_an_engine_that_does_not_open_fails_the_step_and_not_the_close(handmade: Bundle) -> None:
+    class Broken(Backend):
+        def __call__(self, spec: GraphSpec) -> FakeEngine:
+            if spec.name == "unet":
+                raise BundleError("no unet today")
+            return super().__call__(spec)
+
+    with _stylizer(handmade, Broken()) as stylizer, pytest.raises(BundleError, match="no unet today"):
+        stylizer.stylize(GREY)
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_real_backends_do_what_the_graphs_say(handmade: Bundle, backend: str) -> None:
+    pytest.importorskip(backend)
+    with Stylizer.load(handmade, backend=backend, precision="fp32") as stylizer:
+        stylizer.set_style(STYLE)
+        state = stylizer.state(64, 64, seed=2)
+        frame, _ = stylizer.step(GREY, state)
+        assert stylizer.precision == "fp32"
+    eps = 200 / 127.5 - 1
+    x = _by_hand(handmade, GREY, state, lambda sample, **_: 0.5 * sample + eps)
+    expected = np.clip((x + 1) * 127.5, 0, 255).repeat(8, 2).repeat(8, 3)[0].transpose(1, 2, 0)
+    assert np.abs(frame - expected).max() <= 0.6
