@@ -118,10 +118,13 @@ def unet_inputs(
 ) -> dict[str, Array]:
     """Every UNet input that stays the same over a stream.
 
-    ``text`` is the bundle's baked conditioning; a pooled vector from the style wins over the baked one,
-    and baked ``time_ids`` [1, 6] win over those made from ``size`` (H, W).
+    ``text`` is the bundle's baked conditioning. A pooled vector from the style replaces the baked one, as
+    far as ``strength`` says (the style tokens are scaled inside the graph); baked ``time_ids`` [1, 6] win
+    over those made from ``size`` (H, W).
     """
-    pooled = text["text_embeds"] if style.text_embeds is None else style.text_embeds
+    pooled = text["text_embeds"]
+    if style.text_embeds is not None:
+        pooled = pooled + np.float32(strength) * (style.text_embeds - pooled)
     return {
         "encoder_hidden_states": np.ascontiguousarray(text["encoder_hidden_states"], np.float32),
         "text_embeds": np.ascontiguousarray(pooled, np.float32),

@@ -103,13 +103,15 @@ def test_tokens_outlive_the_engine_that_made_them() -> None:
     assert dark.tokens.max() == -1
 
 
-def test_the_styles_pooled_vector_wins_over_the_baked_one() -> None:
+def test_the_styles_pooled_vector_replaces_the_baked_one_as_far_as_the_strength() -> None:
     text = {
         "encoder_hidden_states": np.zeros((1, 3, 5), np.float32),
         "text_embeds": np.full((1, 6), 7, np.float32),
     }
     with_pooled = unet_inputs(text, _style(1.0), 0.5, (64, 96))
-    assert with_pooled["text_embeds"].max() == 1
+    assert with_pooled["text_embeds"].max() == 4  # half-way from 7 to 1
+    assert unet_inputs(text, _style(1.0), 1.0, (64, 96))["text_embeds"].max() == 1
+    assert unet_inputs(text, _style(1.0), 0.0, (64, 96))["text_embeds"].max() == 7
     assert unet_inputs(text, _style(1.0, pooled=False), 0.5, (64, 96))["text_embeds"].max() == 7
     assert with_pooled["time_ids"].tolist() == [[64, 96, 0, 0, 64, 96]]
     assert with_pooled["style_strength"].tolist() == [0.5]

@@ -145,7 +145,7 @@ def test_the_unet_is_told_timesteps_style_strength_and_size(handmade: Bundle) ->
     assert [float(call["timestep"][0]) for call in calls] == [c.timestep for c in handmade.coefficients(4)]
     expected = 0.75 * (200 / 127.5 - 1) + 0.25 * (40 / 127.5 - 1)
     np.testing.assert_allclose(calls[0]["style_tokens"], expected, rtol=1e-5)
-    np.testing.assert_allclose(calls[0]["text_embeds"], expected, rtol=1e-5)
+    np.testing.assert_allclose(calls[0]["text_embeds"], 1.5 * expected, rtol=1e-5)
     assert calls[0]["style_strength"] == np.float32(1.5)
     assert calls[0]["time_ids"].tolist() == [[64, 64, 0, 0, 64, 64]]
 

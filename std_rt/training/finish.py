@@ -106,8 +106,9 @@ def finish_pipeline(config: FinishConfig, stop_after: int | None = None) -> Path
             guided = _guided(teacher, x, coefficients[at], style, ids, config.guidance)
         _, anchor = ddim(x, guided, coefficients[at])
         _, x_0 = ddim(x, _predict(live, x, coefficients[at], style, ids).float(), coefficients[at])
-        texture = texture_distance(x_0, style, run.generator).mean()
-        detail = detail_distance(x_0, style, run.generator).mean()
+        with torch.autocast("cpu", enabled=False):
+            texture = texture_distance(x_0, style, run.generator).mean()
+            detail = detail_distance(x_0, style, run.generator).mean()
         kept = anchor_loss(x_0, anchor)
         return config.anchor_weight * kept + config.texture_weight * texture + config.detail_weight * detail
 

@@ -103,7 +103,8 @@ def save_tiny(pipeline: TinyPipeline, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     weights, ip = _split_ip(pipeline.unet.state_dict())
     (folder / "unet").mkdir(exist_ok=True)
-    config = {k: v for k, v in dict(pipeline.unet.config).items() if k != "encoder_hid_dim_type"}
+    ours = ("encoder_hid_dim_type", "_name_or_path")  # the first belongs to the adapter, the second to one machine
+    config = {k: v for k, v in dict(pipeline.unet.config).items() if k not in ours}
     config |= {"_class_name": "UNet2DConditionModel"}
     (folder / "unet/config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     contiguous = {k: v.contiguous() for k, v in weights.items()}
