@@ -16,7 +16,7 @@ from torch import nn
 
 from std_rt.errors import ExportError
 
-__all__ = ["CLASSES", "Network", "load_part", "plain_config", "read_json", "resolve"]
+__all__ = ["CLASSES", "Network", "load_part", "plain_config", "read_config", "read_json", "resolve"]
 
 # A network of diffusers or transformers: packages without types, so their attributes are not checked.
 Network = Any
@@ -60,11 +60,16 @@ def resolve(role: str, name: str) -> type[nn.Module]:
     return found
 
 
-def load_part(role: str, folder: Path) -> Network:
-    """Load one part in fp32, ready for inference. Raises ExportError."""
+def read_config(role: str, folder: Path) -> dict[str, Any]:
+    """A part's ``config.json``. Raises ExportError where there is no such part."""
     if not (folder / "config.json").is_file():
         raise ExportError(f"no {role} in {folder.parent}: {folder / 'config.json'} is missing")
-    config = read_json(folder / "config.json")
+    return read_json(folder / "config.json")
+
+
+def load_part(role: str, folder: Path) -> Network:
+    """Load one part in fp32, ready for inference. Raises ExportError."""
+    config = read_config(role, folder)
     name = config.get("_class_name") or (config.get("architectures") or ["none"])[0]
     load: Callable[..., nn.Module] = resolve(role, name).from_pretrained  # type: ignore[attr-defined]
     options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from std_rt.errors import ExportError
-from std_rt.export.components import Network, load_part, plain_config, read_json
+from std_rt.export.components import Network, load_part, plain_config, read_config, read_json
 from std_rt.export.ip_adapter import (
     Branches,
     choose_layers,
@@ -29,6 +29,17 @@ from std_rt.export.text import bake_prompt, null_text
 from std_rt.schedule import NoiseSchedule
 
 __all__ = ["Pipeline", "Style", "read_pipeline"]
+
+
+# Settings of UNet2DConditionModel that SDXL leaves off.
+_UNSUPPORTED = (
+    "class_embed_type",
+    "encoder_hid_dim_type",
+    "time_cond_proj_dim",
+    "only_cross_attention",
+    "dual_cross_attention",
+    "mid_block_only_cross_attention",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +94,8 @@ def read_pipeline(options: ExportOptions) -> Pipeline:
     """Load, check and fuse. Raises ExportError on the first thing that does not fit."""
     source = options.source
     read_json(source / "model_index.json")
+    _check_unet(read_config("unet", source / "unet"))
     unet = load_part("unet", source / "unet")
-    _check_unet(unet)
     vae_folder = options.vae or source / "vae"
     vae = load_part("vae", vae_folder)
     _check_vae(vae, unet)
@@ -120,24 +131,19 @@ def _text_dims(unet: Network) -> tuple[int, int]:
     return config.cross_attention_dim, config.projection_class_embeddings_input_dim - time_ids
 
 
-def _check_unet(unet: Network) -> None:
-    config = unet.config
-    if config.addition_embed_type != "text_time":
+def _check_unet(config: dict[str, Any]) -> None:
+    """Before weights are read: what is not SDXL's kind of UNet often does not even load."""
+    kind = config.get("addition_embed_type")
+    if kind != "text_time":
+        raise ExportError(f"the UNet has addition_embed_type {kind!r}; std-rt exports SDXL's 'text_time'")
+    taken, given = config.get("in_channels", 4), config.get("out_channels", 4)
+    if taken != given:
         raise ExportError(
-            f"the UNet has addition_embed_type {config.addition_embed_type!r}; "
-            "std-rt exports SDXL's, which is 'text_time'"
+            f"the UNet takes {taken} channels and gives {given}; inpainting models are not supported"
         )
-    if config.in_channels != config.out_channels:
-        raise ExportError(
-            f"the UNet takes {config.in_channels} channels and gives {config.out_channels}; "
-            "inpainting and similar models are not supported"
-        )
-    for key in ("class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim", "conv_in_condition"):
-        if getattr(config, key, None) is not None:
-            raise ExportError(f"the UNet has {key} {config[key]!r}, which std-rt does not export")
-    for key in ("only_cross_attention", "dual_cross_attention", "mid_block_only_cross_attention"):
+    for key in _UNSUPPORTED:
         if np.any(config.get(key) or False):
-            raise ExportError(f"the UNet has {key}, which std-rt does not export")
+            raise ExportError(f"the UNet has {key} {config[key]!r}, which std-rt does not export")
 
 
 def _check_vae(vae: Network, unet: Network) -> None:
