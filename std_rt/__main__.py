@@ -1,0 +1,5 @@
+"""``python -m std_rt``: the same as ``std-rt``."""
+
+from std_rt.cli import main
+
+main()
