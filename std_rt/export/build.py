@@ -128,7 +128,7 @@ def _other_size(size: tuple[int, int], multiple: int) -> tuple[int, int]:
 
 def _write_graph(folder: Path, graph: Graph, weights: str) -> Path:
     path = folder / f"{graph.name}.onnx"
-    externalize(trace(graph.plan), graph.state, path, folder / f"{graph.name}.safetensors", weights)
+    externalize(trace(graph.plan), graph.state, path, folder / graph.weights, weights)
     lint(path)
     return path
 
@@ -197,7 +197,8 @@ def _manifest(
 def _graph_entry(graph: Graph) -> dict[str, Any]:
     return {
         "file": f"{graph.name}.onnx",
-        "weights": f"{graph.name}.safetensors",
+        "weights": graph.weights,
+        "renamed": dict(graph.renamed),
         "class": graph.class_name,
         "config": graph.config,
         "inputs": [_port_entry(port) for port in graph.plan.inputs],

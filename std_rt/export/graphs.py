@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,14 @@ class Graph:
     state: Mapping[str, Tensor]
     class_name: str
     config: dict[str, Any]
+    # Where the weights lie, and how the names there become the module's: {"patchify.": "encoder."}.
+    weights_of: str = ""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> str:
+        """Name of the weights file."""
+        return f"{self.weights_of or self.name}.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +52,22 @@ def make_graphs(pipeline: Pipeline) -> list[Graph]:
     """The plans of all graphs. Replaces the UNet's attention processors: make the examples first."""
     detach_diffusers(pipeline.unet)
     prepare_attention(pipeline.unet, pipeline.branches)
-    return [_style_graph(pipeline), *_vae_graphs(pipeline), _unet_graph(pipeline)]
+    style = _style_graph(pipeline)
+    encoder, decoder = _vae_graphs(pipeline)
+    return [style, _shared(encoder, style), decoder, _unet_graph(pipeline)]
+
+
+def _shared(encoder: Graph, style: Graph) -> Graph:
+    """The VAE encoder, out of the style encoder's weights file where that holds a copy of it (std-tiny)."""
+    ours, theirs = "encoder.", "patchify."
+    copies = {key: theirs + key.removeprefix(ours) for key in encoder.state if key.startswith(ours)}
+    held = len(copies) == len(encoder.state) and all(
+        copy in style.state and torch.equal(encoder.state[key], style.state[copy])
+        for key, copy in copies.items()
+    )
+    if not held:
+        return encoder
+    return replace(encoder, state=style.state, weights_of=style.name, renamed={theirs: ours})
 
 
 def _image(name: str, meaning: str) -> Port:

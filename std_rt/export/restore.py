@@ -30,8 +30,21 @@ def load_torch_components(bundle: Bundle) -> dict[str, nn.Module]:
 
 
 def _state(bundle: Bundle, graph: str) -> dict[str, Tensor]:
-    state = load_file(bundle.weights_path(graph))
-    return {key: value.float() for key, value in state.items() if not key.startswith("constant.")}
+    """The module's ``state_dict``; out of a shared file, only the keys that the manifest renames."""
+    state = {
+        key: value.float()
+        for key, value in load_file(bundle.weights_path(graph)).items()
+        if not key.startswith("constant.")
+    }
+    renamed = bundle.manifest["graphs"][graph].get("renamed")
+    if not renamed:
+        return state
+    return {
+        ours + key.removeprefix(theirs): value
+        for theirs, ours in renamed.items()
+        for key, value in state.items()
+        if key.startswith(theirs)
+    }
 
 
 def _build(role: str, entry: dict[str, Any]) -> nn.Module:

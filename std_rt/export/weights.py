@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from torch import Tensor
 
 from std_rt.errors import ExportError
@@ -48,13 +48,21 @@ def externalize(
     """Write ``weights`` (all of ``state``) and ``graph``, which reads them, in the same folder.
 
     ``precision`` fp16 rounds tensors of two and more axes; vectors stay fp32, they cost nothing.
-    Raises ExportError where a weight does not fit fp16.
+    A file that exists was written for another graph with the same ``state`` and precision: it is shared.
+    Raises ExportError where a weight does not fit fp16, or a shared file lacks one.
     """
     arrays = {key: _array(value) for key, value in state.items() if value.is_floating_point()}
     found = _match_all(model, arrays)
     stored = {key: _store(key, array, precision) for key, array in arrays.items()}
-    save_file(stored, weights, {"format": "pt"})
+    if not weights.exists():
+        # Not save_file: it makes files that only their owner may read, and a bundle is there to be shared.
+        weights.write_bytes(save(stored, {"format": "pt"}))
     places = _places(weights)
+    lacking = sorted(stored.keys() - places.keys())
+    if lacking:
+        raise ExportError(
+            f"{weights.name} has no {lacking[0]}, which {graph.name} needs; it cannot be shared"
+        )
     for name, match in found.items():
         part = stored[match.key][match.start : match.stop]
         offset = places[match.key] + match.start * stored[match.key][:1].nbytes
