@@ -113,7 +113,8 @@ def draw_pairs(contents: Path, styles: Path, count: int, side_px: int) -> list[t
     a, b = expand_inputs([contents]), expand_inputs([styles])
     if count < 1:
         raise UsageError(f"--pairs must be at least 1, got {count}")
-    chosen = [(a[i * len(a) // count], b[(i * len(b) // count + i) % len(b)]) for i in range(count)]
+    # 7 is prime to most folder sizes, so that styles come round in another order than contents.
+    chosen = [(a[i * len(a) // count], b[(7 * i + 1) % len(b)]) for i in range(count)]
     return [tuple(square(read_picture(p).frame, side_px) for p in pair) for pair in chosen]  # type: ignore[misc]
 
 

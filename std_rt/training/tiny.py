@@ -19,6 +19,11 @@ from std_rt.training.recipe import UNetConfig
 from std_rt.training.style_encoder import StyleEncoder
 
 TIME_ID_DIM = 32
+MODEL_CARD = """---
+license: apache-2.0
+---
+A small stylization model in the layout of SDXL with IP-Adapter, trained by the recipes of std-rt.
+"""
 
 
 class PassThrough(nn.Module):
@@ -103,7 +108,8 @@ def save_tiny(pipeline: TinyPipeline, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     weights, ip = _split_ip(pipeline.unet.state_dict())
     (folder / "unet").mkdir(exist_ok=True)
-    ours = ("encoder_hid_dim_type", "_name_or_path")  # the first belongs to the adapter, the second to one machine
+    # The first belongs to the adapter, the second to one machine.
+    ours = ("encoder_hid_dim_type", "_name_or_path")
     config = {k: v for k, v in dict(pipeline.unet.config).items() if k not in ours}
     config |= {"_class_name": "UNet2DConditionModel"}
     (folder / "unet/config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
@@ -135,6 +141,7 @@ def save_tiny(pipeline: TinyPipeline, folder: Path) -> None:
         "tokenizer_2": [None, None],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    (folder / "README.md").write_text(MODEL_CARD, encoding="utf-8")
 
 
 def load_tiny(folder: Path) -> TinyPipeline:

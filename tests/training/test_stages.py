@@ -39,7 +39,7 @@ def test_autoencoder_learns(autoencoder_config: AutoencoderConfig, tmp_path: Pat
     import json
 
     config = replace(
-        autoencoder_config, output=str(tmp_path), steps=60, snapshot_every=20, learning_rate=1e-2
+        autoencoder_config, output=str(tmp_path), steps=240, snapshot_every=40, learning_rate=5e-3
     )
     train_autoencoder(config)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
