@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from std_rt.conditioning import square
 from std_rt.errors import UsageError
 from std_rt.media.image import read_picture, write_picture
 from std_rt.media.sources import expand_inputs
@@ -97,15 +98,6 @@ def reinhard(content: Frame, style: Frame) -> Frame:
 
 def _stylization(content: Frame) -> Frame:
     return np.asarray(cv2.stylization(content), np.uint8)
-
-
-def square(frame: Frame, side_px: int) -> Frame:
-    """Largest centred square, resized."""
-    h, w = frame.shape[:2]
-    side = min(h, w)
-    y, x = (h - side) // 2, (w - side) // 2
-    cut = frame[y : y + side, x : x + side]
-    return np.asarray(cv2.resize(cut, (side_px, side_px), interpolation=cv2.INTER_AREA), np.uint8)
 
 
 def draw_pairs(contents: Path, styles: Path, count: int, side_px: int) -> list[tuple[Frame, Frame]]:

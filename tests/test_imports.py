@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "baseline": {"export", "stylizer", "schedule", "conditioning", "bundle"},
     "doctor": {"bundle", "engines", "machine"},
     "demo": {"examples", "media", "stylizer"},
-    "evaluate": {"media", "stylizer"},
+    "evaluate": {"media", "conditioning", "stylizer"},
     "export": {"engines", "bundle", "schedule", "external_data"},
     "training": {"schedule"},
 }

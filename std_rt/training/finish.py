@@ -20,19 +20,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from std_rt.errors import RecipeError
 from std_rt.schedule import StepCoefficients, trajectory_timesteps
-from std_rt.training.latents import STYLE_LATENTS, Triple, draw_triples, load_latents
-from std_rt.training.loop import Run, cosine_rate
+from std_rt.training.latents import STYLE_LATENTS, Triple, load_latents
+from std_rt.training.loop import cosine_rate
 from std_rt.training.recipe import FinishConfig, TeacherConfig, load_run_recipe
 from std_rt.training.teacher import (
+    denoising_loss,
     ema_update,
-    make_noisy,
+    mixed_precision,
+    pipeline_run,
     random_time_ids,
     teacher_sheet,
-    v_loss,
     watched_pairs,
 )
 from std_rt.training.texture import detail_distance, texture_distance
@@ -80,18 +80,10 @@ def finish_pipeline(config: FinishConfig, stop_after: int | None = None) -> Path
     teacher, live, average = (load_tiny(source / "pipeline") for _ in range(3))
     teacher.unet.requires_grad_(False)
     live.style_encoder.patchify.requires_grad_(False)
-    parameters = [p for m in (live.unet, live.style_encoder) for p in m.parameters() if p.requires_grad]
-    modules = {
-        "live_unet": live.unet,
-        "live_style": live.style_encoder,
-        "average_unet": average.unet,
-        "average_style": average.style_encoder,
-    }
-    run = Run(config, modules, parameters, weight_decay=1e-2)
+    run = pipeline_run(config, live, average)
     latents = load_latents(source / "latents.safetensors")
     pairs = watched_pairs(base.data)
     coefficients = live.schedule.coefficients(trajectory_timesteps(config.eta, config.run_steps))
-    shares = {"art": base.share_art, "generated": base.share_generated}
 
     def own_run(n: int, side: int) -> Tensor:
         """Texture and anchor losses at a random step of the network's own run on unpaired samples."""
@@ -117,20 +109,16 @@ def finish_pipeline(config: FinishConfig, stop_after: int | None = None) -> Path
     ):
         side = int(run.rng.choice(config.window))
         n = max(1, round(config.batch * (max(config.window) / side) ** 2 / 2))
-        triples = draw_triples(latents, shares, n, side, run.rng)
-        batch = make_noisy(*triples, live.schedule, base, run.rng, run.generator)
-        keep = torch.from_numpy(run.rng.random(n) >= base.drop_style).float()
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16), sdpa_kernel(SDPBackend.MATH):
-            tokens, pooled = live.style_encoder.encode_latents(batch.s)
-            tokens, pooled = tokens * keep[:, None, None], pooled * keep[:, None]
-            v = run_unet(live.unet, batch.x_t, batch.t, tokens, pooled, random_time_ids(n, run.rng))
+        learned = denoising_loss(live, latents, base, run, n, side)
+        with mixed_precision(config.bf16):
             own = own_run(n, side)
-        run.update(config.base_weight * v_loss(v.float(), batch) + own, 2 * n)
+        run.update(config.base_weight * learned + own, 2 * n)
         ema_update(average, live, step, config.ema_decay)
         if run.due(step):
             run.save(step)
             teacher_sheet(average, pairs, run.sheet(step), [(4, 1.0), (2, 1.0), (4, 1.5)])
-    save_tiny(average, run.folder / "pipeline")
+    if run.end == config.steps:
+        save_tiny(average, run.folder / "pipeline")
     return run.folder / "pipeline"
 
 

@@ -13,6 +13,8 @@ target as the run proceeds, and the style can only come from the style tokens. P
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from std_rt.training.autoencoder_model import AutoencoderPixelShuffle
 from std_rt.training.data import load_pictures, picture_files, read_picture
 from std_rt.training.latents import Triple, build_latents, draw_triples, load_latents, save_latents
 from std_rt.training.loop import Run, cosine_rate
-from std_rt.training.recipe import DataConfig, TeacherConfig
+from std_rt.training.recipe import DataConfig, FinishConfig, TeacherConfig
 from std_rt.training.sheet import centre_crop, save_sheet, to_frames, to_tensor
 from std_rt.training.style_encoder import StyleEncoder
 from std_rt.training.tiny import TinyPipeline, build_unet, run_unet, save_tiny
@@ -205,13 +207,8 @@ def ema_update(average: TinyPipeline, live: TinyPipeline, step: int, decay: floa
                 a.lerp_(b, 1 - decay)
 
 
-def train_teacher(config: TeacherConfig, stop_after: int | None = None) -> Path:
-    """Train (or go on training) the teacher; returns the diffusers folder of its averaged weights.
-
-    ``stop_after`` ends the call at that step with a checkpoint written, as a kill would.
-    """
-    vae = _load_vae(config)
-    live, average = _build(config, vae), _build(config, vae)
+def pipeline_run(config: TeacherConfig | FinishConfig, live: TinyPipeline, average: TinyPipeline) -> Run:
+    """A run that trains UNet and style encoder of ``live`` and keeps their moving average."""
     modules = {
         "live_unet": live.unet,
         "live_style": live.style_encoder,
@@ -219,9 +216,45 @@ def train_teacher(config: TeacherConfig, stop_after: int | None = None) -> Path:
         "average_style": average.style_encoder,
     }
     parameters = [p for m in (live.unet, live.style_encoder) for p in m.parameters() if p.requires_grad]
-    run = Run(config, modules, parameters, weight_decay=1e-2)
-    latents = _latents(config, vae, run.folder)
+    return Run(config, modules, parameters, weight_decay=1e-2)
+
+
+@contextmanager
+def mixed_precision(bf16: bool) -> Iterator[None]:
+    """bf16 where asked for, and plain attention: the backward of the fused kernel is slow on CPU."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def denoising_loss(
+    live: TinyPipeline,
+    latents: dict[str, list[Triple]],
+    config: TeacherConfig,
+    run: Run,
+    size: int,
+    side: int,
+) -> Tensor:
+    """The teacher's loss on ``size`` fresh samples of ``side`` x ``side`` latents."""
     shares = {"art": config.share_art, "generated": config.share_generated}
+    triples = draw_triples(latents, shares, size, side, run.rng)
+    batch = make_noisy(*triples, live.schedule, config, run.rng, run.generator)
+    keep = torch.from_numpy(run.rng.random(size) >= config.drop_style).float()
+    with mixed_precision(config.bf16):
+        tokens, pooled = live.style_encoder.encode_latents(batch.s)
+        tokens, pooled = tokens * keep[:, None, None], pooled * keep[:, None]
+        v = run_unet(live.unet, batch.x_t, batch.t, tokens, pooled, random_time_ids(size, run.rng))
+    return v_loss(v.float(), batch)
+
+
+def train_teacher(config: TeacherConfig, stop_after: int | None = None) -> Path:
+    """Train (or go on training) the teacher; returns the diffusers folder of its averaged weights.
+
+    ``stop_after`` ends the call at that step with a checkpoint written, as a kill would.
+    """
+    vae = _load_vae(config)
+    live, average = _build(config, vae), _build(config, vae)
+    run = pipeline_run(config, live, average)
+    latents = _latents(config, vae, run.folder)
     pairs = watched_pairs(config.data)
 
     for step in run.steps(
@@ -229,17 +262,11 @@ def train_teacher(config: TeacherConfig, stop_after: int | None = None) -> Path:
     ):
         side = int(run.rng.choice(config.window))
         size = max(1, round(config.batch * (max(config.window) / side) ** 2))
-        triples = draw_triples(latents, shares, size, side, run.rng)
-        batch = make_noisy(*triples, live.schedule, config, run.rng, run.generator)
-        keep = torch.from_numpy(run.rng.random(size) >= config.drop_style).float()
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16), sdpa_kernel(SDPBackend.MATH):
-            tokens, pooled = live.style_encoder.encode_latents(batch.s)
-            tokens, pooled = tokens * keep[:, None, None], pooled * keep[:, None]
-            v = run_unet(live.unet, batch.x_t, batch.t, tokens, pooled, random_time_ids(size, run.rng))
-        run.update(v_loss(v.float(), batch), size)
+        run.update(denoising_loss(live, latents, config, run, size, side), size)
         ema_update(average, live, step, config.ema_decay)
         if run.due(step):
             run.save(step)
             teacher_sheet(average, pairs, run.sheet(step), [(4, 1.0), (4, 2.0), (12, 1.0)])
-    save_tiny(average, run.folder / "pipeline")
+    if run.end == config.steps:
+        save_tiny(average, run.folder / "pipeline")
     return run.folder / "pipeline"
