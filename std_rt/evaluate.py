@@ -124,7 +124,11 @@ def evaluate(
     rows = []
     for content, style in pairs:
         stylizer.set_style(style)
-        outputs = [stylizer.stylize(content), reinhard(content, style), _stylization(content)]
+        ours = stylizer.stylize(content)
+        if ours.shape != content.shape:  # the working size is a multiple, and never larger than asked
+            size = (content.shape[1], content.shape[0])
+            ours = np.asarray(cv2.resize(ours, size, interpolation=cv2.INTER_CUBIC), np.uint8)
+        outputs = [ours, reinhard(content, style), _stylization(content)]
         for name, output in zip(scores, outputs, strict=True):
             scores[name].append(score(output, content, style))
         rows.append(_row([content, style, *outputs]))

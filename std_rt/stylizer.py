@@ -6,7 +6,7 @@
 
 Encode the picture, add the noise of ``tau``, denoise along the trajectory that the bundle was made for,
 decode. `State` is a value: the noise is drawn once per (seed, size), so a stream keeps its noise from frame
-to frame, and the same seed gives the same picture on every backend.
+to frame, and the same seed gives the same noise on every backend.
 """
 
 from __future__ import annotations
@@ -215,6 +215,8 @@ class Stylizer:
         if not low <= strength <= high:
             raise UsageError(f"style strength must be in {low:g}..{high:g}, got {strength:g}")
         pairs = [(style, 1.0)] if isinstance(style, np.ndarray | Path | str) else list(style)
+        if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
+            raise UsageError('several styles are a list of pairs, as [("a.png", 0.7), ("b.png", 0.3)]')
         encoder = self._style_encoder()
         self._style = (
             blend([(encoder(_frame(picture)), float(weight)) for picture, weight in pairs]),
@@ -247,6 +249,7 @@ class Stylizer:
 
     def stylize(self, frame: Frame, seed: int = 0) -> Frame:
         """Stylize one frame on its own: `step` without a stream."""
+        frame = _checked(frame)
         return self.step(frame, self.state(*frame.shape[:2], seed=seed))[0]
 
     def close(self) -> None:
@@ -349,8 +352,9 @@ def _close(future: Future[Engine]) -> None:
 
 
 def _checked(frame: Any) -> Frame:
-    if isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3:
-        return frame
+    right = isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3
+    if right and frame.shape[2] == 3 and frame.size:
+        return np.asarray(frame, np.uint8)
     found = f"{frame.dtype} {list(frame.shape)}" if isinstance(frame, np.ndarray) else type(frame).__name__
     raise UsageError(f"a frame is a uint8 array [H, W, 3] in RGB, got {found}")
 

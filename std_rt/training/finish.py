@@ -82,6 +82,10 @@ def finish_pipeline(config: FinishConfig, stop_after: int | None = None) -> Path
     live.style_encoder.patchify.requires_grad_(False)
     run = pipeline_run(config, live, average)
     latents = load_latents(source / "latents.safetensors")
+    if latents.keys() != {"art", "generated"}:
+        raise RecipeError(
+            f"the teacher in {source} had no art or no generated styles; both shares must be above 0"
+        )
     pairs = watched_pairs(base.data)
     coefficients = live.schedule.coefficients(trajectory_timesteps(config.eta, config.run_steps))
 

@@ -17,9 +17,11 @@ import cv2
 import numpy as np
 import torch
 from rich.progress import track
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from std_rt.errors import RecipeError
 from std_rt.training.arrays import Frame
 from std_rt.training.autoencoder_model import AutoencoderPixelShuffle
 from std_rt.training.content import content_version
@@ -119,8 +121,8 @@ def build_latents(
         cv2.setNumThreads(threads[1])
 
 
-def save_latents(latents: dict[str, list[Triple]], path: Path) -> None:
-    """Write all triples to one safetensors file."""
+def save_latents(latents: dict[str, list[Triple]], path: Path, made_from: str = "") -> None:
+    """Write all triples to one safetensors file; ``made_from`` says of what, for ``latents_made_from``."""
     flat = {}
     for kind, triples in latents.items():
         for i, triple in enumerate(triples):
@@ -131,12 +133,23 @@ def save_latents(latents: dict[str, list[Triple]], path: Path) -> None:
             ):
                 flat[f"{kind}/{i:06d}/{name}"] = value.contiguous()
     partial = path.with_suffix(".partial")
-    save_file(flat, partial)
+    save_file(flat, partial, {"made_from": made_from})
     partial.replace(path)
 
 
+def latents_made_from(path: Path) -> str | None:
+    """The ``made_from`` of a file that ``save_latents`` wrote, None where there is none or it is damaged."""
+    try:
+        with safe_open(path, "pt") as stored:
+            return str((stored.metadata() or {}).get("made_from", ""))
+    except (SafetensorError, OSError):
+        return None
+
+
 def load_latents(path: Path) -> dict[str, list[Triple]]:
-    """Read what ``save_latents`` wrote."""
+    """Read what ``save_latents`` wrote; RecipeError where it is missing or damaged."""
+    if latents_made_from(path) is None:
+        raise RecipeError(f"{path} is missing or damaged; delete it and run the teacher's recipe again")
     groups: dict[str, dict[str, dict[str, Tensor]]] = {}
     for key, value in load_file(path).items():
         kind, index, name = key.split("/")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from std_rt.errors import RecipeError
 from std_rt.training.checkpoint import load_checkpoint, save_checkpoint
-from std_rt.training.recipe import as_dict
+from std_rt.training.recipe import as_dict, check_same_run
 from std_rt.training.sheet import save_curve
 
 
@@ -33,7 +33,8 @@ class Run:
         self.config, self.modules, self.parameters = config, modules, parameters
         self.folder = Path(config.output)
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "recipe.json").write_text(json.dumps(as_dict(config), indent=1), encoding="utf-8")
+        if self.checkpoint.exists():
+            check_same_run(config, self.folder)
         self.optimizer = torch.optim.AdamW(
             parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay
         )
@@ -42,6 +43,9 @@ class Run:
         self.start, self.seen = 0, 0
         self.losses: list[float] = []
         self._restore()
+        partial = self.folder / "recipe.partial"
+        partial.write_text(json.dumps(as_dict(config), indent=1), encoding="utf-8")
+        partial.replace(self.folder / "recipe.json")
 
     @property
     def checkpoint(self) -> Path:
@@ -76,14 +80,14 @@ class Run:
     def update(self, loss: Tensor, samples: int) -> None:
         """One optimizer step; RecipeError where the loss is not a number (the last checkpoint stands)."""
         value = loss.item()
-        if not math.isfinite(value):
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        if not (math.isfinite(value) and torch.isfinite(norm)):
             raise RecipeError(
                 f"the loss is not a number at step {len(self.losses)}; lower learning_rate or set "
                 "bf16 = false, then run the same command to go on from the last checkpoint"
             )
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.losses.append(round(value, 5))
         self.seen += samples
@@ -102,11 +106,11 @@ class Run:
             "loss": float(np.mean(self.losses[-self.config.snapshot_every :])),
         }
         row |= {"samples_per_s": self.seen / (time.monotonic() - self.clock), **figures}
-        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
-            log.write(json.dumps(row) + "\n")
         states = {name: module.state_dict() for name, module in self.modules.items()}
         progress = {"step": step + 1, "losses": self.losses}
         save_checkpoint(self.checkpoint, states, self.optimizer, self.rng, self.generator, progress)
+        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps(row) + "\n")
         save_curve(self.folder / "loss.png", self.losses, f"{self.config.stage} loss")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import tomllib
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from std_rt.errors import RecipeError
 
 T = TypeVar("T")
+STYLE_HEADS = 6  # attention heads of the style encoder's resampler
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,49 @@ def _override(table: dict[str, Any], assignment: str) -> None:
     *sections, name = key.strip().split(".")
     for section in sections:
         table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise RecipeError(f"--set {assignment}: {section} is a value, not a table")
     table[name] = value
+
+
+# Floats that are shares or levels, and so lie in 0..1.
+_SHARES = {
+    "content_from_eta", "drop_style", "ema_decay", "eta", "generated_share", "scale_equivariance",
+    "share_art", "share_generated", "start_eta",
+}  # fmt: skip
+_STORED_SIDE = 32  # stored latents have at least this short side
+
+
+def _validate(recipe: Any, prefix: str = "") -> None:
+    """Ranges that hold for every stage; RecipeError names the first value outside."""
+    for f in fields(recipe):
+        value, name = getattr(recipe, f.name), prefix + f.name
+        if is_dataclass(value):
+            _validate(value, name + ".")
+        numbers = value if isinstance(value, tuple) else (value,)
+        if isinstance(value, tuple) and not value:
+            raise RecipeError(f"{name} is empty")
+        for number in numbers:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            low = 0 if f.name == "seed" or isinstance(number, float) else 1
+            high = 1 if f.name in _SHARES else _STORED_SIDE if f.name == "window" else math.inf
+            if not low <= number <= high or number == math.inf:
+                raise RecipeError(f"{name} = {number} is outside {low}..{high}")
+
+
+def _validate_model(recipe: Any) -> None:
+    if isinstance(recipe, TeacherConfig):
+        if recipe.share_art + recipe.share_generated <= 0:
+            raise RecipeError("share_art and share_generated are both 0; there is nothing to train on")
+        if recipe.model.cross_attention_dim % STYLE_HEADS:
+            raise RecipeError(f"model.cross_attention_dim must divide by {STYLE_HEADS}")
+
+
+def _checked(recipe: Any) -> Any:
+    _validate(recipe)
+    _validate_model(recipe)
+    return recipe
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Any:
@@ -169,14 +213,14 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Any:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"no recipe {path}; the repository's recipes are in training/") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"{path} is not a TOML recipe: {error}") from None
     for assignment in overrides:
         _override(table, assignment)
     stage = table.get("stage", "")
-    if stage not in STAGES:
+    if not isinstance(stage, str) or stage not in STAGES:
         raise RecipeError(f"{path}: stage = {stage!r}; known stages: {', '.join(STAGES)}")
-    return _build(STAGES[stage], table)
+    return _checked(_build(STAGES[stage], table))
 
 
 def load_run_recipe(folder: Path) -> Any:
@@ -187,7 +231,27 @@ def load_run_recipe(folder: Path) -> Any:
         raise RecipeError(
             f"{folder} is no run folder (it has no recipe.json); train that stage first"
         ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"{folder / 'recipe.json'} cannot be read: {error}") from None
+    if not isinstance(table, dict) or table.get("stage") not in STAGES:
+        raise RecipeError(f"{folder / 'recipe.json'} names no known stage")
     return _build(STAGES[table["stage"]], table)
+
+
+# What may change between a run and its continuation; everything else makes it another run.
+FREE_KEYS = {"output", "steps", "snapshot_every", "learning_rate", "bf16"}
+
+
+def check_same_run(config: Any, folder: Path) -> None:
+    """RecipeError where ``folder`` holds a run of another recipe than ``config``."""
+    before, now = asdict(load_run_recipe(folder)), asdict(config)
+    changed = sorted(
+        k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in FREE_KEYS
+    )
+    if changed:
+        raise RecipeError(
+            f"{folder} holds a run with another {changed[0]}; choose another output, or delete the folder"
+        )
 
 
 def as_dict(recipe: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from std_rt.training.autoencoder_model import ResBlock, make_encoder
+from std_rt.training.recipe import STYLE_HEADS
 
 
 def _statistics(x: Tensor) -> Tensor:
@@ -33,7 +34,7 @@ def _covariance(x: Tensor) -> Tensor:
 class Resampler(nn.Module):
     """Learned queries attend to positions ``[B, L, C]`` -> ``[B, queries, dim]``."""
 
-    def __init__(self, queries: int, channels: int, dim: int, heads: int = 6) -> None:
+    def __init__(self, queries: int, channels: int, dim: int, heads: int = STYLE_HEADS) -> None:
         super().__init__()
         self.heads = heads
         self.queries = nn.Parameter(torch.randn(1, queries, dim) * 0.5)

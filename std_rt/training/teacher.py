@@ -13,9 +13,11 @@ target as the run proceeds, and the style can only come from the style tokens. P
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,14 @@ from std_rt.schedule import NoiseSchedule, grid_timestep, start_index, trajector
 from std_rt.training.arrays import Frame
 from std_rt.training.autoencoder_model import AutoencoderPixelShuffle
 from std_rt.training.data import load_pictures, picture_files, read_picture
-from std_rt.training.latents import Triple, build_latents, draw_triples, load_latents, save_latents
+from std_rt.training.latents import (
+    Triple,
+    build_latents,
+    draw_triples,
+    latents_made_from,
+    load_latents,
+    save_latents,
+)
 from std_rt.training.loop import Run, cosine_rate
 from std_rt.training.recipe import DataConfig, FinishConfig, TeacherConfig
 from std_rt.training.sheet import centre_crop, save_sheet, to_frames, to_tensor
@@ -159,17 +168,27 @@ def teacher_sheet(
 
 
 def _latents(config: TeacherConfig, vae: AutoencoderPixelShuffle, run: Path) -> dict[str, list[Triple]]:
-    """Stored latents of the run, made on the first call."""
+    """Stored latents of the run, made on the first call and again when what they are made of changes."""
     path = run / "latents.safetensors"
-    if not path.exists():
+    made_from = _fingerprint(config, vae)
+    if latents_made_from(path) != made_from:
         photos = load_pictures(config.data.photos, config.data.sources)
         art = load_pictures(config.data.art, config.data.sources)
         counts = {
             "art": len(art.frames) * config.variants if config.share_art else 0,
             "generated": len(photos.frames) * config.variants if config.share_generated else 0,
         }
-        save_latents(build_latents(art, photos, vae, counts, config.seed, config.bf16), path)
+        save_latents(build_latents(art, photos, vae, counts, config.seed, config.bf16), path, made_from)
     return load_latents(path)
+
+
+def _fingerprint(config: TeacherConfig, vae: AutoencoderPixelShuffle) -> str:
+    weights = hashlib.sha256()
+    for value in vae.encoder.state_dict().values():
+        weights.update(value.numpy().tobytes())
+    kinds = [bool(config.share_art), bool(config.share_generated)]
+    known = [weights.hexdigest(), asdict(config.data), config.seed, config.variants, kinds]
+    return json.dumps(known, sort_keys=True)
 
 
 def _load_vae(config: TeacherConfig) -> AutoencoderPixelShuffle:

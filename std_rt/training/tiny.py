@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,8 +105,19 @@ def _split_ip(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Te
 
 
 def save_tiny(pipeline: TinyPipeline, folder: Path) -> None:
-    """Write the diffusers folder: unet, vae, image_encoder, scheduler, ip_adapter.safetensors, index."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the diffusers folder: unet, vae, image_encoder, scheduler, ip_adapter.safetensors, index.
+
+    The folder appears whole or not at all; one of that name is replaced.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    _write(pipeline, partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def _write(pipeline: TinyPipeline, folder: Path) -> None:
+    folder.mkdir(parents=True)
     weights, ip = _split_ip(pipeline.unet.state_dict())
     (folder / "unet").mkdir(exist_ok=True)
     # The first belongs to the adapter, the second to one machine.

@@ -115,6 +115,7 @@ def test_recipes_in_the_repository_load() -> None:
         ("stage = 'teacher'\noutput = 'x'\nautoencoder = 'x'\nsteps = 'many'\n", "must be of type int"),
         ("stage = 'teacher'\n", "lacks output"),
         ("stage = \n", "not a TOML recipe"),
+        ("stage = [1]\n", "known stages"),
         ("stage = 'autoencoder'\noutput = 'x'\ndata = 3\n", "must be a table"),
     ],
 )
@@ -132,3 +133,22 @@ def test_overrides_reach_nested_keys(tmp_path: Path) -> None:
     assert (recipe.steps, recipe.data.art, recipe.learning_rate) == (7, "other", 1.0)
     with pytest.raises(RecipeError, match=r"section\.key=value"):
         load_recipe(_write(tmp_path, text), ("steps",))
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("steps=0", "steps = 0 is outside 1"),
+        ("snapshot_every=0", "snapshot_every = 0 is outside 1"),
+        ("window=[60]", "window = 60 is outside 1..32"),
+        ("window=[]", "window is empty"),
+        ("drop_style=1.5", "drop_style = 1.5 is outside 0..1"),
+        ("learning_rate=nan", "learning_rate = nan is outside"),
+        ("model.cross_attention_dim=32", "must divide by 6"),
+        ("steps.more=3", "is a value, not a table"),
+    ],
+)
+def test_values_outside_their_range_are_refused(assignment: str, message: str) -> None:
+    path = Path(__file__).parents[2] / "training" / "std_tiny_teacher.toml"
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path, (assignment,))

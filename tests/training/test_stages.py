@@ -103,11 +103,47 @@ def test_missing_stage_names_the_command(teacher_config: TeacherConfig, tmp_path
 
 
 def test_nan_loss_stops_and_keeps_the_checkpoint(
-    autoencoder_config: AutoencoderConfig, tmp_path: Path
+    autoencoder_config: AutoencoderConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(autoencoder_config, output=str(tmp_path), steps=6)
     train_autoencoder(config, stop_after=3)
     good = (tmp_path / "checkpoint.safetensors").read_bytes()
-    with pytest.raises(RecipeError, match="not a number at step"):
-        train_autoencoder(replace(config, high_pass=float("nan")))
+    monkeypatch.setattr(
+        "std_rt.training.autoencoder.reconstruction_loss", lambda output, *_: output.sum() * float("nan")
+    )
+    with pytest.raises(RecipeError, match="not a number at step 3"):
+        train_autoencoder(config)
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == good
+
+
+def test_another_recipe_does_not_go_on_with_a_run(
+    autoencoder_config: AutoencoderConfig, tmp_path: Path
+) -> None:
+    config = replace(autoencoder_config, output=str(tmp_path))
+    train_autoencoder(config, stop_after=3)
+    kept = (tmp_path / "recipe.json").read_bytes()
+    with pytest.raises(RecipeError, match="holds a run with another batch"):
+        train_autoencoder(replace(config, batch=3))
+    assert (tmp_path / "recipe.json").read_bytes() == kept
+
+
+def test_latents_are_made_again_for_another_autoencoder(
+    teacher_folder: Path, teacher_config: TeacherConfig
+) -> None:
+    from std_rt.training.latents import latents_made_from
+    from std_rt.training.teacher import _fingerprint
+
+    vae = load_tiny(teacher_folder).vae
+    path = Path(teacher_config.output) / "latents.safetensors"
+    assert latents_made_from(path) == _fingerprint(teacher_config, vae)
+    with torch.no_grad():
+        next(vae.encoder.parameters()).add_(1)
+    assert latents_made_from(path) != _fingerprint(teacher_config, vae)
+
+
+def test_damaged_latents_say_what_to_do(finish_config: FinishConfig, tmp_path: Path) -> None:
+    from std_rt.training.latents import load_latents
+
+    (tmp_path / "latents.safetensors").write_bytes(b"half")
+    with pytest.raises(RecipeError, match="delete it"):
+        load_latents(tmp_path / "latents.safetensors")
