@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ from std_rt.media.encode import CLIP_SUFFIXES, ClipWriter, sound_fits
 from std_rt.media.files import check_output, partial_file
 
 __all__ = ["CLIP_SUFFIXES", "VideoInfo", "VideoReport", "default_clip_suffix", "probe", "transcode"]
+
+# Decoded frames end up in reference cycles, and the collector counts objects, not bytes: left to itself it
+# lets some 250 frames of 720p (300 MB) pile up before it looks.
+_COLLECT_EVERY = 20
 
 Frame = NDArray[np.uint8]
 
@@ -159,6 +164,8 @@ def _pump(
             if should_stop is not None and should_stop():
                 return True
             writer.write_frame(item, stylize(item.rgb))
+            if writer.frames % _COLLECT_EVERY == 0:
+                gc.collect()
             if progress is not None:
                 progress(writer.frames, total)
     return False
