@@ -27,6 +27,7 @@ from std_rt.training.latents import STYLE_LATENTS, Triple, load_latents
 from std_rt.training.loop import cosine_rate
 from std_rt.training.recipe import FinishConfig, TeacherConfig, load_run_recipe
 from std_rt.training.teacher import (
+    ddim,
     denoising_loss,
     ema_update,
     mixed_precision,
@@ -37,12 +38,6 @@ from std_rt.training.teacher import (
 )
 from std_rt.training.texture import detail_distance, texture_distance
 from std_rt.training.tiny import TinyPipeline, load_tiny, run_unet, save_tiny
-
-
-def ddim(x: Tensor, v: Tensor, c: StepCoefficients) -> tuple[Tensor, Tensor]:
-    """One step of a v-prediction: ``(x_s, x_0)``."""
-    x_0, eps = c.alpha_t * x - c.sigma_t * v, c.alpha_t * v + c.sigma_t * x
-    return c.alpha_s * x_0 + c.sigma_s * eps, x_0
 
 
 def draw_unpaired(

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from std_rt.errors import RecipeError
-from std_rt.schedule import NoiseSchedule, grid_timestep, start_index, trajectory_timesteps
+from std_rt.schedule import NoiseSchedule, StepCoefficients, grid_timestep, start_index, trajectory_timesteps
 from std_rt.training.arrays import Frame
 from std_rt.training.autoencoder_model import AutoencoderPixelShuffle
 from std_rt.training.data import load_pictures, picture_files, read_picture
@@ -116,6 +116,12 @@ def random_time_ids(batch: int, rng: np.random.Generator) -> Tensor:
     return torch.cat([size, torch.zeros(batch, 2), size], 1)
 
 
+def ddim(x: Tensor, v: Tensor, c: StepCoefficients) -> tuple[Tensor, Tensor]:
+    """One step of a v-prediction: ``(x_s, x_0)``."""
+    x_0, eps = c.alpha_t * x - c.sigma_t * v, c.alpha_t * v + c.sigma_t * x
+    return c.alpha_s * x_0 + c.sigma_s * eps, x_0
+
+
 @torch.no_grad()
 def sample(
     pipeline: TinyPipeline,
@@ -140,8 +146,7 @@ def sample(
         if guidance != 1:
             free = run_unet(pipeline.unet, x, t, torch.zeros_like(tokens), torch.zeros_like(pooled), ids)
             v = free + guidance * (v - free)
-        x_0, eps = c.alpha_t * x - c.sigma_t * v, c.alpha_t * v + c.sigma_t * x
-        x = c.alpha_s * x_0 + c.sigma_s * eps
+        x, _ = ddim(x, v, c)
     return pipeline.vae.decode(x).sample
 
 

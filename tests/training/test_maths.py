@@ -11,10 +11,9 @@ import torch
 from std_rt.errors import RecipeError
 from std_rt.schedule import NoiseSchedule, trajectory_timesteps
 from std_rt.training.content import content_version, transfer_colours
-from std_rt.training.finish import ddim
 from std_rt.training.recipe import TeacherConfig, load_recipe
 from std_rt.training.styles import STYLES, draw_style
-from std_rt.training.teacher import NoisyBatch, make_noisy, v_loss
+from std_rt.training.teacher import NoisyBatch, ddim, make_noisy, v_loss
 from std_rt.training.texture import sliced_wasserstein, texture_distance
 
 SCHEDULE = NoiseSchedule(NoiseSchedule.scaled_linear().shifted(4.0).alphas_cumprod, "v_prediction")
