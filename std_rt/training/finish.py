@@ -23,7 +23,7 @@ from torch import Tensor
 
 from std_rt.errors import RecipeError
 from std_rt.schedule import StepCoefficients, trajectory_timesteps
-from std_rt.training.latents import STYLE_LATENTS, Triple, load_latents
+from std_rt.training.latents import STYLE_LATENTS, Triple, load_latents, random_crop_of
 from std_rt.training.loop import cosine_rate
 from std_rt.training.recipe import FinishConfig, TeacherConfig, load_run_recipe
 from std_rt.training.teacher import (
@@ -44,16 +44,13 @@ def draw_unpaired(
     latents: dict[str, list[Triple]], batch: int, side: int, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
     """Photos ``[B, C, side, side]`` and unrelated styles ``[B, C, 28, 28]``, three in four artworks."""
-    contents: list[Tensor] = []
-    styles: list[Tensor] = []
+    rows = []
     for _ in range(batch):
         photo = latents["generated"][int(rng.integers(len(latents["generated"])))].c
         kind = "art" if rng.random() < 0.75 else "generated"
         other = latents[kind][int(rng.integers(len(latents[kind])))].s[0]
-        for tensor, size, out in ((photo, side, contents), (other, STYLE_LATENTS, styles)):
-            y = int(rng.integers(0, tensor.shape[1] - size + 1))
-            x = int(rng.integers(0, tensor.shape[2] - size + 1))
-            out.append(tensor[:, y : y + size, x : x + size].float())
+        rows.append((random_crop_of(photo, side, rng), random_crop_of(other, STYLE_LATENTS, rng)))
+    contents, styles = zip(*rows, strict=True)
     return torch.stack(contents), torch.stack(styles)
 
 

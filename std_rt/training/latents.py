@@ -171,6 +171,11 @@ def _random_window(x: Tensor, side: int, rng: np.random.Generator) -> tuple[int,
     return int(rng.integers(0, x.shape[1] - side + 1)), int(rng.integers(0, x.shape[2] - side + 1))
 
 
+def random_crop_of(x: Tensor, side: int, rng: np.random.Generator) -> Tensor:
+    """A random ``side`` x ``side`` window of ``x [C, h, w]``, fp32."""
+    return _crop(x, *_random_window(x, side, rng), side).float()
+
+
 def draw_triples(
     latents: dict[str, list[Triple]],
     shares: dict[str, float],

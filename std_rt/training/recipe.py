@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from std_rt.errors import RecipeError
+from std_rt.schedule import trajectory_timesteps
 
 T = TypeVar("T")
 STYLE_HEADS = 6  # attention heads of the style encoder's resampler
@@ -71,6 +72,7 @@ class TeacherConfig:
     autoencoder: str
     data: DataConfig
     stage: str = "teacher"
+    start_from: str = ""  # a pipeline folder to go on from; empty: random weights
     seed: int = 0
     steps: int = 20_000
     batch: int = 32
@@ -115,10 +117,140 @@ class FinishConfig:
     snapshot_every: int = 250
 
 
+LORA_TARGETS = (
+    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
+    "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The student: low-rank updates of the base's layers, by the ends of the layers' names."""
+
+    rank: int = 64
+    alpha: float = 64.0
+    targets: tuple[str, ...] = LORA_TARGETS
+
+
+@dataclass(frozen=True)
+class BankConfig:
+    """The trajectory bank."""
+
+    enabled: bool = True  # false: every state is solved by the teacher from tau (ablation, slow)
+    capacity: int = 64  # trajectories per latent size
+    p_fresh: float = 0.0  # share of fresh starts; 0: refill what has finished, which makes it 1/L
+    stored_conditioning: bool = True  # false: another trajectory's, as the released code has it (ablation)
+    spread: bool = True  # begin with the bank's trajectories spread over t, so that no wave goes through
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class AdversarialConfig:
+    """The asymmetric adversarial loss; weight 0 leaves it out."""
+
+    weight: float = 0.0
+    features: str = "dinov2"  # or "style": std-tiny's style encoder on latents, which needs no download
+    dino: str = "facebook/dinov2-small"  # hub id or folder
+    blocks: tuple[int, ...] = (2, 5, 8, 11)
+    size_px: int = 224
+    real: str = "below"  # real latents at r < s; "same": r = s (ablation)
+    learning_rate: float = 5e-5
+    r1: float = 1e-5
+    start_step: int = 0
+
+
+@dataclass(frozen=True)
+class PicturesConfig:
+    """Training pictures or videos, with captions where there are any."""
+
+    folder: str = ""
+    kind: str = "auto"  # pictures, videos, webdataset
+    resolution_px: int = 512
+    buckets: bool = True  # sizes by aspect ratio; false: squares
+    caption_key: str = "text"
+    caption: str = ""  # for files without one
+    flip: bool = True
+    centre: bool = False
+    workers: int = 2
+    cache: str = ""  # folder for latents and embeddings; empty: none
+
+
+@dataclass(frozen=True)
+class LatentsConfig:
+    """In the place of pictures: stored latents of a std-tiny teacher's run."""
+
+    file: str = ""
+    side: int = 16  # of the crops, in latent pixels
+    paired: float = 1.0  # share with a known target; the others: a photo under an unrelated style (std only)
+    share_art: float = 0.6  # (artwork, its content version) among these; the others: generated styles
+
+
+@dataclass(frozen=True)
+class SheetConfig:
+    """Held-out pictures for the periodic sheets; empty: no sheets."""
+
+    contents: str = ""
+    styles: str = ""
+    pairs: int = 6
+    size_px: int = 256
+
+
+@dataclass(frozen=True)
+class DistilConfig:
+    """Recipe of the distillation stage: a few-step LoRA of a base."""
+
+    output: str
+    base: str
+    stage: str = "distil"
+    method: str = "std"
+    seed: int = 0
+    steps: int = 10_000  # optimizer steps
+    batch: int = 1  # samples a micro-batch and process
+    accumulate: int = 16
+    learning_rate: float = 5e-6
+    rate_schedule: str = "cosine"  # or constant
+    warmup: int = 500
+    weight_decay: float = 0.0
+    max_grad_norm: float = 10.0
+    optimizer: str = "adamw"  # or adamw8bit (bitsandbytes)
+    eta: float = 0.75
+    tau: int = 0  # a grid timestep; 0: that of eta
+    run_steps: tuple[int, ...] = (2, 4, 6, 8)  # step counts the LoRA is for; the first is not special
+    window: float = 0.5  # s lies at most window * ceil(50 eta) grid points below t
+    phases: int = 4  # pcm only
+    guidance: tuple[float, ...] = (6.0, 16.0)  # range of the teacher's scale; w = scale - 1
+    drop_conditioning: float = 0.1
+    ema_decay: float = 0.95
+    ema_target: bool = True  # false: the online weights are the target (ablation)
+    huber_c: float = 1e-3
+    precision: str = "bf16"  # fp16, fp32
+    gradient_checkpointing: bool = False
+    snapshot_every: int = 500
+    log_every: int = 10
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    bank: BankConfig = field(default_factory=BankConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    pictures: PicturesConfig = field(default_factory=PicturesConfig)
+    latents: LatentsConfig = field(default_factory=LatentsConfig)
+    sheet: SheetConfig = field(default_factory=SheetConfig)
+
+
 STAGES: dict[str, type] = {
     "autoencoder": AutoencoderConfig,
     "teacher": TeacherConfig,
     "finish": FinishConfig,
+    "distil": DistilConfig,
+}
+
+# Texts that are one of a few.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "method": ("std", "tcd", "lcm", "pcm"),
+    "rate_schedule": ("cosine", "constant"),
+    "optimizer": ("adamw", "adamw8bit"),
+    "precision": ("bf16", "fp16", "fp32"),
+    "features": ("dinov2", "style"),
+    "real": ("below", "same"),
+    "kind": ("auto", "pictures", "videos", "webdataset"),
 }
 
 
@@ -169,9 +301,11 @@ def _override(table: dict[str, Any], assignment: str) -> None:
 
 # Floats that are shares or levels, and so lie in 0..1.
 _SHARES = {
-    "content_from_eta", "drop_style", "ema_decay", "eta", "generated_share", "scale_equivariance",
-    "share_art", "share_generated", "start_eta",
+    "content_from_eta", "drop_conditioning", "drop_style", "ema_decay", "eta", "generated_share", "p_fresh",
+    "paired", "scale_equivariance", "share_art", "share_generated", "start_eta", "window",
 }  # fmt: skip
+_FROM_ZERO = {"blocks", "seed", "start_step", "tau", "warmup", "workers"}  # whole numbers that may be 0
+_POSITIVE = {"eta", "huber_c", "alpha", "max_grad_norm", "learning_rate", "window"}
 _STORED_SIDE = 32  # stored latents have at least this short side
 
 
@@ -187,10 +321,15 @@ def _validate(recipe: Any, prefix: str = "") -> None:
         for number in numbers:
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
-            low = 0 if f.name == "seed" or isinstance(number, float) else 1
-            high = 1 if f.name in _SHARES else _STORED_SIDE if f.name == "window" else math.inf
-            if not low <= number <= high or number == math.inf:
+            low = 0 if f.name in _FROM_ZERO or isinstance(number, float) else 1
+            share = f.name in _SHARES and isinstance(number, float)
+            high = 1 if share else _STORED_SIDE if f.name in ("window", "side") else math.inf
+            if not low <= number <= high or number == math.inf or (f.name in _POSITIVE and not number):
                 raise RecipeError(f"{name} = {number} is outside {low}..{high}")
+        if f.name in CHOICES and value not in CHOICES[f.name]:
+            near = difflib.get_close_matches(value, CHOICES[f.name], 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise RecipeError(f"{name} = {value!r} is none of {', '.join(CHOICES[f.name])}{hint}")
 
 
 def _validate_model(recipe: Any) -> None:
@@ -201,14 +340,47 @@ def _validate_model(recipe: Any) -> None:
             raise RecipeError(f"model.cross_attention_dim must divide by {STYLE_HEADS}")
 
 
+def _validate_distil(recipe: DistilConfig) -> None:
+    """What must fit together; RecipeError names the first that does not."""
+    try:
+        tau = distil_tau(recipe)
+        for count in (*recipe.run_steps, recipe.phases if recipe.method == "pcm" else 1):
+            trajectory_timesteps(recipe.eta, count, start=tau)
+    except ValueError as error:
+        raise RecipeError(f"eta, tau, run_steps and phases do not fit together: {error}") from None
+    low_high = recipe.guidance
+    if len(low_high) != 2 or low_high[0] > low_high[1]:
+        raise RecipeError(f"guidance = {list(low_high)} must be a range [low, high]")
+    if bool(recipe.pictures.folder) == bool(recipe.latents.file):
+        raise RecipeError("give either pictures.folder or latents.file: one of them is what is trained on")
+    if bool(recipe.sheet.contents) != bool(recipe.sheet.styles) and recipe.latents.file:
+        raise RecipeError("sheet.contents and sheet.styles belong together: give both or none")
+    if recipe.method != "std" and recipe.latents.paired < 1:
+        raise RecipeError(f"latents.paired = {recipe.latents.paired:g} needs method = 'std'; set it to 1.0")
+    if recipe.bank.enabled and recipe.method == "std" and recipe.bank.capacity < 2 * recipe.batch:
+        raise RecipeError(
+            f"bank.capacity = {recipe.bank.capacity} must be at least twice the batch of {recipe.batch}"
+        )
+
+
+def distil_tau(recipe: DistilConfig) -> int:
+    """The timestep at which the trajectory starts; ValueError where it is not on the grid."""
+    return trajectory_timesteps(recipe.eta, 1, start=recipe.tau or None)[0]
+
+
 def _checked(recipe: Any) -> Any:
     _validate(recipe)
     _validate_model(recipe)
+    if isinstance(recipe, DistilConfig):
+        _validate_distil(recipe)
     return recipe
 
 
-def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Any:
-    """Read a recipe; raise RecipeError on a missing file, a wrong key (naming the nearest) or type."""
+def load_recipe(path: Path, overrides: tuple[str, ...] = (), given: dict[str, Any] | None = None) -> Any:
+    """Read a recipe; raise RecipeError on a missing file, a wrong key (naming the nearest) or type.
+
+    ``overrides`` are ``section.key=value`` texts, ``given`` top-level values; they win in this order.
+    """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -217,6 +389,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Any:
         raise RecipeError(f"{path} is not a TOML recipe: {error}") from None
     for assignment in overrides:
         _override(table, assignment)
+    table |= given or {}
     stage = table.get("stage", "")
     if not isinstance(stage, str) or stage not in STAGES:
         raise RecipeError(f"{path}: stage = {stage!r}; known stages: {', '.join(STAGES)}")
@@ -239,7 +412,7 @@ def load_run_recipe(folder: Path) -> Any:
 
 
 # What may change between a run and its continuation; everything else makes it another run.
-FREE_KEYS = {"output", "steps", "snapshot_every", "learning_rate", "bf16"}
+FREE_KEYS = {"output", "steps", "snapshot_every", "log_every", "learning_rate", "bf16", "sheet"}
 
 
 def check_same_run(config: Any, folder: Path) -> None:

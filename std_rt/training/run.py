@@ -5,16 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from std_rt.training.autoencoder import train_autoencoder
-from std_rt.training.finish import finish_pipeline
-from std_rt.training.recipe import AutoencoderConfig, FinishConfig
-from std_rt.training.teacher import train_teacher
+from std_rt.training.recipe import AutoencoderConfig, DistilConfig, FinishConfig
 
 
 def run_recipe(recipe: Any) -> Path:
-    """Run the stage of a recipe to its end, going on from its checkpoint; returns the result's folder."""
+    """Run the stage of a recipe to its end, going on from its checkpoint; returns what it made."""
+    # Each stage is imported when it runs: the first three need no Accelerate and no DINOv2.
+    if isinstance(recipe, DistilConfig):
+        from std_rt.training.distil import train_distil
+
+        return train_distil(recipe)
     if isinstance(recipe, AutoencoderConfig):
+        from std_rt.training.autoencoder import train_autoencoder
+
         return train_autoencoder(recipe)
     if isinstance(recipe, FinishConfig):
+        from std_rt.training.finish import finish_pipeline
+
         return finish_pipeline(recipe)
+    from std_rt.training.teacher import train_teacher
+
     return train_teacher(recipe)

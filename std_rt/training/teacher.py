@@ -42,7 +42,7 @@ from std_rt.training.loop import Run, cosine_rate
 from std_rt.training.recipe import DataConfig, FinishConfig, TeacherConfig
 from std_rt.training.sheet import centre_crop, save_sheet, to_frames, to_tensor
 from std_rt.training.style_encoder import StyleEncoder
-from std_rt.training.tiny import TinyPipeline, build_unet, run_unet, save_tiny
+from std_rt.training.tiny import TinyPipeline, build_unet, load_tiny, run_unet, save_tiny
 
 Pairs = list[tuple[Frame, Frame]]
 
@@ -219,7 +219,23 @@ def _build(config: TeacherConfig, vae: AutoencoderPixelShuffle) -> TinyPipeline:
     style.patchify.load_state_dict(vae.encoder.state_dict())
     shifted = NoiseSchedule.scaled_linear().shifted(config.snr_ratio)
     schedule = NoiseSchedule(shifted.alphas_cumprod, "v_prediction")
-    return TinyPipeline(build_unet(model, v.latent_channels), style, vae, schedule)
+    pipeline = TinyPipeline(build_unet(model, v.latent_channels), style, vae, schedule)
+    if config.start_from:
+        _copy_weights(Path(config.start_from), pipeline)
+    return pipeline
+
+
+def _copy_weights(folder: Path, pipeline: TinyPipeline) -> None:
+    """UNet and style encoder of a pipeline folder; RecipeError where there is none or it does not fit."""
+    if not (folder / "model_index.json").exists():
+        raise RecipeError(f"start_from = {str(folder)!r} is no pipeline folder (it has no model_index.json)")
+    source = load_tiny(folder)
+    try:
+        pipeline.unet.load_state_dict(source.unet.state_dict())
+        pipeline.style_encoder.load_state_dict(source.style_encoder.state_dict())
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RecipeError(f"start_from = {str(folder)!r} does not fit the recipe's model: {reason}") from None
 
 
 def ema_update(average: TinyPipeline, live: TinyPipeline, step: int, decay: float) -> None:

@@ -1,0 +1,254 @@
+"""``stage = "distil"``: a few-step LoRA of a base, by STD, TCD, LCM or PCM. Read top to bottom.
+
+Single Trajectory Distillation: arXiv 2412.18945. Several processes go through Accelerate; each has its own
+data, noise and bank. Everything random and every tensor is in the checkpoint, so that a run that was killed
+and resumed equals an unbroken one, bit for bit on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+
+from std_rt.errors import RecipeError
+from std_rt.training.base import Base, load_base
+from std_rt.training.discriminator import Adversary
+from std_rt.training.distil_sheet import SheetMaker
+from std_rt.training.distil_state import DistilState, Logs, start_folder
+from std_rt.training.distiller import Distiller, Source, attention_kernels
+from std_rt.training.features import DinoFeatures, Features, StyleFeatures, load_dino
+from std_rt.training.loop import cosine_rate
+from std_rt.training.lora import Average, add_lora, lora_parameters, make_notes, save_lora
+from std_rt.training.recipe import DistilConfig, distil_tau
+from std_rt.training.report import Report, Stopwatch
+from std_rt.training.tiny_source import TripleSource
+
+__all__ = ["train_distil"]
+
+
+@contextmanager
+def _accelerator(config: DistilConfig) -> Iterator[Accelerator]:
+    """Accelerate for one run; its global state is given back, so that one process can train twice."""
+    # bf16 needs no gradient scaler and is switched on around the networks only (distiller.py).
+    mixed = "fp16" if config.precision == "fp16" else "no"
+    try:
+        yield Accelerator(mixed_precision=mixed, gradient_accumulation_steps=config.accumulate)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=False)
+        GradientState._reset_state()
+
+
+def _optimizer(config: DistilConfig, parameters: list[torch.nn.Parameter], rate: float) -> Any:
+    options: dict[str, Any] = {"lr": rate, "betas": (0.9, 0.999), "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **options)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise RecipeError(
+            "optimizer = 'adamw8bit' needs bitsandbytes: pip install bitsandbytes, or --set optimizer=adamw"
+        ) from None
+    return AdamW8bit(parameters, **options)
+
+
+def _features(config: DistilConfig, base: Base) -> Features:
+    chosen = config.adversarial
+    if chosen.features == "style":
+        if base.style_encoder is None:
+            raise RecipeError("adversarial.features = 'style' needs a base with a style encoder; use dinov2")
+        return StyleFeatures(base.style_encoder)
+    return DinoFeatures(load_dino(chosen.dino), base.decode, chosen.blocks, chosen.size_px)
+
+
+def _source(config: DistilConfig, base: Base, rank: int, world: int) -> Source:
+    if not config.latents.file:
+        from std_rt.training.source import PictureSource
+
+        return PictureSource(config.pictures, base, seed=config.seed, rank=rank, world=world)
+    if base.style_encoder is None:
+        raise RecipeError("latents.file is for a base with a style encoder; set pictures.folder instead")
+    return TripleSource(config.latents, base, config.seed, rank, world)
+
+
+def _place(base: Base, config: DistilConfig, device: torch.device) -> None:
+    """The frozen parts to the device; weights in the training precision on a GPU.
+
+    The autoencoder stays in fp32: SDXL's overflows in fp16.
+    """
+    if device.type != "cpu" and config.precision != "fp32":
+        base.unet.to(device, {"bf16": torch.bfloat16, "fp16": torch.float16}[config.precision])
+    base.unet.to(device)
+    base.vae.to(device)
+    if base.style_encoder is not None:
+        base.style_encoder.to(device)
+    if base.text is not None:
+        base.text.pipeline.to(device)
+
+
+def lora_notes(config: DistilConfig, base: Base, step: int) -> dict[str, str]:
+    """What this run's LoRA says of itself; ``std-rt export --lora`` reads its schedule from it."""
+    return make_notes(
+        method=config.method,
+        eta=config.eta,
+        tau=distil_tau(config),
+        run_steps=config.run_steps,
+        guidance=config.guidance,
+        base=base.name,
+        base_digest=base.digest,
+        step=step,
+        seed=config.seed,
+    )
+
+
+def _rate(config: DistilConfig, step: int) -> float:
+    if config.rate_schedule == "constant":
+        return config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup))
+    return cosine_rate(config.learning_rate, step, config.steps, max(1, config.warmup), floor=0.0)
+
+
+def train_distil(config: DistilConfig, stop_after: int | None = None, base: Base | None = None) -> Path:
+    """Distil (or go on distilling); returns the LoRA file of the averaged student.
+
+    ``stop_after`` ends the call after that many optimizer steps with the last due checkpoint standing, as
+    a kill would. ``base`` takes the place of loading ``config.base``. Raises RecipeError.
+    """
+    with (
+        _accelerator(config) as accelerator,
+        attention_kernels(accelerator.device.type),
+        ExitStack() as stack,
+    ):
+        return _train(config, accelerator, base or load_base(config.base), stop_after, stack)
+
+
+def _train(
+    config: DistilConfig, accelerator: Accelerator, base: Base, stop_after: int | None, stack: ExitStack
+) -> Path:
+    folder, device, main = Path(config.output), accelerator.device, accelerator.is_main_process
+    start_folder(folder, config, write=main)
+    accelerator.wait_for_everyone()
+
+    # --- networks: one UNet holds teacher (LoRA off), student (LoRA on) and averaged student ---------
+    _place(base, config, device)
+    add_lora(base.unet, config.lora, config.seed)
+    if config.gradient_checkpointing:
+        base.unet.enable_gradient_checkpointing()
+    parameters = lora_parameters(base.unet)
+    average = Average(parameters)
+    watch = Stopwatch(device)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    source = stack.enter_context(closing(_source(config, base, rank, world)))
+    distiller = Distiller(config, base, source, average, device=str(device), rank=rank, watch=watch)
+    optimizer = _optimizer(config, list(parameters.values()), config.learning_rate)
+    student, optimizer = accelerator.prepare(base.unet, optimizer)
+
+    # --- the discriminator, where the recipe has one --------------------------------------------------
+    adversary = heads = heads_optimizer = None
+    if config.adversarial.weight:
+        torch.manual_seed(config.seed)
+        features = _features(config, base)
+        condition_dim = base.unet.config.projection_class_embeddings_input_dim
+        condition_dim -= 6 * base.unet.config.addition_time_embed_dim
+        adversary = Adversary(features, condition_dim).to(device)
+        heads_optimizer = _optimizer(
+            config, list(adversary.heads.parameters()), config.adversarial.learning_rate
+        )
+        heads, heads_optimizer = accelerator.prepare(adversary.heads, heads_optimizer)
+
+    # --- resume ------------------------------------------------------------------------------------------
+    optimizers = {"student": optimizer, "heads": heads_optimizer}
+    state = DistilState(folder, distiller, parameters, average, adversary, optimizers, accelerator)
+    start = state.restore()
+    if start == 0 and distiller.uses_bank and config.bank.spread:
+        distiller.spread_bank()
+    title = f"{config.method} of {base.name}"
+    report = stack.enter_context(
+        Report(
+            folder,
+            total_steps=config.steps,
+            title=title,
+            log_every=config.log_every,
+            main=main,
+            resume_at=start,
+        )
+    )
+    sheets = SheetMaker(config, base, distiller, folder) if main else None
+    end = min(config.steps, stop_after or config.steps)
+    logs = Logs(accelerator, config.accumulate)
+
+    for step in range(start, end):
+        rate = _rate(config, step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        watch.start()
+        for _ in range(config.accumulate):
+            batch = distiller.draw()
+            judge = adversary is not None and step >= config.adversarial.start_step
+            with accelerator.accumulate(*([student] if heads is None else [student, heads])):
+                # The student's step; the discriminator's heads are frozen in it.
+                x_s = distiller.student_jump(student, batch.states, batch.s)
+                loss = distiller.consistency_loss(x_s, batch)
+                logs.add(consistency=loss)
+                if judge and adversary is not None:
+                    with watch("adversarial"), distiller.judging():
+                        maps = adversary.features(x_s)  # decoded and encoded once, for both networks
+                        fooled = adversary.generator_loss(x_s, batch.states.cond.pooled, batch.pair, maps)
+                    loss = loss + config.adversarial.weight * fooled
+                    logs.add(generator=fooled)
+                with watch("student"):
+                    accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    logs.add(gradient=accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm))
+                with watch("optimizer"):
+                    optimizer.step()
+                    optimizer.zero_grad()
+                # The discriminator's step, on the same x_s; its gradients are cleared after it.
+                if judge and adversary is not None and heads_optimizer is not None:
+                    with watch("adversarial"), distiller.judging():
+                        judged, parts = adversary.discriminator_loss(
+                            heads,
+                            x_s.detach(),
+                            batch.real,
+                            batch.states.cond.pooled,
+                            batch.pair,
+                            config.adversarial.r1,
+                            [m.detach() for m in maps],
+                        )
+                        accelerator.backward(judged)
+                        heads_optimizer.step()
+                        heads_optimizer.zero_grad()
+                    logs.add(discriminator=judged, **parts)
+        with watch("optimizer"):
+            average.update(config.ema_decay)
+        watch.stop()
+
+        due = (step + 1) % config.snapshot_every == 0 or step + 1 == config.steps
+        if due or (step + 1) % config.log_every == 0:
+            values = logs.means(step + 1)
+            report.log(step + 1, values | {"learning_rate": rate})
+            images = config.batch * config.accumulate * world
+            report.timing(step + 1, watch.summary(images_per_step=images))
+            report.progress(
+                step + 1, values, histogram=distiller.bank.visits[: distiller.levels.tau_index + 1]
+            )
+        if due:
+            state.save(step + 1)
+            if main:
+                lora = folder / "loras" / f"{step + 1:06d}.safetensors"
+                save_lora(lora, average.tensors, lora_notes(config, base, step + 1), config.lora)
+                sheet = sheets.make(step + 1) if sheets is not None else None
+                if sheet is not None:
+                    report.sheet(step + 1, sheet)
+                report.curves()
+                report.histogram()
+            accelerator.wait_for_everyone()
+
+    final = folder / "lora.safetensors"
+    if end == config.steps and main:
+        save_lora(final, average.tensors, lora_notes(config, base, config.steps), config.lora)
+    return final
