@@ -38,7 +38,8 @@ class DiffusersLoop:
         self._coefficients = bundle.coefficients(steps)
         self._image = np.empty((1, 3, *size), np.float32)
         scale = bundle.vae_scale
-        shape = (1, bundle.latent_channels, size[0] // scale, size[1] // scale)
+        draws = 1 + sum(1 for c in self._coefficients if c.noise)
+        shape = (draws, bundle.latent_channels, size[0] // scale, size[1] // scale)
         self._noise: Any = torch.from_numpy(draw_noise(0, shape))
         self._text: dict[str, Any] = {}
 
@@ -64,12 +65,13 @@ class DiffusersLoop:
         mark("convert")
         z: Any = self._encode(image)
         mark("vae_encoder")
-        x = add_noise(z, self._noise, self._coefficients[0])
+        start, *later = self._noise.split(1)
+        x = add_noise(z, start, self._coefficients[0])
         mark("scheduler")
         for c in self._coefficients:
             output = self._unet(x, c.timestep, **self._text, return_dict=False)[0]
             mark("unet")
-            x = step(x, to_eps(output, x, c, self._bundle.prediction_type), c)
+            x = step(x, to_eps(output, x, c, self._bundle.prediction_type), c, later.pop(0) if c.noise else None)
             mark("scheduler")
         image = self._decode(x)
         mark("vae_decoder")

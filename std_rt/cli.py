@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from std_rt import __version__
+from std_rt.cli_evaluate import evaluate
 from std_rt.cli_options import (
     BackendOption,
     BundleOption,
@@ -100,6 +101,9 @@ def export(
     ip_adapter: Annotated[Path | None, typer.Option("--ip-adapter", help="IP-Adapter Plus weights.")] = None,
     image_encoder: Annotated[Path | None, typer.Option("--image-encoder", help="Its CLIP folder.")] = None,
     vae: Annotated[Path | None, typer.Option("--vae", help="Folder of another VAE.")] = None,
+    profile: Annotated[
+        str, typer.Option("--profile", help="Schedule of a published LoRA: std-0.75, tcd, lcm, ...")
+    ] = "",
     eta: Annotated[float | None, typer.Option("--eta", help="Start; default: the LoRA's, or 0.75.")] = None,
     tau: Annotated[int | None, typer.Option("--tau", help="Start as a timestep; default: eta's.")] = None,
     steps: Annotated[
@@ -123,6 +127,7 @@ def export(
         ip_adapter=ip_adapter,
         image_encoder=image_encoder,
         vae=vae,
+        profile=profile,
         eta=eta,
         tau=tau,
         steps=tuple(steps or ()),
@@ -138,16 +143,29 @@ def export(
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml")],
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="FOLDER", help="The run folder.")
+    ] = None,
+    max_steps: Annotated[
+        int | None, typer.Option("--max-steps", metavar="N", help="Optimizer steps.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Of everything random.")] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe value; repeatable."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print recipe, parameters, memory and time; train nothing.")
+    ] = False,
 ) -> None:
-    """Run a training recipe; run again, it goes on where it stopped. Needs: pip install 'std-rt\\[train]'"""
+    """Run a training recipe; run again, it goes on where it stopped. Needs: pip install 'std-rt\\[train]'
+
+    std-rt train training/std_tiny.toml --set method=tcd --output runs/tcd --seed 1
+    """
     from std_rt.cli_build import run_train
 
-    run_train(recipe, tuple(overrides or ()), dry_run=dry_run)
+    given = {"output": output, "steps": max_steps, "seed": seed}
+    run_train(recipe, tuple(overrides or ()), given, dry_run=dry_run)
 
 
 @app.command()
@@ -172,26 +190,8 @@ def bench(
     run(Settings(bundle, working, steps, backend, precision, frames, warmup, against == "diffusers"))
 
 
-@app.command("eval")
-def evaluate(
-    contents: Annotated[Path, typer.Argument(metavar="CONTENTS", help="Folder of pictures.")],
-    styles: Annotated[Path, typer.Argument(metavar="STYLES", help="Folder of style pictures.")],
-    sheet: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The sheet.")] = Path(
-        "eval.png"
-    ),
-    pairs: Annotated[int, typer.Option("--pairs", help="Pairs, spread evenly over both folders.")] = 12,
-    bundle: BundleOption = None,
-    size: SizeOption = None,
-    steps: StepsOption = None,
-    backend: BackendOption = "auto",
-    precision: PrecisionOption = "auto",
-    overwrite: OverwriteOption = False,
-) -> None:
-    """Judge a bundle: a sheet beside two baselines, and weight-free scores. The last line is JSON."""
-    working = parse_size(size)
-    from std_rt.cli_evaluate import Request, run
-
-    run(Request(contents, styles, sheet, pairs, bundle, working, steps, backend, precision, overwrite))
+app.command("evaluate")(evaluate)
+app.command("eval", hidden=True)(evaluate)  # its name in 0.1
 
 
 @app.command()
@@ -228,6 +228,17 @@ def bundles_info(bundle: Annotated[str | None, typer.Argument(metavar="NAME|FOLD
     from std_rt.cli_bundles import show_info
 
     show_info(bundle)
+
+
+@bundles_app.command("unpack")
+def bundles_unpack(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The diffusers folder.")],
+    bundle: Annotated[str | None, typer.Argument(metavar="NAME|FOLDER")] = None,
+) -> None:
+    """Turn a bundle back into a diffusers folder, to train on. Needs: pip install 'std-rt\\[export]'"""
+    from std_rt.cli_build import unpack
+
+    unpack(bundle, output)
 
 
 @bundles_app.command("verify")

@@ -10,9 +10,10 @@ import typer
 from rich.console import Console
 
 from std_rt.cli_options import split_number
+from std_rt.errors import UsageError
 from std_rt.machine import require
 
-__all__ = ["parse_lora", "run_export", "run_train"]
+__all__ = ["parse_lora", "run_export", "run_train", "unpack"]
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
@@ -32,22 +33,64 @@ def run_export(source: Path, output: Path, *, lora: tuple[str, ...], **options: 
     with console.status("exporting") as status:
         loras = [parse_lora(text) for text in lora]
         bundle = export_pipeline(
-            source, output, lora=loras, progress=lambda note: status.update(note), **options
+            source,
+            output,
+            lora=loras,
+            progress=lambda note: status.update(note),
+            remark=lambda line: console.print(f"note: {line}", markup=False, highlight=False, soft_wrap=True),
+            **options,
         )
     typer.echo(f"{bundle.path} ({bundle.name}, {bundle.total_bytes / 2**20:.1f} MB)")
     for graph, parity in bundle.manifest["parity"].items():
         typer.echo(f"  {graph}: {parity['psnr_db']:.1f} dB against {parity['against']} ({parity['runtime']})")
 
 
-def run_train(recipe: Path, overrides: tuple[str, ...], *, dry_run: bool) -> None:
-    """Run a recipe, or print it resolved. Raises RecipeError on a wrong one, before torch is loaded."""
+def run_train(recipe: Path, overrides: tuple[str, ...], given: dict[str, Any], *, dry_run: bool) -> None:
+    """Run a recipe, or print it resolved. Raises RecipeError on a wrong one, before torch is loaded.
+
+    ``given`` are top-level values with flags of their own; None leaves the recipe's.
+    """
     from std_rt.training.recipe import as_dict, load_recipe
 
-    resolved = load_recipe(recipe, overrides)
+    resolved = load_recipe(recipe, overrides, {k: v for k, v in given.items() if v is not None})
     if dry_run:
         typer.echo(json.dumps(as_dict(resolved), indent=2))
+        _describe(resolved)
         return
-    require("std-rt train", "train", "torch", "diffusers", "safetensors")
+    require("std-rt train", "train", "torch", "diffusers", "safetensors", "accelerate", "peft")
     from std_rt.training.run import run_recipe
 
     typer.echo(run_recipe(resolved))
+
+
+def _describe(resolved: Any) -> None:
+    """What a distillation would cost, where its base is at hand."""
+    if resolved.stage != "distil":
+        return
+    require("std-rt train --dry-run", "train", "torch", "diffusers", "safetensors", "accelerate", "peft")
+    from std_rt.training.dry_run import describe_run
+
+    for line in describe_run(resolved):
+        typer.echo(line)
+
+
+def unpack(source: str | None, output: Path) -> None:
+    """Write a bundle's weights as a diffusers folder. Raises BundleError or UsageError."""
+    require("std-rt bundles unpack", "export", "torch", "diffusers", "safetensors")
+    from std_rt.bundle import load_bundle
+    from std_rt.export import load_torch_components
+    from std_rt.schedule import NoiseSchedule
+    from std_rt.training.style_encoder import StyleEncoder
+    from std_rt.training.tiny import TinyPipeline, save_tiny
+
+    if output.exists():
+        raise UsageError(f"{output} exists; choose another -o")
+    bundle = load_bundle(source)
+    parts = load_torch_components(bundle)
+    if not isinstance(parts["style_encoder"], StyleEncoder):
+        raise UsageError(f"{bundle.name} was exported from a diffusers folder of its own; train on that")
+    if "betas" not in bundle.manifest["schedule"]:
+        raise UsageError(f"{bundle.name} does not say its noise schedule; export it again with this std-rt")
+    schedule = NoiseSchedule.from_betas(bundle.manifest["schedule"]["betas"], bundle.prediction_type)
+    save_tiny(TinyPipeline(parts["unet"], parts["style_encoder"], parts["vae"], schedule), output)  # type: ignore[arg-type]
+    typer.echo(output)

@@ -1,18 +1,16 @@
-"""How good is the picture? Weight-free measures, two baselines, and a sheet to look at.
+"""How good is the picture? Pairs to judge on, two baselines, and a sheet to look at.
 
 For each (content, style) pair: the bundle's output beside Reinhard colour transfer and OpenCV's
-``stylization`` filter, with three numbers.
-
-* colour: sliced Wasserstein distance of the output's colours to the style's (0 = same palette)
-* texture: the same of 5x5 patches less their local mean, at three scales (0 = same strokes and grain)
-* structure: correlation of blurred gradient strength with the content (1 = same drawing)
+``stylization`` filter, with the numbers of `std_rt.measures`. A clip among the contents takes part with
+its first frame, and is run as a stream for its warping error.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -20,122 +18,159 @@ from numpy.typing import NDArray
 
 from std_rt.conditioning import square
 from std_rt.errors import UsageError
+from std_rt.measures import Mask, WarpingError, reinhard, score
+from std_rt.media.clip import Clip, TimedFrame, first_video_stream, open_clip
 from std_rt.media.image import read_picture, write_picture
+from std_rt.media.kind import is_video
 from std_rt.media.sources import expand_inputs
 from std_rt.stylizer import Stylizer
 
+__all__ = [
+    "Judge",
+    "clip_frames",
+    "clips_among",
+    "draw_pairs",
+    "evaluate",
+    "measure_clip",
+    "read_mask",
+    "score",
+    "weight_free",
+    "write_sheet",
+]
+
 Frame = NDArray[np.uint8]
-Array = NDArray[Any]
+Pair = tuple[Frame, Frame]
+# (output, content, style, mask or None) -> numbers by name
+Judge = Callable[[Frame, Frame, Frame, Mask | None], dict[str, float]]
+
+SMALLEST_PX = 32  # below it, 5x5 patches at a quarter of the size are next to none
+_GAP_PX = 4
 
 
-@dataclass(frozen=True)
-class Score:
-    """The three numbers of the module docstring."""
-
-    colour: float
-    texture: float
-    structure: float
+def weight_free(frame: Frame, content: Frame, style: Frame, mask: Mask | None = None) -> dict[str, float]:
+    """The measures that need no weights, by name."""
+    return asdict(score(frame, content, style, mask))
 
 
-def sliced_wasserstein(x: Array, y: Array, directions: int = 64, points: int = 512) -> float:
-    """Root mean squared distance of the sorted projections of two sets ``[N, D]`` and ``[M, D]``."""
-    rng = np.random.default_rng(0)
-    d = rng.standard_normal((x.shape[1], directions))
-    d /= np.linalg.norm(d, axis=0)
-    at = np.linspace(0, 1, points)
-    a, b = (np.quantile(v @ d, at, axis=0) for v in (x, y))
-    return float(np.sqrt(np.mean((a - b) ** 2)))
+def draw_pairs(contents: Path, styles: Path, count: int, side_px: int) -> list[Pair]:
+    """``count`` pairs spread evenly over two folders, as centred squares; clips give their first frame."""
+    a, b = expand_inputs([contents]), expand_inputs([styles])
+    if count < 1:
+        raise UsageError(f"--pairs must be at least 1, got {count}")
+    if side_px < SMALLEST_PX:
+        raise UsageError(f"--size {side_px} is too small to judge; use at least {SMALLEST_PX}")
+    # 7 is prime to most folder sizes, so that styles come round in another order than contents.
+    chosen = [(a[i * len(a) // count], b[(7 * i + 1) % len(b)]) for i in range(count)]
+    return [(square(_still(x), side_px), square(_still(y), side_px)) for x, y in chosen]
 
 
-def _patches(frame: Frame, side: int = 5) -> Array:
-    """All ``side`` x ``side`` patches less their mean colour, ``[N, side * side * 3]``, every third pixel."""
-    x = frame.astype(np.float32) / 255
-    windows = np.lib.stride_tricks.sliding_window_view(x, (side, side), axis=(0, 1))[::3, ::3]
-    flat = windows.transpose(0, 1, 3, 4, 2).reshape(-1, side * side, 3)
-    return np.asarray((flat - flat.mean(1, keepdims=True)).reshape(len(flat), -1), np.float32)
+def _still(path: Path) -> Frame:
+    return next(iter(clip_frames(path, 1))) if is_video(path) else read_picture(path).frame
 
 
-def texture_distance(frame: Frame, style: Frame) -> float:
-    """Mean over full, half and quarter size of the patches' sliced Wasserstein distance."""
-    total = 0.0
-    for _ in range(3):
-        total += sliced_wasserstein(_patches(frame), _patches(style))
-        frame, style = (_half(f) for f in (frame, style))
-    return total / 3
+def clips_among(contents: Path, videos: Iterable[Path] = ()) -> list[Path]:
+    """Clips in CONTENTS, then those asked for by name; each once."""
+    named = [path for path in expand_inputs([contents]) if is_video(path)]
+    return list(dict.fromkeys([*named, *videos]))
 
 
-def _half(frame: Frame) -> Frame:
-    size = (frame.shape[1] // 2, frame.shape[0] // 2)
-    return np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), np.uint8)
+def clip_frames(path: Path, count: int) -> list[Frame]:
+    """The first ``count`` frames of a clip, upright. Raises MediaError where it is no clip."""
+    frames: list[Frame] = []
+    with open_clip(path) as container:
+        items = Clip(container, first_video_stream(container, path)).read()
+        with closing(items):  # type: ignore[type-var]  # a generator, typed as the iterator it is
+            for item in items:
+                if isinstance(item, TimedFrame):
+                    frames.append(item.rgb)
+                if len(frames) == count:
+                    break
+    if not frames:
+        raise UsageError(f"{path} is damaged: not one frame of it could be decoded")
+    return frames
 
 
-def _gradient(frame: Frame) -> Array:
-    grey = cv2.GaussianBlur(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY).astype(np.float32), (0, 0), 2)
-    strength = np.hypot(cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1))
-    return np.asarray(cv2.GaussianBlur(strength, (0, 0), 2), np.float32)
-
-
-def structure_agreement(frame: Frame, content: Frame) -> float:
-    """Correlation of blurred gradient strength; frames of one size."""
-    return float(np.corrcoef(_gradient(frame).ravel(), _gradient(content).ravel())[0, 1])
-
-
-def score(frame: Frame, content: Frame, style: Frame) -> Score:
-    """All three measures of one output."""
-    ours, theirs = (f[::2, ::2].reshape(-1, 3).astype(np.float32) / 255 for f in (frame, style))
-    return Score(
-        sliced_wasserstein(ours, theirs), texture_distance(frame, style), structure_agreement(frame, content)
-    )
-
-
-def reinhard(content: Frame, style: Frame) -> Frame:
-    """Mean and standard deviation per Lab channel (Reinhard et al. 2001)."""
-    a, b = (cv2.cvtColor(f, cv2.COLOR_RGB2LAB).astype(np.float32) for f in (content, style))
-    moved = (a - a.mean((0, 1))) / (a.std((0, 1)) + 1e-3) * b.std((0, 1)) + b.mean((0, 1))
-    lab = np.clip(moved, 0, 255).astype(np.uint8)
-    return np.asarray(cv2.cvtColor(lab, cv2.COLOR_LAB2RGB), np.uint8)
+def read_mask(path: Path, side_px: int) -> Mask:
+    """A mask picture as a bool square; white = stylize. Raises UsageError where it is all black."""
+    frame = square(read_picture(path).frame, side_px)
+    mask = np.asarray(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) > 127)
+    if not mask.any():
+        raise UsageError(f"--mask {path} is all black; paint white what is to be stylized")
+    return mask
 
 
 def _stylization(content: Frame) -> Frame:
     return np.asarray(cv2.stylization(content), np.uint8)
 
 
-def draw_pairs(contents: Path, styles: Path, count: int, side_px: int) -> list[tuple[Frame, Frame]]:
-    """``count`` pairs spread evenly over two folders, as centred squares."""
-    a, b = expand_inputs([contents]), expand_inputs([styles])
-    if count < 1:
-        raise UsageError(f"--pairs must be at least 1, got {count}")
-    # 7 is prime to most folder sizes, so that styles come round in another order than contents.
-    chosen = [(a[i * len(a) // count], b[(7 * i + 1) % len(b)]) for i in range(count)]
-    return [tuple(square(read_picture(p).frame, side_px) for p in pair) for pair in chosen]  # type: ignore[misc]
-
-
-def _row(frames: list[Frame], gap_px: int = 4) -> Frame:
-    return np.concatenate(
-        [np.pad(f, ((0, gap_px), (0, gap_px), (0, 0)), constant_values=255) for f in frames], 1
-    )
+def _of_size(frame: Frame, like: Frame) -> Frame:
+    """The working size is a multiple, and never larger than asked: back to the content's size."""
+    if frame.shape == like.shape:
+        return frame
+    size = (like.shape[1], like.shape[0])
+    return np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_CUBIC), np.uint8)
 
 
 def evaluate(
-    stylizer: Stylizer, pairs: list[tuple[Frame, Frame]], sheet: Path, columns: int = 2
+    stylizer: Stylizer, pairs: list[Pair], sheet: Path, columns: int = 2, judge: Judge = weight_free
 ) -> dict[str, dict[str, float]]:
     """Run all pairs, write the sheet (content, style, ours, Reinhard, cv2), return mean scores by method."""
-    scores: dict[str, list[Score]] = {"std-rt": [], "reinhard": [], "cv2.stylization": []}
+    scores: dict[str, list[dict[str, float]]] = {"std-rt": [], "reinhard": [], "cv2.stylization": []}
     rows = []
     for content, style in pairs:
         stylizer.set_style(style)
-        ours = stylizer.stylize(content)
-        if ours.shape != content.shape:  # the working size is a multiple, and never larger than asked
-            size = (content.shape[1], content.shape[0])
-            ours = np.asarray(cv2.resize(ours, size, interpolation=cv2.INTER_CUBIC), np.uint8)
+        ours = _of_size(stylizer.stylize(content), content)
         outputs = [ours, reinhard(content, style), _stylization(content)]
         for name, output in zip(scores, outputs, strict=True):
-            scores[name].append(score(output, content, style))
-        rows.append(_row([content, style, *outputs]))
-    rows += [np.full_like(rows[0], 255)] * (-len(rows) % columns)
-    grid = [np.concatenate(rows[i : i + columns], 1) for i in range(0, len(rows), columns)]
-    write_picture(sheet, np.concatenate(grid, 0))
-    return {
-        name: {key: float(np.mean([asdict(s)[key] for s in each])) for key in asdict(each[0])}
-        for name, each in scores.items()
+            scores[name].append(judge(output, content, style, None))
+        rows.append([content, style, *outputs])
+    write_sheet(sheet, rows, columns)
+    return {name: means(each) for name, each in scores.items()}
+
+
+def means(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of each number over rows of the same names."""
+    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+
+
+def measure_clip(stylizer: Stylizer, frames: list[Frame], style: Frame) -> dict[str, float]:
+    """Warping error of a clip run as a stream, by method, and of its ``source``; {} for nothing but cuts."""
+    stylizer.set_style(style)
+    ours, state = [], None
+    for content in frames:
+        styled, state = stylizer.step(content, state)
+        ours.append(_of_size(styled, content))
+    meter = WarpingError(frames)
+    found = {
+        "source": meter.floor,
+        "std-rt": meter.of(ours),
+        "reinhard": meter.of([reinhard(frame, style) for frame in frames]),
+        "cv2.stylization": meter.of([_stylization(frame) for frame in frames]),
     }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def write_sheet(
+    path: Path, rows: list[list[Frame]], columns: int = 1, names: Mapping[int, str] | None = None
+) -> None:
+    """Rows of frames of one size as a picture, ``columns`` rows side by side, ``names`` over the frames."""
+    pictures = [_row(row) for row in rows]
+    pictures += [np.full_like(pictures[0], 255)] * (-len(pictures) % columns)
+    grid = [np.concatenate(pictures[i : i + columns], 1) for i in range(0, len(pictures), columns)]
+    if names:
+        side = rows[0][0].shape[1] + _GAP_PX
+        grid.insert(0, _header(grid[0].shape[1], {i * side: name for i, name in names.items()}))
+    write_picture(path, np.concatenate(grid, 0))
+
+
+def _row(frames: list[Frame]) -> Frame:
+    gap = ((0, _GAP_PX), (0, _GAP_PX), (0, 0))
+    return np.concatenate([np.pad(frame, gap, constant_values=255) for frame in frames], 1)
+
+
+def _header(width: int, texts: Mapping[int, str], height: int = 18) -> Frame:
+    """A white strip with ``texts`` by their left edge in px."""
+    strip = np.full((height, width, 3), 255, np.uint8)
+    for x, text in texts.items():
+        cv2.putText(strip, text, (x + 2, 13), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
+    return strip

@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"stylizer"},
     "errors": set(),
     "schedule": set(),
+    "digest": set(),
     "external_data": set(),
     "machine": set(),
     "bundle": {"schedule", "external_data"},
@@ -32,8 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "doctor": {"bundle", "engines", "machine"},
     "demo": {"examples", "media", "stylizer"},
     "evaluate": {"media", "conditioning", "stylizer"},
-    "export": {"engines", "bundle", "schedule", "external_data"},
-    "training": {"schedule"},
+    "export": {"engines", "bundle", "schedule", "external_data", "digest"},
+    "training": {"schedule", "digest"},
 }
 HEAVY = {
     "torch",

@@ -12,9 +12,10 @@ import numpy as np
 from std_rt.bundle import Bundle, write_bundle
 from std_rt.errors import ExportError
 from std_rt.export.graphs import Example, Graph, make_examples, make_graphs
-from std_rt.export.lora import read_metadata
+from std_rt.export.lora import read_metadata, source_digest
+from std_rt.export.notes import read_notes
 from std_rt.export.onnx_graph import Port, trace
-from std_rt.export.options import ExportOptions, Trajectory, choose_trajectory
+from std_rt.export.options import ExportOptions, Trajectory, check_base, choose_trajectory, remarks
 from std_rt.export.parity import check_graph, lint
 from std_rt.export.pipeline import Pipeline, read_pipeline
 from std_rt.export.weights import externalize
@@ -53,14 +54,17 @@ def export_pipeline(
     prompt: str = "",
     style_layers: str = "auto",
     name: str = "",
+    profile: str = "",
     overwrite: bool = False,
     progress: Progress = lambda note: None,
+    remark: Progress = lambda note: None,
 ) -> Bundle:
     """Export the SDXL-layout folder ``source`` to the bundle ``output``; ``size`` is (H, W) in px.
 
     ``lora`` are (file, scale) pairs, fused in order. ``eta``, ``tau`` and ``steps`` default to what the
-    last LoRA notes, then to 0.75 and (4,); the first step count is the bundle's default. Every graph is
-    compared with torch before the bundle gets its name. Raises ExportError or BundleError.
+    LoRA notes, or to the published ``profile``'s, or to 0.75 and (4,); the first step count is the bundle's
+    default. Every graph is compared with torch before the bundle gets its name. ``remark`` is told what is
+    allowed and yet should be known. Raises ExportError or BundleError.
     """
     options = ExportOptions(
         Path(source),
@@ -77,11 +81,23 @@ def export_pipeline(
         prompt,
         style_layers,
         name,
+        profile,
     )
-    trajectory = choose_trajectory(options, [read_metadata(path) for path, _ in options.lora])
+    trajectory = _plan(options, remark)
     return write_bundle(
         options.output, lambda folder: _fill(folder, options, trajectory, progress), overwrite=overwrite
     )
+
+
+def _plan(options: ExportOptions, remark: Progress) -> Trajectory:
+    """The schedule, from flags and the LoRAs' notes; what does not fit is found before weights are read."""
+    notes = [read_notes(path, read_metadata(path)) for path, _ in options.lora]
+    trajectory = choose_trajectory(options, notes)
+    if any(note.base_digest for note in notes):
+        check_base(options, notes, source_digest(options.source / "unet"))
+    for line in remarks(options, trajectory, notes):
+        remark(line)
+    return trajectory
 
 
 def _fill(folder: Path, options: ExportOptions, trajectory: Trajectory, progress: Progress) -> dict[str, Any]:
@@ -148,15 +164,17 @@ def schedule_section(schedule: NoiseSchedule, trajectory: Trajectory) -> dict[st
     for count in sorted(trajectory.steps):
         timesteps = trajectory_timesteps(trajectory.eta, count, trajectory.tau)
         rows = [
-            [c.alpha_t, c.sigma_t, c.alpha_s, c.sigma_s, c.noise] for c in schedule.coefficients(timesteps)
+            [c.alpha_t, c.sigma_t, c.alpha_s, c.sigma_s, c.noise]
+            for c in schedule.coefficients(timesteps, trajectory.gamma)
         ]
         steps[str(count)] = {"timesteps": timesteps, "coefficients": rows}
     return {
         "prediction_type": schedule.prediction_type,
+        "betas": schedule.betas().tolist(),  # not for running: so that a bundle can be trained on again
         "eta": trajectory.eta,
         "tau": trajectory.tau,
         "grid": GRID_POINTS,
-        "gamma": 0.0,
+        "gamma": trajectory.gamma,
         "default_steps": trajectory.steps[0],
         "steps": steps,
     }

@@ -14,10 +14,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from std_rt.digest import unet_digest
 from std_rt.errors import ExportError
 from std_rt.export.quiet import quiet
 
-__all__ = ["fuse_lora", "read_metadata"]
+__all__ = ["fuse_lora", "read_metadata", "source_digest"]
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -27,6 +28,30 @@ def read_metadata(path: Path) -> dict[str, str]:
             return dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise ExportError(f"LoRA {path} cannot be read: {error}; give a .safetensors file") from error
+
+
+def source_digest(folder: Path) -> str:
+    """``unet_digest`` of a diffusers UNet folder, from the headers of its files; no weight is read.
+
+    Raises ExportError where a file is damaged. A folder without weights has the digest of nothing.
+    """
+    shapes: dict[str, list[int]] = {}
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, "pt") as file:
+                shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ExportError(f"{path} cannot be read: {error}; download it again") from error
+    return unet_digest(shapes)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """One file or its shards, as diffusers chooses; halves only where there is nothing else."""
+    for stem in ("diffusion_pytorch_model", "diffusion_pytorch_model.fp16"):
+        for pattern in (f"{stem}.safetensors", f"{stem}-*-of-*.safetensors"):
+            if found := sorted(folder.glob(pattern)):
+                return found
+    return []
 
 
 def fuse_lora(parts: Mapping[str, nn.Module], path: Path, scale: float) -> None:
@@ -59,7 +84,12 @@ def _load(path: Path) -> dict[str, Tensor]:
 def _adapter_metadata(path: Path) -> dict[str, Any] | None:
     """diffusers keeps rank and alpha as JSON in the file's metadata, and reads it only from a path."""
     text = read_metadata(path).get("lora_adapter_metadata")
-    found: dict[str, Any] | None = None if text is None else json.loads(text)
+    if text is None:
+        return None
+    try:
+        found: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise ExportError(f"LoRA {path} has damaged notes (lora_adapter_metadata: {error})") from error
     return found
 
 

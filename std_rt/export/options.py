@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from std_rt.errors import ExportError
+from std_rt.export.notes import LoraNotes
+from std_rt.export.profiles import PROFILES, Profile, find_profile
 from std_rt.schedule import start_timestep, trajectory_timesteps
 
-__all__ = ["ExportOptions", "Trajectory", "choose_trajectory"]
+__all__ = ["ExportOptions", "Trajectory", "check_base", "choose_trajectory", "remarks"]
 
 DEFAULT_ETA = 0.75
 DEFAULT_STEPS = (4,)
+LCM_GAMMA = 1.0  # LCM draws noise again in every step
 WEIGHTS = ("fp16", "fp32")
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """One export. ``size`` is (H, W) in px; ``eta``, ``tau`` and ``steps`` left out come from the LoRA."""
+    """One export. ``size`` is (H, W) in px.
+
+    ``eta``, ``tau`` and ``steps`` left out come from the LoRA, or from the ``profile`` of a published one.
+    """
 
     source: Path
     output: Path
@@ -34,6 +40,7 @@ class ExportOptions:
     prompt: str = ""
     style_layers: str = "auto"
     name: str = ""
+    profile: str = ""
 
     def __post_init__(self) -> None:
         if not self.source.is_dir():
@@ -57,34 +64,134 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Where sampling starts and how many steps it may take; the first step count is the default."""
+    """Where sampling starts and how many steps it may take; the first step count is the default.
+
+    ``gamma`` is the stochasticity of a step: 0 none, 1 new noise.
+    """
 
     eta: float
     tau: int
     steps: tuple[int, ...]
+    gamma: float = 0.0
 
 
-def choose_trajectory(options: ExportOptions, notes: Sequence[dict[str, str]]) -> Trajectory:
-    """Flags win, then the LoRAs' own notes (the last LoRA first), then 0.75 and 4 steps.
+def choose_trajectory(options: ExportOptions, notes: Sequence[LoraNotes]) -> Trajectory:
+    """From the LoRAs' notes where they have any, else from the profile and flags, else 0.75 and 4 steps.
 
-    Raises ExportError where they do not make a trajectory.
+    A LoRA is right only where it was trained: a flag that says otherwise is an ExportError, and so are
+    LoRAs that start in two places, and a LoRA of which nobody says where it starts.
     """
-    noted: dict[str, str] = {}
-    for note in notes:
-        noted.update({key: note[key] for key in ("eta", "tau", "steps") if key in note})
+    profile = find_profile(options.profile) if options.profile else None
+    trained = [note for note in notes if note.eta is not None]
+    if trained:
+        return _fitting(_trained(options, profile, trained))
+    if profile is not None:
+        return _fitting(_published(options, profile))
+    if notes and options.eta is None:
+        raise ExportError(
+            f"LoRA {notes[-1].path} says nothing of its eta (where its trajectory starts); "
+            f"give --eta, or --profile where it is one of {', '.join(PROFILES)}"
+        )
+    eta = DEFAULT_ETA if options.eta is None else options.eta
+    return _fitting(_plain(options, eta))
+
+
+def _trained(options: ExportOptions, profile: Profile | None, trained: Sequence[LoraNotes]) -> Trajectory:
+    note = trained[-1]
+    assert note.eta is not None
+    if profile is not None:
+        raise ExportError(f"LoRA {note.path} notes its own schedule (eta {note.eta:g}); leave --profile out")
+    for other in trained:
+        if (other.eta, other.tau, _gamma(other)) != (note.eta, note.tau, _gamma(note)):
+            raise ExportError(
+                f"LoRA {other.path} was trained for {_start(other)}, {note.path} for {_start(note)}; "
+                "a bundle has one schedule: export each by itself"
+            )
+    _check_flags(options, f"LoRA {note.path} was trained", note.eta, note.tau)
+    return Trajectory(note.eta, note.tau, options.steps or _four_first(note.steps), _gamma(note))
+
+
+def _check_flags(options: ExportOptions, whose: str, eta: float, tau: int | None) -> None:
+    for flag, asked, known in (("eta", options.eta, eta), ("tau", options.tau, tau)):
+        if asked is not None and known is not None and asked != known:
+            raise ExportError(
+                f"--{flag} {asked:g} was asked, and {whose} for {flag} {known:g}; leave --{flag} out"
+            )
+
+
+def _start(note: LoraNotes) -> str:
+    return f"eta {note.eta:g} from timestep {note.tau} ({note.method})"
+
+
+def _gamma(note: LoraNotes) -> float:
+    return LCM_GAMMA if note.method == "lcm" else 0.0
+
+
+def _four_first(steps: tuple[int, ...]) -> tuple[int, ...]:
+    """Notes list step counts in no order; the product's default is 4 where it is among them."""
+    return DEFAULT_STEPS + steps if set(DEFAULT_STEPS) & set(steps) else steps or DEFAULT_STEPS
+
+
+def _published(options: ExportOptions, profile: Profile) -> Trajectory:
+    if profile.fixed:
+        _check_flags(options, f"the LoRA of profile {profile.name} was trained", profile.eta, profile.tau)
+    eta = profile.eta if options.eta is None else options.eta
+    return _plain(options, eta, profile.tau, profile.steps, profile.gamma)
+
+
+def _plain(
+    options: ExportOptions,
+    eta: float,
+    tau: int | None = None,
+    steps: tuple[int, ...] = DEFAULT_STEPS,
+    gamma: float = 0.0,
+) -> Trajectory:
+    """Flags win; a start that nothing gives is that of eta."""
+    tau = tau if options.tau is None else options.tau
     try:
-        eta = options.eta if options.eta is not None else float(noted.get("eta", DEFAULT_ETA))
-        # A tau goes with the eta it was written for: a flag for one alone recomputes the other.
-        noted_tau = int(noted["tau"]) if "tau" in noted and options.eta is None else None
-        tau = options.tau if options.tau is not None else noted_tau
-        steps = options.steps or _steps(noted) or DEFAULT_STEPS
-        chosen = Trajectory(eta, start_timestep(eta) if tau is None else tau, steps)
+        tau = start_timestep(eta) if tau is None else tau
+    except ValueError as error:
+        raise ExportError(str(error)) from error
+    return Trajectory(eta, tau, options.steps or steps, gamma)
+
+
+def _fitting(asked: Trajectory) -> Trajectory:
+    """The same without repeated step counts. Raises ExportError where there are more steps than points."""
+    steps = tuple(dict.fromkeys(asked.steps))
+    try:
         for count in steps:
-            trajectory_timesteps(eta, count, chosen.tau)
+            trajectory_timesteps(asked.eta, count, asked.tau)
     except ValueError as error:
         raise ExportError(f"eta, tau and steps do not fit together: {error}") from error
-    return replace(chosen, steps=tuple(dict.fromkeys(steps)))
+    return Trajectory(asked.eta, asked.tau, steps, asked.gamma)
 
 
-def _steps(noted: dict[str, str]) -> tuple[int, ...]:
-    return tuple(int(part) for part in noted.get("steps", "").replace(",", " ").split())
+def check_base(options: ExportOptions, notes: Sequence[LoraNotes], digest: str) -> None:
+    """Raises ExportError where a LoRA was trained on a UNet of another architecture than ``digest``'s."""
+    for note in notes:
+        if note.base_digest and note.base_digest != digest:
+            raise ExportError(
+                f"LoRA {note.path} was trained on {note.base or 'another base'}, and {options.source} is a "
+                f"model of another kind; type: std-rt export PATH/TO/{note.base or 'ITS_BASE'} "
+                f"--lora {note.path} --output {options.output}"
+            )
+
+
+def remarks(options: ExportOptions, trajectory: Trajectory, notes: Sequence[LoraNotes]) -> list[str]:
+    """What is allowed and yet should be known, a line each."""
+    said = []
+    for note in notes:
+        if not options.profile and all(other.eta is None for other in notes):
+            said.append(f"{note.path} says nothing of its eta; exported for eta {trajectory.eta:g} as asked")
+        untrained = [str(count) for count in trajectory.steps if count not in note.steps]
+        if note.steps and untrained:
+            known = ", ".join(str(count) for count in note.steps)
+            said.append(f"{note.path} was trained for {known} steps, not for {', '.join(untrained)}")
+        if note.base and note.base != options.source.resolve().name:
+            said.append(f"{note.path} was trained on {note.base}; {options.source} is of the same kind")
+    lowest = find_profile(options.profile).guidance[0] if options.profile else 1.0
+    if lowest > 1:
+        said.append(
+            f"profile {options.profile} was published for guidance {lowest:g} and up; a bundle has none"
+        )
+    return said

@@ -126,7 +126,8 @@ def train_distil(config: DistilConfig, stop_after: int | None = None, base: Base
         return _train(config, accelerator, base or load_base(config.base), stop_after, stack)
 
 
-def _train(
+# The one long function of this part: it is meant to be read from top to bottom.
+def _train(  # noqa: C901
     config: DistilConfig, accelerator: Accelerator, base: Base, stop_after: int | None, stack: ExitStack
 ) -> Path:
     folder, device, main = Path(config.output), accelerator.device, accelerator.is_main_process

@@ -71,8 +71,8 @@ class Logs:
         )
         back = 0 if not len(bad) else (len(values) - 1 - int(bad[0])) // per_step
         return (
-            f"the {name} is not a number at step {step - back}; lower learning_rate or set precision = 'fp32', "
-            "then run the same command to go on from the last checkpoint"
+            f"the {name} is not a number at step {step - back}; lower learning_rate or set "
+            "precision = 'fp32', then run the same command to go on from the last checkpoint"
         )
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +31,7 @@ from std_rt.training.recipe import (
     DistilConfig,
     LatentsConfig,
     LoraConfig,
+    as_dict,
 )
 from std_rt.training.tiny_source import TripleSource
 
@@ -354,6 +357,60 @@ def test_gradient_checkpointing_and_online_target_and_mixed_conditioning_run(
         assert any(not torch.equal(other[k], v) for k, v in load_file(first).items())
 
 
+def _keep_recipe(config: DistilConfig) -> Path:
+    """A run folder that another process can take the recipe from."""
+    folder = Path(config.output)
+    folder.mkdir(parents=True)
+    (folder / "recipe.json").write_text(json.dumps(as_dict(config)), encoding="utf-8")
+    return folder
+
+
+RUN = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from std_rt.training.distil import train_distil
+from std_rt.training.recipe import load_run_recipe
+train_distil(load_run_recipe(Path(sys.argv[1])))
+"""
+
+
+def test_killed_at_random_moments_and_resumed_it_ends_as_if_unbroken(
+    config: DistilConfig, tmp_path: Path
+) -> None:
+    """SIGKILL, with no chance to clean up. STD_RT_KILLS=10 for the long version."""
+    config = replace(config, adversarial=ADVERSARIAL, steps=24, snapshot_every=1)
+    whole, broken = (replace(config, output=str(tmp_path / name)) for name in ("whole", "broken"))
+    script = tmp_path / "run.py"
+    script.write_text(RUN, encoding="utf-8")
+    subprocess.run([sys.executable, str(script), str(_keep_recipe(whole))], check=True, capture_output=True)
+    folder, rng = _keep_recipe(broken), random.Random(0)
+    kills = int(os.environ.get("STD_RT_KILLS", "2"))
+    for n in range(kills):
+        goal = 1 + n * 20 // kills
+        process = subprocess.Popen(
+            [sys.executable, str(script), str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None and _newest(folder) < goal:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        assert process.wait() != 0, "the run ended before it was killed"
+    subprocess.run([sys.executable, str(script), str(folder)], check=True, capture_output=True)
+    _assert_same(_checkpoint(whole), _checkpoint(broken))
+    assert (Path(whole.output) / "log.jsonl").read_bytes() == (folder / "log.jsonl").read_bytes()
+    left = [p.name for p in folder.rglob("*") if "partial" in p.name and "checkpoints" not in p.parts]
+    assert not left
+
+
+def _newest(folder: Path) -> int:
+    try:
+        return int((folder / "checkpoints" / "newest").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
 TWO_PROCESSES = """
 import sys, json, hashlib
 from pathlib import Path
@@ -393,12 +450,8 @@ Path(sys.argv[1], f"out{state.process_index}.json").write_text(json.dumps(out))
 
 def test_two_processes_agree_and_see_different_data(config: DistilConfig, tmp_path: Path) -> None:
     """Acceptance test 5: equal LoRA on all ranks after steps with the adversarial loss and accumulation."""
-    from std_rt.training.recipe import as_dict
-
     config = replace(config, adversarial=ADVERSARIAL, accumulate=2, steps=3, snapshot_every=3)
-    folder = Path(config.output)
-    folder.mkdir(parents=True)
-    (folder / "recipe.json").write_text(json.dumps(as_dict(config)), encoding="utf-8")
+    folder = _keep_recipe(config)
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES, encoding="utf-8")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

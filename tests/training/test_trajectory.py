@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -110,7 +112,7 @@ def test_the_window_lets_two_steps_reach_the_end() -> None:
         window = target_window(eta, 0.5)
         for steps in (2, 4, 6, 8):
             points = [(t + 1) // 20 - 1 for t in trajectory_timesteps(eta, steps)] + [-1]
-            assert max(a - b for a, b in zip(points, points[1:], strict=False)) <= window
+            assert max(a - b for a, b in pairwise(points)) <= window
 
 
 def test_the_last_index_is_the_lowest_that_a_run_visits() -> None:

@@ -1,0 +1,79 @@
+"""``std-rt train RECIPE --dry-run``: what a distillation would cost, from its base's configs alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from std_rt.errors import RecipeError
+from std_rt.training.estimate import describe, estimate
+from std_rt.training.recipe import DistilConfig
+
+__all__ = ["describe_run"]
+
+# The architecture of SDXL base 1.0, so that its cost can be told without a download.
+SDXL_NAME = "stabilityai/stable-diffusion-xl-base-1.0"
+SDXL_UNET: dict[str, Any] = {
+    "sample_size": 128,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [320, 640, 1280],
+    "layers_per_block": 2,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+SDXL_VAE: dict[str, Any] = {
+    "_class_name": "AutoencoderKL",
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "norm_num_groups": 32,
+}
+SDXL_TEXT_PARAMETERS = 817_720_320  # CLIP ViT-L's and OpenCLIP bigG's text towers with their projection
+
+
+def describe_run(config: DistilConfig) -> list[str]:
+    """Lines for people: parameters, memory, time. RecipeError where the base's configs are out of reach."""
+    unet, vae, style_tokens, encoders = _configs(config.base)
+    found = estimate(config, unet, vae, style_tokens=style_tokens, encoder_parameters=encoders)
+    return describe(found)
+
+
+def _configs(base: str) -> tuple[dict[str, Any], dict[str, Any], int, int]:
+    """(UNet's config, VAE's config, style tokens, parameters of the encoders)."""
+    folder = Path(base)
+    if folder.is_dir():
+        unet, vae = (_read(folder / part / "config.json") for part in ("unet", "vae"))
+        encoder = folder / "image_encoder" / "config.json"
+        style = _read(encoder) if encoder.is_file() else {}
+        ours = style.get("_class_name") == "StyleEncoder"
+        return unet, vae, int(style["tokens"]) if ours else 0, 0
+    if base == SDXL_NAME:
+        return SDXL_UNET, SDXL_VAE, 0, SDXL_TEXT_PARAMETERS
+    try:
+        unet = UNet2DConditionModel.load_config(base, subfolder="unet")
+        return unet, AutoencoderKL.load_config(base, subfolder="vae"), 0, 0
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise RecipeError(
+            f"base = {base!r} is no folder, and its configs could not be loaded: {reason}"
+        ) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path} cannot be read ({error}); is base a diffusers folder?") from None
