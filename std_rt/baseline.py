@@ -71,7 +71,9 @@ class DiffusersLoop:
         for c in self._coefficients:
             output = self._unet(x, c.timestep, **self._text, return_dict=False)[0]
             mark("unet")
-            x = step(x, to_eps(output, x, c, self._bundle.prediction_type), c, later.pop(0) if c.noise else None)
+            x = step(
+                x, to_eps(output, x, c, self._bundle.prediction_type), c, later.pop(0) if c.noise else None
+            )
             mark("scheduler")
         image = self._decode(x)
         mark("vae_decoder")

@@ -32,7 +32,8 @@ ALLOWED: dict[str, set[str]] = {
     "baseline": {"export", "stylizer", "schedule", "conditioning", "bundle"},
     "doctor": {"bundle", "engines", "machine"},
     "demo": {"examples", "media", "stylizer"},
-    "evaluate": {"media", "conditioning", "stylizer"},
+    "evaluate": {"media", "conditioning", "stylizer", "measures"},
+    "measures": set(),
     "export": {"engines", "bundle", "schedule", "external_data", "digest"},
     "training": {"schedule", "digest"},
 }

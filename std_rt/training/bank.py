@@ -107,7 +107,7 @@ class TrajectoryBank:
                 f"bank.capacity = {self.capacity} is less than the batch of {batch}; "
                 f"set bank.capacity to {4 * batch} or so"
             )
-        drawn = rng.choice(filled, size=batch - fresh, replace=False) if fresh < batch else []
+        drawn = rng.permutation(filled)[: batch - fresh]
         return fresh, sorted(int(i) for i in drawn)
 
     def number(self, count: int) -> Tensor:
@@ -149,7 +149,7 @@ class TrajectoryBank:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything, as named tensors and plain values for a checkpoint."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for shape, rows in self.slots.items():
             if rows:
                 named = join(rows).tensors().items()

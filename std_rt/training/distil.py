@@ -134,6 +134,12 @@ def _train(  # noqa: C901
     start_folder(folder, config, write=main)
     accelerator.wait_for_everyone()
 
+    if str(accelerator.distributed_type).endswith(("FSDP", "DEEPSPEED")):
+        raise RecipeError(
+            "FSDP and DeepSpeed cut the LoRA in pieces, which its average and its file need whole; "
+            "use plain data parallelism: accelerate launch --multi_gpu -m std_rt train RECIPE"
+        )
+
     # --- networks: one UNet holds teacher (LoRA off), student (LoRA on) and averaged student ---------
     _place(base, config, device)
     add_lora(base.unet, config.lora, config.seed)
@@ -195,7 +201,7 @@ def _train(  # noqa: C901
                 x_s = distiller.student_jump(student, batch.states, batch.s)
                 loss = distiller.consistency_loss(x_s, batch)
                 logs.add(consistency=loss)
-                if judge and adversary is not None:
+                if judge and adversary:
                     with watch("adversarial"), distiller.judging():
                         maps = adversary.features(x_s)  # decoded and encoded once, for both networks
                         fooled = adversary.generator_loss(x_s, batch.states.cond.pooled, batch.pair, maps)
@@ -209,7 +215,7 @@ def _train(  # noqa: C901
                     optimizer.step()
                     optimizer.zero_grad()
                 # The discriminator's step, on the same x_s; its gradients are cleared after it.
-                if judge and adversary is not None and heads_optimizer is not None:
+                if judge and adversary and heads and heads_optimizer:
                     with watch("adversarial"), distiller.judging():
                         judged, parts = adversary.discriminator_loss(
                             heads,

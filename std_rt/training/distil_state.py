@@ -18,7 +18,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from std_rt.errors import RecipeError
-from std_rt.training.checkpoint import flatten_optimizer, load_state, restore_optimizer, save_state
+from std_rt.training.checkpoint import (
+    flatten_optimizer,
+    load_state,
+    restore_optimizer,
+    save_state,
+    unpacking,
+)
 from std_rt.training.discriminator import Adversary
 from std_rt.training.distiller import Distiller
 from std_rt.training.lora import Average
@@ -104,10 +110,11 @@ class DistilState:
         target = self.root / f"{step:06d}"
         rank = self.accelerator.process_index
         tensors, meta = self._own()
-        save_state(target / f"rank{rank}.safetensors", tensors, meta)
+        standing = self._newest() or self.root
+        save_state(target / f"rank{rank}.safetensors", tensors, meta, last_good=standing)
         if self.accelerator.is_main_process:
             tensors, meta = self._shared(step)
-            save_state(target / "shared.safetensors", tensors, meta)
+            save_state(target / "shared.safetensors", tensors, meta, last_good=standing)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self._publish(target)
@@ -127,19 +134,28 @@ class DistilState:
 
     def restore(self) -> int:
         """Load the newest checkpoint; returns its step, 0 where there is none."""
-        pointer = self.root / "newest"
-        if not pointer.exists():
+        folder = self._newest()
+        if folder is None:
             return 0
-        folder = self.root / pointer.read_text(encoding="utf-8").strip()
-        tensors, meta = load_state(folder / "shared.safetensors")
-        if meta["world"] != self.accelerator.num_processes:
-            raise RecipeError(
-                f"{self.root.parent} was trained by {meta['world']} processes, now there are "
-                f"{self.accelerator.num_processes}; start as many, or choose another output"
-            )
-        self._load_shared(tensors, meta)
-        self._load_own(*load_state(folder / f"rank{self.accelerator.process_index}.safetensors"))
+        shared = folder / "shared.safetensors"
+        tensors, meta = load_state(shared)
+        with unpacking(shared):
+            if meta["world"] != self.accelerator.num_processes:
+                raise RecipeError(
+                    f"{self.root.parent} was trained by {meta['world']} processes, now there are "
+                    f"{self.accelerator.num_processes}; start as many, or choose another output"
+                )
+            self._load_shared(tensors, meta)
+        own = folder / f"rank{self.accelerator.process_index}.safetensors"
+        state = load_state(own)
+        with unpacking(own):
+            self._load_own(*state)
         return int(meta["step"])
+
+    def _newest(self) -> Path | None:
+        """The last whole checkpoint's folder."""
+        pointer = self.root / "newest"
+        return self.root / pointer.read_text(encoding="utf-8").strip() if pointer.exists() else None
 
     # --- what all processes share -------------------------------------------------------------------
 
@@ -161,8 +177,8 @@ class DistilState:
         with torch.no_grad():
             for name, value in self.parameters.items():
                 value.copy_(tensors[f"lora/{name}"])
-            for name, value in self.average.tensors.items():
-                value.copy_(tensors[f"average/{name}"])
+            for name, average in self.average.tensors.items():
+                average.copy_(tensors[f"average/{name}"])
         if self.adversary is not None:
             self.adversary.heads.load_state_dict(_part(tensors, "heads/"))
         for name, optimizer in self.optimizers.items():

@@ -23,6 +23,7 @@ from std_rt.training.discriminator import draw_real_index, has_pair, renoise
 from std_rt.training.lora import Average, adapters_off, functional
 from std_rt.training.recipe import DistilConfig, distil_tau
 from std_rt.training.trajectory import (
+    CLEAN,
     Levels,
     content_share,
     draw_start,
@@ -108,7 +109,7 @@ class Distiller:
         *,
         device: str = "cpu",
         rank: int = 0,
-        watch: Watch = nullcontext,  # type: ignore[assignment]
+        watch: Watch = nullcontext,
     ) -> None:
         self.config, self.base, self.source, self.average = config, base, source, average
         self.device, self.watch = device, watch
@@ -128,6 +129,10 @@ class Distiller:
     def uses_bank(self) -> bool:
         return self.config.method == "std" and self.config.bank.enabled
 
+    def below(self, index: Tensor) -> Tensor:
+        """Where one teacher step arrives, the clean end at the lowest."""
+        return (index - self.config.stride).clamp(min=CLEAN)
+
     def judging(self) -> AbstractContextManager[None]:
         """Precision of decoder, features and heads: bf16 where training is; never fp16, SDXL's decoder
         overflows in it."""
@@ -137,8 +142,9 @@ class Distiller:
     # --- the networks -------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def teacher_step(self, states: States) -> Tensor:
-        """One guided DDIM step of the frozen base, one grid point down; ``[B, C, h, w]``."""
+    def teacher_step(self, states: States, to: Tensor | None = None) -> Tensor:
+        """One guided DDIM step of the frozen base, to grid index ``to [B]`` or ``stride`` points down."""
+        to = self.below(states.index) if to is None else to
         t = self.device_levels.timestep(states.index)
         with self.watch("teacher"), self._precision(), adapters_off(self.base.unet):
             if self.config.guidance == (1.0, 1.0):
@@ -148,12 +154,12 @@ class Distiller:
                 twice = states.x.repeat(2, 1, 1, 1)
                 styled, free = self.base.predict(self.base.unet, twice, t.repeat(2), both).chunk(2)
                 output = free + states.scale.view(-1, 1, 1, 1) * (styled - free)
-        return self._jump(output, states.x, states.index, states.index - 1)
+        return self._jump(output, states.x, states.index, to)
 
     @torch.no_grad()
-    def target_jump(self, states: States, x_next: Tensor, s: Tensor) -> Tensor:
-        """The averaged student's jump from the teacher's state at t - k to s; exact where s is t - k."""
-        index = states.index - 1
+    def target_jump(self, states: States, x_next: Tensor, s: Tensor, index: Tensor | None = None) -> Tensor:
+        """The averaged student's jump from the teacher's state at ``index`` (t - k) to s; exact where equal."""
+        index = self.below(states.index) if index is None else index
         with self.watch("target"), self._precision():
             run = partial(functional, self.base.unet, self.average.tensors)
             unet = run if self.config.ema_target else self.base.unet
@@ -208,8 +214,11 @@ class Distiller:
         x, index = states.x.clone(), states.index.clone()
         for _ in range(int((index - until).max())):
             rows = (index > until).nonzero()[:, 0]
-            moved = self.teacher_step(replace(states, x=x, index=index).rows(rows))
-            x[rows], index[rows] = moved, index[rows] - 1
+            if not len(rows):
+                break
+            to = torch.maximum(self.below(index[rows]), until[rows])
+            x[rows] = self.teacher_step(replace(states, x=x, index=index).rows(rows), to)
+            index[rows] = to
         return replace(states, x=x, index=index)
 
     def spread_bank(self) -> None:
@@ -242,18 +251,33 @@ class Distiller:
         mixed = self.uses_bank and not self.config.bank.stored_conditioning
         states = self.bank.mixed(stored, shape, self.rng) if mixed else stored
         self.bank.count(states.index)
-        x_next = self.teacher_step(states)
-        s = draw_target(self.config.method, states.index.cpu(), self.window, self.edges, self.generator)
+        index = states.index.cpu()
+        stride = self._strides(index)
+        s = draw_target(self.config.method, index, self.window, self.edges, self.generator, stride)
+        # A phase of PCM may end within a stride: the teacher goes no further than the target.
+        after = torch.maximum((index - stride).clamp(min=CLEAN), s).to(self.device)
+        x_next = self.teacher_step(states, after)
         r = draw_real_index(s, self.generator, self.config.adversarial.real)
         noise = torch.randn(states.z.shape, generator=self.generator).to(self.device)
         real = renoise(states.z, r.to(self.device), self.device_levels, noise)
         pair = has_pair(s, self.config.adversarial.real).to(self.device)
         s = s.to(self.device)
-        target = self.target_jump(states, x_next, s)
+        target = self.target_jump(states, x_next, s, after)
         if self.uses_bank:
-            moved = replace(stored, x=x_next, index=stored.index - 1)
+            moved = replace(stored, x=x_next, index=after)
             self.bank.update(shape, slots, moved)
         return StepBatch(states, slots, shape, x_next, s, target, real, pair)
+
+    def _strides(self, index: Tensor) -> Tensor:
+        """Grid points that the teacher goes, ``[B]``.
+
+        The first step of a trajectory is shorter by chance, or every one would visit the same grid points.
+        """
+        full = torch.full_like(index, self.config.stride)
+        if self.config.stride == 1:
+            return full
+        first = randint(torch.ones_like(index), full, self.generator)
+        return torch.where(index == self.levels.tau_index, first, full)
 
     def consistency_loss(self, x_s: Tensor, batch: StepBatch) -> Tensor:
         """L_STD: pseudo-Huber distance of the student's and the target's x_s, mean over the batch."""

@@ -216,6 +216,7 @@ class DistilConfig:
     eta: float = 0.75
     tau: int = 0  # a grid timestep; 0: that of eta
     run_steps: tuple[int, ...] = (2, 4, 6, 8)  # step counts the LoRA is for; the first is not special
+    stride: int = 1  # grid points of one teacher step: more spread what is learned faster, and coarser
     window: float = 0.5  # s lies at most window * ceil(50 eta) grid points below t
     phases: int = 4  # pcm only
     guidance: tuple[float, ...] = (6.0, 16.0)  # range of the teacher's scale; w = scale - 1
@@ -348,6 +349,9 @@ def _validate_distil(recipe: DistilConfig) -> None:
             trajectory_timesteps(recipe.eta, count, start=tau)
     except ValueError as error:
         raise RecipeError(f"eta, tau, run_steps and phases do not fit together: {error}") from None
+    points = round(recipe.window * math.ceil(50 * recipe.eta))
+    if recipe.stride > points:
+        raise RecipeError(f"stride = {recipe.stride} is more than the window of {points} grid points")
     low_high = recipe.guidance
     if len(low_high) != 2 or low_high[0] > low_high[1]:
         raise RecipeError(f"guidance = {list(low_high)} must be a range [low, high]")

@@ -15,6 +15,7 @@ from torch import Tensor
 from std_rt.schedule import GRID_POINTS, NoiseSchedule, grid_timestep, trajectory_timesteps
 
 __all__ = [
+    "CLEAN",
     "METHODS",
     "Levels",
     "content_share",
@@ -123,21 +124,30 @@ def draw_start(method: str, tau_index: int, last: int, batch: int, generator: to
 
 
 def draw_target(
-    method: str, t_index: Tensor, window: int, edges: tuple[int, ...], generator: torch.Generator
+    method: str,
+    t_index: Tensor,
+    window: int,
+    edges: tuple[int, ...],
+    generator: torch.Generator,
+    stride: Tensor | int = 1,
 ) -> Tensor:
-    """Index of s for every t (the table of methods): always below t, possibly the clean end. ``[B]``."""
+    """Index of s for every t (the table of methods): always below t, possibly the clean end. ``[B]``.
+
+    With a ``stride`` (at most ``window``) the random ones lie at most where one teacher step arrives.
+    """
     clean = torch.full_like(t_index, CLEAN)
+    below = (t_index - stride).clamp(min=CLEAN)
     match method:
         case "std":
-            return randint((t_index - window).clamp(min=CLEAN), t_index - 1, generator)
+            return randint((t_index - window).clamp(min=CLEAN), below, generator)
         case "tcd":
-            return randint(clean, t_index - 1, generator)
+            return randint(clean, below, generator)
         case "lcm":
             return clean
         case "pcm":
             falls = torch.tensor(edges)
-            below = falls[None, :] < t_index[:, None]
-            return falls[below.int().argmax(1)]
+            lower = falls[None, :] < t_index[:, None]
+            return falls[lower.int().argmax(1)]
         case other:
             raise ValueError(f"unknown method {other!r}")
 

@@ -26,7 +26,8 @@ def recipe(tmp_path: Path) -> Path:
     save_latents({"art": triples}, tmp_path / "latents.safetensors")
     text = (
         f"stage = 'distil'\noutput = '{(tmp_path / 'run').as_posix()}'\nbase = '{base.as_posix()}'\n"
-        "steps = 2\nbatch = 1\naccumulate = 1\nprecision = 'fp32'\neta = 0.2\nrun_steps = [2, 4]\nwarmup = 0\n"
+        "steps = 2\nbatch = 1\naccumulate = 1\nprecision = 'fp32'\neta = 0.2\n"
+        "run_steps = [2, 4]\nwarmup = 0\n"
         "[lora]\nrank = 2\nalpha = 2\n[bank]\ncapacity = 2\n"
         f"[latents]\nfile = '{(tmp_path / 'latents.safetensors').as_posix()}'\nside = 8\n"
     )

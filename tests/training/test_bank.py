@@ -84,7 +84,7 @@ def _simulate(bank: TrajectoryBank, steps: int, batch: int, spread: bool) -> np.
     """Visits over t of ``steps`` training steps; the teacher is a step down without a network."""
     rng = np.random.default_rng(0)
     if spread:
-        for i in range(bank.capacity):
+        for _ in range(bank.capacity):
             index = int(rng.integers(LAST, TOP + 1))
             bank.update(SHAPE, [], _states([int(bank.number(1)[0])], index=index))
     for _ in range(steps):

@@ -152,3 +152,13 @@ def test_unknown_names_raise() -> None:
         draw_target("xyz", torch.tensor([3]), 1, (), _generator())
     with pytest.raises(ValueError, match="prediction_type"):
         to_x0_eps(*torch.zeros(4, 1), "xyz")
+
+
+@given(st.integers(0, 36), st.sampled_from(["std", "tcd"]), st.integers(2, 9), st.integers(0, 99))
+@settings(max_examples=100, deadline=None)
+def test_with_a_stride_targets_lie_where_a_teacher_step_arrives_or_below(
+    t: int, method: str, stride: int, seed: int
+) -> None:
+    s = draw_target(method, torch.full((8,), t), 9, (), _generator(seed), stride)
+    assert (s <= max(-1, t - stride)).all()
+    assert (s >= -1).all()
