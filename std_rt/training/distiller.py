@@ -158,7 +158,7 @@ class Distiller:
 
     @torch.no_grad()
     def target_jump(self, states: States, x_next: Tensor, s: Tensor, index: Tensor | None = None) -> Tensor:
-        """The averaged student's jump from the teacher's state at ``index`` (t - k) to s; exact where equal."""
+        """The averaged student's jump from the teacher's state at ``index`` to s; exact where they are equal."""
         index = self.below(states.index) if index is None else index
         with self.watch("target"), self._precision():
             run = partial(functional, self.base.unet, self.average.tensors)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import safe_open
 
 from std_rt.errors import RecipeError
+from std_rt.training.discriminator import Heads
 from std_rt.training.estimate import describe, estimate
 from std_rt.training.recipe import DistilConfig
 
@@ -46,30 +49,52 @@ SDXL_TEXT_PARAMETERS = 817_720_320  # CLIP ViT-L's and OpenCLIP bigG's text towe
 
 def describe_run(config: DistilConfig) -> list[str]:
     """Lines for people: parameters, memory, time. RecipeError where the base's configs are out of reach."""
-    unet, vae, style_tokens, encoders = _configs(config.base)
-    found = estimate(config, unet, vae, style_tokens=style_tokens, encoder_parameters=encoders)
+    unet, vae, style, encoders = _configs(config.base)
+    heads = None
+    if style and config.adversarial.features == "style":
+        judged = Heads([style["latent_channels"], *style["widths"]], style["pooled_dim"])
+        heads = sum(p.numel() for p in judged.parameters()) if config.adversarial.weight else 0
+    found = estimate(
+        config,
+        unet,
+        vae,
+        style_tokens=int(style.get("tokens", 0)),
+        encoder_parameters=encoders,
+        heads=heads,
+    )
     return describe(found)
 
 
-def _configs(base: str) -> tuple[dict[str, Any], dict[str, Any], int, int]:
-    """(UNet's config, VAE's config, style tokens, parameters of the encoders)."""
+def _configs(base: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]:
+    """Configs of (UNet, VAE, style encoder or {}), and how many parameters the encoders have."""
     folder = Path(base)
     if folder.is_dir():
         unet, vae = (_read(folder / part / "config.json") for part in ("unet", "vae"))
-        encoder = folder / "image_encoder" / "config.json"
-        style = _read(encoder) if encoder.is_file() else {}
-        ours = style.get("_class_name") == "StyleEncoder"
-        return unet, vae, int(style["tokens"]) if ours else 0, 0
+        path = folder / "image_encoder" / "config.json"
+        style = _read(path) if path.is_file() else {}
+        if style.get("_class_name") == "StyleEncoder":
+            return unet, vae, style, _stored(folder / "image_encoder")
+        return unet, vae, {}, sum(_stored(folder / part) for part in ("text_encoder", "text_encoder_2"))
     if base == SDXL_NAME:
-        return SDXL_UNET, SDXL_VAE, 0, SDXL_TEXT_PARAMETERS
+        return SDXL_UNET, SDXL_VAE, {}, SDXL_TEXT_PARAMETERS
     try:
         unet = UNet2DConditionModel.load_config(base, subfolder="unet")
-        return unet, AutoencoderKL.load_config(base, subfolder="vae"), 0, 0
+        return unet, AutoencoderKL.load_config(base, subfolder="vae"), {}, 0
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:150]
         raise RecipeError(
             f"base = {base!r} is no folder, and its configs could not be loaded: {reason}"
         ) from None
+
+
+def _stored(folder: Path) -> int:
+    """Numbers in the weights of a part, from the files' headers; one variant of several."""
+    files = sorted(folder.glob("*.safetensors"))
+    total = 0
+    for path in [p for p in files if "fp16" not in p.name] or files:
+        with safe_open(path, "pt") as file:
+            total += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    return total
 
 
 def _read(path: Path) -> dict[str, Any]:

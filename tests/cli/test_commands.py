@@ -22,7 +22,7 @@ def test_version(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["stylize", "export", "train", "bench", "eval", "doctor", "demo", "bundles"]
+    "command", ["stylize", "export", "train", "bench", "evaluate", "eval", "doctor", "demo", "bundles"]
 )
 def test_every_command_explains_itself(cli: Cli, command: str) -> None:
     result = cli(command, "--help")
