@@ -44,12 +44,15 @@ Watch = Callable[[str], AbstractContextManager[Any]]
 
 
 class FreshSamples(Protocol):
-    """New samples; ``c`` is what a trajectory starts from, ``z`` what is real (often the same)."""
+    """New samples; ``c`` is what a trajectory starts from, ``z`` where it ends as far as that is known,
+    ``real`` what the discriminator takes for real (all the same picture, unless the base is std-tiny)."""
 
     @property
     def z(self) -> Tensor: ...
     @property
     def c(self) -> Tensor: ...
+    @property
+    def real(self) -> Tensor: ...
     @property
     def cond(self) -> Conditioning: ...
 
@@ -158,7 +161,7 @@ class Distiller:
 
     @torch.no_grad()
     def target_jump(self, states: States, x_next: Tensor, s: Tensor, index: Tensor | None = None) -> Tensor:
-        """The averaged student's jump from the teacher's state at ``index`` to s; exact where they are equal."""
+        """The averaged student's jump from the teacher's state at ``index`` to s, exact if equal."""
         index = self.below(states.index) if index is None else index
         with self.watch("target"), self._precision():
             run = partial(functional, self.base.unet, self.average.tensors)
@@ -200,7 +203,7 @@ class Distiller:
         clean = (1 - k) * new.z + k * new.c
         x = self.levels.alpha(index) * clean + self.levels.sigma(index) * noise
         cond = new.cond.masked(keep)
-        return States(new.z, x, index, scale, self.bank.number(count), cond).to(self.device)
+        return States(new.real, x, index, scale, self.bank.number(count), cond).to(self.device)
 
     def solved(self, count: int, shape: Shape) -> States:
         """Without the bank: every state solved by the teacher from tau down to a random t."""

@@ -181,7 +181,7 @@ class LatentsConfig:
 
     file: str = ""
     side: int = 16  # of the crops, in latent pixels
-    paired: float = 1.0  # share with a known target; the others: a photo under an unrelated style (std only)
+    paired: float = 1.0  # share with a known target; the others: a photo under an unrelated style, as in use
     share_art: float = 0.6  # (artwork, its content version) among these; the others: generated styles
 
 
@@ -359,8 +359,6 @@ def _validate_distil(recipe: DistilConfig) -> None:
         raise RecipeError("give either pictures.folder or latents.file: one of them is what is trained on")
     if bool(recipe.sheet.contents) != bool(recipe.sheet.styles) and recipe.latents.file:
         raise RecipeError("sheet.contents and sheet.styles belong together: give both or none")
-    if recipe.method != "std" and recipe.latents.paired < 1:
-        raise RecipeError(f"latents.paired = {recipe.latents.paired:g} needs method = 'std'; set it to 1.0")
     if recipe.bank.enabled and recipe.method == "std" and recipe.bank.capacity < 2 * recipe.batch:
         raise RecipeError(
             f"bank.capacity = {recipe.bank.capacity} must be at least twice the batch of {recipe.batch}"

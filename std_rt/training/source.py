@@ -65,6 +65,11 @@ class Fresh:
     cond: Conditioning  # n rows, CPU
     names: list[str]  # of the files, those that stood in for broken ones
 
+    @property
+    def real(self) -> Tensor:
+        """What the discriminator takes for real: the pictures themselves."""
+        return self.z
+
 
 @dataclass(frozen=True)
 class _Sample:

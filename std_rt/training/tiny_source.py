@@ -21,10 +21,11 @@ __all__ = ["Fresh", "TripleSource"]
 
 @dataclass(frozen=True)
 class Fresh:
-    """New samples: real latents, the content a trajectory starts from, and what it is conditioned on."""
+    """New samples: where trajectories end and start, what is real, and what they are conditioned on."""
 
-    z: Tensor  # [n, C, h, w]
-    c: Tensor  # [n, C, h, w]; z itself where there is no content version
+    z: Tensor  # [n, C, h, w] the end, as far as it is known: without a known target the content itself
+    c: Tensor  # [n, C, h, w] the content that a trajectory starts from
+    real: Tensor  # [n, C, h, w] what the discriminator takes for real
     cond: Conditioning
 
 
@@ -44,25 +45,30 @@ class TripleSource:
     def take(self, n: int, shape: Shape) -> Fresh:
         """``n`` new samples; styles are encoded here, once a trajectory."""
         rows = [self._one(shape[0]) for _ in range(n)]
-        z, c, s = (torch.stack(column) for column in zip(*rows, strict=True))
+        z, c, real, s = (torch.stack(column) for column in zip(*rows, strict=True))
         tokens, pooled = self.style_encoder.encode_latents(s.to(next(self.style_encoder.parameters())))
         ids = random_time_ids(n, self.rng)
-        return Fresh(z, c, self.base.styled(tokens.float().cpu(), pooled.float().cpu(), ids))
+        return Fresh(z, c, real, self.base.styled(tokens.float().cpu(), pooled.float().cpu(), ids))
 
-    def _one(self, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _one(self, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Target, content, real and style latents of one sample."""
         if self.rng.random() < self.config.paired:
             share = self.config.share_art
             shares = {"art": share, "generated": 1 - share}
             z, c, s = draw_triples(self.latents, shares, 1, side, self.rng)
-            return z[0], c[0], s[0]
+            return z[0], c[0], z[0], s[0]
         return self._unpaired(side)
 
-    def _unpaired(self, side: int) -> tuple[Tensor, Tensor, Tensor]:
-        """A photo under a style that has nothing to do with it; what is real is the style picture itself."""
+    def _unpaired(self, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A photo under a style that has nothing to do with it, as in use.
+
+        No target is known: what forward noising has is the photo, and what is real is the style picture.
+        """
         photo = self._draw("generated").c
         other = self._draw("art" if self.rng.random() < self.config.share_art else "generated").s[0]
         style = random_crop_of(other, STYLE_LATENTS, self.rng)
-        return random_crop_of(style, side, self.rng), random_crop_of(photo, side, self.rng), style
+        content = random_crop_of(photo, side, self.rng)
+        return content, content, random_crop_of(style, side, self.rng), style
 
     def _draw(self, kind: str) -> Triple:
         triples = self.latents.get(kind) or next(iter(self.latents.values()))

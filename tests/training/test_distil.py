@@ -211,6 +211,35 @@ def test_without_the_bank_states_are_the_same_kind(config: DistilConfig) -> None
     assert states.index.min() >= distiller.last
 
 
+def test_a_photo_under_an_unrelated_style_is_its_own_target_and_the_style_is_real(
+    config: DistilConfig,
+) -> None:
+    base = load_base(config.base)
+    source = TripleSource(replace(config.latents, paired=0.0), base, 0)
+    new = source.take(4, (8, 8))
+    assert torch.equal(new.z, new.c)
+    assert not torch.equal(new.real, new.c)
+    paired = TripleSource(config.latents, base, 0).take(4, (8, 8))
+    assert torch.equal(paired.real, paired.z)
+    assert not torch.equal(paired.z, paired.c)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_with_a_stride_the_teacher_stops_at_the_target_and_trajectories_spread(
+    config: DistilConfig, method: str
+) -> None:
+    config = replace(config, method=method, stride=3, window=0.6, batch=4, bank=BankConfig(capacity=12))
+    distiller = _distiller(config)
+    seen: set[int] = set()
+    for _ in range(12):
+        batch = distiller.draw()
+        seen |= set(batch.states.index.tolist())
+        assert (batch.s < batch.states.index).all()
+    rows = [row for slots in distiller.bank.slots.values() for row in slots]
+    assert all(int(row.index) >= distiller.last for row in rows)
+    assert len(seen) > 4  # not only every third grid point
+
+
 # --- the loop -------------------------------------------------------------------------------------------
 
 

@@ -103,14 +103,14 @@ def _write(tmp_path: Path, text: str) -> Path:
 def test_recipes_in_the_repository_load() -> None:
     folder = Path(__file__).parents[2] / "training"
     stages = {load_recipe(path).stage for path in folder.glob("*.toml")}
-    assert stages == {"autoencoder", "teacher", "finish"}
+    assert stages == {"autoencoder", "teacher", "finish", "distil"}
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("stage = 'teacher'\nstep = 3\n", "did you mean steps"),
-        ("stage = 'teecher'\n", "known stages: autoencoder, teacher, finish"),
+        ("stage = 'teecher'\n", "known stages: autoencoder, teacher, finish, distil"),
         ("stage = 'teacher'\noutput = 'x'\nautoencoder = 'x'\nsteps = 'many'\n", "must be of type int"),
         ("stage = 'teacher'\n", "lacks output"),
         ("stage = \n", "not a TOML recipe"),

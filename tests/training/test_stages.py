@@ -147,3 +147,20 @@ def test_damaged_latents_say_what_to_do(finish_config: FinishConfig, tmp_path: P
     (tmp_path / "latents.safetensors").write_bytes(b"half")
     with pytest.raises(RecipeError, match="delete it"):
         load_latents(tmp_path / "latents.safetensors")
+
+
+def test_a_teacher_can_start_from_another_pipeline(
+    teacher_config: TeacherConfig, teacher_folder: Path, vae_folder: Path, tmp_path: Path
+) -> None:
+    from std_rt.training.autoencoder_model import AutoencoderPixelShuffle
+    from std_rt.training.teacher import _build
+
+    vae = AutoencoderPixelShuffle.from_pretrained(vae_folder)
+    pipeline = _build(replace(teacher_config, start_from=str(teacher_folder)), vae)
+    for name, value in load_tiny(teacher_folder).unet.state_dict().items():
+        assert torch.equal(value, pipeline.unet.state_dict()[name])
+    with pytest.raises(RecipeError, match="is no pipeline folder"):
+        _build(replace(teacher_config, start_from=str(tmp_path)), vae)
+    wider = replace(teacher_config.model, style_tokens=6)
+    with pytest.raises(RecipeError, match="does not fit the recipe's model"):
+        _build(replace(teacher_config, start_from=str(teacher_folder), model=wider), vae)
