@@ -91,6 +91,13 @@ def _cumprod(betas: Array) -> NDArray[np.float64]:
     return np.asarray(np.cumprod(1 - betas.astype(np.float64)), np.float64)
 
 
+def _zero_terminal_snr(alphas_cumprod: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Nothing of the picture left at the last timestep (arXiv 2305.08891, algorithm 1)."""
+    alpha = np.sqrt(alphas_cumprod)
+    rescaled: NDArray[np.float64] = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
+    return rescaled
+
+
 @dataclass(frozen=True)
 class NoiseSchedule:
     """``alphas_cumprod[t]`` for t in 0..999 (float64, falling), and what the network predicts."""
@@ -117,11 +124,12 @@ class NoiseSchedule:
         if config.get("trained_betas") is not None:
             return cls(_cumprod(np.asarray(config["trained_betas"])), kind)
         start, end = config.get("beta_start", 0.00085), config.get("beta_end", 0.012)
+        finish = _zero_terminal_snr if config.get("rescale_betas_zero_snr") else np.asarray
         match config.get("beta_schedule", "scaled_linear"):
             case "scaled_linear":
-                return cls(cls.scaled_linear(start, end).alphas_cumprod, kind)
+                return cls(finish(cls.scaled_linear(start, end).alphas_cumprod), kind)
             case "linear":
-                return cls(_cumprod(np.linspace(start, end, TRAIN_STEPS)), kind)
+                return cls(finish(_cumprod(np.linspace(start, end, TRAIN_STEPS))), kind)
             case other:
                 raise ValueError(
                     f"beta_schedule {other!r} is not supported: scaled_linear, linear or trained_betas"

@@ -6,8 +6,8 @@ point down, and they are written back, so that any state costs one teacher step 
 tau (Single Trajectory Distillation, arXiv 2412.18945, section 3.2).
 
 Every trajectory is visited once at every grid point, so visits over t are uniform as long as what leaves
-is replaced: with ``p_fresh = 0`` each finished trajectory's slot is refilled at once, which makes the
-share of fresh starts 1/L by itself (L = grid points of a trajectory).
+is replaced. That is the rule here: a finished trajectory's slot is refilled at once, which makes the share
+of fresh starts 1/L by itself (L = grid points of a trajectory).
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class States:
         return self.map(lambda x: x[index])
 
     def to(self, device: torch.device | str) -> States:
-        return self.map(lambda x: x.to(device))
+        """``index`` and ``id`` stay on the CPU: the loop decides by them, and must not wait for a GPU."""
+        cond = self.cond.to(device)
+        return replace(self, z=self.z.to(device), x=self.x.to(device), scale=self.scale.to(device), cond=cond)
 
     def tensors(self) -> dict[str, Tensor]:
         """By name, for a checkpoint."""
@@ -78,9 +80,19 @@ def join(parts: list[States]) -> States:
 class TrajectoryBank:
     """At most ``capacity`` trajectories per latent size; rows go in and out by slot."""
 
-    def __init__(self, capacity: int, last_index: int, device: str = "cpu", p_fresh: float = 0.0) -> None:
-        """``last_index``: the lowest grid index worth training at; below it a trajectory is dropped."""
-        self.capacity, self.last, self.device, self.p_fresh = capacity, last_index, device, p_fresh
+    def __init__(
+        self,
+        capacity: int,
+        last_index: int,
+        device: str = "cpu",
+        capacities: dict[Shape, int] | None = None,
+    ) -> None:
+        """``last_index``: the lowest grid index worth training at; below it a trajectory is dropped.
+
+        ``capacities`` are those of sizes that have less than ``capacity``.
+        """
+        self.capacity, self.last, self.device = capacity, last_index, device
+        self.capacities = capacities or {}
         self.slots: dict[Shape, list[States]] = {}
         self.visits = np.zeros(GRID_POINTS, np.int64)
         self.born = 0
@@ -92,16 +104,19 @@ class TrajectoryBank:
         """Trajectories of one latent size."""
         return len(self.slots.get(shape, []))
 
+    def room(self, shape: Shape) -> int:
+        """Slots of one latent size."""
+        return self.capacities.get(shape, self.capacity)
+
     def plan(self, batch: int, shape: Shape, rng: np.random.Generator) -> tuple[int, list[int]]:
         """How many fresh samples a step takes, and from which slots the others come (no slot twice).
 
-        Fresh samples fill free slots; with ``p_fresh`` a share of them instead. A step never takes more
-        fresh ones than there are slots, so that none is thrown away after one use.
+        Fresh samples fill free slots. A step never takes more fresh ones than there are slots, so that
+        none is thrown away after one use.
         """
         filled = self.filled(shape)
-        free = self.capacity - filled
-        wanted = int(rng.binomial(batch, self.p_fresh)) if self.p_fresh else batch
-        fresh = max(min(batch, free, wanted), batch - filled)
+        free = self.room(shape) - filled
+        fresh = max(min(batch, free), batch - filled)
         if fresh > free:
             raise RecipeError(
                 f"bank.capacity = {self.capacity} is less than the batch of {batch}; "
@@ -129,13 +144,15 @@ class TrajectoryBank:
         A row that has passed the last grid point of use leaves, and its slot is free.
         """
         kept = self.slots.setdefault(shape, [])
-        stored = states.to(self.device)
-        rows = [stored.rows(slice(i, i + 1)).map(lambda x: x.detach().clone()) for i in range(len(stored))]
-        for slot, row in zip(slots, rows, strict=False):
-            kept[slot] = row
-        kept.extend(rows[len(slots) :])
+        # Of rows that were here only the state has moved; all else is not copied again.
+        x = states.x.detach().to(self.device)
+        for n, slot in enumerate(slots):
+            row = slice(n, n + 1)
+            kept[slot] = replace(kept[slot], x=x[row].clone(), index=states.index[row].cpu().clone())
+        new = states.rows(slice(len(slots), None)).to(self.device)
+        kept.extend(new.rows(slice(n, n + 1)).map(lambda v: v.detach().clone()) for n in range(len(new)))
         self.slots[shape] = [row for row in kept if int(row.index) >= self.last]
-        assert len(self.slots[shape]) <= self.capacity
+        assert len(self.slots[shape]) <= self.room(shape)
 
     def mixed(self, states: States, shape: Shape, rng: np.random.Generator) -> States:
         """``states`` under conditioning of other trajectories of the bank: what the released code did.

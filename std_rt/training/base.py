@@ -203,6 +203,11 @@ def load_base(source: str | Path) -> Base:
     Raises RecipeError where it is missing or is no such pipeline.
     """
     folder = Path(source)
+    if not folder.exists() and len(folder.parts) != 2:  # a hub id has two parts
+        raise RecipeError(
+            f"base = {str(source)!r} does not exist; train that stage first, or get the built-in model's "
+            f"weights: std-rt bundles unpack -o {source}"
+        )
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise RecipeError(f"base = {str(source)!r} is no diffusers folder (it has no model_index.json)")
     try:

@@ -165,14 +165,13 @@ def _train(  # noqa: C901
         heads_optimizer = _optimizer(
             config, list(adversary.heads.parameters()), config.adversarial.learning_rate
         )
-        heads, heads_optimizer = accelerator.prepare(adversary.heads, heads_optimizer)
+        # Its optimizer steps by itself: the heads are fp32, and fp16's gradient scaler is the student's.
+        heads = accelerator.prepare(adversary.heads)
 
     # --- resume ------------------------------------------------------------------------------------------
     optimizers = {"student": optimizer, "heads": heads_optimizer}
     state = DistilState(folder, distiller, parameters, average, adversary, optimizers, accelerator)
     start = state.restore()
-    if start == 0 and distiller.uses_bank and config.bank.spread:
-        distiller.spread_bank()
     title = f"{config.method} of {base.name}"
     report = stack.enter_context(
         Report(
@@ -184,6 +183,9 @@ def _train(  # noqa: C901
             resume_at=start,
         )
     )
+    if start == 0 and distiller.uses_bank and config.bank.spread:
+        report.say("the teacher fills the trajectory bank")
+        distiller.spread_bank()
     sheets = SheetMaker(config, base, distiller, folder) if main else None
     end = min(config.steps, stop_after or config.steps)
     logs = Logs(accelerator, config.accumulate)
@@ -210,7 +212,9 @@ def _train(  # noqa: C901
                 with watch("student"):
                     accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    logs.add(gradient=accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm))
+                    norm = accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm)
+                    # fp16 overflows now and then by design; such a step is skipped, not an error.
+                    logs.add(gradient=norm if accelerator.scaler is None else norm.nan_to_num(0, 0, 0))
                 with watch("optimizer"):
                     optimizer.step()
                     optimizer.zero_grad()
@@ -226,12 +230,14 @@ def _train(  # noqa: C901
                             config.adversarial.r1,
                             [m.detach() for m in maps],
                         )
-                        accelerator.backward(judged)
-                        heads_optimizer.step()
-                        heads_optimizer.zero_grad()
+                        (judged / config.accumulate).backward()
+                        if accelerator.sync_gradients:
+                            heads_optimizer.step()
+                            heads_optimizer.zero_grad()
                     logs.add(discriminator=judged, **parts)
         with watch("optimizer"):
-            average.update(config.ema_decay)
+            if not optimizer.step_was_skipped:  # fp16: the scaler found an overflow and halves its scale
+                average.update(config.ema_decay)
         watch.stop()
 
         due = (step + 1) % config.snapshot_every == 0 or step + 1 == config.steps

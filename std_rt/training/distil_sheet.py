@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from std_rt.errors import RecipeError
 from std_rt.schedule import trajectory_timesteps
 from std_rt.training.base import Base
 from std_rt.training.compare import Scene, encode_scene, reference_timesteps, sample_latents
@@ -49,6 +50,11 @@ class SheetMaker:
 
     def _scene(self) -> Scene:
         sheet = self.config.sheet
+        for name, value in (("contents", sheet.contents), ("styles", sheet.styles)):
+            if value and not Path(value).is_dir():
+                raise RecipeError(
+                    f"sheet.{name} = {value!r} is no folder; set it to one, or to '' for no sheets"
+                )
         contents = picture_files(Path(sheet.contents))
         styles = picture_files(Path(sheet.styles)) if sheet.styles else contents
         pairs = []

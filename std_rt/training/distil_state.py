@@ -135,6 +135,7 @@ class DistilState:
     def restore(self) -> int:
         """Load the newest checkpoint; returns its step, 0 where there is none."""
         folder = self._newest()
+        self._check_together(folder)
         if folder is None:
             return 0
         shared = folder / "shared.safetensors"
@@ -151,6 +152,16 @@ class DistilState:
         with unpacking(own):
             self._load_own(*state)
         return int(meta["step"])
+
+    def _check_together(self, folder: Path | None) -> None:
+        """Every process must see the same checkpoint, or they would train different weights."""
+        step = torch.tensor([0 if folder is None else int(folder.name)], device=self.accelerator.device)
+        steps = set(self.accelerator.gather(step).tolist())
+        if len(steps) > 1:
+            raise RecipeError(
+                f"processes would go on from different steps {sorted(steps)} of {self.root.parent}; "
+                "the output must be one folder that all nodes share"
+            )
 
     def _newest(self) -> Path | None:
         """The last whole checkpoint's folder."""

@@ -121,9 +121,10 @@ class Distiller:
         self.levels = Levels.of(base.schedule, self.tau)
         self.device_levels = self.levels.to(device)
         self.last = last_index(self.tau, config.run_steps)
-        self.window = target_window(config.eta, config.window)
+        self.window = target_window(config.eta, config.window, self.tau)
         self.edges = phase_edges(self.tau, config.phases)
-        self.bank = TrajectoryBank(config.bank.capacity, self.last, config.bank.device, config.bank.p_fresh)
+        where = device if config.bank.device == "auto" else config.bank.device
+        self.bank = TrajectoryBank(config.bank.capacity, self.last, where, self._capacities())
         self.rng = np.random.default_rng((config.seed, rank))
         self.generator = torch.Generator().manual_seed(int(self.rng.integers(2**62)))
         self._precision = partial(precision_context, config.precision, torch.device(device).type)
@@ -168,7 +169,8 @@ class Distiller:
             unet = run if self.config.ema_target else self.base.unet
             output = self.base.predict(unet, x_next, self.device_levels.timestep(index), states.cond)
         arrived = self._jump(output, x_next, index, s)
-        return torch.where((s == index).view(-1, 1, 1, 1), x_next, arrived)
+        here = (s == index).view(-1, 1, 1, 1).to(self.device)
+        return torch.where(here, x_next, arrived)
 
     def student_jump(self, unet: Any, states: States, s: Tensor) -> Tensor:
         """The student's jump from t to s; ``unet`` is the base's UNet with its LoRA, perhaps wrapped."""
@@ -182,6 +184,16 @@ class Distiller:
         kind = self.base.schedule.prediction_type
         x_0, eps = to_x0_eps(output, x, at.alpha(index), at.sigma(index), kind)
         return jump(x_0, eps, at.alpha(s), at.sigma(s))
+
+    def _capacities(self) -> dict[Shape, int]:
+        """Rarely drawn sizes get fewer trajectories, or theirs would be young for most of a run."""
+        most = float(np.max(self.source.weights))
+        shares = zip(self.source.shapes, self.source.weights, strict=True)
+        least = 2 * self.config.batch
+        return {
+            shape: max(least, round(self.config.bank.capacity * float(share) / most))
+            for shape, share in shares
+        }
 
     # --- drawing ------------------------------------------------------------------------------------
 
@@ -209,8 +221,7 @@ class Distiller:
         """Without the bank: every state solved by the teacher from tau down to a random t."""
         states = self.fresh(count, shape)
         top = torch.full((count,), self.levels.tau_index)
-        until = randint(torch.full((count,), self.last), top, self.generator).to(self.device)
-        return self.run_down(states, until)
+        return self.run_down(states, randint(torch.full((count,), self.last), top, self.generator))
 
     def run_down(self, states: States, until: Tensor) -> States:
         """Teacher steps until every row is at its own grid index ``until [B]``."""
@@ -229,9 +240,8 @@ class Distiller:
 
         Without it the first batch all starts at tau and goes down together, in waves.
         """
-        for shape, share in zip(self.source.shapes, self.source.weights, strict=True):
-            # Rarely drawn sizes get fewer trajectories; they fill up as they are trained on.
-            wanted = max(1, round(self.config.bank.capacity * share / float(np.max(self.source.weights))))
+        for shape in self.source.shapes:
+            wanted = self.bank.room(shape)
             while self.bank.filled(shape) < wanted:
                 count = min(self.config.batch, wanted - self.bank.filled(shape))
                 self.bank.update(shape, [], self.solved(count, shape))
@@ -254,17 +264,16 @@ class Distiller:
         mixed = self.uses_bank and not self.config.bank.stored_conditioning
         states = self.bank.mixed(stored, shape, self.rng) if mixed else stored
         self.bank.count(states.index)
-        index = states.index.cpu()
+        index = states.index
         stride = self._strides(index)
         s = draw_target(self.config.method, index, self.window, self.edges, self.generator, stride)
         # A phase of PCM may end within a stride: the teacher goes no further than the target.
-        after = torch.maximum((index - stride).clamp(min=CLEAN), s).to(self.device)
+        after = torch.maximum((index - stride).clamp(min=CLEAN), s)
         x_next = self.teacher_step(states, after)
         r = draw_real_index(s, self.generator, self.config.adversarial.real)
         noise = torch.randn(states.z.shape, generator=self.generator).to(self.device)
-        real = renoise(states.z, r.to(self.device), self.device_levels, noise)
+        real = renoise(states.z, r, self.device_levels, noise)
         pair = has_pair(s, self.config.adversarial.real).to(self.device)
-        s = s.to(self.device)
         target = self.target_jump(states, x_next, s, after)
         if self.uses_bank:
             moved = replace(stored, x=x_next, index=after)

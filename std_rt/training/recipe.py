@@ -138,10 +138,9 @@ class BankConfig:
 
     enabled: bool = True  # false: every state is solved by the teacher from tau (ablation, slow)
     capacity: int = 64  # trajectories per latent size
-    p_fresh: float = 0.0  # share of fresh starts; 0: refill what has finished, which makes it 1/L
     stored_conditioning: bool = True  # false: another trajectory's, as the released code has it (ablation)
     spread: bool = True  # begin with the bank's trajectories spread over t, so that no wave goes through
-    device: str = "cpu"
+    device: str = "auto"  # where its tensors lie: beside the networks; cpu saves their memory, costs copies
 
 
 @dataclass(frozen=True)
@@ -243,6 +242,9 @@ STAGES: dict[str, type] = {
     "distil": DistilConfig,
 }
 
+# The published STD LoRAs start two grid points above the rule of eta.
+PUBLISHED_TAU = {0.65: 679, 0.75: 779, 0.85: 879, 0.95: 979}
+
 # Texts that are one of a few.
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": ("std", "tcd", "lcm", "pcm"),
@@ -251,6 +253,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("bf16", "fp16", "fp32"),
     "features": ("dinov2", "style"),
     "real": ("below", "same"),
+    "device": ("auto", "cpu"),
     "kind": ("auto", "pictures", "videos", "webdataset"),
 }
 
@@ -302,7 +305,7 @@ def _override(table: dict[str, Any], assignment: str) -> None:
 
 # Floats that are shares or levels, and so lie in 0..1.
 _SHARES = {
-    "content_from_eta", "drop_conditioning", "drop_style", "ema_decay", "eta", "generated_share", "p_fresh",
+    "content_from_eta", "drop_conditioning", "drop_style", "ema_decay", "eta", "generated_share",
     "paired", "scale_equivariance", "share_art", "share_generated", "start_eta", "window",
 }  # fmt: skip
 _FROM_ZERO = {"blocks", "seed", "start_step", "tau", "warmup", "workers"}  # whole numbers that may be 0
@@ -352,6 +355,14 @@ def _validate_distil(recipe: DistilConfig) -> None:
     points = round(recipe.window * math.ceil(50 * recipe.eta))
     if recipe.stride > points:
         raise RecipeError(f"stride = {recipe.stride} is more than the window of {points} grid points")
+    rule = trajectory_timesteps(recipe.eta, 1)[0]
+    known = (rule, PUBLISHED_TAU.get(recipe.eta, rule))
+    if tau not in known:
+        raise RecipeError(
+            f"tau = {tau} is not of eta {recipe.eta:g}: set tau = {known[1]} (published) or 0 for {rule}"
+            if known[1] != rule
+            else f"tau = {tau} is not of eta {recipe.eta:g}: set tau = 0 for {rule}"
+        )
     low_high = recipe.guidance
     if len(low_high) != 2 or low_high[0] > low_high[1]:
         raise RecipeError(f"guidance = {list(low_high)} must be a range [low, high]")
@@ -414,14 +425,27 @@ def load_run_recipe(folder: Path) -> Any:
 
 
 # What may change between a run and its continuation; everything else makes it another run.
-FREE_KEYS = {"output", "steps", "snapshot_every", "log_every", "learning_rate", "bf16", "sheet"}
+FREE_KEYS = {
+    "bf16", "gradient_checkpointing", "learning_rate", "log_every", "output", "pictures.cache",
+    "pictures.workers", "precision", "sheet", "snapshot_every", "steps",
+}  # fmt: skip
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def check_same_run(config: Any, folder: Path) -> None:
     """RecipeError where ``folder`` holds a run of another recipe than ``config``."""
-    before, now = asdict(load_run_recipe(folder)), asdict(config)
+    before, now = _flat(asdict(load_run_recipe(folder))), _flat(asdict(config))
     changed = sorted(
-        k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in FREE_KEYS
+        k
+        for k in before.keys() | now.keys()
+        if before.get(k) != now.get(k) and not {k, k.split(".")[0]} & FREE_KEYS
     )
     if changed:
         raise RecipeError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -48,7 +50,8 @@ def test_what_goes_in_comes_out(tokens: bool) -> None:
 def test_advanced_rows_go_back_to_their_slots_and_new_ones_behind() -> None:
     bank = TrajectoryBank(8, LAST)
     bank.update(SHAPE, [], _states([0, 1, 2]))
-    moved = join([_states([2, 0], index=35, seed=1), _states([3])])
+    before = bank.get(SHAPE, [2, 0])
+    moved = join([replace(before, x=before.x + 1, index=before.index - 1), _states([3])])
     bank.update(SHAPE, [2, 0], moved)
     assert [int(row.id) for row in bank.slots[SHAPE]] == [0, 1, 2, 3]
     assert [int(row.index) for row in bank.slots[SHAPE]] == [35, 36, 35, 36]
@@ -115,10 +118,13 @@ def test_a_spread_bank_sees_all_of_t_from_the_first_steps() -> None:
     assert (unspread > 0).sum() < 20  # what the spread is there for
 
 
-def test_a_share_of_fresh_starts_can_be_asked_for() -> None:
-    bank = TrajectoryBank(400, LAST, p_fresh=0.25)
-    visits = _simulate(bank, 150, 8, spread=False)
-    assert visits[-1] / visits.sum() == pytest.approx(0.25, abs=0.03)
+def test_a_size_with_less_room_takes_fresh_samples_into_its_own_slots_only() -> None:
+    bank = TrajectoryBank(40, LAST, capacities={(6, 4): 4})
+    rng = np.random.default_rng(0)
+    bank.update((6, 4), [], _states([0, 1, 2, 3]))
+    bank.update(SHAPE, [], _states([4, 5, 6, 7]))
+    assert bank.plan(2, (6, 4), rng)[0] == 0  # full: nothing fresh, so no wave of starts
+    assert bank.plan(2, SHAPE, rng)[0] == 2
 
 
 def test_draws_are_uniform_over_filled_slots() -> None:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from std_rt.schedule import NoiseSchedule, StepCoefficients, add_noise, step, to_eps, trajectory_timesteps
+from std_rt.training.recipe import PUBLISHED_TAU
 from std_rt.training.trajectory import (
     Levels,
     content_share,
@@ -79,7 +80,7 @@ def test_a_jump_to_where_one_is_changes_nothing(kind: str) -> None:
 @given(st.integers(0, 36), st.sampled_from(["std", "tcd", "lcm", "pcm"]), st.integers(0, 99))
 @settings(max_examples=200, deadline=None)
 def test_targets_lie_below_t_and_in_the_methods_range(t: int, method: str, seed: int) -> None:
-    window, edges = target_window(0.75, 0.5), phase_edges(739, 4)
+    window, edges = target_window(0.75, 0.5, 739), phase_edges(739, 4)
     s = draw_target(method, torch.full((8,), t), window, edges, _generator(seed))
     assert (s < t).all()
     assert (s >= -1).all()
@@ -107,11 +108,12 @@ def test_phases_end_on_the_schedule_of_as_many_steps() -> None:
 
 
 def test_the_window_lets_two_steps_reach_the_end() -> None:
-    """Every jump of a 2-, 4-, 6- or 8-step run is one the student was trained on."""
-    for eta in ETAS:
-        window = target_window(eta, 0.5)
+    """Every jump of a 2-, 4-, 6- or 8-step run is one the student was trained on, published starts too."""
+    starts = [(eta, trajectory_timesteps(eta, 1)[0]) for eta in ETAS] + list(PUBLISHED_TAU.items())
+    for eta, tau in starts:
+        window = target_window(eta, 0.5, tau)
         for steps in (2, 4, 6, 8):
-            points = [(t + 1) // 20 - 1 for t in trajectory_timesteps(eta, steps)] + [-1]
+            points = [(t + 1) // 20 - 1 for t in trajectory_timesteps(eta, steps, start=tau)] + [-1]
             assert max(a - b for a, b in pairwise(points)) <= window
 
 
