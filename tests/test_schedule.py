@@ -144,3 +144,13 @@ def test_an_unknown_schedule_or_prediction_is_named() -> None:
         sch.NoiseSchedule.from_config({"beta_schedule": "cosine"})
     with pytest.raises(ValueError, match="'velocity'"):
         sch.NoiseSchedule(SCHEDULE.alphas_cumprod, "velocity")
+
+
+def test_zero_terminal_snr_is_diffusers() -> None:
+    config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    zero = config | {"rescale_betas_zero_snr": True}
+    ours = sch.NoiseSchedule.from_config(zero).alphas_cumprod
+    # diffusers ends at a tiny number in the place of 0, so that its samplers need not divide by it.
+    np.testing.assert_allclose(ours, _tcd(**zero).alphas_cumprod.numpy(), atol=2e-6)
+    assert ours[-1] == 0
+    assert abs(ours[739] - sch.NoiseSchedule.from_config(config).alphas_cumprod[739]) > 0.01
