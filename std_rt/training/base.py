@@ -107,6 +107,7 @@ class Base:
     style_encoder: StyleEncoder | None = None
     style_px: int = 0
     text: TextEncoders | None = None
+    licence: str = ""  # as its README.md says in the front matter; empty where nothing does
 
     @property
     def vae_scale(self) -> int:
@@ -197,6 +198,18 @@ def _sdxl(source: str) -> Base:
     return Base(p.unet, p.vae, schedule, Path(source).name, "", text=TextEncoders(p))
 
 
+def _licence(folder: Path) -> str:
+    """``license:`` in the front matter of a folder's README.md, as the hub writes it."""
+    readme = folder / "README.md"
+    if not readme.is_file():
+        return ""
+    for line in readme.read_text(encoding="utf-8", errors="replace").splitlines()[:60]:
+        key, _, value = line.partition(":")
+        if key.strip() == "license":
+            return value.strip()
+    return ""
+
+
 def load_base(source: str | Path) -> Base:
     """A folder in SDXL's layout (or a hub id), or one of std-tiny; fp32, frozen.
 
@@ -219,7 +232,7 @@ def load_base(source: str | Path) -> Base:
         ) from None
     if base.unet.config.addition_embed_type != "text_time":
         raise RecipeError(f"base = {str(source)!r} is not of SDXL's kind (no text_time embedding)")
-    base.digest = _digest(base.unet)
+    base.digest, base.licence = _digest(base.unet), _licence(folder)
     for part in (base.unet, base.vae, base.style_encoder):
         if part is not None:
             part.requires_grad_(False).eval()

@@ -106,6 +106,19 @@ def lora_notes(config: DistilConfig, base: Base, step: int) -> dict[str, str]:
     )
 
 
+def write_card(folder: Path, config: DistilConfig, base: Base) -> None:
+    """A model card beside the LoRA; its licence is the base's, from which it is derived."""
+    licence = f"license: {base.licence}\n" if base.licence else ""
+    front = f"{licence}base_model: {base.name}\nlibrary_name: diffusers\ntags: [lora, {config.method}]"
+    steps = ", ".join(map(str, config.run_steps))
+    text = (
+        f"---\n{front}\n---\nA few-step LoRA of {base.name}, distilled by {config.method.upper()} with std-rt: "
+        f"eta {config.eta:g}, start at timestep {distil_tau(config)}, {steps} steps.\n"
+        "Its own notes (schedule, guidance, base) are in the file's metadata.\n"
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
 def _rate(config: DistilConfig, step: int) -> float:
     if config.rate_schedule == "constant":
         return config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup))
@@ -264,4 +277,5 @@ def _train(  # noqa: C901
     final = folder / "lora.safetensors"
     if end == config.steps and main:
         save_lora(final, average.tensors, lora_notes(config, base, config.steps), config.lora)
+        write_card(folder, config, base)
     return final

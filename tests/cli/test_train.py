@@ -103,7 +103,7 @@ def test_the_recipes_hold_for_every_eta_and_method(eta: str, method: str) -> Non
         (["--set", "pictures.folder=x"], "either pictures.folder or latents.file"),
         (["--set", "lora.rank=0"], "lora.rank = 0 is outside"),
         (["--set", "optimizer=adamw8bit"], "pip install bitsandbytes"),
-        (["--set", "base=nowhere"], "cannot be loaded"),
+        (["--set", "base=nowhere"], "does not exist; train that stage first"),
         (["--set", "latents.file=nowhere"], "missing or damaged"),
         (["--set", "adversarial.weight=1", "--set", "adversarial.dino=nowhere"], "adversarial.dino=FOLDER"),
         (["--set", 'lora.targets=["to_x"]'], "fits no linear or conv layer"),

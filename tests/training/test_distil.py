@@ -380,6 +380,14 @@ def test_the_lora_says_what_it_is(config: DistilConfig) -> None:
     assert json.loads(notes["timesteps"])["4"] == trajectory_timesteps(0.2, 4)
     assert notes["base"] == "tiny"
     assert len(notes["base_digest"]) == 64
+    card = (Path(config.output) / "README.md").read_text(encoding="utf-8")
+    assert "base_model: tiny" in card
+    assert "license" not in card  # this base says nothing of one
+    (Path(config.base) / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
+    try:
+        assert load_base(config.base).licence == "mit"
+    finally:
+        (Path(config.base) / "README.md").unlink()
 
 
 def test_gradient_checkpointing_and_online_target_and_mixed_conditioning_run(
