@@ -112,7 +112,8 @@ def write_card(folder: Path, config: DistilConfig, base: Base) -> None:
     front = f"{licence}base_model: {base.name}\nlibrary_name: diffusers\ntags: [lora, {config.method}]"
     steps = ", ".join(map(str, config.run_steps))
     text = (
-        f"---\n{front}\n---\nA few-step LoRA of {base.name}, distilled by {config.method.upper()} with std-rt: "
+        f"---\n{front}\n---\n"
+        f"A few-step LoRA of {base.name}, distilled by {config.method.upper()} with std-rt: "
         f"eta {config.eta:g}, start at timestep {distil_tau(config)}, {steps} steps.\n"
         "Its own notes (schedule, guidance, base) are in the file's metadata.\n"
     )
