@@ -520,7 +520,7 @@ def test_two_processes_agree_see_different_data_and_resume(config: DistilConfig,
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [*launch, str(script), str(folder)], capture_output=True, text=True, env=env, timeout=400
+        [*launch, str(script), str(folder)], capture_output=True, encoding="utf-8", env=env, timeout=400
     )
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (json.loads((folder / f"out{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1))

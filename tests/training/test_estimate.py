@@ -251,8 +251,10 @@ def test_the_description_says_what_it_assumes(clip: Path) -> None:
 
 
 def test_a_bank_on_the_cpu_takes_none_of_the_gpus_memory(clip: Path) -> None:
-    on_gpu = _of(clip, _recipe(bank=BankConfig(capacity=4000)), device="cuda:0")
+    on_gpu = _of(clip, _recipe(bank=BankConfig(capacity=4000, device="cpu")), device="cuda:0")
     assert "bank" not in on_gpu.memory_gib
+    beside = _of(clip, _recipe(bank=BankConfig(capacity=4000)), device="cuda:0")
+    assert beside.memory_gib["bank"] == on_gpu.bank_gib
     assert f"{on_gpu.bank_gib:.2f} GiB of the CPU's memory" in "\n".join(describe(on_gpu))
 
 
