@@ -21,7 +21,7 @@ from std_rt.schedule import NoiseSchedule
 from std_rt.training.style_encoder import StyleEncoder
 from std_rt.training.tiny import load_tiny
 
-__all__ = ["Base", "Conditioning", "TextEncoders", "cat", "load_base"]
+__all__ = ["Base", "Conditioning", "TextEncoders", "cat", "check_source", "load_base"]
 
 # diffusers' modules carry no types.
 Network = Any
@@ -210,17 +210,23 @@ def _licence(folder: Path) -> str:
     return ""
 
 
-def load_base(source: str | Path) -> Base:
-    """A folder in SDXL's layout (or a hub id), or one of std-tiny; fp32, frozen.
-
-    Raises RecipeError where it is missing or is no such pipeline.
-    """
+def check_source(source: str | Path) -> Path:
+    """The folder of a base, or its hub id as a path; RecipeError where it can be neither."""
     folder = Path(source)
     if not folder.exists() and len(folder.parts) != 2:  # a hub id has two parts
         raise RecipeError(
             f"base = {str(source)!r} does not exist; train that stage first, or get the built-in model's "
             f"weights: std-rt bundles unpack -o {source}"
         )
+    return folder
+
+
+def load_base(source: str | Path) -> Base:
+    """A folder in SDXL's layout (or a hub id), or one of std-tiny; fp32, frozen.
+
+    Raises RecipeError where it is missing or is no such pipeline.
+    """
+    folder = check_source(source)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise RecipeError(f"base = {str(source)!r} is no diffusers folder (it has no model_index.json)")
     try:

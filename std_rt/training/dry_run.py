@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import safe_open
 
 from std_rt.errors import RecipeError
+from std_rt.training.base import check_source
 from std_rt.training.discriminator import Heads
 from std_rt.training.estimate import describe, estimate
 from std_rt.training.recipe import DistilConfig
@@ -67,7 +68,7 @@ def describe_run(config: DistilConfig) -> list[str]:
 
 def _configs(base: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]:
     """Configs of (UNet, VAE, style encoder or {}), and how many parameters the encoders have."""
-    folder = Path(base)
+    folder = check_source(base)
     if folder.is_dir():
         unet, vae = (_read(folder / part / "config.json") for part in ("unet", "vae"))
         path = folder / "image_encoder" / "config.json"

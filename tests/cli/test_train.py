@@ -71,6 +71,7 @@ def test_a_dry_run_trains_nothing_and_counts(cli: Cli, recipe: Path, tmp_path: P
     assert "parameters in a LoRA of rank 3" in done.out
     assert "memory" in done.out
     assert not (tmp_path / "run").exists()
+    assert "train that stage first" in cli("train", recipe, "--dry-run", "--set", "base=a/b/c").error
 
 
 @pytest.mark.slow
