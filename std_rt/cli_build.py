@@ -91,6 +91,7 @@ def unpack(source: str | None, output: Path) -> None:
         raise UsageError(f"{bundle.name} was exported from a diffusers folder of its own; train on that")
     if "betas" not in bundle.manifest["schedule"]:
         raise UsageError(f"{bundle.name} does not say its noise schedule; export it again with this std-rt")
-    schedule = NoiseSchedule.from_betas(bundle.manifest["schedule"]["betas"], bundle.prediction_type)
+    noise = {"trained_betas": bundle.manifest["schedule"]["betas"], "prediction_type": bundle.prediction_type}
+    schedule = NoiseSchedule.from_config(noise)
     save_tiny(TinyPipeline(parts["unet"], parts["style_encoder"], parts["vae"], schedule), output)  # type: ignore[arg-type]
     typer.echo(output)

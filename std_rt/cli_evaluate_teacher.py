@@ -112,7 +112,6 @@ def _prepare(
         Setting,
         choose_device,
         encode_scene,
-        place,
         read_candidate,
         teachers,
     )
@@ -121,7 +120,7 @@ def _prepare(
     judge = judge_with(common.scorers, device)
     base = load_base(request.teacher)
     loras = [read_candidate(path, base) for path in dict.fromkeys(request.loras)]
-    place(base, device)
+    base.to(device)
     settings = [Setting(n, g, request.schedule) for n in request.steps for g in request.guidance]
 
     def encode(which: Sequence[Pair], **options: Any) -> Any:

@@ -135,11 +135,6 @@ class NoiseSchedule:
                     f"beta_schedule {other!r} is not supported: scaled_linear, linear or trained_betas"
                 )
 
-    @classmethod
-    def from_betas(cls, betas: list[float], prediction_type: str) -> NoiseSchedule:
-        """From the 1000 betas of ``betas()``."""
-        return cls(_cumprod(np.asarray(betas)), prediction_type)
-
     def shifted(self, ratio: float) -> NoiseSchedule:
         """Shift the log-SNR by ``2 ln(ratio)`` (simple diffusion, arXiv 2301.11093, eq. 4).
 

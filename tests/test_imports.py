@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "schedule": set(),
     "digest": set(),
+    "model_card": set(),
     "external_data": set(),
     "machine": set(),
     "bundle": {"schedule", "external_data"},
@@ -34,8 +35,8 @@ ALLOWED: dict[str, set[str]] = {
     "demo": {"examples", "media", "stylizer"},
     "evaluate": {"media", "conditioning", "stylizer", "measures"},
     "measures": set(),
-    "export": {"engines", "bundle", "schedule", "external_data", "digest"},
-    "training": {"schedule", "digest"},
+    "export": {"engines", "bundle", "schedule", "external_data", "digest", "model_card"},
+    "training": {"schedule", "digest", "model_card"},
 }
 HEAVY = {
     "torch",

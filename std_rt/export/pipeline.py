@@ -26,6 +26,7 @@ from std_rt.export.lora import fuse_lora
 from std_rt.export.modules import CLIP_MEAN, CLIP_STD, ClipStyleEncoder
 from std_rt.export.options import ExportOptions
 from std_rt.export.text import bake_prompt, null_text
+from std_rt.model_card import licence
 from std_rt.schedule import NoiseSchedule
 
 __all__ = ["Pipeline", "Style", "read_pipeline"]
@@ -271,12 +272,5 @@ def _digest(path: Path) -> str:
 
 
 def _licence(path: Path) -> str:
-    """From the front matter of a README.md, as the hub writes it; ``unknown`` where nothing says."""
-    readme = (path if path.is_dir() else path.parent) / "README.md"
-    if not readme.is_file():
-        return "unknown"
-    for line in readme.read_text(encoding="utf-8", errors="replace").splitlines()[:60]:
-        key, _, value = line.partition(":")
-        if key.strip() in ("license", "licence") and value.strip():
-            return value.strip()
-    return "unknown"
+    """Of a folder, or of the folder that a file lies in; ``unknown`` where nothing says."""
+    return licence(path if path.is_dir() else path.parent) or "unknown"

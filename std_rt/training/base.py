@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from std_rt.digest import unet_digest
 from std_rt.errors import RecipeError
+from std_rt.model_card import licence
 from std_rt.schedule import NoiseSchedule
 from std_rt.training.style_encoder import StyleEncoder
 from std_rt.training.tiny import load_tiny
@@ -109,6 +110,14 @@ class Base:
     text: TextEncoders | None = None
     licence: str = ""  # as its README.md says in the front matter; empty where nothing does
 
+    def to(self, device: torch.device | str) -> None:
+        """Move every network."""
+        for part in (self.unet, self.vae, self.style_encoder):
+            if part is not None:
+                part.to(device)
+        if self.text is not None:
+            self.text.pipeline.to(device)
+
     @property
     def vae_scale(self) -> int:
         """Image pixels per latent pixel."""
@@ -198,18 +207,6 @@ def _sdxl(source: str) -> Base:
     return Base(p.unet, p.vae, schedule, Path(source).name, "", text=TextEncoders(p))
 
 
-def _licence(folder: Path) -> str:
-    """``license:`` in the front matter of a folder's README.md, as the hub writes it."""
-    readme = folder / "README.md"
-    if not readme.is_file():
-        return ""
-    for line in readme.read_text(encoding="utf-8", errors="replace").splitlines()[:60]:
-        key, _, value = line.partition(":")
-        if key.strip() == "license":
-            return value.strip()
-    return ""
-
-
 def check_source(source: str | Path) -> Path:
     """The folder of a base, or its hub id as a path; RecipeError where it can be neither."""
     folder = Path(source)
@@ -238,7 +235,7 @@ def load_base(source: str | Path) -> Base:
         ) from None
     if base.unet.config.addition_embed_type != "text_time":
         raise RecipeError(f"base = {str(source)!r} is not of SDXL's kind (no text_time embedding)")
-    base.digest, base.licence = _digest(base.unet), _licence(folder)
+    base.digest, base.licence = _digest(base.unet), licence(folder)
     for part in (base.unet, base.vae, base.style_encoder):
         if part is not None:
             part.requires_grad_(False).eval()

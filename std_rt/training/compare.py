@@ -48,7 +48,6 @@ __all__ = [
     "draw_noise",
     "encode_scene",
     "label_of",
-    "place",
     "read_candidate",
     "reference",
     "sample_latents",
@@ -126,15 +125,6 @@ def choose_device(name: str) -> str:
         reason = " ".join(str(error).split())[:120]
         raise UsageError(f"--device {name} cannot be used ({reason}); try --device cpu") from None
     return chosen
-
-
-def place(base: Base, device: str) -> None:
-    """Move every network of the base."""
-    for part in (base.unet, base.vae, base.style_encoder):
-        if part is not None:
-            part.to(device)
-    if base.text is not None:
-        base.text.pipeline.to(device)
 
 
 def draw_noise(seed: int, shape: tuple[int, ...]) -> Tensor:

@@ -21,10 +21,11 @@ from std_rt.training.base import Base, load_base
 from std_rt.training.discriminator import Adversary
 from std_rt.training.distil_sheet import SheetMaker
 from std_rt.training.distil_state import DistilState, Logs, start_folder
-from std_rt.training.distiller import Distiller, Source, attention_kernels
+from std_rt.training.distiller import Distiller, Source
 from std_rt.training.features import DinoFeatures, Features, StyleFeatures, load_dino
 from std_rt.training.loop import cosine_rate
 from std_rt.training.lora import Average, add_lora, lora_parameters, make_notes, save_lora
+from std_rt.training.precision import DTYPES, attention_kernels
 from std_rt.training.recipe import DistilConfig, distil_tau
 from std_rt.training.report import Report, Stopwatch
 from std_rt.training.tiny_source import TripleSource
@@ -74,21 +75,6 @@ def _source(config: DistilConfig, base: Base, rank: int, world: int) -> Source:
     if base.style_encoder is None:
         raise RecipeError("latents.file is for a base with a style encoder; set pictures.folder instead")
     return TripleSource(config.latents, base, config.seed, rank, world)
-
-
-def _place(base: Base, config: DistilConfig, device: torch.device) -> None:
-    """The frozen parts to the device; weights in the training precision on a GPU.
-
-    The autoencoder stays in fp32: SDXL's overflows in fp16.
-    """
-    if device.type != "cpu" and config.precision != "fp32":
-        base.unet.to(device, {"bf16": torch.bfloat16, "fp16": torch.float16}[config.precision])
-    base.unet.to(device)
-    base.vae.to(device)
-    if base.style_encoder is not None:
-        base.style_encoder.to(device)
-    if base.text is not None:
-        base.text.pipeline.to(device)
 
 
 def lora_notes(config: DistilConfig, base: Base, step: int) -> dict[str, str]:
@@ -155,7 +141,9 @@ def _train(  # noqa: C901
         )
 
     # --- networks: one UNet holds teacher (LoRA off), student (LoRA on) and averaged student ---------
-    _place(base, config, device)
+    base.to(device)
+    if device.type != "cpu":  # the autoencoder stays in fp32: SDXL's overflows in fp16
+        base.unet.to(DTYPES[config.precision])
     add_lora(base.unet, config.lora, config.seed)
     if config.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()

@@ -13,11 +13,11 @@ from std_rt.errors import RecipeError
 from std_rt.schedule import trajectory_timesteps
 from std_rt.training.base import Base
 from std_rt.training.compare import Scene, encode_scene, reference_timesteps, sample_latents
-from std_rt.training.data import picture_files, read_picture
-from std_rt.training.distiller import Distiller, precision_context
+from std_rt.training.distiller import Distiller
 from std_rt.training.lora import adapters_off, functional
+from std_rt.training.precision import precision_context
 from std_rt.training.recipe import DistilConfig
-from std_rt.training.sheet import centre_crop, save_sheet, to_frames
+from std_rt.training.sheet import save_sheet, spread_pairs, to_frames
 
 __all__ = ["SheetMaker"]
 
@@ -55,14 +55,8 @@ class SheetMaker:
                 raise RecipeError(
                     f"sheet.{name} = {value!r} is no folder; set it to one, or to '' for no sheets"
                 )
-        contents = picture_files(Path(sheet.contents))
-        styles = picture_files(Path(sheet.styles)) if sheet.styles else contents
-        pairs = []
-        for i in range(sheet.pairs):
-            a = read_picture(contents[i * len(contents) // sheet.pairs])
-            b = read_picture(styles[(i * len(styles) // sheet.pairs + 1) % len(styles)])
-            if a is not None and b is not None:
-                pairs.append((centre_crop(a, sheet.size_px), centre_crop(b, sheet.size_px)))
+        contents = Path(sheet.contents)
+        pairs = spread_pairs(contents, Path(sheet.styles or contents), sheet.pairs, sheet.size_px)
         draws = max(self.config.run_steps)
         return encode_scene(self.base, pairs, draws=draws, device=self.distiller.device)
 

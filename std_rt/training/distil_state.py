@@ -54,7 +54,6 @@ class Logs:
     def __init__(self, accelerator: Accelerator, per_step: int) -> None:
         self.accelerator, self.per_step = accelerator, per_step
         self.kept: dict[str, list[Tensor]] = {}
-        self.from_step = 0
 
     def add(self, **values: Tensor) -> None:
         for name, value in values.items():
@@ -72,9 +71,7 @@ class Logs:
 
     def _complaint(self, name: str, values: Tensor, step: int) -> str:
         bad = (~values.isfinite()).nonzero()
-        per_step = (
-            max(1, len(values) // max(1, step - self.from_step)) if name == "gradient" else self.per_step
-        )
+        per_step = 1 if name == "gradient" else self.per_step  # noted once an optimizer step
         back = 0 if not len(bad) else (len(values) - 1 - int(bad[0])) // per_step
         return (
             f"the {name} is not a number at step {step - back}; lower learning_rate or set "

@@ -6,8 +6,8 @@ parts by themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -15,13 +15,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from std_rt.training.bank import Shape, States, TrajectoryBank, join
 from std_rt.training.base import Base, Conditioning, cat
 from std_rt.training.discriminator import draw_real_index, has_pair, renoise
 from std_rt.training.lora import Average, adapters_off, functional
-from std_rt.training.recipe import DistilConfig, distil_tau
+from std_rt.training.precision import precision_context
+from std_rt.training.recipe import DistilConfig, distil_tau, target_window
 from std_rt.training.trajectory import (
     CLEAN,
     Levels,
@@ -33,13 +33,11 @@ from std_rt.training.trajectory import (
     phase_edges,
     pseudo_huber,
     randint,
-    target_window,
     to_x0_eps,
 )
 
-__all__ = ["Distiller", "Source", "StepBatch", "attention_kernels", "precision_context"]
+__all__ = ["Distiller", "Source", "StepBatch"]
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Watch = Callable[[str], AbstractContextManager[Any]]
 
 
@@ -81,23 +79,6 @@ class StepBatch:
     target: Tensor  # [B, C, h, w] where the averaged student arrives from x_next
     real: Tensor  # [B, C, h, w] the item's own real latents at r
     pair: Tensor  # [B] whether there is an r below s
-
-
-@contextmanager
-def precision_context(precision: str, device: str) -> Iterator[None]:
-    """Autocast for the networks; ``device`` is its type."""
-    with torch.autocast(device, DTYPES[precision], enabled=precision != "fp32"):
-        yield
-
-
-@contextmanager
-def attention_kernels(device: str) -> Iterator[None]:
-    """Plain attention on the CPU, where the fused kernel's backward is slow.
-
-    Around whole steps, not around a network's forward: gradient checkpointing runs it again in the backward.
-    """
-    with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext():
-        yield
 
 
 class Distiller:

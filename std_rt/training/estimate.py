@@ -28,13 +28,13 @@ from std_rt.training.meta_pass import (
     token_dim,
     unet_pass,
 )
+from std_rt.training.precision import DTYPES
 from std_rt.training.recipe import DistilConfig, distil_tau
 from std_rt.training.trajectory import last_index
 
 __all__ = ["Estimate", "describe", "estimate", "measure_flops"]
 
 GIB = 2**30
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Convolutions and attention at training sizes reach about this share of a large matmul's speed.
 MATMUL_SHARE = 0.4
 # Of what the UNet keeps: kernels' working memory, copies that autocast makes, gradients on their way.

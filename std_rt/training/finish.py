@@ -25,12 +25,12 @@ from std_rt.errors import RecipeError
 from std_rt.schedule import StepCoefficients, trajectory_timesteps
 from std_rt.training.latents import STYLE_LATENTS, Triple, load_latents, random_crop_of
 from std_rt.training.loop import cosine_rate
+from std_rt.training.precision import mixed_precision
 from std_rt.training.recipe import FinishConfig, TeacherConfig, load_run_recipe
 from std_rt.training.teacher import (
     ddim,
     denoising_loss,
     ema_update,
-    mixed_precision,
     pipeline_run,
     random_time_ids,
     teacher_sheet,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from std_rt.errors import RecipeError
-from std_rt.schedule import trajectory_timesteps
+from std_rt.schedule import GRID_POINTS, trajectory_timesteps
 
 T = TypeVar("T")
 STYLE_HEADS = 6  # attention heads of the style encoder's resampler
@@ -352,7 +352,7 @@ def _validate_distil(recipe: DistilConfig) -> None:
             trajectory_timesteps(recipe.eta, count, start=tau)
     except ValueError as error:
         raise RecipeError(f"eta, tau, run_steps and phases do not fit together: {error}") from None
-    points = round(recipe.window * math.ceil(50 * recipe.eta))
+    points = target_window(recipe.eta, recipe.window, tau)
     if recipe.stride > points:
         raise RecipeError(f"stride = {recipe.stride} is more than the window of {points} grid points")
     rule = trajectory_timesteps(recipe.eta, 1)[0]
@@ -374,6 +374,16 @@ def _validate_distil(recipe: DistilConfig) -> None:
         raise RecipeError(
             f"bank.capacity = {recipe.bank.capacity} must be at least twice the batch of {recipe.batch}"
         )
+
+
+def target_window(eta: float, rate: float, tau: int) -> int:
+    """How many grid points below t the target s may lie: ``rate * ceil(50 eta)`` (the error bound).
+
+    Rounded up, and of the points from ``tau`` where those are more, so that with a rate of one half
+    both jumps of a 2-step run lie inside, also for the published LoRAs, which start above eta's tau.
+    """
+    points = max(math.ceil(GRID_POINTS * eta - 1e-9), (tau + 1) // 20)
+    return max(1, math.ceil(rate * points - 1e-9))
 
 
 def distil_tau(recipe: DistilConfig) -> int:

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from std_rt.errors import RecipeError
 from std_rt.training.arrays import Frame
+from std_rt.training.data import picture_files, read_picture
 
+Pairs = list[tuple[Frame, Frame]]
 Series = tuple[Sequence[float], Sequence[float]]  # x, y
 Colour = tuple[int, int, int]  # BGR
 FloatArray = npt.NDArray[np.float64]
@@ -44,6 +46,18 @@ def centre_crop(frame: Frame, size_px: int) -> Frame:
     side = min(h, w)
     y, x = (h - side) // 2, (w - side) // 2
     return cv2.resize(frame[y : y + side, x : x + side], (size_px, size_px), interpolation=cv2.INTER_AREA)
+
+
+def spread_pairs(contents: Path, styles: Path, count: int = 8, size_px: int = 256) -> Pairs:
+    """(content, style) squares spread evenly over two folders; the same for the same folders."""
+    content, style = picture_files(contents), picture_files(styles)
+    pairs = []
+    for i in range(count):
+        a = read_picture(content[i * len(content) // count])
+        b = read_picture(style[(i * len(style) // count + 1) % len(style)])
+        if a is not None and b is not None:
+            pairs.append((centre_crop(a, size_px), centre_crop(b, size_px)))
+    return pairs
 
 
 def save_sheet(path: Path, rows: list[list[Frame]], gap_px: int = 4) -> None:

@@ -15,21 +15,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from std_rt.errors import RecipeError
 from std_rt.schedule import NoiseSchedule, StepCoefficients, grid_timestep, start_index, trajectory_timesteps
-from std_rt.training.arrays import Frame
 from std_rt.training.autoencoder_model import AutoencoderPixelShuffle
-from std_rt.training.data import load_pictures, picture_files, read_picture
+from std_rt.training.data import load_pictures
 from std_rt.training.latents import (
     Triple,
     build_latents,
@@ -39,12 +35,11 @@ from std_rt.training.latents import (
     save_latents,
 )
 from std_rt.training.loop import Run, cosine_rate
+from std_rt.training.precision import mixed_precision
 from std_rt.training.recipe import DataConfig, FinishConfig, TeacherConfig
-from std_rt.training.sheet import centre_crop, save_sheet, to_frames, to_tensor
+from std_rt.training.sheet import Pairs, save_sheet, spread_pairs, to_frames, to_tensor
 from std_rt.training.style_encoder import StyleEncoder
 from std_rt.training.tiny import TinyPipeline, build_unet, load_tiny, run_unet, save_tiny
-
-Pairs = list[tuple[Frame, Frame]]
 
 
 @dataclass(frozen=True)
@@ -150,17 +145,9 @@ def sample(
     return pipeline.vae.decode(x).sample
 
 
-def watched_pairs(data: DataConfig, count: int = 8, size_px: int = 256) -> Pairs:
-    """The same unseen (content, style) pairs in every sheet, spread over the held-out folders."""
-    content = picture_files(Path(data.held_out_content))
-    style = picture_files(Path(data.held_out_style))
-    pairs = []
-    for i in range(count):
-        a = read_picture(content[i * len(content) // count])
-        b = read_picture(style[(i * len(style) // count + 1) % len(style)])
-        if a is not None and b is not None:
-            pairs.append((centre_crop(a, size_px), centre_crop(b, size_px)))
-    return pairs
+def watched_pairs(data: DataConfig) -> Pairs:
+    """The same unseen (content, style) pairs in every sheet."""
+    return spread_pairs(Path(data.held_out_content), Path(data.held_out_style))
 
 
 def teacher_sheet(
@@ -257,13 +244,6 @@ def pipeline_run(config: TeacherConfig | FinishConfig, live: TinyPipeline, avera
     }
     parameters = [p for m in (live.unet, live.style_encoder) for p in m.parameters() if p.requires_grad]
     return Run(config, modules, parameters, weight_decay=1e-2)
-
-
-@contextmanager
-def mixed_precision(bf16: bool) -> Iterator[None]:
-    """bf16 where asked for, and plain attention: the backward of the fused kernel is slow on CPU."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16), sdpa_kernel(SDPBackend.MATH):
-        yield
 
 
 def denoising_loss(

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +25,6 @@ __all__ = [
     "phase_edges",
     "pseudo_huber",
     "randint",
-    "target_window",
     "to_x0_eps",
 ]
 
@@ -98,16 +96,6 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
 def last_index(tau: int, run_steps: tuple[int, ...]) -> int:
     """The lowest grid index that a run of any supported step count visits."""
     return min((trajectory_timesteps(1.0, n, start=tau)[-1] + 1) // 20 - 1 for n in run_steps)
-
-
-def target_window(eta: float, rate: float, tau: int) -> int:
-    """How many grid points below t the target s may lie: ``rate * ceil(50 eta)`` (the error bound).
-
-    Rounded up, and of the points from ``tau`` where those are more, so that with a rate of one half
-    both jumps of a 2-step run lie inside, also for the published LoRAs, which start above eta's tau.
-    """
-    points = max(math.ceil(GRID_POINTS * eta - 1e-9), (tau + 1) // 20)
-    return max(1, math.ceil(rate * points - 1e-9))
 
 
 def phase_edges(tau: int, phases: int) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from std_rt.schedule import NoiseSchedule, StepCoefficients, add_noise, step, to_eps, trajectory_timesteps
-from std_rt.training.recipe import PUBLISHED_TAU
+from std_rt.training.recipe import PUBLISHED_TAU, target_window
 from std_rt.training.trajectory import (
     Levels,
     content_share,
@@ -21,7 +21,6 @@ from std_rt.training.trajectory import (
     last_index,
     phase_edges,
     pseudo_huber,
-    target_window,
     to_x0_eps,
 )
 

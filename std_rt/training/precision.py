@@ -1,0 +1,37 @@
+"""How networks are computed in training: number format and attention kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+__all__ = ["DTYPES", "attention_kernels", "mixed_precision", "precision_context"]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@contextmanager
+def precision_context(precision: str, device: str) -> Iterator[None]:
+    """Autocast for the networks; ``device`` is its type."""
+    with torch.autocast(device, DTYPES[precision], enabled=precision != "fp32"):
+        yield
+
+
+@contextmanager
+def attention_kernels(device: str) -> Iterator[None]:
+    """Plain attention on the CPU, where the fused kernel's backward is slow.
+
+    Around whole steps, not around a network's forward: gradient checkpointing runs it again in the backward.
+    """
+    with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext():
+        yield
+
+
+@contextmanager
+def mixed_precision(bf16: bool) -> Iterator[None]:
+    """Both, for the stages of std-tiny, which train on the CPU."""
+    with precision_context("bf16" if bf16 else "fp32", "cpu"), attention_kernels("cpu"):
+        yield
