@@ -32,6 +32,7 @@ __all__ = [
     "randomize",
     "write_clip_pipeline",
     "write_ip_adapter",
+    "write_json",
     "write_lora",
     "write_own_pipeline",
     "write_plain_ip_adapter",
@@ -231,7 +232,7 @@ def write_text_lora(path: Path, encoder: nn.Module, *, rank: int = 2) -> Path:
     return path
 
 
-def write_tokenizer(folder: Path) -> Path:
+def write_tokenizer(folder: Path, length: int = 12) -> Path:
     """A CLIP tokenizer that knows single letters and one merge."""
     folder.mkdir(parents=True, exist_ok=True)
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
@@ -247,10 +248,15 @@ def write_tokenizer(folder: Path) -> Path:
     special = {"bos_token": words[-2], "eos_token": words[-1], "unk_token": words[-1], "pad_token": words[-1]}
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\ni n\ni n</w>\n", encoding="utf-8")
-    _write_json(folder / "special_tokens_map.json", special)
-    _write_json(
+    write_json(folder / "special_tokens_map.json", special)
+    write_json(
         folder / "tokenizer_config.json",
-        {"tokenizer_class": "CLIPTokenizer", "model_max_length": 12, "add_prefix_space": False, **special},
+        {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": length,
+            "add_prefix_space": False,
+            **special,
+        },
     )
     return folder
 
@@ -296,7 +302,7 @@ def _write_scheduler(folder: Path, trained_betas: bool) -> None:
         config["trained_betas"] = NoiseSchedule.scaled_linear().shifted(4).betas().tolist()
         config["prediction_type"] = "v_prediction"
     (folder / "scheduler").mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "scheduler" / "scheduler_config.json", config)
+    write_json(folder / "scheduler" / "scheduler_config.json", config)
 
 
 def _write_index(folder: Path, vae: str, image_encoder: str, *, text: bool) -> None:
@@ -314,8 +320,8 @@ def _write_index(folder: Path, vae: str, image_encoder: str, *, text: bool) -> N
         "image_encoder": ["transformers", image_encoder],
     }
     index |= {role: ["transformers", kind] if text else [None, None] for role, kind in roles.items()}
-    _write_json(folder / "model_index.json", index)
+    write_json(folder / "model_index.json", index)
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2), encoding="utf-8")

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from std_rt.bundle import Bundle, write_bundle
 from std_rt.errors import ExportError
-from std_rt.export.graphs import Example, Graph, make_examples, make_graphs
+from std_rt.export.graphs import Example, Graph, Walk, style_graph, unet_graph, vae_graphs
+from std_rt.export.ip_adapter import Branches, attach_diffusers, detach_diffusers
 from std_rt.export.lora import read_metadata, source_digest
+from std_rt.export.modules import ClipStyleEncoder, prepare_attention
 from std_rt.export.notes import read_notes
 from std_rt.export.onnx_graph import Port, trace
 from std_rt.export.options import ExportOptions, Trajectory, check_base, choose_trajectory, remarks
 from std_rt.export.parity import check_graph, lint
-from std_rt.export.pipeline import Pipeline, read_pipeline
+from std_rt.export.pipeline import Source, Style, check_text, read_source
+from std_rt.export.precision import half_dtype, to_half, vae_compute
+from std_rt.export.text import bake_prompt, null_text
 from std_rt.export.weights import externalize
 from std_rt.schedule import GRID_POINTS, NoiseSchedule, trajectory_timesteps
 
@@ -25,6 +32,7 @@ __all__ = ["export_pipeline", "schedule_section"]
 
 Progress = Callable[[str], None]
 _SMALLEST_PX, _LARGEST_PX = 64, 2048
+_LARGE = 500_000_000  # parameters of a UNet
 _PACKAGES = (
     "std-rt",
     "torch",
@@ -42,51 +50,23 @@ def export_pipeline(
     source: Path,
     output: Path,
     *,
-    lora: Sequence[tuple[Path, float]] = (),
-    ip_adapter: Path | None = None,
-    image_encoder: Path | None = None,
-    vae: Path | None = None,
-    eta: float | None = None,
-    tau: int | None = None,
-    steps: Sequence[int] = (),
-    size: tuple[int, int] = (256, 256),
-    weights: str = "fp16",
-    prompt: str = "",
-    style_layers: str = "auto",
-    name: str = "",
-    profile: str = "",
     overwrite: bool = False,
     progress: Progress = lambda note: None,
     remark: Progress = lambda note: None,
+    **choices: Any,
 ) -> Bundle:
-    """Export the SDXL-layout folder ``source`` to the bundle ``output``; ``size`` is (H, W) in px.
+    """Export the SDXL-layout folder ``source`` to the bundle ``output``.
 
-    ``lora`` are (file, scale) pairs, fused in order. ``eta``, ``tau`` and ``steps`` default to what the
-    LoRA notes, or to the published ``profile``'s, or to 0.75 and (4,); the first step count is the bundle's
-    default. Every graph is compared with torch before the bundle gets its name. ``remark`` is told what is
-    allowed and yet should be known. Raises ExportError or BundleError.
+    ``choices`` are the fields of `ExportOptions`. Every graph is compared with torch before the bundle gets
+    its name. ``remark`` is told what is allowed and yet should be known. Raises ExportError or BundleError.
     """
-    options = ExportOptions(
-        Path(source),
-        Path(output),
-        tuple((Path(path), scale) for path, scale in lora),
-        ip_adapter,
-        image_encoder,
-        vae,
-        eta,
-        tau,
-        tuple(steps),
-        size,
-        weights,
-        prompt,
-        style_layers,
-        name,
-        profile,
-    )
+    options = ExportOptions(Path(source), Path(output), **choices)
     trajectory = _plan(options, remark)
-    return write_bundle(
-        options.output, lambda folder: _fill(folder, options, trajectory, progress), overwrite=overwrite
-    )
+
+    def fill(folder: Path) -> dict[str, Any]:
+        return Build(folder, options, trajectory, progress).run()
+
+    return write_bundle(options.output, fill, overwrite=overwrite)
 
 
 def _plan(options: ExportOptions, remark: Progress) -> Trajectory:
@@ -100,33 +80,158 @@ def _plan(options: ExportOptions, remark: Progress) -> Trajectory:
     return trajectory
 
 
-def _fill(folder: Path, options: ExportOptions, trajectory: Trajectory, progress: Progress) -> dict[str, Any]:
-    progress("reading the pipeline")
-    pipeline = read_pipeline(options)
-    multiple = _check_size(options.size, pipeline)
-    progress("running torch for comparison")
-    sizes = [options.size, _other_size(options.size, multiple)]
-    examples = [
-        make_examples(pipeline, at, trajectory.tau, strength)
-        for at, strength in zip(sizes, (1.0, 0.5), strict=True)
-    ]
-    graphs = make_graphs(pipeline)
-    parity = {}
-    for graph in graphs:
-        progress(f"exporting {graph.name}")
-        path = _write_graph(folder, graph, options.weights)
-        progress(f"comparing {graph.name} with torch")
-        parity[graph.name] = check_graph(
-            graph.name, path, [ex[graph.name] for ex in examples], options.weights
+class Build:
+    """The parts of one bundle, loaded, compared and written one after the other."""
+
+    def __init__(
+        self, folder: Path, options: ExportOptions, trajectory: Trajectory, progress: Progress
+    ) -> None:
+        self._folder, self._options, self._trajectory = folder, options, trajectory
+        self._progress = progress
+        progress("reading the pipeline")
+        self._source = read_source(options)
+        self._multiple = _check_size(options.size, self._source)
+        self._compute = options.compute(self._source.parameters)
+        # A large graph is compared at the smaller size alone, and on one backend: minutes each.
+        self._large = self._source.parameters > _LARGE
+        small = _other_size(options.size, self._multiple)
+        walks = [Walk(small, 0.5)] if self._large else [Walk(options.size, 1.0), Walk(small, 0.5)]
+        self._walks = walks
+        self._reference: dict[str, Example] = {}
+        self._graphs: dict[str, dict[str, Any]] = {}
+        self._parity: dict[str, dict[str, Any]] = {}
+        self._precision: dict[str, dict[str, str]] = {}
+
+    @torch.no_grad()
+    def run(self) -> dict[str, Any]:
+        """Everything but the manifest, which is returned."""
+        style, branches = self._style()
+        self._vae(style)
+        text = self._text(style)
+        # The encoder is written; what follows needs its numbers only.
+        style = replace(style, module=torch.nn.Identity())
+        self._unet(style, branches, text)
+        _write_reference(self._folder, self._reference)
+        self._progress("hashing")
+        return self._manifest(style, branches, text)
+
+    def _style(self) -> tuple[Style, Branches]:
+        self._progress("style encoder: torch")
+        style, branches = self._source.load_style()
+        examples = [walk.style(style) for walk in self._walks]
+        compute = "fp32"
+        dtype = half_dtype(self._compute)
+        if dtype is not None and isinstance(style.module, ClipStyleEncoder):
+            to_half(style.module.module, dtype)
+            style.module.dtype, compute = dtype, self._compute
+        self._write(style_graph(style), compute)
+        self._check("style_encoder", examples)
+        return style, branches
+
+    def _vae(self, style: Style) -> None:
+        self._progress("vae: torch")
+        vae = self._source.load_vae()
+        examples = zip(*(walk.vae(vae) for walk in self._walks), strict=True)
+        compute = vae_compute(vae, self._compute)
+        dtype = half_dtype(compute)
+        if dtype is not None:
+            to_half(vae, dtype)
+        graphs = vae_graphs(self._source, vae, dtype or torch.float32, style)
+        for graph, found in zip(graphs, examples, strict=True):
+            self._write(graph, compute)
+            self._check(graph.name, list(found))
+
+    def _text(self, style: Style) -> dict[str, Any]:
+        self._progress("text encoders: torch")
+        source = self._source
+        if source.text_roles:
+            encoders = {role: source.load_text_encoder(role) for role in source.text_roles}
+            text = bake_prompt(source.folder, encoders, self._options.prompt)
+        else:
+            text = null_text(*source.text_dims)
+        check_text(text, source.unet)
+        np.savez(self._folder / "conditioning.npz", allow_pickle=False, **text)
+        return text
+
+    def _unet(self, style: Style, branches: Branches, text: dict[str, Any]) -> None:
+        self._progress("unet: reading, fusing LoRAs")
+        unet = self._source.load_unet()
+        self._progress("unet: torch")
+        attach_diffusers(unet, branches, style.tokens)
+        trajectory, schedule = self._trajectory, self._source.schedule
+        examples = [walk.unet(unet, schedule, trajectory.tau, text) for walk in self._walks]
+        detach_diffusers(unet)
+        prepare_attention(unet, branches)
+        dtype = half_dtype(self._compute)
+        if dtype is not None:
+            to_half(unet, dtype)
+        tokens: int | str = (
+            "text_tokens" if self._source.text_roles else text["encoder_hidden_states"].shape[1]
         )
-    np.savez(folder / "conditioning.npz", **pipeline.text)
-    _write_reference(folder, examples[1])
-    return _manifest(options, trajectory, pipeline, graphs, multiple) | {"parity": parity}
+        graph = unet_graph(self._source, unet, dtype or torch.float32, style, tokens)
+        self._write(graph, self._compute)
+        # Gone before an engine is opened, which takes as much memory once more.
+        del graph, unet
+        gc.collect()
+        self._check("unet", examples)
+
+    def _write(self, graph: Graph, compute: str) -> None:
+        """Trace and store."""
+        self._graphs[graph.name] = _graph_entry(graph)
+        weights = self._options.weights if compute == "fp32" else compute
+        self._precision[graph.name] = {"compute": compute, "weights": weights}
+        self._progress(f"{graph.name}: tracing")
+        path = self._folder / f"{graph.name}.onnx"
+        externalize(trace(graph.plan), graph.state, path, self._folder / graph.weights, weights)
+        lint(path)
+
+    def _check(self, name: str, examples: list[Example]) -> None:
+        """Compare what was written with torch. Raises ExportError where it differs."""
+        self._progress(f"{name}: comparing with torch")
+        self._reference[name] = examples[-1]
+        precision = self._precision[name]
+        floor = precision["weights"] if precision["compute"] == "fp32" else precision["compute"]
+        path = self._folder / f"{name}.onnx"
+        self._parity[name] = check_graph(name, path, examples, floor, first_only=self._large)
+
+    def _manifest(self, style: Style, branches: Branches, text: dict[str, Any]) -> dict[str, Any]:
+        options, source = self._options, self._source
+        return {
+            "name": options.bundle_name,
+            "created_with": _versions(),
+            "size": {
+                "default": list(options.size),
+                "multiple": self._multiple,
+                "min": _SMALLEST_PX,
+                "max": _LARGEST_PX,
+            },
+            "vae_scale": source.vae_scale,
+            "latent_channels": source.unet.config.in_channels,
+            "schedule": schedule_section(source.schedule, self._trajectory),
+            "guidance": {"mode": options.guidance_mode, "scale": options.guidance},
+            "style": {
+                "image_px": style.image_px,
+                "tokens": style.tokens,
+                "dim": style.dim,
+                "gives_text_embeds": style.text_dim is not None,
+                "strength_range": [0, 2],
+                "layout": {"name": source.layout, "layers": list(branches)},
+            },
+            "text": {
+                "mode": "baked" if source.text_roles else "none",
+                "prompt": options.prompt,
+                "file": "conditioning.npz",
+            },
+            "precision": self._precision,
+            "graphs": self._graphs,
+            "sources": source.listed(),
+            "parity": self._parity,
+        }
 
 
-def _check_size(size: tuple[int, int], pipeline: Pipeline) -> int:
+def _check_size(size: tuple[int, int], source: Source) -> int:
     """The number that H and W must divide by. Raises ExportError where they do not."""
-    multiple = pipeline.vae_scale * pipeline.latent_multiple
+    multiple = source.vae_scale * source.latent_multiple
     for side in size:
         if side % multiple or not _SMALLEST_PX <= side <= _LARGEST_PX:
             raise ExportError(
@@ -140,13 +245,6 @@ def _other_size(size: tuple[int, int], multiple: int) -> tuple[int, int]:
     """Another, smaller and not square size, to catch a graph that only works at one."""
     low = -(-_SMALLEST_PX // multiple) * multiple
     return low, low + multiple if size != (low, low + multiple) else low + 2 * multiple
-
-
-def _write_graph(folder: Path, graph: Graph, weights: str) -> Path:
-    path = folder / f"{graph.name}.onnx"
-    externalize(trace(graph.plan), graph.state, path, folder / graph.weights, weights)
-    lint(path)
-    return path
 
 
 def _write_reference(folder: Path, examples: dict[str, Example]) -> None:
@@ -177,38 +275,6 @@ def schedule_section(schedule: NoiseSchedule, trajectory: Trajectory) -> dict[st
         "gamma": trajectory.gamma,
         "default_steps": trajectory.steps[0],
         "steps": steps,
-    }
-
-
-def _manifest(
-    options: ExportOptions, trajectory: Trajectory, pipeline: Pipeline, graphs: Sequence[Graph], multiple: int
-) -> dict[str, Any]:
-    style = pipeline.style
-    return {
-        "name": options.bundle_name,
-        "created_with": _versions(),
-        "size": {
-            "default": list(options.size),
-            "multiple": multiple,
-            "min": _SMALLEST_PX,
-            "max": _LARGEST_PX,
-        },
-        "vae_scale": pipeline.vae_scale,
-        "latent_channels": pipeline.unet.config.in_channels,
-        "schedule": schedule_section(pipeline.schedule, trajectory),
-        "guidance": {"mode": "none", "scale": 1.0},
-        "style": {
-            "image_px": style.image_px,
-            "tokens": style.tokens,
-            "dim": style.dim,
-            "gives_text_embeds": style.text_dim is not None,
-            "strength_range": [0, 2],
-            "layout": {"name": pipeline.layout, "layers": list(pipeline.branches)},
-        },
-        "text": {"mode": pipeline.text_mode, "prompt": options.prompt, "file": "conditioning.npz"},
-        "precision": {graph.name: {"compute": "fp32", "weights": options.weights} for graph in graphs},
-        "graphs": {graph.name: _graph_entry(graph) for graph in graphs},
-        "sources": pipeline.sources,
     }
 
 

@@ -1,4 +1,4 @@
-"""The four graphs of a bundle: their ports, what is traced, and torch's answers to seeded inputs."""
+"""The graphs of a bundle: their ports, what is traced, and torch's answers to seeded inputs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from std_rt.export.components import Network, plain_config
-from std_rt.export.ip_adapter import attach_diffusers, detach_diffusers
-from std_rt.export.modules import UNet, VaeDecoder, VaeEncoder, prepare_attention
+from std_rt.export.modules import UNet, VaeDecoder, VaeEncoder
 from std_rt.export.onnx_graph import Port, Trace
-from std_rt.export.pipeline import Pipeline
+from std_rt.export.pipeline import Source, Style
+from std_rt.schedule import NoiseSchedule
 
-__all__ = ["Example", "Graph", "make_examples", "make_graphs"]
+__all__ = ["Example", "Graph", "Walk", "style_graph", "unet_graph", "vae_graphs"]
 
 Arrays = dict[str, NDArray[Any]]
+_CLEAN = "clean latents, scaled for the UNet"
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,38 +49,8 @@ class Example:
     outputs: Arrays
 
 
-def make_graphs(pipeline: Pipeline) -> list[Graph]:
-    """The plans of all graphs. Replaces the UNet's attention processors: make the examples first."""
-    detach_diffusers(pipeline.unet)
-    prepare_attention(pipeline.unet, pipeline.branches)
-    style = _style_graph(pipeline)
-    encoder, decoder = _vae_graphs(pipeline)
-    return [style, _shared(encoder, style), decoder, _unet_graph(pipeline)]
-
-
-def _shared(encoder: Graph, style: Graph) -> Graph:
-    """The VAE encoder, out of the style encoder's weights file where that holds a copy of it (std-tiny)."""
-    ours, theirs = "encoder.", "patchify."
-    copies = {key: theirs + key.removeprefix(ours) for key in encoder.state if key.startswith(ours)}
-    held = len(copies) == len(encoder.state) and all(
-        copy in style.state and torch.equal(encoder.state[key], style.state[copy])
-        for key, copy in copies.items()
-    )
-    if not held:
-        return encoder
-    return replace(encoder, state=style.state, weights_of=style.name, renamed={theirs: ours})
-
-
-def _image(name: str, meaning: str) -> Port:
-    return Port(name, ("batch", 3, "height", "width"), meaning)
-
-
-def _latents(name: str, pipeline: Pipeline, meaning: str) -> Port:
-    return Port(name, ("batch", pipeline.unet.config.in_channels, "latent_height", "latent_width"), meaning)
-
-
-def _style_graph(pipeline: Pipeline) -> Graph:
-    style = pipeline.style
+def style_graph(style: Style) -> Graph:
+    """style_image -> style_tokens (and text_embeds)."""
     outputs = [Port("style_tokens", ("batch", style.tokens, style.dim), "style tokens, projected")]
     if style.text_dim is not None:
         outputs.append(
@@ -90,31 +61,47 @@ def _style_graph(pipeline: Pipeline) -> Graph:
     return Graph("style_encoder", plan, style.state_dict(), style.class_name, style.config)
 
 
-def _vae_graphs(pipeline: Pipeline) -> list[Graph]:
-    vae, scale = pipeline.vae, pipeline.vae_scale
-    image = _image("image", "RGB in [-1, 1]")
-    z = _latents("latents", pipeline, "clean latents, scaled for the UNet")
-    encoder = Trace(VaeEncoder(vae), (image,), (z,), {"height": scale, "width": scale})
-    decoder = Trace(VaeDecoder(vae), (z,), (_image("image", "RGB, about [-1, 1], not clamped"),))
-    state, config = vae.state_dict(), plain_config(vae)
+def vae_graphs(source: Source, vae: Network, dtype: torch.dtype, style: Style) -> list[Graph]:
+    """vae_encoder and vae_decoder of a VAE whose weights are of ``dtype``."""
+    scale = source.vae_scale
+    image, z = _image("image", "RGB in [-1, 1]"), _latents("latents", source, _CLEAN)
+    encoder = Trace(VaeEncoder(vae, dtype), (image,), (z,), {"height": scale, "width": scale})
+    decoder = Trace(VaeDecoder(vae, dtype), (z,), (_image("image", "RGB, about [-1, 1], not clamped"),))
     halves = (
         ("vae_encoder", encoder, ("encoder.", "quant_conv.")),
         ("vae_decoder", decoder, ("decoder.", "post_quant")),
     )
-    return [
+    state, config = vae.state_dict(), plain_config(vae)
+    first, second = (
         Graph(
             name, plan, {k: v for k, v in state.items() if k.startswith(prefixes)}, type(vae).__name__, config
         )
         for name, plan, prefixes in halves
-    ]
+    )
+    return [_shared(first, style), second]
 
 
-def _unet_graph(pipeline: Pipeline) -> Graph:
-    unet, style = pipeline.unet, pipeline.style
-    context, pooled = pipeline.text_dims
-    tokens = pipeline.text["encoder_hidden_states"].shape[1]
+def _shared(encoder: Graph, style: Style) -> Graph:
+    """The VAE encoder, out of the style encoder's weights file where that holds a copy of it (std-tiny)."""
+    ours, theirs = "encoder.", "patchify."
+    held = style.state_dict()
+    copies = {key: theirs + key.removeprefix(ours) for key in encoder.state if key.startswith(ours)}
+    same = len(copies) == len(encoder.state) and all(
+        copy in held and torch.equal(encoder.state[key], held[copy]) for key, copy in copies.items()
+    )
+    if not same:
+        return encoder
+    return replace(encoder, state=held, weights_of="style_encoder", renamed={theirs: ours})
+
+
+def unet_graph(source: Source, unet: Network, dtype: torch.dtype, style: Style, tokens: int | str) -> Graph:
+    """The UNet, prepared by `prepare_attention` and with weights of ``dtype``.
+
+    ``tokens`` is the number of text tokens, or the name of that axis where prompts may have any length.
+    """
+    context, pooled = source.text_dims
     inputs = (
-        _latents("sample", pipeline, "noisy latents x_t"),
+        _latents("sample", source, "noisy latents x_t"),
         Port("timestep", ("batch",), "t in 0..999"),
         Port("encoder_hidden_states", ("batch", tokens, context), "text tokens"),
         Port("text_embeds", ("batch", pooled), "pooled text (or style)"),
@@ -122,54 +109,66 @@ def _unet_graph(pipeline: Pipeline) -> Graph:
         Port("style_tokens", ("batch", style.tokens, style.dim), "style tokens, projected"),
         Port("style_strength", ("batch",), "factor of the style's attention, 1 as trained"),
     )
-    output = _latents("noise_pred", pipeline, f"network output ({pipeline.schedule.prediction_type})")
-    multiple = pipeline.latent_multiple
-    plan = Trace(UNet(unet), inputs, (output,), {"latent_height": multiple, "latent_width": multiple})
+    output = _latents("noise_pred", source, f"network output ({source.schedule.prediction_type})")
+    multiple = source.latent_multiple
+    plan = Trace(UNet(unet, dtype), inputs, (output,), {"latent_height": multiple, "latent_width": multiple})
     return Graph("unet", plan, unet.state_dict(), type(unet).__name__, plain_config(unet))
 
 
-def make_examples(
-    pipeline: Pipeline, size: tuple[int, int], timestep: int, strength: float
-) -> dict[str, Example]:
-    """Run the source's own modules (diffusers' processors, not ours) once through, at ``size`` px.
+def _image(name: str, meaning: str) -> Port:
+    return Port(name, ("batch", 3, "height", "width"), meaning)
 
-    Inputs are what the graphs will see: a picture, its latents, their noisy version, its style.
+
+def _latents(name: str, source: Source, meaning: str) -> Port:
+    return Port(name, ("batch", source.unet.config.in_channels, "latent_height", "latent_width"), meaning)
+
+
+class Walk:
+    """One seeded picture and style on their way through the source's own modules, in fp32.
+
+    Called part by part, in the order below; each answers with the inputs that its graph will see and
+    torch's outputs. ``size`` is (H, W) in px.
     """
-    rng = torch.Generator().manual_seed(0)
-    attach_diffusers(pipeline.unet, pipeline.branches, pipeline.style.tokens)
-    for processor in pipeline.unet.attn_processors.values():
-        if getattr(processor, "scale", [0.0]) != [0.0]:
-            processor.scale = [strength]
-    with torch.no_grad():
-        return _run(pipeline, size, timestep, strength, rng)
 
+    def __init__(self, size: tuple[int, int], strength: float) -> None:
+        self.size, self.strength = size, strength
+        self._rng = torch.Generator().manual_seed(0)
 
-def _run(
-    pipeline: Pipeline, size: tuple[int, int], timestep: int, strength: float, rng: torch.Generator
-) -> dict[str, Example]:
-    style_image = _picture((pipeline.style.image_px,) * 2, rng)
-    tokens, pooled = _split(pipeline.style.module(style_image))
-    image = _picture(size, rng)
-    z = VaeEncoder(pipeline.vae)(image)
-    alpha, sigma = pipeline.schedule.alpha_sigma(timestep)
-    text = {key: torch.from_numpy(value) for key, value in pipeline.text.items()}
-    inputs = {
-        "sample": alpha * z + sigma * torch.randn(z.shape, generator=rng),
-        "timestep": torch.full((1,), float(timestep)),
-        "encoder_hidden_states": text["encoder_hidden_states"],
-        "text_embeds": text["text_embeds"] if pooled is None else pooled,
-        "time_ids": torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32),
-        "style_tokens": tokens,
-        "style_strength": torch.full((1,), strength),
-    }
-    noise_pred = _diffusers_unet(pipeline.unet, inputs)
-    styled = {"style_tokens": tokens} | ({} if pooled is None else {"text_embeds": pooled})
-    return {
-        "style_encoder": _example({"style_image": style_image}, styled),
-        "vae_encoder": _example({"image": image}, {"latents": z}),
-        "unet": _example(inputs, {"noise_pred": noise_pred}),
-        "vae_decoder": _example({"latents": z}, {"image": VaeDecoder(pipeline.vae)(z)}),
-    }
+    def style(self, style: Style) -> Example:
+        """A style picture through the style encoder."""
+        picture = _picture((style.image_px,) * 2, self._rng)
+        self._tokens, self._pooled = _split(style.module(picture))
+        outputs = {"style_tokens": self._tokens}
+        if self._pooled is not None:
+            outputs["text_embeds"] = self._pooled
+        return _example({"style_image": picture}, outputs)
+
+    def vae(self, vae: Network) -> tuple[Example, Example]:
+        """A picture to latents and back."""
+        image = _picture(self.size, self._rng)
+        self._z = VaeEncoder(vae)(image)
+        decoded = VaeDecoder(vae)(self._z)
+        return _example({"image": image}, {"latents": self._z}), _example(
+            {"latents": self._z}, {"image": decoded}
+        )
+
+    def unet(self, unet: Network, schedule: NoiseSchedule, timestep: int, text: Arrays) -> Example:
+        """The noisy latents through the UNet with diffusers' own IP-Adapter processors attached."""
+        alpha, sigma = schedule.alpha_sigma(timestep)
+        pooled = torch.from_numpy(text["text_embeds"]) if self._pooled is None else self._pooled
+        inputs = {
+            "sample": alpha * self._z + sigma * torch.randn(self._z.shape, generator=self._rng),
+            "timestep": torch.full((1,), float(timestep)),
+            "encoder_hidden_states": torch.from_numpy(text["encoder_hidden_states"]),
+            "text_embeds": pooled,
+            "time_ids": torch.tensor([[*self.size, 0, 0, *self.size]], dtype=torch.float32),
+            "style_tokens": self._tokens,
+            "style_strength": torch.full((1,), self.strength),
+        }
+        for processor in unet.attn_processors.values():
+            if getattr(processor, "scale", [0.0]) != [0.0]:
+                processor.scale = [self.strength]
+        return _example(inputs, {"noise_pred": _diffusers_unet(unet, inputs)})
 
 
 def _diffusers_unet(unet: Network, inputs: Mapping[str, Tensor]) -> Tensor:

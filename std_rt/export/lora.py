@@ -1,33 +1,67 @@
-"""Fuse LoRAs into the UNet (and text encoders) in fp32, before anything is traced."""
+"""Fuse LoRAs into the UNet (and text encoders) in fp32, before anything is traced.
+
+Key names of diffusers (three generations), PEFT and kohya are read, for the UNet in diffusers' or in the
+original model's terms. Layers are merged one at a time straight from the file: beside the model itself no
+more than one layer's weight is in memory.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffusers.loaders import StableDiffusionXLLoraLoaderMixin as XL
-from diffusers.utils import recurse_remove_peft_layers
-from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from std_rt.digest import unet_digest
 from std_rt.errors import ExportError
-from std_rt.export.quiet import quiet
+from std_rt.export.weight_files import open_weights, read_shapes, weight_files
 
-__all__ = ["fuse_lora", "read_metadata", "source_digest"]
+__all__ = ["fuse_lora", "original_names", "read_metadata", "source_digest"]
+
+# NAME.lora_A.weight (PEFT), NAME.lora_down.weight (kohya), NAME.lora.down.weight, NAME_lora.down.weight and
+# NAME.lora_linear_layer.down.weight (diffusers, newest to oldest) are one thing.
+_DOWN = re.compile(r"(.+?)(?:\.lora_(?:A|down)(?:\.default)?|[._]lora(?:_linear_layer)?\.down)\.weight")
+_UP = re.compile(r"(.+?)(?:\.lora_(?:B|up)(?:\.default)?|[._]lora(?:_linear_layer)?\.up)\.weight")
+_ALPHA = re.compile(r"(.+)\.alpha")
+
+_PREFIXES = (
+    ("lora_unet_", "unet"),
+    ("lora_te1_", "text_encoder"),
+    ("lora_te2_", "text_encoder_2"),
+    ("lora_te_", "text_encoder"),
+    ("unet.", "unet"),
+    ("text_encoder.", "text_encoder"),
+    ("text_encoder_2.", "text_encoder_2"),
+    ("model.diffusion_model.", "unet"),
+    ("diffusion_model.", "unet"),
+)
+_OTHER_KINDS = (
+    ("dora_scale", "a DoRA"),
+    ("lora_magnitude_vector", "a DoRA"),
+    ("hada_", "a LoHa"),
+    ("lokr_", "a LoKr"),
+    ("oft_", "an OFT"),
+    ("lora_mid", "a LoCon with a Tucker core"),
+    ("lora_embedding_", "a LoRA of word embeddings"),
+    (".diff", "a file of whole weight differences"),
+    ("lora_B.bias", "a LoRA with biases"),
+    ("on_input", "an IA3"),
+)
+# Width of the text vectors that cross-attention reads -> family.
+_FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
+
+Shapes = Mapping[str, Sequence[int]]
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """A LoRA file's own notes (``eta``, ``tau``, ``steps``, ...). Raises ExportError where unreadable."""
-    try:
-        with safe_open(path, "pt") as file:
-            return dict(file.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise ExportError(f"LoRA {path} cannot be read: {error}; give a .safetensors file") from error
+    with open_weights(path, "LoRA") as file:
+        return dict(file.metadata() or {})
 
 
 def source_digest(folder: Path) -> str:
@@ -36,101 +70,260 @@ def source_digest(folder: Path) -> str:
     Raises ExportError where a file is damaged. A folder without weights has the digest of nothing.
     """
     shapes: dict[str, list[int]] = {}
-    for path in _weight_files(folder):
-        try:
-            with safe_open(path, "pt") as file:
-                shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ExportError(f"{path} cannot be read: {error}; download it again") from error
+    for path in weight_files(folder):
+        shapes |= read_shapes(path)
     return unet_digest(shapes)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """One file or its shards, as diffusers chooses; halves only where there is nothing else."""
-    for stem in ("diffusion_pytorch_model", "diffusion_pytorch_model.fp16"):
-        for pattern in (f"{stem}.safetensors", f"{stem}-*-of-*.safetensors"):
-            if found := sorted(folder.glob(pattern)):
-                return found
-    return []
-
-
-def fuse_lora(parts: Mapping[str, nn.Module], path: Path, scale: float) -> None:
+def fuse_lora(
+    parts: Mapping[str, nn.Module],
+    path: Path,
+    scale: float,
+    *,
+    unet_config: Any = None,
+    elsewhere: Collection[str] = (),
+) -> None:
     """Add ``scale`` times the LoRA to ``parts`` (in place): ``unet`` and, where present, the text encoders.
 
-    Reads diffusers', PEFT's and kohya's key names and honours alpha. Raises ExportError where the file
-    holds anything that does not fit, rather than fusing the rest.
+    Alpha is honoured: of each layer, else of the file's notes, else it is the rank. What the file holds for
+    the parts named in ``elsewhere`` is left for another call. Raises ExportError where it holds anything
+    else that does not fit, before a weight is changed. ``unet_config`` is not needed any more.
     """
-    unet = parts["unet"]
-    try:
-        state, alphas, metadata = XL.lora_state_dict(
-            {key: value.float() for key, value in _load(path).items()},
-            unet_config=unet.config,
-            return_lora_metadata=True,
-        )
-    except (ValueError, KeyError) as error:
-        raise ExportError(f"LoRA {path} has unknown key names: {error}") from error
-    metadata = metadata or _adapter_metadata(path)
-    for role in sorted({key.partition(".")[0] for key in state}):
-        if role not in parts:
+    shapes = read_shapes(path, "LoRA")
+    layers = _read_layers(path, shapes)
+    for role in sorted({layer.role for layer in layers}):
+        if role not in parts and role not in elsewhere:
             raise ExportError(f"LoRA {path} changes {role}, which this pipeline does not have")
-        _fuse_part(role, parts[role], state, alphas, metadata, path, scale)
+    found = [
+        pair
+        for role, module in parts.items()
+        for pair in _place(role, module, [layer for layer in layers if layer.role == role], path, shapes)
+    ]
+    notes = _adapter_notes(path)
+    with open_weights(path, "LoRA") as file:
+        for layer, name, module in found:
+            _merge(module, file.get_tensor(layer.down), file.get_tensor(layer.up),
+                   scale * _strength(layer, name, notes, file, shapes))  # fmt: skip
 
 
-def _load(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+def original_names(unet: Any) -> dict[str, str]:
+    """Module of a diffusers UNet -> its name in the original SDXL code, for those with weights."""
+    per_block = unet.config.layers_per_block + 1
+    names = {}
+    for name, module in unet.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            names[name] = _original_name(name, per_block, unet)
+    return names
 
 
-def _adapter_metadata(path: Path) -> dict[str, Any] | None:
-    """diffusers keeps rank and alpha as JSON in the file's metadata, and reads it only from a path."""
+@dataclass(frozen=True)
+class _Layer:
+    """One layer in the file: its part, its name as written there without prefix, and the file's keys."""
+
+    role: str
+    name: str
+    down: str
+    up: str
+    alpha: str | None
+
+
+@dataclass
+class _Keys:
+    down: dict[str, str] = field(default_factory=dict)
+    up: dict[str, str] = field(default_factory=dict)
+    alpha: dict[str, str] = field(default_factory=dict)
+
+
+def _read_layers(path: Path, shapes: Shapes) -> list[_Layer]:
+    """Sort the file's keys into layers. Raises ExportError where one is of another kind, or half there."""
+    keys = _Keys()
+    for key in shapes:
+        for pattern, found in ((_DOWN, keys.down), (_UP, keys.up), (_ALPHA, keys.alpha)):
+            if match := pattern.fullmatch(key):
+                found[match[1]] = key
+                break
+        else:
+            raise ExportError(f"LoRA {path} {_kind_of(key)}")
+    if not keys.down:
+        raise ExportError(f"LoRA {path} has no LoRA weights in it")
+    if odd := sorted((keys.down.keys() ^ keys.up.keys()) | (keys.alpha.keys() - keys.down.keys())):
+        raise ExportError(f"LoRA {path} has only a part of the layer {odd[0]}; download it again")
+    return [
+        _Layer(*_split_role(stem), keys.down[stem], keys.up[stem], keys.alpha.get(stem)) for stem in keys.down
+    ]
+
+
+def _kind_of(key: str) -> str:
+    for mark, kind in _OTHER_KINDS:
+        if mark in key:
+            return f"is {kind} (it has {key}), which std-rt does not fuse; use a plain LoRA"
+    return f"has unknown key names ({key}); std-rt reads those of diffusers, PEFT and kohya"
+
+
+def _split_role(stem: str) -> tuple[str, str]:
+    """(part, name within it); a name without a prefix is the UNet's."""
+    stem = stem.removeprefix("base_model.model.")
+    for prefix, role in _PREFIXES:
+        if stem.startswith(prefix):
+            return role, stem.removeprefix(prefix)
+    return "unet", stem
+
+
+def _place(
+    role: str, module: nn.Module, layers: Sequence[_Layer], path: Path, shapes: Shapes
+) -> Iterator[tuple[_Layer, str, nn.Module]]:
+    """(layer, name in the module, the module's layer) for all. Raises ExportError on the first misfit."""
+    known = _known_names(role, module) if layers else {}
+    names = [known.get(_flat(layer.name)) for layer in layers]
+    if None in names:
+        stranger = layers[names.index(None)]
+        fit = len(names) - names.count(None)
+        raise ExportError(
+            f"LoRA {path} has weights for {len(names)} layers of the {role}, of which {fit} fit (not "
+            f"{stranger.name}); it was made for {_family(shapes)}"
+        )
+    for layer, name in zip(layers, names, strict=True):
+        assert name is not None
+        target = module.get_submodule(name)
+        _check_shape(role, name, target, layer, path, shapes)
+        yield layer, name, target
+
+
+def _known_names(role: str, module: nn.Module) -> dict[str, str]:
+    """Every spelling of a layer's name, with ``_`` for ``.`` -> its name in ``module``."""
+    known: dict[str, str] = {}
+    layers = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    originals = original_names(module) if role == "unet" else {}
+    for name in layers:
+        spellings = {name, name.removesuffix(".0") if name.endswith("to_out.0") else name}
+        if role == "unet":
+            spellings.add(originals[name])
+        else:
+            bare = name.removeprefix("text_model.")
+            spellings |= {bare, f"text_model.{bare}"}
+            spellings |= {
+                re.sub(r"self_attn\.(q|k|v|out)_proj$", r"self_attn.to_\1", text) for text in spellings
+            }
+        known |= {_flat(text): name for text in spellings}
+    return known
+
+
+def _flat(name: str) -> str:
+    return name.replace(".processor.", ".").replace(".", "_")
+
+
+def _check_shape(role: str, name: str, target: nn.Module, layer: _Layer, path: Path, shapes: Shapes) -> None:
+    wanted = list(target.weight.shape)  # type: ignore[arg-type]
+    down, up = shapes[layer.down], shapes[layer.up]
+    rank, inner, outer = down[0], math.prod(down[1:]), up[0]
+    if rank != math.prod(up[1:]):
+        raise ExportError(f"LoRA {path} is damaged: {layer.down} is {down} and {layer.up} is {up}")
+    if (outer, inner) != (wanted[0], math.prod(wanted[1:])):
+        raise ExportError(
+            f"LoRA {path} does not fit the {role}: {name} is {wanted} there, and the file changes "
+            f"{[outer, *down[1:]]}; it was made for {_family(shapes)}"
+        )
+
+
+def _family(shapes: Shapes) -> str:
+    """What the file was made for, as far as its keys tell."""
+    if any("double_blocks" in key or "joint_" in key or key.startswith("transformer.") for key in shapes):
+        return "a transformer (FLUX, SD3), not for SDXL"
+    if any("motion_modules" in key for key in shapes):
+        return "a UNet with motion modules (video)"
+    for key, shape in shapes.items():
+        if re.search(r"attn2[._](processor\.)?to_k", key) and _DOWN.fullmatch(key):
+            return _FAMILIES.get(shape[1], "another model")
+    return "another model"
+
+
+def _merge(target: nn.Module, down: Tensor, up: Tensor, strength: float) -> None:
+    """``weight += strength up down``; a convolution's kernel is a row of the same product."""
+    weight: Tensor = target.weight.data  # type: ignore[assignment]
+    delta = up.float().flatten(1) @ down.float().flatten(1)
+    weight.add_(delta.view_as(weight).to(weight.dtype), alpha=strength)
+
+
+def _strength(layer: _Layer, name: str, notes: Mapping[str, Any], file: Any, shapes: Shapes) -> float:
+    """``alpha / rank`` (or ``alpha / sqrt(rank)`` where the notes say rsLoRA)."""
+    rank = shapes[layer.down][0]
+    own = notes.get(layer.role, {})
+    if layer.alpha is not None:
+        alpha = float(file.get_tensor(layer.alpha))
+    else:
+        alpha = _noted_alpha(own, name, rank)
+    return alpha / (math.sqrt(rank) if own.get("use_rslora") else rank)
+
+
+def _noted_alpha(notes: Mapping[str, Any], name: str, rank: int) -> float:
+    for pattern, alpha in (notes.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):  # PEFT's rule
+            return float(alpha)
+    found = notes.get("lora_alpha")
+    return float(rank if found is None else found)
+
+
+def _adapter_notes(path: Path) -> dict[str, dict[str, Any]]:
+    """What diffusers (in the file) or PEFT (in a file beside it) says of rank and alpha, by part."""
     text = read_metadata(path).get("lora_adapter_metadata")
-    if text is None:
-        return None
+    beside = path.parent / "adapter_config.json"
+    if text is None and path.name == "adapter_model.safetensors" and beside.is_file():
+        return {"unet": _json(beside.read_text(encoding="utf-8"), beside)}
+    notes: dict[str, dict[str, Any]] = {}
+    for key, value in (_json(text, path) if text else {}).items():
+        role, _, name = key.partition(".")
+        notes.setdefault(role, {})[name] = value
+    return notes
+
+
+def _json(text: str, path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(text)
+        found = json.loads(text)
     except ValueError as error:
         raise ExportError(f"LoRA {path} has damaged notes (lora_adapter_metadata: {error})") from error
+    if not isinstance(found, dict):
+        raise ExportError(f"LoRA {path} has damaged notes (lora_adapter_metadata is no JSON object)")
     return found
 
 
-def _fuse_part(
-    role: str,
-    module: nn.Module,
-    state: dict[str, Tensor],
-    alphas: dict[str, Any] | None,
-    metadata: dict[str, Any] | None,
-    path: Path,
-    scale: float,
-) -> None:
-    # a.b.to_q.lora_A.weight, a.b.to_q.lora.down.weight and a.b.to_q_lora.down.weight are one layer each.
-    expected = {re.split(r"[._]lora", key)[0] for key in state if key.startswith(f"{role}.")}
-    try:
-        with quiet("diffusers", "peft"):
-            if role == "unet":
-                XL.load_lora_into_unet(state, alphas, module, metadata=metadata)
-            else:
-                XL.load_lora_into_text_encoder(state, alphas, module, prefix=role, metadata=metadata)
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise ExportError(
-            f"LoRA {path} does not fit the {role}: {' '.join(str(error).split())[:300]}"
-        ) from error
-    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
-    if len(layers) != len(expected):
-        raise ExportError(
-            f"LoRA {path} has weights for {len(expected)} layers of the {role}, of which {len(layers)} fit; "
-            "it was made for another model"
-        )
-    for layer in layers.values():
-        layer.scale_layer(scale)
-        layer.merge()
-    recurse_remove_peft_layers(module)
-    _forget(module)
-    left = [name for name, _ in module.named_parameters() if "lora_" in name]
-    assert not left, f"LoRA layers left after fusing: {left[:3]}"
+_ENDS = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
 
 
-def _forget(module: nn.Module) -> None:
-    """Drop PEFT's notes, so that the next LoRA loads as the first did."""
-    for name in ("peft_config", "_hf_peft_config_loaded"):
-        if hasattr(module, name):
-            delattr(module, name)
+_BLOCK = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(\w+)\.(\d+)\.(.+)")
+
+
+def _original_name(name: str, per_block: int, unet: Any) -> str:
+    """The original counts the layers of all levels in one row; a layer's attention is its part 1."""
+    match = _BLOCK.fullmatch(name)
+    if match is None:
+        return _ENDS.get(name, name)
+    side, level, kind, index, rest = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
+    count = level * per_block + index
+    match side, kind:
+        case None, "resnets":
+            return f"middle_block.{2 * index}.{_RESNET[rest]}"
+        case None, _:
+            return f"middle_block.1.{rest}"
+        case "down", "downsamplers":
+            return f"input_blocks.{(level + 1) * per_block}.0.op"
+        case "up", "upsamplers":
+            part = 2 if hasattr(unet.up_blocks[level], "attentions") else 1
+            return f"output_blocks.{(level + 1) * per_block - 1}.{part}.{rest}"
+    block = f"input_blocks.{count + 1}" if side == "down" else f"output_blocks.{count}"
+    return f"{block}.0.{_RESNET[rest]}" if kind == "resnets" else f"{block}.1.{rest}"

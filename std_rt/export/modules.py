@@ -155,12 +155,17 @@ def _split_geglu(module: nn.Module) -> None:
             _split_geglu(child)
 
 
-class UNet(nn.Module):
-    """One noise prediction; style tokens come projected, so no resampler runs at every step."""
+class Wrapper(nn.Module):
+    """float32 outside, ``dtype`` (that of the network's weights) inside."""
 
-    def __init__(self, module: Network) -> None:
+    def __init__(self, module: Network, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.module: Network = module
+        self.dtype = dtype
+
+
+class UNet(Wrapper):
+    """One noise prediction; style tokens come projected, so no resampler runs at every step."""
 
     def forward(
         self,
@@ -173,40 +178,35 @@ class UNet(nn.Module):
         style_strength: Tensor,
     ) -> Tensor:
         """``sample`` [B, C, h, w] -> ``noise_pred`` of the same shape."""
-        context = (encoder_hidden_states, style_tokens, style_strength)
+        context = tuple(x.to(self.dtype) for x in (encoder_hidden_states, style_tokens, style_strength))
+        # In float32: diffusers puts them beside the embeddings of time_ids, and casts both afterwards.
         added = {"text_embeds": text_embeds, "time_ids": time_ids}
-        output: Tensor = self.module(sample, timestep, context, added_cond_kwargs=added, return_dict=False)[0]
-        return output
+        x = sample.to(self.dtype)
+        output: Tensor = self.module(x, timestep, context, added_cond_kwargs=added, return_dict=False)[0]
+        return output.float()
 
 
-class VaeEncoder(nn.Module):
+class VaeEncoder(Wrapper):
     """Image in [-1, 1] -> latents as the UNet wants them: (mean - shift) * scaling."""
-
-    def __init__(self, module: Network) -> None:
-        super().__init__()
-        self.module: Network = module
 
     def forward(self, image: Tensor) -> Tensor:
         """``[B, 3, H, W]`` -> ``[B, C, h, w]``."""
-        encoded = self.module.encode(image)
-        z: Tensor = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        encoded = self.module.encode(image.to(self.dtype))
+        half: Tensor = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        z = half.float()
         shift, scale = _latent_affine(self.module)
         return z if (shift, scale) == (0, 1) else (z - shift) * scale
 
 
-class VaeDecoder(nn.Module):
+class VaeDecoder(Wrapper):
     """Latents as the UNet gives them -> image, not clamped."""
-
-    def __init__(self, module: Network) -> None:
-        super().__init__()
-        self.module: Network = module
 
     def forward(self, latents: Tensor) -> Tensor:
         """``[B, C, h, w]`` -> ``[B, 3, H, W]``."""
         shift, scale = _latent_affine(self.module)
         z = latents if (shift, scale) == (0, 1) else latents / scale + shift
-        image: Tensor = self.module.decode(z).sample
-        return image
+        image: Tensor = self.module.decode(z.to(self.dtype)).sample
+        return image.float()
 
 
 def _latent_affine(vae: Network) -> tuple[float, float]:
@@ -232,6 +232,7 @@ class ClipStyleEncoder(nn.Module):
         super().__init__()
         self.module = nn.ModuleDict({"image_encoder": encoder, "image_proj": projection})
         self.reads_hidden = reads_hidden
+        self.dtype = torch.float32
         # Image x in [-1, 1] -> ((x + 1) / 2 - mean) / std as one product and one sum.
         half = torch.tensor(list(std)).view(1, 3, 1, 1) * 2
         self.gain = 1 / half
@@ -239,8 +240,24 @@ class ClipStyleEncoder(nn.Module):
 
     def forward(self, style_image: Tensor) -> Tensor:
         """``[B, 3, S, S]`` in [-1, 1] -> ``[B, T, D]``."""
-        pixels = style_image * self.gain + self.offset
+        pixels = (style_image * self.gain + self.offset).to(self.dtype)
         seen = self.module["image_encoder"](pixels, output_hidden_states=self.reads_hidden)
         features = seen.hidden_states[-2] if self.reads_hidden else seen.image_embeds
         tokens: Tensor = self.module["image_proj"](features)
-        return tokens
+        return tokens.float()
+
+    def negative(self) -> Tensor:
+        """Style tokens of no style ``[1, T, D]``, as diffusers' pipelines encode it: from pixels of zero.
+
+        The plain projection gets a zero embedding instead.
+        """
+        encoder: Network = self.module["image_encoder"]
+        projection = self.module["image_proj"]
+        if not self.reads_hidden:
+            zeros = torch.zeros(1, encoder.config.projection_dim)
+            found: Tensor = projection(zeros)
+            return found
+        side = encoder.config.image_size
+        hidden = encoder(torch.zeros(1, 3, side, side), output_hidden_states=True).hidden_states[-2]
+        found = projection(hidden)
+        return found

@@ -17,6 +17,8 @@ DEFAULT_ETA = 0.75
 DEFAULT_STEPS = (4,)
 LCM_GAMMA = 1.0  # LCM draws noise again in every step
 WEIGHTS = ("fp16", "fp32")
+PRECISIONS = ("auto", "fp32", "fp16", "bf16")
+_HALF_FROM = 500_000_000  # parameters: a UNet of SDXL's size is made for GPUs, which compute in halves
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,9 @@ class ExportOptions:
     style_layers: str = "auto"
     name: str = ""
     profile: str = ""
+    precision: str = "auto"
+    guidance_mode: str = "none"
+    guidance: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.source.is_dir():
@@ -49,12 +54,20 @@ class ExportOptions:
             raise ExportError(f"{self.source} has no model_index.json, so it is no diffusers pipeline folder")
         if self.weights not in WEIGHTS:
             raise ExportError(f"--weights must be one of {', '.join(WEIGHTS)}, got {self.weights!r}")
+        if self.precision not in PRECISIONS:
+            raise ExportError(f"--precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         for path, _ in self.lora:
             if not path.is_file():
                 raise ExportError(f"LoRA {path} does not exist")
         for folder in (self.vae, self.image_encoder):
             if folder is not None and not folder.is_dir():
                 raise ExportError(f"{folder} is no folder")
+
+    def compute(self, parameters: int) -> str:
+        """What graphs compute in: ``precision``, or for ``auto`` fp16 where the UNet is large, else fp32."""
+        if self.precision != "auto":
+            return self.precision
+        return "fp16" if parameters >= _HALF_FROM else "fp32"
 
     @property
     def bundle_name(self) -> str:

@@ -17,7 +17,8 @@ from std_rt.export.graphs import Example
 __all__ = ["FLOOR_DB", "check_graph", "lint", "psnr_db"]
 
 # fp16 weights are rounded by up to one part in 2048; a wrong layer or input shows far below either line.
-FLOOR_DB = {"fp32": 60.0, "fp16": 35.0}
+FLOOR_DB = {"fp32": 60.0, "fp16": 35.0, "bf16": 28.0}
+_CPU = ("openvino", "onnxruntime")  # where a comparison can always be made
 
 
 def psnr_db(found: NDArray[Any], wanted: NDArray[Any]) -> float:
@@ -29,20 +30,27 @@ def psnr_db(found: NDArray[Any], wanted: NDArray[Any]) -> float:
     return 200.0 if error == 0 else min(200.0, 10 * np.log10(max(span, 1e-12) ** 2 / error))
 
 
-def check_graph(name: str, path: Path, examples: Sequence[Example], weights: str) -> dict[str, Any]:
+def check_graph(
+    name: str, path: Path, examples: Sequence[Example], precision: str, *, first_only: bool = False
+) -> dict[str, Any]:
     """Compare one graph with torch at every example's size; returns the manifest's ``parity`` entry.
 
-    Raises ExportError below the floor of ``weights``, or where no backend is installed to compare on.
+    On every CPU backend installed, or with ``first_only`` on the first of them. Raises ExportError below the
+    floor of ``precision``, or where no backend is installed to compare on.
     """
-    found = [info.name for info in backends() if info.available]
+    found = [info.name for info in backends() if info.available and info.name in _CPU]
+    found = found[:1] if first_only else found
+    if precision == "bf16":
+        found = [backend for backend in found if backend != "onnxruntime"]  # has no bf16 on a CPU
     if not found:
         raise ExportError("no backend is installed to check the export with; run: pip install 'std-rt[onnx]'")
     rows = [_compare(name, path, example, backend) for backend in found for example in examples]
     worst = min(rows, key=lambda row: float(row["psnr_db"]))
-    if worst["psnr_db"] < FLOOR_DB[weights]:
+    if worst["psnr_db"] < FLOOR_DB[precision]:
         raise ExportError(
-            f"graph '{name}' differs from torch: {worst['psnr_db']:.1f} dB on {worst['runtime']} where "
-            f"{FLOOR_DB[weights]:.0f} dB is due, so nothing was written; try --weights fp32"
+            f"graph '{name}' differs from torch: {worst['psnr_db']:.1f} dB on {worst['runtime']} "
+            f"where {FLOOR_DB[precision]:.0f} dB "
+            "is due, so nothing was written; try --precision fp32 or --weights fp32"
         )
     return {
         **worst,

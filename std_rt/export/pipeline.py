@@ -1,8 +1,12 @@
-"""One SDXL-layout folder, read completely: what is exported, in torch, before anything is traced."""
+"""One SDXL-layout folder: what its configs say, and its parts one at a time.
+
+A 2.6 B-parameter UNet in fp32 is 10 GB, so no two large parts are ever in memory together.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from std_rt.errors import ExportError
-from std_rt.export.components import Network, load_part, plain_config, read_config, read_json
+from std_rt.export.components import Network, load_part, plain_config, read_config, read_json, resolve
 from std_rt.export.ip_adapter import (
     Branches,
     choose_layers,
@@ -25,11 +29,11 @@ from std_rt.export.ip_adapter import (
 from std_rt.export.lora import fuse_lora
 from std_rt.export.modules import CLIP_MEAN, CLIP_STD, ClipStyleEncoder
 from std_rt.export.options import ExportOptions
-from std_rt.export.text import bake_prompt, null_text
+from std_rt.export.quiet import quiet
 from std_rt.model_card import licence
 from std_rt.schedule import NoiseSchedule
 
-__all__ = ["Pipeline", "Style", "read_pipeline"]
+__all__ = ["Source", "Style", "check_text", "read_source"]
 
 
 # Settings of UNet2DConditionModel that SDXL leaves off.
@@ -54,6 +58,7 @@ class Style:
     tokens: int
     dim: int
     text_dim: int | None
+    negative: Tensor  # tokens of no style [1, T, D]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Weights by the names of the network inside (a wrapper's own name is left out)."""
@@ -62,23 +67,35 @@ class Style:
 
 
 @dataclass(frozen=True, eq=False)
-class Pipeline:
-    """Everything export needs from the source, LoRAs fused, in fp32."""
+class Source:
+    """A pipeline folder, its configs read and checked. Weights are loaded part by part, each in fp32.
 
+    ``unet`` has SDXL's structure and no weights (it lies on torch's ``meta`` device).
+    """
+
+    options: ExportOptions
     unet: Network
-    vae: Network
-    style: Style
-    branches: Branches
+    vae_config: Mapping[str, Any]
+    text_roles: tuple[str, ...]
+    adapter: Path
     layout: str
+    layers: tuple[str, ...]
     schedule: NoiseSchedule
-    text: dict[str, Any]
-    text_mode: str
-    sources: list[dict[str, Any]]
+
+    @property
+    def folder(self) -> Path:
+        """The diffusers folder."""
+        return self.options.source
+
+    @property
+    def vae_folder(self) -> Path:
+        """``--vae``, or that of the pipeline."""
+        return self.options.vae or self.folder / "vae"
 
     @property
     def vae_scale(self) -> int:
         """Image pixels per latent pixel; every class here has one level a factor of two."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        return 2 ** (_vae_levels(self.vae_config) - 1)
 
     @property
     def latent_multiple(self) -> int:
@@ -90,40 +107,67 @@ class Pipeline:
         """(context tokens' width, pooled vector's width)."""
         return _text_dims(self.unet)
 
+    @property
+    def parameters(self) -> int:
+        """Of the UNet."""
+        return sum(parameter.numel() for parameter in self.unet.parameters())
 
-def read_pipeline(options: ExportOptions) -> Pipeline:
-    """Load, check and fuse. Raises ExportError on the first thing that does not fit."""
-    source = options.source
-    read_json(source / "model_index.json")
-    _check_unet(read_config("unet", source / "unet"))
-    unet = load_part("unet", source / "unet")
-    vae_folder = options.vae or source / "vae"
-    vae = load_part("vae", vae_folder)
-    _check_vae(vae, unet)
-    encoders = {role: load_part(role, source / role) for role in _text_roles(source)}
-    sources = [_entry("pipeline", source)]
-    for path, scale in options.lora:
-        fuse_lora({"unet": unet, **encoders}, path, scale)
-        sources.append({**_entry("lora", path), "scale": scale})
+    def load_unet(self) -> Network:
+        """With LoRAs fused."""
+        return self._fused("unet", load_part("unet", self.folder / "unet"))
+
+    def load_vae(self) -> Network:
+        """Raises ExportError where it has latents that the UNet does not take."""
+        vae = load_part("vae", self.vae_folder)
+        _check_vae(vae, self.unet)
+        return vae
+
+    def load_text_encoder(self, role: str) -> Network:
+        """``text_encoder`` or ``text_encoder_2``, with LoRAs fused."""
+        return self._fused(role, load_part(role, self.folder / role))
+
+    def load_style(self) -> tuple[Style, Branches]:
+        """The style encoder, and the image branches of the layers that keep one."""
+        style, branches = _read_style(self.options, self.unet, self.adapter)
+        return style, {layer: branches[layer] for layer in self.layers}
+
+    def listed(self) -> list[dict[str, Any]]:
+        """What the bundle is made of, for its manifest; reads every byte once to hash it."""
+        options = self.options
+        found = [_entry("pipeline", options.source)]
+        found += [{**_entry("lora", path), "scale": scale} for path, scale in options.lora]
+        found += [_entry("ip_adapter", self.adapter)]
+        return found + ([_entry("vae", self.vae_folder)] if options.vae else [])
+
+    def _fused(self, role: str, module: Network) -> Network:
+        for path, scale in self.options.lora:
+            known = {"unet", *self.text_roles}
+            fuse_lora({role: module}, path, scale, unet_config=self.unet.config, elsewhere=known)
+        return module
+
+
+def read_source(options: ExportOptions) -> Source:
+    """Check what configs and headers tell. Raises ExportError on the first thing that does not fit."""
+    folder = options.source
+    read_json(folder / "model_index.json")
+    config = read_config("unet", folder / "unet")
+    _check_unet(config)
+    with torch.device("meta"), quiet("diffusers"):
+        unet = resolve("unet", config["_class_name"]).from_config(config)  # type: ignore[attr-defined]
+    vae_config = read_config("vae", options.vae or folder / "vae")
+    roles = _text_roles(folder)
+    if options.prompt and not roles:
+        raise ExportError(f"{folder} has no text encoders, so it takes no --prompt")
     adapter = _adapter_path(options)
-    style, branches = _read_style(options, unet, adapter)
-    layout, layers = choose_layers(unet, options.style_layers, own_encoder=style.text_dim is not None)
-    sources += [_entry("ip_adapter", adapter)] + ([_entry("vae", vae_folder)] if options.vae else [])
-    text = bake_prompt(source, encoders, options.prompt) if encoders else null_text(*_text_dims(unet))
-    if options.prompt and not encoders:
-        raise ExportError(f"{source} has no text encoders, so it takes no --prompt")
-    _check_text(text, unet)
-    return Pipeline(
-        unet,
-        vae,
-        style,
-        {layer: branches[layer] for layer in layers},
-        layout,
-        NoiseSchedule.from_config(read_json(source / "scheduler" / "scheduler_config.json")),
-        text,
-        "baked" if encoders else "none",
-        sources,
-    )
+    own = read_config("image_encoder", _encoder_folder(options, adapter)).get("_class_name") == "StyleEncoder"
+    layout, layers = choose_layers(unet, options.style_layers, own_encoder=own)
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    schedule = NoiseSchedule.from_config(scheduler)
+    return Source(options, unet, vae_config, roles, adapter, layout, tuple(layers), schedule)
+
+
+def _vae_levels(config: Mapping[str, Any]) -> int:
+    return len(config.get("block_out_channels") or config["encoder_block_out_channels"])
 
 
 def _text_dims(unet: Network) -> tuple[int, int]:
@@ -158,7 +202,8 @@ def _check_vae(vae: Network, unet: Network) -> None:
             raise ExportError(f"the VAE has {key}, which std-rt does not export")
 
 
-def _check_text(text: dict[str, Any], unet: Network) -> None:
+def check_text(text: Mapping[str, Any], unet: Network) -> None:
+    """Raise ExportError where baked text does not fit the UNet."""
     wanted = _text_dims(unet)
     found = (text["encoder_hidden_states"].shape[2], text["text_embeds"].shape[1])
     if found != wanted:
@@ -168,8 +213,9 @@ def _check_text(text: dict[str, Any], unet: Network) -> None:
         )
 
 
-def _text_roles(source: Path) -> list[str]:
-    return [role for role in ("text_encoder", "text_encoder_2") if (source / role / "config.json").is_file()]
+def _text_roles(source: Path) -> tuple[str, ...]:
+    roles = ("text_encoder", "text_encoder_2")
+    return tuple(role for role in roles if (source / role / "config.json").is_file())
 
 
 def _adapter_path(options: ExportOptions) -> Path:
@@ -219,6 +265,7 @@ def _own_style(encoder: Network) -> Style:
         config.tokens,
         config.dim,
         config.pooled_dim,
+        torch.zeros(1, config.tokens, config.dim),  # as its training drops a style
     )
 
 
@@ -228,10 +275,9 @@ def _clip_style(
     projection, reads_hidden = make_projection(unet, weights, path)
     mean, std = _statistics(folder)
     module = ClipStyleEncoder(encoder, projection, reads_hidden=reads_hidden, mean=mean, std=std)
-    pixels = encoder.config.image_size
     try:
         with torch.no_grad():
-            tokens = module(torch.zeros(1, 3, pixels, pixels))
+            tokens = module.negative()
     except RuntimeError as error:
         raise ExportError(
             f"the projection in {path} does not fit the encoder in {folder}: {error}"
@@ -244,7 +290,8 @@ def _clip_style(
         "std": list(std),
     }
     assert tokens.shape[1] == projection_tokens(projection)
-    return Style(module, "ClipStyleEncoder", config, pixels, tokens.shape[1], tokens.shape[2], None)
+    shape = (tokens.shape[1], tokens.shape[2])
+    return Style(module, "ClipStyleEncoder", config, encoder.config.image_size, *shape, None, tokens)
 
 
 def _statistics(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:

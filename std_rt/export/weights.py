@@ -3,20 +3,24 @@
 The exporter renames, transposes and reshapes weights as it likes. Here every large initializer is found
 again in the module's ``state_dict`` by its content; the file keeps torch's name and layout, the graph
 points into the file, and where it wants another layout a Transpose (which runtimes fold away) follows.
-With fp16 weights a Cast to float32 follows too: the file is half as large, the arithmetic stays the same.
+With fp16 weights of an fp32 graph a Cast follows too: the file is half as large, the arithmetic stays the
+same. A graph that computes in halves reads its weights as they are.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+import torch
 from numpy.typing import NDArray
-from safetensors.numpy import save
 from torch import Tensor
 
 from std_rt.errors import ExportError
@@ -29,7 +33,12 @@ _INLINE_ELEMENTS = 32
 # Constants that tracing computed, which no state_dict holds, are stored under this prefix.
 _CONSTANT = "constant."
 
-Array = NDArray[np.float32]
+Array = NDArray[Any]
+_FLOATS: dict[Any, tuple[str, ir.DataType]] = {
+    np.dtype(np.float32): ("F32", ir.DataType.FLOAT),
+    np.dtype(np.float16): ("F16", ir.DataType.FLOAT16),
+    np.dtype(ml_dtypes.bfloat16): ("BF16", ir.DataType.BFLOAT16),
+}
 
 
 @dataclass(frozen=True)
@@ -47,31 +56,84 @@ def externalize(
 ) -> None:
     """Write ``weights`` (all of ``state``) and ``graph``, which reads them, in the same folder.
 
-    ``precision`` fp16 rounds tensors of two and more axes; vectors stay fp32, they cost nothing.
-    A file that exists was written for another graph with the same ``state`` and precision: it is shared.
-    Raises ExportError where a weight does not fit fp16, or a shared file lacks one.
+    ``precision`` fp16 rounds float32 tensors of two and more axes; vectors stay fp32, they cost nothing.
+    Tensors that are halves already stay as they are. Nothing is held twice: a tensor is rounded while it is
+    written. A file that exists was written for another graph with the same ``state`` and precision: it is
+    shared. Raises ExportError where a weight does not fit fp16, or a shared file lacks one.
     """
     arrays = {key: _array(value) for key, value in state.items() if value.is_floating_point()}
     found = _match_all(model, arrays)
-    stored = {key: _store(key, array, precision) for key, array in arrays.items()}
     if not weights.exists():
-        # Not save_file: it makes files that only their owner may read, and a bundle is there to be shared.
-        weights.write_bytes(save(stored, {"format": "pt"}))
+        _write_safetensors(weights, arrays, precision)
     places = _places(weights)
-    lacking = sorted(stored.keys() - places.keys())
+    lacking = sorted(arrays.keys() - places.keys())
     if lacking:
         raise ExportError(
             f"{weights.name} has no {lacking[0]}, which {graph.name} needs; it cannot be shared"
         )
     for name, match in found.items():
-        part = stored[match.key][match.start : match.stop]
-        offset = places[match.key] + match.start * stored[match.key][:1].nbytes
-        _point(model.graph, model.graph.initializers[name], part, match.transposed, weights, offset)
+        array = arrays[match.key]
+        dtype = _stored_type(match.key, array, precision)
+        row = dtype.itemsize * math.prod(array.shape[1:])
+        shape = (match.stop - match.start, *array.shape[1:]) if array.ndim else ()
+        piece = _Piece(shape, dtype, places[match.key] + match.start * row, match.transposed)
+        _point(model.graph, model.graph.initializers[name], piece, weights)
     ir.save(model, graph)
 
 
 def _array(value: Tensor) -> Array:
-    return np.ascontiguousarray(value.detach().cpu().float().numpy())
+    """The tensor's own memory as an array, where it is contiguous."""
+    plain = value.detach().cpu().contiguous()
+    if plain.dtype == torch.bfloat16:  # NumPy has no such type of its own
+        return plain.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return np.asarray((plain if plain.dtype == torch.float16 else plain.float()).numpy())
+
+
+def _stored_type(key: str, array: Array, precision: str) -> np.dtype[Any]:
+    rounded = precision == "fp16" and array.dtype == np.float32 and array.ndim >= 2
+    return np.dtype(np.float16) if rounded and not key.startswith(_CONSTANT) else array.dtype
+
+
+def _write_safetensors(path: Path, arrays: Mapping[str, Array], precision: str) -> None:
+    """The format of safetensors, tensor by tensor.
+
+    Not its ``save_file``: that wants all tensors in their final type at once, and makes files that only
+    their owner may read, while a bundle is there to be shared.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    # Wide types first, as safetensors orders them: every tensor then lies on a multiple of its own width.
+    order = sorted(arrays, key=lambda key: (-_stored_type(key, arrays[key], precision).itemsize, key))
+    for key in order:
+        dtype = _stored_type(key, arrays[key], precision)
+        end = at + dtype.itemsize * arrays[key].size
+        header[key] = {
+            "dtype": _FLOATS[dtype][0],
+            "shape": list(arrays[key].shape),
+            "data_offsets": [at, end],
+        }
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for key in order:
+            _rounded(key, arrays[key], precision).tofile(file)
+
+
+def _rounded(key: str, array: Array, precision: str) -> Array:
+    dtype = _stored_type(key, array, precision)
+    if dtype == array.dtype:
+        return array
+    with np.errstate(over="ignore"):
+        half = array.astype(dtype)
+    if not np.isfinite(half).all():
+        raise ExportError(f"weight {key} reaches {np.abs(array).max():.0f}, beyond fp16; use --weights fp32")
+    return half
+
+
+_TYPES = {dtype for _, dtype in _FLOATS.values()}
 
 
 def _match_all(model: ir.Model, arrays: dict[str, Array]) -> dict[str, _Match]:
@@ -82,9 +144,9 @@ def _match_all(model: ir.Model, arrays: dict[str, Array]) -> dict[str, _Match]:
     found: dict[str, _Match] = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
-        if tensor is None or value.dtype != ir.DataType.FLOAT or tensor.size <= _INLINE_ELEMENTS:
+        if tensor is None or value.dtype not in _TYPES or tensor.size <= _INLINE_ELEMENTS:
             continue
-        array = np.asarray(tensor.numpy(), np.float32)
+        array = np.asarray(tensor.numpy())
         found[name] = _look_up(name, array, arrays, by_size) or _new(name, array, arrays)
     return found
 
@@ -94,7 +156,7 @@ def _look_up(
 ) -> _Match | None:
     """The key of the same name, else any key that holds the content, whole or in one of two halves."""
     own = name.removeprefix("module.")
-    if own in arrays and arrays[own].size == array.size and _same(arrays[own], array):
+    if own in arrays and _same_whole(arrays[own], array):
         return _Match(own, False, 0, len(arrays[own]))
     for parts in (1, 2):
         for key in by_size.get(array.size * parts, []):
@@ -113,8 +175,18 @@ def _cut(array: Array, parts: int) -> Iterator[tuple[int, Array]]:
         yield from ((start, array[start : start + rows]) for start in range(0, rows * parts, rows))
 
 
+def _same_whole(stored: Array, array: Array) -> bool:
+    """Nearly always the exporter hands on the very memory of the tensor: then nothing is compared."""
+    if stored.size != array.size:
+        return False
+    shared = stored.dtype == array.dtype and stored.ctypes.data == array.ctypes.data
+    return (shared and array.flags.c_contiguous) or _same(stored, array)
+
+
 def _same(part: Array, array: Array) -> bool:
     """Equal in content, whatever the shape. One corner decides nearly always, and costs nothing."""
+    if part.dtype != array.dtype:
+        return False
     array = array.reshape(part.shape)
     corner = (slice(2),) * part.ndim
     return np.array_equal(part[corner], array[corner]) and np.array_equal(part, array)
@@ -123,16 +195,6 @@ def _same(part: Array, array: Array) -> bool:
 def _new(name: str, array: Array, arrays: dict[str, Array]) -> _Match:
     arrays[_CONSTANT + name] = array
     return _Match(_CONSTANT + name, False, 0, array.shape[0])
-
-
-def _store(key: str, array: Array, precision: str) -> NDArray[np.floating]:
-    if precision == "fp32" or array.ndim < 2 or key.startswith(_CONSTANT):
-        return array
-    with np.errstate(over="ignore"):
-        half = array.astype(np.float16)
-    if not np.isfinite(half).all():
-        raise ExportError(f"weight {key} reaches {np.abs(array).max():.0f}, beyond fp16; use --weights fp32")
-    return half
 
 
 def _places(weights: Path) -> dict[str, int]:
@@ -144,32 +206,41 @@ def _places(weights: Path) -> dict[str, int]:
     return {key: 8 + size + entry["data_offsets"][0] for key, entry in header.items()}
 
 
-def _point(
-    graph: ir.Graph, value: ir.Value, part: NDArray[np.floating], transposed: bool, weights: Path, offset: int
-) -> None:
+@dataclass(frozen=True)
+class _Piece:
+    """Rows of a stored tensor: their shape and type, and where in the file they begin (bytes)."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    offset: int
+    transposed: bool
+
+
+def _point(graph: ir.Graph, value: ir.Value, piece: _Piece, weights: Path) -> None:
     """Let ``value`` come from the file: the initializer itself, or Transpose and Cast of it."""
     assert value.name is not None
     assert value.const_value is not None
-    dtype = ir.DataType.FLOAT16 if part.dtype == np.float16 else ir.DataType.FLOAT
+    wanted, stored = value.const_value.dtype, _FLOATS[piece.dtype][1]
     # Without a Transpose only the bytes count, so the graph may see them in its own shape.
-    shape = ir.Shape(part.shape if transposed else value.const_value.shape.numpy())
-    direct = dtype == ir.DataType.FLOAT and not transposed
+    shape = ir.Shape(piece.shape if piece.transposed else value.const_value.shape.numpy())
+    direct = stored == wanted and not piece.transposed
     name = value.name if direct else f"{value.name}.stored"
+    length = piece.dtype.itemsize * math.prod(piece.shape)
     tensor = ir.ExternalTensor(
-        weights.name, offset, part.nbytes, dtype, shape=shape, name=name, base_dir=weights.parent
+        weights.name, piece.offset, length, stored, shape=shape, name=name, base_dir=weights.parent
     )
     if direct:
         value.const_value = tensor
         return
     graph.initializers.pop(value.name)
-    source = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=tensor)
+    source = ir.Value(name=name, shape=shape, type=ir.TensorType(stored), const_value=tensor)
     graph.register_initializer(source)
     last, nodes = source, []
-    for op, attributes, wanted in (
-        ("Transpose", {"perm": [1, 0]}, transposed),
-        ("Cast", {"to": int(ir.DataType.FLOAT)}, dtype == ir.DataType.FLOAT16),
+    for op, attributes, needed in (
+        ("Transpose", {"perm": [1, 0]}, piece.transposed),
+        ("Cast", {"to": int(wanted)}, stored != wanted),
     ):
-        if wanted:
+        if needed:
             nodes.append(ir.node(op, [last], attributes))
             last = nodes[-1].outputs[0]
             last.name = f"{value.name}.{op.lower()}"

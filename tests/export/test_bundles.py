@@ -31,7 +31,7 @@ def bundle(request: pytest.FixtureRequest) -> Bundle:
 def shapes(bundle: Bundle, graph: str, size: tuple[int, int] = (64, 64), batch: int = 1) -> dict[str, Any]:
     """Static shapes at ``size`` px."""
     scale = bundle.vae_scale
-    axes = {"batch": batch, "height": size[0], "width": size[1]}
+    axes = {"batch": batch, "height": size[0], "width": size[1], "text_tokens": 12}
     axes |= {"latent_height": size[0] // scale, "latent_width": size[1] // scale}
     return {k: tuple(axes.get(a, a) for a in shape) for k, shape in bundle.graph_inputs(graph).items()}
 

@@ -22,7 +22,7 @@ from std_rt.export.modules import CLIP_MEAN, CLIP_STD, VaeDecoder, VaeEncoder
 from std_rt.export.onnx_graph import Port, Trace, trace
 from std_rt.export.options import ExportOptions
 from std_rt.export.parity import check_graph
-from std_rt.export.pipeline import read_pipeline
+from std_rt.export.pipeline import read_source
 from std_rt.export.weights import externalize
 
 
@@ -97,7 +97,7 @@ def test_the_plain_ip_adapter_reads_the_pooled_embedding(clip_source: Path, tmp_
     adapter = write_plain_ip_adapter(
         tmp_path / "plain.safetensors", UNet2DConditionModel.from_pretrained(source / "unet")
     )
-    style = read_pipeline(ExportOptions(source, tmp_path / "out", ip_adapter=adapter)).style
+    style = read_source(ExportOptions(source, tmp_path / "out", ip_adapter=adapter)).load_style()[0]
     assert (style.tokens, style.dim, style.text_dim) == (4, 40, None)
     encoder = CLIPVisionModelWithProjection.from_pretrained(source / "image_encoder")
     state, image = load_file(adapter), torch.rand(2, 3, 32, 32) * 2 - 1
