@@ -1,8 +1,8 @@
 """The same bundle through diffusers, for `std-rt bench --against diffusers`. Needs the extra [export].
 
 diffusers' own UNet with its IP-Adapter attention, and the VAE, rebuilt from the bundle's weights: eager,
-fp32, batch 1, the trajectory of the bundle. Only the loop around them is ours, and shorter than that of
-a diffusers pipeline, which favours diffusers.
+fp32, one frame, the trajectory of the bundle. Guidance is the full one, at batch 2: diffusers has no other.
+Only the loop around them is ours, and shorter than that of a diffusers pipeline, which favours diffusers.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from std_rt.bundle import Bundle
-from std_rt.conditioning import StyleEncoder, to_frame, to_image, unet_inputs
+from std_rt.conditioning import StyleEncoder, guided_inputs, to_frame, to_image, unet_inputs
 from std_rt.export import load_torch_components
 from std_rt.export.modules import VaeDecoder, VaeEncoder
 from std_rt.schedule import add_noise, step, to_eps
-from std_rt.stylizer import draw_noise
+from std_rt.stylizer import choose_guidance, draw_noise
 
 __all__ = ["DiffusersLoop"]
 
@@ -30,8 +30,12 @@ Frame = NDArray[np.uint8]
 class DiffusersLoop:
     """`Stylizer.step` in torch, at one working size (H, W) and style strength 1."""
 
-    def __init__(self, bundle: Bundle, steps: int, size: tuple[int, int]) -> None:
+    def __init__(
+        self, bundle: Bundle, steps: int, size: tuple[int, int], guidance: float | None = None
+    ) -> None:
+        """``guidance`` is diffusers' scale (None: the bundle's own; 1: none)."""
         self._bundle, self._size = bundle, size
+        self._scale = choose_guidance(bundle, guidance).scale
         parts = load_torch_components(bundle)
         self._unet, self._style_encoder = parts["unet"], parts["style_encoder"]
         self._encode, self._decode = VaeEncoder(parts["vae"]), VaeDecoder(parts["vae"])
@@ -47,7 +51,9 @@ class DiffusersLoop:
     def set_style(self, frame: Frame) -> None:
         """Encode the style picture, uint8 [H, W, 3]."""
         style = StyleEncoder(self._run_style_encoder, self._bundle.style_px)(frame)
-        inputs = unet_inputs(self._bundle.conditioning(), style, 1.0, self._size)
+        text = self._bundle.conditioning()
+        mode = "none" if self._scale == 1 else "full"
+        inputs = guided_inputs(mode, text, unet_inputs(text, style, 1.0, self._size))
         given = {name: torch.from_numpy(value) for name, value in inputs.items()}
         self._text = {
             "encoder_hidden_states": given["encoder_hidden_states"],
@@ -69,7 +75,7 @@ class DiffusersLoop:
         x = add_noise(z, start, self._coefficients[0])
         mark("scheduler")
         for c in self._coefficients:
-            output = self._unet(x, c.timestep, **self._text, return_dict=False)[0]
+            output = self._predict(x, c.timestep)
             mark("unet")
             x = step(
                 x, to_eps(output, x, c, self._bundle.prediction_type), c, later.pop(0) if c.noise else None
@@ -80,6 +86,13 @@ class DiffusersLoop:
         styled = to_frame(image.numpy())
         mark("convert")
         return styled
+
+    def _predict(self, x: Any, timestep: int) -> Any:
+        if self._scale == 1:
+            return self._unet(x, timestep, **self._text, return_dict=False)[0]
+        both = self._unet(torch.cat([x, x]), timestep, **self._text, return_dict=False)[0]
+        negative, positive = both.chunk(2)
+        return negative + self._scale * (positive - negative)
 
     def _run_style_encoder(self, style_image: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
         found: Tensor | tuple[Tensor, Tensor] = self._style_encoder(torch.from_numpy(style_image))

@@ -91,35 +91,81 @@ def stylize(
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(help="SDXL-layout diffusers folder.")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FOLDER", help="The bundle, such as engines/NAME.")
-    ],
-    lora: Annotated[
-        list[str] | None, typer.Option("--lora", metavar="FILE[:SCALE]", help="Fused in; repeatable.")
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[BASE]",
+            help="Hub id, diffusers folder or .safetensors checkpoint; default: SDXL with STD.",
+        ),
     ] = None,
-    ip_adapter: Annotated[Path | None, typer.Option("--ip-adapter", help="IP-Adapter Plus weights.")] = None,
-    image_encoder: Annotated[Path | None, typer.Option("--image-encoder", help="Its CLIP folder.")] = None,
-    vae: Annotated[Path | None, typer.Option("--vae", help="Folder of another VAE.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FOLDER", help="The bundle; default: engines/NAME."),
+    ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option("--lora", metavar="FILE|HUB[:SCALE]", help="Fused in; repeatable.")
+    ] = None,
+    ip_adapter: Annotated[
+        str | None, typer.Option("--ip-adapter", metavar="FILE|HUB", help="Or: plus, base, base-bigg.")
+    ] = None,
+    image_encoder: Annotated[str | None, typer.Option("--image-encoder", help="Its CLIP folder.")] = None,
+    vae: Annotated[str | None, typer.Option("--vae", help="Folder, hub id, fp16-fix or tiny.")] = None,
+    config: Annotated[
+        str | None, typer.Option("--config", help="Pipeline whose configs a checkpoint file takes.")
+    ] = None,
     profile: Annotated[
-        str, typer.Option("--profile", help="Schedule of a published LoRA: std-0.75, tcd, lcm, ...")
+        str,
+        typer.Option("--profile", help="Schedule of a published LoRA: std-0.75, tcd, lightning-4step, ..."),
     ] = "",
     eta: Annotated[float | None, typer.Option("--eta", help="Start; default: the LoRA's, or 0.75.")] = None,
     tau: Annotated[int | None, typer.Option("--tau", help="Start as a timestep; default: eta's.")] = None,
     steps: Annotated[
         list[int] | None, typer.Option("--steps", help="Step count; repeatable, the first is the default.")
     ] = None,
-    size: Annotated[str, typer.Option("--size", metavar="PX|WxH", help="Default working size.")] = "256",
-    weights: Annotated[str, typer.Option("--weights", help="Stored weights: fp16 or fp32.")] = "fp16",
+    schedule: Annotated[
+        str, typer.Option("--schedule", help="auto, or diffusers: as its img2img pipeline, for parity.")
+    ] = "auto",
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", help="Scale, 1 is none; default: the profile's, or 1.")
+    ] = None,
+    guidance_mode: Annotated[
+        str,
+        typer.Option("--guidance-mode", help="full (twice the work) or residual (one call more a frame)."),
+    ] = "auto",
+    size: Annotated[
+        str | None, typer.Option("--size", metavar="PX|WxH", help="Working size; default 512 or 256.")
+    ] = None,
+    precision: Annotated[
+        str, typer.Option("--precision", help="auto, fp32, fp16, bf16 or int8 (see docs/export.md).")
+    ] = "auto",
+    weights: Annotated[
+        str, typer.Option("--weights", help="Stored weights of fp32 graphs: fp16, fp32.")
+    ] = "fp16",
+    calibrate: Annotated[
+        Path | None, typer.Option("--calibrate", metavar="FOLDER", help="Pictures to calibrate int8 on.")
+    ] = None,
     prompt: Annotated[str, typer.Option("--prompt", help="Baked in, where there are text encoders.")] = "",
-    style_layers: Annotated[str, typer.Option("--style-layers", help="auto, all or published.")] = "auto",
+    negative: Annotated[
+        str | None, typer.Option("--negative-prompt", help="For guidance; default: the model's own none.")
+    ] = None,
+    prompts: Annotated[
+        str, typer.Option("--prompts", help="baked, or encoder: text encoders go into the bundle.")
+    ] = "baked",
+    style_layers: Annotated[
+        str, typer.Option("--style-layers", help="auto, all, published or layer prefixes.")
+    ] = "auto",
     name: Annotated[str, typer.Option("--name", help="Default: the folder's name.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Download without asking.")] = False,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Turn a diffusers pipeline (and a LoRA) into a bundle. Needs: pip install 'std-rt\\[export]'"""
+    """Turn a diffusers pipeline (and a LoRA) into a bundle. Needs: pip install 'std-rt\\[export]'
+
+    std-rt export --eta 0.75 --steps 4
+
+    std-rt export my-sdxl.safetensors --lora tcd.safetensors --profile tcd --ip-adapter plus
+    """
     from std_rt.cli_build import run_export
 
-    working = parse_size(size)
     run_export(
         source,
         output,
@@ -127,15 +173,24 @@ def export(
         ip_adapter=ip_adapter,
         image_encoder=image_encoder,
         vae=vae,
+        config=config,
         profile=profile,
         eta=eta,
         tau=tau,
         steps=tuple(steps or ()),
-        size=(working, working) if isinstance(working, int) else working,
+        schedule=schedule,
+        guidance=guidance,
+        guidance_mode=guidance_mode,
+        size=parse_size(size),
+        precision=precision,
         weights=weights,
+        calibrate=calibrate,
         prompt=prompt,
+        negative=negative,
+        prompts=prompts,
         style_layers=style_layers,
         name=name,
+        yes=yes,
         overwrite=overwrite,
     )
 

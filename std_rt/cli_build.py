@@ -22,27 +22,81 @@ def parse_lora(text: str) -> tuple[Path, float]:
     return Path(head), 1.0 if scale is None else scale
 
 
-def run_export(source: Path, output: Path, *, lora: tuple[str, ...], **options: Any) -> None:
-    """Export ``source`` to the bundle ``output`` and say what came out."""
+def run_export(
+    source: str | Path | None,
+    output: Path | None,
+    *,
+    lora: tuple[str, ...] = (),
+    ip_adapter: str | Path | None = None,
+    image_encoder: str | Path | None = None,
+    vae: str | Path | None = None,
+    config: str | None = None,
+    eta: float | None = None,
+    profile: str = "",
+    size: int | tuple[int, int] | None = None,
+    calibrate: Path | None = None,
+    yes: bool = True,
+    **options: Any,
+) -> None:
+    """Export ``source`` (see `resolve_sources`) to the bundle ``output`` and say what came out."""
     require(
-        "std-rt export", "export", "torch", "diffusers", "transformers", "onnx", "onnxscript", "safetensors"
+        "std-rt export",
+        "export",
+        *("torch", "diffusers", "transformers", "onnx", "onnxscript", "safetensors", "huggingface_hub"),
     )
     from std_rt.export import export_pipeline
+    from std_rt.export.sources import resolve_sources
 
     console = Console(stderr=True)
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    sources = resolve_sources(
+        _name(source),
+        loras=lora,
+        ip_adapter=_name(ip_adapter),
+        image_encoder=_name(image_encoder),
+        vae=_name(vae),
+        eta=eta,
+        profile=profile,
+        config=config,
+        say=say,
+        confirm=lambda summary: yes or not console.is_terminal or typer.confirm("fetch it?", default=True),
+    )
+    output = output or Path("engines") / _bundle_name(source, sources.profile)
     with console.status("exporting") as status:
-        loras = [parse_lora(text) for text in lora]
         bundle = export_pipeline(
-            source,
+            sources.folder,
             output,
-            lora=loras,
+            lora=sources.lora,
+            ip_adapter=sources.ip_adapter,
+            image_encoder=sources.image_encoder,
+            vae=sources.vae,
+            eta=sources.eta,
+            profile=sources.profile,
+            origins=sources.origins,
+            size=(size, size) if isinstance(size, int) else size,
             progress=lambda note: status.update(note),
-            remark=lambda line: console.print(f"note: {line}", markup=False, highlight=False, soft_wrap=True),
+            remark=lambda line: say(f"note: {line}"),
             **options,
         )
     typer.echo(f"{bundle.path} ({bundle.name}, {bundle.total_bytes / 2**20:.1f} MB)")
     for graph, parity in bundle.manifest["parity"].items():
         typer.echo(f"  {graph}: {parity['psnr_db']:.1f} dB against {parity['against']} ({parity['runtime']})")
+
+
+def _bundle_name(source: str | Path | None, profile: str) -> str:
+    """``sdxl-std-0.75`` for the published recipe, else the last part of the source's name and the profile."""
+    if source is None:
+        return f"sdxl-{profile or 'std'}"
+    base = Path(str(source).partition("@")[0]).stem
+    return f"{base}-{profile}" if profile else base
+
+
+def _name(given: str | Path | None) -> str | None:
+    """A path or a hub id as text; the slash of a hub id is a slash on every system."""
+    return given.as_posix() if isinstance(given, Path) else given
 
 
 def run_train(recipe: Path, overrides: tuple[str, ...], given: dict[str, Any], *, dry_run: bool) -> None:

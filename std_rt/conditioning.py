@@ -15,12 +15,14 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from std_rt.errors import UsageError
+from std_rt.errors import BundleError, UsageError
+from std_rt.frame_program import NEGATIVE
 
 __all__ = [
     "EncodedStyle",
     "StyleEncoder",
     "blend",
+    "guided_inputs",
     "square",
     "time_ids",
     "to_frame",
@@ -132,3 +134,24 @@ def unet_inputs(
         "style_tokens": np.ascontiguousarray(style.tokens, np.float32),
         "style_strength": np.array([strength], np.float32),
     }
+
+
+def guided_inputs(mode: str, text: dict[str, Array], positive: dict[str, Array]) -> dict[str, Array]:
+    """What a frame program of guidance ``mode`` is fed: ``positive`` (from `unet_inputs`) and its negative.
+
+    ``full`` puts the negative [1, ...] before the positive [1, ...] in one array [2, ...]; ``residual``
+    adds it under ``negative_`` and the name. It is ``text``'s as stored: sizes and the style's strength
+    are the same for both. Raises BundleError where the two do not have one shape.
+    """
+    if mode == "none":
+        return positive
+    negative = {name: np.ascontiguousarray(text[f"negative_{name}"], np.float32) for name in NEGATIVE}
+    for name, value in negative.items():
+        if value.shape != positive[name].shape:
+            raise BundleError(
+                f"negative_{name} is {list(value.shape)} and the positive {list(positive[name].shape)}; "
+                "export the bundle again"
+            )
+    if mode == "residual":
+        return positive | {f"negative_{name}": value for name, value in negative.items()}
+    return {name: np.concatenate([negative.get(name, value), value]) for name, value in positive.items()}

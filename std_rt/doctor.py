@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Iterator, Sequence
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -15,16 +16,23 @@ from rich.table import Table
 from std_rt import __version__
 from std_rt.bundle import BUILT_IN, Bundle, list_bundles, search_paths
 from std_rt.engines import BackendInfo, backends
-from std_rt.engines.base import cache_root
-from std_rt.machine import describe_machine
+from std_rt.engines.base import BACKENDS, GPU_BACKENDS, cache_root
+from std_rt.engines.cuda_libraries import missing_libraries
+from std_rt.engines.cuda_probe import Report, probe
+from std_rt.engines.store import EngineStore
+from std_rt.errors import BackendError
+from std_rt.machine import available_memory_gb, describe_machine, free_disk_gb
 
 __all__ = ["conflicts", "folder_size_mb", "run"]
 
 # Pairs that install the same Python module: whichever came last wins, and removing one breaks the other.
 _RIVALS = (
     ("onnxruntime", "onnxruntime-gpu"),
+    ("onnxruntime", "onnxruntime-directml"),
+    ("onnxruntime-gpu", "onnxruntime-directml"),
     ("opencv-python-headless", "opencv-python"),
 )
+_LITTLE_MEMORY_GB, _LITTLE_DISK_GB = 2.0, 1.0  # less than the built-in model wants to work in peace
 
 Row = tuple[str, str, str]  # mark, name, detail
 _GOOD, _BAD, _NOTE = "[green]ok[/]", "[red]!![/]", "[dim]--[/]"
@@ -37,7 +45,8 @@ def run() -> int:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     found, known = backends(probe=True), list_bundles()
-    for mark, name, detail in (*_system(), *_backends(found), *_conflicts(), *_cache(), *_bundles(known)):
+    rows = (*_system(), *_gpus(), *_backends(found), *_libraries(), *_conflicts(), *_cache(), *_engines())
+    for mark, name, detail in (*rows, *_bundles(known)):
         table.add_row(mark, name, escape(detail))
     Console().print(table)
     built_in = any(isinstance(item, Bundle) and item.name == BUILT_IN for item in known)
@@ -62,12 +71,49 @@ def _system() -> Iterator[Row]:
     yield _GOOD, "std-rt", __version__
     yield _GOOD, "python", f"{platform.python_version()} ({platform.python_implementation()})"
     yield _GOOD, "machine", str(describe_machine())
+    memory, disk = available_memory_gb(), free_disk_gb(cache_root() or Path.cwd())
+    if memory is not None:
+        mark = _GOOD if memory >= _LITTLE_MEMORY_GB else _BAD
+        yield mark, "memory", f"{memory:.1f} GB free (an export of SDXL's size takes about 12)"
+    yield _GOOD if disk >= _LITTLE_DISK_GB else _BAD, "disk", f"{disk:.1f} GB free where the cache is"
+
+
+def _gpus() -> Iterator[Row]:
+    found = probe()
+    if found.problem is None:
+        for gpu in found.gpus:
+            yield _GOOD, "gpu", f"{gpu}; {_serves(gpu.sm)}; its driver serves CUDA {found.cuda}"
+    else:
+        # Worth a mark only to those who installed something that needs it.
+        wanted = any(find_spec(BACKENDS[name][0]) for name in GPU_BACKENDS if name != "cuda")
+        yield _BAD if wanted and _is_broken(found) else _NOTE, "gpu", found.problem
+
+
+def _serves(sm: int) -> str:
+    """Which backends know a GPU of this compute capability."""
+    takes = [name for name, known in GPU_BACKENDS.items() if not known or sm in known]
+    lacks = [name for name in GPU_BACKENDS if name not in takes]
+    return f"for {', '.join(takes)}" + (f" (not {', '.join(lacks)})" if lacks else "")
+
+
+def _is_broken(found: Report) -> bool:
+    """There is a driver, and it does not work: something to mend, not a machine without a GPU."""
+    return found.problem is not None and "no NVIDIA driver" not in found.problem
+
+
+def _libraries() -> Iterator[Row]:
+    missing = missing_libraries()
+    if missing:
+        command = BACKENDS["cuda"][2]
+        yield _BAD, "cuda", f"onnxruntime-gpu does not find {', '.join(missing)}; run: {command}"
 
 
 def _backends(found: list[BackendInfo]) -> Iterator[Row]:
     for info in found:
         if info.available:
             yield _GOOD, info.name, info.detail
+        elif info.problem:
+            yield _NOTE, info.name, info.detail
         else:
             yield _NOTE, info.name, f"{info.detail}; to add it: {info.install}"
     if not any(info.available for info in found):
@@ -87,6 +133,23 @@ def _cache() -> Iterator[Row]:
         yield _BAD, "cache", detail
     else:
         yield _GOOD, "cache", f"{root} ({folder_size_mb(root):.0f} MB; safe to delete)"
+
+
+def _engines() -> Iterator[Row]:
+    """What is compiled; not opened before there is any, because opening makes a secret and folders."""
+    root = cache_root()
+    if root is None or not (root / "engines" / "manifest.json").is_file():
+        return
+    try:
+        store = EngineStore.open()
+        entries = [] if store is None else store.entries()
+    except BackendError as error:
+        yield _BAD, "engines", str(error)
+        return
+    size = sum(entry.size for entry in entries) / 2**20
+    products = sorted({f"{entry.key.product} {entry.key.version}" for entry in entries})
+    for_what = f" for {', '.join(products)}" if products else ""
+    yield _GOOD, "engines", f"{len(entries)} compiled ({size:.0f} MB){for_what}; check: std-rt engines verify"
 
 
 def _bundles(known: Sequence[Bundle | tuple[str, Exception]]) -> Iterator[Row]:

@@ -1,9 +1,10 @@
-"""What this machine is: processor, memory, and how much of it this process has used."""
+"""What this machine is: processor, memory and disk, and how much of it this process has used."""
 
 from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,7 +13,14 @@ from pathlib import Path
 
 from std_rt.errors import UsageError
 
-__all__ = ["Machine", "describe_machine", "peak_memory_mb", "require"]
+__all__ = [
+    "Machine",
+    "available_memory_gb",
+    "describe_machine",
+    "free_disk_gb",
+    "peak_memory_mb",
+    "require",
+]
 
 # Number formats and vector units that decide how fast a network runs here.
 _FEATURES = {
@@ -58,6 +66,26 @@ def describe_machine() -> Machine:
     )
 
 
+def available_memory_gb() -> float | None:
+    """Memory (with swap) that a program may still take, in GB (2**30 bytes); None where nothing tells.
+
+    In a container, what its limit leaves where that is less.
+    """
+    if sys.platform == "win32":
+        status = _windows_memory()
+        return None if status is None else status.available / 2**30
+    known = [room for room in (_linux_available(), _container_available()) if room is not None]
+    return min(known) / 2**30 if known else _memory_gb()
+
+
+def free_disk_gb(path: Path) -> float:
+    """Free space on the disk that ``path`` is on, or would be, in GB (2**30 bytes)."""
+    here = path.absolute()
+    while not here.exists() and here != here.parent:
+        here = here.parent
+    return shutil.disk_usage(here).free / 2**30
+
+
 def peak_memory_mb() -> float | None:
     """Largest resident size of this process so far in MB (2**20 bytes); None where nothing tells."""
     if sys.platform == "win32":
@@ -101,9 +129,66 @@ def _processor() -> str:
 
 
 def _memory_gb() -> float | None:
-    if sys.platform == "win32" or "SC_PHYS_PAGES" not in os.sysconf_names:
+    if sys.platform == "win32":
+        status = _windows_memory()
+        return None if status is None else status.total / 2**30
+    if "SC_PHYS_PAGES" not in os.sysconf_names:
         return None
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
+def _linux_available(path: Path = Path("/proc/meminfo")) -> int | None:
+    """``MemAvailable`` and free swap, in bytes."""
+    if not path.is_file():
+        return None
+    pairs = (line.partition(":") for line in path.read_text(encoding="utf-8").splitlines())
+    found = {key: value.split()[0] for key, _, value in pairs if value.split()}
+    if "MemAvailable" not in found:
+        return None
+    return 1024 * (int(found["MemAvailable"]) + int(found.get("SwapFree", "0")))
+
+
+def _container_available(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes left under the limit of this process's control group (version 2); None where there is none."""
+    limit, used, stat = (folder / f"memory.{name}" for name in ("max", "current", "stat"))
+    if not (limit.is_file() and used.is_file()):
+        return None
+    text = limit.read_text(encoding="ascii").strip()
+    if not text.isdigit():  # "max": no limit
+        return None
+    lines = stat.read_text(encoding="ascii").splitlines() if stat.is_file() else []
+    # Files that were read lie in memory until it is needed for something else.
+    cached = next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+    return int(text) - int(used.read_text(encoding="ascii")) + cached
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """Bytes; ``available`` is what may still be committed, page file included."""
+
+    total: int
+    available: int
+
+
+def _windows_memory() -> _Memory | None:
+    """GlobalMemoryStatusEx. Not run on Windows by us."""
+    if sys.platform != "win32":
+        return None
+    import ctypes
+
+    class Status(ctypes.Structure):
+        _fields_ = (
+            ("length", ctypes.c_ulong),
+            ("load", ctypes.c_ulong),
+            *((name, ctypes.c_ulonglong) for name in ("total", "free", "page_total", "page_free")),
+            *((name, ctypes.c_ulonglong) for name in ("virtual", "virtual_free", "extended")),
+        )
+
+    status = Status()
+    status.length = ctypes.sizeof(status)
+    if not ctypes.WinDLL("kernel32").GlobalMemoryStatusEx(ctypes.byref(status)):
+        return None
+    return _Memory(int(status.total), int(status.page_free))
 
 
 def _peak_windows_mb() -> float | None:

@@ -160,9 +160,10 @@ class NoiseSchedule:
     def coefficients(self, timesteps: list[int], gamma: float = 0.0) -> list[StepCoefficients]:
         """One entry per step: each timestep goes to the next, the last one to the clean estimate."""
         targets = [*timesteps[1:], -1]
-        return [self._coefficients(t, s, gamma) for t, s in zip(timesteps, targets, strict=True)]
+        return [self.coefficient(t, s, gamma) for t, s in zip(timesteps, targets, strict=True)]
 
-    def _coefficients(self, t: int, s: int, gamma: float) -> StepCoefficients:
+    def coefficient(self, t: int, s: int, gamma: float = 0.0) -> StepCoefficients:
+        """The step from timestep ``t`` to ``s`` (-1: the clean estimate)."""
         alpha_t, sigma_t = self.alpha_sigma(t)
         alpha_s, sigma_s = self.alpha_sigma(s)
         # TCD, Algorithm 4: jump to s' = (1 - gamma) s, then re-noise from s' to s.

@@ -12,7 +12,7 @@ to frame, and the same seed gives the same noise on every backend.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,26 +23,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from std_rt.bundle import Bundle, load_bundle
-from std_rt.conditioning import EncodedStyle, StyleEncoder, blend, to_frame, to_image, unet_inputs
-from std_rt.engines import Engine, GraphSpec, choose_backend, open_engine
+from std_rt.conditioning import EncodedStyle, StyleEncoder, blend, guided_inputs, unet_inputs
+from std_rt.engines import Engine, GraphSpec, choose_backend, open_engine, open_runner
+from std_rt.engines.program import Mark, Program, Runner, no_mark, open_on_host
 from std_rt.errors import BundleError, UsageError
+from std_rt.frame_program import (
+    MODES,
+    NEGATIVE,
+    FrameNumbers,
+    Guidance,
+    frame_program,
+    graph_shapes,
+    noise_draws,
+)
 from std_rt.media import fit
-from std_rt.schedule import StepCoefficients, add_noise, step, to_eps
 
-__all__ = ["Pipeline", "State", "Stylizer", "draw_noise", "step_factors"]
+__all__ = ["State", "Stylizer", "choose_guidance", "draw_noise"]
 
 Frame = NDArray[np.uint8]
 Array = NDArray[np.float32]
 Size = tuple[int, int]  # (H, W) in pixels
 Picture = Frame | Path | str
 Opener = Callable[[GraphSpec], Engine]
-Mark = Callable[[str], None]
+RunnerOpener = Callable[[Program, dict[str, GraphSpec]], Runner]
 
 _SIZES_KEPT = 2  # sizes whose engines stay open: enough for portrait and landscape in turn
-
-
-def _no_mark(stage: str) -> None:
-    """Nobody is timing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,63 +67,50 @@ def draw_noise(seed: int, shape: tuple[int, ...]) -> Array:
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
-def step_factors(c: StepCoefficients, prediction_type: str) -> tuple[float, float]:
-    """``(p, q)`` of one step as ``x_s = p x_t + q output`` (without the noise term).
+def choose_guidance(bundle: Bundle, scale: float | None = None, mode: str | None = None) -> Guidance:
+    """How frames are guided: as the bundle says, or as asked. Scale 1 is none, whatever the mode.
 
-    The step is linear in both, so its value at (1, 0) and (0, 1) is all of it.
+    A bundle without guidance of its own takes mode ``full`` where only a scale is asked. Raises UsageError
+    where scale and mode do not fit together, BundleError where the bundle has no negative or another
+    std-rt's guidance.
     """
-    unit, zero = np.ones(1), np.zeros(1)
-    p = step(unit, to_eps(zero, unit, c, prediction_type), c, zero)
-    q = step(zero, to_eps(unit, zero, c, prediction_type), c, zero)
-    return float(p[0]), float(q[0])
-
-
-class Pipeline:
-    """The engines of one size, and the buffers they share."""
-
-    def __init__(
-        self, engines: Mapping[str, Engine], coefficients: list[StepCoefficients], prediction_type: str
-    ) -> None:
-        """``engines``: vae_encoder, unet, vae_decoder, opened at one size."""
-        self._encode, self._unet, self._decode = (
-            engines["vae_encoder"],
-            engines["unet"],
-            engines["vae_decoder"],
+    own = bundle.guidance
+    if own["mode"] not in MODES:
+        raise BundleError(
+            f"bundle '{bundle.name}' needs guidance {own['mode']!r}, which this std-rt lacks; upgrade std-rt"
         )
-        self._start = coefficients[0]
-        self._steps = [(*step_factors(c, prediction_type), c.noise) for c in coefficients]
-        self._timesteps = [np.array([c.timestep], np.float32) for c in coefficients]
-        self._image = np.empty(self._encode.inputs["image"][0], np.float32)
-        self._x = np.empty(self._unet.inputs["sample"][0], np.float32)
-        self._term = np.empty_like(self._x)
+    if mode is not None and mode not in MODES:
+        raise UsageError(f"there is no guidance mode {mode!r}; use one of {', '.join(MODES)}")
+    if scale is not None and not 1 <= scale < float("inf"):
+        raise UsageError(f"guidance must be 1 (none) or more, got {scale:g}")
+    if mode == "none" and scale not in (None, 1):
+        raise UsageError(f"guidance {scale:g} does not go with mode 'none'; leave one of the two out")
+    if mode == "none" or scale == 1 or (mode is None and scale is None and own["mode"] == "none"):
+        return Guidance()
+    chosen = float(own["scale"]) if scale is None else scale
+    if chosen == 1:
+        raise UsageError(f"guidance mode {mode!r} needs a scale above 1; give --guidance")
+    return Guidance(mode or (own["mode"] if own["mode"] != "none" else "full"), chosen)
 
-    def run(self, frame: Frame, noise: Array, inputs: dict[str, Array], mark: Mark = _no_mark) -> Frame:
-        """Stylize a frame uint8 [H, W, 3] of exactly this size; ``mark(stage)`` follows each stage."""
-        image = to_image(frame, self._image)
-        mark("convert")
-        z = self._encode(image=image)["latents"]
-        mark("vae_encoder")
-        self._x[...] = add_noise(z, noise[:1], self._start)
-        mark("scheduler")
-        self._denoise(noise, inputs, mark)
-        image = self._decode(latents=self._x)["image"]
-        mark("vae_decoder")
-        styled = to_frame(image)
-        mark("convert")
-        return styled
 
-    def _denoise(self, noise: Array, inputs: dict[str, Array], mark: Mark) -> None:
-        """Walk ``x`` from ``tau`` to the clean end, in place."""
-        drawn = 1
-        for timestep, (p, q, stochastic) in zip(self._timesteps, self._steps, strict=True):
-            output = self._unet(sample=self._x, timestep=timestep, **inputs)["noise_pred"]
-            mark("unet")
-            self._x *= p
-            self._x += np.multiply(output, q, out=self._term)
-            if stochastic:
-                self._x += np.multiply(noise[drawn : drawn + 1], stochastic, out=self._term)
-                drawn += 1
-            mark("scheduler")
+class _Opened:
+    """A size that is open or being opened, and what its runner was last given."""
+
+    def __init__(self, runner: Future[Runner]) -> None:
+        self.runner = runner
+        self._noise: Array | None = None
+        self._inputs: dict[str, Array] | None = None
+
+    def feed(self, noise: Array, inputs: dict[str, Array]) -> Runner:
+        """The runner, told ``noise`` [K, C, h, w] and ``inputs`` where they are not those it has."""
+        runner = self.runner.result()
+        if noise is not self._noise:
+            runner.set(**{f"noise_{i}": noise[i : i + 1] for i in range(len(noise))})
+            self._noise = noise
+        if inputs is not self._inputs:
+            runner.set(**inputs)
+            self._inputs = inputs
+        return runner
 
 
 class Stylizer:
@@ -129,31 +121,33 @@ class Stylizer:
         bundle: Bundle,
         open_graph: Opener,
         *,
+        open_runner: RunnerOpener | None = None,
         size: int | Size | None = None,
         steps: int | None = None,
         backend: str = "",
         reason: str = "",
+        guidance: float | None = None,
+        guidance_mode: str | None = None,
     ) -> None:
         """Most callers want `load`. ``open_graph`` opens one graph at static shapes.
 
-        ``size`` is the working size: a side in pixels for about that area, or (H, W). Raises BundleError
-        where the bundle needs something that this version does not do, or has no schedule for ``steps``.
+        ``open_runner`` opens the program of a frame; without it, its graphs are opened by ``open_graph``
+        and run from here. ``size`` is the working size: a side in pixels for about that area, or (H, W).
+        ``guidance`` (diffusers' scale; 1 is none) and ``guidance_mode`` override the bundle's. Raises
+        BundleError where the bundle needs something that this version does not do, has no schedule for
+        ``steps``, or no negative for guidance; UsageError where scale and mode do not fit together.
         """
-        if bundle.guidance["mode"] != "none":
-            mode = bundle.guidance["mode"]
-            raise BundleError(
-                f"bundle '{bundle.name}' needs guidance {mode!r}, which this std-rt lacks; upgrade std-rt"
-            )
         self.bundle, self.backend, self.reason = bundle, backend, reason
+        self.guidance = choose_guidance(bundle, guidance, guidance_mode)
         self.size: int | Size = bundle.size_default if size is None else size
         self.coefficients = bundle.coefficients(steps)
-        self._open_graph = open_graph
+        self._open_graph, self._open_runner = open_graph, open_runner
         self._text = bundle.conditioning()
+        _check_negative(bundle, self._text, self.guidance)
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="std-rt-open")
         self._style_engine: Future[Engine] | None = None
         self._encoder: StyleEncoder | None = None
-        self._opening: OrderedDict[Size, dict[str, Future[Engine]]] = OrderedDict()
-        self._pipelines: dict[Size, Pipeline] = {}
+        self._opened: OrderedDict[Size, _Opened] = OrderedDict()
         self._style: tuple[EncodedStyle, float] | None = None
         self._inputs: dict[Size, dict[str, Array]] = {}
 
@@ -166,20 +160,30 @@ class Stylizer:
         size: int | Size | None = None,
         steps: int | None = None,
         precision: str = "auto",
+        guidance: float | None = None,
+        guidance_mode: str | None = None,
     ) -> Stylizer:
         """Open a bundle by name or folder (None: the built-in model) on a backend.
 
-        Raises BundleError (unknown, damaged, wrong step count) or BackendError (not installed).
+        Raises BundleError (unknown, damaged, wrong step count) or BackendError (not installed), and
+        UsageError where ``guidance`` and ``guidance_mode`` do not fit together.
         """
         opened = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         name, reason = choose_backend(backend)
+
+        def open_graph(spec: GraphSpec) -> Engine:
+            return open_engine(name, spec, precision)
+
         return cls(
             opened,
-            lambda spec: open_engine(name, spec, precision),
+            open_graph,
+            open_runner=lambda program, specs: open_runner(name, program, specs, precision, open_graph),
             size=size,
             steps=steps,
             backend=name,
             reason=reason,
+            guidance=guidance,
+            guidance_mode=guidance_mode,
         )
 
     @property
@@ -190,8 +194,8 @@ class Stylizer:
     @property
     def precision(self) -> str:
         """What the UNet computes in, once engines are open: fp32 or bf16."""
-        for engines in self._opening.values():
-            return engines["unet"].result().precision
+        for opened in self._opened.values():
+            return opened.runner.result().precision
         return "unknown"
 
     def working_size(self, height_px: int, width_px: int) -> Size:
@@ -228,7 +232,7 @@ class Stylizer:
         """The state a stream of frames of the given size starts from."""
         return self._state(self.working_size(height_px, width_px), seed)
 
-    def step(self, frame: Frame, state: State | None = None, *, mark: Mark = _no_mark) -> tuple[Frame, State]:
+    def step(self, frame: Frame, state: State | None = None, *, mark: Mark = no_mark) -> tuple[Frame, State]:
         """Stylize one frame uint8 [H, W, 3] of a stream; give the state returned to the next call.
 
         A frame that does not have the working size is fitted to it, and comes back at that resolution in
@@ -240,7 +244,8 @@ class Stylizer:
         state = self._state_for(state, size)
         working = frame if shape == size else fit.to_working(frame, size)
         mark("convert")
-        styled = self._pipeline(size).run(working, state.noise, self._inputs_for(size), mark)
+        runner = self._open_size(size).feed(state.noise, self._inputs_for(size))
+        styled = runner.run(working[None], mark)[0]
         result = fit.result_size(shape, size)
         if result != size:
             styled = fit.from_working(styled, result)
@@ -255,7 +260,7 @@ class Stylizer:
     def close(self) -> None:
         """Close every engine."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-        while self._opening:
+        while self._opened:
             self._close_oldest()
         if self._style_engine is not None:
             _close(self._style_engine)
@@ -271,8 +276,12 @@ class Stylizer:
 
     def _state(self, size: Size, seed: int) -> State:
         scale = self.bundle.vae_scale
-        draws = 1 + sum(1 for c in self.coefficients if c.noise)
-        shape = (draws, self.bundle.latent_channels, size[0] // scale, size[1] // scale)
+        shape = (
+            noise_draws(self.coefficients),
+            self.bundle.latent_channels,
+            size[0] // scale,
+            size[1] // scale,
+        )
         return State(seed, 0, draw_noise(seed, shape))
 
     def _state_for(self, state: State | None, size: Size) -> State:
@@ -284,18 +293,12 @@ class Stylizer:
             return state
         return replace(self._state(size, state.seed), index=state.index)
 
-    def _pipeline(self, size: Size) -> Pipeline:
-        engines = self._open_size(size)
-        if size not in self._pipelines:
-            opened = {name: future.result() for name, future in engines.items()}
-            self._pipelines[size] = Pipeline(opened, self.coefficients, self.bundle.prediction_type)
-        return self._pipelines[size]
-
     def _inputs_for(self, size: Size) -> dict[str, Array]:
         if self._style is None:
             raise UsageError("no style is set; call set_style(picture) first")
         if size not in self._inputs:
-            self._inputs[size] = unet_inputs(self._text, *self._style, size)
+            positive = unet_inputs(self._text, *self._style, size)
+            self._inputs[size] = guided_inputs(self.guidance.mode, self._text, positive)
         return self._inputs[size]
 
     def _style_encoder(self) -> StyleEncoder:
@@ -305,50 +308,57 @@ class Stylizer:
 
     def _open_style_encoder(self) -> Future[Engine]:
         if self._style_engine is None:
-            side = self.bundle.style_px
-            self._style_engine = self._submit("style_encoder", {"style_image": (1, 3, side, side)})
+            spec = self._spec("style_encoder", {"style_image": (1, 3, *[self.bundle.style_px] * 2)})
+            self._style_engine = self._pool.submit(self._open_graph, spec)
         return self._style_engine
 
-    def _open_size(self, size: Size) -> dict[str, Future[Engine]]:
-        """Engines of a size, opening them side by side where they are not; the least used size is closed."""
-        if size in self._opening:
-            self._opening.move_to_end(size)
-            return self._opening[size]
-        while len(self._opening) >= _SIZES_KEPT:
+    def _open_size(self, size: Size) -> _Opened:
+        """A size's runner, opening in the background where it is not; the least used size is closed."""
+        if size in self._opened:
+            self._opened.move_to_end(size)
+            return self._opened[size]
+        while len(self._opened) >= _SIZES_KEPT:
             self._close_oldest()
-        shapes = self._shapes(size)
-        self._opening[size] = {name: self._submit(name, shapes[name]) for name in shapes}
-        return self._opening[size]
+        program = self._program(size)
+        specs = {name: self._spec(name, shapes) for name, shapes in graph_shapes(program).items()}
+        self._opened[size] = _Opened(self._pool.submit(self._run_opener, program, specs))
+        return self._opened[size]
 
-    def _shapes(self, size: Size) -> dict[str, dict[str, tuple[int, ...]]]:
-        """Input shapes of the graphs at a size, the slowest to open first."""
-        scale, style = self.bundle.vae_scale, self.bundle.style
-        latents = (1, self.bundle.latent_channels, size[0] // scale, size[1] // scale)
-        unet = {
-            "sample": latents,
-            "timestep": (1,),
-            "encoder_hidden_states": self._text["encoder_hidden_states"].shape,
-            "text_embeds": self._text["text_embeds"].shape,
-            "time_ids": (1, 6),
-            "style_tokens": (1, int(style["tokens"]), int(style["dim"])),
-            "style_strength": (1,),
-        }
-        return {"unet": unet, "vae_decoder": {"latents": latents}, "vae_encoder": {"image": (1, 3, *size)}}
+    def _run_opener(self, program: Program, specs: dict[str, GraphSpec]) -> Runner:
+        if self._open_runner is None:
+            return open_on_host(program, specs, self._open_graph)
+        return self._open_runner(program, specs)
 
-    def _submit(self, name: str, shapes: dict[str, tuple[int, ...]]) -> Future[Engine]:
-        spec = GraphSpec(name, self.bundle.graph_path(name), shapes, self.bundle.digest)
-        return self._pool.submit(self._open_graph, spec)
+    def _program(self, size: Size) -> Program:
+        bundle, style = self.bundle, self.bundle.style
+        text = {name: self._text[name].shape[1:] for name in ("encoder_hidden_states", "text_embeds")}
+        shapes = {"time_ids": (6,), "style_tokens": (int(style["tokens"]), int(style["dim"]))}
+        numbers = FrameNumbers(
+            bundle.vae_scale, bundle.latent_channels, {**text, **shapes, "style_strength": ()}
+        )
+        return frame_program(numbers, self.coefficients, bundle.prediction_type, size, self.guidance)
+
+    def _spec(self, name: str, shapes: dict[str, tuple[int, ...]]) -> GraphSpec:
+        compute = self.bundle.manifest.get("precision", {}).get(name, {}).get("compute", "fp32")
+        return GraphSpec(name, self.bundle.graph_path(name), shapes, self.bundle.digest, compute=compute)
 
     def _close_oldest(self) -> None:
-        size, engines = self._opening.popitem(last=False)
-        self._pipelines.pop(size, None)
-        for future in engines.values():
-            _close(future)
+        _, opened = self._opened.popitem(last=False)
+        _close(opened.runner)
 
 
-def _close(future: Future[Engine]) -> None:
+def _close(future: Future[Engine] | Future[Runner]) -> None:
     if not future.cancel() and future.exception() is None:
         future.result().close()
+
+
+def _check_negative(bundle: Bundle, text: dict[str, Array], guidance: Guidance) -> None:
+    missing = [name for name in NEGATIVE if f"negative_{name}" not in text]
+    if guidance.mode != "none" and missing:
+        raise BundleError(
+            f"bundle '{bundle.name}' has no negative for guidance {guidance.scale:g}; "
+            f"use --guidance 1, or export it again with --guidance {guidance.scale:g}"
+        )
 
 
 def _checked(frame: Any) -> Frame:

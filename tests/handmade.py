@@ -19,15 +19,28 @@ TOKENS, DIM, POOLED, SEQUENCE, TEXT = 2, 4, 6, 3, 5
 ETA = 0.5
 
 
-def write_handmade(folder: Path, *, gamma: float = 0.0, sequence: int = SEQUENCE) -> Bundle:
-    """Write the bundle to ``folder``, named after it."""
+def write_handmade(
+    folder: Path,
+    *,
+    gamma: float = 0.0,
+    sequence: int = SEQUENCE,
+    guidance: tuple[str, float] = ("none", 1.0),
+    negative: float | None = None,
+) -> Bundle:
+    """Write the bundle to ``folder``, named after it; its negatives are filled with ``negative``."""
 
     def fill(partial: Path) -> dict[str, Any]:
         graphs = {name: _write_graph(partial, name, model) for name, model in _models(sequence).items()}
         text = {"encoder_hidden_states": (1, sequence, TEXT), "text_embeds": (1, POOLED)}
-        zeros = {name: np.zeros(shape, np.float32) for name, shape in text.items()}
-        np.savez(partial / "conditioning.npz", **zeros)  # type: ignore[arg-type]
-        return _manifest(folder.name, graphs, gamma)
+        stored = {name: np.zeros(shape, np.float32) for name, shape in text.items()}
+        if negative is not None:
+            shapes = {**text, "style_tokens": (1, TOKENS, DIM)}
+            stored |= {
+                f"negative_{name}": np.full(shape, negative, np.float32) for name, shape in shapes.items()
+            }
+        np.savez(partial / "conditioning.npz", **stored)  # type: ignore[arg-type]
+        mode, scale = guidance
+        return _manifest(folder.name, graphs, gamma) | {"guidance": {"mode": mode, "scale": scale}}
 
     return write_bundle(folder, fill)
 

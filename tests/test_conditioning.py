@@ -9,8 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from std_rt.conditioning import EncodedStyle, StyleEncoder, blend, square, to_frame, to_image, unet_inputs
-from std_rt.errors import UsageError
+from std_rt.conditioning import (
+    EncodedStyle,
+    StyleEncoder,
+    blend,
+    guided_inputs,
+    square,
+    to_frame,
+    to_image,
+    unet_inputs,
+)
+from std_rt.errors import BundleError, UsageError
 
 
 def _style(value: float, pooled: bool = True) -> EncodedStyle:
@@ -124,3 +133,40 @@ def test_baked_time_ids_win_over_the_size() -> None:
         "time_ids": np.full((1, 6), 9, np.float32),
     }
     assert unet_inputs(baked, _style(1.0), 1.0, (64, 64))["time_ids"].tolist() == [[9] * 6]
+
+
+def _both() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    text = {
+        "encoder_hidden_states": np.zeros((1, 3, 5), np.float32),
+        "text_embeds": np.zeros((1, 6), np.float32),
+        "negative_encoder_hidden_states": np.full((1, 3, 5), -1, np.float32),
+        "negative_text_embeds": np.full((1, 6), -2, np.float32),
+        "negative_style_tokens": np.full((1, 2, 4), -3, np.float32),
+    }
+    return text, unet_inputs(text, _style(1.0), 0.5, (64, 96))
+
+
+def test_full_guidance_puts_the_negative_first() -> None:
+    text, positive = _both()
+    fed = guided_inputs("full", text, positive)
+    assert fed.keys() == positive.keys()
+    for name, value in positive.items():
+        assert fed[name].shape == (2, *value.shape[1:])
+        np.testing.assert_array_equal(fed[name][1:], value)
+        np.testing.assert_array_equal(fed[name][:1], text.get(f"negative_{name}", value))
+    assert fed["style_strength"].tolist() == [0.5, 0.5]
+
+
+def test_residual_guidance_has_the_negative_beside() -> None:
+    text, positive = _both()
+    fed = guided_inputs("residual", text, positive)
+    assert fed.keys() - positive.keys() == {name for name in text if name.startswith("negative_")}
+    assert all(fed[name] is positive[name] for name in positive)
+    assert guided_inputs("none", text, positive) is positive
+
+
+def test_a_negative_of_another_length_is_refused() -> None:
+    text, positive = _both()
+    text["negative_encoder_hidden_states"] = np.zeros((1, 4, 5), np.float32)
+    with pytest.raises(BundleError, match=r"negative_encoder_hidden_states is \[1, 4, 5\] and the positive"):
+        guided_inputs("full", text, positive)

@@ -100,7 +100,7 @@ def test_each_step_is_the_tcd_step(eta: float, data: st.DataObject, kind: str, g
 @given(st.integers(0, 999), st.integers(-1, 999), st.sampled_from(KINDS))
 def test_the_true_noise_moves_along_the_schedule(t: int, s: int, kind: str) -> None:
     x_0, eps = _arrays(t, 2)
-    c = sch.NoiseSchedule(SCHEDULE.alphas_cumprod, kind)._coefficients(t, s, 0.0)
+    c = sch.NoiseSchedule(SCHEDULE.alphas_cumprod, kind).coefficient(t, s, 0.0)
     x_t = sch.add_noise(x_0, eps, c)
     outputs = {"epsilon": eps, "sample": x_0, "v_prediction": c.alpha_t * eps - c.sigma_t * x_0}
     x_s = sch.step(x_t, sch.to_eps(outputs[kind], x_t, c, kind), c)
@@ -110,7 +110,7 @@ def test_the_true_noise_moves_along_the_schedule(t: int, s: int, kind: str) -> N
 
 @given(st.integers(1, 999), st.floats(0.05, 1.0))
 def test_a_stochastic_step_keeps_the_variance_of_the_schedule(s: int, gamma: float) -> None:
-    c = SCHEDULE._coefficients(999, s, gamma)
+    c = SCHEDULE.coefficient(999, s, gamma)
     alpha, sigma = SCHEDULE.alpha_sigma(s)
     assert c.alpha_s == pytest.approx(alpha)
     assert c.sigma_s**2 + c.noise**2 == pytest.approx(sigma**2)
@@ -118,7 +118,7 @@ def test_a_stochastic_step_keeps_the_variance_of_the_schedule(s: int, gamma: flo
 
 def test_a_stochastic_step_without_noise_is_refused() -> None:
     with pytest.raises(ValueError, match="needs noise"):
-        sch.step(np.ones(1), np.ones(1), SCHEDULE._coefficients(739, 559, 0.3))
+        sch.step(np.ones(1), np.ones(1), SCHEDULE.coefficient(739, 559, 0.3))
 
 
 @pytest.mark.parametrize("kind", ["scaled_linear", "linear"])

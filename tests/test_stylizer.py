@@ -12,11 +12,13 @@ from handmade import DIM, POOLED, TOKENS, write_handmade
 
 from std_rt import State, Stylizer
 from std_rt.bundle import Bundle
-from std_rt.engines import GraphSpec
+from std_rt.engines import Engine, GraphSpec, open_runner
 from std_rt.engines.fake import FakeEngine, float_ports
+from std_rt.engines.program import HostRunner, Program, open_on_host
 from std_rt.errors import BundleError, UsageError
-from std_rt.schedule import StepCoefficients, add_noise, step, to_eps
-from std_rt.stylizer import step_factors
+from std_rt.frame_program import Guidance
+from std_rt.schedule import add_noise, step, to_eps
+from std_rt.stylizer import choose_guidance
 
 GREY = np.full((64, 64, 3), 90, np.uint8)
 STYLE = np.full((32, 32, 3), 200, np.uint8)
@@ -126,14 +128,6 @@ def test_a_stochastic_schedule_draws_a_noise_for_every_such_step(tmp_path: Path)
     x = _by_hand(bundle, GREY, state, unet)
     expected = np.clip((x + 1) * 127.5, 0, 255).repeat(8, 2).repeat(8, 3)[0].transpose(1, 2, 0)
     assert np.abs(frame - expected).max() <= 0.51
-
-
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_step_factors_are_the_step(kind: str) -> None:
-    c = StepCoefficients(559, 379, 0.6, 0.8, 0.9, 0.43)
-    x, output = np.random.default_rng(0).normal(size=(2, 5))
-    p, q = step_factors(c, kind)
-    np.testing.assert_allclose(p * x + q * output, step(x, to_eps(output, x, c, kind), c))
 
 
 def test_the_unet_is_told_timesteps_style_strength_and_size(handmade: Bundle) -> None:
@@ -278,3 +272,164 @@ def test_real_backends_do_what_the_graphs_say(handmade: Bundle, backend: str) ->
     x = _by_hand(handmade, GREY, state, lambda sample, **_: 0.5 * sample + eps)
     expected = np.clip((x + 1) * 127.5, 0, 255).repeat(8, 2).repeat(8, 3)[0].transpose(1, 2, 0)
     assert np.abs(frame - expected).max() <= 0.6
+
+
+class Recorder(HostRunner):
+    """Remembers what it was fed."""
+
+    def __init__(self, engines: Any, program: Program) -> None:
+        super().__init__(engines, program)
+        self.fed: list[set[str]] = []
+
+    def set(self, **feeds: Any) -> None:
+        self.fed.append(set(feeds))
+        super().set(**feeds)
+
+
+def test_a_runner_is_fed_only_what_has_changed(handmade: Bundle) -> None:
+    backend, runners = Backend(), []
+
+    def opener(program: Program, specs: dict[str, GraphSpec]) -> Recorder:
+        runners.append(Recorder({name: backend(spec) for name, spec in specs.items()}, program))
+        return runners[-1]
+
+    with _stylizer(handmade, backend, open_runner=opener) as stylizer:
+        first = stylizer.state(64, 64, seed=1)
+        a, state = stylizer.step(GREY, first)
+        stylizer.step(GREY, state)
+        (fed,) = (runner.fed for runner in runners)
+        assert [sorted(names)[0] for names in fed] == ["noise_0", "encoder_hidden_states"]
+        stylizer.step(GREY, stylizer.state(64, 64, seed=2))
+        assert fed[2:] == [{"noise_0"}]
+        stylizer.set_style(255 - STYLE)
+        b, _ = stylizer.step(GREY, first)
+        assert fed[3] == {"noise_0"}
+        assert "style_tokens" in fed[4]
+        stylizer.set_style(STYLE)
+        c, _ = stylizer.step(GREY, first)
+    np.testing.assert_array_equal(a, c)
+    assert len(fed) == 6
+    assert b.shape == a.shape
+
+
+@pytest.fixture(scope="module")
+def guided(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle whose own guidance is full at 3, and whose negatives are all -0.4."""
+    pytest.importorskip("onnx")
+    folder = tmp_path_factory.mktemp("guided") / "guided"
+    return write_handmade(folder, guidance=("full", 3.0), negative=-0.4)
+
+
+def _guided_by_hand(bundle: Bundle, state: State, mode: str, scale: float) -> np.ndarray:
+    """The loop in float64 for the handmade UNet: half the sample and the level of the style tokens."""
+    z = (GREY / 127.5 - 1).transpose(2, 0, 1)[None].reshape(1, 3, 8, 8, 8, 8).mean((3, 5))
+    cs = bundle.coefficients(4)
+    x, x0 = add_noise(z, state.noise[:1], cs[0]), None
+    for c in cs:
+        positive, negative = 0.5 * x + 200 / 127.5 - 1, 0.5 * x - 0.4
+        if mode == "residual" and x0 is not None:
+            negative = (x - c.alpha_t * x0) / c.sigma_t
+        x0 = (x - c.sigma_t * negative) / c.alpha_t
+        x = step(x, negative + scale * (positive - negative), c)
+    return np.clip((x + 1) * 127.5, 0, 255).repeat(8, 2).repeat(8, 3)[0].transpose(1, 2, 0)
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("mode", ["full", "residual"])
+def test_guidance_on_real_backends_is_its_loop_by_hand(guided: Bundle, backend: str, mode: str) -> None:
+    pytest.importorskip(backend)
+    with Stylizer.load(guided, backend=backend, precision="fp32", guidance_mode=mode) as stylizer:
+        stylizer.set_style(STYLE)
+        state = stylizer.state(64, 64, seed=4)
+        frame, _ = stylizer.step(GREY, state)
+        assert stylizer.guidance == Guidance(mode, 3.0)
+    assert np.abs(frame - _guided_by_hand(guided, state, mode, 3.0)).max() <= 0.6
+
+
+def test_full_guidance_asks_for_both_halves_at_once_and_residual_once_more(guided: Bundle) -> None:
+    for mode, batch, calls in (("full", 2, 4), ("residual", 1, 5), ("none", 1, 4)):
+        backend = Backend()
+        with _stylizer(guided, backend, guidance_mode=mode) as stylizer:
+            stylizer.set_style(STYLE, strength=0.5)
+            stylizer.step(GREY)
+        found = backend.engines("unet")[0].calls
+        assert (len(found), len(found[0]["sample"])) == (calls, batch)
+        first = found[0]
+        assert first["style_strength"].tolist() == [0.5] * batch
+        assert first["time_ids"].tolist() == [[64, 64, 0, 0, 64, 64]] * batch
+        if mode != "none":  # the negative comes first, as stored, whatever the style and its strength
+            assert first["style_tokens"][0].max() == np.float32(-0.4)
+            assert first["text_embeds"][0].max() == np.float32(-0.4)
+        assert found[-1]["text_embeds"][-1].max() == pytest.approx(0.5 * (200 / 127.5 - 1), rel=1e-5)
+
+
+def test_guidance_is_the_bundles_unless_asked(guided: Bundle, handmade: Bundle) -> None:
+    assert choose_guidance(guided) == Guidance("full", 3.0)
+    assert choose_guidance(guided, 5.0) == Guidance("full", 5.0)
+    assert choose_guidance(guided, None, "residual") == Guidance("residual", 3.0)
+    assert choose_guidance(guided, 1.0) == choose_guidance(guided, 1.0, "full") == Guidance()
+    assert choose_guidance(guided, None, "none") == Guidance()
+    assert choose_guidance(handmade) == Guidance()
+    assert choose_guidance(handmade, 2.0) == Guidance("full", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("scale", "mode", "message"),
+    [
+        (0.5, None, r"guidance must be 1 \(none\) or more, got 0\.5"),
+        (float("nan"), None, "guidance must be 1"),
+        (2.0, "none", "guidance 2 does not go with mode 'none'"),
+        (2.0, "cfg", "no guidance mode 'cfg'; use one of none, full, residual"),
+        (None, "residual", "mode 'residual' needs a scale above 1; give --guidance"),
+    ],
+)
+def test_guidance_that_does_not_fit_together_is_refused(
+    handmade: Bundle, scale: float | None, mode: str | None, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        Stylizer(handmade, Backend(), guidance=scale, guidance_mode=mode)
+
+
+def test_guidance_without_a_negative_is_refused(handmade: Bundle) -> None:
+    with pytest.raises(
+        BundleError, match=r"no negative for guidance 4; use --guidance 1, or export it again"
+    ):
+        Stylizer(handmade, Backend(), guidance=4.0)
+
+
+def test_engines_that_opened_are_closed_where_one_did_not(handmade: Bundle) -> None:
+    class Broken(Backend):
+        def __call__(self, spec: GraphSpec) -> FakeEngine:
+            if spec.name == "unet":
+                raise BundleError("no unet today")
+            return super().__call__(spec)
+
+    backend = Broken()
+    with _stylizer(handmade, backend) as stylizer, pytest.raises(BundleError):
+        stylizer.stylize(GREY)
+    assert sorted(spec.name for spec, _ in backend.opened) == ["style_encoder", "vae_decoder", "vae_encoder"]
+    assert all(engine.closed for _, engine in backend.opened)
+
+
+def test_a_backend_with_a_runner_of_its_own_is_given_the_program(
+    handmade: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    backend, asked = Backend(), []
+
+    def own(program: Program, specs: dict[str, GraphSpec], precision: str) -> HostRunner:
+        asked.append((sorted(specs), precision))
+        return open_on_host(program, specs, backend)
+
+    def never(spec: GraphSpec) -> Engine:
+        raise AssertionError("the backend has its own runner")
+
+    monkeypatch.setattr("std_rt.engines.openvino.open_runner", own, raising=False)
+
+    def opener(program: Program, specs: dict[str, GraphSpec]) -> Any:
+        return open_runner("openvino", program, specs, "fp32", never)
+
+    with _stylizer(handmade, backend, open_runner=opener) as stylizer:
+        stylizer.stylize(GREY)
+        assert stylizer.precision == "fp32"
+    assert asked == [(["unet", "vae_decoder", "vae_encoder"], "fp32")]

@@ -1,5 +1,21 @@
 """Engines: the one boundary to hardware. See `std_rt.engines.base`."""
 
-from std_rt.engines.base import BackendInfo, Engine, GraphSpec, backends, choose_backend, open_engine
+from std_rt.engines.base import (
+    BackendInfo,
+    Engine,
+    GraphSpec,
+    backends,
+    choose_backend,
+    open_engine,
+    open_runner,
+)
 
-__all__ = ["BackendInfo", "Engine", "GraphSpec", "backends", "choose_backend", "open_engine"]
+__all__ = [
+    "BackendInfo",
+    "Engine",
+    "GraphSpec",
+    "backends",
+    "choose_backend",
+    "open_engine",
+    "open_runner",
+]

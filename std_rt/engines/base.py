@@ -15,15 +15,19 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from std_rt.errors import BackendError
 
+if TYPE_CHECKING:
+    from std_rt.engines.program import Program, Runner
+
 __all__ = [
     "BACKENDS",
+    "GPU_BACKENDS",
     "PRECISIONS",
     "STEADY_INPUTS",
     "BackendInfo",
@@ -34,7 +38,9 @@ __all__ = [
     "cache_root",
     "check_inputs",
     "choose_backend",
+    "gpu_problem",
     "open_engine",
+    "open_runner",
 ]
 
 Array = NDArray[Any]
@@ -69,6 +75,8 @@ class GraphSpec:
 
     ``steady`` names inputs that rarely change. Engines may keep what follows from them alone, for as long
     as their values (which are compared at every call) stay the same; results do not depend on it.
+    ``compute`` is what the file's arithmetic is written in, as the bundle's manifest says: fp32, fp16, bf16
+    or int8.
     """
 
     name: str
@@ -76,20 +84,36 @@ class GraphSpec:
     shapes: Mapping[str, tuple[int, ...]]
     key: str
     steady: frozenset[str] = STEADY_INPUTS
+    compute: str = "fp32"
 
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """One backend as found here: ``detail`` is version and devices, ``install`` the command that adds it."""
+    """One backend as found here: ``detail`` is version and devices, ``install`` the command that adds it.
+
+    ``problem`` is why one that is installed cannot be used here; empty where it can, or is not installed.
+    """
 
     name: str
     available: bool
     detail: str
     install: str
+    problem: str = ""
 
 
 # name -> (importable module, distribution names, install command), in order of preference.
 BACKENDS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "tensorrt": (
+        "tensorrt",
+        ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+        "pip install 'std-rt[tensorrt]'",
+    ),
+    "rtx": (
+        "tensorrt_rtx",
+        ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
+        "pip install 'std-rt[rtx]'",
+    ),
+    "cuda": ("onnxruntime", ("onnxruntime-gpu",), "pip install 'std-rt[cuda]'"),
     "openvino": ("openvino", ("openvino",), "pip install std-rt"),
     "onnxruntime": (
         "onnxruntime",
@@ -99,24 +123,37 @@ BACKENDS: dict[str, tuple[str, tuple[str, ...], str]] = {
 }
 
 
+# Those that need an NVIDIA GPU, and the compute capabilities they know (89 is 8.9); empty: all that a
+# driver accepts. TensorRT-RTX leaves out the GPUs of data centres.
+GPU_BACKENDS: dict[str, tuple[int, ...]] = {
+    "tensorrt": (),
+    "rtx": (75, 80, 86, 89, 120, 121),
+    "cuda": (),
+}
+
+
 def backends(*, probe: bool = False) -> list[BackendInfo]:
-    """Every backend, best first. ``probe`` also imports those installed to name their devices (slow)."""
+    """Every backend, best first. ``probe`` also imports those usable to name their devices (slow)."""
     return [_info(name, probe) for name in BACKENDS]
 
 
 def choose_backend(name: str = "auto") -> tuple[str, str]:
-    """(backend, reason). ``auto`` takes the first one installed; a name is taken or refused, never swapped.
+    """(backend, reason). ``auto`` takes the first one usable; a name is taken or refused, never swapped.
 
     Raises BackendError with the command that installs what is missing.
     """
-    found = {info.name: info for info in backends()}
     if name == "auto":
-        return _first_available(list(found.values()))
-    if name not in found:
+        return _first_available()
+    if name not in BACKENDS:
         known = ", ".join(BACKENDS)
         raise BackendError(f"there is no backend '{name}'; use --backend with one of auto, {known}")
-    if not found[name].available:
-        raise BackendError(f"backend '{name}' is not installed; run: {found[name].install}")
+    info = _info(name)
+    if info.problem:
+        raise BackendError(
+            f"backend '{name}' is installed and cannot be used here: {info.problem}; use --backend auto"
+        )
+    if not info.available:
+        raise BackendError(f"backend '{name}' is not installed; run: {info.install}")
     return name, "asked for"
 
 
@@ -127,11 +164,33 @@ def open_engine(backend: str, spec: GraphSpec, precision: str = "auto") -> Engin
     hardware and fp32 elsewhere. Raises BackendError when the backend is missing, cannot do the
     precision, or cannot run the graph.
     """
-    if precision not in PRECISIONS:
-        raise BackendError(f"there is no precision '{precision}'; use one of {', '.join(PRECISIONS)}")
+    _check_precision(precision)
     name, _ = choose_backend(backend)
     opener: Callable[[GraphSpec, str], Engine] = import_module(f"std_rt.engines.{name}").open_graph
     return opener(spec, precision)
+
+
+def open_runner(
+    backend: str,
+    program: Program,
+    specs: Mapping[str, GraphSpec],
+    precision: str,
+    open_graph: Callable[[GraphSpec], Engine],
+) -> Runner:
+    """Open ``program`` on a backend: by the backend's own runner where it has one, else graph by graph.
+
+    ``specs`` has one for every graph of the program; ``open_graph`` opens one where the backend has no
+    runner of its own. Raises BackendError as `open_engine` does.
+    """
+    _check_precision(precision)
+    name, _ = choose_backend(backend)
+    module = import_module(f"std_rt.engines.{name}")
+    if hasattr(module, "open_runner"):
+        opener: Callable[[Program, Mapping[str, GraphSpec], str], Runner] = module.open_runner
+        return opener(program, specs, precision)
+    from std_rt.engines.program import open_on_host
+
+    return open_on_host(program, specs, open_graph)
 
 
 def check_inputs(name: str, ports: Ports, given: Mapping[str, Array]) -> None:
@@ -164,23 +223,58 @@ def cache_root() -> Path | None:
     return root if os.access(root, os.W_OK) else None
 
 
-def _first_available(found: list[BackendInfo]) -> tuple[str, str]:
-    for info in found:
+def _check_precision(precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise BackendError(f"there is no precision '{precision}'; use one of {', '.join(PRECISIONS)}")
+
+
+def _first_available() -> tuple[str, str]:
+    """The first that can be used. What is not installed and needs a GPU is not worth a word."""
+    passed: list[str] = []
+    for name in BACKENDS:
+        info = _info(name)
         if info.available:
-            before = ", ".join(other.name for other in found[: found.index(info)])
-            return info.name, f"{before} not installed" if before else "the fastest that is installed"
-    commands = "  or  ".join(info.install for info in found)
+            return name, "; ".join(passed) or "the fastest that is installed"
+        if info.problem:
+            passed.append(f"{name} is installed, but {info.problem}")
+        elif name not in GPU_BACKENDS:
+            passed.append(f"{name} not installed")
+    commands = "  or  ".join(entry[2] for name, entry in BACKENDS.items() if name not in GPU_BACKENDS)
     raise BackendError(f"no backend is installed; run: {commands}")
 
 
-def _info(name: str, probe: bool) -> BackendInfo:
-    module, distributions, install = BACKENDS[name]
-    if find_spec(module) is None:
+def _info(name: str, probe: bool = False) -> BackendInfo:
+    _, distributions, install = BACKENDS[name]
+    if not _installed(name):
         return BackendInfo(name, False, "not installed", install)
     detail = _version(distributions)
+    problem = gpu_problem(name) if name in GPU_BACKENDS else ""
+    if problem:
+        return BackendInfo(name, False, f"{detail}; {problem}", install, problem)
     if probe:
         detail = f"{detail}; {import_module(f'std_rt.engines.{name}').devices()}"
     return BackendInfo(name, True, detail, install)
+
+
+def gpu_problem(name: str) -> str:
+    """Why no GPU here can run backend ``name``; empty where one can. Asks the driver once a process."""
+    from std_rt.engines.cuda_probe import probe
+
+    found, known = probe(), GPU_BACKENDS[name]
+    if found.problem:
+        return found.problem
+    if known and found.gpus[0].sm not in known:
+        names = ", ".join(f"SM{sm}" for sm in known)
+        return f"{found.gpus[0]} is none of the GPUs it is made for ({names})"
+    return ""
+
+
+def _installed(name: str) -> bool:
+    """True where its module is there; of ONNX Runtime's builds, where the one with CUDA is."""
+    spec = find_spec(BACKENDS[name][0])
+    if spec is None or spec.origin is None:  # no origin: a folder of that name, which is no package
+        return False
+    return name != "cuda" or any((Path(spec.origin).parent / "capi").glob("*onnxruntime_providers_cuda.*"))
 
 
 def _version(distributions: tuple[str, ...]) -> str:

@@ -15,7 +15,7 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from std_rt.engines.base import GraphSpec, Ports, cache_root, check_inputs
-from std_rt.engines.openvino_split import split_steady
+from std_rt.engines.openvino_split import STEADY, split_steady
 from std_rt.errors import BackendError
 
 __all__ = ["OpenVinoEngine", "devices", "open_graph"]
@@ -48,7 +48,8 @@ def open_graph(spec: GraphSpec, precision: str) -> OpenVinoEngine:
         if prepare is not None:
             # Runs once a style and step: fp32 costs nothing here and keeps time embeddings exact.
             exact = config | {"INFERENCE_PRECISION_HINT": "f32"}
-            prepared = Prepared(core.compile_model(prepare, "CPU", exact))
+            names = [port.get_any_name() for port in prepare.inputs]
+            prepared = Prepared(core.compile_model(prepare, "CPU", exact), names)
     except RuntimeError as error:
         raise BackendError(_one_line(spec, error)) from error
     return OpenVinoEngine(spec.name, inputs, outputs, compiled, prepared, chosen)
@@ -57,11 +58,15 @@ def open_graph(spec: GraphSpec, precision: str) -> OpenVinoEngine:
 class Prepared:
     """The part of a graph that follows from steady inputs, with its latest results."""
 
-    def __init__(self, compiled: ov.CompiledModel) -> None:
-        sizes = {port.get_any_name(): int(np.prod(port.shape)) for port in compiled.inputs}
+    def __init__(self, compiled: ov.CompiledModel, names: list[str]) -> None:
+        """``names`` are those of the inputs, in order: a compiled one may go by the name of its own cast."""
+        sizes = {name: int(np.prod(port.shape)) for name, port in zip(names, compiled.inputs, strict=True)}
         self.names = sorted(sizes, key=sizes.__getitem__)
         self._request = compiled.create_infer_request()
-        self._outputs = [port.get_any_name() for port in compiled.outputs]
+        # A result keeps the name that its tensor had in the graph beside the one it was given.
+        self._outputs = [
+            next(name for name in port.get_names() if name.startswith(STEADY)) for port in compiled.outputs
+        ]
         size = sum(int(np.prod(port.shape)) * port.element_type.size for port in compiled.outputs)
         self._room = max(1, min(_KEEP_RESULTS, _KEEP_BYTES // max(size, 1)))
         self._known: list[tuple[dict[str, Array], ov.InferRequest]] = []
@@ -77,15 +82,15 @@ class Prepared:
         full = len(self._known) >= self._room
         request = self._known.pop()[1] if full else compiled.create_infer_request()
         for name, value in self._run(inputs).items():
-            request.set_tensor(name, ov.Tensor(value))
+            request.set_tensor(name, value)
         self._known.insert(0, ({name: inputs[name].copy() for name in self.names}, request))
         return request
 
-    def _run(self, inputs: dict[str, Array]) -> dict[str, Array]:
+    def _run(self, inputs: dict[str, Array]) -> dict[str, ov.Tensor]:
         for name in self.names:
             self._request.set_tensor(name, _tensor(inputs[name]))
         self._request.infer()
-        return {name: self._request.get_tensor(name).data.copy() for name in self._outputs}
+        return {name: _copy(self._request.get_tensor(name)) for name in self._outputs}
 
 
 class OpenVinoEngine:
@@ -181,6 +186,13 @@ def _ports(ports: list[Any]) -> Ports:
 def _tensor(array: Array) -> ov.Tensor:
     """No copy where the array is contiguous: the tensor shares its memory for the call."""
     return ov.Tensor(np.ascontiguousarray(array), shared_memory=True)
+
+
+def _copy(tensor: ov.Tensor) -> ov.Tensor:
+    """Not by way of NumPy, which has no bfloat16."""
+    copy = ov.Tensor(tensor.element_type, tensor.shape)
+    tensor.copy_to(copy)
+    return copy
 
 
 def _one_line(spec: GraphSpec, error: Exception) -> str:

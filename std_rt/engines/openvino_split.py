@@ -13,7 +13,9 @@ import numpy as np
 import openvino as ov
 from openvino import opset8 as ops
 
-__all__ = ["split_steady"]
+__all__ = ["STEADY", "split_steady"]
+
+STEADY = "steady."  # how the tensors between the two parts are called
 
 
 def split_steady(model: ov.Model, steady: Collection[str]) -> tuple[ov.Model, ov.Model] | None:
@@ -32,12 +34,12 @@ def split_steady(model: ov.Model, steady: Collection[str]) -> tuple[ov.Model, ov
         return None
     results, made = [], []
     for i, (output, targets) in enumerate(border):
-        parameter = ops.parameter(output.get_shape(), output.get_element_type(), name=f"steady.{i}")
-        parameter.output(0).get_tensor().set_names({f"steady.{i}"})
+        parameter = ops.parameter(output.get_shape(), output.get_element_type(), name=f"{STEADY}{i}")
+        parameter.output(0).get_tensor().set_names({f"{STEADY}{i}"})
         for target in targets:
             target.replace_source_output(parameter.output(0))
         result = ops.result(output)
-        result.output(0).get_tensor().add_names({f"steady.{i}"})
+        result.output(0).get_tensor().add_names({f"{STEADY}{i}"})
         results.append(result)
         made.append(parameter)
     prepare = ov.Model(results, [parameters[name] for name in parameters if name in kept], "prepare")

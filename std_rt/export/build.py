@@ -14,19 +14,27 @@ import torch
 
 from std_rt.bundle import Bundle, write_bundle
 from std_rt.errors import ExportError
+from std_rt.export.estimate import check_room, estimate_export
 from std_rt.export.graphs import Example, Graph, Walk, style_graph, unet_graph, vae_graphs
 from std_rt.export.ip_adapter import Branches, attach_diffusers, detach_diffusers
 from std_rt.export.lora import read_metadata, source_digest
 from std_rt.export.modules import ClipStyleEncoder, prepare_attention
 from std_rt.export.notes import read_notes
 from std_rt.export.onnx_graph import Port, trace
-from std_rt.export.options import ExportOptions, Trajectory, check_base, choose_trajectory, remarks
+from std_rt.export.options import (
+    ExportOptions,
+    Trajectory,
+    check_base,
+    choose_trajectory,
+    guidance_mode,
+    remarks,
+)
 from std_rt.export.parity import check_graph, lint
 from std_rt.export.pipeline import Source, Style, check_text, read_source
 from std_rt.export.precision import half_dtype, to_half, vae_compute
-from std_rt.export.text import bake_prompt, null_text
+from std_rt.export.text import TextConstants, TextParts
 from std_rt.export.weights import externalize
-from std_rt.schedule import GRID_POINTS, NoiseSchedule, trajectory_timesteps
+from std_rt.schedule import GRID_POINTS, NoiseSchedule
 
 __all__ = ["export_pipeline", "schedule_section"]
 
@@ -77,6 +85,14 @@ def _plan(options: ExportOptions, remark: Progress) -> Trajectory:
         check_base(options, notes, source_digest(options.source / "unet"))
     for line in remarks(options, trajectory, notes):
         remark(line)
+    parts = {"vae": options.vae, "image_encoder": options.image_encoder}
+    need = estimate_export(
+        options.source,
+        "fp16" if options.precision == "auto" else options.precision,
+        parts={name: folder for name, folder in parts.items() if folder is not None},
+        text=options.prompts == "encoder",
+    )
+    check_room(need, options.output)
     return trajectory
 
 
@@ -90,12 +106,13 @@ class Build:
         self._progress = progress
         progress("reading the pipeline")
         self._source = read_source(options)
-        self._multiple = _check_size(options.size, self._source)
+        self._size = options.working_size(self._source.parameters)
+        self._multiple = _check_size(self._size, self._source)
         self._compute = options.compute(self._source.parameters)
-        # A large graph is compared at the smaller size alone, and on one backend: minutes each.
+        # A large graph is compared at the smaller size alone, and on one backend: a minute each.
         self._large = self._source.parameters > _LARGE
-        small = _other_size(options.size, self._multiple)
-        walks = [Walk(small, 0.5)] if self._large else [Walk(options.size, 1.0), Walk(small, 0.5)]
+        small = _other_size(self._size, self._multiple)
+        walks = [Walk(small, 0.5)] if self._large else [Walk(self._size, 1.0), Walk(small, 0.5)]
         self._walks = walks
         self._reference: dict[str, Example] = {}
         self._graphs: dict[str, dict[str, Any]] = {}
@@ -107,13 +124,13 @@ class Build:
         """Everything but the manifest, which is returned."""
         style, branches = self._style()
         self._vae(style)
-        text = self._text(style)
         # The encoder is written; what follows needs its numbers only.
         style = replace(style, module=torch.nn.Identity())
+        text = self._text(style)
         self._unet(style, branches, text)
         _write_reference(self._folder, self._reference)
         self._progress("hashing")
-        return self._manifest(style, branches, text)
+        return self._manifest(style, branches)
 
     def _style(self) -> tuple[Style, Branches]:
         self._progress("style encoder: torch")
@@ -141,32 +158,53 @@ class Build:
             self._write(graph, compute)
             self._check(graph.name, list(found))
 
-    def _text(self, style: Style) -> dict[str, Any]:
-        self._progress("text encoders: torch")
-        source = self._source
-        if source.text_roles:
-            encoders = {role: source.load_text_encoder(role) for role in source.text_roles}
-            text = bake_prompt(source.folder, encoders, self._options.prompt)
-        else:
-            text = null_text(*source.text_dims)
-        check_text(text, source.unet)
-        np.savez(self._folder / "conditioning.npz", allow_pickle=False, **text)
+    def _text(self, style: Style) -> TextConstants:
+        """Prompts, one encoder in memory at a time; for open prompts the encoders' graphs too."""
+        source, options = self._source, self._options
+        parts = TextParts(source.folder, options.prompt, options.negative)
+        open_prompts = options.prompts == "encoder"
+        if open_prompts and not parts.roles:
+            raise ExportError(f"{source.folder} has no text encoders, so --prompts encoder is not for it")
+        for role in parts.roles:
+            self._progress(f"{role}: torch")
+            encoder = source.load_text_encoder(role)
+            parts.encode(role, encoder)
+            if open_prompts:
+                examples = parts.examples(role, encoder)
+                self._write(parts.graph(role, encoder), "fp32")
+                del encoder
+                self._check(role, examples)
+        if open_prompts:
+            parts.write_tokenizers(self._folder)
+        text = parts.constants(source.text_dims)
+        check_text(text.arrays, source.unet)
+        constants = {**text.arrays, "negative_style_tokens": style.negative.numpy()}
+        np.savez(self._folder / "conditioning.npz", allow_pickle=False, **constants)
+        self._text_section = {
+            "mode": "encoder" if open_prompts else text.mode,
+            "prompt": options.prompt,
+            "negative": options.negative,
+            "zero_negative": text.zero_negative,
+            "chunks": text.chunks,
+            "file": "conditioning.npz",
+        } | ({"tokenizers": parts.tokenizers} if open_prompts else {})
         return text
 
-    def _unet(self, style: Style, branches: Branches, text: dict[str, Any]) -> None:
+    def _unet(self, style: Style, branches: Branches, text: TextConstants) -> None:
         self._progress("unet: reading, fusing LoRAs")
         unet = self._source.load_unet()
         self._progress("unet: torch")
         attach_diffusers(unet, branches, style.tokens)
-        trajectory, schedule = self._trajectory, self._source.schedule
-        examples = [walk.unet(unet, schedule, trajectory.tau, text) for walk in self._walks]
+        schedule = self._source.schedule
+        start = self._trajectory.rows(schedule, self._trajectory.steps[0])[0].timestep
+        examples = [walk.unet(unet, schedule, start, text.arrays) for walk in self._walks]
         detach_diffusers(unet)
         prepare_attention(unet, branches)
         dtype = half_dtype(self._compute)
         if dtype is not None:
             to_half(unet, dtype)
         tokens: int | str = (
-            "text_tokens" if self._source.text_roles else text["encoder_hidden_states"].shape[1]
+            "text_tokens" if self._source.text_roles else text.arrays["encoder_hidden_states"].shape[1]
         )
         graph = unet_graph(self._source, unet, dtype or torch.float32, style, tokens)
         self._write(graph, self._compute)
@@ -192,15 +230,15 @@ class Build:
         precision = self._precision[name]
         floor = precision["weights"] if precision["compute"] == "fp32" else precision["compute"]
         path = self._folder / f"{name}.onnx"
-        self._parity[name] = check_graph(name, path, examples, floor, first_only=self._large)
+        self._parity[name] = check_graph(name, path, examples, floor, lean=self._large)
 
-    def _manifest(self, style: Style, branches: Branches, text: dict[str, Any]) -> dict[str, Any]:
+    def _manifest(self, style: Style, branches: Branches) -> dict[str, Any]:
         options, source = self._options, self._source
         return {
             "name": options.bundle_name,
             "created_with": _versions(),
             "size": {
-                "default": list(options.size),
+                "default": list(self._size),
                 "multiple": self._multiple,
                 "min": _SMALLEST_PX,
                 "max": _LARGEST_PX,
@@ -208,7 +246,10 @@ class Build:
             "vae_scale": source.vae_scale,
             "latent_channels": source.unet.config.in_channels,
             "schedule": schedule_section(source.schedule, self._trajectory),
-            "guidance": {"mode": options.guidance_mode, "scale": options.guidance},
+            "guidance": {
+                "mode": guidance_mode(options, self._trajectory),
+                "scale": self._trajectory.guidance,
+            },
             "style": {
                 "image_px": style.image_px,
                 "tokens": style.tokens,
@@ -217,11 +258,7 @@ class Build:
                 "strength_range": [0, 2],
                 "layout": {"name": source.layout, "layers": list(branches)},
             },
-            "text": {
-                "mode": "baked" if source.text_roles else "none",
-                "prompt": options.prompt,
-                "file": "conditioning.npz",
-            },
+            "text": self._text_section,
             "precision": self._precision,
             "graphs": self._graphs,
             "sources": source.listed(),
@@ -258,19 +295,18 @@ def _write_reference(folder: Path, examples: dict[str, Example]) -> None:
 
 def schedule_section(schedule: NoiseSchedule, trajectory: Trajectory) -> dict[str, Any]:
     """The manifest's ``schedule``: every number a runtime needs to take the steps."""
-    steps = {}
+    steps: dict[str, dict[str, Any]] = {}
     for count in sorted(trajectory.steps):
-        timesteps = trajectory_timesteps(trajectory.eta, count, trajectory.tau)
-        rows = [
-            [c.alpha_t, c.sigma_t, c.alpha_s, c.sigma_s, c.noise]
-            for c in schedule.coefficients(timesteps, trajectory.gamma)
-        ]
-        steps[str(count)] = {"timesteps": timesteps, "coefficients": rows}
+        found = trajectory.rows(schedule, count)
+        rows = [[c.alpha_t, c.sigma_t, c.alpha_s, c.sigma_s, c.noise] for c in found]
+        steps[str(count)] = {"timesteps": [c.timestep for c in found], "coefficients": rows}
+    first = steps[str(trajectory.steps[0])]["timesteps"]
     return {
         "prediction_type": schedule.prediction_type,
         "betas": schedule.betas().tolist(),  # not for running: so that a bundle can be trained on again
+        "kind": trajectory.kind,
         "eta": trajectory.eta,
-        "tau": trajectory.tau,
+        "tau": first[0],
         "grid": GRID_POINTS,
         "gamma": trajectory.gamma,
         "default_steps": trajectory.steps[0],

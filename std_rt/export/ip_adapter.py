@@ -2,48 +2,146 @@
 
 ``ip_adapter.{1, 3, 5, ...}.to_k_ip.weight`` count the UNet's attention layers in diffusers' order
 (down, up, mid; self- and cross-attention in turn), ``image_proj.*`` is the resampler (Plus) or the
-linear projection (plain).
+linear projection (plain). Files are mapped, not loaded: of 70 image branches a style uses 10.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import pickle
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.models.embeddings import ImageProjection, IPAdapterPlusImageProjection
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from std_rt.errors import ExportError
-from std_rt.export.components import Network
+from std_rt.export.components import Network, read_config
+from std_rt.export.weight_files import open_weights
 
-__all__ = ["Branches", "attach_diffusers", "choose_layers", "make_projection", "read_ip_adapter"]
+__all__ = [
+    "Branches",
+    "attach_diffusers",
+    "check_encoder",
+    "choose_layers",
+    "make_projection",
+    "projection_reads",
+    "read_ip_adapter",
+]
 
-Branches = dict[str, tuple[Tensor, Tensor]]
+# Cross-attention layer -> (to_k_ip, to_v_ip), in fp32.
+Branches = Mapping[str, tuple[Tensor, Tensor]]
 
 # InstantStyle's choice (arXiv 2404.02733): the one block that carries style in SDXL.
 _PUBLISHED = "up_blocks.0.attentions.1."
 
 
-def read_ip_adapter(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """``(image_proj, ip_adapter)`` weights without their prefixes, in fp32. Raises ExportError."""
-    if path.suffix != ".safetensors":
-        raise ExportError(
-            f"IP-Adapter weights must be .safetensors, got {path}; the hub has them in both formats"
-        )
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ExportError(f"IP-Adapter weights {path} cannot be read: {error}") from error
+def read_ip_adapter(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Tensor]]:
+    """``(image_proj, ip_adapter)`` weights without their prefixes: the projection in fp32, the branches as
+    they lie in the file, unread. ``.safetensors``, or ``.bin`` in which no code can run. Raises ExportError.
+    """
     parts: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
-    for key, value in state.items():
+    for key, value in _read(path).items():
         prefix, _, rest = key.partition(".")
         if prefix not in parts:
             raise ExportError(f"{path} is no IP-Adapter file: it has a key {key!r}")
-        parts[prefix][rest] = value.float()
-    return parts["image_proj"], parts["ip_adapter"]
+        parts[prefix][rest] = value
+    _check_kind(path, parts["image_proj"], parts["ip_adapter"])
+    return {key: value.float() for key, value in parts["image_proj"].items()}, parts["ip_adapter"]
+
+
+def projection_reads(path: Path) -> tuple[str, int] | None:
+    """What the adapter takes from its image encoder: ("hidden", width) for Plus, ("pooled", width) for the
+    plain one, None where it has no projection. Raises ExportError."""
+    projection, _ = read_ip_adapter(path)
+    for key, kind in (("proj_in.weight", "hidden"), ("proj.weight", "pooled")):
+        if key in projection:
+            return kind, projection[key].shape[1]
+    return None
+
+
+def check_encoder(path: Path, folder: Path) -> None:
+    """Raise ExportError unless the CLIP encoder in ``folder`` gives vectors as wide as the adapter reads."""
+    reads, config = projection_reads(path), read_config("image_encoder", folder)
+    given = {"hidden": config.get("hidden_size"), "pooled": config.get("projection_dim")}
+    gives = None if reads is None else given[reads[0]]
+    if reads is None or gives in (None, reads[1]):
+        return
+    raise ExportError(
+        f"{path} reads {reads[0]} vectors of {_encoder_name(*reads)}, and the image encoder in {folder} "
+        f"gives {_encoder_name(reads[0], gives)}; give --image-encoder the one it was trained with"
+    )
+
+
+def _encoder_name(kind: str, width: Any) -> str:
+    names = {"hidden": {1280: "ViT-H", 1664: "ViT-bigG"}, "pooled": {1024: "ViT-H", 1280: "ViT-bigG"}}
+    known = names[kind].get(width)
+    return f"{width} ({known})" if known else str(width)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """All tensors by their full names, mapped from the file."""
+    if path.suffix == ".bin":
+        return _read_bin(path)
+    if path.suffix != ".safetensors":
+        raise ExportError(f"IP-Adapter weights must be .safetensors or .bin, got {path}")
+    with open_weights(path, "IP-Adapter") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+def _read_bin(path: Path) -> dict[str, Tensor]:
+    """torch's format, by the reader that builds tensors and containers and runs nothing else."""
+    try:
+        found = _load_bin(path)
+    except pickle.UnpicklingError as error:
+        raise ExportError(
+            f"IP-Adapter weights {path} hold more than tensors, perhaps code, and nothing of them was run; "
+            "get the .safetensors of this adapter"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ExportError(f"IP-Adapter weights {path} cannot be read: {_line(error)}") from error
+    flat = dict(_flatten(found)) if isinstance(found, dict) else {}
+    if not flat:
+        raise ExportError(f"{path} is no IP-Adapter file: it holds no named tensors")
+    return flat
+
+
+def _load_bin(path: Path) -> Any:
+    """Mapped where the file is of the present format (a zip); the older one is read whole."""
+    is_zip = path.open("rb").read(4) == b"PK\x03\x04"
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+
+
+def _flatten(found: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """``{"image_proj": {"x": ...}}`` -> ``image_proj.x``."""
+    for key, value in found.items():
+        if isinstance(value, Tensor):
+            yield f"{prefix}{key}", value
+        elif isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _check_kind(path: Path, projection: Mapping[str, Tensor], branches: Mapping[str, Tensor]) -> None:
+    """Raises ExportError for adapters that are not of SDXL's two kinds."""
+    if any("lora" in key for key in branches) or any(
+        key.startswith(("perceiver_resampler.", "proj.0.", "id_encoder")) for key in projection
+    ):
+        raise ExportError(
+            f"{path} is a FaceID or full-face adapter, which reads a face's embedding and no style; "
+            "give IP-Adapter Plus or the plain one"
+        )
+    widths = {value.shape[1] for key, value in branches.items() if key.endswith("to_k_ip.weight")}
+    families = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}
+    for width in widths & families.keys() if projection else ():  # our own encoders have any width
+        raise ExportError(
+            f"{path} was made for {families[width]} (its tokens are {width} wide, SDXL's are 2048); "
+            "give one for SDXL, such as --ip-adapter plus"
+        )
 
 
 def cross_layers(unet: Network) -> list[str]:
@@ -52,15 +150,35 @@ def cross_layers(unet: Network) -> list[str]:
     return [name for name in names if not name.endswith("attn1")]
 
 
+class _MappedBranches(Branches):
+    """Branches that are read, in fp32, when they are asked for."""
+
+    def __init__(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        self._pairs = pairs
+
+    def __getitem__(self, layer: str) -> tuple[Tensor, Tensor]:
+        key, value = self._pairs[layer]
+        return key.float(), value.float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pairs)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+
 def pair_branches(unet: Network, weights: Mapping[str, Tensor]) -> Branches:
-    """Cross-attention layer -> (to_k_ip, to_v_ip). Raises ExportError where they do not fit the UNet."""
+    """Cross-attention layer -> (to_k_ip, to_v_ip). Raises ExportError where they do not fit the UNet.
+
+    Only shapes are looked at; a branch is read from the file when it is taken out.
+    """
     layers = cross_layers(unet)
     if len(weights) != 2 * len(layers):
         raise ExportError(
             f"the IP-Adapter has weights for {len(weights) // 2} layers, the UNet has {len(layers)}; "
             "it was made for another model"
         )
-    branches: Branches = {}
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for i, layer in enumerate(layers):
         pair = tuple(weights.get(f"{2 * i + 1}.{kind}.weight") for kind in ("to_k_ip", "to_v_ip"))
         wanted = unet.get_submodule(layer).to_k.weight.shape
@@ -70,8 +188,8 @@ def pair_branches(unet: Network, weights: Mapping[str, Tensor]) -> Branches:
                 raise ExportError(
                     f"the IP-Adapter has {size} for {layer}, which is {wanted[0]} wide; wrong model?"
                 )
-        branches[layer] = (pair[0], pair[1])  # type: ignore[assignment]
-    return branches
+        pairs[layer] = (pair[0], pair[1])  # type: ignore[assignment]
+    return _MappedBranches(pairs)
 
 
 def choose_layers(unet: Network, asked: str, *, own_encoder: bool) -> tuple[str, list[str]]:

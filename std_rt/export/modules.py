@@ -7,7 +7,7 @@ that form, where torch's own operator leaves a chain of shape arithmetic behind.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -117,7 +117,7 @@ def _linear(weight: Tensor) -> nn.Linear:
     return layer
 
 
-def prepare_attention(unet: Network, styled: dict[str, tuple[Tensor, Tensor]]) -> None:
+def prepare_attention(unet: Network, styled: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     """Replace the attention processors (in place) by those above.
 
     ``styled`` maps a cross-attention layer's name to its (to_k_ip, to_v_ip) weights; cross-attention

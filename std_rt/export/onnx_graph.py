@@ -23,7 +23,7 @@ _MAX_UNITS = 1024
 
 @dataclass(frozen=True)
 class Port:
-    """An input or output of a graph. In ``shape`` a name stands for an axis that is left open."""
+    """An input or output of a graph: float32 or int64. In ``shape`` a name stands for an open axis."""
 
     name: str
     shape: tuple[int | str, ...]
@@ -81,7 +81,15 @@ def _example(plan: Trace) -> dict[str, Tensor]:
         for axis in _open(port):
             sizes.setdefault(axis, plan.multiples.get(axis, 1) * (2 + len(sizes)))
     shapes = {p.name: [sizes[a] if isinstance(a, str) else a for a in p.shape] for p in plan.inputs}
-    return {name: torch.full(shape, 0.5) for name, shape in shapes.items()}
+    return {port.name: _filled(shapes[port.name], port.dtype) for port in plan.inputs}
+
+
+def _filled(shape: list[int], dtype: str) -> Tensor:
+    """Whole numbers are ids, and 1 is one in every vocabulary."""
+    if dtype == "int64":
+        return torch.ones(shape, dtype=torch.int64)
+    assert dtype == "float32", dtype
+    return torch.full(shape, 0.5)
 
 
 def _tidy(model: ir.Model, plan: Trace) -> ir.Model:

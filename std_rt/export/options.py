@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from std_rt.errors import ExportError
 from std_rt.export.notes import LoraNotes
 from std_rt.export.profiles import PROFILES, Profile, find_profile
-from std_rt.schedule import start_timestep, trajectory_timesteps
+from std_rt.samplers import SCHEDULES, schedule_rows
+from std_rt.schedule import NoiseSchedule, StepCoefficients
 
-__all__ = ["ExportOptions", "Trajectory", "check_base", "choose_trajectory", "remarks"]
+__all__ = [
+    "ExportOptions",
+    "Trajectory",
+    "check_base",
+    "choose_trajectory",
+    "guidance_mode",
+    "remarks",
+]
 
 DEFAULT_ETA = 0.75
 DEFAULT_STEPS = (4,)
 LCM_GAMMA = 1.0  # LCM draws noise again in every step
 WEIGHTS = ("fp16", "fp32")
-PRECISIONS = ("auto", "fp32", "fp16", "bf16")
+PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8")
+GUIDANCE_MODES = ("auto", "none", "full", "residual")
+PROMPTS = ("baked", "encoder")
 _HALF_FROM = 500_000_000  # parameters: a UNet of SDXL's size is made for GPUs, which compute in halves
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """One export. ``size`` is (H, W) in px.
+    """One export. ``size`` is (H, W) in px (None: 512, for a small model
+    256), ``lora`` are (file, scale) pairs, fused in order.
 
-    ``eta``, ``tau`` and ``steps`` left out come from the LoRA, or from the ``profile`` of a published one.
+    ``eta``, ``tau``, ``steps``, ``schedule`` and ``guidance`` left out come from the LoRA, or from the
+    ``profile`` of a published one, or are 0.75, (4,), ``std`` and 1; the first step count is the bundle's
+    default. ``negative`` None is what the model takes for no negative prompt. ``origins`` says where files
+    came from (`std_rt.export.sources`).
     """
 
     source: Path
@@ -37,25 +52,36 @@ class ExportOptions:
     eta: float | None = None
     tau: int | None = None
     steps: tuple[int, ...] = ()
-    size: tuple[int, int] = (256, 256)
+    size: tuple[int, int] | None = None
     weights: str = "fp16"
+    precision: str = "auto"
     prompt: str = ""
+    negative: str | None = None
+    prompts: str = "baked"
+    guidance: float | None = None
+    guidance_mode: str = "auto"
+    schedule: str = "auto"
     style_layers: str = "auto"
     name: str = ""
     profile: str = ""
-    precision: str = "auto"
-    guidance_mode: str = "none"
-    guidance: float = 1.0
+    origins: Mapping[Path, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.source.is_dir():
             raise ExportError(f"{self.source} is no folder; export takes an SDXL-layout diffusers folder")
         if not (self.source / "model_index.json").is_file():
             raise ExportError(f"{self.source} has no model_index.json, so it is no diffusers pipeline folder")
-        if self.weights not in WEIGHTS:
-            raise ExportError(f"--weights must be one of {', '.join(WEIGHTS)}, got {self.weights!r}")
-        if self.precision not in PRECISIONS:
-            raise ExportError(f"--precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        for flag, value, known in (
+            ("weights", self.weights, WEIGHTS),
+            ("precision", self.precision, PRECISIONS),
+            ("guidance-mode", self.guidance_mode, GUIDANCE_MODES),
+            ("prompts", self.prompts, PROMPTS),
+            ("schedule", self.schedule, ("auto", *SCHEDULES)),
+        ):
+            if value not in known:
+                raise ExportError(f"--{flag} must be one of {', '.join(known)}, got {value!r}")
+        if self.guidance is not None and not 1 <= self.guidance <= 50:
+            raise ExportError(f"--guidance must be in 1..50 (1 is none), got {self.guidance:g}")
         for path, _ in self.lora:
             if not path.is_file():
                 raise ExportError(f"LoRA {path} does not exist")
@@ -63,10 +89,17 @@ class ExportOptions:
             if folder is not None and not folder.is_dir():
                 raise ExportError(f"{folder} is no folder")
 
+    def working_size(self, parameters: int) -> tuple[int, int]:
+        """(H, W) in px for a UNet of that many parameters."""
+        return self.size or ((512, 512) if parameters >= _HALF_FROM else (256, 256))
+
     def compute(self, parameters: int) -> str:
-        """What graphs compute in: ``precision``, or for ``auto`` fp16 where the UNet is large, else fp32."""
+        """What graphs compute in: ``precision``, or for ``auto`` fp16 where the UNet is large, else fp32.
+
+        int8 is made afterwards, from fp32 (`std_rt.export.quantize`).
+        """
         if self.precision != "auto":
-            return self.precision
+            return "fp32" if self.precision == "int8" else self.precision
         return "fp16" if parameters >= _HALF_FROM else "fp32"
 
     @property
@@ -79,13 +112,23 @@ class ExportOptions:
 class Trajectory:
     """Where sampling starts and how many steps it may take; the first step count is the default.
 
-    ``gamma`` is the stochasticity of a step: 0 none, 1 new noise.
+    ``tau`` None is where ``kind`` (of `std_rt.samplers.SCHEDULES`) starts by itself. ``gamma`` is the
+    stochasticity of a step: 0 none, 1 new noise. ``guidance`` is diffusers' scale: 1 is none.
     """
 
     eta: float
-    tau: int
+    tau: int | None
     steps: tuple[int, ...]
     gamma: float = 0.0
+    kind: str = "std"
+    guidance: float = 1.0
+
+    def rows(self, schedule: NoiseSchedule, steps: int) -> list[StepCoefficients]:
+        """What runs for ``steps`` on that noise schedule. Raises ExportError where these do not fit."""
+        try:
+            return schedule_rows(schedule, self.kind, self.eta, self.tau, steps, self.gamma)
+        except ValueError as error:
+            raise ExportError(f"eta, tau and steps do not fit together: {error}") from error
 
 
 def choose_trajectory(options: ExportOptions, notes: Sequence[LoraNotes]) -> Trajectory:
@@ -121,7 +164,9 @@ def _trained(options: ExportOptions, profile: Profile | None, trained: Sequence[
                 "a bundle has one schedule: export each by itself"
             )
     _check_flags(options, f"LoRA {note.path} was trained", note.eta, note.tau)
-    return Trajectory(note.eta, note.tau, options.steps or _four_first(note.steps), _gamma(note))
+    kind = "std" if options.schedule == "auto" else options.schedule
+    steps, tau = options.steps or _four_first(note.steps), note.tau if kind == "std" else None
+    return Trajectory(note.eta, tau, steps, _gamma(note), kind, options.guidance or 1.0)
 
 
 def _check_flags(options: ExportOptions, whose: str, eta: float, tau: int | None) -> None:
@@ -149,34 +194,24 @@ def _published(options: ExportOptions, profile: Profile) -> Trajectory:
     if profile.fixed:
         _check_flags(options, f"the LoRA of profile {profile.name} was trained", profile.eta, profile.tau)
     eta = profile.eta if options.eta is None else options.eta
-    return _plain(options, eta, profile.tau, profile.steps, profile.gamma)
+    kinds = {"auto": profile.schedule, "diffusers": profile.in_diffusers}
+    kind = kinds.get(options.schedule, options.schedule)
+    tau = profile.tau if options.tau is None and kind == profile.schedule else options.tau
+    guidance = profile.scale if options.guidance is None else options.guidance
+    return Trajectory(eta, tau, options.steps or profile.steps, profile.gamma, kind, guidance)
 
 
-def _plain(
-    options: ExportOptions,
-    eta: float,
-    tau: int | None = None,
-    steps: tuple[int, ...] = DEFAULT_STEPS,
-    gamma: float = 0.0,
-) -> Trajectory:
-    """Flags win; a start that nothing gives is that of eta."""
-    tau = tau if options.tau is None else options.tau
-    try:
-        tau = start_timestep(eta) if tau is None else tau
-    except ValueError as error:
-        raise ExportError(str(error)) from error
-    return Trajectory(eta, tau, options.steps or steps, gamma)
+def _plain(options: ExportOptions, eta: float) -> Trajectory:
+    kind = "std" if options.schedule == "auto" else options.schedule
+    return Trajectory(eta, options.tau, options.steps or DEFAULT_STEPS, 0.0, kind, options.guidance or 1.0)
 
 
 def _fitting(asked: Trajectory) -> Trajectory:
-    """The same without repeated step counts. Raises ExportError where there are more steps than points."""
+    """The same without repeated step counts. Raises ExportError where eta, tau and steps do not fit."""
     steps = tuple(dict.fromkeys(asked.steps))
-    try:
-        for count in steps:
-            trajectory_timesteps(asked.eta, count, asked.tau)
-    except ValueError as error:
-        raise ExportError(f"eta, tau and steps do not fit together: {error}") from error
-    return Trajectory(asked.eta, asked.tau, steps, asked.gamma)
+    for count in steps:
+        asked.rows(NoiseSchedule.scaled_linear(), count)
+    return replace(asked, steps=steps)
 
 
 def check_base(options: ExportOptions, notes: Sequence[LoraNotes], digest: str) -> None:
@@ -202,9 +237,26 @@ def remarks(options: ExportOptions, trajectory: Trajectory, notes: Sequence[Lora
             said.append(f"{note.path} was trained for {known} steps, not for {', '.join(untrained)}")
         if note.base and note.base != options.source.resolve().name:
             said.append(f"{note.path} was trained on {note.base}; {options.source} is of the same kind")
-    lowest = find_profile(options.profile).guidance[0] if options.profile else 1.0
-    if lowest > 1:
-        said.append(
-            f"profile {options.profile} was published for guidance {lowest:g} and up; a bundle has none"
-        )
+    if options.profile:
+        profile = find_profile(options.profile)
+        found = (profile.remark(count, trajectory.eta) for count in trajectory.steps)
+        said += [line for line in found if line]
+        low, high = profile.guidance
+        if not low <= trajectory.guidance <= high:
+            said.append(
+                f"profile {profile.name} was published for guidance {low:g} to {high:g}, "
+                f"not {trajectory.guidance:g}"
+            )
     return said
+
+
+def guidance_mode(options: ExportOptions, trajectory: Trajectory) -> str:
+    """``none`` at scale 1; else as asked, and ``full`` where nobody asks. Raises ExportError."""
+    asked = options.guidance_mode
+    if trajectory.guidance == 1:
+        if asked in ("full", "residual"):
+            raise ExportError(f"--guidance-mode {asked} needs a scale; add --guidance 2 or more")
+        return "none"
+    if asked == "none":
+        raise ExportError(f"--guidance {trajectory.guidance:g} and --guidance-mode none exclude each other")
+    return "full" if asked == "auto" else asked

@@ -134,10 +134,15 @@ class Source:
     def listed(self) -> list[dict[str, Any]]:
         """What the bundle is made of, for its manifest; reads every byte once to hash it."""
         options = self.options
-        found = [_entry("pipeline", options.source)]
-        found += [{**_entry("lora", path), "scale": scale} for path, scale in options.lora]
-        found += [_entry("ip_adapter", self.adapter)]
-        return found + ([_entry("vae", self.vae_folder)] if options.vae else [])
+        found = [self._entry("pipeline", options.source)]
+        found += [{**self._entry("lora", path), "scale": scale} for path, scale in options.lora]
+        found += [self._entry("ip_adapter", self.adapter)]
+        return found + ([self._entry("vae", self.vae_folder)] if options.vae else [])
+
+    def _entry(self, role: str, path: Path) -> dict[str, Any]:
+        local = {"role": role, "id": path.resolve().name, "sha256": _digest(path), "licence": _licence(path)}
+        origin = self.options.origins.get(path)
+        return local if origin is None else local | origin.entry()
 
     def _fused(self, role: str, module: Network) -> Network:
         for path, scale in self.options.lora:
@@ -302,10 +307,6 @@ def _statistics(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
             found = read_json(path)
             return tuple(found.get("image_mean", CLIP_MEAN)), tuple(found.get("image_std", CLIP_STD))
     return CLIP_MEAN, CLIP_STD
-
-
-def _entry(role: str, path: Path) -> dict[str, Any]:
-    return {"role": role, "id": path.resolve().name, "sha256": _digest(path), "licence": _licence(path)}
 
 
 def _digest(path: Path) -> str:

@@ -1,33 +1,59 @@
-"""Where published SDXL LoRAs start and how they are sampled: they carry no notes of their own.
+"""How published SDXL LoRAs are sampled: they carry no notes of their own.
 
-Values are those of the model cards. What a bundle's schedule (steps over the 50-point grid, each from the
-last to the next) cannot do is listed too, with the reason, and refused: a wrong schedule gives a picture,
-only a worse one. Rank and alpha are not here: fusing reads them from the file.
+Values are those of the model cards and of the authors' demos. Rank and alpha are not here: fusing reads them
+from the file. A LoRA distilled for N steps (``fixed_steps``) knows N timesteps; below eta 1 a bundle takes
+those of them that diffusers' img2img pipeline would: `Profile.evaluations` says how many that are.
 """
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from std_rt.errors import ExportError
+from std_rt.samplers import evaluations
 
-__all__ = ["PROFILES", "REFUSED", "Profile", "find_profile"]
+__all__ = ["PROFILES", "REFUSED", "Profile", "find_profile", "published_as"]
 
 
 @dataclass(frozen=True)
 class Profile:
-    """How one published LoRA is run. ``guidance`` is diffusers' scale (1: none), ``gamma`` stochasticity."""
+    """How one published LoRA is run. ``gamma`` is stochasticity, ``guidance`` the range it was published for.
+
+    ``schedule`` is what it is exported with and ``in_diffusers`` what StableDiffusionXLImg2ImgPipeline would
+    do with its scheduler (``--schedule diffusers``), both of `std_rt.samplers`. ``scale`` is the guidance to
+    take where nobody asks (diffusers' scale; 1 is none).
+    """
 
     name: str
     file: str  # where the weights are published
+    schedule: str = "std"
+    in_diffusers: str = "diffusers"
     eta: float = 0.75
     tau: int | None = None  # the start as a timestep; None: that of eta
     fixed: bool = False  # trained for this eta alone
-    steps: tuple[int, ...] = (4, 2, 6, 8)  # the first is the default
+    steps: tuple[int, ...] = (4, 2, 6, 8)  # the first is the default; diffusers' num_inference_steps
+    fixed_steps: bool = False  # distilled for these steps alone
     gamma: float = 0.0
     guidance: tuple[float, float] = (1.0, 1.0)
+    scale: float = 1.0
     note: str = ""
+
+    def evaluations(self, steps: int, eta: float | None = None) -> int:
+        """Steps really taken of ``steps`` at ``eta`` (None: the profile's)."""
+        return evaluations(self.schedule, self.eta if eta is None else eta, steps)
+
+    def remark(self, steps: int, eta: float) -> str | None:
+        """A line for people where not all of ``steps`` are taken, or others than it was distilled for."""
+        known = ", ".join(map(str, self.steps))
+        if self.fixed_steps and steps not in self.steps:
+            return f"profile {self.name} was distilled for {known} steps, not for {steps}"
+        taken = self.evaluations(steps, eta)
+        if taken == steps:
+            return None
+        return f"profile {self.name}: {taken} of {steps} steps are taken at eta {eta:g}, as diffusers does"
 
 
 def _std(eta: float, tau: int) -> Profile:
@@ -39,8 +65,58 @@ def _std(eta: float, tau: int) -> Profile:
         fixed=True,
         steps=(8, 4, 6),
         guidance=(2.0, 8.0),
+        scale=6.0,
         note="starts two grid steps above 1000 eta's, where it was trained",
     )
+
+
+def _trailing(
+    name: str,
+    file: str,
+    schedule: str,
+    steps: int,
+    guidance: tuple[float, float] = (1.0, 1.0),
+    note: str = "",
+) -> Profile:
+    """Distilled for one count of steps on trailing timesteps, without noise."""
+    return Profile(
+        name=name,
+        file=file,
+        schedule=schedule,
+        in_diffusers=schedule,
+        steps=(steps,),
+        fixed_steps=True,
+        guidance=guidance,
+        scale=guidance[0],
+        note=note,
+    )
+
+
+def _pcm() -> Iterator[Profile]:
+    for kind, counts, scale in (("smallcfg", (2, 4, 8, 16), 1.0), ("normalcfg", (4, 8, 16), 7.5)):
+        for steps in counts:
+            file = f"wangfuyun/PCM_Weights: sdxl/pcm_sdxl_{kind}_{steps}step_converted.safetensors"
+            note = "DDIM, trailing; one phase a step"
+            yield _trailing(f"pcm-{kind}-{steps}step", file, "ddim_trailing", steps, (scale, scale), note)
+
+
+def _hyper() -> Iterator[Profile]:
+    repo = "ByteDance/Hyper-SD: Hyper-SDXL"
+    for steps in (2, 4, 8):
+        file = f"{repo}-{steps}steps-lora.safetensors"
+        yield _trailing(f"hyper-sdxl-{steps}steps", file, "ddim_trailing", steps, note="DDIM, trailing")
+    for steps in (8, 12):
+        file = f"{repo}-{steps}steps-CFG-lora.safetensors"
+        yield _trailing(
+            f"hyper-sdxl-{steps}steps-cfg", file, "ddim_trailing", steps, (5.0, 8.0), "DDIM, trailing"
+        )
+
+
+def _lightning() -> Iterator[Profile]:
+    for steps in (2, 4, 8):
+        file = f"ByteDance/SDXL-Lightning: sdxl_lightning_{steps}step_lora.safetensors"
+        note = "Euler, trailing; rank 64 with alpha 8, which the file says"
+        yield _trailing(f"lightning-{steps}step", file, "euler_trailing", steps, note=note)
 
 
 _ALL = (
@@ -51,40 +127,48 @@ _ALL = (
     Profile(
         name="tcd",
         file="h1t/TCD-SDXL-LoRA",
-        steps=(4, 2, 6, 8),
+        schedule="tcd",
         gamma=0.3,
         note="TCDScheduler; more steps bear a higher gamma",
     ),
     Profile(
         name="lcm",
         file="latent-consistency/lcm-lora-sdxl",
-        steps=(4, 2, 6, 8),
+        schedule="lcm",
+        in_diffusers="lcm_diffusers",
         gamma=1.0,
         guidance=(1.0, 2.0),
         note="LCMScheduler: noise is drawn again in every step",
     ),
+    *_pcm(),
+    Profile(
+        name="tdd",
+        file="RED-AIGC/TDD: sdxl_tdd_lora_weights.safetensors",
+        schedule="tdd",
+        in_diffusers="tdd",
+        steps=(4, 5, 6, 7, 8),
+        gamma=0.2,
+        guidance=(1.7, 1.7),
+        scale=1.7,
+        note="TDDScheduler, without its optional special jumps",
+    ),
     Profile(
         name="hyper-sdxl-1step",
         file="ByteDance/Hyper-SD: Hyper-SDXL-1step-lora.safetensors",
+        schedule="tcd",
         steps=(1, 2, 4, 8),
         gamma=1.0,
         note="the unified LoRA, with TCDScheduler; a lower gamma gives more detail in several steps",
     ),
+    *_hyper(),
+    *_lightning(),
 )
 PROFILES: dict[str, Profile] = {profile.name: profile for profile in _ALL}
 
-_TRAILING = "is sampled by {} with timestep_spacing 'trailing', whose timesteps lie off the 50-point grid"
-_DDIM, _EULER = _TRAILING.format("DDIM"), _TRAILING.format("Euler")
 _VIDEO = "was trained in a UNet with a motion adapter, which std-rt does not export"
 
-# Published LoRAs that a bundle's schedule cannot run, and why.
-REFUSED: dict[str, str] = {
-    **{f"std-v2v-{eta}": _VIDEO for eta in (0.65, 0.75, 0.85, 0.95)},
-    **{f"pcm-{cfg}": _DDIM for cfg in ("smallcfg", "normalcfg")},
-    **{f"hyper-sdxl-{kind}": _DDIM for kind in ("2steps", "4steps", "8steps", "8steps-cfg", "12steps-cfg")},
-    **{f"lightning-{count}step": _EULER for count in (2, 4, 8)},
-    "tdd": "is sampled by a scheduler of its own (TDDScheduler)",
-}
+# Published LoRAs that a bundle cannot run, and why.
+REFUSED: dict[str, str] = {f"std-v2v-{eta}": _VIDEO for eta in (0.65, 0.75, 0.85, 0.95)}
 
 
 def find_profile(name: str) -> Profile:
@@ -96,3 +180,15 @@ def find_profile(name: str) -> Profile:
     near = difflib.get_close_matches(name, [*PROFILES, *REFUSED], 1, 0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ExportError(f"unknown --profile {name!r}{hint} (there are {', '.join(PROFILES)})")
+
+
+def published_as(path: Path) -> Profile | None:
+    """The profile whose published file has the name of ``path``, or None.
+
+    TCD's and LCM's LoRAs are published under a name that every LoRA has, and are not recognised.
+    """
+    for profile in PROFILES.values():
+        _, _, file = profile.file.partition(": ")
+        if file and file.rpartition("/")[2].lower() == path.name.lower():
+            return profile
+    return None

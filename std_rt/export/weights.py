@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,14 +142,42 @@ def _match_all(model: ir.Model, arrays: dict[str, Array]) -> dict[str, _Match]:
     by_size: dict[int, list[str]] = {}
     for key, array in arrays.items():
         by_size.setdefault(array.size, []).append(key)
+    memory = _Memory(arrays)
     found: dict[str, _Match] = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if tensor is None or value.dtype not in _TYPES or tensor.size <= _INLINE_ELEMENTS:
             continue
         array = np.asarray(tensor.numpy())
-        found[name] = _look_up(name, array, arrays, by_size) or _new(name, array, arrays)
+        match = memory.find(array) or _look_up(name, array, arrays, by_size)
+        found[name] = match or _new(name, array, arrays)
     return found
+
+
+class _Memory:
+    """Whose memory an array lies in: the exporter hands on views of the module's own tensors.
+
+    Whole, transposed, or some rows of one: nearly always this answers, and nothing needs comparing.
+    """
+
+    def __init__(self, arrays: Mapping[str, Array]) -> None:
+        self._arrays = dict(arrays)
+        self._places = sorted((array.ctypes.data, key) for key, array in arrays.items() if array.ndim)
+
+    def find(self, array: Array) -> _Match | None:
+        """A match where ``array`` is a view of whole rows."""
+        transposed = array.ndim == 2 and not array.flags.c_contiguous
+        flat = array.T if transposed else array
+        at = bisect_right(self._places, (array.ctypes.data, chr(0x10FFFF))) - 1
+        if at < 0 or not flat.flags.c_contiguous:
+            return None
+        address, key = self._places[at]
+        owner = self._arrays[key]
+        row = owner.itemsize * math.prod(owner.shape[1:])
+        (start, rest), (rows, part) = divmod(array.ctypes.data - address, row), divmod(array.nbytes, row)
+        inside = not rest and not part and start + rows <= owner.shape[0] and owner.dtype == array.dtype
+        fits = not transposed or flat.shape[1:] == owner.shape[1:]
+        return _Match(key, transposed, start, start + rows) if inside and fits and rows else None
 
 
 def _look_up(
@@ -156,7 +185,7 @@ def _look_up(
 ) -> _Match | None:
     """The key of the same name, else any key that holds the content, whole or in one of two halves."""
     own = name.removeprefix("module.")
-    if own in arrays and _same_whole(arrays[own], array):
+    if own in arrays and arrays[own].size == array.size and _same(arrays[own], array):
         return _Match(own, False, 0, len(arrays[own]))
     for parts in (1, 2):
         for key in by_size.get(array.size * parts, []):
@@ -175,19 +204,13 @@ def _cut(array: Array, parts: int) -> Iterator[tuple[int, Array]]:
         yield from ((start, array[start : start + rows]) for start in range(0, rows * parts, rows))
 
 
-def _same_whole(stored: Array, array: Array) -> bool:
-    """Nearly always the exporter hands on the very memory of the tensor: then nothing is compared."""
-    if stored.size != array.size:
-        return False
-    shared = stored.dtype == array.dtype and stored.ctypes.data == array.ctypes.data
-    return (shared and array.flags.c_contiguous) or _same(stored, array)
-
-
 def _same(part: Array, array: Array) -> bool:
     """Equal in content, whatever the shape. One corner decides nearly always, and costs nothing."""
     if part.dtype != array.dtype:
         return False
-    array = array.reshape(part.shape)
+    # As integers: NumPy compares halves one by one.
+    whole = np.dtype(f"u{part.dtype.itemsize}")
+    part, array = part.view(whole), array.reshape(part.shape).view(whole)
     corner = (slice(2),) * part.ndim
     return np.array_equal(part[corner], array[corner]) and np.array_equal(part, array)
 

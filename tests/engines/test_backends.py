@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from std_rt.bundle import load_bundle
 from std_rt.engines import GraphSpec, backends, open_engine
 from std_rt.engines.base import Engine
 from std_rt.errors import BackendError
@@ -232,3 +233,81 @@ def test_a_damaged_cache_is_not_used(
         blob.chmod(0o644)
         blob.write_bytes(damage or blob.read_bytes()[: blob.stat().st_size // 2])
     assert agrees(open_engine("openvino", spec, "fp32"), draw(spec))
+
+
+def _write(path: Path, nodes: list, constants: dict[str, np.ndarray]) -> GraphSpec:
+    """A graph of one input x and one output y, [batch, 4], float32."""
+    port = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4]) for name in ("x", "y")]
+    values = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    made = helper.make_graph(nodes, "g", port[:1], port[1:], values)
+    opsets = [helper.make_opsetid("", 20)]
+    path.write_bytes(helper.make_model(made, opset_imports=opsets, ir_version=10).SerializeToString())
+    return GraphSpec("unet", path, {"x": (2, 4)}, key="")
+
+
+@pytest.fixture
+def half_spec(tmp_path: Path) -> GraphSpec:
+    """``y = x / 3`` in fp16, float32 at the border."""
+    nodes = [
+        helper.make_node("Cast", ["x"], ["half"], to=TensorProto.FLOAT16),
+        helper.make_node("Mul", ["half", "third"], ["product"]),
+        helper.make_node("Cast", ["product"], ["y"], to=TensorProto.FLOAT),
+    ]
+    return replace(_write(tmp_path / "half.onnx", nodes, {"third": np.float16(1 / 3)}), compute="fp16")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_graph_in_fp16_runs_with_float32_at_its_border(name: str, half_spec: GraphSpec) -> None:
+    engine = open_engine(name, half_spec)
+    x = np.linspace(-2, 2, 8, dtype=np.float32).reshape(2, 4)
+    assert engine.outputs == {"y": ((2, 4), np.dtype(np.float32))}
+    np.testing.assert_allclose(engine(x=x)["y"], x / 3, rtol=2e-3)
+
+
+def test_onnxruntime_names_a_graphs_own_precision_and_takes_no_other(half_spec: GraphSpec) -> None:
+    assert open_engine("onnxruntime", half_spec).precision == "fp16"
+    with pytest.raises(BackendError, match=r"exported in fp16, onnxruntime cannot run it in fp32; use --pre"):
+        open_engine("onnxruntime", half_spec, "fp32")
+    with pytest.raises(BackendError, match="exported in bf16, which onnxruntime does not compute on a CPU"):
+        open_engine("onnxruntime", replace(half_spec, compute="bf16"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_quantized_graph_runs(name: str, tmp_path: Path) -> None:
+    """u8 activations and s8 weights between QuantizeLinear and DequantizeLinear, as NNCF writes them."""
+    weights = np.array([[64, -32, 0, 16], [0, 127, -127, 8], [5, 6, 7, 8], [-1, 1, -1, 1]], np.int8)
+    constants = {"w": weights, "s": np.float32(1 / 64), "a": np.float32(1 / 32), "zero": np.uint8(128)}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "a", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "a", "zero"], ["x8"]),
+        helper.make_node("DequantizeLinear", ["w", "s"], ["w8"]),
+        helper.make_node("MatMul", ["x8", "w8"], ["y"]),
+    ]
+    spec = replace(_write(tmp_path / "int8.onnx", nodes, constants), compute="int8")
+    x = np.random.default_rng(0).uniform(-3, 3, (2, 4)).astype(np.float32)
+    rounded = np.clip(np.rint(x * 32), -128, 127) / 32
+    np.testing.assert_allclose(
+        open_engine(name, spec)(x=x)["y"], rounded @ (weights / 64), rtol=0.02, atol=0.02
+    )
+
+
+def test_onnxruntime_measures_outputs_without_running_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros through SDXL's UNet are minutes on a CPU."""
+    ort = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(ort.InferenceSession, "run", lambda *_: pytest.fail("a graph was run"))
+    bundle = load_bundle(None, verify=False)
+    shapes = {"vae_encoder": {"image": (1, 3, 64, 96)}}
+    given = {port["name"]: port["shape"] for port in bundle.manifest["graphs"]["unet"]["inputs"]}
+    sizes = {"batch": 2, "latent_height": 8, "latent_width": 12}
+    shapes["unet"] = {k: tuple(sizes.get(axis, axis) for axis in axes) for k, axes in given.items()}
+    channels = bundle.latent_channels
+    shapes["vae_decoder"] = {"latents": (2, channels, 8, 12)}
+    found = {
+        name: open_engine("onnxruntime", GraphSpec(name, bundle.graph_path(name), shape, "")).outputs
+        for name, shape in shapes.items()
+    }
+    assert {name: next(iter(outputs.values()))[0] for name, outputs in found.items()} == {
+        "vae_encoder": (1, channels, 8, 12),
+        "vae_decoder": (2, 3, 64, 96),
+        "unet": (2, channels, 8, 12),
+    }

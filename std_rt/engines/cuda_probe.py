@@ -1,0 +1,138 @@
+"""Is there an NVIDIA driver that answers, and which GPUs does it have? Asked from a process of its own.
+
+    python -I cuda_probe.py        prints one JSON object
+
+A driver that is broken, half installed or stuck can hang or end the process that asks it, so the question is
+put by another one, once. Where the driver's library is not there at all (most machines without a GPU) no
+process is started. Nothing here needs more than Python itself.
+
+Not run on a GPU by us.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+
+__all__ = ["Gpu", "Report", "probe"]
+
+TIMEOUT_S = 20.0
+_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+# What cuInit answers where something is wrong: CUresult in the driver API's manual.
+_ERRORS = {
+    34: "the library found is a stub without a driver",
+    46: "the GPU is busy or closed to this process",
+    100: "the NVIDIA driver finds no GPU",
+    101: "CUDA_VISIBLE_DEVICES names a GPU that is not there",
+    802: "the system is not ready yet",
+    803: "the driver's parts are of two versions; restart the computer",
+    804: "the driver does not support this GPU in compatibility mode",
+    999: "unknown error; restart the computer",
+}
+_NO_GPU = 100
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU; ``capability`` is its compute capability, (8, 9) for SM89."""
+
+    name: str
+    capability: tuple[int, int]
+    memory_bytes: int
+
+    @property
+    def sm(self) -> int:
+        """Compute capability as one number: 89."""
+        return 10 * self.capability[0] + self.capability[1]
+
+    def __str__(self) -> str:
+        return f"{self.name} (SM{self.sm}, {self.memory_bytes / 2**30:.0f} GB)"
+
+
+@dataclass(frozen=True)
+class Report:
+    """``problem`` is None where a driver answers and has a GPU. ``cuda``: the newest it runs, as "13.0"."""
+
+    problem: str | None
+    cuda: str = ""
+    gpus: tuple[Gpu, ...] = ()
+
+
+@cache
+def probe() -> Report:
+    """Ask once a process; at most `TIMEOUT_S`, without a driver no time at all."""
+    if not _has_library():
+        return Report("no NVIDIA driver found")
+    command = [sys.executable, "-I", __file__]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return Report(f"the NVIDIA driver does not answer within {TIMEOUT_S:.0f} s")
+    except OSError as error:
+        return Report(f"the NVIDIA driver cannot be asked: {error}")
+    if done.returncode:
+        return Report(f"the NVIDIA driver ended the process that asked it (exit {done.returncode})")
+    return parse(done.stdout)
+
+
+def parse(answer: str) -> Report:
+    """The report that a JSON line of `ask` makes."""
+    fields = json.loads(answer)
+    code = int(fields["code"])
+    if code:
+        what = _ERRORS.get(code, "see the driver's documentation")
+        return Report(
+            what if code == _NO_GPU else f"the NVIDIA driver does not start: CUDA error {code}, {what}"
+        )
+    version = int(fields["version"])
+    cuda = f"{version // 1000}.{version % 1000 // 10}"
+    gpus = tuple(Gpu(str(n), (int(major), int(minor)), int(size)) for n, major, minor, size in fields["gpus"])
+    return Report(None if gpus else _ERRORS[_NO_GPU], cuda, gpus)
+
+
+def ask(driver: ctypes.CDLL) -> dict[str, object]:
+    """Call the driver: ``{"code": cuInit's, "version": 13000, "gpus": [[name, 8, 9, bytes], ...]}``."""
+    code = driver.cuInit(0)
+    if code:
+        return {"code": code}
+    number = ctypes.c_int()
+    driver.cuDriverGetVersion(ctypes.byref(number))
+    version = number.value
+    driver.cuDeviceGetCount(ctypes.byref(number))
+    return {"code": 0, "version": version, "gpus": [_gpu(driver, i) for i in range(number.value)]}
+
+
+def _gpu(driver: ctypes.CDLL, index: int) -> list[object]:
+    device, number, size = ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t()
+    name = ctypes.create_string_buffer(256)
+    driver.cuDeviceGet(ctypes.byref(device), index)
+    driver.cuDeviceGetName(name, len(name), device)
+    capability = []
+    for attribute in (_MAJOR, _MINOR):
+        driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
+        capability.append(number.value)
+    driver.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+    return [name.value.decode("utf-8", "replace"), *capability, size.value]
+
+
+def _library() -> str | None:
+    return {"win32": "nvcuda.dll", "linux": "libcuda.so.1"}.get(sys.platform)
+
+
+def _has_library() -> bool:
+    name = _library()
+    if name is None:
+        return False
+    try:
+        ctypes.CDLL(name)  # loading it starts nothing; cuInit does
+    except OSError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    print(json.dumps(ask(ctypes.CDLL(str(_library())))))

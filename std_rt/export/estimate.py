@@ -1,0 +1,88 @@
+"""What an export would take of memory and disk, from the headers of its weight files, before work starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from std_rt.errors import ExportError
+from std_rt.export.weight_files import read_shapes, weight_files
+from std_rt.machine import available_memory_gb, free_disk_gb
+
+__all__ = ["Need", "check_room", "estimate_export"]
+
+PARTS = ("unet", "vae", "image_encoder", "text_encoder", "text_encoder_2")
+_GB = 2**30
+_LOADED_BYTES = 4  # every part is read in fp32, one after the other
+_STORED_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 2}
+_INT8_BYTES = 1  # of the UNet, which alone is quantized
+_LARGE = 500_000_000  # parameters: from here on activations and traces take another gigabyte
+_BESIDE_GB, _BESIDE_LARGE_GB = 1.0, 2.0  # Python, torch and activations
+_ON_DISK = 1.05  # graphs, reference pictures, the manifest
+
+
+@dataclass(frozen=True)
+class Need:
+    """Peak memory and room on the output's disk, in GB (2**30 bytes)."""
+
+    memory_gb: float
+    disk_gb: float
+
+
+def estimate_export(
+    source: Path, precision: str = "fp16", *, parts: dict[str, Path] | None = None, text: bool = True
+) -> Need:
+    """What the export of a diffusers folder takes with weights stored in ``precision``.
+
+    fp32, fp16, bf16 or int8. ``parts`` are folders that take the place of the source's own (as
+    ``{"vae": Path(...)}``). ``text`` is False where prompts are baked in, so that text encoders are loaded
+    and not stored. Raises ExportError on an unreadable weight file or an unknown precision.
+    """
+    if precision not in _STORED_BYTES:
+        raise ExportError(f"there is no precision {precision!r}; use one of {', '.join(_STORED_BYTES)}")
+    folders = {part: source / part for part in PARTS} | (parts or {})
+    sizes = {part: _parameters(folder) for part, folder in folders.items()}
+    stored = {part: size for part, size in sizes.items() if text or not part.startswith("text_")}
+    adapter = source / "ip_adapter.safetensors"
+    extra = _count(adapter) if adapter.is_file() else 0
+    return Need(_memory_gb(sizes, extra), _disk_gb(stored, extra, precision))
+
+
+def check_room(need: Need, output: Path) -> None:
+    """Raise ExportError, in one line, where memory or the disk of ``output`` is too small."""
+    memory = available_memory_gb()
+    if memory is not None and memory < need.memory_gb:
+        raise ExportError(
+            f"this export takes about {need.memory_gb:.1f} GB of memory and {memory:.1f} GB are free here; "
+            "close other programs, add swap, or export on a machine that has it (a bundle runs anywhere)"
+        )
+    disk = free_disk_gb(output)
+    if disk < need.disk_gb:
+        raise ExportError(
+            f"this export takes about {need.disk_gb:.1f} GB on disk and {disk:.1f} GB are free at {output}; "
+            "delete something, give --output on another disk, or a smaller --precision"
+        )
+
+
+def _memory_gb(sizes: dict[str, int], extra: int) -> float:
+    """The largest part in fp32; an adapter's weights join the UNet."""
+    largest = max(sizes["unet"] + extra, *sizes.values())
+    beside = _BESIDE_LARGE_GB if largest >= _LARGE else _BESIDE_GB
+    return _LOADED_BYTES * largest / _GB + beside
+
+
+def _disk_gb(stored: dict[str, int], extra: int, precision: str) -> float:
+    total = _STORED_BYTES[precision] * (sum(stored.values()) + extra)
+    if precision == "int8":
+        total -= (_STORED_BYTES[precision] - _INT8_BYTES) * stored["unet"]
+    return _ON_DISK * total / _GB
+
+
+def _parameters(folder: Path) -> int:
+    """Numbers in a model's weight files; 0 where there are none (the export itself says what is missing)."""
+    return sum(_count(path) for path in weight_files(folder))
+
+
+def _count(path: Path) -> int:
+    return sum(math.prod(shape) for shape in read_shapes(path).values())

@@ -1,0 +1,307 @@
+"""A bundle in int8, from a bundle in float: `std-rt export ... --precision int8`. Needs ``std-rt[int8]``.
+
+    quantize_bundle(load_bundle("std-tiny"), Path("engines/std-tiny-int8"))
+
+Activations are calibrated on what the graphs see in use: states on the bundle's own trajectory, from tau
+down, of pictures under real style tokens, at every step count that the bundle allows. Then pictures and
+styles that calibration has not seen are stylized in float and in int8 and compared: layers that cost too
+much stay in float, and a bundle that still differs is not written.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from importlib import metadata
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from std_rt.bundle import Bundle, write_bundle
+from std_rt.engines import Engine, GraphSpec, choose_backend, open_engine
+from std_rt.errors import ExportError
+from std_rt.examples import SCENES, STYLES
+from std_rt.export.parity import lint
+from std_rt.export.quantize_graph import RUNGS, quantize_graph
+from std_rt.stylizer import Stylizer
+
+__all__ = ["FLOOR_MEAN_DB", "FLOOR_WORST_DB", "QUANTIZED", "Quality", "make_pairs", "quantize_bundle"]
+
+Frame = NDArray[np.uint8]
+Pair = tuple[Frame, Frame]  # (picture, style)
+Samples = dict[str, list[dict[str, NDArray[Any]]]]
+
+# In this order: what comes later is judged on top of what was accepted before. The style encoder runs once
+# a style, so its speed is of no use.
+QUANTIZED = ("unet", "vae_decoder", "vae_encoder")
+# Stylized pictures in int8 against fp32, over 8 bits. 34 dB is an error of 5 levels of 255, which a side by
+# side at full zoom does not show on paint; 28 dB, what the project allows bf16, is asked of every picture.
+FLOOR_MEAN_DB, FLOOR_WORST_DB = 34.0, 28.0
+
+_PAIRS = 18  # (picture, style) to calibrate on, about
+_HELD_OUT = 6  # pairs to judge on
+_PICTURES = 4  # fewer than these are filled up with rendered ones
+_RENDER_PX = 512
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Stylized pictures against fp32: PSNR in dB, mean over pictures and of the worst."""
+
+    mean_db: float
+    worst_db: float
+
+    @property
+    def passes(self) -> bool:
+        """At or above both floors."""
+        return self.mean_db >= FLOOR_MEAN_DB and self.worst_db >= FLOOR_WORST_DB
+
+    def __str__(self) -> str:
+        return f"{self.mean_db:.1f} dB (worst {self.worst_db:.1f} dB)"
+
+
+def quantize_bundle(
+    bundle: Bundle,
+    output: Path,
+    calibration: Sequence[Frame] = (),
+    progress: Callable[[str], None] = lambda note: None,
+    *,
+    overwrite: bool = False,
+) -> Bundle:
+    """Write ``output``: ``bundle`` with UNet and VAE in int8, as far as pictures stay what they are.
+
+    ``calibration`` are pictures uint8 [H, W, 3], of the kind that will be stylized; fewer than four are
+    filled up with rendered ones. A VAE graph that does not pass stays in float. Raises ExportError where
+    the UNet does not pass, the bundle does not compute in fp32, or NNCF is not installed.
+    """
+    _check(bundle)
+    seen, unseen = make_pairs(calibration)
+    return write_bundle(
+        Path(output),
+        lambda folder: _fill(bundle, folder, Path(output).resolve().name, seen, unseen, progress),
+        overwrite=overwrite,
+    )
+
+
+def make_pairs(pictures: Sequence[Frame]) -> tuple[list[Pair], list[Pair]]:
+    """(pairs to calibrate on, pairs to judge on); no picture is in both, be it as content or as style.
+
+    Every fourth picture and every third rendered style is kept for the judgement; every picture is stylized
+    by others. What a range of activations does not cover is most often a style unlike the others.
+    """
+    contents = list(pictures)
+    if len(contents) < _PICTURES:
+        contents += [draw(_RENDER_PX) for draw in SCENES.values()]
+    used, held = _split(contents, _PICTURES)
+    used_styles, held_styles = _split([draw(_RENDER_PX) for draw in STYLES.values()], 3)
+    return (
+        _combine(used + used_styles, max(_PAIRS, len(used))),
+        _combine(held + held_styles, max(_HELD_OUT, len(held))),
+    )
+
+
+def _split(items: Sequence[Frame], every: int) -> tuple[list[Frame], list[Frame]]:
+    """(the rest, the last of ``every``)."""
+    rest = [item for i, item in enumerate(items) if i % every != every - 1]
+    return rest, list(items[every - 1 :: every])
+
+
+def _combine(pictures: Sequence[Frame], count: int) -> list[Pair]:
+    """The first ``count`` pairs of two different pictures, in an order that takes all of them evenly."""
+    n = len(pictures)
+    rounds = (((i, (i + k) % n) for i in range(n)) for k in range(n - 1, 0, -1))
+    return [(pictures[i], pictures[k]) for i, k in islice(chain.from_iterable(rounds), count)]
+
+
+def _check(bundle: Bundle) -> None:
+    try:
+        metadata.version("nncf")
+    except metadata.PackageNotFoundError as error:
+        raise ExportError("int8 needs nncf; run: pip install 'std-rt[int8]'") from error
+    for graph in QUANTIZED:
+        compute = bundle.manifest["precision"].get(graph, {}).get("compute", "fp32")
+        if compute != "fp32":
+            raise ExportError(
+                f"bundle '{bundle.name}' computes {graph} in {compute}, and int8 is made from fp32; "
+                "export it with --precision fp32 first"
+            )
+
+
+def _fill(
+    bundle: Bundle,
+    folder: Path,
+    name: str,
+    seen: list[Pair],
+    unseen: list[Pair],
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    progress(f"calibrating on {len(seen)} pictures")
+    samples = _record(bundle, seen)
+    progress(f"stylizing {len(unseen)} other pictures for comparison")
+    gate = Gate(bundle, unseen)
+    done: dict[str, dict[str, Any]] = {}
+    for graph in QUANTIZED:
+        done |= _descend(bundle, folder, graph, samples[graph], gate, progress)
+    _copy_rest(bundle, folder, done)
+    counts = {"pictures": len(seen), "unet_states": len(samples["unet"]), "judged_on": len(unseen)}
+    return _manifest(bundle, name, done, counts)
+
+
+def _record(bundle: Bundle, pairs: list[Pair]) -> Samples:
+    """Every input of every graph while ``pairs`` are stylized, with the allowed step counts in turn."""
+    samples: Samples = {graph: [] for graph in bundle.graph_names}
+    counts = bundle.steps_allowed
+
+    def opened(spec: GraphSpec) -> Engine:
+        return Recorder(_open(spec), samples[spec.name])
+
+    for i, steps in enumerate(counts):
+        mine = pairs[i :: len(counts)]
+        if mine:
+            _stylize(bundle, opened, mine, steps)
+    return samples
+
+
+class Recorder:
+    """An engine that notes what it is given."""
+
+    def __init__(self, engine: Engine, notes: list[dict[str, NDArray[Any]]]) -> None:
+        self.inputs, self.outputs, self.precision = engine.inputs, engine.outputs, engine.precision
+        self._engine, self._notes = engine, notes
+
+    def __call__(self, **inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        self._notes.append({name: value.copy() for name, value in inputs.items()})
+        return self._engine(**inputs)
+
+    def close(self) -> None:
+        """Close the engine."""
+        self._engine.close()
+
+
+class Gate:
+    """Pictures stylized in float, and how near int8 comes to them."""
+
+    def __init__(self, bundle: Bundle, pairs: list[Pair]) -> None:
+        self._bundle, self._pairs = bundle, pairs
+        self._wanted = _stylize(bundle, _open, pairs)
+        self.accepted: dict[str, Path] = {}
+        self.quality = Quality(float("inf"), float("inf"))
+
+    def judge(self, graph: str, path: Path) -> Quality:
+        """The quality with ``graph`` from ``path`` on top of the graphs accepted before."""
+        paths = self.accepted | {graph: path}
+        found = _stylize(
+            self._bundle, lambda spec: _open(replace(spec, path=paths.get(spec.name, spec.path))), self._pairs
+        )
+        rows = [_psnr(a, b) for a, b in zip(found, self._wanted, strict=True)]
+        return Quality(float(np.mean(rows)), min(rows))
+
+    def accept(self, graph: str, path: Path, quality: Quality) -> None:
+        """Judge later graphs with this one in int8."""
+        self.accepted[graph], self.quality = path, quality
+
+
+def _psnr(found: Frame, wanted: Frame) -> float:
+    """PSNR over 8 bits, in dB; equal pictures give 100."""
+    error = float(np.mean((found.astype(np.float64) - wanted) ** 2))
+    return 100.0 if error == 0 else 10 * float(np.log10(255**2 / error))
+
+
+def _stylize(
+    bundle: Bundle, opened: Callable[[GraphSpec], Engine], pairs: list[Pair], steps: int | None = None
+) -> list[Frame]:
+    with Stylizer(bundle, opened, steps=steps) as stylizer:
+        results = []
+        for picture, style in pairs:
+            stylizer.set_style(style)
+            results.append(stylizer.stylize(picture))
+        return results
+
+
+def _open(spec: GraphSpec) -> Engine:
+    """In fp32 (or int8, where the graph says so), uncached: what is tried here is opened once."""
+    return open_engine(choose_backend()[0], replace(spec, key=""), "fp32")
+
+
+def _descend(
+    bundle: Bundle,
+    folder: Path,
+    graph: str,
+    samples: Sequence[Mapping[str, NDArray[Any]]],
+    gate: Gate,
+    progress: Callable[[str], None],
+) -> dict[str, dict[str, Any]]:
+    """Quantize one graph, with more layers in float on every rung; {} where none will do."""
+    stored = bundle.manifest["precision"].get(graph, {}).get("weights", "fp32")
+    path, found, best = folder / f"{graph}.onnx", [], None
+    for rung, keep in enumerate(RUNGS):
+        progress(f"quantizing {graph}" + (f", attempt {rung + 1}" if rung else ""))
+        kept = quantize_graph(bundle.graph_path(graph), folder, graph, samples, keep, weights=stored)
+        if rung and kept == best:
+            continue  # this graph has none of the layers that the rung names
+        best = kept
+        lint(path)
+        quality = gate.judge(graph, path)
+        found.append(quality)
+        if quality.passes:
+            gate.accept(graph, path, quality)
+            return {
+                graph: {
+                    "kept_float": kept,
+                    "psnr_db": round(quality.mean_db, 2),
+                    "worst_db": round(quality.worst_db, 2),
+                }
+            }
+    path.unlink()
+    (folder / f"{graph}.safetensors").unlink()
+    if graph == "unet":
+        raise ExportError(
+            f"int8 changes the pictures of '{bundle.name}' too much: {', '.join(map(str, found))} where "
+            f"{FLOOR_MEAN_DB:.0f} dB (worst {FLOOR_WORST_DB:.0f} dB) is due; use --precision bf16, or give "
+            "pictures like those it is for to calibrate on"
+        )
+    progress(f"{graph} stays in float: {found[-1]}")
+    return {}
+
+
+def _copy_rest(bundle: Bundle, folder: Path, done: Mapping[str, Any]) -> None:
+    """Every file that int8 does not replace; weights that no remaining graph reads stay behind."""
+    graphs = bundle.manifest["graphs"]
+    replaced = {graphs[graph]["file"] for graph in done}
+    weights = {entry["weights"] for entry in graphs.values()}
+    needed = {entry["weights"] for graph, entry in graphs.items() if graph not in done}
+    for name in bundle.manifest["files"]:
+        if name not in replaced and (name not in weights or name in needed):
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists():
+                raise ExportError(f"bundle '{bundle.name}' has a file {name} that int8 would overwrite")
+            shutil.copyfile(bundle.path / name, target)
+
+
+def _manifest(
+    bundle: Bundle, name: str, done: dict[str, dict[str, Any]], counts: dict[str, int]
+) -> dict[str, Any]:
+    added = ("schema", "files", "manifest_sha256")
+    manifest = deepcopy({key: value for key, value in bundle.manifest.items() if key not in added})
+    manifest["name"] = name
+    manifest["created_with"] |= {"nncf": metadata.version("nncf")}
+    manifest["quantized"] = {
+        "from": {"name": bundle.name, "digest": bundle.digest},
+        "calibration": counts,
+        "graphs": done,
+    }
+    for graph, row in done.items():
+        manifest["precision"][graph] = {"compute": "int8", "weights": "int8"}
+        manifest["graphs"][graph] |= {"weights": f"{graph}.safetensors", "renamed": {}}
+        manifest["parity"][graph] = {
+            "psnr_db": row["psnr_db"],
+            "against": "stylized in fp32",
+            "runtime": choose_backend()[0],
+        }
+    return manifest

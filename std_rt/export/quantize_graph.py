@@ -1,0 +1,218 @@
+"""One ONNX graph in int8: NNCF's post-training quantization, written so that every runtime reads it.
+
+The result is an ordinary ONNX graph with QuantizeLinear and DequantizeLinear around convolutions and matrix
+products, weights stored as int8 in a safetensors file: a quarter of fp32. Sizes and batch stay open.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnxscript.optimizer import fold_constants
+from safetensors.numpy import save
+
+from std_rt.engines.base import STEADY_INPUTS
+from std_rt.errors import ExportError
+from std_rt.export.quiet import quiet
+
+__all__ = ["RUNGS", "quantize_graph"]
+
+Sample = Mapping[str, NDArray[Any]]
+
+# What stays in float, one rung after the other, where a graph loses too much: parts of weight names.
+# The ends (first and last convolution) are found by their place.
+RUNGS: tuple[tuple[str, ...], ...] = ((), ("ends",), ("ends", "to_out", "proj_out", "proj_in", "upsamplers"))
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_RESHAPERS = ("Cast", "Reshape", "Slice", "Transpose")  # between a stored weight and the layer that reads it
+_INLINE_ELEMENTS = 32  # smaller tensors stay in the graph file
+_LARGEST_BYTES = 2**31 - 2**20  # of a protobuf message, as which NNCF handles a graph
+
+
+def quantize_graph(
+    source: Path,
+    folder: Path,
+    name: str,
+    samples: Sequence[Sample],
+    keep: Sequence[str] = (),
+    *,
+    weights: str = "fp32",
+) -> list[str]:
+    """Write ``folder/name.onnx`` and ``folder/name.safetensors``: the graph ``source`` in int8.
+
+    ``samples`` are inputs as the graph sees them in use; from them come the ranges of activations.
+    ``keep`` (a rung of `RUNGS`) says which layers stay in float; their weights' names are returned.
+    ``weights`` (fp16, fp32) is how the weights of all float layers are stored.
+    Raises ExportError where the graph is too large, or NNCF does not take it.
+    """
+    model = ir.load(source)
+    _check_size(model, name)
+    kept = _kept(_layers(model), keep)
+    folded = _folded(model)
+    quantized = _quantize(folded, name, samples, sorted({*kept, *_steady_layers(folded)}))
+    _write(quantized, folder / f"{name}.onnx", folder / f"{name}.safetensors", half=weights == "fp16")
+    return sorted(kept.values())
+
+
+def _check_size(model: ir.Model, name: str) -> None:
+    elements = sum(value.const_value.size for value in model.graph.initializers.values() if value.const_value)
+    if elements * 4 > _LARGEST_BYTES:
+        raise ExportError(
+            f"graph '{name}' has {elements * 4 / 2**30:.1f} GB of weights in fp32, and int8 is made for "
+            "graphs below 2 GB; use --precision fp16 or bf16"
+        )
+
+
+def _layers(model: ir.Model) -> dict[str, tuple[str, str]]:
+    """Name of each node that multiplies by a weight -> (operator, the weight's name in torch)."""
+    found = {}
+    for node in model.graph:
+        if node.op_type not in _LAYERS or node.name is None:
+            continue
+        value = node.inputs[1]
+        while value is not None and (maker := value.producer()) is not None and maker.op_type in _RESHAPERS:
+            value = maker.inputs[0]
+        if value is not None and isinstance(value.const_value, ir.ExternalTensor):
+            found[node.name] = (node.op_type, _torch_name(value.const_value))
+    return found
+
+
+def _torch_name(tensor: ir.ExternalTensor) -> str:
+    """The key of the weights file whose bytes hold the tensor's."""
+    offset = tensor.offset or 0
+    return max((place, key) for key, place in _places(Path(tensor.path)).items() if place <= offset)[1]
+
+
+def _kept(layers: Mapping[str, tuple[str, str]], keep: Sequence[str]) -> dict[str, str]:
+    """Those of ``layers`` that ``keep`` names: node -> weight."""
+    convs = [node for node, (kind, _) in layers.items() if kind == "Conv"]
+    ends = {convs[0], convs[-1]} if convs and "ends" in keep else set()
+    return {
+        node: weight
+        for node, (_, weight) in layers.items()
+        if node in ends or any(f".{part}." in f".{weight}" for part in keep)
+    }
+
+
+def _steady_layers(model: onnx.ModelProto) -> list[str]:
+    """Layers that follow from the style, the text and the time alone, and those that take such values in.
+
+    The former run once a style (`std_rt.engines.openvino_split`), so int8 saves nothing there; and the values
+    of a style that calibration has not seen lie outside the ranges that it found.
+    """
+    steady = {port.name for port in model.graph.input if port.name in STEADY_INPUTS}
+    fixed = {tensor.name for tensor in model.graph.initializer} | {""}
+    found = []
+    for node in model.graph.node:
+        behind = set(node.input) - fixed
+        if not behind or node.op_type == "Shape":
+            fixed.update(node.output)
+        elif behind <= steady:
+            steady.update(node.output)
+        if node.op_type in _LAYERS and behind & steady:
+            found.append(node.name)
+    return found
+
+
+def _folded(model: ir.Model) -> onnx.ModelProto:
+    """The graph with its weights inside and computed constants (Cast, Transpose, Slice) made plain ones."""
+    model = ir.external_data.load_to_model(model)
+    with quiet("onnxscript", "onnx_ir"):
+        fold_constants(model, input_size_limit=_LARGEST_BYTES, output_size_limit=_LARGEST_BYTES)
+        RemoveUnusedNodesPass()(model)
+    return ir.to_proto(model)
+
+
+def _quantize(
+    model: onnx.ModelProto, name: str, samples: Sequence[Sample], ignored: list[str]
+) -> onnx.ModelProto:
+    # NNCF reports its use to its makers over the network unless this is set before it is imported.
+    os.environ.setdefault("NNCF_CI", "1")
+    with quiet("nncf"):
+        import nncf
+        from nncf.quantization.range_estimator import (
+            RangeEstimatorParametersSet,
+        )
+
+        # The whole range that was seen: NNCF's mean over samples clips a picture brighter than most.
+        ranges = RangeEstimatorParametersSet.MINMAX
+        has_attention = any(node.op_type == "Softmax" for node in model.graph.node)
+        try:
+            return nncf.quantize(
+                model,
+                nncf.Dataset([dict(sample) for sample in samples]),
+                subset_size=len(samples),
+                preset=nncf.QuantizationPreset.MIXED,
+                model_type=nncf.ModelType.TRANSFORMER if has_attention else None,
+                ignored_scope=nncf.IgnoredScope(names=ignored) if ignored else None,
+                advanced_parameters=nncf.AdvancedQuantizationParameters(
+                    activations_range_estimator_params=ranges
+                ),
+            )
+        except (nncf.NNCFError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ExportError(f"NNCF cannot quantize graph '{name}': {reason}; leave int8 out") from error
+
+
+def _write(proto: onnx.ModelProto, graph: Path, weights: Path, *, half: bool) -> None:
+    """Large tensors into ``weights`` under their names, the rest into ``graph``."""
+    del proto.graph.value_info[:]  # shapes that shape inference found; runtimes find their own
+    model = ir.from_proto(proto)
+    large = [
+        value
+        for value in model.graph.initializers.values()
+        if value.const_value is not None and value.const_value.size > _INLINE_ELEMENTS
+    ]
+    arrays = {str(value.name): _stored(value, half) for value in large}
+    weights.write_bytes(save(arrays, {"format": "pt"}))
+    places = _places(weights)
+    for value in large:
+        _point(model.graph, value, arrays[str(value.name)], weights, places[str(value.name)])
+    ir.save(model, graph)
+
+
+def _stored(value: ir.Value, half: bool) -> NDArray[Any]:
+    """Float matrices as fp16 where ``half`` says so and they fit; everything else as it is."""
+    assert value.const_value is not None
+    array = np.ascontiguousarray(value.const_value.numpy())
+    fits = array.dtype == np.float32 and np.abs(array).max() < np.finfo(np.float16).max
+    return array.astype(np.float16) if half and fits and array.ndim > 1 else array
+
+
+def _point(graph: ir.Graph, value: ir.Value, array: NDArray[Any], weights: Path, offset: int) -> None:
+    """Let ``value`` come from the file, through a Cast where the file has it in fp16."""
+    assert value.const_value is not None
+    casts = array.dtype == np.float16 and value.const_value.dtype == ir.DataType.FLOAT
+    dtype = ir.DataType.FLOAT16 if casts else value.const_value.dtype
+    name = f"{value.name}.stored" if casts else str(value.name)
+    shape = ir.Shape(array.shape)
+    tensor = ir.ExternalTensor(
+        weights.name, offset, array.nbytes, dtype, shape=shape, name=name, base_dir=weights.parent
+    )
+    if not casts:
+        value.const_value = tensor
+        return
+    graph.initializers.pop(str(value.name))
+    source = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=tensor)
+    graph.register_initializer(source)
+    cast = ir.node("Cast", [source], {"to": int(ir.DataType.FLOAT)})
+    cast.outputs[0].name = f"{value.name}.cast"
+    graph.insert_before(graph[0], [cast])
+    ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+
+
+def _places(weights: Path) -> dict[str, int]:
+    """Name -> offset of its bytes in the file, from the safetensors header."""
+    with weights.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items()}

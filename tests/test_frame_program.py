@@ -1,0 +1,287 @@
+"""The program of a frame against loops written out by hand, run on engines made of NumPy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from std_rt.engines.fake import FakeEngine, float_ports
+from std_rt.engines.program import HostRunner, Program
+from std_rt.frame_program import (
+    CONDITIONING,
+    NEGATIVE,
+    FrameNumbers,
+    Guidance,
+    clean_factors,
+    eps_factors,
+    frame_program,
+    graph_shapes,
+    noise_draws,
+    step_factors,
+)
+from std_rt.schedule import (
+    NoiseSchedule,
+    StepCoefficients,
+    add_noise,
+    step,
+    to_eps,
+    trajectory_timesteps,
+)
+
+KINDS = ("epsilon", "v_prediction", "sample")
+SHAPES = {
+    "encoder_hidden_states": (3, 5),
+    "text_embeds": (6,),
+    "time_ids": (6,),
+    "style_tokens": (2, 4),
+    "style_strength": (),
+}
+NUMBERS = FrameNumbers(8, 3, SHAPES)
+SIZE = (16, 24)
+
+
+def coefficients(steps: int = 4, gamma: float = 0.0) -> list[StepCoefficients]:
+    return NoiseSchedule.scaled_linear().coefficients(trajectory_timesteps(0.75, steps), gamma)
+
+
+def unet(
+    sample: Any, timestep: Any, style_tokens: Any, text_embeds: Any, style_strength: Any, **_: Any
+) -> Any:
+    """Linear in the sample, and different for every conditioning and timestep; any precision, any batch."""
+    level = style_tokens.mean((1, 2)) * style_strength + 0.5 * text_embeds.mean(1)
+    return (0.7 + timestep / 4000)[:, None, None, None] * sample + level[:, None, None, None]
+
+
+def engines(program: Program) -> dict[str, FakeEngine]:
+    shapes = graph_shapes(program)
+    image, latents = shapes["vae_encoder"]["image"], shapes["vae_decoder"]["latents"]
+    runs = {
+        "vae_encoder": (_encode, {"latents": latents}),
+        "unet": (lambda **given: {"noise_pred": unet(**given)}, {"noise_pred": shapes["unet"]["sample"]}),
+        "vae_decoder": (lambda latents: {"image": latents.repeat(8, 2).repeat(8, 3)}, {"image": image}),
+    }
+    return {
+        name: FakeEngine(run, float_ports(**shapes[name]), float_ports(**out), name)
+        for name, (run, out) in runs.items()
+    }
+
+
+def _encode(image: Any) -> dict[str, Any]:
+    b, c, h, w = image.shape
+    return {"latents": image.reshape(b, c, h // 8, 8, w // 8, 8).mean((3, 5))}
+
+
+class Scene:
+    """A frame, its noise and what the UNet is told: positive and negative."""
+
+    def __init__(self, cs: list[StepCoefficients], seed: int = 0, batch: int = 1) -> None:
+        rng = np.random.default_rng(seed)
+
+        def draw(*shape: int) -> Any:
+            return rng.normal(0, 0.3, (batch, *shape)).astype(np.float32)
+
+        self.cs, self.batch = cs, batch
+        self.frame = rng.integers(60, 200, (batch, *SIZE, 3), np.uint8)
+        self.noise = [draw(3, SIZE[0] // 8, SIZE[1] // 8) for _ in range(noise_draws(cs))]
+        self.positive = {name: draw(*shape) for name, shape in SHAPES.items()}
+        self.negative = self.positive | {name: draw(*SHAPES[name]) for name in NEGATIVE}
+
+    def feeds(self, mode: str) -> dict[str, Any]:
+        fed = {f"noise_{i}": value for i, value in enumerate(self.noise)}
+        if mode == "full":
+            return fed | {name: np.concatenate([self.negative[name], self.positive[name]]) for name in SHAPES}
+        fed |= self.positive
+        return fed | ({f"negative_{n}": self.negative[n] for n in NEGATIVE} if mode == "residual" else {})
+
+    def run(self, kind: str, guidance: Guidance) -> tuple[Any, HostRunner, dict[str, FakeEngine]]:
+        program = frame_program(NUMBERS, self.cs, kind, SIZE, guidance, self.batch)
+        opened = engines(program)
+        runner = HostRunner(opened, program)
+        runner.set(**self.feeds(guidance.mode))
+        return runner.run(self.frame), runner, opened
+
+    def latents(self, kind: str, guidance: Guidance) -> Any:
+        """What the decoder was given."""
+        return self.run(kind, guidance)[2]["vae_decoder"].calls[0]["latents"]
+
+
+def by_hand(scene: Scene, kind: str, guidance: Guidance) -> Any:
+    """The loop in float64, with noise predictions one could read in a paper."""
+    z = _encode((scene.frame / 127.5 - 1).transpose(0, 3, 1, 2))["latents"]
+    start, *later = [noise.astype(np.float64) for noise in scene.noise]
+    positive, negative = (
+        {name: value.astype(np.float64) for name, value in part.items()}
+        for part in (scene.positive, scene.negative)
+    )
+    w, x, x0 = guidance.scale, add_noise(z, start, scene.cs[0]), None
+    for c in scene.cs:
+        timestep = np.full(scene.batch, c.timestep, np.float64)
+        eps = to_eps(unet(x, timestep, **positive), x, c, kind)
+        if guidance.mode == "full" or (guidance.mode == "residual" and x0 is None):
+            uncond = to_eps(unet(x, timestep, **negative), x, c, kind)
+            x0 = (x - c.sigma_t * uncond) / c.alpha_t
+        elif guidance.mode == "residual":
+            uncond = (x - c.alpha_t * x0) / c.sigma_t
+        if guidance.mode != "none":
+            eps = uncond + w * (eps - uncond)
+        x = step(x, eps, c, later.pop(0) if c.noise else None)
+    assert not later
+    return x
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+def test_without_guidance_it_is_the_plain_loop_to_the_last_bit(kind: str, gamma: float) -> None:
+    """In float32, operation by operation: convert, add noise, scale and add, convert back."""
+    scene = Scene(coefficients(gamma=gamma))
+    styled, _, _ = scene.run(kind, Guidance())
+    image = np.ascontiguousarray(scene.frame.transpose(0, 3, 1, 2) * np.float32(1 / 127.5) - np.float32(1))
+    x = add_noise(_encode(image)["latents"], scene.noise[0], scene.cs[0])
+    drawn = 1
+    for c in scene.cs:
+        p, q = step_factors(c, kind)
+        output = unet(x, np.array([c.timestep], np.float32), **scene.positive)
+        x = x * p + output * q
+        if c.noise:
+            x = x + scene.noise[drawn] * c.noise
+            drawn += 1
+    assert x.dtype == np.float32
+    np.testing.assert_array_equal(scene.latents(kind, Guidance()), x)
+    image = x.repeat(8, 2).repeat(8, 3) * np.float32(127.5) + np.float32(128)
+    expected = np.clip(image, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    np.testing.assert_array_equal(styled, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+@pytest.mark.parametrize("mode", ["none", "full", "residual"])
+def test_every_mode_is_its_loop_by_hand(kind: str, gamma: float, mode: str) -> None:
+    scene = Scene(coefficients(gamma=gamma), seed=1)
+    guidance = Guidance(mode, 1.0 if mode == "none" else 6.0)
+    expected = by_hand(scene, kind, guidance)
+    np.testing.assert_allclose(
+        scene.latents(kind, guidance), expected, rtol=0, atol=3e-6 * np.abs(expected).max()
+    )
+
+
+@pytest.mark.parametrize("mode", ["full", "residual"])
+def test_guidance_of_1_is_none(mode: str) -> None:
+    scene = Scene(coefficients())
+    np.testing.assert_allclose(
+        scene.latents("epsilon", Guidance(mode, 1.0)), scene.latents("epsilon", Guidance()), atol=1e-6
+    )
+
+
+def test_residual_is_full_for_one_step_and_not_for_two() -> None:
+    modes = (Guidance("full", 4.0), Guidance("residual", 4.0))
+    one = [Scene(coefficients(1)).latents("v_prediction", guidance) for guidance in modes]
+    two = [Scene(coefficients(2)).latents("v_prediction", guidance) for guidance in modes]
+    np.testing.assert_allclose(*one, atol=1e-6)
+    assert np.abs(two[0] - two[1]).max() > 0.01
+
+
+def test_residual_is_full_where_the_negative_always_sees_one_picture() -> None:
+    """A network whose negative half always points at the same x_0 loses nothing by being asked once."""
+    cs = coefficients(4)
+    scene = Scene(cs, seed=5)
+    target = 0.3
+
+    def exact(sample: Any, timestep: Any, style_tokens: Any, **_: Any) -> Any:
+        at = {c.timestep: c for c in cs}
+        c = at[int(timestep[0])]
+        ours = 0.6 * sample
+        theirs = (sample - c.alpha_t * target) / c.sigma_t
+        is_negative = style_tokens.mean((1, 2)) == scene.negative["style_tokens"].mean((1, 2))
+        return np.where(is_negative[:, None, None, None], theirs, ours)
+
+    found = []
+    for mode in ("full", "residual"):
+        program = frame_program(NUMBERS, cs, "epsilon", SIZE, Guidance(mode, 3.0))
+        opened = engines(program)
+        ports = opened["unet"].inputs, opened["unet"].outputs
+        opened["unet"] = FakeEngine(lambda **given: {"noise_pred": exact(**given)}, *ports)
+        runner = HostRunner(opened, program)
+        runner.set(**scene.feeds(mode))
+        runner.run(scene.frame)
+        found.append(opened["vae_decoder"].calls[0]["latents"])
+    np.testing.assert_allclose(*found, atol=2e-5 * np.abs(found[0]).max())
+
+
+def test_residual_asks_for_the_negative_once() -> None:
+    scene = Scene(coefficients(4))
+    calls = scene.run("epsilon", Guidance("residual", 3.0))[2]["unet"].calls
+    told = [call["style_tokens"] for call in calls]
+    assert len(calls) == 5
+    np.testing.assert_array_equal(told[0], scene.negative["style_tokens"])
+    for later in told[1:]:
+        np.testing.assert_array_equal(later, scene.positive["style_tokens"])
+    assert [int(call["timestep"][0]) for call in calls] == [739, 739, 559, 379, 199]
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "residual"])
+def test_a_batch_is_its_frames_one_by_one(mode: str) -> None:
+    guidance = Guidance(mode, 1.0 if mode == "none" else 5.0)
+    both = Scene(coefficients(gamma=0.4), seed=3, batch=2)
+    together = both.latents("epsilon", guidance)
+    for i in range(2):
+        one = Scene(both.cs, batch=1)
+        one.frame = both.frame[i : i + 1]
+        one.noise = [noise[i : i + 1] for noise in both.noise]
+        one.positive = {name: value[i : i + 1] for name, value in both.positive.items()}
+        one.negative = {name: value[i : i + 1] for name, value in both.negative.items()}
+        np.testing.assert_array_equal(together[i : i + 1], one.latents("epsilon", guidance))
+
+
+def test_feeds_and_shapes_say_what_to_open_and_what_to_set() -> None:
+    cs = coefficients(4, gamma=0.5)
+    noises = [f"noise_{i}" for i in range(4)]
+    plain = frame_program(NUMBERS, cs, "epsilon", SIZE)
+    assert sorted(plain.feeds) == sorted([*noises, *CONDITIONING])
+    assert plain.graphs == ["vae_encoder", "unet", "vae_decoder"]
+    assert graph_shapes(plain)["unet"]["sample"] == (1, 3, 2, 3)
+    assert graph_shapes(plain)["vae_encoder"] == {"image": (1, 3, 16, 24)}
+    full = frame_program(NUMBERS, cs, "epsilon", SIZE, Guidance("full", 2.0), batch=2)
+    assert sorted(full.feeds) == sorted(plain.feeds)
+    assert {name: shape[0] for name, shape in graph_shapes(full)["unet"].items()} == dict.fromkeys(
+        ("sample", "timestep", *CONDITIONING), 4
+    )
+    assert graph_shapes(full)["vae_decoder"]["latents"][0] == 2
+    residual = frame_program(NUMBERS, cs, "epsilon", SIZE, Guidance("residual", 2.0))
+    assert sorted(residual.feeds) == sorted([*plain.feeds, *(f"negative_{name}" for name in NEGATIVE)])
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "residual"])
+def test_no_launch_writes_what_it_reads_and_nothing_is_written_twice(mode: str) -> None:
+    guidance = Guidance(mode, 1.0 if mode == "none" else 2.0)
+    program = frame_program(NUMBERS, coefficients(4, 0.3), "sample", SIZE, guidance)
+    written = [buffer for launch in program.launches for buffer in launch.outputs.values()]
+    assert len(written) == len(set(written))
+    for launch in program.launches:
+        assert not set(launch.inputs.values()) & set(launch.outputs.values())
+    used = {buffer for launch in program.launches for buffer in launch.inputs.values()} | {"styled"}
+    assert set(program.buffers) == used  # no launch for nothing
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_factors_are_the_formulas_of_the_schedule(kind: str) -> None:
+    c = StepCoefficients(559, 379, 0.6, 0.8, 0.9, 0.43)
+    x, output = np.random.default_rng(0).normal(size=(2, 5))
+    eps = to_eps(output, x, c, kind)
+    pairs = {
+        "step": (step_factors(c, kind), step(x, eps, c)),
+        "eps": (eps_factors(c, kind), eps),
+        "clean": (clean_factors(c, kind), (x - c.sigma_t * eps) / c.alpha_t),
+    }
+    for name, ((p, q), expected) in pairs.items():
+        np.testing.assert_allclose(p * x + q * output, expected, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("mode", "scale"),
+    [("cfg", 2.0), ("none", 2.0), ("full", 0.5), ("full", float("nan")), ("residual", float("inf"))],
+)
+def test_guidance_that_means_nothing_is_refused(mode: str, scale: float) -> None:
+    with pytest.raises(ValueError, match="guidance"):
+        Guidance(mode, scale)
