@@ -1,8 +1,8 @@
-"""The same bundle through diffusers, for `std-rt bench --against diffusers`. Needs the extra [export].
+"""The same bundle through diffusers, for `std-rt bench --against`. Needs the extra [export].
 
-diffusers' own UNet with its IP-Adapter attention, and the VAE, rebuilt from the bundle's weights: eager,
-fp32, one frame, the trajectory of the bundle. Guidance is the full one, at batch 2: diffusers has no other.
-Only the loop around them is ours, and shorter than that of a diffusers pipeline, which favours diffusers.
+diffusers' own UNet with its IP-Adapter attention, and the VAE, rebuilt from the bundle's weights: one frame,
+the trajectory of the bundle; eager in fp32, or in bf16 autocast, or that compiled by ``torch.compile`` as it
+comes. Guidance is the full one, at batch 2: diffusers has no other. Only the loop around them is ours, and shorter than that of a diffusers pipeline, which favours diffusers.
 """
 
 from __future__ import annotations
@@ -31,14 +31,25 @@ class DiffusersLoop:
     """`Stylizer.step` in torch, at one working size (H, W) and style strength 1."""
 
     def __init__(
-        self, bundle: Bundle, steps: int, size: tuple[int, int], guidance: float | None = None
+        self,
+        bundle: Bundle,
+        steps: int,
+        size: tuple[int, int],
+        guidance: float | None = None,
+        *,
+        precision: str = "fp32",
+        compiled: bool = False,
     ) -> None:
-        """``guidance`` is diffusers' scale (None: the bundle's own; 1: none)."""
-        self._bundle, self._size = bundle, size
+        """``guidance`` is diffusers' scale (None: the bundle's own; 1: none); ``precision`` fp32 or bf16."""
+        self._bundle, self._size, self._autocast = bundle, size, precision == "bf16"
         self._scale = choose_guidance(bundle, guidance).scale
         parts = load_torch_components(bundle)
         self._unet, self._style_encoder = parts["unet"], parts["style_encoder"]
         self._encode, self._decode = VaeEncoder(parts["vae"]), VaeDecoder(parts["vae"])
+        if compiled:
+            self._unet, self._encode, self._decode = map(
+                torch.compile, (self._unet, self._encode, self._decode)
+            )
         self._coefficients = bundle.coefficients(steps)
         self._image = np.empty((1, 3, *size), np.float32)
         scale = bundle.vae_scale
@@ -67,6 +78,10 @@ class DiffusersLoop:
     @torch.inference_mode()
     def step(self, frame: Frame, *, mark: Callable[[str], None] = lambda stage: None) -> Frame:
         """Stylize a frame uint8 [H, W, 3] of the working size; ``mark(stage)`` follows each stage."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._autocast):
+            return self._step(frame, mark)
+
+    def _step(self, frame: Frame, mark: Callable[[str], None]) -> Frame:
         image = torch.from_numpy(to_image(frame, self._image))
         mark("convert")
         z: Any = self._encode(image)
@@ -83,14 +98,15 @@ class DiffusersLoop:
             mark("scheduler")
         image = self._decode(x)
         mark("vae_decoder")
-        styled = to_frame(image.numpy())
+        styled = to_frame(image.float().numpy())
         mark("convert")
         return styled
 
     def _predict(self, x: Any, timestep: int) -> Any:
+        t = torch.tensor(timestep)  # of an int, torch.compile would compile every value anew
         if self._scale == 1:
-            return self._unet(x, timestep, **self._text, return_dict=False)[0]
-        both = self._unet(torch.cat([x, x]), timestep, **self._text, return_dict=False)[0]
+            return self._unet(x, t, **self._text, return_dict=False)[0]
+        both = self._unet(torch.cat([x, x]), t, **self._text, return_dict=False)[0]
         negative, positive = both.chunk(2)
         return negative + self._scale * (positive - negative)
 

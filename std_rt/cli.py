@@ -9,10 +9,13 @@ from typing import Annotated
 import typer
 
 from std_rt import __version__
+from std_rt.cli_engines import engines_app
 from std_rt.cli_evaluate import evaluate
 from std_rt.cli_options import (
     BackendOption,
     BundleOption,
+    GuidanceModeOption,
+    GuidanceOption,
     OverwriteOption,
     PrecisionOption,
     SizeOption,
@@ -34,6 +37,7 @@ app = typer.Typer(
 )
 bundles_app = typer.Typer(help="List, describe and verify bundles (models).", no_args_is_help=True)
 app.add_typer(bundles_app, name="bundles")
+app.add_typer(engines_app, name="engines")
 
 
 def _show_version(wanted: bool) -> None:
@@ -69,8 +73,19 @@ def stylize(
     steps: StepsOption = None,
     strength: Annotated[float, typer.Option("--style-strength", help="0 none, 1 as trained.")] = 1.0,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same noise, same picture.")] = 0,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="Words, for a bundle exported with --prompts encoder.")
+    ] = None,
+    negative: Annotated[
+        str | None, typer.Option("--negative-prompt", help="What not to paint; counts with guidance.")
+    ] = None,
+    guidance: GuidanceOption = None,
+    guidance_mode: GuidanceModeOption = None,
     backend: BackendOption = "auto",
     precision: PrecisionOption = "auto",
+    build_in_background: Annotated[
+        bool, typer.Option("--build-in-background", help="Begin on the CPU while GPU engines are built.")
+    ] = False,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Paint pictures, folders and clips in the style of a picture.
@@ -84,7 +99,20 @@ def stylize(
     from std_rt.cli_stylize import Request, run
 
     request = Request(
-        inputs, styles, out, overwrite, strength, seed, bundle, working, steps, backend, precision
+        inputs,
+        styles,
+        out,
+        overwrite,
+        strength,
+        seed,
+        bundle,
+        working,
+        steps,
+        backend,
+        precision,
+        (prompt, negative),
+        (guidance, guidance_mode),
+        build_in_background,
     )
     raise typer.Exit(run(request))
 

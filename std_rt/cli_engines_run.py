@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -133,7 +134,9 @@ def verify() -> None:
         typer.echo(problem)
     count = len(store.entries())
     if problems:
-        raise BackendError(f"{len(problems)} of {count} engines and files are not as built, in {store.folder}; run: {MEND}")
+        raise BackendError(
+            f"{len(problems)} of {count} engines and files are not as built, in {store.folder}; run: {MEND}"
+        )
     typer.echo(f"{count} engines in {store.folder}, all as built")
 
 
@@ -297,6 +300,8 @@ def _versions() -> dict[str, str]:
     for product in _PRODUCTS.values():
         if find_spec(product.module) is not None:
             versions[product.module] = str(load_product(product).__version__)
+    if find_spec("openvino") is not None:
+        versions["openvino"] = str(import_module("openvino").__version__)
     return versions
 
 

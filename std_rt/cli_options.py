@@ -13,6 +13,8 @@ from std_rt.errors import UsageError
 __all__ = [
     "BackendOption",
     "BundleOption",
+    "GuidanceModeOption",
+    "GuidanceOption",
     "OverwriteOption",
     "PrecisionOption",
     "SizeOption",
@@ -76,6 +78,15 @@ SizeOption = Annotated[
 StepsOption = Annotated[
     int | None, typer.Option("--steps", help="Denoising steps, among those the bundle allows.")
 ]
-BackendOption = Annotated[str, typer.Option("--backend", help="auto, openvino or onnxruntime.")]
+BackendOption = Annotated[
+    str, typer.Option("--backend", help="auto, cpu, or one that `std-rt doctor` lists: rtx, openvino, ...")
+]
+GuidanceOption = Annotated[
+    float | None, typer.Option("--guidance", help="Scale, 1 is none; default: the bundle's.")
+]
+GuidanceModeOption = Annotated[
+    str | None,
+    typer.Option("--guidance-mode", help="full (twice the work) or residual (a call more a frame)."),
+]
 PrecisionOption = Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")]

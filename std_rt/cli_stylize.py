@@ -51,6 +51,9 @@ class Request:
     steps: int | None
     backend: str
     precision: str
+    prompts: tuple[str | None, str | None] = (None, None)  # prompt, negative prompt
+    guidance: tuple[float | None, str | None] = (None, None)  # scale, mode
+    build_in_background: bool = False
 
 
 class RateColumn(ProgressColumn):
@@ -70,16 +73,28 @@ def run(request: Request) -> int:
     """
     jobs = plan_outputs(request.inputs, request.out, overwrite=request.overwrite)
     styles = [(read_picture(path).frame, weight) for path, weight in request.styles]
+    prompt, negative = request.prompts
+    if negative is not None and prompt is None:
+        raise UsageError("--negative-prompt goes with --prompt; give both")
     console = Console(stderr=True)
+
+    def said(line: str) -> None:
+        console.print(f"note: {line}", style="dim", markup=False, highlight=False)
+
     loaded = Stylizer.load(
         request.bundle,
         backend=request.backend,
         size=request.size,
         steps=request.steps,
         precision=request.precision,
+        guidance=request.guidance[0],
+        guidance_mode=request.guidance[1],
+        meanwhile=said if request.build_in_background else None,
     )
     with loaded as stylizer:
         check_size(stylizer, request.size)
+        if prompt is not None:
+            stylizer.set_prompt(prompt, negative)
         work = Work(stylizer, request, console)
         work.look_ahead(jobs)
         stylizer.set_style(styles, request.strength)

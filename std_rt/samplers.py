@@ -30,7 +30,7 @@ from std_rt.schedule import (
     trajectory_timesteps,
 )
 
-__all__ = ["SCHEDULES", "evaluations", "schedule_rows"]
+__all__ = ["SCHEDULES", "evaluations", "schedule_rows", "takes_all"]
 
 Rows = list[StepCoefficients]
 
@@ -79,6 +79,11 @@ def schedule_rows(
 def evaluations(kind: str, eta: float, steps: int) -> int:
     """Steps really taken of ``steps`` asked for: all of them, or diffusers' ``int(steps eta)``."""
     return steps if _sampler(kind).full is None else min(int(steps * eta), steps)
+
+
+def takes_all(kind: str) -> bool:
+    """Whether all steps asked for are taken below eta; else a full schedule is cut, as diffusers does."""
+    return _sampler(kind).full is None
 
 
 def _sampler(kind: str) -> _Sampler:

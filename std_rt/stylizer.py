@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
 from typing import Any
 
@@ -25,7 +26,9 @@ from numpy.typing import NDArray
 from std_rt.bundle import Bundle, load_bundle
 from std_rt.conditioning import EncodedStyle, StyleEncoder, blend, guided_inputs, unet_inputs
 from std_rt.engines import Engine, GraphSpec, choose_backend, open_engine, open_runner
+from std_rt.engines.base import GPU_BACKENDS
 from std_rt.engines.program import Mark, Program, Runner, no_mark, open_on_host
+from std_rt.engines.switching import SwitchingRunner
 from std_rt.errors import BundleError, UsageError
 from std_rt.frame_program import (
     MODES,
@@ -37,6 +40,7 @@ from std_rt.frame_program import (
     noise_draws,
 )
 from std_rt.media import fit
+from std_rt.text import TextEncoder
 
 __all__ = ["State", "Stylizer", "choose_guidance", "draw_noise"]
 
@@ -122,6 +126,7 @@ class Stylizer:
         open_graph: Opener,
         *,
         open_runner: RunnerOpener | None = None,
+        open_text: Opener | None = None,
         size: int | Size | None = None,
         steps: int | None = None,
         backend: str = "",
@@ -132,7 +137,8 @@ class Stylizer:
         """Most callers want `load`. ``open_graph`` opens one graph at static shapes.
 
         ``open_runner`` opens the program of a frame; without it, its graphs are opened by ``open_graph``
-        and run from here. ``size`` is the working size: a side in pixels for about that area, or (H, W).
+        and run from here. ``open_text`` opens text encoders, where another precision is due.
+        ``size`` is the working size: a side in pixels for about that area, or (H, W).
         ``guidance`` (diffusers' scale; 1 is none) and ``guidance_mode`` override the bundle's. Raises
         BundleError where the bundle needs something that this version does not do, has no schedule for
         ``steps``, or no negative for guidance; UsageError where scale and mode do not fit together.
@@ -142,11 +148,13 @@ class Stylizer:
         self.size: int | Size = bundle.size_default if size is None else size
         self.coefficients = bundle.coefficients(steps)
         self._open_graph, self._open_runner = open_graph, open_runner
+        self._open_text = open_text or open_graph
         self._text = bundle.conditioning()
         _check_negative(bundle, self._text, self.guidance)
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="std-rt-open")
         self._style_engine: Future[Engine] | None = None
         self._encoder: StyleEncoder | None = None
+        self._prompts: TextEncoder | None = None
         self._opened: OrderedDict[Size, _Opened] = OrderedDict()
         self._style: tuple[EncodedStyle, float] | None = None
         self._inputs: dict[Size, dict[str, Array]] = {}
@@ -162,22 +170,37 @@ class Stylizer:
         precision: str = "auto",
         guidance: float | None = None,
         guidance_mode: str | None = None,
+        meanwhile: Callable[[str], None] | None = None,
     ) -> Stylizer:
         """Open a bundle by name or folder (None: the built-in model) on a backend.
 
-        Raises BundleError (unknown, damaged, wrong step count) or BackendError (not installed), and
-        UsageError where ``guidance`` and ``guidance_mode`` do not fit together.
+        With ``meanwhile``, frames run on a CPU backend until the engines of a GPU backend are built, and
+        ``meanwhile`` is told when that changes. Raises BundleError (unknown, damaged, wrong step count) or
+        BackendError (not installed), and UsageError where ``guidance`` and ``guidance_mode`` do not fit
+        together.
         """
         opened = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         name, reason = choose_backend(backend)
+        first = name if meanwhile is None or name not in GPU_BACKENDS else choose_backend("cpu")[0]
 
         def open_graph(spec: GraphSpec) -> Engine:
-            return open_engine(name, spec, precision)
+            return open_engine(first, spec, precision)
+
+        def open_on(backend: str, program: Program, specs: dict[str, GraphSpec]) -> Runner:
+            return open_runner(backend, program, specs, precision, open_graph)
+
+        def open_both(program: Program, specs: dict[str, GraphSpec]) -> Runner:
+            if meanwhile is None or first == name:
+                return open_on(name, program, specs)
+            # Asked for first: the building takes minutes, the slow runner is opened beside it.
+            coming = in_background(lambda: open_on(name, program, specs))
+            return SwitchingRunner(open_on(first, program, specs), coming, meanwhile, (first, name))
 
         return cls(
             opened,
             open_graph,
-            open_runner=lambda program, specs: open_runner(name, program, specs, precision, open_graph),
+            open_runner=open_both,
+            open_text=lambda spec: open_engine(first, spec, "fp32"),  # once a prompt: exact costs nothing
             size=size,
             steps=steps,
             backend=name,
@@ -227,6 +250,22 @@ class Stylizer:
             strength,
         )
         self._inputs.clear()
+
+    def set_prompt(self, prompt: str, negative: str | None = None) -> None:
+        """Say in words what the picture is to be, where the bundle has its text encoders.
+
+        ``negative`` None is what the model takes for no negative prompt; it counts with guidance only.
+        Raises UsageError where the bundle's prompt is baked in.
+        """
+        if self._prompts is None:
+            self._prompts = TextEncoder(self.bundle, self._open_text)
+        found = dict(self._prompts.encode(prompt, negative))
+        self._prompts.release()
+        longer = found["encoder_hidden_states"].shape != self._text["encoder_hidden_states"].shape
+        self._text = {**self._text, **found}
+        self._inputs.clear()
+        while longer and self._opened:  # engines are made for one length of text
+            self._close_oldest()
 
     def state(self, height_px: int, width_px: int, *, seed: int = 0) -> State:
         """The state a stream of frames of the given size starts from."""
@@ -345,6 +384,22 @@ class Stylizer:
     def _close_oldest(self) -> None:
         _, opened = self._opened.popitem(last=False)
         _close(opened.runner)
+
+
+def in_background(work: Callable[[], Runner]) -> Future[Runner]:
+    """``work`` in a thread of its own that no exit waits for: a build cannot be stopped half-way."""
+    future: Future[Runner] = Future()
+
+    def run() -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 (whoever asks the future gets it)
+            future.set_exception(error)
+
+    Thread(target=run, name="std-rt-build", daemon=True).start()
+    return future
 
 
 def _close(future: Future[Engine] | Future[Runner]) -> None:

@@ -13,6 +13,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> object:
     """Compiled models of tests go to a temporary folder, shared by the whole session."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STD_RT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("STD_RT_DATA", str(tmp_path_factory.mktemp("data")))
         yield
 
 

@@ -85,6 +85,7 @@ def serve(repos: dict[str, Repo]) -> Iterator[FakeHub]:
 class _Handler(BaseHTTPRequestHandler):
     hub: FakeHub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or every answer waits 40 ms for its second packet
 
     def log_message(self, format: str, *arguments: object) -> None:
         """Say nothing."""

@@ -201,7 +201,7 @@ def _values(shapes: Shapes, gain: float) -> Iterator[np.ndarray]:
     for key, shape in shapes.items():
         size = math.prod(shape)
         start = int(rng.integers(len(block)))
-        drawn = np.resize(np.roll(block, -start) if size < len(block) else block, size)
+        drawn = np.resize(np.roll(block, -start), size)
         if len(shape) == 1:
             scale, shift = (0.1, 1.0) if "norm" in key and key.endswith("weight") else (0.02, 0.0)
         else:

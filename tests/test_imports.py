@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "external_data": set(),
     "machine": set(),
     "bundle": {"schedule", "external_data"},
-    "engines": set(),
+    "engines": {"external_data"},
     "prompt": set(),
     "text": {"prompt", "bundle", "engines"},
     "media": set(),
@@ -50,6 +50,8 @@ ALLOWED: dict[str, set[str]] = {
         "model_card",
         "prompt",
         "text",
+        "stylizer",  # int8 is judged by pictures
+        "examples",
     },
     "training": {"schedule", "digest", "model_card"},
 }

@@ -96,6 +96,16 @@ def test_tdd_without_noise_is_the_first_order_solver_of_diffusers() -> None:
     np.testing.assert_allclose(ours, x, atol=1e-5)
 
 
+def test_lcm_scales_its_estimate_as_the_boundary_condition_says() -> None:
+    """Too small a thing to show in latents: c_skip is 7e-6 at the lowest timestep of the grid."""
+    scheduler = make_scheduler("lcm", "epsilon")
+    for c in schedule_rows(SCHEDULE, "lcm", 0.75, None, 37, 1.0):
+        skip, out = scheduler.get_scalings_for_boundary_condition_discrete(c.timestep)
+        alpha, _ = SCHEDULE.alpha_sigma(c.target)
+        assert c.sigma_s == pytest.approx(alpha * skip * c.sigma_t, rel=1e-9)
+        assert c.alpha_s == pytest.approx(alpha * (out + skip * c.alpha_t), rel=1e-12)
+
+
 def test_std_is_the_trajectory_from_tau() -> None:
     rows = schedule_rows(SCHEDULE, "std", 0.75, 779, 8, 0.0)
     assert rows == SCHEDULE.coefficients(trajectory_timesteps(0.75, 8, 779))

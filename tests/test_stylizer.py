@@ -324,13 +324,13 @@ def _guided_by_hand(bundle: Bundle, state: State, mode: str, scale: float) -> np
     """The loop in float64 for the handmade UNet: half the sample and the level of the style tokens."""
     z = (GREY / 127.5 - 1).transpose(2, 0, 1)[None].reshape(1, 3, 8, 8, 8, 8).mean((3, 5))
     cs = bundle.coefficients(4)
-    x, x0 = add_noise(z, state.noise[:1], cs[0]), None
+    x, gap = add_noise(z, state.noise[:1], cs[0]), None
     for c in cs:
         positive, negative = 0.5 * x + 200 / 127.5 - 1, 0.5 * x - 0.4
-        if mode == "residual" and x0 is not None:
-            negative = (x - c.alpha_t * x0) / c.sigma_t
-        x0 = (x - c.sigma_t * negative) / c.alpha_t
-        x = step(x, negative + scale * (positive - negative), c)
+        if mode == "full" or gap is None:
+            gap = positive - negative
+        fade = 1.0 if mode == "full" else (c.sigma_t / cs[0].sigma_t) ** 4
+        x = step(x, positive + (scale - 1) * fade * gap, c)
     return np.clip((x + 1) * 127.5, 0, 255).repeat(8, 2).repeat(8, 3)[0].transpose(1, 2, 0)
 
 

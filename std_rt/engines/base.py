@@ -140,10 +140,12 @@ def backends(*, probe: bool = False) -> list[BackendInfo]:
 def choose_backend(name: str = "auto") -> tuple[str, str]:
     """(backend, reason). ``auto`` takes the first one usable; a name is taken or refused, never swapped.
 
+    ``cpu`` is ``auto`` without those that need a GPU.
+
     Raises BackendError with the command that installs what is missing.
     """
-    if name == "auto":
-        return _first_available()
+    if name in ("auto", "cpu"):
+        return _first_available([key for key in BACKENDS if name == "auto" or key not in GPU_BACKENDS])
     if name not in BACKENDS:
         known = ", ".join(BACKENDS)
         raise BackendError(f"there is no backend '{name}'; use --backend with one of auto, {known}")
@@ -228,10 +230,10 @@ def _check_precision(precision: str) -> None:
         raise BackendError(f"there is no precision '{precision}'; use one of {', '.join(PRECISIONS)}")
 
 
-def _first_available() -> tuple[str, str]:
+def _first_available(names: list[str]) -> tuple[str, str]:
     """The first that can be used. What is not installed and needs a GPU is not worth a word."""
     passed: list[str] = []
-    for name in BACKENDS:
+    for name in names:
         info = _info(name)
         if info.available:
             return name, "; ".join(passed) or "the fastest that is installed"

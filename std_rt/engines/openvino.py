@@ -1,21 +1,23 @@
 """OpenVINO on the CPU: the default engine; bf16 where the processor has it in hardware.
 
-Compiled models are kept in the cache folder (`cache_root`): opening std-tiny's graphs from there takes
-0.8 s of processor time instead of 1.5 s. Of the UNet, what does not depend on the picture is computed
-once a style and step (`openvino_split`).
+Compiled models are kept in the engine store (`openvino_cache`). Of the UNet, what does not depend on the
+picture is computed once a style and step (`openvino_split`). A graph that was quantized runs its int8 layers
+in int8 whatever precision is asked for; the precision says what the layers between them run in.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from std_rt.engines.base import GraphSpec, Ports, cache_root, check_inputs
+from std_rt.engines.base import GraphSpec, Ports, check_inputs
+from std_rt.engines.openvino_cache import EXACT, Compiled, engine_key, keep, recall
 from std_rt.engines.openvino_split import STEADY, split_steady
+from std_rt.engines.openvino_weights import keep_half_weights
 from std_rt.errors import BackendError
 
 __all__ = ["OpenVinoEngine", "devices", "open_graph"]
@@ -32,33 +34,50 @@ _KEEP_BYTES = 256 * 2**20
 
 
 def open_graph(spec: GraphSpec, precision: str) -> OpenVinoEngine:
-    """Compile ``spec`` for the CPU (or read it from the cache). Raises BackendError."""
+    """Compile ``spec`` for the CPU (or take it from the store). Raises BackendError."""
     core = ov.Core()
     chosen = _precision(core, precision)
-    config = _config(spec.key, chosen)
+    config = _config(chosen)
+    key = engine_key(core, spec, config)
+    compiled, broken = recall(core, key, config)
+    if compiled is None:
+        compiled, weight_bytes = _compile(core, spec, config)
+        keep(key, compiled, weight_bytes, replace=broken)
+    return OpenVinoEngine(spec.name, compiled, "int8" if spec.compute == "int8" else chosen)
+
+
+def _compile(core: ov.Core, spec: GraphSpec, config: dict[str, str]) -> tuple[Compiled, int]:
+    """(compiled, bytes of its weights)."""
     try:
         model = core.read_model(spec.path)
+        keep_half_weights(model)
         _check_shapes(spec, model)
         model.reshape({name: list(shape) for name, shape in spec.shapes.items()})
         inputs, outputs = _ports(model.inputs), _ports(model.outputs)
+        size = sum(op.get_byte_size() for op in model.get_ops() if op.get_type_name() == "Constant")
         parts = split_steady(model, spec.steady)
-        prepare, body = (None, model) if parts is None else parts
-        compiled = core.compile_model(body, "CPU", config)
-        prepared = None
-        if prepare is not None:
-            # Runs once a style and step: fp32 costs nothing here and keeps time embeddings exact.
-            exact = config | {"INFERENCE_PRECISION_HINT": "f32"}
-            names = [port.get_any_name() for port in prepare.inputs]
-            prepared = Prepared(core.compile_model(prepare, "CPU", exact), names)
+        if parts is None:
+            return Compiled(inputs, outputs, core.compile_model(model, "CPU", config)), size
+        prepare, body = parts
+        names = tuple(port.get_any_name() for port in prepare.inputs)
+        return (
+            Compiled(
+                inputs,
+                outputs,
+                core.compile_model(body, "CPU", config),
+                core.compile_model(prepare, "CPU", config | EXACT),
+                names,
+            ),
+            size,
+        )
     except RuntimeError as error:
         raise BackendError(_one_line(spec, error)) from error
-    return OpenVinoEngine(spec.name, inputs, outputs, compiled, prepared, chosen)
 
 
 class Prepared:
     """The part of a graph that follows from steady inputs, with its latest results."""
 
-    def __init__(self, compiled: ov.CompiledModel, names: list[str]) -> None:
+    def __init__(self, compiled: ov.CompiledModel, names: Sequence[str]) -> None:
         """``names`` are those of the inputs, in order: a compiled one may go by the name of its own cast."""
         sizes = {name: int(np.prod(port.shape)) for name, port in zip(names, compiled.inputs, strict=True)}
         self.names = sorted(sizes, key=sizes.__getitem__)
@@ -96,20 +115,13 @@ class Prepared:
 class OpenVinoEngine:
     """One compiled graph. Not for use from two threads at once."""
 
-    def __init__(
-        self,
-        name: str,
-        inputs: Ports,
-        outputs: Ports,
-        compiled: ov.CompiledModel,
-        prepared: Prepared | None,
-        precision: str,
-    ) -> None:
-        self.inputs, self.outputs, self.precision = inputs, outputs, precision
-        self._name, self._prepared = name, prepared
-        self._moving = [key for key in inputs if prepared is None or key not in prepared.names]
-        self._compiled: ov.CompiledModel | None = compiled
-        self._request = compiled.create_infer_request() if prepared is None else None
+    def __init__(self, name: str, compiled: Compiled, precision: str) -> None:
+        self.inputs, self.outputs, self.precision = compiled.inputs, compiled.outputs, precision
+        self._name = name
+        self._prepared = None if compiled.prepare is None else Prepared(compiled.prepare, compiled.steady)
+        self._moving = [key for key in self.inputs if key not in compiled.steady]
+        self._compiled: ov.CompiledModel | None = compiled.main
+        self._request = compiled.main.create_infer_request() if self._prepared is None else None
 
     def __call__(self, **inputs: Array) -> dict[str, Array]:
         if self._compiled is None:
@@ -146,26 +158,12 @@ def _precision(core: ov.Core, asked: str) -> str:
     return ("bf16" if has_bf16 else "fp32") if asked == "auto" else asked
 
 
-def _config(key: str, precision: str) -> dict[str, Any]:
-    config: dict[str, Any] = {
+def _config(precision: str) -> dict[str, str]:
+    return {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": _HINTS[precision],
         "EXECUTION_MODE_HINT": "ACCURACY" if precision == "fp32" else "PERFORMANCE",
     }
-    cache = _cache_folder(key)
-    return config if cache is None else config | {"CACHE_DIR": str(cache)}
-
-
-def _cache_folder(key: str) -> Path | None:
-    root = cache_root() if key else None
-    if root is None:
-        return None
-    folder = root / "openvino" / key[:16]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None
-    return folder
 
 
 def _check_shapes(spec: GraphSpec, model: ov.Model) -> None:

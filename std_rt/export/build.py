@@ -169,10 +169,11 @@ class Build:
             self._progress(f"{role}: torch")
             encoder = source.load_text_encoder(role)
             parts.encode(role, encoder)
+            examples = parts.examples(role, encoder) if open_prompts else []
             if open_prompts:
-                examples = parts.examples(role, encoder)
                 self._write(parts.graph(role, encoder), "fp32")
-                del encoder
+            del encoder
+            if open_prompts:
                 self._check(role, examples)
         if open_prompts:
             parts.write_tokenizers(self._folder)

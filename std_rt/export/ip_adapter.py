@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from std_rt.errors import ExportError
 from std_rt.export.components import Network, read_config
+from std_rt.export.quiet import quiet
 from std_rt.export.weight_files import open_weights
 
 __all__ = [
@@ -109,8 +110,10 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
 
 def _load_bin(path: Path) -> Any:
     """Mapped where the file is of the present format (a zip); the older one is read whole."""
-    is_zip = path.open("rb").read(4) == b"PK\x03\x04"
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    with path.open("rb") as stream:
+        is_zip = stream.read(4) == b"PK\x03\x04"
+    with quiet():
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
 def _flatten(found: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -10,7 +10,7 @@ from typing import Any
 from std_rt.errors import ExportError
 from std_rt.export.notes import LoraNotes
 from std_rt.export.profiles import PROFILES, Profile, find_profile
-from std_rt.samplers import SCHEDULES, schedule_rows
+from std_rt.samplers import SCHEDULES, schedule_rows, takes_all
 from std_rt.schedule import NoiseSchedule, StepCoefficients
 
 __all__ = [
@@ -112,7 +112,8 @@ class ExportOptions:
 class Trajectory:
     """Where sampling starts and how many steps it may take; the first step count is the default.
 
-    ``tau`` None is where ``kind`` (of `std_rt.samplers.SCHEDULES`) starts by itself. ``gamma`` is the
+    ``tau`` None is where ``kind`` (of `std_rt.samplers.SCHEDULES`) starts by itself, which for schedules that
+    are cut depends on the steps. ``gamma`` is the
     stochasticity of a step: 0 none, 1 new noise. ``guidance`` is diffusers' scale: 1 is none.
     """
 
@@ -209,9 +210,8 @@ def _plain(options: ExportOptions, eta: float) -> Trajectory:
 def _fitting(asked: Trajectory) -> Trajectory:
     """The same without repeated step counts. Raises ExportError where eta, tau and steps do not fit."""
     steps = tuple(dict.fromkeys(asked.steps))
-    for count in steps:
-        asked.rows(NoiseSchedule.scaled_linear(), count)
-    return replace(asked, steps=steps)
+    rows = [asked.rows(NoiseSchedule.scaled_linear(), count) for count in steps]
+    return replace(asked, steps=steps, tau=rows[0][0].timestep if takes_all(asked.kind) else asked.tau)
 
 
 def check_base(options: ExportOptions, notes: Sequence[LoraNotes], digest: str) -> None:

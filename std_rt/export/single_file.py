@@ -101,10 +101,15 @@ def convert_single_file(path: Path, configs: Path, say: Say, *, own_vae: bool = 
             say(f"{path.name} was converted before")
             return target
         _check_disk(root, 2 * sum(map(math.prod, shapes.values())))
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=root) as partial:
-            work = Path(partial) / "pipeline"
-            _convert(path, shapes, configs, work, say)
-            work.rename(target)
+        try:
+            with tempfile.TemporaryDirectory(prefix=".partial-", dir=root) as partial:
+                work = Path(partial) / "pipeline"
+                _convert(path, shapes, configs, work, say)
+                work.rename(target)
+        except OSError as error:
+            raise ExportError(
+                f"{path} cannot be converted into {root}: {' '.join(str(error).split())}"
+            ) from error
     return target
 
 

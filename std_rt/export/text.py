@@ -14,7 +14,7 @@ One text encoder is in memory at a time: SDXL's second is 2.8 GB in fp32.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from std_rt.export.text_modules import ClipText
 from std_rt.prompt import Encoded, Ids, chunk_prompts, encode_chunks, join_encoders, pair
 from std_rt.text import ClipTokenizer, Vocabulary, read_merges
 
-__all__ = ["TextConstants", "TextParts", "bake", "bake_prompt", "null_text", "read_tokenizer", "text_graphs"]
+__all__ = ["TextConstants", "TextParts", "bake", "null_text", "read_tokenizer", "text_graphs"]
 
 Array = NDArray[np.float32]
 GetEncoder = Callable[[str], Network]
@@ -166,15 +166,6 @@ def null_text(context_dim: int, pooled_dim: int) -> dict[str, Array]:
     }
 
 
-def bake_prompt(source: Path, encoders: Mapping[str, Network], prompt: str) -> dict[str, Array]:
-    """A prompt without its negative, from encoders that are loaded already."""
-    parts = TextParts(source, prompt)
-    for role, encoder in encoders.items():
-        parts.encode(role, encoder)
-    arrays = parts.constants((0, 0)).arrays
-    return {name: arrays[name] for name in ("encoder_hidden_states", "text_embeds")}
-
-
 def _runner(encoder: Network) -> Callable[[Ids], dict[str, Array]]:
     """transformers' own forward: hidden_states[-2], and the pooled text where the encoder projects."""
 
@@ -251,7 +242,7 @@ def _read_words(folder: Path) -> Words:
 def _check_alike(theirs: Any, vocabulary: Vocabulary, folder: Path) -> None:
     ours = ClipTokenizer(vocabulary)
     for text in _SAMPLES:
-        wanted = theirs(text, add_special_tokens=False).input_ids
+        wanted = theirs(text, add_special_tokens=False, verbose=False).input_ids
         if ours(text) != list(wanted):
             raise ExportError(f"the tokenizer in {folder} is not CLIP's: it reads {text!r} as {wanted[:8]}")
 

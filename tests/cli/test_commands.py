@@ -201,13 +201,20 @@ def test_export_hands_on_what_the_flags_say(
         asked.update(options, source=source, output=output)
         return handmade
 
+    from std_rt.export.sources import Sources
+
+    def found(base: str, *, loras: tuple[str, ...], eta: float, **_: object) -> Sources:
+        assert loras == ("a.safetensors:0.7",)
+        return Sources(Path(base), ((Path("a.safetensors"), 0.7),), eta=eta)
+
     monkeypatch.setattr("std_rt.cli_build.require", lambda *_: None)
+    monkeypatch.setattr("std_rt.export.sources.resolve_sources", found)
     monkeypatch.setattr(std_rt.export, "export_pipeline", pretend, raising=False)
     flags = ("--eta", 0.5, "--steps", 4, "--steps", 2, "--size", "96x64", "--lora", "a.safetensors:0.7")
     assert cli("export", tmp_path, "-o", tmp_path / "out", *flags, "--overwrite").code == 0
     assert (asked["source"], asked["output"]) == (tmp_path, tmp_path / "out")
     assert (asked["eta"], asked["steps"], asked["size"]) == (0.5, (4, 2), (64, 96))
-    assert asked["lora"] == [(Path("a.safetensors"), 0.7)]
+    assert asked["lora"] == ((Path("a.safetensors"), 0.7),)
     assert asked["overwrite"] is True
 
 

@@ -19,6 +19,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from std_rt.errors import ExportError
 from std_rt.export.lora import fuse_lora, original_names
+from std_rt.export.quiet import quiet
 
 Parts = dict[str, nn.Module]
 
@@ -49,9 +50,9 @@ def parts(originals: Parts) -> Parts:
     return copy.deepcopy(originals)
 
 
-def make_layers(parts: Parts, *, alpha: float = 3.0, convs: bool = True) -> list[Layer]:
+def make_layers(parts: Parts, *, alpha: float = 3.0, convs: bool = True, seed: int = 5) -> list[Layer]:
     """Attention, feed-forward and convolutions of the UNet, attention and MLP of both text encoders."""
-    rng = torch.Generator().manual_seed(5)
+    rng = torch.Generator().manual_seed(seed)
     unet = (
         ".to_q",
         ".to_out.0",
@@ -62,8 +63,8 @@ def make_layers(parts: Parts, *, alpha: float = 3.0, convs: bool = True) -> list
     layers = []
     for role, ends in (
         ("unet", unet),
-        ("text_encoder", ("q_proj", "fc1")),
-        ("text_encoder_2", ("v_proj", "fc2")),
+        ("text_encoder", ("q_proj", "out_proj", "fc1")),
+        ("text_encoder_2", ("v_proj", "out_proj", "fc2")),
     ):
         for name, module in parts[role].named_modules():
             if name.endswith(ends) and isinstance(module, nn.Linear | nn.Conv2d):
@@ -201,7 +202,7 @@ def test_fused_equals_diffusers_unfused(
     """Two paths, one answer: their loader with two adapters side by side, and ours."""
     layers = make_layers(parts, alpha=4.0 if writer is older else 3.0, convs=writer is not older)
     path = write(tmp_path / "l.safetensors", writer, layers, parts)
-    other = write(tmp_path / "o.safetensors", kohya, make_layers(parts, alpha=1.0)[::3], parts)
+    other = write(tmp_path / "o.safetensors", kohya, make_layers(parts, alpha=1.0, seed=6), parts)
     theirs = copy.deepcopy(originals)
     pipe = StableDiffusionXLPipeline(
         AutoencoderKL.from_pretrained(clip_source / "vae"),
@@ -212,8 +213,9 @@ def test_fused_equals_diffusers_unfused(
         theirs["unet"],
         EulerDiscreteScheduler(),
     )
-    pipe.load_lora_weights(path, adapter_name="one")
-    pipe.load_lora_weights(other, adapter_name="two")
+    with quiet("diffusers", "peft"):  # PEFT warns of the second adapter
+        pipe.load_lora_weights(path, adapter_name="one")
+        pipe.load_lora_weights(other, adapter_name="two")
     pipe.set_adapters(["one", "two"], [0.7, -0.4])
     fuse_lora(parts, path, 0.7)
     fuse_lora(parts, other, -0.4)
@@ -288,7 +290,7 @@ def pair(name: str, inner: int = 40, out: int = 32, rank: int = 2) -> dict[str, 
         (
             pair("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", inner=768)
             | pair(FLAT),
-            r"weights for 2 layers of the unet, of which 1 fit \(not down_blocks_0_.*made for Stable Diffusion 1\.x",
+            r"for 2 layers of the unet, of which 1 fit \(not down_blocks_0_.*made for Stable Diffusion 1\.x",
         ),
         (pair("lora_unet_double_blocks_0_img_attn_proj"), "made for a transformer"),
         (pair("lora_te3_x"), "made for another model"),
@@ -339,15 +341,21 @@ def test_parts_may_be_fused_one_by_one(parts: Parts, originals: Parts, tmp_path:
 
 
 MEMORY = """
-import resource, sys, torch
+import sys
+from pathlib import Path
 from torch import nn
 from std_rt.export.lora import fuse_lora
 
+def status_mb(key):
+    text = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(text.split(key)[1].split()[0]) / 1024
+
 model = nn.ModuleDict({f"layer{i}": nn.Linear(1024, 1024, bias=False) for i in range(40)})
-fuse_lora({"text_encoder": nn.ModuleDict({"layer0": nn.Linear(1024, 1024)})}, sys.argv[2], 1.0)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-fuse_lora({"text_encoder": model}, sys.argv[1], 1.0)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+fuse_lora({"text_encoder": nn.ModuleDict({"layer0": nn.Linear(1024, 1024)})}, Path(sys.argv[2]), 1.0)
+Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
+before = status_mb("VmRSS:")
+fuse_lora({"text_encoder": model}, Path(sys.argv[1]), 1.0)
+print(status_mb("VmHWM:") - before)
 """
 
 
@@ -361,5 +369,5 @@ def test_fusing_holds_one_layer_at_a_time(tmp_path: Path) -> None:
     save_file(state, tmp_path / "l.safetensors")
     save_file({key: value for key, value in state.items() if "layer0." in key}, tmp_path / "one.safetensors")
     run = [sys.executable, "-c", MEMORY, str(tmp_path / "l.safetensors"), str(tmp_path / "one.safetensors")]
-    added_mb = int(subprocess.run(run, check=True, capture_output=True, text=True).stdout)
-    assert added_mb < 90
+    added_mb = float(subprocess.run(run, check=True, capture_output=True, text=True).stdout)
+    assert added_mb < 80

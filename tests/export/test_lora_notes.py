@@ -119,11 +119,7 @@ def test_the_schedule_is_read_from_the_notes(options: Any) -> None:
         ({"profile": "std-0.75", "eta": 0.65}, [{}], r"--eta 0\.65 .*profile std-0\.75 was trained for eta"),
         ({"profile": "std-0.75", "tau": 739}, [{}], r"--tau 739 .*profile std-0\.75 was trained for tau 779"),
         ({"profile": "std-75"}, [{}], r"unknown --profile 'std-75'; did you mean 'std-0\.75'\?"),
-        (
-            {"profile": "lightning-4step"},
-            [{}],
-            "cannot be exported: it is sampled by Euler with .*'trailing'",
-        ),
+        ({"profile": "std-v2v-0.75"}, [{}], "cannot be exported: it was trained in a UNet with a motion"),
     ],
 )
 def test_what_does_not_fit_is_one_line(
@@ -160,12 +156,14 @@ def test_published_std_loras_start_where_they_were_trained(options: Any) -> None
     assert starts == {"std-0.65": 679, "std-0.75": 779, "std-0.85": 879, "std-0.95": 979}
     trajectory, said = chosen(options(profile="std-0.75"), {})
     assert (trajectory.eta, trajectory.steps[0], trajectory.gamma) == (0.75, 8, 0.0)
-    assert said == ["profile std-0.75 was published for guidance 2 and up; a bundle has none"]
+    assert (trajectory.guidance, said) == (6.0, [])
+    trajectory, said = chosen(options(profile="std-0.75", guidance=1.0), {})
+    assert said == ["profile std-0.75 was published for guidance 2 to 8, not 1"]
 
 
 def test_profiles_of_full_range_loras_take_any_eta(options: Any) -> None:
     trajectory, _ = chosen(options(profile="lcm", eta=0.5, steps=(2,)), {})
-    assert trajectory == Trajectory(0.5, 499, (2,), 1.0)
+    assert trajectory == Trajectory(0.5, 499, (2,), 1.0, "lcm")
     assert chosen(options(profile="tcd"), {})[0].gamma == 0.3
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from std_rt.errors import ExportError
+from std_rt.export import single_file
 from std_rt.export.components import load_part
 from std_rt.export.single_file import check_single_file, convert_single_file
 
@@ -175,3 +177,15 @@ def test_a_full_disk_is_said_before_the_work(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(ExportError, match=r"GB and .* has 0\.0 GB free; make room, or set STD_RT_CACHE"):
         convert_single_file(checkpoint, clip_source, quietly)
+
+
+def test_a_disk_that_fills_up_meanwhile_leaves_nothing(
+    checkpoint: Path, clip_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(single_file, "_write_halves", full)
+    with pytest.raises(ExportError, match=r"mini\.safetensors cannot be converted into .*No space left"):
+        convert_single_file(checkpoint, clip_source, quietly)
+    assert [path.suffix for path in (tmp_path / "cache" / "checkpoints").iterdir()] == [".lock"]

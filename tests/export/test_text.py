@@ -27,7 +27,7 @@ from std_rt.export.lora import fuse_lora
 from std_rt.export.onnx_graph import Port, Trace, trace
 from std_rt.export.parity import lint
 from std_rt.export.precision import to_half
-from std_rt.export.text import TextParts, bake, bake_prompt, read_tokenizer, text_graphs
+from std_rt.export.text import TextParts, bake, read_tokenizer, text_graphs
 from std_rt.export.text_modules import ClipText
 from std_rt.export.weights import externalize
 from std_rt.text import ClipTokenizer, TextEncoder, read_vocabulary
@@ -400,8 +400,3 @@ def test_a_model_without_text_takes_no_prompts(own_source: Path) -> None:
     for prompts in (("ink", None), ("", "dull")):
         with pytest.raises(ExportError, match="has no text encoders, so it takes no --prompt"):
             TextParts(own_source, *prompts)
-
-
-def test_bake_prompt_is_the_positive_half(source: Path, encoders: Any) -> None:
-    wanted = bake(source, "in ink", None, encoders.__getitem__, DIMS).arrays
-    assert_same(bake_prompt(source, encoders, "in ink"), {name: wanted[name] for name in POSITIVE})
