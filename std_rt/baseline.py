@@ -1,8 +1,9 @@
 """The same bundle through diffusers, for `std-rt bench --against`. Needs the extra [export].
 
 diffusers' own UNet with its IP-Adapter attention, and the VAE, rebuilt from the bundle's weights: one frame,
-the trajectory of the bundle; eager in fp32, or in bf16 autocast, or that compiled by ``torch.compile`` as it
-comes. Guidance is the full one, at batch 2: diffusers has no other. Only the loop around them is ours, and shorter than that of a diffusers pipeline, which favours diffusers.
+the trajectory of the bundle; eager, in fp32 or bf16 autocast, or compiled by ``torch.compile`` as it comes.
+Guidance is the full one, at batch 2: diffusers has no other. Only the loop around them is ours, and shorter
+than that of a diffusers pipeline, which favours diffusers.
 """
 
 from __future__ import annotations
@@ -44,8 +45,10 @@ class DiffusersLoop:
         self._bundle, self._size, self._autocast = bundle, size, precision == "bf16"
         self._scale = choose_guidance(bundle, guidance).scale
         parts = load_torch_components(bundle)
-        self._unet, self._style_encoder = parts["unet"], parts["style_encoder"]
-        self._encode, self._decode = VaeEncoder(parts["vae"]), VaeDecoder(parts["vae"])
+        self._unet: Any = parts["unet"]
+        self._style_encoder = parts["style_encoder"]
+        self._encode: Any = VaeEncoder(parts["vae"])
+        self._decode: Any = VaeDecoder(parts["vae"])
         if compiled:
             self._unet, self._encode, self._decode = map(
                 torch.compile, (self._unet, self._encode, self._decode)

@@ -1,12 +1,15 @@
 """`std-rt bench`: where the time of a frame goes.
 
 Frames of exactly the working size run through `Stylizer.step`, as a stream does. Warm-up frames are not
-counted; medians and 95th percentiles are over the rest; fps is 1000 / median of the whole step.
+counted; medians and 95th percentiles are over the rest; fps is 1000 / median of the whole step. What is
+compared runs in turn, a few frames each, so that a machine that is slower for a while is so for all.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -20,13 +23,33 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from std_rt.bundle import Bundle
+from std_rt.bundle import Bundle, load_bundle
+from std_rt.errors import BundleError, UsageError
 from std_rt.machine import describe_machine, peak_memory_mb, require
 from std_rt.stylizer import Stylizer
 
-__all__ = ["STAGES", "Settings", "StageClock", "Timing", "measure", "run", "sample_frame"]
+__all__ = [
+    "AGAINST",
+    "STAGES",
+    "Settings",
+    "StageClock",
+    "Timing",
+    "measure",
+    "measure_in_turn",
+    "run",
+    "run_first_frame",
+    "sample_frame",
+]
 
 STAGES = ("convert", "vae_encoder", "unet", "scheduler", "vae_decoder", "total")
+ENGINES = ("vae_encoder", "unet", "vae_decoder")  # stages that are calls of engines
+# name -> (title, precision, whether torch.compile)
+AGAINST = {
+    "diffusers": ("diffusers (eager fp32)", "fp32", False),
+    "compile": ("diffusers (torch.compile bf16)", "bf16", True),
+}
+_TURN = 10  # frames in a row, of what is compared; one more before them is not counted
+_STARTS = 3  # processes whose start is timed
 Frame = NDArray[np.uint8]
 Size = tuple[int, int]  # (H, W) in pixels
 Mark = Callable[[str], None]
@@ -34,7 +57,7 @@ Mark = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """``size`` is a side or (H, W) in pixels; None means the bundle's own."""
+    """``size`` is a side or (H, W) in pixels; None means the bundle's own. ``against``: keys of `AGAINST`."""
 
     bundle: str | None = None
     size: int | Size | None = None
@@ -43,7 +66,7 @@ class Settings:
     precision: str = "auto"
     frames: int = 60
     warmup: int = 10
-    against_diffusers: bool = False
+    against: tuple[str, ...] = ()
 
 
 class StageClock:
@@ -71,17 +94,20 @@ class StageClock:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds a frame, by stage."""
+    """Milliseconds a frame, by stage; ``outside`` is the share of a frame that no engine takes."""
 
     median_ms: dict[str, float]
     p95_ms: dict[str, float] = field(default_factory=dict)
+    outside: float = 0.0
 
     @classmethod
     def of(cls, frames: list[dict[str, float]]) -> Timing:
         """Medians and 95th percentiles over frames."""
         columns = {stage: [frame.get(stage, 0.0) for frame in frames] for stage in STAGES}
         median = {stage: float(np.median(values)) for stage, values in columns.items()}
-        return cls(median, {stage: float(np.percentile(values, 95)) for stage, values in columns.items()})
+        p95 = {stage: float(np.percentile(values, 95)) for stage, values in columns.items()}
+        shares = [1 - sum(frame.get(stage, 0.0) for stage in ENGINES) / frame["total"] for frame in frames]
+        return cls(median, p95, float(np.median(shares)))
 
     @property
     def fps(self) -> float:
@@ -100,42 +126,67 @@ def sample_frame(height_px: int, width_px: int, seed: int = 0) -> Frame:
     return np.clip(noisy, 0, 255).astype(np.uint8)
 
 
-def measure(step: Callable[[Mark], Any], frames: int, warmup: int, title: str = "") -> Timing:
-    """Time ``step(mark)`` for ``frames`` calls after ``warmup`` uncounted ones."""
-    clock = StageClock()
+Step = Callable[[Mark], Any]
+
+
+def measure(step: Step, frames: int, warmup: int, *, silent: bool = False) -> Timing:
+    """Time ``step(mark)`` for ``frames`` calls after ``warmup`` uncounted ones; ``silent`` shows no bar."""
+    return measure_in_turn({"": step}, frames, warmup, silent=silent)[""]
+
+
+def measure_in_turn(
+    steps: dict[str, Step], frames: int, warmup: int, *, silent: bool = False
+) -> dict[str, Timing]:
+    """Time every step for ``frames`` calls after ``warmup`` uncounted ones, a few calls of each in turn."""
+    clocks = {title: StageClock() for title in steps}
     console = Console(stderr=True)
-    for _ in track(
-        range(frames + warmup), title, console=console, transient=True, disable=not console.is_terminal
+    turns = [warmup] + [min(_TURN, frames - done) for done in range(0, frames, _TURN)]
+    rounds = [(title, count, i) for i, count in enumerate(turns) for title in steps]
+    for title, count, i in track(
+        rounds, "timing", console=console, transient=True, disable=silent or not console.is_terminal
     ):
-        clock.start()
-        step(clock)
-        clock.finish()
-    return Timing.of(clock.frames[warmup:])
+        again = 1 if i and len(steps) > 1 else 0  # the others have filled the caches meanwhile
+        for k in range(again + count):
+            clocks[title].start()
+            steps[title](clocks[title])
+            if i and k >= again:
+                clocks[title].finish()
+    return {title: Timing.of(clock.frames) for title, clock in clocks.items()}
 
 
 def run(settings: Settings) -> None:
     """Measure, print a table for people, and one JSON line for programs."""
-    if settings.against_diffusers:
-        require("--against diffusers", "export", "torch", "diffusers", "transformers", "safetensors")
+    if settings.against:
+        what = f"--against {settings.against[0]}"
+        require(what, "export", "torch", "diffusers", "transformers", "safetensors")
     typer.echo(str(describe_machine()))
-    loaded = Stylizer.load(
+    with _load(settings) as stylizer:
+        size = _size(stylizer)
+        steps = {"std-rt": _our_step(stylizer, size)}
+        steps["std-rt"](lambda stage: None)
+        peak_mb = peak_memory_mb()  # before torch adds its own
+        for name in settings.against:
+            steps[AGAINST[name][0]] = _their_step(stylizer, size, name)
+        timings = measure_in_turn(steps, settings.frames, settings.warmup)
+        ours = timings.pop("std-rt")
+        result = _result(stylizer, size, ours, peak_mb)
+    if settings.against:
+        theirs = {name: timings[AGAINST[name][0]] for name in settings.against}
+        result["against"] = {
+            name: _numbers(timing) | {"ratio": round(ours.fps / timing.fps, 2)}
+            for name, timing in theirs.items()
+        }
+    _print(result, {f"std-rt ({result['backend']}, {result['precision']})": ours, **timings})
+
+
+def _load(settings: Settings) -> Stylizer:
+    return Stylizer.load(
         settings.bundle,
         backend=settings.backend,
         size=settings.size,
         steps=settings.steps,
         precision=settings.precision,
     )
-    with loaded as stylizer:
-        size = _size(stylizer)
-        timing = _measure_stylizer(stylizer, size, settings)
-        result = _result(stylizer, size, timing)
-        bundle, steps = stylizer.bundle, stylizer.steps
-    timings = {f"std-rt ({result['backend']}, {result['precision']})": timing}
-    if settings.against_diffusers:
-        theirs = _measure_diffusers(bundle, steps, size, settings)
-        timings["diffusers (eager fp32)"] = theirs
-        result |= {"diffusers": _numbers(theirs), "ratio": round(timing.fps / theirs.fps, 2)}
-    _print(result, timings)
 
 
 def _size(stylizer: Stylizer) -> Size:
@@ -144,23 +195,72 @@ def _size(stylizer: Stylizer) -> Size:
     return stylizer.working_size(height, width)
 
 
-def _measure_stylizer(stylizer: Stylizer, size: Size, settings: Settings) -> Timing:
+def _our_step(stylizer: Stylizer, size: Size) -> Step:
     frame = sample_frame(*size)
     stylizer.prepare(*size)
     stylizer.set_style(sample_frame(stylizer.bundle.style_px, stylizer.bundle.style_px, seed=1))
     state = stylizer.state(*size)
-    return measure(
-        lambda mark: stylizer.step(frame, state, mark=mark), settings.frames, settings.warmup, "std-rt"
-    )
+    return lambda mark: stylizer.step(frame, state, mark=mark)
 
 
-def _measure_diffusers(bundle: Bundle, steps: int, size: Size, settings: Settings) -> Timing:
+def _their_step(stylizer: Stylizer, size: Size, name: str) -> Step:
     from std_rt.baseline import DiffusersLoop
 
-    loop = DiffusersLoop(bundle, steps, size)
+    title, precision, compiled = AGAINST[name]
+    bundle = _in_float(stylizer.bundle)
+    loop = DiffusersLoop(
+        bundle, stylizer.steps, size, stylizer.guidance.scale, precision=precision, compiled=compiled
+    )
     frame = sample_frame(*size)
     loop.set_style(sample_frame(bundle.style_px, bundle.style_px, seed=1))
-    return measure(lambda mark: loop.step(frame, mark=mark), settings.frames, settings.warmup, "diffusers")
+    console = Console(stderr=True)
+    with console.status(f"{title}: first frame" + (" (compiles for a minute or two)" if compiled else "")):
+        loop.step(frame)
+    return lambda mark: loop.step(frame, mark=mark)
+
+
+def _in_float(bundle: Bundle) -> Bundle:
+    """The bundle itself, or the one that a bundle in int8 was made from: torch runs no int8 graphs."""
+    if "quantized" not in bundle.manifest:
+        return bundle
+    source = bundle.manifest["quantized"]["from"]
+    try:
+        found = load_bundle(source["name"])
+    except BundleError as error:
+        raise UsageError(f"--against needs the bundle that '{bundle.name}' was made from: {error}") from error
+    if found.digest != source["digest"]:
+        raise UsageError(
+            f"--against needs the bundle that '{bundle.name}' was made from, and {found.path} is another; "
+            f"give -b {found.path}, or quantize it again"
+        )
+    return found
+
+
+def run_first_frame(settings: Settings) -> None:
+    """Time from process start to the first frame, with a warm engine store, in new processes."""
+    asked = {name: getattr(settings, name) for name in ("bundle", "size", "steps", "backend", "precision")}
+    code = "import sys; from std_rt.bench import first_frame; first_frame(sys.argv[1])"
+    seconds = []
+    for _ in range(_STARTS + 1):  # the first one fills the store
+        begun = time.time()
+        command = [sys.executable, "-c", code, json.dumps(asked)]
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
+        if done.returncode:
+            raise UsageError(f"no first frame: {done.stderr.strip().splitlines()[-1]}")
+        seconds.append(float(done.stdout.split()[-1]) - begun)
+    median = float(np.median(seconds[1:]))
+    typer.echo(f"first frame {median:.2f} s after process start, {seconds[0]:.2f} s the first time")
+    typer.echo(json.dumps({**asked, "first_frame_s": round(median, 3), "cold_s": round(seconds[0], 3)}))
+
+
+def first_frame(asked: str) -> None:
+    """In the process that is timed: stylize one frame, and print when it was there (seconds since 1970)."""
+    given = json.loads(asked)
+    size = given.pop("size")
+    with _load(Settings(size=tuple(size) if isinstance(size, list) else size, **given)) as stylizer:
+        at = _size(stylizer)
+        _our_step(stylizer, at)(lambda stage: None)
+        typer.echo(repr(time.time()))
 
 
 def _numbers(timing: Timing) -> dict[str, Any]:
@@ -171,11 +271,11 @@ def _numbers(timing: Timing) -> dict[str, Any]:
     }
 
 
-def _result(stylizer: Stylizer, size: Size, timing: Timing) -> dict[str, Any]:
-    peak = peak_memory_mb()
+def _result(stylizer: Stylizer, size: Size, timing: Timing, peak_mb: float | None) -> dict[str, Any]:
     return {
         **_numbers(timing),
-        "peak_memory_mb": None if peak is None else round(peak, 1),
+        "outside_engines": round(timing.outside, 4),
+        "peak_memory_mb": None if peak_mb is None else round(peak_mb, 1),
         "bundle": stylizer.bundle.name,
         "digest": stylizer.bundle.digest,
         "backend": stylizer.backend,
@@ -207,6 +307,7 @@ def _print(result: dict[str, Any], timings: dict[str, Timing]) -> None:
     Console().print(table)
     if result["peak_memory_mb"] is not None:
         typer.echo(f"peak memory {result['peak_memory_mb']:.0f} MB")
-    if "ratio" in result:
-        typer.echo(f"{result['ratio']:.1f} times the frames of diffusers")
+    typer.echo(f"outside the engines {100 * result['outside_engines']:.1f} % of a frame")
+    for name, row in result.get("against", {}).items():
+        typer.echo(f"{row['ratio']:.1f} times the frames of {AGAINST[name][0]}")
     typer.echo(json.dumps(result))

@@ -37,6 +37,7 @@ __all__ = [
     "REQUIRED_GRAPHS",
     "SCHEMA",
     "Bundle",
+    "check_target",
     "list_bundles",
     "load_bundle",
     "search_paths",
@@ -247,7 +248,7 @@ def write_bundle(final: Path, fill: Callable[[Path], Manifest], *, overwrite: bo
     which is renamed at the end; when killed half-way, only that sibling is left. Raises BundleError
     where ``final`` exists and is not a bundle, or ``overwrite`` is False.
     """
-    _check_target(final, overwrite)
+    check_target(final, overwrite)
     final.parent.mkdir(parents=True, exist_ok=True)
     partial = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.partial")
     partial.mkdir()
@@ -261,7 +262,8 @@ def write_bundle(final: Path, fill: Callable[[Path], Manifest], *, overwrite: bo
     return load_bundle(final, verify=False)
 
 
-def _check_target(final: Path, overwrite: bool) -> None:
+def check_target(final: Path, overwrite: bool) -> None:
+    """Raise BundleError where a bundle may not be written to ``final``."""
     if not final.exists():
         return
     if not final.is_dir() or (any(final.iterdir()) and not (final / MANIFEST).is_file()):

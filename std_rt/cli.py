@@ -261,16 +261,33 @@ def bench(
     frames: Annotated[int, typer.Option("--frames", min=1, help="Frames to time.")] = 60,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Frames before the clock starts.")] = 10,
     against: Annotated[
-        str | None, typer.Option("--against", metavar="diffusers", help="Also run the same weights there.")
+        list[str] | None,
+        typer.Option("--against", metavar="diffusers|compile", help="The same weights there; repeatable."),
     ] = None,
+    table: Annotated[
+        bool, typer.Option("--table", help="All sizes, steps, precisions and backends; takes a while.")
+    ] = False,
+    first_frame: Annotated[
+        bool, typer.Option("--first-frame", help="Seconds from the start of a process to its first frame.")
+    ] = False,
 ) -> None:
     """Time every stage. The last line of the output is one JSON object."""
     working = parse_size(size)
-    if against not in (None, "diffusers"):
-        raise typer.BadParameter(f"--against knows diffusers only, not {against!r}")
-    from std_rt.bench import Settings, run
+    if table and first_frame:
+        raise typer.BadParameter("--table and --first-frame exclude each other")
+    from std_rt.bench import AGAINST, Settings, run, run_first_frame
 
-    run(Settings(bundle, working, steps, backend, precision, frames, warmup, against == "diffusers"))
+    for name in against or ():
+        if name not in AGAINST:
+            raise typer.BadParameter(f"--against knows {' and '.join(AGAINST)}, not {name!r}")
+    asked = tuple(dict.fromkeys(against or ()))
+    settings = Settings(bundle, working, steps, backend, precision, frames, warmup, asked)
+    if table:
+        from std_rt.bench_table import run_table
+
+        run_table(settings)
+        return
+    (run_first_frame if first_frame else run)(settings)
 
 
 app.command("evaluate")(evaluate)

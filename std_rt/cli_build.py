@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 
-from std_rt.cli_options import split_number
 from std_rt.errors import UsageError
 from std_rt.machine import require
 
-__all__ = ["parse_lora", "run_export", "run_train", "unpack"]
+if TYPE_CHECKING:
+    from std_rt.bundle import Bundle
 
-
-def parse_lora(text: str) -> tuple[Path, float]:
-    """``style.safetensors:0.8`` -> (path, scale); without a number the scale is 1."""
-    head, scale = split_number(text)
-    return Path(head), 1.0 if scale is None else scale
+__all__ = ["run_export", "run_train", "unpack"]
 
 
 def run_export(
@@ -44,10 +42,13 @@ def run_export(
         "export",
         *("torch", "diffusers", "transformers", "onnx", "onnxscript", "safetensors", "huggingface_hub"),
     )
-    from std_rt.export import export_pipeline
+    from std_rt.bundle import check_target
     from std_rt.export.sources import resolve_sources
 
     console = Console(stderr=True)
+    overwrite = bool(options.get("overwrite"))
+    output = output or Path("engines") / _bundle_name(source, profile, eta)
+    check_target(output, overwrite)  # before gigabytes are fetched
 
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -64,32 +65,62 @@ def run_export(
         say=say,
         confirm=lambda summary: yes or not console.is_terminal or typer.confirm("fetch it?", default=True),
     )
-    output = output or Path("engines") / _bundle_name(source, sources.profile)
+    plan: dict[str, Any] = {
+        **options,
+        "lora": sources.lora,
+        "ip_adapter": sources.ip_adapter,
+        "image_encoder": sources.image_encoder,
+        "vae": sources.vae,
+        "eta": sources.eta,
+        "profile": sources.profile,
+        "origins": sources.origins,
+        "size": (size, size) if isinstance(size, int) else size,
+        "remark": lambda line: say(f"note: {line}"),
+    }
     with console.status("exporting") as status:
-        bundle = export_pipeline(
-            sources.folder,
-            output,
-            lora=sources.lora,
-            ip_adapter=sources.ip_adapter,
-            image_encoder=sources.image_encoder,
-            vae=sources.vae,
-            eta=sources.eta,
-            profile=sources.profile,
-            origins=sources.origins,
-            size=(size, size) if isinstance(size, int) else size,
-            progress=lambda note: status.update(note),
-            remark=lambda line: say(f"note: {line}"),
-            **options,
-        )
+        bundle = _export(sources.folder, output, plan, calibrate, lambda note: status.update(note))
     typer.echo(f"{bundle.path} ({bundle.name}, {bundle.total_bytes / 2**20:.1f} MB)")
     for graph, parity in bundle.manifest["parity"].items():
         typer.echo(f"  {graph}: {parity['psnr_db']:.1f} dB against {parity['against']} ({parity['runtime']})")
 
 
-def _bundle_name(source: str | Path | None, profile: str) -> str:
+def _export(
+    folder: Path, output: Path, plan: dict[str, Any], calibrate: Path | None, progress: Callable[[str], None]
+) -> Bundle:
+    """The bundle itself; int8 is made from a whole fp32 bundle, which is dropped afterwards."""
+    from std_rt.export import export_pipeline
+
+    if plan.get("precision") != "int8":
+        if calibrate is not None:
+            raise UsageError("--calibrate goes with --precision int8; give both or neither")
+        return export_pipeline(folder, output, progress=progress, **plan)
+    require("--precision int8", "int8", "nncf")
+    from std_rt.export.quantize import quantize_bundle
+
+    pictures = _pictures(calibrate)
+    overwrite = plan.pop("overwrite", False)
+    name = plan.pop("name", "") or output.resolve().name
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
+        exact = export_pipeline(folder, Path(scratch) / name, progress=progress, name=name, **plan)
+        return quantize_bundle(exact, output, pictures, progress=progress, overwrite=overwrite)
+
+
+def _pictures(folder: Path | None) -> list[Any]:
+    """What int8 is calibrated on: the user's pictures, else none (rendered ones are taken)."""
+    if folder is None:
+        return []
+    from std_rt.media.image import read_picture
+    from std_rt.media.kind import is_video
+    from std_rt.media.sources import expand_inputs
+
+    return [read_picture(path).frame for path in expand_inputs([folder]) if not is_video(path)]
+
+
+def _bundle_name(source: str | Path | None, profile: str, eta: float | None) -> str:
     """``sdxl-std-0.75`` for the published recipe, else the last part of the source's name and the profile."""
     if source is None:
-        return f"sdxl-{profile or 'std'}"
+        return f"sdxl-{profile or f'std-{0.75 if eta is None else eta:g}'}"
     base = Path(str(source).partition("@")[0]).stem
     return f"{base}-{profile}" if profile else base
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import typer
 
-from std_rt.cli_build import parse_lora
 from std_rt.cli_options import parse_size, parse_style
 from std_rt.errors import UsageError
 
@@ -57,8 +56,3 @@ def test_a_file_of_that_very_name_has_no_weight(tmp_path: Path) -> None:
 def test_weights_that_are_not_positive_numbers(weight: str) -> None:
     with pytest.raises(UsageError, match=r"weight of style art\.png must be above 0"):
         parse_style(f"art.png:{weight}")
-
-
-def test_a_lora_may_have_any_scale() -> None:
-    assert parse_lora("a.safetensors") == (Path("a.safetensors"), 1.0)
-    assert parse_lora("a.safetensors:-0.5") == (Path("a.safetensors"), -0.5)

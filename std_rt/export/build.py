@@ -106,6 +106,9 @@ class Build:
         self._progress = progress
         progress("reading the pipeline")
         self._source = read_source(options)
+        self._parts = TextParts(options.source, options.prompt, options.negative)
+        if options.prompts == "encoder" and not self._parts.roles:
+            raise ExportError(f"{options.source} has no text encoders, so --prompts encoder is not for it")
         self._size = options.working_size(self._source.parameters)
         self._multiple = _check_size(self._size, self._source)
         self._compute = options.compute(self._source.parameters)
@@ -161,10 +164,7 @@ class Build:
     def _text(self, style: Style) -> TextConstants:
         """Prompts, one encoder in memory at a time; for open prompts the encoders' graphs too."""
         source, options = self._source, self._options
-        parts = TextParts(source.folder, options.prompt, options.negative)
-        open_prompts = options.prompts == "encoder"
-        if open_prompts and not parts.roles:
-            raise ExportError(f"{source.folder} has no text encoders, so --prompts encoder is not for it")
+        parts, open_prompts = self._parts, options.prompts == "encoder"
         for role in parts.roles:
             self._progress(f"{role}: torch")
             encoder = source.load_text_encoder(role)

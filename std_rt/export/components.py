@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from std_rt.errors import ExportError
+from std_rt.export.weight_files import check_weights
 
 __all__ = ["CLASSES", "Network", "load_part", "plain_config", "read_config", "read_json", "resolve"]
 
@@ -77,6 +78,7 @@ def load_part(role: str, folder: Path) -> Network:
         options |= {"dtype": torch.float32, "attn_implementation": "eager"}
     else:
         options |= {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+    check_weights(folder)
     variant = _variant(folder)
     if variant is not None:
         options["variant"] = variant

@@ -21,7 +21,7 @@ from std_rt.digest import unet_digest
 from std_rt.errors import ExportError
 from std_rt.export.weight_files import open_weights, read_shapes, weight_files
 
-__all__ = ["fuse_lora", "original_names", "read_metadata", "source_digest"]
+__all__ = ["check_lora", "fuse_lora", "original_names", "read_metadata", "source_digest"]
 
 # NAME.lora_A.weight (PEFT), NAME.lora_down.weight (kohya), NAME.lora.down.weight, NAME_lora.down.weight and
 # NAME.lora_linear_layer.down.weight (diffusers, newest to oldest) are one thing.
@@ -80,30 +80,41 @@ def fuse_lora(
     path: Path,
     scale: float,
     *,
-    unet_config: Any = None,
     elsewhere: Collection[str] = (),
 ) -> None:
     """Add ``scale`` times the LoRA to ``parts`` (in place): ``unet`` and, where present, the text encoders.
 
     Alpha is honoured: of each layer, else of the file's notes, else it is the rank. What the file holds for
     the parts named in ``elsewhere`` is left for another call. Raises ExportError where it holds anything
-    else that does not fit, before a weight is changed. ``unet_config`` is not needed any more.
+    else that does not fit, before a weight is changed.
     """
     shapes = read_shapes(path, "LoRA")
-    layers = _read_layers(path, shapes)
-    for role in sorted({layer.role for layer in layers}):
-        if role not in parts and role not in elsewhere:
-            raise ExportError(f"LoRA {path} changes {role}, which this pipeline does not have")
-    found = [
-        pair
-        for role, module in parts.items()
-        for pair in _place(role, module, [layer for layer in layers if layer.role == role], path, shapes)
-    ]
+    found = _placed(parts, path, elsewhere, shapes)
     notes = _adapter_notes(path)
     with open_weights(path, "LoRA") as file:
         for layer, name, module in found:
             _merge(module, file.get_tensor(layer.down), file.get_tensor(layer.up),
                    scale * _strength(layer, name, notes, file, shapes))  # fmt: skip
+
+
+def check_lora(parts: Mapping[str, nn.Module], path: Path, *, elsewhere: Collection[str] = ()) -> None:
+    """What `fuse_lora` would refuse, from names and shapes alone: ``parts`` need no weights (``meta``)."""
+    _placed(parts, path, elsewhere, read_shapes(path, "LoRA"))
+
+
+def _placed(
+    parts: Mapping[str, nn.Module], path: Path, elsewhere: Collection[str], shapes: Shapes
+) -> list[tuple[_Layer, str, Any]]:
+    """(layer of the file, its module's name, the module) of everything that goes to ``parts``."""
+    layers = _read_layers(path, shapes)
+    for role in sorted({layer.role for layer in layers}):
+        if role not in parts and role not in elsewhere:
+            raise ExportError(f"LoRA {path} changes {role}, which this pipeline does not have")
+    return [
+        pair
+        for role, module in parts.items()
+        for pair in _place(role, module, [layer for layer in layers if layer.role == role], path, shapes)
+    ]
 
 
 def original_names(unet: Any) -> dict[str, str]:

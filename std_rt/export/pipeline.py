@@ -19,6 +19,7 @@ from std_rt.errors import ExportError
 from std_rt.export.components import Network, load_part, plain_config, read_config, read_json, resolve
 from std_rt.export.ip_adapter import (
     Branches,
+    check_encoder,
     choose_layers,
     make_projection,
     pair_branches,
@@ -26,7 +27,7 @@ from std_rt.export.ip_adapter import (
     projection_tokens,
     read_ip_adapter,
 )
-from std_rt.export.lora import fuse_lora
+from std_rt.export.lora import check_lora, fuse_lora
 from std_rt.export.modules import CLIP_MEAN, CLIP_STD, ClipStyleEncoder
 from std_rt.export.options import ExportOptions
 from std_rt.export.quiet import quiet
@@ -147,7 +148,7 @@ class Source:
     def _fused(self, role: str, module: Network) -> Network:
         for path, scale in self.options.lora:
             known = {"unet", *self.text_roles}
-            fuse_lora({role: module}, path, scale, unet_config=self.unet.config, elsewhere=known)
+            fuse_lora({role: module}, path, scale, elsewhere=known)
         return module
 
 
@@ -161,10 +162,13 @@ def read_source(options: ExportOptions) -> Source:
         unet = resolve("unet", config["_class_name"]).from_config(config)  # type: ignore[attr-defined]
     vae_config = read_config("vae", options.vae or folder / "vae")
     roles = _text_roles(folder)
-    if options.prompt and not roles:
-        raise ExportError(f"{folder} has no text encoders, so it takes no --prompt")
+    for path, _ in options.lora:
+        check_lora({"unet": unet}, path, elsewhere=roles)
     adapter = _adapter_path(options)
-    own = read_config("image_encoder", _encoder_folder(options, adapter)).get("_class_name") == "StyleEncoder"
+    encoder = _encoder_folder(options, adapter)
+    own = read_config("image_encoder", encoder).get("_class_name") == "StyleEncoder"
+    if not own:
+        check_encoder(adapter, encoder)
     layout, layers = choose_layers(unet, options.style_layers, own_encoder=own)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     schedule = NoiseSchedule.from_config(scheduler)

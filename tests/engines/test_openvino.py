@@ -184,3 +184,24 @@ def test_a_quantized_graph_says_int8_whatever_is_asked(tmp_path: Path) -> None:
         assert engine.precision == "int8"
         found = engine(**draw())["noise_pred"]
         np.testing.assert_allclose(found, draw()["sample"] @ WEIGHT + np.cos(2), atol=0.02)
+
+
+@pytest.mark.parametrize("compute", [TensorProto.FLOAT, TensorProto.FLOAT16])
+def test_weights_stored_in_fp16_stay_so_until_they_are_packed(compute: int, tmp_path: Path) -> None:
+    """Stored as `std_rt.export.weights` does: [out, in] behind a Transpose, and a Cast for fp32 graphs."""
+    rng = np.random.default_rng(0)
+    up, down = (rng.standard_normal(shape).astype(np.float16) for shape in ((9000, 4), (4, 9000)))
+    nodes = [helper.make_node("Cast", ["sample"], ["x0"], to=compute)]
+    for i, name in enumerate(("up", "down")):
+        nodes += [
+            helper.make_node("Transpose", [name], [f"turned_{i}"], perm=[1, 0]),
+            helper.make_node("Cast", [f"turned_{i}"], [f"weight_{i}"], to=compute),
+            helper.make_node("MatMul", [f"x{i}", f"weight_{i}"], [f"x{i + 1}"]),
+        ]
+    nodes.append(helper.make_node("Cast", ["x2"], ["product"], to=TensorProto.FLOAT))
+    spec = _write(tmp_path / "half.onnx", nodes, up=up, down=down)
+    found = open_engine("openvino", spec, "fp32")(**draw())["noise_pred"]
+    wanted = draw()["sample"] @ up.T.astype(np.float32) @ down.T.astype(np.float32) + np.cos(2)
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-2)
+    [path] = engines()
+    assert path.stat().st_size < 1.2 * (up.nbytes + down.nbytes)

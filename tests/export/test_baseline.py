@@ -30,3 +30,22 @@ def test_the_stylizer_and_the_diffusers_loop_paint_the_same_picture(
     assert ours.std() > 5
     assert error.mean() < 0.5
     assert set(marks) == {"convert", "vae_encoder", "unet", "scheduler", "vae_decoder"}
+
+
+def test_bf16_and_compilation_paint_nearly_the_same_picture(
+    own_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from std_rt.baseline import DiffusersLoop
+
+    compiled: list[object] = []
+    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)  # type: ignore[func-returns-value]
+    frame, style = sample_frame(64, 64), sample_frame(64, 64, seed=1)
+    pictures = []
+    for options in ({}, {"precision": "bf16", "compiled": True}):
+        loop = DiffusersLoop(own_bundle, own_bundle.default_steps, (64, 64), **options)  # type: ignore[arg-type]
+        loop.set_style(style)
+        pictures.append(loop.step(frame).astype(int))
+    assert len(compiled) == 3
+    assert 0 < np.abs(pictures[0] - pictures[1]).mean() < 6

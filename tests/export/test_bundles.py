@@ -157,7 +157,7 @@ def test_clip_bundle_equals_the_diffusers_pipeline(
     found = open_(clip_bundle, "unet")(
         sample=sample.numpy(),
         timestep=np.float32([499]),
-        **baked,
+        **{name: baked[name] for name in ("encoder_hidden_states", "text_embeds")},
         time_ids=time_ids.numpy(),
         style_tokens=tokens,
         style_strength=np.ones(1, np.float32),
