@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "frame_program": {"schedule", "engines"},
     "stylizer": {"conditioning", "engines", "bundle", "media", "frame_program", "prompt", "text"},
     "bench": {"stylizer", "schedule", "conditioning", "engines", "bundle", "media", "machine", "baseline"},
+    "bench_table": {"bench", "bundle", "engines", "machine", "stylizer", "baseline"},
     "baseline": {"export", "stylizer", "schedule", "conditioning", "bundle"},
     "doctor": {"bundle", "engines", "machine"},
     "demo": {"examples", "media", "stylizer"},

@@ -18,7 +18,7 @@ __all__ = ["FLOOR_DB", "check_graph", "lint", "psnr_db"]
 
 # fp16 weights are rounded by up to one part in 2048; a wrong layer or input shows far below either line.
 FLOOR_DB = {"fp32": 60.0, "fp16": 35.0, "bf16": 28.0}
-# Where a comparison can always be made; OpenVINO keeps a large fp16 graph's weights in fp32, twice.
+# Where a comparison can always be made. The last one takes least memory for a large graph in fp32 arithmetic.
 _CPU = ("openvino", "onnxruntime")
 
 

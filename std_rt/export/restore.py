@@ -25,6 +25,11 @@ def load_torch_components(bundle: Bundle) -> dict[str, nn.Module]:
     ``style_encoder(style_image)`` gives tokens, or (tokens, text_embeds). The VAE is diffusers' (or
     ours); its scaling is not applied. Raises BundleError where weights and configs do not fit.
     """
+    if "quantized" in bundle.manifest:
+        origin = bundle.manifest["quantized"]["from"]["name"]
+        raise BundleError(
+            f"bundle '{bundle.name}' is in int8 and has no torch weights; use the one it came from: {origin}"
+        )
     parts = {"unet": _unet(bundle), "vae": _vae(bundle), "style_encoder": _style_encoder(bundle)}
     return {name: part.float().eval().requires_grad_(False) for name, part in parts.items()}
 
