@@ -72,7 +72,7 @@ def show_list() -> None:
         return
     names = _bundle_names()
     table = Table(box=None, pad_edge=False)
-    for title in ("bundle", "graph", "shapes", "product", "for", "MB", "built"):
+    for title in ("bundle", "graph", "input", "product", "for", "MB", "built (UTC)"):
         table.add_column(title, overflow="fold")
     for entry in entries:
         table.add_row(*_row(entry, names))
@@ -252,15 +252,15 @@ def _square(wanted: Wanted, bundle: Bundle) -> tuple[int, int]:
 
 def _row(entry: Entry, names: dict[str, str]) -> tuple[str, ...]:
     key = entry.key
-    shapes = ", ".join("x".join(map(str, shape)) for shape in key.shapes.values() if len(shape) > 2)
+    shape = next(iter(key.shapes.values()), ())  # the first input's says the size
     return (
-        names.get(key.bundle, Path(entry.origin).name if key.bundle else ""),
+        names.get(key.bundle, Path(entry.origin).name if entry.origin else key.bundle[:8]),
         key.graph,
-        shapes,
-        f"{key.product} {key.version}",
-        " ".join(part for part in (key.target, key.driver) if part),
+        "x".join(map(str, shape)),
+        f"{key.product} {key.version.partition('-')[0]}",
+        " ".join(part for part in (key.target.partition(" (")[0], key.driver) if part),
         f"{entry.size / 2**20:.1f}",
-        entry.created.replace("T", " ").removesuffix("+00:00"),
+        entry.created[:16].replace("T", " "),
     )
 
 

@@ -144,6 +144,8 @@ class TextEncoder:
         """``open_graph`` opens one graph at static shapes. Raises UsageError where prompts are baked in."""
         text = bundle.manifest["text"]
         if text["mode"] != "encoder":
+            if text["mode"] == "none":
+                raise UsageError(f"bundle '{bundle.name}' has no text encoders, so it takes no --prompt")
             raise UsageError(
                 f"bundle '{bundle.name}' has its prompt baked in ({text.get('prompt') or 'none'}) and "
                 "takes no other; export it with --prompts encoder"

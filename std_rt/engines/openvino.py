@@ -42,7 +42,7 @@ def open_graph(spec: GraphSpec, precision: str) -> OpenVinoEngine:
     compiled, broken = recall(core, key, config)
     if compiled is None:
         compiled, weight_bytes = _compile(core, spec, config)
-        keep(key, compiled, weight_bytes, replace=broken)
+        keep(key, compiled, weight_bytes, replace=broken, origin=spec.path.parent.resolve())
     return OpenVinoEngine(spec.name, compiled, "int8" if spec.compute == "int8" else chosen)
 
 

@@ -77,13 +77,18 @@ def recall(core: ov.Core, key: EngineKey | None, config: dict[str, str]) -> tupl
         return None, True  # of this version, and yet OpenVINO does not take it
 
 
-def keep(key: EngineKey | None, compiled: Compiled, weight_bytes: int, *, replace: bool) -> None:
-    """Write ``compiled`` to the store. Where that fails, the next start is as slow as this one."""
+def keep(
+    key: EngineKey | None, compiled: Compiled, weight_bytes: int, *, replace: bool, origin: Path
+) -> None:
+    """Write ``compiled`` to the store. Where that fails, the next start is as slow as this one.
+
+    ``origin`` is the bundle's folder, by which the store knows whether it is still there.
+    """
     store = EngineStore.open() if key is not None and weight_bytes <= _LARGEST_BYTES else None
     if store is None or key is None:
         return
     try:
-        store.build(key, lambda path: _write(path, compiled), replace=replace)
+        store.build(key, lambda path: _write(path, compiled), replace=replace, origin=str(origin))
     except BackendError as error:
         logging.getLogger("std_rt").warning("%s", error)
 
@@ -109,9 +114,7 @@ def _read(core: ov.Core, data: bytes, config: dict[str, str]) -> Compiled:
     header = json.loads(bytes(view[_LENGTH_BYTES:at]))
     models = []
     for size, settings in zip(header["bytes"], (config, config | EXACT), strict=False):
-        blob = ov.Tensor(
-            ov.Type.u8, ov.Shape([size])
-        )  # which the model keeps, so that weights are not copied
+        blob = ov.Tensor(ov.Type.u8, ov.Shape([size]))  # the model keeps it, so weights are not copied
         blob.data[:] = np.frombuffer(view[at : at + size], np.uint8)
         models.append(core.import_model(blob, "CPU", settings))
         at += size
