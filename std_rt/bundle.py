@@ -14,11 +14,13 @@ with the command that mends it; a half-written one never has the final name.
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -249,17 +251,33 @@ def write_bundle(final: Path, fill: Callable[[Path], Manifest], *, overwrite: bo
     where ``final`` exists and is not a bundle, or ``overwrite`` is False.
     """
     check_target(final, overwrite)
-    final.parent.mkdir(parents=True, exist_ok=True)
     partial = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.partial")
-    partial.mkdir()
-    try:
-        manifest = fill(partial)
-        _write_manifest(partial, manifest)
-        load_bundle(partial, verify=True)
-        _move_into_place(partial, final)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with _writing(final):
+        partial.mkdir(parents=True)
+        try:
+            manifest = fill(partial)
+            _write_manifest(partial, manifest)
+            load_bundle(partial, verify=True)
+            _move_into_place(partial, final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return load_bundle(final, verify=False)
+
+
+@contextmanager
+def _writing(final: Path) -> Iterator[None]:
+    """What a disk says, as a BundleError."""
+    try:
+        yield
+    except OSError as error:
+        full = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+        # NumPy's tofile gives no number, only how much was written.
+        short = error.errno in full or (error.errno is None and "requested and" in str(error))
+        reason = "the disk is full" if short else " ".join(str(error).split())
+        raise BundleError(
+            f"bundle {final} cannot be written: {reason}; nothing of it is left: make room, or choose "
+            "another --output"
+        ) from error
 
 
 def check_target(final: Path, overwrite: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,12 +44,16 @@ def run_export(
         *("torch", "diffusers", "transformers", "onnx", "onnxscript", "safetensors", "huggingface_hub"),
     )
     from std_rt.bundle import check_target
+    from std_rt.export.options import check_choices
     from std_rt.export.sources import resolve_sources
 
     console = Console(stderr=True)
     overwrite = bool(options.get("overwrite"))
     output = output or Path("engines") / _bundle_name(source, profile, eta)
-    check_target(output, overwrite)  # before gigabytes are fetched
+    # Before gigabytes are fetched.
+    check_target(output, overwrite)
+    check_choices(options)
+    pictures = _calibration(options, calibrate)
 
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -78,50 +83,58 @@ def run_export(
         "remark": lambda line: say(f"note: {line}"),
     }
     with console.status("exporting") as status:
-        bundle = _export(sources.folder, output, plan, calibrate, lambda note: status.update(note))
+        bundle = _export(sources.folder, output, plan, pictures, lambda note: status.update(note))
     typer.echo(f"{bundle.path} ({bundle.name}, {bundle.total_bytes / 2**20:.1f} MB)")
     for graph, parity in bundle.manifest["parity"].items():
         typer.echo(f"  {graph}: {parity['psnr_db']:.1f} dB against {parity['against']} ({parity['runtime']})")
 
 
-def _export(
-    folder: Path, output: Path, plan: dict[str, Any], calibrate: Path | None, progress: Callable[[str], None]
-) -> Bundle:
-    """The bundle itself; int8 is made from a whole fp32 bundle, which is dropped afterwards."""
-    from std_rt.export import export_pipeline
-
-    if plan.get("precision") != "int8":
-        if calibrate is not None:
-            raise UsageError("--calibrate goes with --precision int8; give both or neither")
-        return export_pipeline(folder, output, progress=progress, **plan)
-    require("--precision int8", "int8", "nncf")
-    from std_rt.export.quantize import quantize_bundle
-
-    pictures = _pictures(calibrate)
-    overwrite = plan.pop("overwrite", False)
-    name = plan.pop("name", "") or output.resolve().name
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
-        exact = export_pipeline(folder, Path(scratch) / name, progress=progress, name=name, **plan)
-        return quantize_bundle(exact, output, pictures, progress=progress, overwrite=overwrite)
-
-
-def _pictures(folder: Path | None) -> list[Any]:
-    """What int8 is calibrated on: the user's pictures, else none (rendered ones are taken)."""
+def _calibration(options: dict[str, Any], folder: Path | None) -> list[Any]:
+    """The user's pictures that int8 is calibrated on; none where rendered ones are taken."""
+    if options.get("precision") == "int8":
+        require("--precision int8", "int8", "nncf")
+    elif folder is not None:
+        raise UsageError("--calibrate goes with --precision int8; give both or neither")
     if folder is None:
         return []
     from std_rt.media.image import read_picture
     from std_rt.media.kind import is_video
     from std_rt.media.sources import expand_inputs
 
-    return [read_picture(path).frame for path in expand_inputs([folder]) if not is_video(path)]
+    pictures = [read_picture(path).frame for path in expand_inputs([folder]) if not is_video(path)]
+    if not pictures:
+        raise UsageError(
+            f"--calibrate {folder} holds no picture; give a folder of pictures like those to come"
+        )
+    return pictures
+
+
+def _export(
+    folder: Path, output: Path, plan: dict[str, Any], pictures: list[Any], progress: Callable[[str], None]
+) -> Bundle:
+    """The bundle itself; int8 is made from a whole fp32 bundle, which is dropped afterwards."""
+    from std_rt.export import export_pipeline
+
+    if plan.get("precision") != "int8":
+        return export_pipeline(folder, output, progress=progress, **plan)
+    from std_rt.export.quantize import quantize_bundle
+
+    overwrite, name = plan.pop("overwrite", False), plan.pop("name", "") or output.resolve().name
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
+        exact = export_pipeline(folder, Path(scratch) / "exact", progress=progress, name=name, **plan)
+        return quantize_bundle(exact, output, pictures, progress=progress, overwrite=overwrite, name=name)
 
 
 def _bundle_name(source: str | Path | None, profile: str, eta: float | None) -> str:
     """``sdxl-std-0.75`` for the published recipe, else the last part of the source's name and the profile."""
     if source is None:
         return f"sdxl-{profile or f'std-{0.75 if eta is None else eta:g}'}"
-    base = Path(str(source).partition("@")[0]).stem
+    text = str(source)
+    path = Path(text)
+    # A folder by its own name, a hub id without its revision, a file without its suffix.
+    base = path.resolve().name if path.is_dir() else re.split(r"[/:\\]", text.partition("@")[0])[-1]
+    base = base.removesuffix(".safetensors") or "bundle"
     return f"{base}-{profile}" if profile else base
 
 

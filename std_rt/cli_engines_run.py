@@ -18,7 +18,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from std_rt.bundle import Bundle, list_bundles, load_bundle
-from std_rt.engines.base import BACKENDS, Engine, GraphSpec, open_engine
+from std_rt.cli_stylize import check_size
+from std_rt.engines.base import BACKENDS, PRECISIONS, Engine, GraphSpec, open_engine
 from std_rt.engines.cuda_driver import cuda_device, driver_problem
 from std_rt.engines.program import Program, Runner
 from std_rt.engines.store import MEND, Dropped, EngineStore, Entry
@@ -101,6 +102,8 @@ def build(wanted: Wanted) -> None:
 
 def plan(wanted: Wanted) -> Plan:
     """Ask a stylizer what it would open, and open nothing."""
+    if wanted.precision not in PRECISIONS:
+        raise UsageError(f"--precision must be one of {', '.join(PRECISIONS)}, got {wanted.precision!r}")
     program: Future[tuple[Program, dict[str, GraphSpec]]] = Future()
     style: Future[GraphSpec] = Future()
 
@@ -122,6 +125,7 @@ def plan(wanted: Wanted) -> Plan:
         guidance=wanted.guidance,
         guidance_mode=wanted.guidance_mode,
     ) as stylizer:
+        check_size(stylizer, wanted.size)
         stylizer.prepare(*(wanted.frame or _square(wanted, bundle)))
         return Plan(*program.result(_PLAN_S), style.result(_PLAN_S))
 

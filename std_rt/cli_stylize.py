@@ -96,10 +96,31 @@ def run(request: Request) -> int:
         if prompt is not None:
             stylizer.set_prompt(prompt, negative)
         work = Work(stylizer, request, console)
-        work.look_ahead(jobs)
-        stylizer.set_style(styles, request.strength)
-        console.print(f"[dim]{describe(stylizer)}[/]", highlight=False)
-        return work.all(jobs)
+        with builds_shown(console, stylizer.backend):
+            work.look_ahead(jobs)
+            stylizer.set_style(styles, request.strength)
+            console.print(f"[dim]{describe(stylizer)}[/]", highlight=False)
+            return work.all(jobs)
+
+
+@contextmanager
+def builds_shown(console: Console, backend: str) -> Iterator[None]:
+    """Say, at every tenth, how far engines are that TensorRT builds: minutes, the first time."""
+    if backend not in ("tensorrt", "rtx"):
+        yield
+        return
+    from std_rt.engines.trt_maker import progress_to
+
+    said: dict[str, int] = {}
+
+    def show(graph: str, share: float) -> None:
+        tenths = int(share * 10)
+        if tenths > said.get(graph, -1):
+            said[graph] = tenths
+            console.print(f"building the engine of {graph}: {10 * tenths} %", style="dim", highlight=False)
+
+    with progress_to(show):
+        yield
 
 
 def check_size(stylizer: Stylizer, size: int | tuple[int, int] | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -298,3 +299,21 @@ def test_weights_written_beside_the_graph_are_accepted(folder: Path) -> None:
     )
     reseal(folder, rehash=("unet.onnx", "unet.safetensors"))
     assert load_bundle(folder).name == "handmade"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, None])
+def test_a_full_disk_is_one_line_and_leaves_nothing(number: int | None, tmp_path: Path) -> None:
+    def fill(folder: Path) -> dict[str, Any]:
+        (folder / "half.bin").write_bytes(b"half")
+        # NumPy's tofile gives no number.
+        raise OSError("331776 requested and 52008 written") if number is None else OSError(number, "full")
+
+    with pytest.raises(BundleError, match="cannot be written: the disk is full; nothing of it is left"):
+        write_bundle(tmp_path / "b", fill)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_the_way_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(BundleError, match="cannot be written"):
+        write_bundle(tmp_path / "file" / "b", lambda folder: {})

@@ -185,18 +185,17 @@ class EngineStore:
         under the final name. ``replace`` makes it in any case. Raises BackendError on a full disk, on a
         changed engine as `find` does, and whatever ``make`` raises.
         """
-        with self._lock(key.digest):
+        with self._room(key), self._lock(key.digest):
             known = None if replace else self.find(key)
             if known is not None:
                 return known
             partial = self.folder / f"{key.digest}.{secrets.token_hex(4)}.partial"
             try:
-                with self._room(key):
-                    if isinstance(make, bytes):
-                        partial.write_bytes(make)
-                    else:
-                        make(partial)
-                    return self._keep(key, partial, str(origin))
+                if isinstance(make, bytes):
+                    partial.write_bytes(make)
+                else:
+                    make(partial)
+                return self._keep(key, partial, str(origin))
             finally:
                 partial.unlink(missing_ok=True)
 

@@ -20,6 +20,9 @@ __all__ = ["SwitchingRunner"]
 Array = NDArray[Any]
 Frame = NDArray[np.uint8]
 
+# What a backend that does not work raises, its bindings included; a mistake in the program is none of these.
+_FAILURES = (StdRtError, OSError, MemoryError, RuntimeError, ImportError)
+
 
 class SwitchingRunner:
     """`program.Runner` over two runners of one program. Not for use from two threads at once.
@@ -67,8 +70,14 @@ class SwitchingRunner:
 
     def close(self) -> None:
         """Close the runner in use, and the other one as soon as it is there."""
-        if self._coming is not None and not self._coming.cancel():
-            self._coming.add_done_callback(_close)
+        if self._coming is not None:
+            if not self._coming.done():
+                self._said(
+                    f"{self._names[1]} was not ready in time; to build it ahead: std-rt engines build "
+                    f"--backend {self._names[1]}"
+                )
+            if not self._coming.cancel():
+                self._coming.add_done_callback(_close)
         self._coming = None
         self._now.close()
 
@@ -81,7 +90,7 @@ class SwitchingRunner:
             runner = coming.result()
             runner.set(**self._feeds)
             styled = runner.run(frame, mark)
-        except (StdRtError, OSError, MemoryError, CancelledError) as error:
+        except (*_FAILURES, CancelledError) as error:
             if runner is not None:
                 runner.close()
             reason = " ".join(str(error).split()) or type(error).__name__

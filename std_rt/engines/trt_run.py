@@ -11,6 +11,7 @@ Not run on a GPU by us. Tests run all of this on tests/fake_gpu.py, a GPU and a 
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -156,7 +157,7 @@ class Memory:
             self._device.free(self._taken.pop())
 
 
-@dataclass(frozen=True)
+@dataclass
 class Kernels:
     """TensorRT-RTX compiles kernels where it runs; kept in the store, they are there at the next start."""
 
@@ -183,7 +184,11 @@ class Kernels:
         blob = bytes(self.cache.serialize() or b"")
         if self.maker.store is not None and blob and blob != self.known:
             key = self.maker.kernels_key(self.spec, self.device.driver)
-            self.maker.store.build(key, blob, replace=True)
+            self.known = blob
+            try:
+                self.maker.store.build(key, blob, replace=True, origin=self.spec.path.parent.resolve())
+            except BackendError as error:  # the frame is good; only the next start is slower
+                logging.getLogger("std_rt").warning("%s", error)
 
 
 class LoadedGraph:

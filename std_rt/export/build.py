@@ -31,7 +31,7 @@ from std_rt.export.options import (
 )
 from std_rt.export.parity import check_graph, lint
 from std_rt.export.pipeline import Source, Style, check_text, read_source
-from std_rt.export.precision import half_dtype, to_half, vae_compute
+from std_rt.export.precision import half_dtype, to_half, vae_compute, within_range
 from std_rt.export.text import TextConstants, TextParts
 from std_rt.export.weights import externalize
 from std_rt.schedule import GRID_POINTS, NoiseSchedule
@@ -72,7 +72,15 @@ def export_pipeline(
     trajectory = _plan(options, remark)
 
     def fill(folder: Path) -> dict[str, Any]:
-        return Build(folder, options, trajectory, progress).run()
+        try:
+            return Build(folder, options, trajectory, progress).run()
+        except (MemoryError, RuntimeError) as error:
+            # torch says it with a RuntimeError of its own.
+            if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+                raise
+            raise ExportError(
+                "this machine's memory is too small for the export; close other programs or add swap"
+            ) from error
 
     return write_bundle(options.output, fill, overwrite=overwrite)
 
@@ -81,14 +89,17 @@ def _plan(options: ExportOptions, remark: Progress) -> Trajectory:
     """The schedule, from flags and the LoRAs' notes; what does not fit is found before weights are read."""
     notes = [read_notes(path, read_metadata(path)) for path, _ in options.lora]
     trajectory = choose_trajectory(options, notes)
+    guidance_mode(options, trajectory)  # said before the work, where it does not fit
     if any(note.base_digest for note in notes):
         check_base(options, notes, source_digest(options.source / "unet"))
     for line in remarks(options, trajectory, notes):
         remark(line)
     parts = {"vae": options.vae, "image_encoder": options.image_encoder}
+    stored = options.precision if options.precision in ("fp16", "bf16") else options.weights
     need = estimate_export(
         options.source,
-        "fp16" if options.precision == "auto" else options.precision,
+        stored,
+        adapter=options.ip_adapter,
         parts={name: folder for name, folder in parts.items() if folder is not None},
         text=options.prompts == "encoder",
     )
@@ -138,7 +149,8 @@ class Build:
     def _style(self) -> tuple[Style, Branches]:
         self._progress("style encoder: torch")
         style, branches = self._source.load_style()
-        examples = [walk.style(style) for walk in self._walks]
+        with within_range(style.module, self._compute, "style encoder"):
+            examples = [walk.style(style) for walk in self._walks]
         compute = "fp32"
         dtype = half_dtype(self._compute)
         if dtype is not None and isinstance(style.module, ClipStyleEncoder):
@@ -151,8 +163,9 @@ class Build:
     def _vae(self, style: Style) -> None:
         self._progress("vae: torch")
         vae = self._source.load_vae()
-        examples = zip(*(walk.vae(vae) for walk in self._walks), strict=True)
         compute = vae_compute(vae, self._compute)
+        with within_range(vae, compute, "vae"):
+            examples = list(zip(*(walk.vae(vae) for walk in self._walks), strict=True))
         dtype = half_dtype(compute)
         if dtype is not None:
             to_half(vae, dtype)
@@ -198,7 +211,8 @@ class Build:
         attach_diffusers(unet, branches, style.tokens)
         schedule = self._source.schedule
         start = self._trajectory.rows(schedule, self._trajectory.steps[0])[0].timestep
-        examples = [walk.unet(unet, schedule, start, text.arrays) for walk in self._walks]
+        with within_range(unet, self._compute, "unet"):
+            examples = [walk.unet(unet, schedule, start, text.arrays) for walk in self._walks]
         detach_diffusers(unet)
         prepare_attention(unet, branches)
         dtype = half_dtype(self._compute)

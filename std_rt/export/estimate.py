@@ -31,21 +31,27 @@ class Need:
 
 
 def estimate_export(
-    source: Path, precision: str = "fp16", *, parts: dict[str, Path] | None = None, text: bool = True
+    source: Path,
+    precision: str = "fp16",
+    *,
+    parts: dict[str, Path] | None = None,
+    adapter: Path | None = None,
+    text: bool = True,
 ) -> Need:
     """What the export of a diffusers folder takes with weights stored in ``precision``.
 
     fp32, fp16, bf16 or int8. ``parts`` are folders that take the place of the source's own (as
-    ``{"vae": Path(...)}``). ``text`` is False where prompts are baked in, so that text encoders are loaded
-    and not stored. Raises ExportError on an unreadable weight file or an unknown precision.
+    ``{"vae": Path(...)}``), ``adapter`` an IP-Adapter file. ``text`` is False where prompts are baked in, so
+    that text encoders are loaded and not stored. Raises ExportError on an unreadable weight file or an
+    unknown precision.
     """
     if precision not in _STORED_BYTES:
         raise ExportError(f"there is no precision {precision!r}; use one of {', '.join(_STORED_BYTES)}")
     folders = {part: source / part for part in PARTS} | (parts or {})
     sizes = {part: _parameters(folder) for part, folder in folders.items()}
     stored = {part: size for part, size in sizes.items() if text or not part.startswith("text_")}
-    adapter = source / "ip_adapter.safetensors"
-    extra = _count(adapter) if adapter.is_file() else 0
+    adapter = adapter or source / "ip_adapter.safetensors"
+    extra = _count(adapter) if adapter.suffix == ".safetensors" and adapter.is_file() else 0
     return Need(_memory_gb(sizes, extra), _disk_gb(stored, extra, precision))
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "ExportOptions",
     "Trajectory",
     "check_base",
+    "check_choices",
     "choose_trajectory",
     "guidance_mode",
     "remarks",
@@ -30,6 +31,23 @@ PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8")
 GUIDANCE_MODES = ("auto", "none", "full", "residual")
 PROMPTS = ("baked", "encoder")
 _HALF_FROM = 500_000_000  # parameters: a UNet of SDXL's size is made for GPUs, which compute in halves
+
+
+def check_choices(asked: Mapping[str, Any]) -> None:
+    """Raise ExportError on a value that no export takes, whatever the source is."""
+    for name, known in (
+        ("weights", WEIGHTS),
+        ("precision", PRECISIONS),
+        ("guidance_mode", GUIDANCE_MODES),
+        ("prompts", PROMPTS),
+        ("schedule", ("auto", *SCHEDULES)),
+    ):
+        if asked.get(name, known[0]) not in known:
+            flag = name.replace("_", "-")
+            raise ExportError(f"--{flag} must be one of {', '.join(known)}, got {asked[name]!r}")
+    guidance = asked.get("guidance")
+    if guidance is not None and not 1 <= guidance <= 50:
+        raise ExportError(f"--guidance must be in 1..50 (1 is none), got {guidance:g}")
 
 
 @dataclass(frozen=True)
@@ -71,17 +89,7 @@ class ExportOptions:
             raise ExportError(f"{self.source} is no folder; export takes an SDXL-layout diffusers folder")
         if not (self.source / "model_index.json").is_file():
             raise ExportError(f"{self.source} has no model_index.json, so it is no diffusers pipeline folder")
-        for flag, value, known in (
-            ("weights", self.weights, WEIGHTS),
-            ("precision", self.precision, PRECISIONS),
-            ("guidance-mode", self.guidance_mode, GUIDANCE_MODES),
-            ("prompts", self.prompts, PROMPTS),
-            ("schedule", self.schedule, ("auto", *SCHEDULES)),
-        ):
-            if value not in known:
-                raise ExportError(f"--{flag} must be one of {', '.join(known)}, got {value!r}")
-        if self.guidance is not None and not 1 <= self.guidance <= 50:
-            raise ExportError(f"--guidance must be in 1..50 (1 is none), got {self.guidance:g}")
+        check_choices(vars(self))
         for path, _ in self.lora:
             if not path.is_file():
                 raise ExportError(f"LoRA {path} does not exist")

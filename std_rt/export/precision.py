@@ -8,6 +8,10 @@ stand in the graph.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +19,7 @@ from torch import Tensor, nn
 from std_rt.errors import ExportError
 from std_rt.export.components import Network
 
-__all__ = ["COMPUTE", "half_dtype", "to_half", "vae_compute"]
+__all__ = ["COMPUTE", "half_dtype", "to_half", "vae_compute", "within_range"]
 
 COMPUTE = ("fp32", "fp16", "bf16")
 _HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -100,6 +104,33 @@ def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
             f"weight {name} reaches {value.abs().max():.0f}, beyond fp16; use --precision bf16 or fp32"
         )
     return half
+
+
+@contextmanager
+def within_range(module: nn.Module, compute: str, title: str) -> Iterator[None]:
+    """Watch a run in fp32 for values that fp16 does not hold; ExportError afterwards where there were any.
+
+    A CPU computes fp16 graphs in wider types, so the comparison with torch would pass and the GPU's pictures
+    be black. Norms are islands of fp32, so what they take may be large, and what they give is looked at.
+    """
+    peak = torch.zeros(())
+
+    def look(part: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point() and output.numel():
+            torch.maximum(peak, output.detach().abs().amax().float(), out=peak)
+
+    watched = module.modules() if compute == "fp16" else ()
+    hooks = [part.register_forward_hook(look) for part in watched]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not peak <= torch.finfo(torch.float16).max:
+        raise ExportError(
+            f"values in the {title} reach {peak:.0f}, beyond fp16's 65504, and would come out black; "
+            + ("use --vae fp16-fix, or --precision bf16" if title == "vae" else "use --precision bf16")
+        )
 
 
 def vae_compute(vae: Network, compute: str) -> str:

@@ -72,6 +72,7 @@ def quantize_bundle(
     progress: Callable[[str], None] = lambda note: None,
     *,
     overwrite: bool = False,
+    name: str = "",
 ) -> Bundle:
     """Write ``output``: ``bundle`` with UNet and VAE in int8, as far as pictures stay what they are.
 
@@ -83,7 +84,7 @@ def quantize_bundle(
     seen, unseen = make_pairs(calibration)
     return write_bundle(
         Path(output),
-        lambda folder: _fill(bundle, folder, Path(output).resolve().name, seen, unseen, progress),
+        lambda folder: _fill(bundle, folder, name or Path(output).resolve().name, seen, unseen, progress),
         overwrite=overwrite,
     )
 

@@ -158,3 +158,29 @@ def test_mixed_float_types_are_found(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "g.onnx")
     with pytest.raises(ExportError, match=r"g\.onnx"):
         lint(tmp_path / "g.onnx")
+
+
+def test_guidance_that_does_not_fit_is_refused_before_any_work(own_source: Path, tmp_path: Path) -> None:
+    for choices, message in (
+        ({"guidance_mode": "full"}, "--guidance-mode full needs a scale"),
+        ({"guidance": 3.0, "guidance_mode": "none"}, "exclude each other"),
+        ({"guidance": 0.5}, "--guidance must be in 1..50"),
+        ({"precision": "fp8"}, "--precision must be one of auto, fp32, fp16, bf16, int8"),
+        ({"prompts": "encoder"}, "has no text encoders"),
+    ):
+        with pytest.raises(ExportError, match=message):
+            export_pipeline(own_source, tmp_path / "b", **choices)
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_that_ends_is_one_line(
+    own_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+
+    monkeypatch.setattr("std_rt.export.build.Build._vae", full)
+    monkeypatch.setattr("std_rt.export.build.Build._style", lambda self: (None, {}))
+    with pytest.raises(ExportError, match="memory is too small"):
+        export_pipeline(own_source, tmp_path / "b")
+    assert not list(tmp_path.iterdir())
