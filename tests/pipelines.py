@@ -62,7 +62,9 @@ def randomize(module: nn.Module, seed: int) -> nn.Module:
     return module.eval()
 
 
-def write_clip_pipeline(folder: Path, *, seed: int = 0, trained_betas: bool = False) -> Path:
+def write_clip_pipeline(
+    folder: Path, *, seed: int = 0, trained_betas: bool = False, layers_per_block: int = 2
+) -> Path:
     """An SDXL in miniature; latents are 4x smaller than the picture, the UNet halves them once more."""
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
@@ -70,7 +72,7 @@ def write_clip_pipeline(folder: Path, *, seed: int = 0, trained_betas: bool = Fa
         in_channels=4,
         out_channels=4,
         block_out_channels=(16, 32),
-        layers_per_block=2,
+        layers_per_block=layers_per_block,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=1,
