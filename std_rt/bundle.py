@@ -18,6 +18,7 @@ import errno
 import hashlib
 import json
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,6 +54,7 @@ BUILT_IN = "std-tiny"
 REQUIRED_GRAPHS = ("style_encoder", "vae_encoder", "unet", "vae_decoder")
 # Below this a full hash costs less than a tenth of a second, so loading always does it.
 _HASH_ALWAYS_BYTES = 100 * 2**20
+_LEFT_BEHIND_S = 24 * 3600  # no export takes as long, so a folder this old is nobody's
 
 Manifest = dict[str, Any]
 
@@ -253,6 +255,7 @@ def write_bundle(final: Path, fill: Callable[[Path], Manifest], *, overwrite: bo
     check_target(final, overwrite)
     partial = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.partial")
     with _writing(final):
+        _sweep(final)
         partial.mkdir(parents=True)
         try:
             manifest = fill(partial)
@@ -262,6 +265,13 @@ def write_bundle(final: Path, fill: Callable[[Path], Manifest], *, overwrite: bo
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return load_bundle(final, verify=False)
+
+
+def _sweep(final: Path) -> None:
+    """Drop what exports that were killed left behind here: gigabytes that no other command shows."""
+    for left in final.parent.glob(f".{final.name}.*.partial"):
+        if time.time() - left.stat().st_mtime > _LEFT_BEHIND_S:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -317,3 +318,14 @@ def test_a_file_in_the_way_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(BundleError, match="cannot be written"):
         write_bundle(tmp_path / "file" / "b", lambda folder: {})
+
+
+def test_what_a_killed_export_left_is_swept_up_after_a_day(tmp_path: Path) -> None:
+    old, new, other = (tmp_path / f".{name}.partial" for name in ("b.1", "b.2", "c.1"))
+    for folder in (old, new, other):
+        folder.mkdir()
+    for folder in (old, other):
+        os.utime(folder, (0, 0))
+    with pytest.raises(BundleError):
+        write_bundle(tmp_path / "b", lambda folder: {})
+    assert (old.exists(), new.exists(), other.exists()) == (False, True, True)

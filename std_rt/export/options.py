@@ -9,7 +9,7 @@ from typing import Any
 
 from std_rt.errors import ExportError
 from std_rt.export.notes import LoraNotes
-from std_rt.export.profiles import PROFILES, Profile, find_profile
+from std_rt.export.profiles import PROFILES, Profile, find_profile, published_as
 from std_rt.samplers import SCHEDULES, schedule_rows, takes_all
 from std_rt.schedule import NoiseSchedule, StepCoefficients
 
@@ -146,7 +146,7 @@ def choose_trajectory(options: ExportOptions, notes: Sequence[LoraNotes]) -> Tra
     A LoRA is right only where it was trained: a flag that says otherwise is an ExportError, and so are
     LoRAs that start in two places, and a LoRA of which nobody says where it starts.
     """
-    profile = find_profile(options.profile) if options.profile else None
+    profile = _profile(options, notes)
     trained = [note for note in notes if note.eta is not None]
     if trained:
         return _fitting(_trained(options, profile, trained))
@@ -159,6 +159,16 @@ def choose_trajectory(options: ExportOptions, notes: Sequence[LoraNotes]) -> Tra
         )
     eta = DEFAULT_ETA if options.eta is None else options.eta
     return _fitting(_plain(options, eta))
+
+
+def _profile(options: ExportOptions, notes: Sequence[LoraNotes]) -> Profile | None:
+    """The one asked for, or that of a published LoRA under its published name; notes of its own win."""
+    if options.profile:
+        return find_profile(options.profile)
+    if any(note.eta is not None for note in notes):
+        return None
+    found = [published_as(note.path) for note in notes]
+    return next((profile for profile in found if profile is not None), None)
 
 
 def _trained(options: ExportOptions, profile: Profile | None, trained: Sequence[LoraNotes]) -> Trajectory:
@@ -236,8 +246,11 @@ def check_base(options: ExportOptions, notes: Sequence[LoraNotes], digest: str) 
 def remarks(options: ExportOptions, trajectory: Trajectory, notes: Sequence[LoraNotes]) -> list[str]:
     """What is allowed and yet should be known, a line each."""
     said = []
+    profile = _profile(options, notes)
+    if profile is not None and not options.profile:
+        said.append(f"recognised by its file name: {profile.file}; exported with --profile {profile.name}")
     for note in notes:
-        if not options.profile and all(other.eta is None for other in notes):
+        if profile is None and all(other.eta is None for other in notes):
             said.append(f"{note.path} says nothing of its eta; exported for eta {trajectory.eta:g} as asked")
         untrained = [str(count) for count in trajectory.steps if count not in note.steps]
         if note.steps and untrained:
@@ -245,8 +258,7 @@ def remarks(options: ExportOptions, trajectory: Trajectory, notes: Sequence[Lora
             said.append(f"{note.path} was trained for {known} steps, not for {', '.join(untrained)}")
         if note.base and note.base != options.source.resolve().name:
             said.append(f"{note.path} was trained on {note.base}; {options.source} is of the same kind")
-    if options.profile:
-        profile = find_profile(options.profile)
+    if profile is not None:
         found = (profile.remark(count, trajectory.eta) for count in trajectory.steps)
         said += [line for line in found if line]
         low, high = profile.guidance

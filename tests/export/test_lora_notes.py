@@ -161,6 +161,19 @@ def test_published_std_loras_start_where_they_were_trained(options: Any) -> None
     assert said == ["profile std-0.75 was published for guidance 2 to 8, not 1"]
 
 
+def test_a_published_lora_is_known_by_its_file_name(options: Any) -> None:
+    note = LoraNotes(Path("cache/std_sdxl_i2i_eta0.75.safetensors"))
+    trajectory = choose_trajectory(options(guidance=2.0), [note])
+    assert (trajectory.tau, trajectory.guidance) == (779, 2.0)
+    assert remarks(options(guidance=2.0), trajectory, [note]) == [
+        "recognised by its file name: SecondComming/Single-Trajectory-Distillation: "
+        "std_sdxl_i2i_eta0.75.safetensors; exported with --profile std-0.75"
+    ]
+    with pytest.raises(ExportError, match=r"profile std-0\.75 was trained for eta 0\.75"):
+        choose_trajectory(options(eta=0.65), [note])
+    assert choose_trajectory(options(profile="tcd"), [note]).gamma == 0.3  # what is asked for wins
+
+
 def test_profiles_of_full_range_loras_take_any_eta(options: Any) -> None:
     trajectory, _ = chosen(options(profile="lcm", eta=0.5, steps=(2,)), {})
     assert trajectory == Trajectory(0.5, 499, (2,), 1.0, "lcm")
