@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["external_locations"]
+__all__ = ["external_locations", "read_fields"]
 
 # message -> {field number: message inside}; the leaf "Entry" is StringStringEntryProto.
 _FIELDS: dict[str, dict[int, str]] = {
@@ -45,14 +45,18 @@ def _locations(data: memoryview, message: str) -> Iterator[str]:
             yield from _locations(value, inside[field])
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Length-delimited fields of one message; numbers are skipped."""
+def read_fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """``(number, value)`` of one protobuf message: numbers as int, what has a length as bytes.
+
+    Numbers of fixed size are skipped. Raises IndexError on what is no message.
+    """
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
         match tag & 7:
             case 0:
-                _, at = _varint(data, at)
+                value, at = _varint(data, at)
+                yield tag >> 3, value
             case 1:
                 at += 8
             case 2:
@@ -65,6 +69,11 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
                 at += 4
             case _:
                 raise IndexError("not a protobuf message")
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Those with a length."""
+    yield from ((number, value) for number, value in read_fields(data) if not isinstance(value, int))
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from std_rt.external_data import read_fields
+
 __all__ = ["Declared", "GraphPorts", "axis_values", "fixed_shapes", "read_ports"]
 
 _GRAPH, _INPUT, _OUTPUT = 7, 11, 12
@@ -41,8 +43,8 @@ def read_ports(path: Path) -> GraphPorts:
     """Read an ONNX file's ports. Raises OSError, or ValueError on a file that is not ONNX."""
     data = memoryview(path.read_bytes())
     try:
-        graph = _one(_fields(data), _GRAPH)
-        fields = [field for field in _fields(graph) if field[0] in (_INPUT, _OUTPUT)]
+        graph = _one(read_fields(data), _GRAPH)
+        fields = [field for field in read_fields(graph) if field[0] in (_INPUT, _OUTPUT)]
         inputs = dict(_port(_bytes(value)) for number, value in fields if number == _INPUT)
         outputs = dict(_port(_bytes(value)) for number, value in fields if number == _OUTPUT)
     except (IndexError, LookupError, TypeError, UnicodeDecodeError) as error:
@@ -78,17 +80,17 @@ def fixed_shapes(
 
 
 def _port(data: memoryview) -> tuple[str, Declared]:
-    fields = list(_fields(data))
-    tensor = list(_fields(_one(_fields(_one(fields, _TYPE)), _TENSOR)))
+    fields = list(read_fields(data))
+    tensor = list(read_fields(_one(read_fields(_one(fields, _TYPE)), _TENSOR)))
     element = next(value for number, value in tensor if number == _ELEMENT)
     if not isinstance(element, int):
         raise TypeError("an element type is a number")
-    axes = [_axis(_bytes(value)) for number, value in _fields(_one(tensor, _SHAPE)) if number == _DIM]
+    axes = [_axis(_bytes(value)) for number, value in read_fields(_one(tensor, _SHAPE)) if number == _DIM]
     return bytes(_one(fields, _NAME)).decode("utf-8"), Declared(element, tuple(axes))
 
 
 def _axis(data: memoryview) -> int | str | None:
-    for number, value in _fields(data):
+    for number, value in read_fields(data):
         if number == _VALUE and isinstance(value, int):
             return value
         if number == _PARAM and isinstance(value, memoryview) and value:
@@ -106,38 +108,3 @@ def _bytes(value: int | memoryview) -> memoryview:
     if isinstance(value, int):
         raise TypeError("a message was expected")
     return value
-
-
-def _fields(data: memoryview) -> Iterator[Field]:
-    """``(number, value)`` of one message; fixed-size numbers are skipped."""
-    at = 0
-    while at < len(data):
-        tag, at = _varint(data, at)
-        match tag & 7:
-            case 0:
-                value, at = _varint(data, at)
-                yield tag >> 3, value
-            case 1:
-                at += 8
-            case 2:
-                size, at = _varint(data, at)
-                if at + size > len(data):
-                    raise IndexError("a field runs past the end")
-                yield tag >> 3, data[at : at + size]
-                at += size
-            case 5:
-                at += 4
-            case _:
-                raise IndexError("not a protobuf message")
-
-
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while shift < 70:  # ten bytes hold any 64-bit number
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-    raise IndexError("a number is too long")
