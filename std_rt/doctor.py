@@ -74,7 +74,7 @@ def _system() -> Iterator[Row]:
     memory, disk = available_memory_gb(), free_disk_gb(cache_root() or Path.cwd())
     if memory is not None:
         mark = _GOOD if memory >= _LITTLE_MEMORY_GB else _BAD
-        yield mark, "memory", f"{memory:.1f} GB free (an export of SDXL's size takes about 12)"
+        yield mark, "memory", f"{memory:.1f} GB free (an export of SDXL's size takes about 15)"
     yield _GOOD if disk >= _LITTLE_DISK_GB else _BAD, "disk", f"{disk:.1f} GB free where the cache is"
 
 

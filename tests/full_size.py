@@ -1,6 +1,6 @@
 """An SDXL at its true sizes with random weights, in the hub's file layout: 2.57 B parameters in the UNet.
 
-    python tests/full_size.py FOLDER        about 12 GB: a pipeline, an IP-Adapter Plus, a rank-64 LoRA
+    python tests/full_size.py FOLDER        about 9 GB: a pipeline, an IP-Adapter Plus, a rank-64 LoRA
 
 Weights are slices of one random block, scaled by each layer's fan-in, so that activations neither die nor
 overflow and a file of any size costs no more than writing it. Files are written tensor by tensor.

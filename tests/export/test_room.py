@@ -80,14 +80,14 @@ def test_shards_count_together_and_a_second_variant_does_not(source: Path) -> No
     assert estimate_export(source).memory_gb == pytest.approx(1 + in_gb(1400, 4), rel=1e-9)
 
 
-def test_sdxl_takes_about_twelve_gigabytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_sdxl_takes_about_fifteen_gigabytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Parameters of the published parts; the file headers are not needed to know the sum."""
     sizes = {"unet": 2_567_463_684, "vae": 83_653_863, "image_encoder": 632_076_800}
     sizes |= {"text_encoder": 123_060_480, "text_encoder_2": 694_659_840}
     monkeypatch.setattr(estimate, "_parameters", lambda folder: sizes[folder.name])
     need = estimate_export(tmp_path, "fp16")
-    assert need.memory_gb == pytest.approx(2 + 4 * sizes["unet"] / GB)
-    assert 11 < need.memory_gb < 12
+    assert need.memory_gb == pytest.approx(5 + 4 * sizes["unet"] / GB)
+    assert 14 < need.memory_gb < 15  # 14.5 were measured
     assert need.disk_gb == pytest.approx(8.0, abs=0.1)
     assert math.isclose(estimate_export(tmp_path, "fp32").disk_gb, 2 * need.disk_gb)
 
