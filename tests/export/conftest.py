@@ -44,9 +44,11 @@ def lora(clip_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def clip_bundle(clip_source: Path, lora: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """`clip_source` with the LoRA at 0.7, fp16 weights, the published style layout, a prompt."""
+    """`clip_source` with the LoRA at 0.7, fp16 weights, published style layout, a prompt and its encoders."""
     output = tmp_path_factory.mktemp("bundles") / "mini-xl"
-    return export_pipeline(clip_source, output, lora=[(lora, 0.7)], size=(64, 96), prompt="in ink")
+    return export_pipeline(
+        clip_source, output, lora=[(lora, 0.7)], size=(64, 96), prompt="in ink", prompts="encoder"
+    )
 
 
 @pytest.fixture(scope="session")

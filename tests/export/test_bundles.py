@@ -11,6 +11,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
+from std_rt import Stylizer
 from std_rt.bundle import Bundle, load_bundle, verify_bundle
 from std_rt.engines import Engine, GraphSpec, open_engine
 from std_rt.export import load_torch_components
@@ -188,7 +189,7 @@ def test_the_manifest_says_what_is_inside(clip_bundle: Bundle, own_bundle: Bundl
     assert clip["style"]["layout"]["name"] == "published"
     assert clip["style"]["layout"]["layers"] == ["up_blocks.0.attentions.1.transformer_blocks.0.attn2"]
     assert own["style"]["layout"]["name"] == "all"
-    assert (clip["text"]["mode"], own["text"]["mode"]) == ("baked", "none")
+    assert (clip["text"]["mode"], own["text"]["mode"]) == ("encoder", "none")
     assert (clip["style"]["gives_text_embeds"], own["style"]["gives_text_embeds"]) == (False, True)
     assert [source["role"] for source in clip["sources"]] == ["pipeline", "lora", "ip_adapter"]
     assert clip["sources"][0]["licence"] == "openrail++"
@@ -202,7 +203,8 @@ def test_weights_are_stored_once_under_torch_names(bundle: Bundle) -> None:
     half = bundle.manifest["precision"]["unet"]["weights"] == "fp16"
     for graph in bundle.graph_names:
         state = load_file(bundle.weights_path(graph))
-        assert not [key for key in state if key.startswith("constant.")], graph
+        made = [key for key in state if key.startswith("constant.")]
+        assert made == (["constant.mask"] if graph.startswith("text_encoder") else []), graph
         wide = {value.dtype for value in state.values() if value.ndim > 1}
         assert wide == {torch.float16 if half else torch.float32}, graph
         assert bundle.graph_path(graph).stat().st_size < 400_000, graph
@@ -234,3 +236,20 @@ def test_the_reference_inside_is_reproduced(bundle: Bundle) -> None:
         results = open_engine("openvino", spec, "fp32")(**given)
         for name, value in expected.items():
             assert psnr_db(results[name], value) > 50, (graph, name)
+
+
+def test_a_prompt_at_run_time_paints_what_the_baked_one_paints(clip_bundle: Bundle) -> None:
+    pytest.importorskip("tokenizers")
+    frame = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+    with Stylizer.load(clip_bundle, backend="openvino", precision="fp32") as stylizer:
+        stylizer.set_style(frame)
+        baked = stylizer.stylize(frame)
+        stylizer.set_prompt("in ink")
+        assert np.abs(stylizer.stylize(frame).astype(int) - baked).max() <= 1  # weights are stored in fp16
+        stylizer.set_prompt("a dull, grey (photograph:1.4)")
+        other = stylizer.stylize(frame)
+        assert np.abs(other.astype(int) - baked).max() > 1
+        stylizer.set_prompt("ink " * 30)  # more than one chunk: engines of another text length
+        assert stylizer.stylize(frame).shape == frame.shape
+        stylizer.set_prompt("in ink")
+        assert np.abs(stylizer.stylize(frame).astype(int) - baked).max() <= 1
