@@ -14,7 +14,6 @@ with the command that mends it; a half-written one never has the final name.
 from __future__ import annotations
 
 import difflib
-import errno
 import hashlib
 import json
 import shutil
@@ -31,7 +30,8 @@ import numpy as np
 import platformdirs
 from numpy.typing import NDArray
 
-from std_rt.errors import BundleError
+from std_rt.digest import file_digest
+from std_rt.errors import BundleError, disk_is_full
 from std_rt.external_data import external_locations
 from std_rt.schedule import StepCoefficients
 
@@ -222,7 +222,7 @@ def load_bundle(source: str | Path | None = None, *, verify: bool | None = None)
 def verify_bundle(bundle: Bundle) -> None:
     """Hash every file; raises BundleError that names the first changed one and how to mend it."""
     for name, entry in bundle.manifest["files"].items():
-        if _sha256(bundle.path / name) != entry["sha256"]:
+        if file_digest(bundle.path / name) != entry["sha256"]:
             raise BundleError(
                 f"bundle '{bundle.name}' is damaged: {name} has changed since export; {bundle.mend}"
             )
@@ -280,10 +280,7 @@ def _writing(final: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
-        # NumPy's tofile gives no number, only how much was written.
-        short = error.errno in full or (error.errno is None and "requested and" in str(error))
-        reason = "the disk is full" if short else " ".join(str(error).split())
+        reason = "the disk is full" if disk_is_full(error) else " ".join(str(error).split())
         raise BundleError(
             f"bundle {final} cannot be written: {reason}; nothing of it is left: make room, or choose "
             "another --output"
@@ -332,12 +329,7 @@ def manifest_digest(manifest: Manifest) -> str:
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    return {"sha256": _sha256(path), "bytes": path.stat().st_size}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {"sha256": file_digest(path), "bytes": path.stat().st_size}
 
 
 def _built_in_folder() -> Path:

@@ -41,6 +41,7 @@ __all__ = [
     "gpu_problem",
     "open_engine",
     "open_runner",
+    "user_folder",
 ]
 
 Array = NDArray[Any]
@@ -211,18 +212,24 @@ def check_inputs(name: str, ports: Ports, given: Mapping[str, Array]) -> None:
 
 def cache_root() -> Path | None:
     """A writable folder for what backends compile, or None; the variable ``STD_RT_CACHE`` overrides it."""
-    asked = os.environ.get("STD_RT_CACHE")
+    root = user_folder("STD_RT_CACHE", "user_cache_dir")
+    return root if root is not None and os.access(root, os.W_OK) else None
+
+
+def user_folder(variable: str, kind: str) -> Path | None:
+    """The folder that ``variable`` names, else platformdirs' of that kind; None where it cannot be made."""
+    asked = os.environ.get(variable)
     if asked:
         root = Path(asked)
     else:
         import platformdirs
 
-        root = Path(platformdirs.user_cache_dir("std-rt", appauthor=False))
+        root = Path(getattr(platformdirs, kind)("std-rt", appauthor=False))
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError:
         return None
-    return root if os.access(root, os.W_OK) else None
+    return root
 
 
 def _check_precision(precision: str) -> None:

@@ -14,7 +14,6 @@ folder, so a cache folder copied from another machine is not believed here.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import hmac
 import json
@@ -30,8 +29,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from std_rt.engines.base import cache_root
-from std_rt.errors import BackendError
+from std_rt.digest import file_digest
+from std_rt.engines.base import cache_root, user_folder
+from std_rt.errors import BackendError, disk_is_full
 
 __all__ = ["MEND", "Dropped", "EngineKey", "EngineStore", "Entry", "data_root"]
 
@@ -274,16 +274,14 @@ class EngineStore:
     def _file_problem(self, entry: Entry) -> str:
         path = self._path(entry)
         try:
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = file_digest(path)
         except OSError as error:
             return _reason(error)
         return "" if found == entry.sha256 else "has changed since it was built"
 
     def _keep(self, key: EngineKey, partial: Path, origin: str) -> Path:
         """Rename a finished file and list it."""
-        with partial.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = file_digest(partial)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         entry = Entry(key, sha256, partial.stat().st_size, now, origin)
         entry = replace(entry, seal=entry.sealed_with(self._secret))
@@ -359,8 +357,7 @@ class EngineStore:
         try:
             yield
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
-            reason = "the disk is full" if full else str(error)
+            reason = "the disk is full" if disk_is_full(error) else str(error)
             raise BackendError(
                 f"the engine of '{key.graph}' cannot be kept in {self.folder}: {reason}; make room (as with: "
                 f"{MEND}) or set STD_RT_CACHE to a folder on another disk"
@@ -395,18 +392,7 @@ class _Rules:
 
 def data_root() -> Path | None:
     """The user's data folder, where the secret lies, or None; ``STD_RT_DATA`` overrides it."""
-    asked = os.environ.get("STD_RT_DATA")
-    if asked:
-        root = Path(asked)
-    else:
-        import platformdirs
-
-        root = Path(platformdirs.user_data_dir("std-rt", appauthor=False))
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None
-    return root
+    return user_folder("STD_RT_DATA", "user_data_dir")
 
 
 def _secret(data: Path) -> bytes:

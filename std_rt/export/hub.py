@@ -7,8 +7,6 @@ HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN mean what they mean there.
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +30,8 @@ from huggingface_hub.file_download import are_symlinks_supported, http_get, repo
 from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]
 from huggingface_hub.utils import tqdm as HubBar  # type: ignore[attr-defined]
 
-from std_rt.errors import ExportError
+from std_rt.digest import file_digest
+from std_rt.errors import ExportError, disk_is_full
 
 __all__ = [
     "Fetch",
@@ -389,11 +388,7 @@ def _transfer(url: str, partial: Path, file: HubFile, size: int | None, say: Say
 
 
 def _check_digest(partial: Path, file: HubFile) -> None:
-    if file.sha256 is None:
-        return
-    with partial.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != file.sha256:
+    if file.sha256 is not None and file_digest(partial) != file.sha256:
         partial.unlink()
         raise ExportError(f"{file.name} arrived damaged (its sha256 is not the hub's); type the same again")
 
@@ -427,7 +422,7 @@ def _explained(ref: HubRef, name: str = "") -> Iterator[None]:
             f"cannot reach {constants.ENDPOINT} ({_reason(error)}); {_by_hand(ref)}"
         ) from error
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if disk_is_full(error):
             raise ExportError(
                 f"the disk of {constants.HF_HUB_CACHE} is full; make room and type the same again"
             ) from error

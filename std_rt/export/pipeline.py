@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from std_rt.digest import file_digest
 from std_rt.errors import ExportError
 from std_rt.export.components import Network, load_part, plain_config, read_config, read_json, resolve
 from std_rt.export.ip_adapter import (
@@ -316,8 +317,7 @@ def _statistics(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def _digest(path: Path) -> str:
     """sha256 of a file; of a folder's weights and configs: sha256 over their names and hashes."""
     if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(path)
     listed = sorted(p for pattern in ("**/*.safetensors", "**/*.json") for p in path.glob(pattern))
     lines = [f"{p.relative_to(path).as_posix()} {_digest(p)}" for p in listed]
     return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()

@@ -27,6 +27,7 @@ from diffusers.loaders.single_file_utils import (
 from filelock import FileLock
 from torch import Tensor
 
+from std_rt.digest import file_digest
 from std_rt.engines.base import cache_root
 from std_rt.errors import ExportError
 from std_rt.export.components import read_config, read_json, resolve
@@ -95,7 +96,7 @@ def convert_single_file(path: Path, configs: Path, say: Say, *, own_vae: bool = 
         raise ExportError(f"{path} has no VAE in it; add --vae fp16-fix")
     root = _root()
     say(f"hashing {path.name}")
-    target = root / f"{_sha256(path)[:32]}-{_digest_configs(configs)[:8]}"
+    target = root / f"{file_digest(path)[:32]}-{_digest_configs(configs)[:8]}"
     with FileLock(root / f"{target.name}.lock"):
         if target.is_dir():
             say(f"{path.name} was converted before")
@@ -242,16 +243,11 @@ def _root() -> Path:
     return root
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _digest_configs(configs: Path) -> str:
     found = hashlib.sha256()
     for path in _config_files(configs):
         if path.is_file():
-            found.update(f"{path.relative_to(configs).as_posix()} {_sha256(path)}\n".encode())
+            found.update(f"{path.relative_to(configs).as_posix()} {file_digest(path)}\n".encode())
     return found.hexdigest()
 
 
