@@ -8,7 +8,6 @@ overflow and a file of any size costs no more than writing it. Files are written
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Iterator, Mapping
@@ -28,6 +27,8 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
+
+from std_rt.export.weight_files import Slot, write_weights
 
 __all__ = ["write_full_size"]
 
@@ -180,19 +181,7 @@ def _write_configs(folder: Path) -> None:
 
 def _write(path: Path, shapes: Shapes, gain: float = 0.7) -> None:
     """A safetensors file in fp16, one tensor at a time."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for key, shape in shapes.items():
-        end = at + 2 * math.prod(shape)
-        header[key] = {"dtype": "F16", "shape": list(shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(header).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for values in _values(shapes, gain):
-            values.tofile(file)
+    write_weights(path, {key: Slot("F16", shape) for key, shape in shapes.items()}, _values(shapes, gain))
 
 
 def _values(shapes: Shapes, gain: float) -> Iterator[np.ndarray]:

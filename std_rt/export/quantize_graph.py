@@ -6,7 +6,6 @@ products, weights stored as int8 in a safetensors file: a quarter of fp32. Sizes
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors.numpy import save
 from std_rt.engines.base import STEADY_INPUTS
 from std_rt.errors import ExportError
 from std_rt.export.quiet import quiet
+from std_rt.export.weight_files import read_places
 
 __all__ = ["RUNGS", "quantize_graph"]
 
@@ -88,7 +88,7 @@ def _layers(model: ir.Model) -> dict[str, tuple[str, str]]:
 def _torch_name(tensor: ir.ExternalTensor) -> str:
     """The key of the weights file whose bytes hold the tensor's."""
     offset = tensor.offset or 0
-    return max((place, key) for key, place in _places(Path(tensor.path)).items() if place <= offset)[1]
+    return max((place, key) for key, place in read_places(Path(tensor.path)).items() if place <= offset)[1]
 
 
 def _kept(layers: Mapping[str, tuple[str, str]], keep: Sequence[str]) -> dict[str, str]:
@@ -173,7 +173,7 @@ def _write(proto: onnx.ModelProto, graph: Path, weights: Path, *, half: bool) ->
     ]
     arrays = {str(value.name): _stored(value, half) for value in large}
     weights.write_bytes(save(arrays, {"format": "pt"}))
-    places = _places(weights)
+    places = read_places(weights)
     for value in large:
         _point(model.graph, value, arrays[str(value.name)], weights, places[str(value.name)])
     ir.save(model, graph)
@@ -207,12 +207,3 @@ def _point(graph: ir.Graph, value: ir.Value, array: NDArray[Any], weights: Path,
     cast.outputs[0].name = f"{value.name}.cast"
     graph.insert_before(graph[0], [cast])
     ir.convenience.replace_all_uses_with(value, cast.outputs[0])
-
-
-def _places(weights: Path) -> dict[str, int]:
-    """Name -> offset of its bytes in the file, from the safetensors header."""
-    with weights.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items()}

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.loaders.single_file_utils import (
     convert_ldm_clip_checkpoint,
@@ -25,6 +26,7 @@ from diffusers.loaders.single_file_utils import (
     convert_open_clip_checkpoint,
 )
 from filelock import FileLock
+from numpy.typing import NDArray
 from torch import Tensor
 
 from std_rt.digest import file_digest
@@ -32,7 +34,7 @@ from std_rt.engines.base import cache_root
 from std_rt.errors import ExportError
 from std_rt.export.components import read_config, read_json, resolve
 from std_rt.export.quiet import quiet
-from std_rt.export.weight_files import open_weights, read_shapes
+from std_rt.export.weight_files import Slot, open_weights, read_shapes, write_weights
 
 __all__ = ["check_single_file", "convert_single_file"]
 
@@ -184,20 +186,15 @@ def _bare(name: str) -> str:
 
 def _write_halves(target: Path, state: Mapping[str, Tensor], path: Path) -> None:
     """A safetensors file in fp16, tensor by tensor (the library would hold all of them)."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, value in state.items():
-        start, end = end, end + 2 * value.numel()
-        header[name] = {"dtype": "F16", "shape": list(value.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    with target.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for name, value in state.items():
-            half = value.to(torch.float16).contiguous().view(-1)
-            if not torch.isfinite(half).all():
-                raise ExportError(f"{path} has values in {name} that fp16 cannot hold; it cannot be exported")
-            half.numpy().tofile(stream)
+    slots = {name: Slot("F16", tuple(value.shape)) for name, value in state.items()}
+    write_weights(target, slots, (_half(name, value, path) for name, value in state.items()))
+
+
+def _half(name: str, value: Tensor, path: Path) -> NDArray[np.float16]:
+    half = value.to(torch.float16).contiguous().view(-1)
+    if not torch.isfinite(half).all():
+        raise ExportError(f"{path} has values in {name} that fp16 cannot hold; it cannot be exported")
+    return half.numpy()
 
 
 def _copy_configs(configs: Path, work: Path) -> None:

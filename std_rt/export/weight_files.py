@@ -1,4 +1,4 @@
-"""Weight files looked at before anything loads them: whole, in place, and nowhere but in their folder.
+"""Weight files: written tensor by tensor, and looked at before anything loads them.
 
 diffusers and transformers follow whatever path an index names, and report a truncated file in words that
 do not name it.
@@ -7,16 +7,28 @@ do not name it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from std_rt.errors import ExportError
 
-__all__ = ["check_weights", "open_weights", "read_shapes", "weight_files"]
+__all__ = [
+    "Slot",
+    "check_weights",
+    "open_weights",
+    "read_places",
+    "read_shapes",
+    "weight_files",
+    "write_weights",
+]
 
+_WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}
 _STEMS = ("diffusion_pytorch_model", "model")
 
 
@@ -38,6 +50,48 @@ def read_shapes(path: Path, what: str = "") -> dict[str, list[int]]:
     """Tensor names and shapes, from the header alone. Raises ExportError."""
     with open_weights(path, what) as file:
         return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor to be written: its type as safetensors names it (F16, F32, ...), and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Its size in the file."""
+        return _WIDTHS[self.dtype] * math.prod(self.shape)
+
+
+def write_weights(path: Path, slots: Mapping[str, Slot], values: Iterable[NDArray[Any]]) -> None:
+    """A safetensors file, tensor by tensor: ``values`` come in the order of ``slots``, in their types.
+
+    Not the library's ``save_file``: that wants all tensors in their final type at once, and makes files that
+    only their owner may read, while a bundle is there to be shared.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for key, slot in slots.items():
+        offsets = [at, at + slot.bytes]
+        header[key] = {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": offsets}
+        at = offsets[1]
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for value in values:
+            value.tofile(file)
+
+
+def read_places(path: Path) -> dict[str, int]:
+    """Tensor -> offset of its bytes in the file, from the header."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return {key: 8 + size + entry["data_offsets"][0] for key, entry in header.items()}
 
 
 def weight_files(folder: Path) -> list[Path]:

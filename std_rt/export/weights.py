@@ -9,7 +9,6 @@ same. A graph that computes in halves reads its weights as they are.
 
 from __future__ import annotations
 
-import json
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from std_rt.errors import ExportError
+from std_rt.export.weight_files import Slot, read_places, write_weights
 
 __all__ = ["WEIGHT_PRECISIONS", "externalize"]
 
@@ -65,8 +65,8 @@ def externalize(
     arrays = {key: _array(value) for key, value in state.items() if value.is_floating_point()}
     found = _match_all(model, arrays)
     if not weights.exists():
-        _write_safetensors(weights, arrays, precision)
-    places = _places(weights)
+        _write(weights, arrays, precision)
+    places = read_places(weights)
     lacking = sorted(arrays.keys() - places.keys())
     if lacking:
         raise ExportError(
@@ -95,32 +95,13 @@ def _stored_type(key: str, array: Array, precision: str) -> np.dtype[Any]:
     return np.dtype(np.float16) if rounded and not key.startswith(_CONSTANT) else array.dtype
 
 
-def _write_safetensors(path: Path, arrays: Mapping[str, Array], precision: str) -> None:
-    """The format of safetensors, tensor by tensor.
-
-    Not its ``save_file``: that wants all tensors in their final type at once, and makes files that only
-    their owner may read, while a bundle is there to be shared.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
+def _write(path: Path, arrays: Mapping[str, Array], precision: str) -> None:
+    """Every array, rounded while it is written."""
+    types = {key: _stored_type(key, array, precision) for key, array in arrays.items()}
     # Wide types first, as safetensors orders them: every tensor then lies on a multiple of its own width.
-    order = sorted(arrays, key=lambda key: (-_stored_type(key, arrays[key], precision).itemsize, key))
-    for key in order:
-        dtype = _stored_type(key, arrays[key], precision)
-        end = at + dtype.itemsize * arrays[key].size
-        header[key] = {
-            "dtype": _FLOATS[dtype][0],
-            "shape": list(arrays[key].shape),
-            "data_offsets": [at, end],
-        }
-        at = end
-    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for key in order:
-            _rounded(key, arrays[key], precision).tofile(file)
+    order = sorted(arrays, key=lambda key: (-types[key].itemsize, key))
+    slots = {key: Slot(_FLOATS[types[key]][0], arrays[key].shape) for key in order}
+    write_weights(path, slots, (_rounded(key, arrays[key], precision) for key in order))
 
 
 def _rounded(key: str, array: Array, precision: str) -> Array:
@@ -218,15 +199,6 @@ def _same(part: Array, array: Array) -> bool:
 def _new(name: str, array: Array, arrays: dict[str, Array]) -> _Match:
     arrays[_CONSTANT + name] = array
     return _Match(_CONSTANT + name, False, 0, array.shape[0])
-
-
-def _places(weights: Path) -> dict[str, int]:
-    """Key -> offset of its bytes in the file, from the safetensors header."""
-    with weights.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    return {key: 8 + size + entry["data_offsets"][0] for key, entry in header.items()}
 
 
 @dataclass(frozen=True)
