@@ -11,7 +11,7 @@ from std_rt.media.fit import from_working, result_size, to_working, working_size
 from std_rt.media.image import MAX_PIXELS, Picture, read_picture, write_picture
 from std_rt.media.kind import PICTURE_SUFFIXES, VIDEO_SUFFIXES, is_picture, is_video, media_kind
 from std_rt.media.sources import Job, expand_inputs, output_path, plan_outputs
-from std_rt.media.video import VideoInfo, VideoReport, probe, transcode
+from std_rt.media.video import VideoInfo, VideoReport, probe, transcode, transcode_stream
 
 __all__ = [
     "MAX_PIXELS",
@@ -34,6 +34,7 @@ __all__ = [
     "result_size",
     "to_working",
     "transcode",
+    "transcode_stream",
     "working_size",
     "write_picture",
 ]

@@ -1,30 +1,52 @@
-"""Clips: decode, stylize, encode in one pass and constant memory; times and sound stay as they were."""
+"""Clips: decode, stylize, encode side by side in constant memory; times and sound stay as they were."""
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import TypeAlias, cast
 
 import numpy as np
+from av.audio.stream import AudioStream
 from av.container import InputContainer
+from av.packet import Packet
 from numpy.typing import NDArray
 
 from std_rt.errors import MediaError
+from std_rt.lanes import Lane
 from std_rt.media.clip import Clip, TimedFrame, first_video_stream, is_cover, open_clip
 from std_rt.media.encode import CLIP_SUFFIXES, ClipWriter, sound_fits
 from std_rt.media.files import check_output, partial_file
 
-__all__ = ["CLIP_SUFFIXES", "VideoInfo", "VideoReport", "default_clip_suffix", "probe", "transcode"]
+__all__ = [
+    "CLIP_SUFFIXES",
+    "VideoInfo",
+    "VideoReport",
+    "default_clip_suffix",
+    "probe",
+    "transcode",
+    "transcode_stream",
+]
 
 # Decoded frames end up in reference cycles, and the collector counts objects, not bytes: left to itself it
 # lets some 250 frames of 720p (300 MB) pile up before it looks.
 _COLLECT_EVERY = 20
 
+# Items (frames and sound packets) that wait between the threads: enough for a group of frames that share a
+# call of the engines, and few enough for clips of 4K, whose frames are 25 MB.
+_DECODED_AHEAD = 8
+_STYLED_AHEAD = 6
+_LONGEST_CALL_S = 60.0  # what the threads get to end their last frame before a clip is closed
+
 Frame = NDArray[np.uint8]
+Stream = Callable[[Iterator[Frame]], Iterator[Frame]]
+Item: TypeAlias = "TimedFrame | Packet[AudioStream]"
 
 
 @dataclass(frozen=True)
@@ -115,15 +137,45 @@ def transcode(
     crf: int = 18,
     should_stop: Callable[[], bool] | None = None,
 ) -> VideoReport:
-    """Every frame of ``source`` through ``stylize`` into ``sink``, same timestamps, audio copied.
+    """`transcode_stream` with a function of one frame."""
 
-    stylize: uint8 [H, W, 3] RGB, upright -> uint8 [H', W', 3]; the first result sets the output's size (an
-    odd side gets its last row or column repeated, as 4:2:0 needs even sides). The array it gets is its own
-    to keep. progress(done, total): after each frame; total None if unknown. should_stop: asked before
-    each frame. codec: an FFmpeg encoder, default libx264, libvpx-vp9 for .webm. crf: 0..51, lower is better.
+    def each(frames: Iterator[Frame]) -> Iterator[Frame]:
+        return (stylize(frame) for frame in frames)
+
+    return transcode_stream(
+        source,
+        sink,
+        each,
+        overwrite=overwrite,
+        progress=progress,
+        codec=codec,
+        crf=crf,
+        should_stop=should_stop,
+    )
+
+
+def transcode_stream(
+    source: Path,
+    sink: Path,
+    stream: Stream,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int, int | None], None] | None = None,
+    codec: str | None = None,
+    crf: int = 18,
+    should_stop: Callable[[], bool] | None = None,
+) -> VideoReport:
+    """Every frame of ``source`` through ``stream`` into ``sink``, same timestamps, audio copied.
+
+    stream: an iterator of frames (uint8 [H, W, 3] RGB, upright) to one of as many frames (uint8
+    [H', W', 3]), in order; it may take several before it gives one. The first result sets the output's size
+    (an odd side gets its last row or column repeated, as 4:2:0 needs even sides). The arrays it gets are its
+    own to keep. It runs in a thread of its own, between one that decodes and this one, which encodes.
+    progress(done, total): after each frame; total None if unknown. should_stop: asked before each frame is
+    written. codec: an FFmpeg encoder, default libx264, libvpx-vp9 for .webm. crf: 0..51, lower is better.
     The suffix of ``sink`` picks the container: .mp4 .m4v .mov .mkv .webm.
 
-    Stopped early: a playable file with what was done. Any exception (from ``stylize`` too, passed on as it
+    Stopped early: a playable file with what was done. Any exception (from ``stream`` too, passed on as it
     is): no file. Raises MediaError before any work for an output that exists (without ``overwrite``), is
     the source or cannot be written, and for a source with no video or none that can be decoded.
     """
@@ -134,7 +186,7 @@ def transcode(
         writer = ClipWriter(sink, clip, codec, crf)
         try:
             with partial_file(sink) as partial:
-                stopped = _pump(clip, writer, partial, stylize, progress, should_stop)
+                stopped = _pump(clip, writer, partial, stream, progress, should_stop)
                 if not writer.frames:
                     raise _StoppedAtOnceError if stopped else _nothing_decoded(source)
         except _StoppedAtOnceError:
@@ -150,25 +202,71 @@ def _pump(
     clip: Clip,
     writer: ClipWriter,
     partial: Path,
-    stylize: Callable[[Frame], Frame],
+    stream: Stream,
     progress: Callable[[int, int | None], None] | None,
     should_stop: Callable[[], bool] | None,
 ) -> bool:
     """Read, stylize, write until the end; True if ``should_stop`` came first."""
     total = clip.frames
-    with writer.open(partial):
-        for item in clip.read():
-            if not isinstance(item, TimedFrame):
-                writer.write_sound(item)
+    with writer.open(partial), _lanes(clip, stream) as styled_items:
+        for item, styled in styled_items:
+            if styled is None:
+                writer.write_sound(cast("Packet[AudioStream]", item))
                 continue
             if should_stop is not None and should_stop():
                 return True
-            writer.write_frame(item, stylize(item.rgb))
-            if writer.frames % _COLLECT_EVERY == 0:
-                gc.collect()
+            writer.write_frame(cast(TimedFrame, item), styled)
             if progress is not None:
                 progress(writer.frames, total)
     return False
+
+
+@contextmanager
+def _lanes(clip: Clip, stream: Stream) -> Iterator[Lane[tuple[Item, Frame | None]]]:
+    """The clip, decoded in one thread and stylized in another; both have ended when the block has.
+
+    They use the clip, which must not be closed under them.
+    """
+    with (
+        Lane(_collected(clip), room=_DECODED_AHEAD, name="decode") as decoded,
+        Lane(_through(decoded, stream), room=_STYLED_AHEAD, name="engines") as styled,
+    ):
+        try:
+            yield styled
+        finally:
+            decoded.close()
+            styled.close(_LONGEST_CALL_S)
+            decoded.close(_LONGEST_CALL_S)
+
+
+def _collected(clip: Clip) -> Iterator[Item]:
+    """What the clip holds, with the garbage of decoding thrown out now and then."""
+    for item in clip.read():
+        yield item
+        if clip.decoded % _COLLECT_EVERY == 0 and isinstance(item, TimedFrame):
+            gc.collect()
+
+
+def _through(items: Iterator[Item], stream: Stream) -> Iterator[tuple[Item, Frame | None]]:
+    """Frames with what ``stream`` makes of them, and sound with None, in the order of ``items``."""
+    waiting: deque[Item] = deque()
+
+    def frames() -> Iterator[Frame]:
+        for item in items:
+            waiting.append(item)
+            if isinstance(item, TimedFrame):
+                yield item.rgb
+
+    for styled in stream(frames()):
+        while waiting and not isinstance(waiting[0], TimedFrame):
+            yield waiting.popleft(), None
+        if not waiting:
+            raise ValueError("stream must give one frame for each that it takes; it gave more")
+        yield waiting.popleft(), styled
+    for item in waiting:
+        if isinstance(item, TimedFrame):
+            raise ValueError("stream must give one frame for each that it takes; it gave fewer")
+        yield item, None
 
 
 def _source_notes(container: InputContainer, clip: Clip, stopped: bool) -> list[str]:
