@@ -7,8 +7,8 @@ blend as a weighted mean of their tokens. All arrays are float32 with a leading 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import cv2
@@ -21,12 +21,14 @@ from std_rt.frame_program import NEGATIVE
 __all__ = [
     "EncodedStyle",
     "StyleEncoder",
+    "Told",
     "blend",
     "guided_inputs",
     "square",
     "time_ids",
     "to_frame",
     "to_image",
+    "told",
     "unet_inputs",
 ]
 
@@ -40,6 +42,17 @@ class EncodedStyle:
 
     tokens: Array
     text_embeds: Array | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Told:
+    """What the UNet is told of one frame: UNet input -> value [1, ...], and the same for the negative.
+
+    Without guidance there is no negative, and it is empty.
+    """
+
+    positive: Mapping[str, Array]
+    negative: Mapping[str, Array] = field(default_factory=dict)
 
 
 def to_image(frame: Frame, out: Array) -> Array:
@@ -68,21 +81,46 @@ def square(frame: Frame, side_px: int) -> Frame:
 
 
 def blend(styles: Sequence[tuple[EncodedStyle, float]]) -> EncodedStyle:
-    """Weighted mean of styles; weights are relative. Raises UsageError where one is not positive."""
+    """Weighted mean of styles. Weights are relative, 0 or more; a style of weight 0 has no part in it.
+
+    Where one style has all the weight it is returned itself: weights (1, 0) are the first style, bit for
+    bit. Raises UsageError where there is no style, a weight is negative or not finite, or all are 0.
+    """
     if not styles:
         raise UsageError("a style is needed: give at least one style picture")
-    for _, weight in styles:
-        if not 0 < weight < float("inf"):
-            raise UsageError(f"style weights must be above 0, got {weight:g}; leave a style out instead")
-    total = sum(weight for _, weight in styles)
-    shares = [np.float32(weight / total) for _, weight in styles]
-    tokens = sum(share * style.tokens for share, (style, _) in zip(shares, styles, strict=True))
-    pooled = [style.text_embeds for style, _ in styles if style.text_embeds is not None]
-    if not pooled:
-        return EncodedStyle(np.asarray(tokens))
-    return EncodedStyle(
-        np.asarray(tokens), np.asarray(sum(s * p for s, p in zip(shares, pooled, strict=True)))
-    )
+    shares = _shares([weight for _, weight in styles])
+    parts = [(share, style) for share, (style, _) in zip(shares, styles, strict=True) if share]
+    if len(parts) == 1:
+        return parts[0][1]
+    tokens = _mean([(share, style.tokens) for share, style in parts])
+    pooled = [(share, style.text_embeds) for share, style in parts if style.text_embeds is not None]
+    if len(pooled) not in (0, len(parts)):
+        raise UsageError("styles of two style encoders do not blend; encode all of them with one bundle")
+    return EncodedStyle(tokens, _mean(pooled) if pooled else None)
+
+
+def _shares(weights: list[float]) -> list[np.float32]:
+    """Weights over their sum, in the precision of tokens: what is too small to count is 0."""
+    for weight in weights:
+        if not 0 <= weight < float("inf"):
+            raise UsageError(
+                f"style weights must be 0 or more and finite, got {weight:g}; leave a style out instead"
+            )
+    top = max(weights)
+    if top == 0:
+        raise UsageError("all style weights are 0; give at least one style a weight above 0")
+    relative = [weight / top for weight in weights]  # the sum of huge weights would be infinite
+    total = sum(relative)
+    return [np.float32(weight / total) for weight in relative]
+
+
+def _mean(parts: list[tuple[np.float32, Array]]) -> Array:
+    """Sum of share * value."""
+    (share, value), *others = parts
+    mean = share * value
+    for share, value in others:
+        mean += share * value
+    return np.asarray(mean, np.float32)
 
 
 class StyleEncoder:
@@ -136,15 +174,14 @@ def unet_inputs(
     }
 
 
-def guided_inputs(mode: str, text: dict[str, Array], positive: dict[str, Array]) -> dict[str, Array]:
-    """What a frame program of guidance ``mode`` is fed: ``positive`` (from `unet_inputs`) and its negative.
+def told(mode: str, text: dict[str, Array], positive: dict[str, Array]) -> Told:
+    """``positive`` (from `unet_inputs`) with the negative that guidance ``mode`` needs.
 
-    ``full`` puts the negative [1, ...] before the positive [1, ...] in one array [2, ...]; ``residual``
-    adds it under ``negative_`` and the name. It is ``text``'s as stored: sizes and the style's strength
-    are the same for both. Raises BundleError where the two do not have one shape.
+    It is ``text``'s as stored; sizes and the style's strength are the same for both. Raises BundleError where
+    the two do not have one shape.
     """
     if mode == "none":
-        return positive
+        return Told(positive)
     negative = {name: np.ascontiguousarray(text[f"negative_{name}"], np.float32) for name in NEGATIVE}
     for name, value in negative.items():
         if value.shape != positive[name].shape:
@@ -152,6 +189,18 @@ def guided_inputs(mode: str, text: dict[str, Array], positive: dict[str, Array])
                 f"negative_{name} is {list(value.shape)} and the positive {list(positive[name].shape)}; "
                 "export the bundle again"
             )
+    return Told(positive, positive | negative)
+
+
+def guided_inputs(mode: str, text: dict[str, Array], positive: dict[str, Array]) -> dict[str, Array]:
+    """What a frame program of guidance ``mode`` is fed: ``positive`` (from `unet_inputs`) and its negative.
+
+    ``full`` puts the negative [1, ...] before the positive [1, ...] in one array [2, ...]; ``residual``
+    adds it under ``negative_`` and the name. Raises BundleError as `told` does.
+    """
+    negative = told(mode, text, positive).negative
+    if mode == "none":
+        return positive
     if mode == "residual":
-        return positive | {f"negative_{name}": value for name, value in negative.items()}
-    return {name: np.concatenate([negative.get(name, value), value]) for name, value in positive.items()}
+        return positive | {f"negative_{name}": negative[name] for name in NEGATIVE}
+    return {name: np.concatenate([negative[name], value]) for name, value in positive.items()}

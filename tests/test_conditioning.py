@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from std_rt.conditioning import (
@@ -58,6 +58,7 @@ def test_square_takes_the_middle(shape: tuple[int, int]) -> None:
 
 
 @given(st.floats(0.01, 100), st.floats(0.01, 100))
+@settings(deadline=None)
 def test_a_blend_is_the_weighted_mean(a: float, b: float) -> None:
     mixed = blend([(_style(1.0), a), (_style(3.0), b)])
     expected = (a * 1 + b * 3) / (a + b)
@@ -70,10 +71,64 @@ def test_a_style_without_a_pooled_vector_gives_none() -> None:
     assert blend([(_style(1.0, pooled=False), 1.0)]).text_embeds is None
 
 
-@pytest.mark.parametrize("weight", [0.0, -0.5, float("nan"), float("inf")])
-def test_a_weight_that_is_not_positive_is_refused(weight: float) -> None:
-    with pytest.raises(UsageError, match="must be above 0"):
+def _noise(seed: int, pooled: bool = True) -> EncodedStyle:
+    rng = np.random.default_rng(seed)
+    draw = [rng.standard_normal(shape, np.float32) * 10.0**seed for shape in ((1, 2, 4), (1, 6))]
+    return EncodedStyle(draw[0].astype(np.float32), draw[1].astype(np.float32) if pooled else None)
+
+
+@given(st.lists(st.floats(0, 1e308), min_size=1, max_size=6).filter(any))
+@settings(deadline=None)
+def test_a_blend_lies_between_its_styles_and_only_counts_what_has_weight(weights: list[float]) -> None:
+    styles = [_style(float(i)) for i in range(len(weights))]
+    tokens = blend(list(zip(styles, weights, strict=True))).tokens
+    counted = [i for i, weight in enumerate(weights) if weight]
+    assert np.isfinite(tokens).all()
+    assert min(counted) - 1e-5 <= tokens.min() <= tokens.max() <= max(counted) + 1e-5
+
+
+@given(st.floats(1e-300, 1e300), st.integers(0, 3), st.integers(1, 5))
+@settings(deadline=None)
+def test_one_style_with_all_the_weight_is_returned_itself(weight: float, at: int, count: int) -> None:
+    styles = [_noise(i) for i in range(count)]
+    at = min(at, count - 1)
+    assert blend([(style, weight if i == at else 0.0) for i, style in enumerate(styles)]) is styles[at]
+
+
+@pytest.mark.parametrize("nothing", [0.0, -0.0, 1e-300])
+def test_what_a_style_without_weight_holds_does_not_leak(nothing: float) -> None:
+    bad = EncodedStyle(np.full((1, 2, 4), np.nan, np.float32), np.full((1, 6), np.inf, np.float32))
+    first, second = _noise(0), _noise(1)
+    assert blend([(first, 1.0), (bad, nothing)]) is first
+    mixed = blend([(bad, nothing), (first, 0.25), (second, 0.75)])
+    np.testing.assert_array_equal(mixed.tokens, blend([(first, 0.25), (second, 0.75)]).tokens)
+
+
+@given(st.lists(st.floats(0.01, 10), min_size=2, max_size=4), st.floats(0.01, 100))
+@settings(deadline=None)
+def test_only_the_ratio_of_weights_counts(weights: list[float], factor: float) -> None:
+    styles = [_noise(i % 2) for i in range(len(weights))]
+    once = blend(list(zip(styles, weights, strict=True)))
+    again = blend([(style, weight * factor) for style, weight in zip(styles, weights, strict=True)])
+    np.testing.assert_allclose(once.tokens, again.tokens, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("weight", [-0.5, float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_negative_or_not_finite_is_refused(weight: float) -> None:
+    with pytest.raises(UsageError, match="must be 0 or more"):
         blend([(_style(1.0), 1.0), (_style(2.0), weight)])
+    with pytest.raises(UsageError, match="must be 0 or more"):
+        blend([(_style(1.0), weight)])
+
+
+def test_weights_that_are_all_zero_are_refused() -> None:
+    with pytest.raises(UsageError, match="at least one style a weight above 0"):
+        blend([(_style(1.0), 0.0), (_style(2.0), 0.0)])
+
+
+def test_styles_of_two_kinds_are_refused() -> None:
+    with pytest.raises(UsageError, match="two style encoders"):
+        blend([(_style(1.0), 1.0), (_style(2.0, pooled=False), 1.0)])
 
 
 def test_no_style_at_all_is_refused() -> None:

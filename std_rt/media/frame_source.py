@@ -1,0 +1,90 @@
+"""What a source of live frames is: a camera, or a file that stands in for one."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Captured", "Frame", "Pause", "Sleep", "Source", "after"]
+
+Frame = NDArray[np.uint8]  # [H, W, 3] RGB, C-contiguous
+Sleep = Callable[[float], object]
+
+# An event wakes up to 16 ms late on Windows; time.sleep does not.
+_COARSE_S = 0.02
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """One upright frame, the reader's own to keep.
+
+    at_s: seconds of the source's clock when it was there, later than that of the frame before;
+    index: how many frames ``read()`` gave before this one.
+    """
+
+    frame: Frame
+    at_s: float
+    index: int
+
+
+class Source(Protocol):
+    """Frames as they come. ``read()`` from one thread; all else from any. Nothing raises."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in a line for the user: "camera 0", "clip.mp4"."""
+
+    @property
+    def fps(self) -> float | None:
+        """Frames per second as the source says; None where it does not."""
+
+    @property
+    def status(self) -> str:
+        """Empty while frames come, else one short line."""
+
+    @property
+    def faults(self) -> dict[str, int]:
+        """How often what went wrong; only what happened at all."""
+
+    def read(self) -> Captured | None:
+        """Wait for the next frame; None: there are no more (closed, or a clip that does not loop ended)."""
+
+    def close(self) -> None:
+        """End ``read()`` and let the device or file go; returns at once, also when called again."""
+
+
+class Pause:
+    """Waiting that ``end()`` cuts short. An injected ``sleep`` takes the place of real waiting."""
+
+    def __init__(self, sleep: Sleep | None = None) -> None:
+        self._sleep = sleep
+        self._ended = threading.Event()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether ``end()`` was called."""
+        return self._ended.is_set()
+
+    def end(self) -> None:
+        """No more waiting, now and later."""
+        self._ended.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait so long; False if ``end()`` came before."""
+        if self._sleep is not None:
+            self._sleep(seconds)
+        elif seconds <= _COARSE_S or not self._ended.wait(seconds - _COARSE_S):
+            time.sleep(min(seconds, _COARSE_S))
+        return not self.is_over
+
+
+def after(at_s: float, last_s: float) -> float:
+    """``at_s``, or the next number after ``last_s`` where a clock stood still or a time is repeated."""
+    return at_s if at_s > last_s else math.nextafter(last_s, math.inf)
