@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from importlib.util import find_spec
@@ -46,7 +47,7 @@ def run() -> int:
     table.add_column(overflow="fold")
     found, known = backends(probe=True), list_bundles()
     rows = (*_system(), *_gpus(), *_backends(found), *_libraries(), *_conflicts(), *_cache(), *_engines())
-    for mark, name, detail in (*rows, *_bundles(known)):
+    for mark, name, detail in (*rows, *_bundles(known), *_cameras()):
         table.add_row(mark, name, escape(detail))
     Console().print(table)
     built_in = any(isinstance(item, Bundle) and item.name == BUILT_IN for item in known)
@@ -162,3 +163,18 @@ def _bundles(known: Sequence[Bundle | tuple[str, Exception]]) -> Iterator[Row]:
     if BUILT_IN not in names:
         yield _BAD, "bundle", f"{BUILT_IN} is missing; run: pip install --force-reinstall --no-deps std-rt"
     yield _NOTE, "bundles", f"also looked in {', '.join(str(path) for path in search_paths())}"
+
+
+def _cameras() -> Iterator[Row]:
+    from std_rt.media.camera_device import list_cameras
+
+    found = list_cameras()
+    none = (
+        "none found"
+        if sys.platform == "linux"
+        else "not listed on this system; `std-rt live` tries the first"
+    )
+    yield _GOOD if found else _NOTE, "cameras", ", ".join(found) or none
+    has = find_spec("pyvirtualcam") is not None
+    missing = "pyvirtualcam not installed; to add it: pip install 'std-rt[live]'"
+    yield _GOOD if has else _NOTE, "virtual camera", "pyvirtualcam is installed" if has else missing

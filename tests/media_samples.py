@@ -19,15 +19,28 @@ SAMPLE_RATE = 48_000
 
 
 @dataclass(frozen=True)
+class Sound:
+    """One audio stream of a sample clip: encoder, channels (1 or 2), first sample, samples a second."""
+
+    codec: str
+    channels: int = 1
+    start: int = 0
+    rate: int = SAMPLE_RATE
+    options: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Spec:
     """How a sample clip is made; ``pts`` are in units of ``time_base``."""
 
     pts: Sequence[int] = tuple(range(0, 12 * 512, 512))
     time_base: Fraction = Fraction(1, 12_800)
+    rate: Fraction | int = 25  # what the container is told
     width: int = 64
     height: int = 48
-    audio: str | None = None
+    audio: str | None = None  # the encoder of one mono stream
     audio_start: int = 0
+    sounds: Sequence[Sound] = ()  # more streams
     codec: str = "libx264"
     pix_fmt: str = "yuv420p"
     options: dict[str, str] = field(default_factory=lambda: {"crf": "10", "bf": "2", "preset": "ultrafast"})
@@ -51,7 +64,7 @@ def make_clip(path: Path, spec: Spec | None = None) -> Path:
     """Encode a sample clip; its sound (``spec.audio`` names the encoder) lasts as long as its frames."""
     spec = spec or Spec()
     with av.open(str(path), "w", container_options=spec.container_options) as container:
-        stream: Any = container.add_stream(spec.codec, rate=25, options=spec.options)
+        stream: Any = container.add_stream(spec.codec, rate=spec.rate, options=spec.options)
         stream.width, stream.height, stream.pix_fmt = spec.width, spec.height, spec.pix_fmt
         stream.codec_context.time_base = spec.time_base
         if spec.aspect is not None:
@@ -61,12 +74,12 @@ def make_clip(path: Path, spec: Spec | None = None) -> Path:
         if spec.tags is not None:
             context = stream.codec_context
             context.colorspace, context.color_range, context.color_primaries, context.color_trc = spec.tags
-        sound = _add_sound(container, spec)
+        sounds = [(sound, _add_sound(container, sound)) for sound in _sounds(spec)]
         for index, pts in enumerate(spec.pts):
             container.mux(stream.encode(_frame(spec, index, pts)))
         container.mux(stream.encode(None))
-        if sound is not None:
-            _write_sound(container, sound, spec)
+        for sound, encoder in sounds:
+            _write_sound(container, encoder, sound, spec)
     return path
 
 
@@ -85,30 +98,46 @@ def _frame(spec: Spec, index: int, pts: int) -> av.VideoFrame:
     return frame
 
 
-def _add_sound(container: Any, spec: Spec) -> Any:
-    if spec.audio is None:
-        return None
-    sound = container.add_stream(spec.audio, rate=SAMPLE_RATE)
-    sound.codec_context.layout = "mono"
-    return sound
+def _sounds(spec: Spec) -> list[Sound]:
+    plain = [] if spec.audio is None else [Sound(spec.audio, start=spec.audio_start)]
+    return [*plain, *spec.sounds]
 
 
-def _write_sound(container: Any, sound: Any, spec: Spec) -> None:
+def _add_sound(container: Any, sound: Sound) -> Any:
+    encoder = container.add_stream(sound.codec, rate=sound.rate, options=sound.options)
+    encoder.codec_context.layout = "mono" if sound.channels == 1 else "stereo"
+    return encoder
+
+
+def _write_sound(container: Any, encoder: Any, sound: Sound, spec: Spec) -> None:
+    """Noise, as long as the frames."""
     rng = np.random.default_rng(7)
+    context = encoder.codec_context
     seconds = float((max(spec.pts) - min(spec.pts)) * spec.time_base) + 0.04
-    size = sound.codec_context.frame_size or 1024
-    for start in range(0, max(1, int(seconds * SAMPLE_RATE)), size):
-        kind = sound.codec_context.format.name
-        noise = rng.normal(0, 0.1, (1, size))
-        data = noise.astype(np.float32) if kind.startswith("flt") else (noise * 30_000).astype(np.int16)
-        frame = av.AudioFrame.from_ndarray(data, format=kind, layout="mono")
-        frame.sample_rate, frame.pts, frame.time_base = (
-            SAMPLE_RATE,
-            start + spec.audio_start,
-            Fraction(1, SAMPLE_RATE),
+    size = context.frame_size or 1024
+    for start in range(0, max(1, int(seconds * sound.rate)), size):
+        noise = rng.normal(0, 0.1, (sound.channels, size))
+        frame = av.AudioFrame.from_ndarray(
+            _samples(noise, context.format.name), format=context.format.name, layout=context.layout.name
         )
-        container.mux(sound.encode(frame))
-    container.mux(sound.encode(None))
+        frame.sample_rate, frame.pts = sound.rate, start + sound.start
+        frame.time_base = Fraction(1, sound.rate)
+        container.mux(encoder.encode(frame))
+    container.mux(encoder.encode(None))
+
+
+def _samples(noise: Array, kind: str) -> Array:
+    """Noise [channels, samples] about -1..1 in a sample format of FFmpeg (fltp, s16, ...)."""
+    types: dict[str, tuple[type[Any], float]] = {
+        "flt": (np.float32, 1),
+        "dbl": (np.float64, 1),
+        "s16": (np.int16, 3e4),
+        "s32": (np.int32, 2e9),
+        "u8": (np.uint8, 1),
+    }
+    kept, scale = types[kind.rstrip("p")]
+    data = (np.clip(noise, -1, 1) * scale).astype(kept)
+    return data if kind.endswith("p") else data.T.reshape(1, -1)
 
 
 def frame_times(path: Path) -> list[Fraction]:

@@ -10,6 +10,7 @@ from std_rt.media.files import check_output
 from std_rt.media.fit import from_working, result_size, to_working, working_size
 from std_rt.media.image import MAX_PIXELS, Picture, read_picture, write_picture
 from std_rt.media.kind import PICTURE_SUFFIXES, VIDEO_SUFFIXES, is_picture, is_video, media_kind
+from std_rt.media.record import Recorder, Recording, numbered
 from std_rt.media.sources import Job, expand_inputs, output_path, plan_outputs
 from std_rt.media.video import VideoInfo, VideoReport, probe, transcode, transcode_stream
 
@@ -19,6 +20,8 @@ __all__ = [
     "VIDEO_SUFFIXES",
     "Job",
     "Picture",
+    "Recorder",
+    "Recording",
     "VideoInfo",
     "VideoReport",
     "check_output",
@@ -27,6 +30,7 @@ __all__ = [
     "is_picture",
     "is_video",
     "media_kind",
+    "numbered",
     "output_path",
     "plan_outputs",
     "probe",

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -21,6 +21,7 @@ from av.buffer import Buffer
 from av.codec.context import ThreadType
 from av.container import InputContainer
 from av.packet import Packet
+from av.sidedata.sidedata import SideDataContainer
 from av.stream import Disposition, Stream
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
@@ -30,6 +31,7 @@ from std_rt.errors import MediaError
 from std_rt.media.colour import Colour, colour_of, to_rgb
 from std_rt.media.files import check_input, reason
 from std_rt.media.fit import Turn
+from std_rt.media.sound import sound_streams
 
 __all__ = ["Clip", "TimedFrame", "first_video_stream", "is_cover", "open_clip"]
 
@@ -37,6 +39,8 @@ _CONTAINERS = (
     "mov,mp4,matroska,webm,avi,mpeg,mpegts,flv,asf,ogg,gif,apng,mxf,ivf,yuv4mpegpipe,h264,hevc,obu,nut,dv,rm,"
     "mpegvideo,m4v,mp3,wav,aac,flac,aiff"
 )
+_LARGE_PX = 1920 * 1088
+_LAST_PACKET_S = 0.2  # longer than any packet of sound, whose duration FLV does not say
 # ISO files that hold a picture, which the mov reader would give as the tiles of a mosaic.
 _STILL_BRANDS = frozenset({"heic", "heix", "heim", "heis", "mif1", "avif"})
 
@@ -98,22 +102,24 @@ def _require_decoder(stream: VideoStream, path: Path) -> None:
 
 @dataclass
 class Clip:
-    """Frames and sound packets of an open container, in file order, with a tally of what went wrong."""
+    """Frames of an open container, in file order, with a tally of what went wrong."""
 
     container: InputContainer
     video: VideoStream
     damage: int = 0  # packets that could not be decoded, and reads that broke off
     hidden: int = 0  # packets an edit list keeps for decoding only
     decoded: int = 0  # frames
+    ended: bool = False  # read to its end, or as far as it goes
     is_hdr: bool = False
     transposed: bool = False  # the last frame's height was its stored width
     _last_pts: int | None = field(default=None, repr=False)
-    _end_pts: int = field(default=0, repr=False)
+    _end_pts: int = field(default=0, repr=False)  # of the last frame
+    _end_s: float = field(default=0.0, repr=False)  # of the last packet, sound or video
 
     @property
     def sound(self) -> list[AudioStream]:
         """Audio streams that can be copied."""
-        return [stream for stream in self.container.streams.audio if stream.codec_context is not None]
+        return sound_streams(self.container)
 
     @property
     def time_base(self) -> Fraction:
@@ -143,9 +149,22 @@ class Clip:
     def is_short(self) -> bool:
         """After reading: True if the container announced more than came."""
         if self.video.frames:
-            return self.decoded + self.hidden < self.video.frames
-        announced_s = _matroska_end_s(self.container, self.video)
-        return announced_s is not None and self._end_pts + 2 * self.frame_step < announced_s / self.time_base
+            return self.decoded + self.hidden < self.video.frames and self._misses_frames()
+        slack_s = 2 * float(self.frame_step * self.time_base)
+        video_s = _matroska_end_s(self.container, self.video)
+        if video_s is not None:
+            return float(self._end_pts * self.time_base) + slack_s < video_s
+        announced_s = _announced_end_s(self.container)
+        return announced_s is not None and self._end_s + slack_s + _LAST_PACKET_S < announced_s
+
+    def _misses_frames(self) -> bool:
+        """Fewer came than the file counts; True if those that lack should have been seen."""
+        if "mp4" in self.container.format.name:
+            # What an edit list hides is not in this index, or marked where it is needed for decoding.
+            listed = sum(not entry.is_discard for entry in self.video.index_entries)
+            return self.decoded < listed
+        # AVI counts places in time, some of which may hold no frame.
+        return self._end_pts < self.video.frames * self.frame_step
 
     @property
     def pixel_aspect(self) -> Fraction | None:
@@ -160,22 +179,28 @@ class Clip:
         """Units of pts from one frame to the next at the average rate; at least 1."""
         return max(1, round(1 / (self.rate * self.time_base)))
 
-    def read(self) -> Iterator[TimedFrame | Packet[AudioStream]]:
-        """Upright frames and untouched audio packets until the end, or as far as a damaged file goes."""
-        self.video.thread_type = ThreadType.AUTO
+    def read(self) -> Iterator[TimedFrame]:
+        """Upright frames until the end, or as far as a damaged file goes."""
+        # Frames decoded in several threads come late, and PyAV loses those that wait when the last one is
+        # damaged. One thread does 1080p far faster than anything is painted.
+        large = self.video.width * self.video.height > _LARGE_PX
+        self.video.thread_type = ThreadType.AUTO if large else ThreadType.SLICE
         for packet in self._packets():
-            if isinstance(packet.stream, AudioStream):
-                yield cast("Packet[AudioStream]", packet)
-            else:
+            if packet.stream.index == self.video.index:
                 self.hidden += packet.is_discard
                 yield from self._decode(cast("Packet[VideoStream]", packet))
         yield from self._decode(None)
+        self.ended = True
 
     def _packets(self) -> Iterator[Packet[Stream]]:
+        """Of sound too, which tells where the file ends."""
         streams = [self.video, *self.sound]
         try:
             for packet in self.container.demux(streams):
                 if packet.size:  # The empty ones at the end flush decoders; read() does that itself.
+                    if packet.pts is not None:
+                        end_s = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                        self._end_s = max(self._end_s, end_s)
                     yield packet
         except av.FFmpegError:
             self.damage += 1
@@ -211,24 +236,28 @@ class Clip:
 
 
 def _matroska_end_s(container: InputContainer, video: VideoStream) -> float | None:
-    """When a Matroska or WebM file says that its video ends; other containers are not asked.
-
-    FFmpeg tags each track; other writers give one time for all tracks, which sound may outlast.
-    """
-    if "matroska" not in container.format.name:
-        return None
+    """When a Matroska or WebM file by FFmpeg says that its video ends, which tags each track."""
     tag = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", video.metadata.get("DURATION", ""))
-    if tag is not None:
-        return int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
-    return container.duration / av.time_base if container.duration and not container.streams.audio else None
+    if tag is None or "matroska" not in container.format.name:
+        return None
+    return int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
+
+
+def _announced_end_s(container: InputContainer) -> float | None:
+    """When a Matroska, WebM or FLV file says that the last of its streams ends; others only seem to."""
+    says = any(name in container.format.name for name in ("matroska", "flv"))
+    if not (says and container.duration) or container.streams.subtitles:  # These are not read.
+        return None
+    return container.duration / av.time_base
 
 
 def turn_of(frame: VideoFrame) -> Turn:
     """How a decoded frame must be turned to be upright, from its display matrix."""
     try:
-        matrix = np.frombuffer(
-            bytes(cast(Mapping[str, Buffer], frame.side_data)["DISPLAYMATRIX"]), dtype=np.int32
-        )
+        # Not frame.side_data: it keeps the frame in a reference cycle, and hundreds pile up before the
+        # collector, which counts objects and not bytes, looks for them.
+        side_data: Mapping[str, Buffer] = cast(Any, SideDataContainer)(frame)
+        matrix = np.frombuffer(bytes(side_data["DISPLAYMATRIX"]), dtype=np.int32)
     except KeyError:
         return Turn()
     return Turn.from_matrix(int(matrix[0]), int(matrix[1]), int(matrix[3]), int(matrix[4]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -10,12 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TypeAlias, cast
 
 import numpy as np
-from av.audio.stream import AudioStream
 from av.container import InputContainer
-from av.packet import Packet
 from numpy.typing import NDArray
 
 from std_rt.errors import MediaError
@@ -34,19 +30,14 @@ __all__ = [
     "transcode_stream",
 ]
 
-# Decoded frames end up in reference cycles, and the collector counts objects, not bytes: left to itself it
-# lets some 250 frames of 720p (300 MB) pile up before it looks.
-_COLLECT_EVERY = 20
-
-# Items (frames and sound packets) that wait between the threads: enough for a group of frames that share a
-# call of the engines, and few enough for clips of 4K, whose frames are 25 MB.
-_DECODED_AHEAD = 8
-_STYLED_AHEAD = 6
+# Frames that wait between the threads: enough for a group of them that shares a call of the engines, and few
+# enough for clips of 4K, whose frames are 25 MB.
+_DECODED_AHEAD = 4
+_STYLED_AHEAD = 4
 _LONGEST_CALL_S = 60.0  # what the threads get to end their last frame before a clip is closed
 
 Frame = NDArray[np.uint8]
 Stream = Callable[[Iterator[Frame]], Iterator[Frame]]
-Item: TypeAlias = "TimedFrame | Packet[AudioStream]"
 
 
 @dataclass(frozen=True)
@@ -208,27 +199,24 @@ def _pump(
 ) -> bool:
     """Read, stylize, write until the end; True if ``should_stop`` came first."""
     total = clip.frames
-    with writer.open(partial), _lanes(clip, stream) as styled_items:
-        for item, styled in styled_items:
-            if styled is None:
-                writer.write_sound(cast("Packet[AudioStream]", item))
-                continue
+    with writer.open(partial), _lanes(clip, stream) as styled_frames:
+        for source, styled in styled_frames:
             if should_stop is not None and should_stop():
                 return True
-            writer.write_frame(cast(TimedFrame, item), styled)
+            writer.write_frame(source, styled)
             if progress is not None:
                 progress(writer.frames, total)
     return False
 
 
 @contextmanager
-def _lanes(clip: Clip, stream: Stream) -> Iterator[Lane[tuple[Item, Frame | None]]]:
+def _lanes(clip: Clip, stream: Stream) -> Iterator[Lane[tuple[TimedFrame, Frame]]]:
     """The clip, decoded in one thread and stylized in another; both have ended when the block has.
 
     They use the clip, which must not be closed under them.
     """
     with (
-        Lane(_collected(clip), room=_DECODED_AHEAD, name="decode") as decoded,
+        Lane(clip.read(), room=_DECODED_AHEAD, name="decode") as decoded,
         Lane(_through(decoded, stream), room=_STYLED_AHEAD, name="engines") as styled,
     ):
         try:
@@ -239,34 +227,21 @@ def _lanes(clip: Clip, stream: Stream) -> Iterator[Lane[tuple[Item, Frame | None
             decoded.close(_LONGEST_CALL_S)
 
 
-def _collected(clip: Clip) -> Iterator[Item]:
-    """What the clip holds, with the garbage of decoding thrown out now and then."""
-    for item in clip.read():
-        yield item
-        if clip.decoded % _COLLECT_EVERY == 0 and isinstance(item, TimedFrame):
-            gc.collect()
-
-
-def _through(items: Iterator[Item], stream: Stream) -> Iterator[tuple[Item, Frame | None]]:
-    """Frames with what ``stream`` makes of them, and sound with None, in the order of ``items``."""
-    waiting: deque[Item] = deque()
+def _through(decoded: Iterator[TimedFrame], stream: Stream) -> Iterator[tuple[TimedFrame, Frame]]:
+    """Frames, each with what ``stream`` makes of it."""
+    inside: deque[TimedFrame] = deque()
 
     def frames() -> Iterator[Frame]:
-        for item in items:
-            waiting.append(item)
-            if isinstance(item, TimedFrame):
-                yield item.rgb
+        for frame in decoded:
+            inside.append(frame)
+            yield frame.rgb
 
     for styled in stream(frames()):
-        while waiting and not isinstance(waiting[0], TimedFrame):
-            yield waiting.popleft(), None
-        if not waiting:
+        if not inside:
             raise ValueError("stream must give one frame for each that it takes; it gave more")
-        yield waiting.popleft(), styled
-    for item in waiting:
-        if isinstance(item, TimedFrame):
-            raise ValueError("stream must give one frame for each that it takes; it gave fewer")
-        yield item, None
+        yield inside.popleft(), styled
+    if inside:
+        raise ValueError("stream must give one frame for each that it takes; it gave fewer")
 
 
 def _source_notes(container: InputContainer, clip: Clip, stopped: bool) -> list[str]:
