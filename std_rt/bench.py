@@ -34,6 +34,7 @@ __all__ = [
     "Settings",
     "StageClock",
     "Timing",
+    "load",
     "measure",
     "measure_in_turn",
     "run",
@@ -160,7 +161,7 @@ def run(settings: Settings) -> None:
         what = f"--against {settings.against[0]}"
         require(what, "export", "torch", "diffusers", "transformers", "safetensors")
     typer.echo(str(describe_machine()))
-    with _load(settings) as stylizer:
+    with load(settings) as stylizer:
         size = _size(stylizer)
         steps = {"std-rt": _our_step(stylizer, size)}
         steps["std-rt"](lambda stage: None)
@@ -179,7 +180,8 @@ def run(settings: Settings) -> None:
     _print(result, {f"std-rt ({result['backend']}, {result['precision']})": ours, **timings})
 
 
-def _load(settings: Settings) -> Stylizer:
+def load(settings: Settings) -> Stylizer:
+    """The stylizer that the settings name."""
     return Stylizer.load(
         settings.bundle,
         backend=settings.backend,
@@ -257,7 +259,7 @@ def first_frame(asked: str) -> None:
     """In the process that is timed: stylize one frame, and print when it was there (seconds since 1970)."""
     given = json.loads(asked)
     size = given.pop("size")
-    with _load(Settings(size=tuple(size) if isinstance(size, list) else size, **given)) as stylizer:
+    with load(Settings(size=tuple(size) if isinstance(size, list) else size, **given)) as stylizer:
         at = _size(stylizer)
         _our_step(stylizer, at)(lambda stage: None)
         typer.echo(repr(time.time()))

@@ -11,6 +11,7 @@ import typer
 from std_rt import __version__
 from std_rt.cli_engines import engines_app
 from std_rt.cli_evaluate import evaluate
+from std_rt.cli_live import live
 from std_rt.cli_options import (
     BackendOption,
     BundleOption,
@@ -20,9 +21,12 @@ from std_rt.cli_options import (
     PrecisionOption,
     SizeOption,
     StepsOption,
+    TemporalOption,
+    check_temporal,
     parse_size,
     parse_style,
 )
+from std_rt.cli_styles import styles_app
 from std_rt.errors import StdRtError
 
 __all__ = ["app", "main"]
@@ -38,6 +42,7 @@ app = typer.Typer(
 bundles_app = typer.Typer(help="List, describe and verify bundles (models).", no_args_is_help=True)
 app.add_typer(bundles_app, name="bundles")
 app.add_typer(engines_app, name="engines")
+app.add_typer(styles_app, name="styles")
 
 
 def _show_version(wanted: bool) -> None:
@@ -61,7 +66,10 @@ def stylize(
     style: Annotated[
         list[str],
         typer.Option(
-            "--style", "-s", metavar="PICTURE[:WEIGHT]", help="Style picture; several blend by weight."
+            "--style",
+            "-s",
+            metavar="PICTURE[:WEIGHT]",
+            help="Picture or style file; several blend by weight.",
         ),
     ],
     out: Annotated[
@@ -83,6 +91,7 @@ def stylize(
     guidance_mode: GuidanceModeOption = None,
     backend: BackendOption = "auto",
     precision: PrecisionOption = "auto",
+    temporal: TemporalOption = None,
     build_in_background: Annotated[
         bool, typer.Option("--build-in-background", help="Begin on the CPU while GPU engines are built.")
     ] = False,
@@ -113,6 +122,7 @@ def stylize(
         (prompt, negative),
         (guidance, guidance_mode),
         build_in_background,
+        check_temporal(temporal, "file"),
     )
     raise typer.Exit(run(request))
 
@@ -270,11 +280,22 @@ def bench(
     first_frame: Annotated[
         bool, typer.Option("--first-frame", help="Seconds from the start of a process to its first frame.")
     ] = False,
+    live_too: Annotated[
+        bool, typer.Option("--live", help="The latency contract, on a generated clip of 30 fps.")
+    ] = False,
+    stream_batch: Annotated[bool, typer.Option("--stream-batch", help="With --live.")] = False,
+    temporal: TemporalOption = None,
+    target_fps: Annotated[float | None, typer.Option("--target-fps", help="With --live.")] = None,
+    duration: Annotated[
+        float, typer.Option("--duration", metavar="SECONDS", min=1, help="With --live.")
+    ] = 20.0,
 ) -> None:
     """Time every stage. The last line of the output is one JSON object."""
     working = parse_size(size)
-    if table and first_frame:
-        raise typer.BadParameter("--table and --first-frame exclude each other")
+    if table + first_frame + live_too > 1:
+        raise typer.BadParameter("--table, --first-frame and --live exclude each other")
+    if not live_too and (stream_batch or temporal or target_fps):
+        raise typer.BadParameter("--stream-batch, --temporal and --target-fps go with --live; add it")
     from std_rt.bench import AGAINST, Settings, run, run_first_frame
 
     for name in against or ():
@@ -282,6 +303,16 @@ def bench(
             raise typer.BadParameter(f"--against knows {' and '.join(AGAINST)}, not {name!r}")
     asked = tuple(dict.fromkeys(against or ()))
     settings = Settings(bundle, working, steps, backend, precision, frames, warmup, asked)
+    if live_too:
+        from std_rt.bench_live import Plan
+        from std_rt.bench_live import run as run_live
+        from std_rt.live import Settings as LiveSettings
+
+        how = LiveSettings(
+            stream_batch=stream_batch, temporal=check_temporal(temporal, "live"), target_fps=target_fps
+        )
+        run_live(settings, how, Plan(duration))
+        return
     if table:
         from std_rt.bench_table import run_table
 
@@ -290,6 +321,7 @@ def bench(
     (run_first_frame if first_frame else run)(settings)
 
 
+app.command("live")(live)
 app.command("evaluate")(evaluate)
 app.command("eval", hidden=True)(evaluate)  # its name in 0.1
 

@@ -11,6 +11,7 @@ import typer
 from std_rt.errors import UsageError
 
 __all__ = [
+    "TEMPORAL_MODES",
     "BackendOption",
     "BundleOption",
     "GuidanceModeOption",
@@ -19,12 +20,18 @@ __all__ = [
     "PrecisionOption",
     "SizeOption",
     "StepsOption",
+    "TemporalOption",
+    "check_temporal",
     "parse_size",
     "parse_style",
     "split_number",
 ]
 
 Size = tuple[int, int]  # (H, W) in pixels
+
+TEMPORAL_MODES = ("off", "noise", "full")
+# By the trade-off of steadiness and cost in docs/results.md.
+_TEMPORAL = {"live": "off", "file": "off"}
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 
@@ -65,6 +72,15 @@ def parse_style(text: str) -> tuple[Path, float]:
     return Path(head), weight
 
 
+def check_temporal(asked: str | None, where: str) -> str:
+    """``asked`` itself, or the default of ``where`` (live, file). Raises BadParameter on an unknown mode."""
+    if asked is None:
+        return _TEMPORAL[where]
+    if asked not in TEMPORAL_MODES:
+        raise typer.BadParameter(f"--temporal knows {', '.join(TEMPORAL_MODES)}, not {asked!r}")
+    return asked
+
+
 BundleOption = Annotated[
     str | None,
     typer.Option("--bundle", "-b", metavar="NAME|FOLDER", help="The model; see `std-rt bundles list`."),
@@ -87,6 +103,10 @@ GuidanceOption = Annotated[
 GuidanceModeOption = Annotated[
     str | None,
     typer.Option("--guidance-mode", help="full (twice the work) or residual (a call more a frame)."),
+]
+TemporalOption = Annotated[
+    str | None,
+    typer.Option("--temporal", metavar="off|noise|full", help="How much frames hold on to the last ones."),
 ]
 PrecisionOption = Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")]

@@ -29,7 +29,8 @@ from std_rt.errors import MediaError, StdRtError, UsageError
 from std_rt.media import fit
 from std_rt.media.image import Picture, read_picture, write_picture
 from std_rt.media.sources import Job, plan_outputs
-from std_rt.stylizer import State, Stylizer
+from std_rt.style_file import encode_styles, open_styles
+from std_rt.stylizer import Stylizer
 
 __all__ = ["Request", "run"]
 
@@ -54,6 +55,7 @@ class Request:
     prompts: tuple[str | None, str | None] = (None, None)  # prompt, negative prompt
     guidance: tuple[float | None, str | None] = (None, None)  # scale, mode
     build_in_background: bool = False
+    temporal: str = "off"
 
 
 class RateColumn(ProgressColumn):
@@ -72,7 +74,6 @@ def run(request: Request) -> int:
     backend. An input that fails later is reported, the others are done.
     """
     jobs = plan_outputs(request.inputs, request.out, overwrite=request.overwrite)
-    styles = [(read_picture(path).frame, weight) for path, weight in request.styles]
     prompt, negative = request.prompts
     if negative is not None and prompt is None:
         raise UsageError("--negative-prompt goes with --prompt; give both")
@@ -93,12 +94,14 @@ def run(request: Request) -> int:
     )
     with loaded as stylizer:
         check_size(stylizer, request.size)
+        styles = open_styles(request.styles, stylizer.bundle)
         if prompt is not None:
             stylizer.set_prompt(prompt, negative)
         work = Work(stylizer, request, console)
         with builds_shown(console, stylizer.backend):
             work.look_ahead(jobs)
-            stylizer.set_style(styles, request.strength)
+            style = encode_styles(stylizer.encode_style, styles, stylizer.bundle)
+            stylizer.use_style(style, request.strength)
             console.print(f"[dim]{describe(stylizer)}[/]", highlight=False)
             return work.all(jobs)
 
@@ -206,18 +209,22 @@ class Work:
         return styled.shape[0], styled.shape[1]
 
     def _clip(self, job: Job, bar: Progress) -> None:
-        from std_rt.media.video import transcode
+        from std_rt.media.video import transcode_stream
+        from std_rt.stream.painter import GROUPED, Painter
+        from std_rt.stream.steady import Steadier
 
+        steadier = Steadier(self._request.temporal)
+        painter = Painter(self._stylizer, way=GROUPED, steadier=steadier, seed=self._request.seed)
         task = bar.add_task(job.source.name, total=None, unit="fps")
 
         def shown(done: int, total: int | None) -> None:
             bar.update(task, completed=done, total=None if total is None else max(total, done))
 
         with _interruptible() as interrupted:
-            report = transcode(
+            report = transcode_stream(
                 job.source,
                 job.sink,
-                _stream(self._stylizer, self._request.seed),
+                painter.frames,
                 overwrite=self._request.overwrite,
                 progress=shown,
                 should_stop=interrupted,
@@ -246,19 +253,6 @@ class Work:
         return Progress(
             *columns, console=self._console, transient=True, disable=not self._console.is_terminal
         )
-
-
-def _stream(stylizer: Stylizer, seed: int) -> Callable[[Any], Any]:
-    """A function of one frame that carries the state from call to call: fixed noise over the clip."""
-    state: State | None = None
-
-    def advance(frame: Any) -> Any:
-        nonlocal state
-        state = state or stylizer.state(*frame.shape[:2], seed=seed)
-        styled, state = stylizer.step(frame, state)
-        return styled
-
-    return advance
 
 
 def _alpha(picture: Picture, size: tuple[int, ...]) -> Any:

@@ -200,6 +200,19 @@ class Flow:
         inside = ((source >= 0) & (source <= np.array([w - 1, h - 1]))).all(-1)
         return cls(source, inside & _agree(back, warp(forth, source)))
 
+    def difference(self, before: Frame, after: Frame) -> float:
+        """Mean absolute difference, 0..1, of ``after`` from ``before`` carried along; nan where none is followed.
+
+        The frames are those the flow was found on, or what was made of them at their size.
+        """
+        if not self.followed.any():
+            return float("nan")
+        return float(np.abs(warp(before, self.source) - after)[self.followed].mean() / 255)
+
+    def is_cut(self, before: Frame, after: Frame) -> bool:
+        """A new scene begins between the two frames that the flow was found on."""
+        return bool(self.followed.mean() < _FEWEST_FOLLOWED) or self.difference(before, after) > _CUT_ERROR
+
 
 def _agree(back: Array, forth: Array) -> Mask:
     """Forward and backward flow cancel (the occlusion test of Sundaram et al. 2010)."""
@@ -227,22 +240,11 @@ class WarpingError:
         """``contents``: neighbouring frames of one size. Pairs across a cut are left out."""
         neighbours = pairwise(contents)
         flows = [(i, Flow.between(*pair)) for i, pair in enumerate(neighbours, 1)]
-        self._flows = [(i, flow) for i, flow in flows if not _is_cut(flow, contents[i - 1], contents[i])]
+        self._flows = [(i, flow) for i, flow in flows if not flow.is_cut(contents[i - 1], contents[i])]
         self.pairs = len(self._flows)
         self.floor = self.of(contents)
 
     def of(self, outputs: Sequence[Frame]) -> float | None:
         """Mean over the pairs; ``outputs`` are those of the contents. None where no pair is followed."""
-        off = [_off(flow, outputs[i - 1], outputs[i]) for i, flow in self._flows]
+        off = [flow.difference(outputs[i - 1], outputs[i]) for i, flow in self._flows]
         return float(np.mean(off)) if off else None
-
-
-def _off(flow: Flow, before: Frame, after: Frame) -> float:
-    """Mean absolute difference, 0..1, of the later frame from the earlier one carried along; nan for none."""
-    if not flow.followed.any():
-        return float("nan")
-    return float(np.abs(warp(before, flow.source) - after)[flow.followed].mean() / 255)
-
-
-def _is_cut(flow: Flow, before: Frame, after: Frame) -> bool:
-    return bool(flow.followed.mean() < _FEWEST_FOLLOWED) or _off(flow, before, after) > _CUT_ERROR

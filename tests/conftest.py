@@ -1,11 +1,23 @@
-"""What all tests share: a cache of their own, and a bundle made by hand."""
+"""What all tests share: threads and garbage, a cache of their own, and a bundle made by hand."""
 
 from __future__ import annotations
+
+import gc
+import os
 
 import pytest
 from handmade import write_handmade
 
 from std_rt.bundle import Bundle
+
+# One thread for torch, here and in the processes that tests start. Networks of tests are so small that two
+# threads gain nothing, and where something else runs too (another worker, say) each spends its time waiting
+# for the other: eight times the processor time, measured on training runs. Read when torch is first imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Tracing makes millions of objects that live on, and a collection walks over all of them: at Python's own
+# thresholds 13 % of an export's time. Tests that count objects collect by themselves.
+gc.set_threshold(100_000, 20, 50)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
@@ -63,20 +63,28 @@ def randomize(module: nn.Module, seed: int) -> nn.Module:
 
 
 def write_clip_pipeline(
-    folder: Path, *, seed: int = 0, trained_betas: bool = False, layers_per_block: int = 2
+    folder: Path,
+    *,
+    seed: int = 0,
+    trained_betas: bool = False,
+    layers_per_block: int = 2,
+    levels: Literal[1, 2] = 2,
 ) -> Path:
-    """An SDXL in miniature; latents are 4x smaller than the picture, the UNet halves them once more."""
+    """An SDXL in miniature; latents are 4x smaller than the picture, the UNet halves them once more.
+
+    With one level it does not: the blocks with attention are left, and what is exported is traced sooner.
+    """
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
         out_channels=4,
-        block_out_channels=(16, 32),
+        block_out_channels=(16, 32)[-levels:],
         layers_per_block=layers_per_block,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D")[-levels:],
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")[:levels],
         transformer_layers_per_block=1,
-        attention_head_dim=(2, 4),
+        attention_head_dim=(2, 4)[-levels:],
         cross_attention_dim=sum(TEXT_DIMS),
         use_linear_projection=True,
         addition_embed_type="text_time",
@@ -116,18 +124,18 @@ def write_clip_pipeline(
     return folder
 
 
-def write_own_pipeline(folder: Path, *, seed: int = 0) -> Path:
-    """std-tiny in miniature: latents 8x smaller, two levels, one head, no text encoders."""
+def write_own_pipeline(folder: Path, *, seed: int = 0, levels: Literal[1, 2] = 2) -> Path:
+    """std-tiny in miniature: latents 8x smaller, two levels or one, no text encoders."""
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         sample_size=8,
         in_channels=8,
         out_channels=8,
-        block_out_channels=(16, 32),
+        block_out_channels=(16, 32)[-levels:],
         layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
-        attention_head_dim=(1, 2),
+        down_block_types=("CrossAttnDownBlock2D",) * levels,
+        up_block_types=("CrossAttnUpBlock2D",) * levels,
+        attention_head_dim=(1, 2)[-levels:],
         cross_attention_dim=24,
         use_linear_projection=True,
         resnet_time_scale_shift="scale_shift",

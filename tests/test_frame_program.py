@@ -5,94 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy_model
 import pytest
+from numpy_model import KINDS, NUMBERS, SIZE, coefficients, encode, engines, unet
 
-from std_rt.engines.fake import FakeEngine, float_ports
-from std_rt.engines.program import HostRunner, Program
+from std_rt.engines.fake import FakeEngine
+from std_rt.engines.program import HostRunner
 from std_rt.frame_program import (
     CONDITIONING,
     NEGATIVE,
-    FrameNumbers,
     Guidance,
+    batch_rows,
     eps_factors,
     frame_program,
     graph_shapes,
-    noise_draws,
     step_factors,
 )
-from std_rt.schedule import (
-    NoiseSchedule,
-    StepCoefficients,
-    add_noise,
-    step,
-    to_eps,
-    trajectory_timesteps,
-)
-
-KINDS = ("epsilon", "v_prediction", "sample")
-SHAPES = {
-    "encoder_hidden_states": (3, 5),
-    "text_embeds": (6,),
-    "time_ids": (6,),
-    "style_tokens": (2, 4),
-    "style_strength": (),
-}
-NUMBERS = FrameNumbers(8, 3, SHAPES)
-SIZE = (16, 24)
+from std_rt.schedule import StepCoefficients, add_noise, step, to_eps
 
 
-def coefficients(steps: int = 4, gamma: float = 0.0) -> list[StepCoefficients]:
-    return NoiseSchedule.scaled_linear().coefficients(trajectory_timesteps(0.75, steps), gamma)
-
-
-def unet(
-    sample: Any, timestep: Any, style_tokens: Any, text_embeds: Any, style_strength: Any, **_: Any
-) -> Any:
-    """Linear in the sample, and different for every conditioning and timestep; any precision, any batch."""
-    level = style_tokens.mean((1, 2)) * style_strength + 0.5 * text_embeds.mean(1)
-    return (0.7 + timestep / 4000)[:, None, None, None] * sample + level[:, None, None, None]
-
-
-def engines(program: Program) -> dict[str, FakeEngine]:
-    shapes = graph_shapes(program)
-    image, latents = shapes["vae_encoder"]["image"], shapes["vae_decoder"]["latents"]
-    runs = {
-        "vae_encoder": (_encode, {"latents": latents}),
-        "unet": (lambda **given: {"noise_pred": unet(**given)}, {"noise_pred": shapes["unet"]["sample"]}),
-        "vae_decoder": (lambda latents: {"image": latents.repeat(8, 2).repeat(8, 3)}, {"image": image}),
-    }
-    return {
-        name: FakeEngine(run, float_ports(**shapes[name]), float_ports(**out), name)
-        for name, (run, out) in runs.items()
-    }
-
-
-def _encode(image: Any) -> dict[str, Any]:
-    b, c, h, w = image.shape
-    return {"latents": image.reshape(b, c, h // 8, 8, w // 8, 8).mean((3, 5))}
-
-
-class Scene:
-    """A frame, its noise and what the UNet is told: positive and negative."""
-
-    def __init__(self, cs: list[StepCoefficients], seed: int = 0, batch: int = 1) -> None:
-        rng = np.random.default_rng(seed)
-
-        def draw(*shape: int) -> Any:
-            return rng.normal(0, 0.3, (batch, *shape)).astype(np.float32)
-
-        self.cs, self.batch = cs, batch
-        self.frame = rng.integers(60, 200, (batch, *SIZE, 3), np.uint8)
-        self.noise = [draw(3, SIZE[0] // 8, SIZE[1] // 8) for _ in range(noise_draws(cs))]
-        self.positive = {name: draw(*shape) for name, shape in SHAPES.items()}
-        self.negative = self.positive | {name: draw(*SHAPES[name]) for name in NEGATIVE}
-
-    def feeds(self, mode: str) -> dict[str, Any]:
-        fed = {f"noise_{i}": value for i, value in enumerate(self.noise)}
-        if mode == "full":
-            return fed | {name: np.concatenate([self.negative[name], self.positive[name]]) for name in SHAPES}
-        fed |= self.positive
-        return fed | ({f"negative_{n}": self.negative[n] for n in NEGATIVE} if mode == "residual" else {})
+class Scene(numpy_model.Scene):
+    """Frames that can be run."""
 
     def run(self, kind: str, guidance: Guidance) -> tuple[Any, HostRunner, dict[str, FakeEngine]]:
         program = frame_program(NUMBERS, self.cs, kind, SIZE, guidance, self.batch)
@@ -108,7 +41,7 @@ class Scene:
 
 def by_hand(scene: Scene, kind: str, guidance: Guidance) -> Any:
     """The loop in float64, with noise predictions one could read in a paper."""
-    z = _encode((scene.frame / 127.5 - 1).transpose(0, 3, 1, 2))["latents"]
+    z = encode((scene.frame / 127.5 - 1).transpose(0, 3, 1, 2))["latents"]
     start, *later = [noise.astype(np.float64) for noise in scene.noise]
     positive, negative = (
         {name: value.astype(np.float64) for name, value in part.items()}
@@ -136,7 +69,7 @@ def test_without_guidance_it_is_the_plain_loop_to_the_last_bit(kind: str, gamma:
     scene = Scene(coefficients(gamma=gamma))
     styled, _, _ = scene.run(kind, Guidance())
     image = np.ascontiguousarray(scene.frame.transpose(0, 3, 1, 2) * np.float32(1 / 127.5) - np.float32(1))
-    x = add_noise(_encode(image)["latents"], scene.noise[0], scene.cs[0])
+    x = add_noise(encode(image)["latents"], scene.noise[0], scene.cs[0])
     drawn = 1
     for c in scene.cs:
         p, q = step_factors(c, kind)
@@ -244,6 +177,8 @@ def test_feeds_and_shapes_say_what_to_open_and_what_to_set() -> None:
         ("sample", "timestep", *CONDITIONING), 4
     )
     assert graph_shapes(full)["vae_decoder"]["latents"][0] == 2
+    assert batch_rows(2, "full") == [(0, True), (1, True), (0, False), (1, False)]
+    assert batch_rows(2, "residual") == batch_rows(2, "none") == [(0, False), (1, False)]
     residual = frame_program(NUMBERS, cs, "epsilon", SIZE, Guidance("residual", 2.0))
     assert sorted(residual.feeds) == sorted([*plain.feeds, *(f"negative_{name}" for name in NEGATIVE)])
 

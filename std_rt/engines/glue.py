@@ -16,7 +16,8 @@ __all__ = ["GLUE_PORTS", "glue_folder", "glue_path"]
 
 # operation -> (ports it reads, ports it writes), named as the keyword arguments in `program.GLUE`.
 # frame: uint8 [B, H, W, 3]; image: float32 [B, 3, H, W]; a, b, c: float32 [B, 1, 1, 1]; the rest: float32
-# [B, C, h, w], where `out` of double and `x` of halves hold 2 B.
+# [B, C, h, w], where `out` of double and `x` of halves hold 2 B, `out` of join the rows of x and y, `x` of
+# split_last those of rest and last.
 GLUE_PORTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "frame_in": (("frame",), ("image",)),
     "frame_out": (("image",), ("frame",)),
@@ -24,6 +25,8 @@ GLUE_PORTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "combine3": (("x", "y", "z", "a", "b", "c"), ("out",)),
     "double": (("x",), ("out",)),
     "halves": (("x",), ("first", "second")),
+    "join": (("x", "y"), ("out",)),
+    "split_last": (("x",), ("rest", "last")),
 }
 
 

@@ -18,7 +18,17 @@ from numpy.typing import NDArray
 from std_rt.engines.base import GraphSpec, Ports
 from std_rt.engines.glue import glue_path
 from std_rt.engines.ort_session import failures, one_line
-from std_rt.engines.program import FRAME, GLUE, STYLED, Launch, Mark, Program, check_feeds, no_mark
+from std_rt.engines.program import (
+    FRAME,
+    GLUE,
+    STYLED,
+    Launch,
+    Mark,
+    Program,
+    check_carried,
+    check_feeds,
+    no_mark,
+)
 from std_rt.errors import BackendError
 
 __all__ = ["OrtRunner", "launch_spec"]
@@ -75,6 +85,8 @@ class OrtRunner:
         self._values = _allocate(program.buffers, device, device_id)
         for name, array in program.constants.items():
             self._fill(name, array)
+        for name in program.carried:
+            self._fill(name, np.zeros(*program.buffers[name]))
         self._fed: dict[str, Array] = {}
         self._calls = self._bind(specs, open_session, options)
 
@@ -100,6 +112,18 @@ class OrtRunner:
             mark(call.stage)
         styled: Frame = self._values[STYLED].numpy()
         return styled.copy() if self._device == "cpu" else styled  # there it is the buffer itself
+
+    def carried(self) -> dict[str, Array]:
+        """See `program.Runner`."""
+        self._check_open()
+        return {name: self._values[name].numpy().copy() for name in self._program.carried}
+
+    def carry(self, **buffers: Array) -> None:
+        """See `program.Runner`."""
+        self._check_open()
+        check_carried(self._program, buffers)
+        for name, array in buffers.items():
+            self._fill(name, array)
 
     def close(self) -> None:
         """Free sessions and buffers."""

@@ -8,7 +8,11 @@
 Which graph runs on which buffers in which order is settled before the first frame. So a GPU can keep every
 buffer to itself and replay the whole list as one CUDA graph: a frame goes in as uint8, a frame comes out as
 uint8, and nothing else crosses. Between the model's graphs stand a few operations that no model has
-(`GLUE`): a change of format, and linear combinations, which is all that a step of a sampler is.
+(`GLUE`): a change of format, rows put together and taken apart, and linear combinations, which is all that a
+step of a sampler is.
+
+Most buffers are written before they are read, so a run knows nothing of the one before. Those in ``carried``
+are the exception: a run reads in them what the last one left there, zeros at first.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ __all__ = [
     "Mark",
     "Program",
     "Runner",
+    "check_carried",
     "check_feeds",
     "no_mark",
     "open_on_host",
@@ -64,23 +69,34 @@ class Launch:
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """``buffers`` gives shape and dtype of each; ``constants`` are filled once and never written."""
+    """``buffers`` gives shape and dtype of each; ``constants`` are filled once and never written.
+
+    ``carried`` keep their contents from run to run and are zero at first. A launch that reads one before it
+    is written reads what the last run wrote.
+    """
 
     launches: tuple[Launch, ...]
     buffers: Ports
     constants: Mapping[str, Array] = field(default_factory=dict)
+    carried: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         """ValueError where a launch reads what nobody wrote, or names a buffer that is not there."""
-        known = {FRAME, *self.constants, *self.feeds}
+        if not self.carried <= self.written:
+            raise ValueError(f"no launch writes {sorted(self.carried - self.written)}, which are carried")
+        known = {FRAME, *self.constants, *self.feeds, *self.carried}
         for launch in self.launches:
-            for buffer in (*launch.inputs.values(), *launch.outputs.values()):
+            reads, writes = set(launch.inputs.values()), set(launch.outputs.values())
+            for buffer in reads | writes:
                 if buffer not in self.buffers:
                     raise ValueError(f"launch of {launch.graph} names {buffer!r}, which is no buffer")
-            if not known.issuperset(launch.inputs.values()):
-                unread = set(launch.inputs.values()) - known
-                raise ValueError(f"launch of {launch.graph} reads {sorted(unread)} before it is written")
-            known.update(launch.outputs.values())
+            if reads & writes:
+                raise ValueError(f"launch of {launch.graph} writes {sorted(reads & writes)}, which it reads")
+            if not reads <= known:
+                raise ValueError(
+                    f"launch of {launch.graph} reads {sorted(reads - known)} before it is written"
+                )
+            known |= writes
         if STYLED not in known:
             raise ValueError(f"no launch writes {STYLED!r}")
 
@@ -116,15 +132,34 @@ class Runner(Protocol):
     def run(self, frame: Frame, mark: Mark = no_mark) -> Frame:
         """Frames uint8 [B, H, W, 3] in, a new array of the same shape out; every feed must be set."""
 
+    def carried(self) -> dict[str, Array]:
+        """Copies of the buffers that are carried from run to run; empty where the program has none."""
+
+    def carry(self, **buffers: Array) -> None:
+        """Set carried buffers, to what `carried` of another runner of the program gave.
+
+        Raises BackendError on an unknown name, or a wrong shape or dtype.
+        """
+
     def close(self) -> None:
         """Free engines and buffers; the runner must not be used afterwards."""
 
 
 def check_feeds(program: Program, feeds: Mapping[str, Array]) -> None:
-    """Raise BackendError unless every array fits the buffer of its name."""
-    for name, array in feeds.items():
-        if name not in program.feeds:
-            raise BackendError(f"there is no buffer '{name}' to set; there are {', '.join(program.feeds)}")
+    """Raise BackendError unless every array fits the feed of its name."""
+    _check(program, feeds, program.feeds)
+
+
+def check_carried(program: Program, buffers: Mapping[str, Array]) -> None:
+    """Raise BackendError unless every array fits the carried buffer of its name."""
+    _check(program, buffers, sorted(program.carried))
+
+
+def _check(program: Program, arrays: Mapping[str, Array], names: list[str]) -> None:
+    for name, array in arrays.items():
+        if name not in names:
+            known = ", ".join(names) or "none"
+            raise BackendError(f"there is no buffer '{name}' to set; there are {known}")
         shape, dtype = program.buffers[name]
         if array.shape != shape or array.dtype != dtype:
             raise BackendError(
@@ -144,6 +179,7 @@ class HostRunner:
             if launch.graph in GLUE:
                 for buffer in launch.outputs.values():
                     self._memory[buffer] = np.empty(*program.buffers[buffer])
+        self._memory.update({name: np.zeros(*program.buffers[name]) for name in program.carried})
 
     @property
     def precision(self) -> str:
@@ -171,6 +207,15 @@ class HostRunner:
                     self._memory[buffer] = results[port].copy() if keeps else results[port]
             mark(launch.stage)
         return self._memory[STYLED]
+
+    def carried(self) -> dict[str, Array]:
+        """See `Runner`."""
+        return {name: self._memory[name].copy() for name in self._program.carried}
+
+    def carry(self, **buffers: Array) -> None:
+        """See `Runner`."""
+        check_carried(self._program, buffers)
+        self._memory.update({name: array.copy() for name, array in buffers.items()})
 
     def close(self) -> None:
         """Close every engine."""
@@ -201,7 +246,7 @@ def _outliving(program: Program) -> set[str]:
     """Buffers that are read after the engine that wrote them was called again, which may overwrite them."""
     owner: dict[str, tuple[str, int]] = {}
     calls: dict[str, int] = {}
-    found = set()
+    found = set(program.carried)
     for launch in program.launches:
         for buffer in launch.inputs.values():
             graph, call = owner.get(buffer, ("", 0))
@@ -252,6 +297,18 @@ def _halves(*, x: Array, first: Array, second: Array) -> None:
     second[...] = x[len(first) :]
 
 
+def _join(*, x: Array, y: Array, out: Array) -> None:
+    """[A, ...] and [B, ...] -> [A + B, ...]."""
+    out[: len(x)] = x
+    out[len(x) :] = y
+
+
+def _split_last(*, x: Array, rest: Array, last: Array) -> None:
+    """[B, ...] -> all rows but the last [B - 1, ...], and that one [1, ...]; B is 2 or more."""
+    rest[...] = x[:-1]
+    last[...] = x[-1:]
+
+
 # Operations between graphs, as NumPy functions of their ports; results are written into the outputs.
 GLUE: dict[str, Callable[..., None]] = {
     "frame_in": _frame_in,
@@ -260,4 +317,6 @@ GLUE: dict[str, Callable[..., None]] = {
     "combine3": _combine3,
     "double": _double,
     "halves": _halves,
+    "join": _join,
+    "split_last": _split_last,
 }

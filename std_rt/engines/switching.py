@@ -27,9 +27,9 @@ _FAILURES = (StdRtError, OSError, MemoryError, RuntimeError, ImportError)
 class SwitchingRunner:
     """`program.Runner` over two runners of one program. Not for use from two threads at once.
 
-    Frames run on ``slow`` until ``fast`` is there; then the feeds are carried over, and with its first frame
-    done ``slow`` is closed and ``said`` is told. Where ``fast`` does not open or does not do that frame,
-    ``said`` is told why, once, and ``slow`` goes on.
+    Frames run on ``slow`` until ``fast`` is there; then the feeds go over, and what is carried from run to
+    run, and with its first frame done ``slow`` is closed and ``said`` is told. Where ``fast`` does not open
+    or does not do that frame, ``said`` is told why, once, and ``slow`` goes on.
     """
 
     def __init__(
@@ -68,6 +68,14 @@ class SwitchingRunner:
                 return styled
         return self._now.run(frame, mark)
 
+    def carried(self) -> dict[str, Array]:
+        """See `program.Runner`."""
+        return self._now.carried()
+
+    def carry(self, **buffers: Array) -> None:
+        """See `program.Runner`."""
+        self._now.carry(**buffers)
+
     def close(self) -> None:
         """Close the runner in use, and the other one as soon as it is there."""
         if self._coming is not None:
@@ -89,6 +97,7 @@ class SwitchingRunner:
         try:
             runner = coming.result()
             runner.set(**self._feeds)
+            runner.carry(**self._now.carried())
             styled = runner.run(frame, mark)
         except (*_FAILURES, CancelledError) as error:
             if runner is not None:

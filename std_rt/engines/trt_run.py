@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from std_rt.engines.base import GraphSpec, Ports, check_inputs
 from std_rt.engines.cuda_driver import Device, cuda_device
-from std_rt.engines.program import FRAME, STYLED, Mark, Program, check_feeds, no_mark
+from std_rt.engines.program import FRAME, STYLED, Mark, Program, check_carried, check_feeds, no_mark
 from std_rt.engines.store import EngineStore
 from std_rt.engines.trt_build import BuildOptions, Product, load_product, make_logger
 from std_rt.engines.trt_maker import EngineMaker, launch_specs, same_engine
@@ -310,6 +310,7 @@ class DeviceRunner:
         self._capturable = True
         self._open = True
         self._upload(program.constants)
+        self._upload({name: np.zeros(*program.buffers[name]) for name in program.carried})
 
     def set(self, **feeds: Array) -> None:
         """See `program.Runner`. What is the same array as before is not copied again."""
@@ -330,6 +331,22 @@ class DeviceRunner:
             raise BackendError(f"there is no feed '{feed}'; there are {', '.join(self._program.feeds)}")
         self._addresses[feed] = address
         self._fed[feed] = _PLACED
+
+    def carried(self) -> dict[str, Array]:
+        """See `program.Runner`."""
+        self._begin()
+        found = {name: np.empty(*self._program.buffers[name]) for name in self._program.carried}
+        for name, array in found.items():
+            self._device.download(array, self._own[name], self._stream)
+        if found:
+            self._device.synchronize(self._stream)
+        return found
+
+    def carry(self, **buffers: Array) -> None:
+        """See `program.Runner`."""
+        check_carried(self._program, buffers)
+        self._begin()
+        self._upload(buffers)
 
     def run(self, frame: Frame, mark: Mark = no_mark) -> Frame:
         """See `program.Runner`. The whole frame is one stage for ``mark``: "frame"."""
@@ -384,9 +401,12 @@ class DeviceRunner:
         return self._captured[0]
 
     def _warm_up(self) -> None:
+        """Runs that count for nothing: what is carried is afterwards what it was before."""
+        carried = self.carried()
         for _ in range(_WARM_UPS):
             self._enqueue()
         self._device.synchronize(self._stream)
+        self._upload(carried)
         for graph in dict.fromkeys(self._graphs):
             graph.keep_kernels()
         refused = [graph.name for graph in self._graphs if not graph.capturable(self._stream)]
@@ -408,6 +428,8 @@ class DeviceRunner:
         self._device.download(self._styled, self._addresses[STYLED], self._stream)
 
     def _upload(self, arrays: Mapping[str, Array]) -> None:
+        if not arrays:
+            return
         given = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         for name, array in given.items():
             self._device.upload(self._addresses[name], array, self._stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -29,7 +30,7 @@ def moving_scene(
     it; grain is new in every frame.
     """
     rng = np.random.default_rng(seed)
-    picture = SCENES[scene](_SCENE_PX)
+    picture = _scene(scene)
     grain = rng.normal(0, _GRAIN, (height_px + _SHIFT_PX, width_px + _SHIFT_PX, 3)).astype(np.float32)
     for i in range(frames):
         phase = 2 * np.pi * i / frames
@@ -58,6 +59,11 @@ def write_moving_scene(
         for frame in moving_scene(frames, width_px, height_px):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))
+
+
+@cache
+def _scene(name: str) -> Frame:
+    return SCENES[name](_SCENE_PX)
 
 
 def _view(phase: float, width_px: int, height_px: int) -> NDArray[np.float64]:

@@ -7,10 +7,11 @@ The same bytes every time; a test compares them with those that are shipped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, checker, helper, numpy_helper
 
 from std_rt.engines.glue import glue_folder
@@ -25,6 +26,9 @@ _FRAME: Axes = ("batch", "height", "width", 3)
 _IMAGE: Axes = ("batch", 3, "height", "width")
 _LATENTS: Axes = ("batch", "channels", "height", "width")
 _TWICE: Axes = ("double_batch", "channels", "height", "width")
+_REST: Axes = ("rest", "channels", "height", "width")
+_ALL: Axes = ("all", "channels", "height", "width")
+_ONE: Axes = (1, "channels", "height", "width")
 _FACTOR: Axes = ("batch", 1, 1, 1)
 _TO_IMAGE, _TO_FRAME = (0, 3, 1, 2), (0, 2, 3, 1)
 
@@ -38,6 +42,8 @@ def make_glue() -> dict[str, bytes]:
         "combine3": _combine("xyz", "abc"),
         "double": _double(),
         "halves": _halves(),
+        "join": _join(),
+        "split_last": _split_last(),
     }
     for model in models.values():
         checker.check_model(model, full_check=True)
@@ -105,14 +111,30 @@ def _halves() -> ModelProto:
     return _model("halves", nodes, {"x": _TWICE}, {"first": _LATENTS, "second": _LATENTS}, {})
 
 
+def _join() -> ModelProto:
+    nodes = [helper.make_node("Concat", ["x", "y"], ["out"], axis=0)]
+    return _model("join", nodes, {"x": _LATENTS, "y": _REST}, {"out": _ALL}, {})
+
+
+def _split_last() -> ModelProto:
+    """Two slices: Split would need the number of rows, which is open here."""
+    nodes = [
+        helper.make_node("Slice", ["x", "start", "minus_one", "axis"], ["rest"]),
+        helper.make_node("Slice", ["x", "minus_one", "end", "axis"], ["last"]),
+    ]
+    bounds = {"start": 0, "minus_one": -1, "end": np.iinfo(np.int64).max, "axis": 0}
+    constants = {name: np.array([value], np.int64) for name, value in bounds.items()}
+    return _model("split_last", nodes, {"x": _ALL}, {"rest": _REST, "last": _ONE}, constants)
+
+
 def _model(
     name: str,
     nodes: Iterable[NodeProto],
     inputs: dict[str, Axes],
     outputs: dict[str, Axes],
-    scalars: dict[str, np.float32],
+    values: Mapping[str, np.float32 | NDArray[np.int64]],
 ) -> ModelProto:
-    constants = [numpy_helper.from_array(np.asarray(value), key) for key, value in scalars.items()]
+    constants = [numpy_helper.from_array(np.asarray(value), key) for key, value in values.items()]
     graph = helper.make_graph(
         list(nodes),
         name,

@@ -46,7 +46,7 @@ from typing import Any
 from std_rt.machine import peak_memory_mb
 from std_rt.stream.histogram import Histogram
 
-__all__ = ["SCHEMA", "Meter", "Recent", "Snapshot", "figures", "overlay_lines"]
+__all__ = ["SCHEMA", "Meter", "Recent", "Snapshot", "figures"]
 
 SCHEMA = 1
 """Of the report; changes when the meaning of a name does."""
@@ -372,17 +372,6 @@ def figures(counted: Snapshot) -> dict[str, Any]:
         "warping_error": _number(counted.warping / counted.warped if counted.warped else None, 5),
         "levels_s": {name: _number(spent, 3) for name, spent in counted.levels_s.items() if name},
     }
-
-
-def overlay_lines(recent: Recent, details: Sequence[str] = ()) -> list[str]:
-    """Short lines for people: rate, latency and losses; ``details`` (style, steps, ...) in a second line."""
-    fps = "--" if recent.fps is None else f"{recent.fps:.1f}"
-    latency = ""
-    if recent.latency_p50_ms is not None and recent.latency_p95_ms is not None:
-        latency = f"  {recent.latency_p50_ms:.0f} ms (p95 {recent.latency_p95_ms:.0f})"
-    losses = f"drops {recent.drops_per_s:.3g}/s  skips {recent.skips_per_s:.3g}/s"
-    said = "  ".join(detail for detail in details if detail)
-    return [f"{fps} fps{latency}   {losses}", *([said] if said else [])]
 
 
 def _add_open(counts: Snapshot, seconds: float, limit_ms: float, level: str) -> None:

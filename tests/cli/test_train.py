@@ -20,7 +20,7 @@ RECIPES = Path(__file__).parents[2] / "training"
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    base = write_own_pipeline(tmp_path / "base")
+    base = write_own_pipeline(tmp_path / "base", levels=1)
     rng = torch.Generator().manual_seed(0)
     triples = [
         Triple(*(torch.randn(8, 32, 32, generator=rng).half() for _ in range(2)), (torch.randn(8, 32, 32),))

@@ -22,8 +22,9 @@ def inputs_of(op: str, batch: int) -> Arrays:
     shapes = {
         "frame": (batch, H, W, 3),
         "image": (batch, 3, H, W),
-        "x": (2 * batch if op == "halves" else batch, C, H, W),
-        **dict.fromkeys("yz", (batch, C, H, W)),
+        "x": ({"halves": 2 * batch, "split_last": batch + 1}.get(op, batch), C, H, W),
+        "y": (batch + 2 if op == "join" else batch, C, H, W),
+        "z": (batch, C, H, W),
         **dict.fromkeys("abc", (batch, 1, 1, 1)),
     }
     made = {port: rng.normal(0, 0.8, shapes[port]).astype(np.float32) for port in GLUE_PORTS[op][0]}
@@ -38,8 +39,10 @@ def results_of(op: str, inputs: Arrays) -> Arrays:
     shapes = {
         "image": (batch, 3, H, W),
         "frame": (batch, H, W, 3),
-        "out": (2 * batch if op == "double" else batch, C, H, W),
+        "out": ({"double": 2 * batch, "join": 2 * batch + 2}.get(op, batch), C, H, W),
         **dict.fromkeys(("first", "second"), (batch // 2, C, H, W)),
+        "rest": (batch - 1, C, H, W),
+        "last": (1, C, H, W),
     }
     kinds = {"frame": np.uint8}
     out = {port: np.empty(shapes[port], kinds.get(port, np.float32)) for port in GLUE_PORTS[op][1]}

@@ -21,6 +21,7 @@ from std_rt.engines.ort_session import open_session
 from std_rt.engines.program import FRAME, GLUE, STYLED, HostRunner, Launch, Program
 from std_rt.errors import BackendError
 from std_rt.frame_program import FrameNumbers, Guidance, frame_program, graph_shapes
+from std_rt.stream_program import stream_program
 
 CPU = ["CPUExecutionProvider"]
 SIZE = (32, 48)
@@ -91,6 +92,53 @@ def test_both_runners_give_the_same_frames(stochastic: Bundle, guidance: Guidanc
         assert wanted.std() > 10  # a picture, not a plain colour
         assert np.abs(wanted.astype(int) - found).max() <= 1  # the graphs may add in another order
         assert (wanted != found).mean() < 0.001
+
+
+@pytest.mark.parametrize("guidance", MODES, ids=lambda guidance: guidance.mode)
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_both_runners_carry_the_same_from_run_to_run(
+    stochastic: Bundle, guidance: Guidance, steps: int
+) -> None:
+    """From the first run on, in which the other slots hold zeros."""
+    program = stream_program(
+        numbers_of(stochastic), stochastic.coefficients(steps), "epsilon", SIZE, guidance
+    )
+    specs = specs_of(stochastic, program)
+    host, device = on_host(program, specs), on_device(program, specs)
+    for runner in (host, device):
+        runner.set(**feeds_of(program))
+        assert not any(array.any() for array in runner.carried().values())
+    found = []
+    for frame in frames_of(program, 6):
+        wanted, got = host.run(frame), device.run(frame)
+        assert np.abs(wanted.astype(int) - got).max() <= 1
+        assert (wanted != got).mean() < 0.001
+        found.append(got)
+        carried = device.carried()
+        assert carried.keys() == program.carried
+        for name, array in host.carried().items():
+            np.testing.assert_allclose(carried[name], array, atol=1e-5)
+    assert len({frame.tobytes() for frame in found}) == len(found)
+
+
+def test_what_is_carried_goes_over_to_another_runner(stochastic: Bundle) -> None:
+    program = stream_program(
+        numbers_of(stochastic), stochastic.coefficients(4), "epsilon", SIZE, Guidance("residual", 2.0)
+    )
+    specs = specs_of(stochastic, program)
+    first, second, alone = (on_device(program, specs), on_device(program, specs), on_host(program, specs))
+    for runner in (first, second, alone):
+        runner.set(**feeds_of(program))
+    *before, last = frames_of(program, 6)
+    for frame in before:
+        first.run(frame)
+        alone.run(frame)
+    second.carry(**first.carried())
+    assert np.abs(second.run(last).astype(int) - alone.run(last)).max() <= 1
+    with pytest.raises(BackendError, match="no buffer 'noise_0' to set; there are gaps, waiting"):
+        second.carry(noise_0=np.zeros(1, np.float32))
+    with pytest.raises(BackendError, match=r"'waiting' is float32 \[3, 3, 4, 6\]; it was given"):
+        alone.carry(waiting=np.zeros(1, np.float32))
 
 
 def test_the_built_in_model_gives_the_same_frames() -> None:

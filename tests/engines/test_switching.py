@@ -20,6 +20,7 @@ class Adds:
     def __init__(self, precision: str, problem: str = "", at: str = "") -> None:
         self.precision, self.closed, self.frames = precision, 0, 0
         self._problem, self._at, self._x = problem, at, 0
+        self.inside = 0
 
     def set(self, **feeds: np.ndarray) -> None:
         assert not self.closed
@@ -35,6 +36,12 @@ class Adds:
         mark(self.precision)
         return frame + np.uint8(self._x)
 
+    def carried(self) -> dict[str, np.ndarray]:
+        return {"inside": np.array(self.inside)}
+
+    def carry(self, **buffers: np.ndarray) -> None:
+        self.inside = int(buffers["inside"])
+
     def close(self) -> None:
         self.closed += 1
 
@@ -48,17 +55,19 @@ def _switching(slow: Adds, fast: Future[Runner], said: list[str]) -> SwitchingRu
     return SwitchingRunner(slow, fast, said.append, ("openvino", "rtx"))
 
 
-def test_frames_go_over_when_the_fast_runner_is_ready_and_feeds_go_with_them(said: list[str]) -> None:
+def test_frames_go_over_when_the_fast_runner_is_ready_with_feeds_and_what_is_carried(said: list[str]) -> None:
     slow, fast, coming = Adds("bf16"), Adds("fp16"), Future[Runner]()
     runner = _switching(slow, coming, said)
     marks: list[str] = []
     runner.set(x=np.array(5))
     assert runner.run(FRAME, marks.append).max() == 5
+    runner.carry(inside=np.array(3))
     assert (runner.precision, runner.switched, said) == ("bf16", False, [])
     coming.set_result(fast)
     assert slow.closed == 0
     assert runner.run(FRAME, marks.append).max() == 5
     assert (runner.precision, runner.switched, slow.closed) == ("fp16", True, 1)
+    assert (fast.inside, runner.carried()) == (3, {"inside": 3})
     runner.set(x=np.array(7))
     assert runner.run(FRAME, marks.append).max() == 7
     assert marks == ["bf16", "fp16", "fp16"]

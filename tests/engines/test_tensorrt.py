@@ -38,6 +38,7 @@ from std_rt.engines.trt_maker import EngineMaker, glue_spec, launch_specs, progr
 from std_rt.errors import BackendError
 from std_rt.frame_program import FrameNumbers, Guidance, frame_program, graph_shapes
 from std_rt.schedule import NoiseSchedule, trajectory_timesteps
+from std_rt.stream_program import stream_program
 
 TARGETS = ("sm89", "sm120")
 # What TensorRT's path does and TensorRT-RTX's does not, on the module that is here.
@@ -144,8 +145,9 @@ def test_every_operation_between_graphs_is_built(maker: EngineMaker, op: str) ->
 
 
 @pytest.mark.parametrize("mode", ["none", "full", "residual"])
+@pytest.mark.parametrize("stream", [False, True])
 def test_every_launch_of_a_frame_has_an_engine_with_its_ports(
-    maker: EngineMaker, handmade: Bundle, mode: str
+    maker: EngineMaker, handmade: Bundle, mode: str, stream: bool
 ) -> None:
     conditioning = {
         "encoder_hidden_states": (3, 5),
@@ -156,7 +158,8 @@ def test_every_launch_of_a_frame_has_an_engine_with_its_ports(
     }
     steps = NoiseSchedule.scaled_linear().coefficients(trajectory_timesteps(0.5, 2), 0.3)
     guidance = Guidance(mode, 1.0 if mode == "none" else 4.0)
-    program = frame_program(FrameNumbers(8, 3, conditioning), steps, "epsilon", (16, 24), guidance)
+    make = stream_program if stream else frame_program
+    program = make(FrameNumbers(8, 3, conditioning), steps, "epsilon", (16, 24), guidance)
     specs = {
         name: GraphSpec(name, handmade.graph_path(name), shapes, handmade.digest)
         for name, shapes in graph_shapes(program).items()
@@ -166,9 +169,10 @@ def test_every_launch_of_a_frame_has_an_engine_with_its_ports(
     for spec in wanted:
         maker.ensure(spec)
     assert maker.store is not None
-    assert len(maker.store.entries()) == len({id(spec) for spec in wanted}) < len(wanted)
+    assert len(maker.store.entries()) == len({id(spec) for spec in wanted}) <= len(wanted)
     [batch] = {spec.shapes["sample"][0] for spec in wanted if spec.name == "unet"}
-    assert batch == (2 if mode == "full" else 1)
+    alone = {"none": 1, "full": 2, "residual": 1}
+    assert batch == ({"none": 2, "full": 4, "residual": 3} if stream else alone)[mode]
 
 
 def test_progress_rises_to_the_end_and_is_heard_by_whoever_listens(

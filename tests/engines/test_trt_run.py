@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from fake_gpu import FakeDevice, FakeMaker, FakeTrt
 
 from std_rt.engines.base import GraphSpec
 from std_rt.engines.fake import FakeEngine, float_ports
-from std_rt.engines.program import HostRunner, Program
+from std_rt.engines.program import HostRunner, Program, Runner
 from std_rt.engines.store import EngineStore
+from std_rt.engines.switching import SwitchingRunner
 from std_rt.engines.trt_build import RTX, TENSORRT
 from std_rt.engines.trt_run import DeviceRunner, Session
 from std_rt.errors import BackendError
 from std_rt.frame_program import CONDITIONING, FrameNumbers, Guidance, frame_program, graph_shapes
 from std_rt.schedule import NoiseSchedule, trajectory_timesteps
+from std_rt.stream_program import stream_program
 
 CONDITION = {
     "encoder_hidden_states": (3, 5),
@@ -60,6 +63,13 @@ def _program(mode: str = "none", batch: int = 1) -> Program:
     steps = NoiseSchedule.scaled_linear().coefficients(trajectory_timesteps(0.5, 2), 0.3)
     guidance = Guidance() if mode == "none" else Guidance(mode, 3.0)
     return frame_program(numbers, steps, "epsilon", SIZE, guidance, batch)
+
+
+def _stream(mode: str = "none", steps: int = 4) -> Program:
+    numbers = FrameNumbers(8, CHANNELS, CONDITION)
+    cs = NoiseSchedule.scaled_linear().coefficients(trajectory_timesteps(0.5, steps), 0.3)
+    guidance = Guidance() if mode == "none" else Guidance(mode, 3.0)
+    return stream_program(numbers, cs, "epsilon", SIZE, guidance)
 
 
 def _feeds(program: Program, seed: int = 0) -> dict[str, np.ndarray]:
@@ -137,6 +147,58 @@ def test_frames_come_out_as_from_the_host(gpu: Gpu, mode: str, batch: int) -> No
     runner = gpu.open(program)
     for seed in range(3):
         _test_equal(runner, program, seed)
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "residual"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_stream_comes_out_as_from_the_host_from_its_first_run_on(gpu: Gpu, mode: str, steps: int) -> None:
+    """Device memory is no zeros by itself, and warm-ups are runs, of which none may leave anything."""
+    program = _stream(mode, steps)
+    runner, host = gpu.open(program), _on_host(program)
+    assert not any(array.any() for array in runner.carried().values())
+    for seed in range(6):
+        feeds, frame = _feeds(program, seed), _frame(program, seed)
+        runner.set(**feeds)
+        host.set(**feeds)
+        np.testing.assert_array_equal(runner.run(frame), host.run(frame))
+        carried = runner.carried()
+        assert carried.keys() == program.carried
+        for name, array in host.carried().items():
+            np.testing.assert_array_equal(carried[name], array)
+
+
+def test_a_capture_in_the_middle_of_a_stream_and_none_at_all_lose_nothing(gpu: Gpu) -> None:
+    program = _stream("residual")
+    runner, host, feeds = gpu.open(program), _on_host(program), _feeds(_stream("residual"))
+    runner.set(**feeds)
+    host.set(**feeds)
+    theirs = gpu.device.allocate(feeds["noise_0"].nbytes)
+    gpu.device.at(theirs, feeds["noise_0"].nbytes)[...] = feeds["noise_0"].reshape(-1).view(np.uint8)
+    for seed in range(6):
+        if seed == 2:
+            runner.place("noise_0", theirs)
+        if seed == 4:
+            gpu.trt.capturable = False
+            runner.set(**feeds | {"noise_0": feeds["noise_0"].copy()})
+            with pytest.warns(RuntimeWarning, match="no CUDA graph can hold"):
+                found = runner.run(_frame(program, seed))
+        else:
+            found = runner.run(_frame(program, seed))
+        np.testing.assert_array_equal(found, host.run(_frame(program, seed)))
+
+
+def test_a_stream_goes_over_from_the_host_to_the_gpu(gpu: Gpu) -> None:
+    program = _stream("residual")
+    coming, said = Future[Runner](), list[str]()
+    runner, host = SwitchingRunner(_on_host(program), coming, said.append), _on_host(program)
+    for each in (runner, host):
+        each.set(**_feeds(program))
+    for seed in range(7):
+        if seed == 3:
+            coming.set_result(gpu.open(program))
+        np.testing.assert_array_equal(runner.run(_frame(program, seed)), host.run(_frame(program, seed)))
+    assert runner.switched
+    assert len(said) == 1
 
 
 def test_a_frame_is_one_launch_after_three_warm_ups_and_one_capture(gpu: Gpu) -> None:

@@ -1,4 +1,4 @@
-"""Two pipelines on disk and the bundles exported from them: the slow part, done once a session."""
+"""Two pipelines on disk and the bundles exported from them: the slow part, done once a run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ pytest.importorskip("diffusers")
 
 import torch
 from diffusers import UNet2DConditionModel
+from once import made_once
 from pipelines import write_clip_pipeline, write_lora, write_own_pipeline
 
-from std_rt.bundle import Bundle
+from std_rt.bundle import Bundle, load_bundle
 from std_rt.export import export_pipeline
 
 
@@ -45,14 +46,20 @@ def lora(clip_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def clip_bundle(clip_source: Path, lora: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """`clip_source` with the LoRA at 0.7, fp16 weights, published style layout, a prompt and its encoders."""
-    output = tmp_path_factory.mktemp("bundles") / "mini-xl"
-    return export_pipeline(
-        clip_source, output, lora=[(lora, 0.7)], size=(64, 96), prompt="in ink", prompts="encoder"
-    )
+
+    def make(output: Path) -> None:
+        export_pipeline(
+            clip_source, output, lora=[(lora, 0.7)], size=(64, 96), prompt="in ink", prompts="encoder"
+        )
+
+    return load_bundle(made_once(tmp_path_factory, "mini-xl", make))
 
 
 @pytest.fixture(scope="session")
 def own_bundle(own_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """`own_source` with fp32 weights and the defaults of everything else."""
-    output = tmp_path_factory.mktemp("bundles") / "mini-tiny"
-    return export_pipeline(own_source, output, size=(64, 64), weights="fp32", steps=(4, 1))
+
+    def make(output: Path) -> None:
+        export_pipeline(own_source, output, size=(64, 64), weights="fp32", steps=(4, 1))
+
+    return load_bundle(made_once(tmp_path_factory, "mini-tiny", make))

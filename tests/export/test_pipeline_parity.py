@@ -55,8 +55,8 @@ def noise() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SDXL in miniature, with one layer a block: three exports of it are made."""
-    return write_clip_pipeline(tmp_path_factory.mktemp("parity") / "mini-xl", layers_per_block=1)
+    """SDXL in miniature, with one level of one layer: three exports of it are made."""
+    return write_clip_pipeline(tmp_path_factory.mktemp("parity") / "mini-xl", layers_per_block=1, levels=1)
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,9 @@ import pytest
 pytest.importorskip("nncf")
 
 import onnx
+from once import made_once
 
-from std_rt.bundle import Bundle
+from std_rt.bundle import Bundle, load_bundle
 from std_rt.engines import GraphSpec, backends, open_engine
 from std_rt.engines.base import STEADY_INPUTS
 from std_rt.errors import ExportError
@@ -52,7 +53,7 @@ def int8_bundle(own_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) ->
         patch.setattr(quantize, "_HELD_OUT", 2)
         patch.setattr(quantize, "FLOOR_MEAN_DB", 20.0)
         patch.setattr(quantize, "FLOOR_WORST_DB", 15.0)
-        return quantize_bundle(own_bundle, tmp_path_factory.mktemp("int8") / "mini-int8")
+        return load_bundle(made_once(tmp_path_factory, "mini-int8", partial(quantize_bundle, own_bundle)))
 
 
 def _inputs(bundle: Bundle, graph: str) -> dict[str, np.ndarray[Any, Any]]:

@@ -42,6 +42,7 @@ def test_every_graph_is_built_for_two_gpus(
 
 
 def test_the_unet_is_built_at_twice_the_batch(clip_bundle: Bundle, maker: EngineMaker) -> None:
+    maker = EngineMaker(trt, RTX, ("sm89",), store=maker.store)  # two GPUs are the test's above
     [unet] = [s for s in plan(Wanted(bundle=str(clip_bundle.path))).engines(glue=False) if s.name == "unet"]
     doubled = replace(unet, shapes={port: (2, *shape[1:]) for port, shape in unet.shapes.items()})
     assert maker.ensure(doubled) != maker.ensure(unet)

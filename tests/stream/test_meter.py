@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from std_rt.errors import MediaError
 from std_rt.stream import metrics_file
 from std_rt.stream.histogram import RELATIVE_ERROR, Histogram
-from std_rt.stream.meter import SCHEMA, Meter, Recent, overlay_lines
+from std_rt.stream.meter import SCHEMA, Meter, Recent
 from std_rt.stream.metrics_file import MetricsWriter
 
 
@@ -393,13 +393,6 @@ def test_memory_is_constant_however_long_it_runs() -> None:
         session.meter.style_asked()
         session.frame(0.5)
     assert held(session.meter) == first < 1300
-
-
-def test_overlay_lines_are_short() -> None:
-    recent = Recent(27.31, 41.6, 61.2, 2.51, 0.0)
-    assert overlay_lines(recent) == ["27.3 fps  42 ms (p95 61)   drops 2.51/s  skips 0/s"]
-    assert overlay_lines(recent, ["ink", "", "4 steps"])[1] == "ink  4 steps"
-    assert overlay_lines(Recent(None, None, None, 0.0, 0.0)) == ["-- fps   drops 0/s  skips 0/s"]
 
 
 # The file

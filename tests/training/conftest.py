@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from std_rt.training.recipe import AutoencoderConfig, DataConfig, FinishConfig, TeacherConfig, UNetConfig
 
@@ -18,6 +19,12 @@ def _picture(rng: np.random.Generator, size: int = 272) -> np.ndarray:
         centre = tuple(int(v) for v in rng.integers(0, size, 2))
         cv2.circle(frame, centre, int(rng.integers(8, 60)), rng.uniform(0, 255, 3).tolist(), -1)
     return frame
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    """Networks this small are slower on many threads, and other processes that tests start have one too."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

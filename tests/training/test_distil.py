@@ -433,7 +433,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_as_if_unbroken(
     whole, broken = (replace(config, output=str(tmp_path / name)) for name in ("whole", "broken"))
     script = tmp_path / "run.py"
     script.write_text(RUN, encoding="utf-8")
-    subprocess.run([sys.executable, str(script), str(_keep_recipe(whole))], check=True, capture_output=True)
+    train_distil(whole)
     folder, rng = _keep_recipe(broken), random.Random(0)
     kills = int(os.environ.get("STD_RT_KILLS", "2"))
     for n in range(kills):
@@ -446,7 +446,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_as_if_unbroken(
         time.sleep(rng.uniform(0, 0.3))
         process.kill()
         assert process.wait() != 0, "the run ended before it was killed"
-    subprocess.run([sys.executable, str(script), str(folder)], check=True, capture_output=True)
+    train_distil(broken)
     _assert_same(_checkpoint(whole), _checkpoint(broken))
     assert (Path(whole.output) / "log.jsonl").read_bytes() == (folder / "log.jsonl").read_bytes()
     left = [p.name for p in folder.rglob("*") if "partial" in p.name and "checkpoints" not in p.parts]
