@@ -15,7 +15,10 @@ from rich.console import Console
 from rich.progress import track
 
 from std_rt.examples import SCENES, STYLES
+from std_rt.examples.moving import write_moving_scene
 from std_rt.media.image import write_picture
+from std_rt.media.video import transcode_stream
+from std_rt.stream.painter import GROUPED, Painter
 from std_rt.stylizer import Stylizer
 
 __all__ = ["SIZES", "contact_sheet", "pair_grid", "run"]
@@ -26,15 +29,17 @@ Outputs = dict[tuple[str, str], Frame]  # (scene, style) -> stylized
 
 EXAMPLE_PX = 512
 SIZES = (256, 512)
+CLIP_FRAMES, _CLIP_STYLE = 90, "stained_glass"
 _TILE, _GAP, _TITLE = 192, 6, 22
 
 
 def run(out: Path, bundle: str | None, backend: str) -> None:
-    """Write inputs, styles, a result for every pair and size, ``sheet.png`` and ``grid.png`` to ``out``."""
+    """Write inputs, styles, a result for every pair and size, two sheets and a clip to ``out``."""
     console = Console(stderr=True)
     scenes = _draw(SCENES, out / "inputs", "drawing pictures", console)
     styles = _draw(STYLES, out / "styles", "drawing styles", console)
     results = {size: _stylize(scenes, styles, size, out, bundle, backend, console) for size in SIZES}
+    _clip(styles[_CLIP_STYLE], out, bundle, backend, console)
     write_picture(out / "sheet.png", contact_sheet(scenes, styles, results))
     write_picture(out / "grid.png", pair_grid(scenes, styles, results[SIZES[-1]]))
     typer.echo(f"every pair: {out / 'grid.png'}")
@@ -85,6 +90,18 @@ def _stylize(
             f"({stylizer.bundle.name}, {stylizer.steps} steps, {stylizer.backend} {stylizer.precision})"
         )
     return outputs
+
+
+def _clip(style: Frame, out: Path, bundle: str | None, backend: str, console: Console) -> None:
+    """A moving example, ``inputs/moving.mp4``, and what becomes of it, ``moving_styled.mp4``."""
+    source, sink = out / "inputs" / "moving.mp4", out / "moving_styled.mp4"
+    with console.status("drawing and painting a clip"), Stylizer.load(bundle, backend=backend) as stylizer:
+        write_moving_scene(source, CLIP_FRAMES, width_px=EXAMPLE_PX, height_px=EXAMPLE_PX * 3 // 4)
+        stylizer.set_style(style)
+        painter = Painter(stylizer, way=GROUPED)
+        report = transcode_stream(source, sink, painter.frames, overwrite=True)
+    typer.echo(f"clip: {sink} ({report.frames} frames, {report.frames / report.seconds:.1f} fps)")
+    typer.echo(f"live without a camera: std-rt live --style {out / 'styles'} --camera {source}")
 
 
 def contact_sheet(scenes: dict[str, Frame], styles: dict[str, Frame], results: dict[int, Outputs]) -> Frame:

@@ -78,14 +78,13 @@ class Session:
         self.settings = settings or Settings()
         self.deck, self.source, self.mirror, self.paused = deck, source, mirror, False
         self._stylizer, self._now = stylizer, now
-        self.steadier = Steadier(self.settings.temporal)
         inside = stylizer.steps if self.settings.stream_batch else 1
         similar = self.settings.similar
         self._painter = Painter(
             stylizer,
             deck.at,
             way=STREAM_BATCH if self.settings.stream_batch else ONE_BY_ONE,
-            steadier=self.steadier,
+            steadier=Steadier(self.settings.temporal, self._measured),
             similar=None if similar is None else SimilarityFilter(similar, frames_inside=inside),
             seed=self.settings.seed,
             now=now,
@@ -220,6 +219,9 @@ class Session:
         for shot in shots:
             shot.stages_ms["wait"] = (self._now() - shot.captured_s) * 1000
             yield shot
+
+    def _measured(self, warping_error: float) -> None:
+        self.meter.warped(warping_error)
 
     def _watch_source(self) -> None:
         """A camera that is gone stops the clock of the contract until its next frame."""

@@ -57,7 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     "bench_table": {"bench", "bundle", "engines", "machine", "stylizer", "baseline"},
     "baseline": {"export", "stylizer", "schedule", "conditioning", "bundle"},
     "doctor": {"bundle", "engines", "machine", "media"},
-    "demo": {"examples", "media", "stylizer"},
+    "demo": {"examples", "media", "stylizer", "stream"},
     "evaluate": {"media", "conditioning", "stylizer", "measures"},
     "measures": set(),
     "style_file": {"conditioning", "bundle", "media"},

@@ -11,6 +11,7 @@ import pytest
 from std_rt import Stylizer
 from std_rt.bundle import Bundle
 from std_rt.media import read_picture, write_picture
+from std_rt.stream.keys import markdown_table
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -24,3 +25,7 @@ def test_the_example_runs(handmade: Bundle, tmp_path: Path, monkeypatch: pytest.
         write_picture(Path(f"{name}.png"), np.full((32, 48, 3), 60 * value, np.uint8))
     exec(compile(code, str(README), "exec"), {})
     assert read_picture(Path("styled_two.png")).frame.shape == (32, 48, 3)
+
+
+def test_the_readme_shows_the_table_of_keys() -> None:
+    assert markdown_table() in README.read_text(encoding="utf-8")

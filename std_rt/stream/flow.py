@@ -29,8 +29,8 @@ _MOST_PX, _MOST_PX_COARSE = 120_000, 30_000
 _SAME_SIDE = 5  # px: what "looks the same" is averaged over
 
 # Measured on the clips of docs/lab-notes.md (2026-11-21): twice as strict costs a tenth of the steadiness.
-_LEVELS = 20.0  # difference (of 255) at which half of the trust is gone
-_OFF_PX2 = 1.0  # squared distance by which the two directions may miss each other
+_LEVELS = 25.0  # difference (of 255) at which half of the trust is gone
+_OFF_PX2 = 1.5  # squared distance by which the two directions may miss each other
 _OFF_SHARE = 0.02  # and of the squared length of the way
 _STAYED_LEVELS = 0.5  # staying may look this much worse than moving, and is believed
 _STAYED_PX = 1.5  # a way so long that both directions agree on is believed

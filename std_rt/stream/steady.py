@@ -18,6 +18,7 @@ results fed back into the start pile up the style. It also leaves stream batch a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import cv2
@@ -44,7 +45,7 @@ _JUMP = 3.0  # times the usual difference from the history: another style altoge
 _USUAL_LEVELS = 5.0  # that difference before there is one
 
 _DETAIL_PX, _REGION_PX = 7, 17  # what counts as detail; over how much of the picture its strength is compared
-_MOST_DETAIL = 1.5
+_DETAIL_SHARE, _MOST_DETAIL = 0.8, 1.5
 
 _SAMPLED, _FIRST_SAMPLE = 30, 8  # the flicker of one pair in so many is measured, from this one on
 
@@ -67,11 +68,14 @@ class Motion:
 class Steadier:
     """Steadies one stream. One thread at a time; `warping_error` may be read from any."""
 
-    def __init__(self, mode: str) -> None:
-        """``mode``: one of `TEMPORAL_MODES`; ValueError for another."""
+    def __init__(self, mode: str, measured: Callable[[float], None] | None = None) -> None:
+        """``mode``: one of `TEMPORAL_MODES`; ValueError for another.
+
+        ``measured`` is told each warping error that goes into `warping_error`.
+        """
         if mode not in TEMPORAL_MODES:
             raise ValueError(f"there is no temporal mode {mode!r}; there are {', '.join(TEMPORAL_MODES)}")
-        self.mode = mode
+        self.mode, self._measured = mode, measured
         self.cuts = 0
         self._follower = Follower(fine=mode == "full", weight=_WEIGHT if mode == "full" else 0.0)
         self._mixer = _Mixer()
@@ -169,6 +173,8 @@ class Steadier:
         error = motion.judged.difference(shown[1], result)
         if np.isfinite(error):
             self._errors, self._pairs = self._errors + error, self._pairs + 1
+            if self._measured is not None:
+                self._measured(error)
 
 
 class _Mixer:
@@ -216,7 +222,7 @@ def _with_detail(mixed: Array, new: Array) -> Array:
     """
     detail, wanted = _detail(mixed), _detail(new)
     have, want = _energy(detail), _energy(wanted)
-    gain = cv2.sqrt((want + 1) / (have + 1))
+    gain = cv2.sqrt((_DETAIL_SHARE * want + 1) / (have + 1))
     np.clip(gain, 1, _MOST_DETAIL, out=gain)
     mixed += ((gain - 1) * detail)[..., None]
     return np.clip(mixed, 0, 255, out=mixed)

@@ -22,7 +22,20 @@ def test_version(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["stylize", "export", "train", "bench", "evaluate", "eval", "doctor", "demo", "bundles"]
+    "command",
+    [
+        "stylize",
+        "export",
+        "train",
+        "bench",
+        "evaluate",
+        "eval",
+        "doctor",
+        "demo",
+        "bundles",
+        "live",
+        "styles",
+    ],
 )
 def test_every_command_explains_itself(cli: Cli, command: str) -> None:
     result = cli(command, "--help")
@@ -183,10 +196,19 @@ def test_demo_writes_a_sheet_of_every_pair(
 
     monkeypatch.setattr(demo, "EXAMPLE_PX", 64)
     monkeypatch.setattr(demo, "SIZES", (32, 64))
+    monkeypatch.setattr(demo, "CLIP_FRAMES", 6)
     result = cli("demo", "-o", tmp_path / "demo", "-b", bundle)
     assert result.code == 0
     assert str(tmp_path / "demo" / "sheet.png") in result.out
-    assert files_in(tmp_path / "demo") == {"inputs", "styles", "32", "64", "sheet.png", "grid.png"}
+    assert files_in(tmp_path / "demo") == {
+        "inputs",
+        "styles",
+        "32",
+        "64",
+        "sheet.png",
+        "grid.png",
+        "moving_styled.mp4",
+    }
     assert len(files_in(tmp_path / "demo" / "64")) == 24
 
 
