@@ -117,7 +117,11 @@ class Painter:
             yield from self.go_to(self._stylizer.level(*shape))
         working = self._stylizer.fit(shot.frame, self._level)
         mark("convert")
-        changing = self._set_style(shot)
+        changing = self._look_up_style(shot)
+        if changing and self._kind == GROUPED:  # a group is painted in one style
+            yield from self._drain()
+        if self._style is not None:
+            self._stylizer.use_style(*self._style)
         if self._hardly_differs(working, changing):
             shot.styled, shot.skipped = self._last, True
             yield shot
@@ -141,14 +145,13 @@ class Painter:
         }
         self._way = ways[self._kind](self._stylizer, level)
 
-    def _set_style(self, shot: Shot) -> bool:
-        """Give the stylizer the style of this instant; True where it is not that of the frame before."""
+    def _look_up_style(self, shot: Shot) -> bool:
+        """Note the style of this instant; True where it is not that of the frame before."""
         shot.painted_s = self._now()
         if self._style_at is None:
             return False
         style = self._style_at(shot.painted_s)
         before, self._style = self._style, style
-        self._stylizer.use_style(*style)
         return before is not None and (style[0] is not before[0] or style[1] != before[1])
 
     def _hardly_differs(self, working: Frame, changing: bool) -> bool:

@@ -143,23 +143,23 @@ def test_a_clip_has_one_noise(stylize: Cli, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_leaves_a_playable_clip(stylize: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clip = make_clip(tmp_path / "clip.mp4")
+    clip = make_clip(tmp_path / "clip.mp4", Spec(pts=tuple(range(0, 60 * 512, 512))))
     calls = 0
-    step = Stylizer.step
+    run_many = Stylizer.run_many
 
     def counted(self: Stylizer, *arguments: object, **options: object) -> object:
         nonlocal calls
         calls += 1
-        if calls == 4:
+        if calls == 4:  # of 15, and what waits between the threads is some ten frames
             signal.raise_signal(signal.SIGINT)
-        return step(self, *arguments, **options)  # type: ignore[arg-type]
+        return run_many(self, *arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Stylizer, "step", counted)
+    monkeypatch.setattr(Stylizer, "run_many", counted)
     before = signal.getsignal(signal.SIGINT)
     result = stylize(clip)
     assert result.code == 130
     assert "stopped early" in result.out
-    assert len(frame_times(tmp_path / "clip_styled.mp4")) == 4
+    assert 1 <= len(frame_times(tmp_path / "clip_styled.mp4")) < 30
     assert signal.getsignal(signal.SIGINT) is before
 
 

@@ -71,7 +71,7 @@ def test_a_seed_is_that_of_step(stylizer: Stylizer) -> None:
     assert (ours != stylizer.stylize(frame, seed=8)).any()
 
 
-@pytest.mark.parametrize("way", [ONE_BY_ONE, STREAM_BATCH])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_frame_has_the_style_that_it_came_in_with(stylizer: Stylizer, way: str) -> None:
     frames = _frames(7)
     dark, light = (stylizer.encode_style(_flat(value)) for value in (20, 230))
