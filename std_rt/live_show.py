@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from std_rt.errors import StdRtError
 from std_rt.live import Session
+from std_rt.media import fit
 from std_rt.media.image import write_picture
 from std_rt.media.overlay import Thumbnail
 from std_rt.media.record import Recorder, Recording, numbered
@@ -130,7 +131,9 @@ class Show:
             return
         frame, beside = self._first, None
         if self._shot is not None and self._shot.styled is not None:
-            frame, beside = self._shot.styled, self._shot.frame if self._beside else None
+            frame = self._shot.styled
+            if self._beside:  # at the same resolution: a larger one is work for a screen that shows it small
+                beside = fit.from_working(self._shot.frame, (frame.shape[0], frame.shape[1]))
         self._out.window.show(
             frame,
             self._session.lines() if self._figures else (),
