@@ -19,8 +19,9 @@ FULL_SIZE ?= runs/full-size
 demo: $(RUNTIME)/.installed
 	$(RUNTIME)/$(BIN)/std-rt demo -o demo
 
+# One process a core, four at most: each takes 1.5 GB.
 test: $(TESTS)/.installed
-	$(TESTS)/$(BIN)/python -m pytest
+	$(TESTS)/$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 full-size: $(TESTS)/.installed
 	mkdir -p $(FULL_SIZE)

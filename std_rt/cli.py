@@ -388,3 +388,9 @@ def main() -> None:
     except StdRtError as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
+    except OSError as error:
+        # A path that the system will not even look at: too long, or in a folder that is closed to us.
+        if error.filename is None:
+            raise
+        typer.echo(f"error: {error.filename}: {error.strerror}; check the path", err=True)
+        sys.exit(2)

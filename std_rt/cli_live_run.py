@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
 import typer
+from numpy.typing import NDArray
 from rich.console import Console
 
 from std_rt.cli_stylize import builds_shown, check_size, describe
@@ -19,9 +23,10 @@ from std_rt.errors import MediaError, UsageError
 from std_rt.live import Session, Settings
 from std_rt.live_show import Outputs, Show
 from std_rt.media import fit
-from std_rt.media.camera import Captured, Source, open_source
+from std_rt.media.camera import Camera, Source, open_source
 from std_rt.media.files import check_output
 from std_rt.media.record import Recorder
+from std_rt.media.track import Encoder
 from std_rt.media.virtual_camera import VirtualCamera
 from std_rt.media.window import Window
 from std_rt.stream.deck import Deck
@@ -31,7 +36,9 @@ from std_rt.stylizer import Stylizer
 
 __all__ = ["Request", "run"]
 
+Frame = NDArray[np.uint8]
 Size = tuple[int, int]  # (H, W) in pixels
+_TICK_S = 0.02
 _USUAL_FPS = 30.0
 
 
@@ -80,25 +87,21 @@ def run(request: Request) -> int:
     console = Console(stderr=True)
     _check(request)
     with ExitStack() as stack:
-        source = _Peeked(
-            open_source(request.camera, size=request.camera_size, fps=request.camera_fps, loop=request.loop)
-        )
-        stack.callback(source.close)
+        source = stack.enter_context(closing(_open_source(request)))
+        first = _first_frame(request, source)
         stylizer = stack.enter_context(_load(request, console))
-        deck = stack.enter_context(closing(_deck(request, stylizer, source, console)))
-        session = Session(stylizer, source, deck, _settings(request), mirror=_is_mirrored(request))
-        outputs = _outputs(request, session, stylizer, source)
-        show = Show(session, outputs, source.first, say=lambda line: _say(console, line))
-        stack.callback(show.close)
+        deck = stack.enter_context(closing(_deck(request, stylizer, first, console)))
+        is_mirror = isinstance(source, Camera) if request.mirror is None else request.mirror
+        session = Session(stylizer, source, deck, _settings(request), mirror=is_mirror)
+        outputs = _outputs(request, session, stylizer, first)
+        show = Show(session, outputs, first, say=lambda line: _say(console, line))
         stack.enter_context(session)
+        stack.callback(show.close)  # first of all, so that nothing can keep a recording from its end
         console.print(f"[dim]{describe(stylizer)}, {source.name}[/]", highlight=False)
         _present(show, outputs, request, console)
-        show.close()
-        session.close()
-        report = session.report()
-        if outputs.metrics is not None:
-            outputs.metrics.close()
-    typer.echo(json.dumps(report))
+        session.meter.pause("end")  # closing is no running time
+        session.report()
+    typer.echo(json.dumps(session.report()))
     return 0
 
 
@@ -114,47 +117,63 @@ def _check(request: Request) -> None:
         raise UsageError(f"--target-fps is a rate above 0, such as 15, got {request.target_fps:g}")
     if request.fullscreen and not request.window:
         raise UsageError("--fullscreen needs the window; leave --no-window out")
-    for path in (request.record, request.metrics):
-        if path is not None:
-            check_output(path, overwrite=request.overwrite)
+    if not (0 <= request.crossfade_s < float("inf") and 0 <= request.cycle_s < float("inf")):
+        raise UsageError("--crossfade and --cycle are in seconds, 0 or more")
+    if 0 < request.cycle_s < request.crossfade_s:
+        raise UsageError(
+            f"a --crossfade of {request.crossfade_s:g} s does not fit into a --cycle of "
+            f"{request.cycle_s:g} s; make it shorter"
+        )
+    if request.similar is not None and request.stream_batch:
+        raise UsageError(
+            "--skip-similar does not go with --stream-batch, which has frames inside; leave one out"
+        )
+    _check_places(request)
+
+
+def _check_places(request: Request) -> None:
+    """Raise StdRtError where an output cannot be written, is another one, or one of the inputs."""
     if not request.snapshots.is_dir():
         raise MediaError(f"{request.snapshots} is no folder; give --snapshots one that exists")
+    inputs = [Path(request.camera.strip()).expanduser(), *(path for path, _ in request.styles)]
+    named = {"--record": request.record, "--metrics": request.metrics}
+    given = {flag: path for flag, path in named.items() if path is not None}
+    for flag, path in given.items():
+        for source in inputs:
+            check_output(path, source=source, overwrite=request.overwrite, flag=flag)
+    if len({path.resolve() for path in given.values()}) < len(given):
+        raise UsageError(f"--record and --metrics both name {request.record}; give two files")
+    if request.record is not None:
+        Encoder.for_file(request.record, None, 18, live=True)
+    if request.virtual and find_spec("pyvirtualcam") is None:
+        raise MediaError("the virtual camera needs pyvirtualcam; run: pip install 'std-rt[live]'")
 
 
-class _Peeked:
-    """A source whose first frame was looked at: it tells the size of all that follows."""
+def _open_source(request: Request) -> Source:
+    """The camera, or what stands in for it; UsageError where a file is asked for what only cameras do."""
+    size, fps = request.camera_size, request.camera_fps
+    source = open_source(request.camera, size=size, fps=fps, loop=request.loop)
+    if not isinstance(source, Camera) and (size or fps):
+        source.close()
+        raise UsageError(
+            f"--camera-size and --camera-fps are for cameras, and {source.name} is a file; leave them out"
+        )
+    return source
 
-    def __init__(self, source: Source) -> None:
-        self._source = source
+
+def _first_frame(request: Request, source: Source) -> Frame:
+    """What is seen first: it tells the size of all that follows.
+
+    A file is opened for it once more, because it begins to play with the first frame that is read.
+    """
+    if isinstance(source, Camera):
         taken = source.read()
-        if taken is None:
-            raise MediaError(f"{source.name} gives no frame; give another camera with --camera")
-        self._taken: Captured | None = taken
-        self.first = taken.frame
-
-    @property
-    def name(self) -> str:
-        return self._source.name
-
-    @property
-    def fps(self) -> float | None:
-        return self._source.fps
-
-    @property
-    def status(self) -> str:
-        return self._source.status
-
-    @property
-    def faults(self) -> dict[str, int]:
-        return self._source.faults
-
-    def read(self) -> Captured | None:
-        """The first frame again, then what follows."""
-        taken, self._taken = self._taken, None
-        return taken or self._source.read()
-
-    def close(self) -> None:
-        self._source.close()
+    else:
+        with closing(open_source(request.camera)) as other:
+            taken = other.read()
+    if taken is None:
+        raise MediaError(f"{source.name} gives no frame; give another camera with --camera")
+    return taken.frame
 
 
 def _load(request: Request, console: Console) -> Stylizer:
@@ -171,19 +190,22 @@ def _load(request: Request, console: Console) -> Stylizer:
     )
 
 
-def _deck(request: Request, stylizer: Stylizer, source: _Peeked, console: Console) -> Deck:
-    """The styles that the session begins with; the engines of its size open meanwhile."""
+def _deck(request: Request, stylizer: Stylizer, first: Frame, console: Console) -> Deck:
+    """The styles that the session begins with, and the engines of its size, open."""
     check_size(stylizer, request.size)
     prompt, negative = request.prompts
     if prompt is not None:
         stylizer.set_prompt(prompt, negative)
     deck = Deck(stylizer.encode_style, stylizer.bundle, strength=request.strength)
     try:
-        deck.cycle(request.cycle_s, min(request.crossfade_s, request.cycle_s))
+        deck.cycle(request.cycle_s, request.crossfade_s)
         with builds_shown(console, stylizer.backend):
-            level = stylizer.level(source.first.shape[0], source.first.shape[1])
+            level = stylizer.level(first.shape[0], first.shape[1])
             stylizer.prepare_levels([level], stream_batch=request.stream_batch)
             deck.fill(request.styles)
+            # Here, and not with the first frame: a camera that runs meanwhile would only lose frames.
+            while not stylizer.ready(level, stream_batch=request.stream_batch):
+                time.sleep(_TICK_S)
     except BaseException:
         deck.close()
         raise
@@ -201,14 +223,10 @@ def _settings(request: Request) -> Settings:
     )
 
 
-def _is_mirrored(request: Request) -> bool:
-    """A camera faces its user, who expects a mirror; a file does not."""
-    return not Path(request.camera).is_file() if request.mirror is None else request.mirror
-
-
-def _outputs(request: Request, session: Session, stylizer: Stylizer, source: _Peeked) -> Outputs:
-    height, width = source.first.shape[:2]
-    fps = source.fps or _USUAL_FPS
+def _outputs(request: Request, session: Session, stylizer: Stylizer, first: Frame) -> Outputs:
+    """All that was asked for; what makes a file comes last, so that a refusal leaves none behind."""
+    height, width = first.shape[:2]
+    fps = session.source.fps or _USUAL_FPS
 
     def new_recorder(path: Path) -> Recorder:
         return Recorder(path, fps=fps, overwrite=request.overwrite)
@@ -219,19 +237,18 @@ def _outputs(request: Request, session: Session, stylizer: Stylizer, source: _Pe
         new_recorder=new_recorder,
     )
     try:
+        if request.window:
+            size = fit.result_size((height, width), stylizer.working_size(height, width))
+            title = f"std-rt - {session.source.name}"
+            outputs.window = Window(title, size=size, fullscreen=request.fullscreen, help_lines=help_lines())
         if request.virtual:
             outputs.virtual = VirtualCamera((height, width), fps, request.virtual_device)
         if request.record is not None:
             outputs.recorder = new_recorder(request.record)
         if request.metrics is not None:
             outputs.metrics = MetricsWriter(request.metrics, session.meter, overwrite=request.overwrite)
-        if request.window:
-            size = fit.result_size((height, width), stylizer.working_size(height, width))
-            outputs.window = Window(
-                f"std-rt - {source.name}", size=size, fullscreen=request.fullscreen, help_lines=help_lines()
-            )
     except BaseException:
-        for output in (outputs.virtual, outputs.recorder, outputs.metrics):
+        for output in (outputs.window, outputs.virtual, outputs.recorder):
             if output is not None:
                 output.close()
         raise
@@ -261,8 +278,10 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
         asked = True
         signal.signal(number, before[signal.Signals(number)])
 
-    before = {kind: signal.getsignal(kind) for kind in kinds}
-    for kind in kinds:
+    # Ignored by whoever started us (nohup), or not Python's: it stays so.
+    found = {kind: signal.getsignal(kind) for kind in kinds}
+    before = {kind: how for kind, how in found.items() if how not in (signal.SIG_IGN, None)}
+    for kind in before:
         signal.signal(kind, ask)
     try:
         yield lambda: asked

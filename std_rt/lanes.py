@@ -11,6 +11,7 @@ counted, so what comes out is never older than the queue is long: what a camera 
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from threading import Condition, Thread
@@ -103,8 +104,9 @@ class Lane(Generic[T]):
             self._closed = True
             self._queue.clear()
             self._changed.notify_all()
-        if timeout_s:
-            self._thread.join(timeout_s)
+        end = time.monotonic() + timeout_s
+        while self._thread.is_alive() and (left := end - time.monotonic()) > 0:
+            self._thread.join(min(left, _PATIENCE_S))
 
     @property
     def running(self) -> bool:

@@ -15,6 +15,7 @@ picture.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ __all__ = ["Session", "Settings"]
 Frame = NDArray[np.uint8]
 
 _STYLED_AHEAD = 2
+_GAP_S = 1.0  # after so long without a frame, those still inside the engines are of the past
 _END_S = 30.0  # what the engines get to end their last frame
 _LEAST_PX = 128  # of a side, for the governor: below, nothing can be made out
 _NOT_BUSY = frozenset({"wait", "present"})  # stages in which the engines' thread does nothing
@@ -78,14 +80,13 @@ class Session:
         self.settings = settings or Settings()
         self.deck, self.source, self.mirror, self.paused = deck, source, mirror, False
         self._stylizer, self._now = stylizer, now
-        inside = stylizer.steps if self.settings.stream_batch else 1
         similar = self.settings.similar
         self._painter = Painter(
             stylizer,
             deck.at,
             way=STREAM_BATCH if self.settings.stream_batch else ONE_BY_ONE,
             steadier=Steadier(self.settings.temporal, self._measured),
-            similar=None if similar is None else SimilarityFilter(similar, frames_inside=inside),
+            similar=None if similar is None else SimilarityFilter(similar),
             seed=self.settings.seed,
             now=now,
         )
@@ -182,7 +183,8 @@ class Session:
         return self.meter.report()
 
     def close(self) -> None:
-        """End both threads; the engines are free to be closed afterwards."""
+        """End both threads; the engines are free to be closed afterwards. What follows is no running time."""
+        self.meter.pause("end")
         self.source.close()
         self.report()  # what reads the meter afterwards finds all of it
         for lane in (self._captured, self._styled):
@@ -216,7 +218,11 @@ class Session:
             yield from self._pace.after(shot, self._now())
 
     def _waited(self, shots: Iterator[Shot]) -> Iterator[Shot]:
+        last_s = math.inf
         for shot in shots:
+            if shot.captured_s - last_s > _GAP_S:  # a pause, or a camera that was gone
+                self.meter.dropped(self._painter.forget())
+            last_s = shot.captured_s
             shot.stages_ms["wait"] = (self._now() - shot.captured_s) * 1000
             yield shot
 

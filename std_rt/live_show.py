@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -83,6 +85,9 @@ class Show:
         self._recorded_s: float | None = None
         self._told: set[str] = set()
         self.started_s: float | None = None
+        # Making a plain MP4 of a long recording takes seconds, which the picture must not stand still for.
+        self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="std-rt-record")
+        self._finishing: deque[Future[Recording]] = deque()
         self.recordings: list[Recording] = []
 
     def run(self, stop: Callable[[], bool], seconds: float | None = None) -> None:
@@ -100,11 +105,15 @@ class Show:
             self._look_after()
 
     def close(self) -> None:
-        """End recording and outputs; the session is closed by whoever opened it."""
+        """End recordings and outputs; the session is closed by whoever opened it. May be called again."""
         self._end_recording()
-        for output in (self._out.virtual, self._out.window):
+        self._finisher.shutdown(wait=True)
+        self._tell_finished()
+        for output in (self._out.virtual, self._out.metrics, self._out.window):
             if output is not None:
                 output.close()
+        for ended in (self._out.virtual, self._out.metrics):
+            self._tell_problem(ended)
 
     def _is_over(self, seconds: float | None) -> bool:
         if seconds is None or self.started_s is None:
@@ -174,6 +183,7 @@ class Show:
         """Everything that is due now and then, beside the frames."""
         if self._out.metrics is not None:
             self._out.metrics.tick()
+        self._tell_finished()
         for output in (self._out.metrics, self._out.recorder, self._out.virtual):
             self._tell_problem(output)
         for notes in (self._session.notes, self._session.deck.problems):
@@ -315,9 +325,14 @@ class Show:
 
     def _end_recording(self) -> None:
         recorder, self._out.recorder, self._recorded_s = self._out.recorder, None, None
-        if recorder is None:
-            return
-        done = recorder.close()
+        if recorder is not None:
+            self._finishing.append(self._finisher.submit(recorder.close))
+
+    def _tell_finished(self) -> None:
+        while self._finishing and self._finishing[0].done():
+            self._tell_recording(self._finishing.popleft().result())
+
+    def _tell_recording(self, done: Recording) -> None:
         self.recordings.append(done)
         if done.frames:
             dropped = f", {done.dropped} dropped" if done.dropped else ""

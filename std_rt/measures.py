@@ -201,9 +201,10 @@ class Flow:
         return cls(source, inside & _agree(back, warp(forth, source)))
 
     def difference(self, before: Frame, after: Frame) -> float:
-        """Mean absolute difference, 0..1, of ``after`` from ``before`` carried along; nan where none is followed.
+        """Mean absolute difference, 0..1, of ``after`` from ``before`` carried along, where it is followed.
 
-        The frames are those the flow was found on, or what was made of them at their size.
+        The frames are those the flow was found on, or what was made of them at their size. nan where nothing
+        is followed.
         """
         if not self.followed.any():
             return float("nan")

@@ -169,8 +169,54 @@ def test_the_governor_goes_down_when_the_target_is_missed(
             shot = session.get(0.05)
             if shot is not None:
                 session.presented(shot)
-    assert "1 step" in session.notes[0]
-    assert len(session.report()["levels_s"]) >= 1
+        for _ in range(5):
+            source.give(FRAMES[0])
+            session.presented(get(session))
+        assert "1 step" in session.notes[0]
+        assert len(session.report()["levels_s"]) >= 2
+
+
+def test_the_governor_keeps_its_level_when_the_camera_changes_its_resolution(
+    stylizer: Stylizer, deck: Deck
+) -> None:
+    source = ScriptedSource()
+    with Session(stylizer, source, deck, Settings(target_fps=100_000)) as session:
+        end = time.monotonic() + SOON_S
+        while not session.notes:
+            assert time.monotonic() < end
+            source.give(FRAMES[0])
+            session.get(0.05)
+        while session.get(0.2) is not None:
+            pass
+        level = session._painter.level
+        source.give(np.repeat(np.repeat(FRAMES[0], 4, 0), 4, 1))
+        assert get(session).frame.shape == (192, 288, 3)
+        source.give(np.repeat(np.repeat(FRAMES[0], 8, 0), 8, 1))  # the same aspect: the same usual level
+        before = session._painter.level
+        get(session)
+        assert session._painter.level == before
+    assert level is not None
+
+
+def test_what_was_inside_before_a_pause_is_given_up(stylizer: Stylizer, deck: Deck) -> None:
+    """They are of the past then, and their latency would be that of the pause."""
+    source = ScriptedSource()
+    with Session(stylizer, source, deck, Settings(stream_batch=True)) as session:
+        source.give(FRAMES[0])
+        assert session.get(1.0) is None  # two steps: it is inside
+        time.sleep(1.1)
+        for frame in FRAMES[1:4]:
+            source.give(frame)
+            session.get(0.3)
+            time.sleep(0.05)
+        source.end()
+        shots = []
+        while not session.over:
+            if (shot := session.get(0.05)) is not None:
+                shots.append(shot)
+        report = session.report()
+    assert report["drops"] >= 1
+    assert all(shot.index > 0 for shot in shots)
 
 
 # --- presenting ------------------------------------------------------------------------------------------
@@ -281,6 +327,11 @@ def test_pause_holds_the_picture(stage: Stage) -> None:
     stage.show.do(Command(Action.PAUSE))
     assert stage.window.shown["banner"] == "paused"
     assert stage.session.paused
+    shown = stage.window.shown["frame"]
+    stage.source.give(FRAMES[5])
+    turns = iter([False] * 10 + [True])
+    stage.show.run(lambda: next(turns))
+    assert stage.window.shown["frame"] is shown
     stage.show.do(Command(Action.PAUSE))
     stage.frames()
     assert stage.window.shown["banner"] != "paused"
@@ -352,6 +403,8 @@ def test_a_problem_is_said_once(stage: Stage) -> None:
         problem = "the disk is full"
 
         def tick(self) -> None: ...
+
+        def close(self) -> None: ...
 
     stage.outputs.metrics = Broken()  # type: ignore[assignment]
     stage.frames(3)

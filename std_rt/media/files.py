@@ -34,31 +34,35 @@ def check_input(path: Path) -> None:
         raise MediaError(f"{path} cannot be read: {reason(error)}") from error
 
 
-def check_output(sink: Path, *, source: Path | None = None, overwrite: bool = False) -> None:
+def check_output(
+    sink: Path, *, source: Path | None = None, overwrite: bool = False, flag: str = "-o"
+) -> None:
     """Refuse an output before any work is done; creates the output's folder where it is missing.
+
+    ``flag``: the option that named it, for what is said.
 
     Raises MediaError if ``sink`` is ``source`` (even with ``overwrite``), is a folder, exists and
     ``overwrite`` is False, or if its folder cannot be made or written to.
     """
     try:
-        _refuse_taken(sink, source, overwrite)
+        _refuse_taken(sink, source, overwrite, flag)
         sink.parent.mkdir(parents=True, exist_ok=True)
         _new_partial(sink).unlink()
     except (OSError, ValueError) as error:
         raise MediaError(
-            f"{sink} cannot be written: {reason(error)}; choose another place with -o"
+            f"{sink} cannot be written: {reason(error)}; choose another place with {flag}"
         ) from error
 
 
-def _refuse_taken(sink: Path, source: Path | None, overwrite: bool) -> None:
+def _refuse_taken(sink: Path, source: Path | None, overwrite: bool, flag: str) -> None:
     if sink.is_dir():
-        raise MediaError(f"{sink} is a folder; give a file name with -o, such as {sink / 'out.png'}")
+        raise MediaError(f"{sink} is a folder; give a file name with {flag}, such as {sink / 'out.png'}")
     if not sink.exists():
         return
     if source is not None and source.exists() and source.samefile(sink):
-        raise MediaError(f"{sink} is the input itself; give another name with -o")
+        raise MediaError(f"{sink} is the input itself; give another name with {flag}")
     if not overwrite:
-        raise MediaError(f"{sink} exists already; add --overwrite to replace it or -o for another name")
+        raise MediaError(f"{sink} exists already; add --overwrite to replace it or {flag} for another name")
 
 
 @contextmanager

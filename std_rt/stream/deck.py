@@ -169,17 +169,33 @@ class Deck:
         """Load what a command line names, and show what it says.
 
         Styles with a weight above 0 are loaded now and shown as their blend; without any, it is the first
-        style. The others follow in the background, behind them. Raises as `read_style` does for those loaded
-        now; UsageError where there is no style.
+        that can be loaded. The others follow in the background, behind them. Raises as `read_style` does for
+        those with a weight, or where none can be loaded; UsageError where there is no style.
         """
         if not styles:
             raise UsageError("a style is needed: give at least one style picture")
-        shown = [at for at, (_, weight) in enumerate(styles) if weight] or [0]
-        weights = {self.add(styles[at][0]): styles[at][1] or 1.0 for at in shown}
-        self.set_weights(weights, 0)
+        shown = [at for at, (_, weight) in enumerate(styles) if weight]
+        if shown:
+            self.set_weights({self.add(styles[at][0]): styles[at][1] or 1.0 for at in shown}, 0)
+        else:
+            shown = list(range(self._add_first([path for path, _ in styles]) + 1))
         for at, (path, _) in enumerate(styles):
             if at not in shown:
                 self.add_in_background(path)
+
+    def _add_first(self, paths: Sequence[Path]) -> int:
+        """Load the first that can be; its place. The ones before it are in `problems`."""
+        failed: list[StdRtError] = []
+        for at, path in enumerate(paths):
+            try:
+                self.add(path)
+            except StdRtError as error:
+                failed.append(error)
+                continue
+            for problem in failed:
+                self._say(str(problem))
+            return at
+        raise failed[0]
 
     def close(self) -> None:
         """Stop loading; returns when the encoder is no longer in use. The styles stay."""

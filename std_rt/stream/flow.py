@@ -12,20 +12,22 @@ coarse one forth, on frames that are reduced where they are large. A pixel is tr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Followed", "Follower", "enlarged", "reduced", "unmoved"]
+__all__ = ["SMALLEST_PX", "Followed", "Follower", "enlarged", "reduced", "unmoved"]
 
 Frame = NDArray[np.uint8]
 Array = NDArray[np.float32]
 Size = tuple[int, int]  # (H, W) in pixels
 
-# 256 px of any aspect is followed at its own size, 512 px at half. To move noise by cells of 8 px, half is enough.
+# 256 px of any aspect is followed at its own size, 512 px at half. Noise moves by cells and needs less.
 _MOST_PX, _MOST_PX_COARSE = 120_000, 30_000
+SMALLEST_PX = 12  # a side below it is too short for the search
+
 _SAME_SIDE = 5  # px: what "looks the same" is averaged over
 
 # Measured on the clips of docs/lab-notes.md (2026-11-21): twice as strict costs a tenth of the steadiness.
@@ -56,7 +58,7 @@ class Follower:
 
         ``weight`` in 0..1: what a trusted history has in the next picture.
         """
-        self._back, self._forth = (_fine() if fine else _coarse()), _coarse()
+        self._back, self._forth = _fine(), _coarse()
         self._most_px = _MOST_PX if fine else _MOST_PX_COARSE
         self._weight = np.float32(weight)
         self._grey: Frame | None = None
@@ -67,7 +69,10 @@ class Follower:
         self._grey = None
 
     def follow(self, frame: Frame) -> Followed | None:
-        """How ``frame`` follows from the last one; None after a cut, and for the first. One size till reset."""
+        """How ``frame`` follows from the last one; None after a cut, and for the first.
+
+        One size until `reset`, with sides of at least `SMALLEST_PX`.
+        """
         small = reduced(frame, self._most_px)
         before, grey = self._grey, np.asarray(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY), np.uint8)
         self._grey = grey
@@ -95,7 +100,8 @@ class Follower:
         agreed[stayed] = 1
         if _is_cut(agreed, moved_off):
             return None
-        trust = cv2.erode(agreed * _inside(source) * np.clip(1.5 - moved_off / _LEVELS, 0, 1), _ring())
+        alike = np.clip(1.5 - moved_off / _LEVELS, 0, 1)
+        trust = np.asarray(cv2.erode(agreed * _inside(source) * alike, _ring()), np.float32)
         self._history = new + (self._weight * trust)[..., None] * (carried - new)
         return source, trust
 
@@ -104,7 +110,7 @@ def reduced(frame: Frame, most_px: int = _MOST_PX) -> Frame:
     """``frame`` at a half, a third ... of its size, where it has more than ``most_px`` pixels."""
     h, w = frame.shape[:2]
     parts = 1
-    while (h // parts) * (w // parts) > most_px:
+    while (h // parts) * (w // parts) > most_px and min(h, w) // (parts + 1) >= SMALLEST_PX:
         parts += 1
     if parts == 1:
         return frame
@@ -125,11 +131,11 @@ def enlarged(source: Array, trust: Array, size: Size) -> Followed:
 
 
 def unmoved(size: Size) -> Array:
-    """The source of a frame in which nothing moved: [H, W, 2], x and y of each pixel. Not to be written to."""
+    """The source of a frame in which nothing moved: x and y of each pixel, [H, W, 2]. Read-only."""
     return _unmoved(int(size[0]), int(size[1]))
 
 
-@cache
+@lru_cache(maxsize=8)  # grids of the sizes in use
 def _unmoved(h: int, w: int) -> Array:
     grid = np.ascontiguousarray(np.stack(np.meshgrid(np.arange(w), np.arange(h)), -1), np.float32)
     grid.flags.writeable = False

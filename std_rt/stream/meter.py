@@ -209,6 +209,8 @@ class Meter:
         at = self._now() if at_s is None else at_s
         latency_ms = None if skipped else max(0.0, (at - captured_s) * 1000)
         with self._lock:
+            if self._reasons:  # on its way when the pause began
+                return
             self._counts.frames += 1
             if latency_ms is None:
                 self._counts.skips += 1

@@ -49,6 +49,10 @@ class _Job:
 class _Way(Protocol):
     """How frames of one size go through the engines; results in the order of `push`."""
 
+    @property
+    def inside(self) -> int:
+        """Frames taken and not given."""
+
     def push(self, job: _Job, working: Frame, state: State, mark: Mark) -> Iterator[tuple[_Job, Frame]]:
         """Take one frame, give those that are finished."""
 
@@ -76,10 +80,13 @@ class Painter:
         """
         if way not in WAYS:
             raise ValueError(f"there is no way {way!r}; there are {', '.join(WAYS)}")
+        if similar is not None and way != ONE_BY_ONE:
+            raise ValueError(f"similar frames are left out one by one, not {way}: others are still inside")
         self._stylizer, self._style_at, self._kind = stylizer, style_at, way
         self._steadier = steadier or Steadier("off")
         self._similar, self._seed, self._now = similar, seed, now
         self._shape: Size | None = None  # of the frames
+        self._usual: Level | None = None  # of frames of that shape
         self._level: Level | None = None
         self._way: _Way = _OneByOne(stylizer, None)
         self._state: State | None = None
@@ -97,8 +104,15 @@ class Painter:
             yield from self._drain()
             self._begin(level)
 
+    def forget(self) -> int:
+        """Give up the shots inside, as after a pause: nobody wants to see them. Returns their number."""
+        lost = self._way.inside
+        if self._level is not None:
+            self._begin(self._level)
+        return lost
+
     def paint(self, shots: Iterable[Shot]) -> Iterator[Shot]:
-        """Every shot with its result, in order. Between two of them `go_to` may be called."""
+        """Every shot with its result, in order. Between two of them `go_to` and `forget` may be called."""
         for shot in shots:
             yield from self._take(shot)
         yield from self._drain()
@@ -114,7 +128,9 @@ class Painter:
         shape = (shot.frame.shape[0], shot.frame.shape[1])
         if shape != self._shape:
             self._shape = shape
-            yield from self.go_to(self._stylizer.level(*shape))
+            before, self._usual = self._usual, self._stylizer.level(*shape)
+            if self._usual != before:
+                yield from self.go_to(self._usual)
         working = self._stylizer.fit(shot.frame, self._level)
         mark("convert")
         changing = self._look_up_style(shot)
@@ -192,7 +208,7 @@ class _OneByOne:
     """Lowest latency: a frame is out before the next one is looked at."""
 
     def __init__(self, stylizer: Stylizer, level: Level | None) -> None:
-        self._stylizer, self._level = stylizer, level
+        self._stylizer, self._level, self.inside = stylizer, level, 0
 
     def push(self, job: _Job, working: Frame, state: State, mark: Mark) -> Iterator[tuple[_Job, Frame]]:
         yield job, self._stylizer.run(working, state, mark, level=self._level)
@@ -207,6 +223,10 @@ class _StreamBatched:
     def __init__(self, stylizer: Stylizer, level: Level) -> None:
         self._batch = stylizer.stream_batch(level)
         self._inside: deque[_Job] = deque()
+
+    @property
+    def inside(self) -> int:
+        return len(self._inside)
 
     def push(self, job: _Job, working: Frame, state: State, mark: Mark) -> Iterator[tuple[_Job, Frame]]:
         self._inside.append(job)
@@ -228,6 +248,10 @@ class _Grouped:
         self._stylizer, self._level = stylizer, level
         self._room = stylizer.frames_per_call(level.size)
         self._inside: list[tuple[_Job, Frame, State]] = []
+
+    @property
+    def inside(self) -> int:
+        return len(self._inside)
 
     def push(self, job: _Job, working: Frame, state: State, mark: Mark) -> Iterator[tuple[_Job, Frame]]:
         self._inside.append((job, working, state))

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from std_rt.measures import Flow
-from std_rt.stream.flow import Followed, Follower, reduced
+from std_rt.stream.flow import SMALLEST_PX, Followed, Follower, reduced
 from std_rt.stream.noise_warp import MovingNoise
 from std_rt.stylizer import State
 
@@ -110,6 +110,8 @@ class Steadier:
             self.reset()
             self._size = size
         index, self._index = self._index, self._index + 1
+        if min(size) < SMALLEST_PX:  # nothing to search in; steadied as in mode off
+            return Motion(index, size)
         judged = self._judge(index, working)
         if self.mode == "off":
             return Motion(index, size, judged=judged)
@@ -145,7 +147,9 @@ class Steadier:
         Raises ValueError where the frame has not the size that was followed.
         """
         if (styled.shape[0], styled.shape[1]) != motion.size:
-            raise ValueError(f"a frame of {styled.shape[:2]} px cannot be settled by motion of {motion.size} px")
+            raise ValueError(
+                f"a frame of {styled.shape[:2]} px cannot be settled by motion of {motion.size} px"
+            )
         result = styled
         if self.mode == "full":
             next_one = motion.index == self._settled + 1

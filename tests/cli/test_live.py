@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,8 @@ def test_it_records_what_it_shows_and_streams_figures(live: Cli, tmp_path: Path)
     assert lines[-1]["kind"] == "summary"
     assert lines[-1]["frames"] == report["frames"]
     assert lines[-1]["settings"]["size"] == [64, 48]
+    assert 1 < report["seconds"] < 1.5 + 0.3  # opening and closing are no running time
+    assert lines[-1]["seconds"] == report["seconds"]
 
 
 @pytest.mark.parametrize(
@@ -129,6 +132,11 @@ def test_a_folder_of_styles_and_a_style_file(live: Cli, cli: Cli, bundle: Path, 
         (("--record", "/dev/null/out.mp4"), "out.mp4"),
         (("--snapshots", "nowhere"), "no folder"),
         (("--fullscreen",), "--fullscreen"),
+        (("--cycle", 1, "--crossfade", 2), "--crossfade"),
+        (("--cycle", -1), "--cycle"),
+        (("--skip-similar", 0.9, "--stream-batch"), "--stream-batch"),
+        (("--camera-fps", 30), "--camera-fps"),
+        (("--style", "x" * 300), "check the path" if sys.platform == "linux" else "x"),
         (("--steps", 77), "77-step"),
         (("--negative-prompt", "x"), "--negative-prompt"),
         (("--size", 9999), "9999"),
@@ -147,6 +155,41 @@ def test_a_taken_name_is_refused(live: Cli, tmp_path: Path, flag: str, name: str
     (tmp_path / name).write_text("mine", encoding="utf-8")
     assert "--overwrite" in live(flag, tmp_path / name, "--once").error
     assert (tmp_path / name).read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("flag", ["--record", "--metrics"])
+def test_no_output_replaces_an_input(live: Cli, clip: Path, art: Path, flag: str) -> None:
+    for path in (clip, art):
+        before = path.read_bytes()
+        assert flag in live(flag, path, "--overwrite", "--once").error
+        assert path.read_bytes() == before
+
+
+def test_two_outputs_are_two_files(live: Cli, tmp_path: Path) -> None:
+    both = tmp_path / "same.mp4"
+    assert "--metrics" in live("--record", both, "--metrics", both, "--overwrite").error
+    assert not both.exists()
+
+
+def test_a_refusal_leaves_no_file_behind(live: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDL_VIDEODRIVER", "no_such_driver")
+    before = files_in(tmp_path)
+    assert live("--window", "--metrics", tmp_path / "m.jsonl", "--record", tmp_path / "out.mp4").code == 2
+    assert files_in(tmp_path) == before
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no terminal that hangs up")
+def test_a_hangup_that_is_ignored_stays_so(live: Cli) -> None:
+    """As nohup has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGHUP))
+    try:
+        timer.start()
+        report = report_of(live("--duration", 1.5).out)
+    finally:
+        timer.join()
+        signal.signal(signal.SIGHUP, before)
+    assert report["seconds"] > 1.2
 
 
 def test_no_screen_is_one_line(live: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,6 +132,25 @@ def test_a_change_of_style_is_painted_though_the_frame_is_the_same(stylizer: Sty
     assert [shot.skipped for shot in painter.paint(_shots([frame] * 4))] == [False, True, False, True]
 
 
+def test_similar_frames_are_left_out_one_by_one_only(stylizer: Stylizer) -> None:
+    with pytest.raises(ValueError, match="stream batch"):
+        Painter(stylizer, way=STREAM_BATCH, similar=SimilarityFilter())
+
+
+def test_forgetting_gives_up_what_is_inside(stylizer: Stylizer) -> None:
+    frames, painter = _frames(6), Painter(stylizer, way=STREAM_BATCH)
+    shots = iter(_shots(frames))
+
+    def interrupted() -> Iterator[Shot]:
+        yield from (next(shots), next(shots))
+        assert painter.forget() == 2
+        yield from shots
+
+    out = list(painter.paint(interrupted()))
+    assert [shot.index for shot in out] == [2, 3, 4, 5]
+    assert_same([shot.styled for shot in out if shot.styled is not None], alone(stylizer, frames[2:]))
+
+
 def test_stages_are_timed(stylizer: Stylizer) -> None:
     for way in (ONE_BY_ONE, STREAM_BATCH, GROUPED):
         shots = list(Painter(stylizer, way=way).paint(_shots(_frames(9))))
