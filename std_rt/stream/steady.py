@@ -45,7 +45,7 @@ _JUMP = 3.0  # times the usual difference from the history: another style altoge
 _USUAL_LEVELS = 5.0  # that difference before there is one
 
 _DETAIL_PX, _REGION_PX = 7, 17  # what counts as detail; over how much of the picture its strength is compared
-_DETAIL_SHARE, _MOST_DETAIL = 0.8, 1.5
+_DETAIL_SHARE, _MOST_DETAIL = 0.9, 2.0
 
 _SAMPLED, _FIRST_SAMPLE = 30, 8  # the flicker of one pair in so many is measured, from this one on
 
@@ -205,8 +205,8 @@ class _Mixer:
         share = self._weight(gap, followed.trust, changing) * followed.trust
         if not share.any():
             return styled
-        self._history = _with_detail(new + share[..., None] * gap, new)
-        return np.asarray(np.rint(self._history), np.uint8)
+        self._history = new + share[..., None] * gap
+        return _with_detail(self._history, new)
 
     def _weight(self, gap: Array, trust: Array, changing: bool) -> np.float32:
         trusted = trust[::4, ::4] > 0.5
@@ -218,18 +218,19 @@ class _Mixer:
         return np.float32(_CHANGING_WEIGHT if changing else _WEIGHT)
 
 
-def _with_detail(mixed: Array, new: Array) -> Array:
-    """``mixed`` with its brightness detail as strong as that of ``new``, region by region; 0..255.
+def _with_detail(mixed: Array, new: Array) -> Frame:
+    """``mixed`` with its brightness detail as strong as that of ``new``, region by region.
 
     A mean of strokes that are not quite in place is softer than each of them. What is amplified is the
-    detail that the mean has, not that of the new frame, so it stays as steady as it was.
+    detail that the mean has, not that of the new frame, so it stays as steady as it was. The history keeps
+    the mean: amplified again and again, a few specks would take all the strength.
     """
     detail, wanted = _detail(mixed), _detail(new)
     have, want = _energy(detail), _energy(wanted)
     gain = cv2.sqrt((_DETAIL_SHARE * want + 1) / (have + 1))
     np.clip(gain, 1, _MOST_DETAIL, out=gain)
-    mixed += ((gain - 1) * detail)[..., None]
-    return np.clip(mixed, 0, 255, out=mixed)
+    restored = mixed + ((gain - 1) * detail)[..., None]
+    return np.asarray(np.rint(np.clip(restored, 0, 255, out=restored)), np.uint8)
 
 
 def _detail(picture: Array) -> Array:
