@@ -30,8 +30,8 @@ __all__ = [
 Size = tuple[int, int]  # (H, W) in pixels
 
 TEMPORAL_MODES = ("off", "noise", "full")
-# By the trade-off of steadiness and cost in docs/results.md.
-_TEMPORAL = {"live": "off", "file": "off"}
+# By the trade-off in docs/results.md: a file can wait for steadiness, a camera has frames to lose.
+_TEMPORAL = {"live": "off", "file": "full"}
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 
