@@ -198,10 +198,7 @@ class _Mixer:
         history, self._history = self._history, new
         if history is None or followed is None:
             return styled
-        carried = np.asarray(
-            cv2.remap(history, followed.source, None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)  # type: ignore[call-overload]
-        )
-        gap = carried - new
+        gap = _carried(history, followed.source) - new
         share = self._weight(gap, followed.trust, changing) * followed.trust
         if not share.any():
             return styled
@@ -216,6 +213,12 @@ class _Mixer:
         if not changing:
             self._usual += (levels - self._usual) / 16
         return np.float32(_CHANGING_WEIGHT if changing else _WEIGHT)
+
+
+def _carried(history: Array, source: Array) -> Array:
+    """``history`` at ``source``, cubic: bilinear, it would be blurred in every frame again."""
+    read = cv2.remap(history, source, None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)  # type: ignore[call-overload]
+    return np.asarray(read, np.float32)
 
 
 def _with_detail(mixed: Array, new: Array) -> Frame:
