@@ -42,7 +42,11 @@ _USED_LAST = 2  # others that stay open: enough for portrait and landscape in tu
 
 @dataclass(frozen=True)
 class Level:
-    """What a frame costs: the working ``size`` (H, W) in px, and denoising ``steps``."""
+    """What a frame costs: the working ``size`` (H, W) in px, and denoising ``steps``.
+
+    Steps are counted as the bundle does: a schedule as diffusers has it, entered at a strength below 1, runs
+    fewer of them than it is named after.
+    """
 
     size: Size
     steps: int

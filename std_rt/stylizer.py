@@ -85,6 +85,7 @@ class Stylizer:
         self.guidance = choose_guidance(bundle, guidance, guidance_mode)
         self.size: int | Size = bundle.size_default if size is None else size
         self.coefficients = bundle.coefficients(steps)
+        self._asked = bundle.default_steps if steps is None else steps
         self._open_graph = open_graph
         self._open_runner = open_runner or on_host(open_graph)
         self._open_text = open_text or open_graph
@@ -161,7 +162,9 @@ class Stylizer:
         low, high = self.bundle.size_range
         asked = self.size if size is None else size
         at = fit.working_size(height_px, width_px, asked, self.bundle.size_multiple, low, high)
-        return Level(at, self.steps if steps is None else len(self.bundle.coefficients(steps)))
+        asked_steps = self._asked if steps is None else steps
+        self.bundle.coefficients(asked_steps)
+        return Level(at, asked_steps)
 
     def prepare(self, height_px: int, width_px: int) -> None:
         """Begin to open, in the background, what a frame of the given size and a style will need."""
@@ -336,7 +339,7 @@ class Stylizer:
         count = self.frames_per_call(size) if frames is None else frames
         if count < 1:
             raise UsageError(f"a call takes at least one frame, got {count}")
-        opened = self._get(Layout(level or Level(size, self.steps), count))
+        opened = self._get(Layout(level or Level(size, self._asked), count))
         for frame, state in zip(working, states, strict=True):
             self._check_fits(frame, state, opened)
         styled: list[Frame] = []
@@ -349,11 +352,11 @@ class Stylizer:
 
     def stream_batch(self, at: Level | Size) -> StreamBatch:
         """Frames of a working size (H, W), or of a level, with their steps overlapping; see `StreamBatch`."""
-        level = Level(at, self.steps) if isinstance(at, tuple) else at
+        level = Level(at, self._asked) if isinstance(at, tuple) else at
         layout = Layout(level, stream=True)
         self._get(layout)  # opens while the first frame is on its way
         return StreamBatch(
-            level.steps,
+            len(self.bundle.coefficients(level.steps)),
             lambda: self._get(layout),
             lambda: self._told_at(level.size),
             self._check_fits,
