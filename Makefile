@@ -25,7 +25,7 @@ test: $(TESTS)/.installed
 
 full-size: $(TESTS)/.installed
 	mkdir -p $(FULL_SIZE)
-	STD_RT_FULL_SIZE=$(FULL_SIZE) $(TESTS)/$(BIN)/python -m pytest tests/export/test_full_size.py -s
+	STD_RT_FULL_SIZE=$(FULL_SIZE) $(TESTS)/$(BIN)/python -m pytest tests/torch/export/test_full_size.py -s
 
 check: $(TESTS)/.installed
 	$(TESTS)/$(BIN)/ruff format --check .

@@ -11,12 +11,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from std_rt.stylizer import State, Stylizer
+    from std_rt.pipeline.stylizer import State, Stylizer
 
 __all__ = ["State", "StdRtError", "Stylizer", "__version__"]
 
 __version__ = "0.1.0"
-_LAZY = {"State": "std_rt.stylizer", "Stylizer": "std_rt.stylizer", "StdRtError": "std_rt.errors"}
+_LAZY = {
+    "State": "std_rt.pipeline.stylizer",
+    "Stylizer": "std_rt.pipeline.stylizer",
+    "StdRtError": "std_rt.core.errors",
+}
 
 
 def __getattr__(name: str) -> Any:

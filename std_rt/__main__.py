@@ -1,5 +1,5 @@
 """``python -m std_rt``: the same as ``std-rt``."""
 
-from std_rt.cli import main
+from std_rt.cli.app import main
 
 main()

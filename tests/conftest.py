@@ -6,9 +6,9 @@ import gc
 import os
 
 import pytest
-from handmade import write_handmade
+from support.handmade import write_handmade
 
-from std_rt.bundle import Bundle
+from std_rt.core.bundle import Bundle
 
 # One thread for torch, here and in the processes that tests start. Networks of tests are so small that two
 # threads gain nothing, and where something else runs too (another worker, say) each spends its time waiting

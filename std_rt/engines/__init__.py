@@ -1,6 +1,6 @@
-"""Engines: the one boundary to hardware. See `std_rt.engines.base`."""
+"""Engines: the one boundary to hardware. See `std_rt.engines.registry`."""
 
-from std_rt.engines.base import (
+from std_rt.engines.registry import (
     BackendInfo,
     Engine,
     GraphSpec,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from std_rt.engines.base import Ports, check_inputs
+from std_rt.engines.registry import Ports, check_inputs
 
 __all__ = ["FakeEngine", "float_ports"]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
+from std_rt.core.errors import BackendError
 from std_rt.engines.program import GLUE
-from std_rt.errors import BackendError
 
 __all__ = ["GLUE_PORTS", "glue_folder", "glue_path"]
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from std_rt.external_data import read_fields
+from std_rt.core.external_data import read_fields
 
 __all__ = ["Declared", "GraphPorts", "axis_values", "fixed_shapes", "read_ports"]
 

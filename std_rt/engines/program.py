@@ -25,8 +25,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from std_rt.engines.base import Engine, GraphSpec, Ports
-from std_rt.errors import BackendError
+from std_rt.core.errors import BackendError
+from std_rt.engines.registry import Engine, GraphSpec, Ports
 
 __all__ = [
     "FRAME",

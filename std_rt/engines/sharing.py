@@ -17,8 +17,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from std_rt.engines.base import Engine, GraphSpec
-from std_rt.errors import BackendError
+from std_rt.core.errors import BackendError
+from std_rt.engines.registry import Engine, GraphSpec
 
 __all__ = ["SharedEngines"]
 

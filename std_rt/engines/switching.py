@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from std_rt.core.errors import StdRtError
 from std_rt.engines.program import Mark, Runner, no_mark
-from std_rt.errors import StdRtError
 
 __all__ = ["SwitchingRunner"]
 

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from std_rt.bundle import Bundle, write_bundle
-from std_rt.errors import ExportError
+from std_rt.core.bundle import Bundle, write_bundle
+from std_rt.core.errors import ExportError
+from std_rt.core.schedule import GRID_POINTS, NoiseSchedule
 from std_rt.export.estimate import check_room, estimate_export
 from std_rt.export.graphs import Example, Graph, Walk, style_graph, unet_graph, vae_graphs
 from std_rt.export.ip_adapter import Branches, attach_diffusers, detach_diffusers
@@ -34,7 +35,6 @@ from std_rt.export.pipeline import Source, Style, check_text, read_source
 from std_rt.export.precision import half_dtype, to_half, vae_compute, within_range
 from std_rt.export.text import TextConstants, TextParts
 from std_rt.export.weights import externalize
-from std_rt.schedule import GRID_POINTS, NoiseSchedule
 
 __all__ = ["export_pipeline", "schedule_section"]
 

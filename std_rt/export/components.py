@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from std_rt.errors import ExportError
-from std_rt.export.weight_files import check_weights
+from std_rt.core.errors import ExportError
+from std_rt.export.sources.weight_files import check_weights
 
 __all__ = ["CLASSES", "Network", "load_part", "plain_config", "read_config", "read_json", "resolve"]
 
@@ -28,11 +28,11 @@ CLASSES: dict[str, dict[str, str]] = {
     "vae": {
         "AutoencoderKL": "diffusers",
         "AutoencoderTiny": "diffusers",
-        "AutoencoderPixelShuffle": "std_rt.training.autoencoder_model",
+        "AutoencoderPixelShuffle": "std_rt.models.autoencoder",
     },
     "image_encoder": {
         "CLIPVisionModelWithProjection": "transformers",
-        "StyleEncoder": "std_rt.training.style_encoder",
+        "StyleEncoder": "std_rt.models.style_encoder",
     },
     "text_encoder": {"CLIPTextModel": "transformers"},
     "text_encoder_2": {"CLIPTextModelWithProjection": "transformers"},

@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from std_rt.core.schedule import NoiseSchedule
 from std_rt.export.components import Network, plain_config
 from std_rt.export.modules import UNet, VaeDecoder, VaeEncoder
 from std_rt.export.onnx_graph import Port, Trace
 from std_rt.export.pipeline import Source, Style
-from std_rt.schedule import NoiseSchedule
 
 __all__ = ["Example", "Graph", "Walk", "style_graph", "unet_graph", "vae_graphs"]
 

@@ -16,10 +16,10 @@ import torch
 from diffusers.models.embeddings import ImageProjection, IPAdapterPlusImageProjection
 from torch import Tensor, nn
 
-from std_rt.errors import ExportError
+from std_rt.core.errors import ExportError
 from std_rt.export.components import Network, read_config
 from std_rt.export.quiet import quiet
-from std_rt.export.weight_files import open_weights
+from std_rt.export.sources.weight_files import open_weights
 
 __all__ = [
     "Branches",

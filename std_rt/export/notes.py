@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from std_rt.errors import ExportError
-from std_rt.schedule import GRID_POINTS, start_timestep, trajectory_timesteps
+from std_rt.core.errors import ExportError
+from std_rt.core.schedule import GRID_POINTS, start_timestep, trajectory_timesteps
 
 __all__ = ["LoraNotes", "read_notes"]
 

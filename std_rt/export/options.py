@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from std_rt.errors import ExportError
+from std_rt.core.errors import ExportError
+from std_rt.core.samplers import SCHEDULES, schedule_rows, takes_all
+from std_rt.core.schedule import NoiseSchedule, StepCoefficients
 from std_rt.export.notes import LoraNotes
 from std_rt.export.profiles import PROFILES, Profile, find_profile, published_as
-from std_rt.samplers import SCHEDULES, schedule_rows, takes_all
-from std_rt.schedule import NoiseSchedule, StepCoefficients
 
 __all__ = [
     "ExportOptions",
@@ -58,7 +58,7 @@ class ExportOptions:
     ``eta``, ``tau``, ``steps``, ``schedule`` and ``guidance`` left out come from the LoRA, or from the
     ``profile`` of a published one, or are 0.75, (4,), ``std`` and 1; the first step count is the bundle's
     default. ``negative`` None is what the model takes for no negative prompt. ``origins`` says where files
-    came from (`std_rt.export.sources`).
+    came from (`std_rt.export.sources.resolve`).
     """
 
     source: Path
@@ -120,7 +120,7 @@ class ExportOptions:
 class Trajectory:
     """Where sampling starts and how many steps it may take; the first step count is the default.
 
-    ``tau`` None is where ``kind`` (of `std_rt.samplers.SCHEDULES`) starts by itself, which for schedules that
+    ``tau`` None is where ``kind`` (of `core.samplers.SCHEDULES`) starts by itself, which for schedules that
     are cut depends on the steps. ``gamma`` is the
     stochasticity of a step: 0 none, 1 new noise. ``guidance`` is diffusers' scale: 1 is none.
     """

@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from std_rt.core.errors import BackendError, ExportError
 from std_rt.engines import GraphSpec, backends, open_engine
-from std_rt.errors import BackendError, ExportError
 from std_rt.export.graphs import Example
 
 __all__ = ["FLOOR_DB", "check_graph", "lint", "psnr_db"]

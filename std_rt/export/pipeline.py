@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from std_rt.digest import file_digest
-from std_rt.errors import ExportError
+from std_rt.core.digest import file_digest
+from std_rt.core.errors import ExportError
+from std_rt.core.model_card import licence
+from std_rt.core.schedule import NoiseSchedule
 from std_rt.export.components import Network, load_part, plain_config, read_config, read_json, resolve
 from std_rt.export.ip_adapter import (
     Branches,
@@ -32,8 +34,6 @@ from std_rt.export.lora import check_lora, fuse_lora
 from std_rt.export.modules import CLIP_MEAN, CLIP_STD, ClipStyleEncoder
 from std_rt.export.options import ExportOptions
 from std_rt.export.quiet import quiet
-from std_rt.model_card import licence
-from std_rt.schedule import NoiseSchedule
 
 __all__ = ["Source", "Style", "check_text", "read_source"]
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from std_rt.errors import ExportError
+from std_rt.core.errors import ExportError
 from std_rt.export.components import Network
 
 __all__ = ["COMPUTE", "half_dtype", "to_half", "vae_compute", "within_range"]

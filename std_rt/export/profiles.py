@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from std_rt.errors import ExportError
-from std_rt.samplers import evaluations
+from std_rt.core.errors import ExportError
+from std_rt.core.samplers import evaluations
 
 __all__ = ["PROFILES", "REFUSED", "Profile", "find_profile", "published_as"]
 
@@ -23,7 +23,7 @@ class Profile:
     """How one published LoRA is run. ``gamma`` is stochasticity, ``guidance`` the range it was published for.
 
     ``schedule`` is what it is exported with and ``in_diffusers`` what StableDiffusionXLImg2ImgPipeline would
-    do with its scheduler (``--schedule diffusers``), both of `std_rt.samplers`. ``scale`` is the guidance to
+    do with its scheduler (``--schedule diffusers``), both of `core.samplers`. ``scale`` is the guidance to
     take where nobody asks (diffusers' scale; 1 is none).
     """
 

@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from std_rt.bundle import Bundle, write_bundle
+from std_rt.core.bundle import Bundle, write_bundle
+from std_rt.core.errors import ExportError
 from std_rt.engines import Engine, GraphSpec, choose_backend, open_engine
-from std_rt.errors import ExportError
 from std_rt.examples import SCENES, STYLES
 from std_rt.export.parity import lint
 from std_rt.export.quantize_graph import RUNGS, quantize_graph
-from std_rt.stylizer import Stylizer
+from std_rt.pipeline.stylizer import Stylizer
 
 __all__ = ["FLOOR_MEAN_DB", "FLOOR_WORST_DB", "QUANTIZED", "Quality", "make_pairs", "quantize_bundle"]
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from std_rt.bundle import Bundle
-from std_rt.errors import BundleError
+from std_rt.core.bundle import Bundle
+from std_rt.core.errors import BundleError
 from std_rt.export.components import resolve
 from std_rt.export.ip_adapter import attach_diffusers
 from std_rt.export.modules import ClipStyleEncoder

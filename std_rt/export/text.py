@@ -23,14 +23,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from std_rt.errors import ExportError
+from std_rt.core.errors import ExportError
 from std_rt.export.components import Network, plain_config, read_config, read_json
 from std_rt.export.graphs import Example, Graph
 from std_rt.export.onnx_graph import Port, Trace
 from std_rt.export.quiet import quiet
 from std_rt.export.text_modules import ClipText
-from std_rt.prompt import Encoded, Ids, chunk_prompts, encode_chunks, join_encoders, pair
-from std_rt.text import ClipTokenizer, Vocabulary, read_merges
+from std_rt.pipeline.prompt import Encoded, Ids, chunk_prompts, encode_chunks, join_encoders, pair
+from std_rt.pipeline.text_encoder import ClipTokenizer, Vocabulary, read_merges
 
 __all__ = ["TextConstants", "TextParts", "bake", "null_text", "read_tokenizer", "text_graphs"]
 
@@ -129,7 +129,7 @@ class TextParts:
         return [Example({"input_ids": ids}, dict(run(ids))) for ids in rows]
 
     def write_tokenizers(self, bundle: Path) -> None:
-        """``tokenizer/`` and ``tokenizer_2/`` of a bundle: what `std_rt.text.read_vocabulary` reads."""
+        """``tokenizer/`` and ``tokenizer_2/`` of a bundle: what `text_encoder.read_vocabulary` reads."""
         for role, folder in self.tokenizers.items():
             _write_vocabulary(self.vocabularies[role], bundle / folder)
 

@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from std_rt.errors import ExportError
-from std_rt.export.weight_files import Slot, read_places, write_weights
+from std_rt.core.errors import ExportError
+from std_rt.export.sources.weight_files import Slot, read_places, write_weights
 
 __all__ = ["WEIGHT_PRECISIONS", "externalize"]
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import TiffImagePlugin
 
-from std_rt.errors import MediaError
+from std_rt.core.errors import MediaError
 
 __all__ = ["float_tiff_size", "read_float_tiff"]
 

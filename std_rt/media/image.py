@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms
 
-from std_rt.errors import MediaError
-from std_rt.media.files import check_input, partial_file, reason
+from std_rt.core.errors import MediaError
+from std_rt.core.files import check_input, partial_file, reason
 from std_rt.media.fit import Turn
 from std_rt.media.float_tiff import float_tiff_size, read_float_tiff
 

@@ -7,10 +7,10 @@ from typing import Literal
 
 from PIL import Image
 
-from std_rt.errors import MediaError
-from std_rt.media.clip import first_video_stream, open_clip
-from std_rt.media.files import check_input
+from std_rt.core.errors import MediaError
+from std_rt.core.files import check_input
 from std_rt.media.image import DAMAGE, open_picture
+from std_rt.media.video.clip import first_video_stream, open_clip
 
 __all__ = ["PICTURE_SUFFIXES", "VIDEO_SUFFIXES", "is_picture", "is_video", "media_kind"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from std_rt.errors import MediaError
-from std_rt.media.files import check_output, reason
+from std_rt.core.errors import MediaError
+from std_rt.core.files import check_output, reason
 from std_rt.media.image import WRITABLE_SUFFIXES
 from std_rt.media.kind import PICTURE_SUFFIXES, VIDEO_SUFFIXES, media_kind
-from std_rt.media.video import CLIP_SUFFIXES, default_clip_suffix
+from std_rt.media.video.transcode import CLIP_SUFFIXES, default_clip_suffix
 
 __all__ = ["Job", "expand_inputs", "output_path", "plan_outputs"]
 

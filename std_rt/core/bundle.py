@@ -1,0 +1,459 @@
+"""The bundle: one folder with everything a runtime needs. Read, write, verify.
+
+    NAME/
+      manifest.json         what is inside, how to run it, and the sha256 of every other file
+      GRAPH.onnx            one per graph: style_encoder, vae_encoder, unet, vae_decoder
+      GRAPH.safetensors     its weights, under the names of the torch module; the ONNX file points into it
+      conditioning.npz      baked text: encoder_hidden_states [1, L, D], text_embeds [1, P]
+      reference.npz         inputs and outputs for a self-check
+
+Needs neither torch nor onnx. A bundle that is damaged, incomplete or too new raises `BundleError`
+with the command that mends it; a half-written one never has the final name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files as package_files
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import numpy as np
+import platformdirs
+from numpy.typing import NDArray
+
+from std_rt.core.digest import file_digest
+from std_rt.core.errors import BundleError, disk_is_full
+from std_rt.core.external_data import external_locations
+from std_rt.core.schedule import StepCoefficients
+
+__all__ = [
+    "BUILT_IN",
+    "REQUIRED_GRAPHS",
+    "SCHEMA",
+    "Bundle",
+    "check_target",
+    "list_bundles",
+    "load_bundle",
+    "search_paths",
+    "verify_bundle",
+    "write_bundle",
+]
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+BUILT_IN = "std-tiny"
+REQUIRED_GRAPHS = ("style_encoder", "vae_encoder", "unet", "vae_decoder")
+# Below this a full hash costs less than a tenth of a second, so loading always does it.
+_HASH_ALWAYS_BYTES = 100 * 2**20
+_LEFT_BEHIND_S = 24 * 3600  # no export takes as long, so a folder this old is nobody's
+
+Manifest = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """An opened bundle: the folder and its (checked) manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def name(self) -> str:
+        """The name that export gave it."""
+        return str(self.manifest["name"])
+
+    @property
+    def digest(self) -> str:
+        """sha256 hex of the manifest, which lists the sha256 of every file: the key for caches."""
+        return str(self.manifest["manifest_sha256"])
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all files the manifest lists."""
+        return sum(int(entry["bytes"]) for entry in self.manifest["files"].values())
+
+    @property
+    def graph_names(self) -> list[str]:
+        """Names of the graphs inside."""
+        return list(self.manifest["graphs"])
+
+    def graph_path(self, name: str) -> Path:
+        """Path of a graph's ONNX file. Raises BundleError where the bundle has no such graph."""
+        return self.path / str(self._graph(name)["file"])
+
+    def weights_path(self, name: str) -> Path:
+        """Path of a graph's safetensors file."""
+        return self.path / str(self._graph(name)["weights"])
+
+    def graph_inputs(self, name: str) -> dict[str, list[int | str]]:
+        """Input name -> shape as exported; symbolic axes are names such as ``batch``."""
+        return {entry["name"]: entry["shape"] for entry in self._graph(name)["inputs"]}
+
+    def graph_outputs(self, name: str) -> dict[str, list[int | str]]:
+        """Output name -> shape as exported."""
+        return {entry["name"]: entry["shape"] for entry in self._graph(name)["outputs"]}
+
+    def _graph(self, name: str) -> dict[str, Any]:
+        if name not in self.manifest["graphs"]:
+            known = ", ".join(self.graph_names)
+            raise BundleError(f"bundle '{self.name}' has no graph '{name}'; it has {known}")
+        graph: dict[str, Any] = self.manifest["graphs"][name]
+        return graph
+
+    @property
+    def size_default(self) -> tuple[int, int]:
+        """(H, W) in pixels that the bundle was made for."""
+        height, width = self.manifest["size"]["default"]
+        return int(height), int(width)
+
+    @property
+    def size_multiple(self) -> int:
+        """H and W must divide by this."""
+        return int(self.manifest["size"]["multiple"])
+
+    @property
+    def size_range(self) -> tuple[int, int]:
+        """Smallest and largest H or W in pixels."""
+        return int(self.manifest["size"]["min"]), int(self.manifest["size"]["max"])
+
+    @property
+    def vae_scale(self) -> int:
+        """Image pixels per latent pixel, along one axis."""
+        return int(self.manifest["vae_scale"])
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return int(self.manifest["latent_channels"])
+
+    @property
+    def guidance(self) -> dict[str, Any]:
+        """``{"mode": "none", "scale": 1.0}``."""
+        return dict(self.manifest["guidance"])
+
+    @property
+    def style(self) -> dict[str, Any]:
+        """image_px, tokens, dim, gives_text_embeds, strength_range, layout."""
+        return dict(self.manifest["style"])
+
+    @property
+    def style_px(self) -> int:
+        """Side of the square style image."""
+        return int(self.manifest["style"]["image_px"])
+
+    @property
+    def prediction_type(self) -> str:
+        """epsilon, v_prediction or sample."""
+        return str(self.manifest["schedule"]["prediction_type"])
+
+    @property
+    def eta(self) -> float:
+        """Share of the schedule at which the trajectory starts."""
+        return float(self.manifest["schedule"]["eta"])
+
+    @property
+    def tau(self) -> int:
+        """Timestep at which the trajectory starts."""
+        return int(self.manifest["schedule"]["tau"])
+
+    @property
+    def default_steps(self) -> int:
+        """Step count where the user asks for none."""
+        return int(self.manifest["schedule"]["default_steps"])
+
+    @property
+    def steps_allowed(self) -> list[int]:
+        """Step counts the bundle has coefficients for, rising."""
+        return sorted(int(steps) for steps in self.manifest["schedule"]["steps"])
+
+    def coefficients(self, steps: int | None = None) -> list[StepCoefficients]:
+        """One entry per step. Raises BundleError for a step count that is not in the bundle."""
+        steps = self.default_steps if steps is None else steps
+        if steps not in self.steps_allowed:
+            allowed = ", ".join(map(str, self.steps_allowed))
+            raise BundleError(
+                f"bundle '{self.name}' has no {steps}-step schedule; use --steps with one of {allowed}"
+            )
+        entry = self.manifest["schedule"]["steps"][str(steps)]
+        targets = [*entry["timesteps"][1:], -1]
+        rows = zip(entry["timesteps"], targets, entry["coefficients"], strict=True)
+        return [StepCoefficients(t, s, *row) for t, s, row in rows]
+
+    def conditioning(self) -> dict[str, NDArray[np.float32]]:
+        """Baked text: ``encoder_hidden_states`` [1, L, D] and ``text_embeds`` [1, P]."""
+        return _read_npz(self.path / self.manifest["text"]["file"])
+
+    def reference(self) -> dict[str, NDArray[Any]]:
+        """Inputs and outputs for the self-check, keyed ``GRAPH/in/NAME`` and ``GRAPH/out/NAME``."""
+        return _read_npz(self.path / "reference.npz")
+
+    @property
+    def mend(self) -> str:
+        """What a user types when this bundle is damaged."""
+        return _mend(self.path)
+
+
+def load_bundle(source: str | Path | None = None, *, verify: bool | None = None) -> Bundle:
+    """Open a bundle by name or folder; None is the built-in one.
+
+    Always checks the manifest (schema, its own hash, structure), that every file is there with the
+    right size, and that no graph reads weights from outside. ``verify`` also hashes every file; the
+    default does so below 100 MB, where it takes no time. Raises BundleError.
+    """
+    folder = _find(source)
+    bundle = Bundle(folder, _read_manifest(folder))
+    _check_structure(bundle)
+    _check_files(bundle)
+    _check_external(bundle)
+    if verify or (verify is None and bundle.total_bytes < _HASH_ALWAYS_BYTES):
+        verify_bundle(bundle)
+    return bundle
+
+
+def verify_bundle(bundle: Bundle) -> None:
+    """Hash every file; raises BundleError that names the first changed one and how to mend it."""
+    for name, entry in bundle.manifest["files"].items():
+        if file_digest(bundle.path / name) != entry["sha256"]:
+            raise BundleError(
+                f"bundle '{bundle.name}' is damaged: {name} has changed since export; {bundle.mend}"
+            )
+
+
+def search_paths() -> list[Path]:
+    """Folders that hold bundles by name, besides the built-in ones: ./engines, then the user's data."""
+    return [Path("engines"), Path(platformdirs.user_data_dir("std-rt", appauthor=False)) / "bundles"]
+
+
+def list_bundles() -> list[Bundle | tuple[str, BundleError]]:
+    """Every bundle in reach, built-in first; one that cannot be opened comes as (name, error)."""
+    found: list[Bundle | tuple[str, BundleError]] = []
+    for name, folder in _known().items():
+        try:
+            found.append(load_bundle(folder, verify=False))
+        except BundleError as error:
+            found.append((name, error))
+    return found
+
+
+def write_bundle(final: Path, fill: Callable[[Path], Manifest], *, overwrite: bool = False) -> Bundle:
+    """Write a bundle so that it appears under its final name complete and verified, or not at all.
+
+    ``fill(folder)`` writes every file but the manifest and returns the manifest without ``schema``,
+    ``files`` and ``manifest_sha256``, which are added here. It works in a hidden sibling folder,
+    which is renamed at the end; when killed half-way, only that sibling is left. Raises BundleError
+    where ``final`` exists and is not a bundle, or ``overwrite`` is False.
+    """
+    check_target(final, overwrite)
+    partial = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.partial")
+    with _writing(final):
+        _sweep(final)
+        partial.mkdir(parents=True)
+        try:
+            manifest = fill(partial)
+            _write_manifest(partial, manifest)
+            load_bundle(partial, verify=True)
+            _move_into_place(partial, final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return load_bundle(final, verify=False)
+
+
+def _sweep(final: Path) -> None:
+    """Drop what exports that were killed left behind here: gigabytes that no other command shows."""
+    for left in final.parent.glob(f".{final.name}.*.partial"):
+        if time.time() - left.stat().st_mtime > _LEFT_BEHIND_S:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def _writing(final: Path) -> Iterator[None]:
+    """What a disk says, as a BundleError."""
+    try:
+        yield
+    except OSError as error:
+        reason = "the disk is full" if disk_is_full(error) else " ".join(str(error).split())
+        raise BundleError(
+            f"bundle {final} cannot be written: {reason}; nothing of it is left: make room, or choose "
+            "another --output"
+        ) from error
+
+
+def check_target(final: Path, overwrite: bool) -> None:
+    """Raise BundleError where a bundle may not be written to ``final``."""
+    if not final.exists():
+        return
+    if not final.is_dir() or (any(final.iterdir()) and not (final / MANIFEST).is_file()):
+        raise BundleError(f"{final} exists and is not a bundle, so it is left alone; choose another output")
+    if not overwrite and any(final.iterdir()):
+        raise BundleError(f"{final} exists already; add --overwrite to replace it or choose another output")
+
+
+def _move_into_place(partial: Path, final: Path) -> None:
+    """A folder cannot replace a folder in one call everywhere, so the old one steps aside first."""
+    if not final.exists():
+        partial.rename(final)
+        return
+    aside = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.old")
+    final.rename(aside)
+    try:
+        partial.rename(final)
+    except OSError:
+        aside.rename(final)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    listed = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {path.relative_to(folder).as_posix(): _entry(path) for path in listed}
+    complete = {"schema": SCHEMA, **manifest, "files": files}
+    complete["manifest_sha256"] = manifest_digest(complete)
+    text = json.dumps(complete, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8", newline="\n")
+
+
+def manifest_digest(manifest: Manifest) -> str:
+    """sha256 over the canonical JSON (sorted keys, no spaces) without ``manifest_sha256`` itself."""
+    body = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"sha256": file_digest(path), "bytes": path.stat().st_size}
+
+
+def _built_in_folder() -> Path:
+    return Path(str(package_files("std_rt"))) / "bundles"
+
+
+def _known() -> dict[str, Path]:
+    """Name -> folder of everything that looks like a bundle; the first of a name wins."""
+    found: dict[str, Path] = {}
+    for root in [_built_in_folder(), *search_paths()]:
+        for manifest in sorted(root.glob(f"*/{MANIFEST}")):
+            if not manifest.parent.name.startswith("."):
+                found.setdefault(manifest.parent.name, manifest.parent)
+    return found
+
+
+def _find(source: str | Path | None) -> Path:
+    if source is None or source == BUILT_IN:
+        return _built_in_folder() / BUILT_IN
+    folder = Path(source).expanduser()
+    known = _known()
+    if not (folder / MANIFEST).is_file() and str(source) in known:
+        return known[str(source)]
+    if folder.is_dir():
+        return folder
+    raise BundleError(_unknown(str(source), sorted({BUILT_IN, *known})))
+
+
+def _unknown(asked: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(asked, known, 1)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return f"there is no bundle or folder '{asked}'; {hint}known bundles: {', '.join(known)}"
+
+
+def _mend(folder: Path) -> str:
+    if folder.parent == _built_in_folder():
+        return "install std-rt again: pip install --force-reinstall --no-deps std-rt"
+    return f"export it again: std-rt export ... --output {folder} --overwrite"
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BundleError(f"no {MANIFEST} in {folder}, so it is no bundle; {_mend(folder)}")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise BundleError(f"{path} cannot be read ({error}); {_mend(folder)}") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("schema"), int):
+        raise BundleError(f"{path} is not a bundle manifest: it states no schema; {_mend(folder)}")
+    if manifest["schema"] > SCHEMA:
+        raise BundleError(
+            f"bundle {folder} has schema {manifest['schema']} and this std-rt reads up to {SCHEMA}; "
+            "upgrade std-rt: pip install --upgrade std-rt"
+        )
+    if manifest.get("manifest_sha256") != manifest_digest(manifest):
+        raise BundleError(f"{path} has changed since export (its hash does not match); {_mend(folder)}")
+    return manifest
+
+
+_SECTIONS: dict[str, tuple[str, ...]] = {
+    "size": ("default", "multiple", "min", "max"),
+    "schedule": ("prediction_type", "eta", "tau", "default_steps", "steps"),
+    "guidance": ("mode", "scale"),
+    "style": ("image_px", "tokens", "dim", "gives_text_embeds"),
+    "text": ("mode", "file"),
+    "graphs": (),
+    "files": (),
+}
+
+
+def _check_structure(bundle: Bundle) -> None:
+    top = ("name", "vae_scale", "latent_channels", *_SECTIONS)
+    missing = [key for key in top if key not in bundle.manifest]
+    for section, keys in _SECTIONS.items():
+        missing += [f"{section}.{key}" for key in keys if key not in bundle.manifest.get(section, {})]
+    if missing:
+        raise BundleError(f"{bundle.path / MANIFEST} lacks {', '.join(missing)}; {bundle.mend}")
+    for graph in REQUIRED_GRAPHS:
+        if graph not in bundle.manifest["graphs"]:
+            raise BundleError(f"bundle '{bundle.name}' has no graph '{graph}'; {bundle.mend}")
+
+
+def _check_files(bundle: Bundle) -> None:
+    listed = bundle.manifest["files"]
+    for name, entry in listed.items():
+        if not _is_inside(name):
+            raise BundleError(f"bundle '{bundle.name}' lists {name!r}, outside its folder; do not use it")
+        path = bundle.path / name
+        if not path.is_file():
+            raise BundleError(f"bundle '{bundle.name}' is incomplete: {name} is missing; {bundle.mend}")
+        if path.stat().st_size != entry["bytes"]:
+            raise BundleError(
+                f"bundle '{bundle.name}' is damaged: {name} has {path.stat().st_size} bytes "
+                f"where the manifest says {entry['bytes']}; {bundle.mend}"
+            )
+    graphs = bundle.manifest["graphs"].values()
+    used = [bundle.manifest["text"]["file"], *(graph[key] for graph in graphs for key in ("file", "weights"))]
+    for name in used:
+        if name not in listed:
+            raise BundleError(f"bundle '{bundle.name}' uses {name} without listing its hash; {bundle.mend}")
+
+
+def _is_inside(name: str) -> bool:
+    """A relative path without ``..``, on every system."""
+    posix, windows = PurePosixPath(name), PureWindowsPath(name)
+    rooted = posix.is_absolute() or windows.is_absolute() or windows.drive or windows.root
+    return bool(name) and not rooted and ".." not in posix.parts and ".." not in windows.parts
+
+
+def _check_external(bundle: Bundle) -> None:
+    """Graphs may read their own weights file and nothing else, whatever the path looks like."""
+    for name, graph in bundle.manifest["graphs"].items():
+        try:
+            outside = external_locations(bundle.path / graph["file"]) - {graph["weights"]}
+        except ValueError as error:
+            raise BundleError(f"bundle '{bundle.name}': {error}; {bundle.mend}") from error
+        if outside:
+            raise BundleError(
+                f"bundle '{bundle.name}': graph '{name}' reads weights from {sorted(outside)[0]!r} "
+                f"instead of {graph['weights']!r}; do not use it"
+            )
+
+
+def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
+    with np.load(path, allow_pickle=False) as stored:
+        return {key: stored[key] for key in stored.files}

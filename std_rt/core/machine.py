@@ -1,0 +1,217 @@
+"""What this machine is: processor, memory and disk, and how much of it this process has used."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from std_rt.core.errors import UsageError
+
+__all__ = [
+    "Machine",
+    "available_memory_gb",
+    "describe_machine",
+    "free_disk_gb",
+    "peak_memory_mb",
+    "require",
+]
+
+# Number formats and vector units that decide how fast a network runs here.
+_FEATURES = {
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx512_vnni": "VNNI",
+    "avx_vnni": "AVX-VNNI",
+    "avx512_bf16": "AVX-512 bf16",
+    "amx_bf16": "AMX bf16",
+    "amx_int8": "AMX int8",
+    "asimd": "NEON",
+    "bf16": "bf16",
+    "sve": "SVE",
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """``cores`` that this process may use; ``memory_gb`` None where the system does not say."""
+
+    processor: str
+    cores: int
+    features: tuple[str, ...]
+    memory_gb: float | None
+    system: str
+
+    def __str__(self) -> str:
+        features = f", {', '.join(self.features)}" if self.features else ""
+        memory = f", {self.memory_gb:.0f} GB" if self.memory_gb else ""
+        return f"{self.processor}, {self.cores} cores{features}{memory}, {self.system}"
+
+
+def describe_machine() -> Machine:
+    """Look at the machine; costs a few milliseconds."""
+    info = _proc_cpuinfo()
+    flags = set((info.get("flags") or info.get("Features") or "").split())
+    return Machine(
+        processor=info.get("model name") or _processor(),
+        cores=_usable_cores(),
+        features=tuple(name for flag, name in _FEATURES.items() if flag in flags),
+        memory_gb=_memory_gb(),
+        system=f"{platform.system()} {platform.machine()}",
+    )
+
+
+def available_memory_gb() -> float | None:
+    """Memory (with swap) that a program may still take, in GB (2**30 bytes); None where nothing tells.
+
+    In a container, what its limit leaves where that is less.
+    """
+    if sys.platform == "win32":
+        status = _windows_memory()
+        return None if status is None else status.available / 2**30
+    known = [room for room in (_linux_available(), _container_available()) if room is not None]
+    return min(known) / 2**30 if known else _memory_gb()
+
+
+def free_disk_gb(path: Path) -> float:
+    """Free space on the disk that ``path`` is on, or would be, in GB (2**30 bytes)."""
+    here = path.absolute()
+    while not here.exists() and here != here.parent:
+        here = here.parent
+    return shutil.disk_usage(here).free / 2**30
+
+
+def peak_memory_mb() -> float | None:
+    """Largest resident size of this process so far in MB (2**20 bytes); None where nothing tells."""
+    if sys.platform == "win32":
+        return _peak_windows_mb()
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # macOS counts bytes, Linux kilobytes
+
+
+def require(what: str, extra: str, *modules: str) -> None:
+    """Raise UsageError with the command that adds them where ``modules`` are not installed."""
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"{what} needs {', '.join(missing)}; run: pip install 'std-rt[{extra}]'")
+
+
+def _usable_cores() -> int:
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _proc_cpuinfo() -> dict[str, str]:
+    """The first processor of Linux' ``/proc/cpuinfo``; empty elsewhere."""
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return {}
+    first = path.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _processor() -> str:
+    if sys.platform == "darwin":
+        asked = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        named = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+        if named:
+            return named
+    return platform.processor() or platform.machine()
+
+
+def _memory_gb() -> float | None:
+    if sys.platform == "win32":
+        status = _windows_memory()
+        return None if status is None else status.total / 2**30
+    if "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
+def _linux_available(path: Path = Path("/proc/meminfo")) -> int | None:
+    """``MemAvailable`` and free swap, in bytes."""
+    if not path.is_file():
+        return None
+    pairs = (line.partition(":") for line in path.read_text(encoding="utf-8").splitlines())
+    found = {key: value.split()[0] for key, _, value in pairs if value.split()}
+    if "MemAvailable" not in found:
+        return None
+    return 1024 * (int(found["MemAvailable"]) + int(found.get("SwapFree", "0")))
+
+
+def _container_available(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes left under the limit of this process's control group (version 2); None where there is none."""
+    limit, used, stat = (folder / f"memory.{name}" for name in ("max", "current", "stat"))
+    if not (limit.is_file() and used.is_file()):
+        return None
+    text = limit.read_text(encoding="ascii").strip()
+    if not text.isdigit():  # "max": no limit
+        return None
+    lines = stat.read_text(encoding="ascii").splitlines() if stat.is_file() else []
+    # Files that were read lie in memory until it is needed for something else.
+    cached = next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+    return int(text) - int(used.read_text(encoding="ascii")) + cached
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """Bytes; ``available`` is what may still be committed, page file included."""
+
+    total: int
+    available: int
+
+
+def _windows_memory() -> _Memory | None:
+    """GlobalMemoryStatusEx. Not run on Windows by us."""
+    if sys.platform != "win32":
+        return None
+    import ctypes
+
+    class Status(ctypes.Structure):
+        _fields_ = (
+            ("length", ctypes.c_ulong),
+            ("load", ctypes.c_ulong),
+            *((name, ctypes.c_ulonglong) for name in ("total", "free", "page_total", "page_free")),
+            *((name, ctypes.c_ulonglong) for name in ("virtual", "virtual_free", "extended")),
+        )
+
+    status = Status()
+    status.length = ctypes.sizeof(status)
+    if not ctypes.WinDLL("kernel32").GlobalMemoryStatusEx(ctypes.byref(status)):
+        return None
+    return _Memory(int(status.total), int(status.page_free))
+
+
+def _peak_windows_mb() -> float | None:
+    """``PeakWorkingSetSize`` of GetProcessMemoryInfo."""
+    if sys.platform != "win32":
+        return None
+    import ctypes
+    from ctypes import wintypes
+
+    class Counters(ctypes.Structure):
+        _fields_ = (
+            ("cb", wintypes.DWORD),
+            ("PageFaultCount", wintypes.DWORD),
+            ("PeakWorkingSetSize", ctypes.c_size_t),
+            ("Unused", ctypes.c_size_t * 7),
+        )
+
+    counters = Counters()
+    counters.cb = ctypes.sizeof(counters)
+    kernel = ctypes.WinDLL("kernel32", use_last_error=True)
+    kernel.GetCurrentProcess.restype = wintypes.HANDLE
+    call = kernel.K32GetProcessMemoryInfo
+    call.argtypes = (wintypes.HANDLE, ctypes.POINTER(Counters), wintypes.DWORD)
+    if not call(kernel.GetCurrentProcess(), ctypes.byref(counters), counters.cb):
+        return None
+    return float(counters.PeakWorkingSetSize) / 2**20

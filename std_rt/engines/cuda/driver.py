@@ -1,0 +1,283 @@
+"""The CUDA driver by ctypes: memory, copies, streams and graphs of one GPU, and no package to install.
+
+    device = cuda_device()        # BackendError where no driver answers
+    address = device.allocate(1024)
+
+Everything takes and gives plain numbers: an address, a stream, a graph. The context is the device's primary
+one, which TensorRT's own CUDA runtime uses too. Not run on a GPU by us: it is written against the driver's
+documented interface, and what uses it is tested on `Device`'s other implementation, in tests/fake_gpu.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+from ctypes import POINTER, byref, c_char, c_char_p, c_int, c_size_t, c_uint, c_ulonglong, c_void_p
+from functools import cache
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from std_rt.core.errors import BackendError
+from std_rt.engines.cuda.probe import Gpu, probe
+
+__all__ = ["CudaDevice", "Device", "cuda_device", "driver_problem"]
+
+Array = NDArray[Any]
+
+_LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+_OUT_OF_MEMORY = 2
+_NON_BLOCKING = 1  # a stream that does not wait for the legacy stream
+_THREAD_LOCAL = 1  # capture mode: what other threads do on the GPU does not break it
+_MAJOR, _MINOR = 75, 76  # device attributes: compute capability
+_LEGACY = 0
+
+_ADDRESS = c_ulonglong
+# name -> argument types; every function returns a code, 0 for success.
+_FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    "cuInit": (c_uint,),
+    "cuDriverGetVersion": (POINTER(c_int),),
+    "cuDeviceGet": (POINTER(c_int), c_int),
+    "cuDeviceGetName": (POINTER(c_char), c_int, c_int),
+    "cuDeviceGetAttribute": (POINTER(c_int), c_int, c_int),
+    "cuDeviceTotalMem_v2": (POINTER(c_size_t), c_int),
+    "cuDevicePrimaryCtxRetain": (POINTER(c_void_p), c_int),
+    "cuCtxSetCurrent": (c_void_p,),
+    "cuMemGetInfo_v2": (POINTER(c_size_t), POINTER(c_size_t)),
+    "cuMemAlloc_v2": (POINTER(_ADDRESS), c_size_t),
+    "cuMemFree_v2": (_ADDRESS,),
+    "cuMemAllocHost_v2": (POINTER(c_void_p), c_size_t),
+    "cuMemFreeHost": (c_void_p,),
+    "cuMemcpyHtoDAsync_v2": (_ADDRESS, c_void_p, c_size_t, c_void_p),
+    "cuMemcpyDtoHAsync_v2": (c_void_p, _ADDRESS, c_size_t, c_void_p),
+    "cuStreamCreate": (POINTER(c_void_p), c_uint),
+    "cuStreamDestroy_v2": (c_void_p,),
+    "cuStreamSynchronize": (c_void_p,),
+    "cuStreamBeginCapture_v2": (c_void_p, c_int),
+    "cuStreamEndCapture": (c_void_p, POINTER(c_void_p)),
+    "cuGraphGetNodes": (c_void_p, c_void_p, POINTER(c_size_t)),
+    "cuGraphInstantiateWithFlags": (POINTER(c_void_p), c_void_p, c_ulonglong),
+    "cuGraphDestroy": (c_void_p,),
+    "cuGraphLaunch": (c_void_p, c_void_p),
+    "cuGraphExecDestroy": (c_void_p,),
+    "cuGetErrorString": (c_int, POINTER(c_char_p)),
+}
+
+
+class Device(Protocol):
+    """What a runner needs of a GPU. Addresses, streams and graphs are numbers; all calls may raise
+    BackendError. Work on a stream is done in its order, and on the host's side only `synchronize` waits.
+    """
+
+    gpu: Gpu
+    driver: str  # as ``cuda 13.0``: the newest CUDA that the driver serves
+
+    def bind(self) -> None:
+        """Make this the GPU that the calling thread works on; to be called first in every thread."""
+
+    def allocate(self, size: int) -> int:
+        """Memory of ``size`` bytes on the device."""
+
+    def free(self, address: int) -> None:
+        """Give memory of `allocate` back."""
+
+    def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """An array in page-locked memory of the host: copies of it do not wait for the host."""
+
+    def free_pinned(self, array: Array) -> None:
+        """Give an array of `pinned` back; it must not be used afterwards."""
+
+    def stream(self) -> int:
+        """A new stream, apart from the legacy one."""
+
+    def drop_stream(self, stream: int) -> None:
+        """Destroy a stream."""
+
+    def upload(self, address: int, array: Array, stream: int) -> None:
+        """Copy a contiguous array to the device."""
+
+    def download(self, array: Array, address: int, stream: int) -> None:
+        """Copy from the device into a contiguous array."""
+
+    def synchronize(self, stream: int) -> None:
+        """Wait until everything on the stream is done."""
+
+    def drain(self) -> None:
+        """Wait for the legacy stream, where libraries put what they do at first use."""
+
+    def capture(self, stream: int, record: Callable[[], None]) -> int:
+        """A graph of what ``record`` puts on the stream; nothing of it is done now."""
+
+    def launch(self, graph: int, stream: int) -> None:
+        """Do everything in a graph, with the addresses it was captured with."""
+
+    def drop_graph(self, graph: int) -> None:
+        """Destroy a graph."""
+
+
+def driver_problem() -> str:
+    """Why no GPU can be used here, or "".
+
+    To be asked before anything of the driver or of TensorRT's runtime is touched: without a driver that
+    runtime crashes at exit.
+    """
+    return probe().problem or ""
+
+
+@cache
+def cuda_device(index: int = 0) -> CudaDevice:
+    """The GPU, opened once a process and kept to its end. Raises BackendError where there is none."""
+    problem = driver_problem()
+    if problem:
+        raise BackendError(f"there is no GPU to run on: {problem}; use --backend openvino")
+    return CudaDevice(index)
+
+
+class CudaDevice:
+    """`Device` on the real driver. Not run on a GPU by us."""
+
+    def __init__(self, index: int = 0) -> None:
+        """Most callers want `cuda_device`, which looks first whether the driver works."""
+        self._lib = _load()
+        self._call("cuInit", 0)
+        handle, context = c_int(), c_void_p()
+        self._call("cuDeviceGet", byref(handle), index)
+        self._call("cuDevicePrimaryCtxRetain", byref(context), handle)
+        self._context = context
+        self.gpu, self.driver = self._describe(handle.value), self._version()
+        self.bind()
+
+    def bind(self) -> None:
+        """See `Device`."""
+        self._call("cuCtxSetCurrent", self._context)
+
+    def allocate(self, size: int) -> int:
+        """See `Device`. Says what is free where it does not fit."""
+        address = _ADDRESS()
+        code = self._lib.cuMemAlloc_v2(byref(address), max(size, 1))
+        if code == _OUT_OF_MEMORY:
+            raise BackendError(
+                f"{self.gpu.name} has {self._free_mb()} MB free and {size / 2**20:.0f} MB more are needed; "
+                "use a smaller --size, or close what else uses the GPU"
+            )
+        self._check("cuMemAlloc_v2", code)
+        return int(address.value)
+
+    def free(self, address: int) -> None:
+        """See `Device`."""
+        self._call("cuMemFree_v2", address)
+
+    def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """See `Device`."""
+        size = int(np.prod(shape)) * dtype.itemsize
+        pointer = c_void_p()
+        self._call("cuMemAllocHost_v2", byref(pointer), max(size, 1))
+        memory = (ctypes.c_ubyte * size).from_address(int(pointer.value or 0))
+        return np.ctypeslib.as_array(memory).view(dtype).reshape(shape)
+
+    def free_pinned(self, array: Array) -> None:
+        """See `Device`."""
+        self._call("cuMemFreeHost", array.ctypes.data)
+
+    def stream(self) -> int:
+        """See `Device`."""
+        stream = c_void_p()
+        self._call("cuStreamCreate", byref(stream), _NON_BLOCKING)
+        return int(stream.value or 0)
+
+    def drop_stream(self, stream: int) -> None:
+        """See `Device`."""
+        self._call("cuStreamDestroy_v2", stream)
+
+    def upload(self, address: int, array: Array, stream: int) -> None:
+        """See `Device`."""
+        self._call("cuMemcpyHtoDAsync_v2", address, array.ctypes.data, array.nbytes, stream)
+
+    def download(self, array: Array, address: int, stream: int) -> None:
+        """See `Device`."""
+        self._call("cuMemcpyDtoHAsync_v2", array.ctypes.data, address, array.nbytes, stream)
+
+    def synchronize(self, stream: int) -> None:
+        """See `Device`."""
+        self._call("cuStreamSynchronize", stream)
+
+    def drain(self) -> None:
+        """See `Device`."""
+        self._call("cuStreamSynchronize", _LEGACY)
+
+    def capture(self, stream: int, record: Callable[[], None]) -> int:
+        """See `Device`. Capture ends whatever happens: a stream left in it spoils all later work."""
+        graph = c_void_p()
+        self._call("cuStreamBeginCapture_v2", stream, _THREAD_LOCAL)
+        try:
+            record()
+        finally:
+            code = self._lib.cuStreamEndCapture(stream, byref(graph))
+        self._check("cuStreamEndCapture", code)
+        try:
+            return self._instantiate(graph)
+        finally:
+            self._call("cuGraphDestroy", graph)
+
+    def launch(self, graph: int, stream: int) -> None:
+        """See `Device`."""
+        self._call("cuGraphLaunch", graph, stream)
+
+    def drop_graph(self, graph: int) -> None:
+        """See `Device`."""
+        self._call("cuGraphExecDestroy", graph)
+
+    def _instantiate(self, graph: c_void_p) -> int:
+        nodes, executable = c_size_t(), c_void_p()
+        self._call("cuGraphGetNodes", graph, None, byref(nodes))
+        if not nodes.value:  # nothing reached this stream; replaying it would leave old pictures standing
+            raise BackendError(f"nothing was captured on {self.gpu.name}; use --backend cuda or openvino")
+        self._call("cuGraphInstantiateWithFlags", byref(executable), graph, 0)
+        return int(executable.value or 0)
+
+    def _describe(self, handle: int) -> Gpu:
+        name = ctypes.create_string_buffer(256)
+        self._call("cuDeviceGetName", name, len(name), handle)
+        major, minor, memory = c_int(), c_int(), c_size_t()
+        self._call("cuDeviceGetAttribute", byref(major), _MAJOR, handle)
+        self._call("cuDeviceGetAttribute", byref(minor), _MINOR, handle)
+        self._call("cuDeviceTotalMem_v2", byref(memory), handle)
+        return Gpu(name.value.decode("utf-8", "replace"), (major.value, minor.value), memory.value)
+
+    def _version(self) -> str:
+        version = c_int()
+        self._call("cuDriverGetVersion", byref(version))
+        return f"cuda {version.value // 1000}.{version.value % 1000 // 10}"
+
+    def _free_mb(self) -> int:
+        free, total = c_size_t(), c_size_t()
+        self._call("cuMemGetInfo_v2", byref(free), byref(total))
+        return int(free.value // 2**20)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        self._check(name, getattr(self._lib, name)(*arguments))
+
+    def _check(self, name: str, code: int) -> None:
+        if code:
+            text = c_char_p()
+            self._lib.cuGetErrorString(code, byref(text))
+            reason = text.value.decode("utf-8", "replace") if text.value else f"error {code}"
+            raise BackendError(
+                f"the GPU refused {name}: {reason}; use --backend openvino, or see std-rt doctor"
+            )
+
+
+def _load() -> Any:
+    """The driver's library with the types of its functions. Raises BackendError on one that is too old."""
+    try:
+        library = ctypes.CDLL(_LIBRARY)
+        for name, types in _FUNCTIONS.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = types, c_int
+    except (OSError, AttributeError) as error:
+        raise BackendError(
+            f"the NVIDIA driver is missing or too old ({error}); install a newer one"
+        ) from error
+    return library

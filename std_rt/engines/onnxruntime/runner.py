@@ -1,0 +1,194 @@
+"""A program on ONNX Runtime with every buffer on one device: a frame goes in, a frame comes out.
+
+Buffers are allocated once, constants copied there once, and every launch is bound once to the buffers it
+reads and writes (IO binding). So graphs hand their results on without a copy, and addresses never change,
+which CUDA graphs need. The same code runs on the CPU, where tests hold it against `program.HostRunner`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from std_rt.core.errors import BackendError
+from std_rt.engines.glue import glue_path
+from std_rt.engines.onnxruntime.session import failures, one_line
+from std_rt.engines.program import (
+    FRAME,
+    GLUE,
+    STYLED,
+    Launch,
+    Mark,
+    Program,
+    check_carried,
+    check_feeds,
+    no_mark,
+)
+from std_rt.engines.registry import GraphSpec, Ports
+
+__all__ = ["OrtRunner", "launch_spec"]
+
+Array = NDArray[Any]
+Frame = NDArray[np.uint8]
+Opener = Callable[[GraphSpec], ort.InferenceSession]
+Options = Callable[[int, Launch], ort.RunOptions | None]
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One launch, ready to run."""
+
+    spec: GraphSpec
+    session: ort.InferenceSession
+    binding: ort.IOBinding
+    options: ort.RunOptions | None
+    stage: str
+
+
+def launch_spec(
+    launch: Launch, buffers: Ports, specs: Mapping[str, GraphSpec]
+) -> tuple[GraphSpec, tuple[tuple[int, ...], ...]]:
+    """What to open for a launch, and the shapes that tell it from others of the same graph."""
+    shapes = {port: buffers[buffer][0] for port, buffer in launch.inputs.items()}
+    if launch.graph in GLUE:
+        spec = GraphSpec(launch.graph, glue_path(launch.graph), shapes, key="")
+    else:
+        spec = replace(specs[launch.graph], shapes=shapes)
+    return spec, tuple(shapes.values())
+
+
+class OrtRunner:
+    """A `program.Runner` over sessions that share one device. Not for use from two threads at once."""
+
+    def __init__(
+        self,
+        program: Program,
+        specs: Mapping[str, GraphSpec],
+        open_session: Opener,
+        *,
+        device: str = "cpu",
+        device_id: int = 0,
+        precision: str = "fp32",
+        options: Options = lambda index, launch: None,
+    ) -> None:
+        """``open_session`` opens a graph on that device; ``options`` gives a launch its run options.
+
+        Raises BackendError where a graph does not open, or its ports are not those of a launch.
+        """
+        self.precision = precision
+        self._program, self._device = program, device
+        self._values = _allocate(program.buffers, device, device_id)
+        for name, array in program.constants.items():
+            self._fill(name, array)
+        for name in program.carried:
+            self._fill(name, np.zeros(*program.buffers[name]))
+        self._fed: dict[str, Array] = {}
+        self._calls = self._bind(specs, open_session, options)
+
+    def set(self, **feeds: Array) -> None:
+        """Copy to the device, an array that is set already excepted."""
+        self._check_open()
+        check_feeds(self._program, feeds)
+        for name, array in feeds.items():
+            if self._fed.get(name) is not array:
+                self._fill(name, array)
+        self._fed.update(feeds)
+
+    def run(self, frame: Frame, mark: Mark = no_mark) -> Frame:
+        """Launch after launch, each complete when ``mark(stage)`` follows it."""
+        self._check_open()
+        self._check_frame(frame)
+        self._fill(FRAME, frame)
+        for call in self._calls:
+            try:
+                call.session.run_with_iobinding(call.binding, call.options)
+            except failures() as error:
+                raise BackendError(one_line(call.spec.name, call.spec.shapes, error)) from error
+            mark(call.stage)
+        styled: Frame = self._values[STYLED].numpy()
+        return styled.copy() if self._device == "cpu" else styled  # there it is the buffer itself
+
+    def carried(self) -> dict[str, Array]:
+        """See `program.Runner`."""
+        self._check_open()
+        return {name: self._values[name].numpy().copy() for name in self._program.carried}
+
+    def carry(self, **buffers: Array) -> None:
+        """See `program.Runner`."""
+        self._check_open()
+        check_carried(self._program, buffers)
+        for name, array in buffers.items():
+            self._fill(name, array)
+
+    def close(self) -> None:
+        """Free sessions and buffers."""
+        self._calls.clear()
+        self._values.clear()
+        self._fed.clear()
+
+    def _fill(self, name: str, array: Array) -> None:
+        self._values[name].update_inplace(np.ascontiguousarray(array))
+
+    def _bind(self, specs: Mapping[str, GraphSpec], open_session: Opener, options: Options) -> list[_Call]:
+        sessions: dict[tuple[Any, ...], ort.InferenceSession] = {}
+        calls = []
+        for index, launch in enumerate(self._program.launches):
+            spec, shapes = launch_spec(launch, self._program.buffers, specs)
+            key = (launch.graph, shapes)
+            if key not in sessions:
+                sessions[key] = open_session(spec)
+            binding = self._binding(launch, sessions[key])
+            calls.append(_Call(spec, sessions[key], binding, options(index, launch), launch.stage))
+        return calls
+
+    def _binding(self, launch: Launch, session: ort.InferenceSession) -> ort.IOBinding:
+        _check_ports(launch, session)
+        binding = session.io_binding()
+        for port, buffer in launch.inputs.items():
+            binding.bind_ortvalue_input(port, self._values[buffer])
+        for port, buffer in launch.outputs.items():
+            binding.bind_ortvalue_output(port, self._values[buffer])
+        return binding
+
+    def _check_open(self) -> None:
+        if not self._values:
+            raise BackendError("the runner was closed; open it again")
+
+    def _check_frame(self, frame: Frame) -> None:
+        """A device's buffers would be read, or written over, as if they fitted."""
+        missing = [name for name in self._program.feeds if name not in self._fed]
+        if missing:
+            raise BackendError(f"set {', '.join(missing)} before the first frame")
+        shape, dtype = self._program.buffers[FRAME]
+        if frame.shape != shape or frame.dtype != dtype:
+            raise BackendError(
+                f"the program takes frames {dtype} {list(shape)}; it was given {frame.dtype} "
+                f"{list(frame.shape)}"
+            )
+
+
+def _allocate(buffers: Ports, device: str, device_id: int) -> dict[str, ort.OrtValue]:
+    make = ort.OrtValue.ortvalue_from_shape_and_type
+    try:
+        return {name: make(shape, dtype.type, device, device_id) for name, (shape, dtype) in buffers.items()}
+    except failures() as error:
+        size_mb = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in buffers.values()) / 2**20
+        reason = " ".join(str(error).split())[-200:]
+        raise BackendError(
+            f"onnxruntime cannot allocate {size_mb:.0f} MB for a frame's buffers on {device}: {reason}"
+        ) from error
+
+
+def _check_ports(launch: Launch, session: ort.InferenceSession) -> None:
+    takes = [port.name for port in session.get_inputs()]
+    gives = [port.name for port in session.get_outputs()]
+    if set(takes) != set(launch.inputs) or not set(gives).issuperset(launch.outputs):
+        raise BackendError(
+            f"graph '{launch.graph}' takes {', '.join(takes)} and gives {', '.join(gives)}; the program has "
+            f"{', '.join(launch.inputs)} and {', '.join(launch.outputs)}"
+        )

@@ -1,0 +1,200 @@
+"""OpenVINO on the CPU: the default engine; bf16 where the processor has it in hardware.
+
+Compiled models are kept in the engine store (`openvino_cache`). Of the UNet, what does not depend on the
+picture is computed once a style and step (`openvino_split`). A graph that was quantized runs its int8 layers
+in int8 whatever precision is asked for; the precision says what the layers between them run in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+
+from std_rt.core.errors import BackendError
+from std_rt.engines.openvino.compiled import EXACT, Compiled, engine_key, keep, recall
+from std_rt.engines.openvino.split import STEADY, split_steady
+from std_rt.engines.openvino.weights import keep_half_weights
+from std_rt.engines.registry import GraphSpec, Ports, check_inputs
+
+__all__ = ["OpenVinoEngine", "devices", "open_graph"]
+
+# The bindings build their table of dtypes at its first use. Two threads that do so at once deadlock (one
+# holds a C++ guard and waits for the interpreter, the other the reverse), so it is built at import.
+ov.Type.f32.to_dtype()
+
+Array = NDArray[Any]
+_HINTS = {"fp32": "f32", "bf16": "bf16"}
+# Results of steady inputs to keep: one a style and step, 200 kB each for std-tiny, 60 MB for SDXL.
+_KEEP_RESULTS = 32
+_KEEP_BYTES = 256 * 2**20
+
+
+def open_graph(spec: GraphSpec, precision: str) -> OpenVinoEngine:
+    """Compile ``spec`` for the CPU (or take it from the store). Raises BackendError."""
+    core = ov.Core()
+    chosen = _precision(core, precision)
+    config = _config(chosen)
+    key = engine_key(core, spec, config)
+    compiled, broken = recall(core, key, config)
+    if compiled is None:
+        compiled, weight_bytes = _compile(core, spec, config)
+        keep(key, compiled, weight_bytes, replace=broken, origin=spec.path.parent.resolve())
+    return OpenVinoEngine(spec.name, compiled, "int8" if spec.compute == "int8" else chosen)
+
+
+def _compile(core: ov.Core, spec: GraphSpec, config: dict[str, str]) -> tuple[Compiled, int]:
+    """(compiled, bytes of its weights)."""
+    try:
+        model = core.read_model(spec.path)
+        keep_half_weights(model)
+        _check_shapes(spec, model)
+        model.reshape({name: list(shape) for name, shape in spec.shapes.items()})
+        inputs, outputs = _ports(model.inputs), _ports(model.outputs)
+        size = sum(op.get_byte_size() for op in model.get_ops() if op.get_type_name() == "Constant")
+        parts = split_steady(model, spec.steady)
+        if parts is None:
+            return Compiled(inputs, outputs, core.compile_model(model, "CPU", config)), size
+        prepare, body = parts
+        names = tuple(port.get_any_name() for port in prepare.inputs)
+        return (
+            Compiled(
+                inputs,
+                outputs,
+                core.compile_model(body, "CPU", config),
+                core.compile_model(prepare, "CPU", config | EXACT),
+                names,
+            ),
+            size,
+        )
+    except RuntimeError as error:
+        raise BackendError(_one_line(spec, error)) from error
+
+
+class Prepared:
+    """The part of a graph that follows from steady inputs, with its latest results."""
+
+    def __init__(self, compiled: ov.CompiledModel, names: Sequence[str]) -> None:
+        """``names`` are those of the inputs, in order: a compiled one may go by the name of its own cast."""
+        sizes = {name: int(np.prod(port.shape)) for name, port in zip(names, compiled.inputs, strict=True)}
+        self.names = sorted(sizes, key=sizes.__getitem__)
+        self._request = compiled.create_infer_request()
+        # A result keeps the name that its tensor had in the graph beside the one it was given.
+        self._outputs = [
+            next(name for name in port.get_names() if name.startswith(STEADY)) for port in compiled.outputs
+        ]
+        size = sum(int(np.prod(port.shape)) * port.element_type.size for port in compiled.outputs)
+        self._room = max(1, min(_KEEP_RESULTS, _KEEP_BYTES // max(size, 1)))
+        self._known: list[tuple[dict[str, Array], ov.InferRequest]] = []
+
+    def request_for(self, compiled: ov.CompiledModel, inputs: dict[str, Array]) -> ov.InferRequest:
+        """A request of ``compiled`` that has this part's results for ``inputs`` bound already."""
+        for i, (values, request) in enumerate(self._known):
+            # Smallest input first, so that a different timestep is seen at once.
+            if all(np.array_equal(values[name], inputs[name]) for name in self.names):
+                if i:
+                    self._known.insert(0, self._known.pop(i))
+                return request
+        full = len(self._known) >= self._room
+        request = self._known.pop()[1] if full else compiled.create_infer_request()
+        for name, value in self._run(inputs).items():
+            request.set_tensor(name, value)
+        self._known.insert(0, ({name: inputs[name].copy() for name in self.names}, request))
+        return request
+
+    def _run(self, inputs: dict[str, Array]) -> dict[str, ov.Tensor]:
+        for name in self.names:
+            self._request.set_tensor(name, _tensor(inputs[name]))
+        self._request.infer()
+        return {name: _copy(self._request.get_tensor(name)) for name in self._outputs}
+
+
+class OpenVinoEngine:
+    """One compiled graph. Not for use from two threads at once."""
+
+    def __init__(self, name: str, compiled: Compiled, precision: str) -> None:
+        self.inputs, self.outputs, self.precision = compiled.inputs, compiled.outputs, precision
+        self._name = name
+        self._prepared = None if compiled.prepare is None else Prepared(compiled.prepare, compiled.steady)
+        self._moving = [key for key in self.inputs if key not in compiled.steady]
+        self._compiled: ov.CompiledModel | None = compiled.main
+        self._request = compiled.main.create_infer_request() if self._prepared is None else None
+
+    def __call__(self, **inputs: Array) -> dict[str, Array]:
+        if self._compiled is None:
+            raise BackendError(f"graph '{self._name}' was closed; open it again")
+        check_inputs(self._name, self.inputs, inputs)
+        request = self._request
+        if request is None:
+            assert self._prepared is not None
+            request = self._prepared.request_for(self._compiled, inputs)
+        # Kept by name until the run is over: a tensor without copy does not own its memory.
+        tensors = {key: _tensor(inputs[key]) for key in self._moving}
+        for key, tensor in tensors.items():
+            request.set_tensor(key, tensor)
+        request.infer()
+        return {key: request.get_tensor(key).data for key in self.outputs}
+
+    def close(self) -> None:
+        """Free the model and its buffers."""
+        self._compiled = self._request = self._prepared = None
+
+
+def devices() -> str:
+    """Devices OpenVINO sees, and the CPU's name and number formats, for `std-rt doctor`."""
+    core = ov.Core()
+    cpu = str(core.get_property("CPU", "FULL_DEVICE_NAME")).strip()
+    formats = ", ".join(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    return f"devices {', '.join(core.available_devices)}; {cpu} ({formats})"
+
+
+def _precision(core: ov.Core, asked: str) -> str:
+    has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if asked == "bf16" and not has_bf16:
+        raise BackendError("this processor does not compute bf16 in hardware; use --precision fp32 or auto")
+    return ("bf16" if has_bf16 else "fp32") if asked == "auto" else asked
+
+
+def _config(precision: str) -> dict[str, str]:
+    return {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": _HINTS[precision],
+        "EXECUTION_MODE_HINT": "ACCURACY" if precision == "fp32" else "PERFORMANCE",
+    }
+
+
+def _check_shapes(spec: GraphSpec, model: ov.Model) -> None:
+    names = {port.get_any_name() for port in model.inputs}
+    if names != set(spec.shapes):
+        raise BackendError(
+            f"graph '{spec.name}' takes {', '.join(sorted(names))}; "
+            f"shapes were given for {', '.join(spec.shapes)}"
+        )
+
+
+def _ports(ports: list[Any]) -> Ports:
+    return {
+        port.get_any_name(): (tuple(port.shape), np.dtype(port.element_type.to_dtype())) for port in ports
+    }
+
+
+def _tensor(array: Array) -> ov.Tensor:
+    """No copy where the array is contiguous: the tensor shares its memory for the call."""
+    return ov.Tensor(np.ascontiguousarray(array), shared_memory=True)
+
+
+def _copy(tensor: ov.Tensor) -> ov.Tensor:
+    """Not by way of NumPy, which has no bfloat16."""
+    copy = ov.Tensor(tensor.element_type, tensor.shape)
+    tensor.copy_to(copy)
+    return copy
+
+
+def _one_line(spec: GraphSpec, error: Exception) -> str:
+    reason = " ".join(str(error).split())[-300:]
+    shapes = ", ".join(f"{name} {list(shape)}" for name, shape in spec.shapes.items())
+    advice = "try another --size or --backend onnxruntime"
+    return f"openvino cannot run graph '{spec.name}' at {shapes}: {reason}; {advice}"

@@ -1,0 +1,346 @@
+"""ONNX graphs -> engines of TensorRT or TensorRT-RTX: one code base over both modules.
+
+    trt = load_product(RTX)
+    build_engine(trt, RTX, spec, Path("unet.engine"), targets=("sm89", "sm120"))
+
+Networks are strongly typed (the arithmetic is what the ONNX file says) and every shape is fixed. Nothing
+here touches a GPU's runtime: TensorRT-RTX builds for named GPUs on a machine without one. Of the two,
+TensorRT-RTX is what our tests run; TensorRT itself is not run by us.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from std_rt.core.errors import BackendError
+from std_rt.core.external_data import external_locations
+from std_rt.engines.registry import GraphSpec
+
+__all__ = [
+    "RTX",
+    "TENSORRT",
+    "BuildOptions",
+    "Phases",
+    "Product",
+    "Progress",
+    "build_engine",
+    "capability",
+    "load_product",
+    "make_logger",
+]
+
+Progress = Callable[[str, float], None]  # (what is being built, share done in 0..1)
+
+
+@dataclass(frozen=True)
+class Product:
+    """``ahead``: builds for named GPUs without one (and compiles the last stretch where it runs)."""
+
+    backend: str
+    module: str
+    label: str
+    oldest: tuple[int, int]
+    ahead: bool
+
+    @property
+    def install(self) -> str:
+        """The command that adds it."""
+        return f"pip install --upgrade 'std-rt[{self.backend}]'"
+
+
+TENSORRT = Product("tensorrt", "tensorrt", "TensorRT", (10, 12), ahead=False)
+RTX = Product("rtx", "tensorrt_rtx", "TensorRT-RTX", (1, 2), ahead=True)
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """``level`` 0..5: how long to search for faster kernels (None: the product's own choice).
+
+    ``workspace_mb`` bounds the memory that one operation may use (None: all there is). ``tf32`` lets matrix
+    products of float32 round their inputs to 10 bits of mantissa, several times faster.
+    """
+
+    level: int | None = None
+    workspace_mb: int | None = None
+    tf32: bool = True
+
+    def __str__(self) -> str:
+        return f"level={self.level} workspace_mb={self.workspace_mb} tf32={self.tf32}"
+
+
+def load_product(product: Product) -> Any:
+    """Its module. Raises BackendError where it is missing, broken or too old."""
+    if find_spec(product.module) is None:
+        raise BackendError(f"{product.label} is not installed; run: {product.install}")
+    try:
+        trt = import_module(product.module)
+    except (ImportError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise BackendError(f"{product.label} does not load ({reason}); run: {product.install}") from error
+    found = tuple(int(part) for part in trt.__version__.split(".")[:2])
+    if found < product.oldest:
+        oldest = ".".join(map(str, product.oldest))
+        raise BackendError(
+            f"{product.label} {trt.__version__} is too old, {oldest} is needed; run: {product.install}"
+        )
+    return trt
+
+
+def build_engine(
+    trt: Any,
+    product: Product,
+    spec: GraphSpec,
+    path: Path,
+    *,
+    targets: Sequence[str] = (),
+    options: BuildOptions | None = None,
+    timings: bytes | None = None,
+    progress: Progress | None = None,
+) -> bytes | None:
+    """Build ``spec`` into the file ``path``; returns the timings learned where ``timings`` were given.
+
+    ``targets`` are GPUs to build ahead for (none: the one in this machine). Raises BackendError where the
+    graph reads weights from elsewhere, cannot be parsed or cannot be built; OSError where ``path`` cannot
+    be written.
+    """
+    _check_weights(spec)
+    logger = make_logger(trt)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(spec.path)):
+        raise BackendError(_refusal(product, spec, _parser_error(parser, logger)))
+    _fix_shapes(product, spec, network, logger)
+    config = builder.create_builder_config()
+    _configure(trt, config, options or BuildOptions())
+    _set_targets(trt, product, config, targets)
+    if timings is not None:
+        config.set_timing_cache(config.create_timing_cache(timings), ignore_mismatch=False)
+    monitor = _attach_monitor(trt, config, spec.name, progress)
+    try:
+        done = _serialize(trt, builder, network, config, path)
+    finally:
+        if monitor is not None:
+            monitor.raise_failure()
+    if not done:
+        raise BackendError(_refusal(product, spec, logger.reason()))
+    return None if timings is None else bytes(config.get_timing_cache().serialize())
+
+
+def make_logger(trt: Any) -> Any:
+    """A logger that prints nothing; ``reason()`` is the first error since it was last asked."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]  # the module is not known before it runs
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self._errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self._errors.append(" ".join(message.split()))
+
+        def reason(self) -> str:
+            first = self._errors[0][-300:] if self._errors else "it gave no reason"
+            self._errors.clear()
+            return first
+
+    return Log()
+
+
+class Phases:
+    """Nested phases of a build as one share done, which never falls. Safe in several threads."""
+
+    def __init__(self) -> None:
+        self._open: list[tuple[str, int, int]] = []  # (name, steps, steps done), outermost first
+        self._lock = threading.Lock()
+        self.share = 0.0
+
+    def start(self, name: str, steps: int) -> float:
+        """A phase inside the innermost open one begins."""
+        with self._lock:
+            self._open.append((name, max(steps, 1), 0))
+            return self._update()
+
+    def step(self, name: str, index: int) -> float:
+        """Step ``index`` (from 0) of an open phase is done; phases inside it are over."""
+        with self._lock:
+            at = self._find(name)
+            if at is not None:
+                del self._open[at + 1 :]
+                self._open[at] = (name, self._open[at][1], index + 1)
+            return self._update()
+
+    def finish(self, name: str) -> float:
+        """A phase is over, complete or not."""
+        with self._lock:
+            at = self._find(name)
+            if at is not None:
+                del self._open[at:]
+            if not self._open:
+                self.share = 1.0
+            return self._update()
+
+    def _find(self, name: str) -> int | None:
+        return next((i for i in reversed(range(len(self._open))) if self._open[i][0] == name), None)
+
+    def _update(self) -> float:
+        share, room = 0.0, 1.0
+        for _, steps, done in self._open:
+            share += room * min(done, steps) / steps
+            room /= steps
+        self.share = max(self.share, min(share, 1.0))
+        return self.share
+
+
+def _attach_monitor(trt: Any, config: Any, name: str, progress: Progress | None) -> Any:
+    """Report a build's progress; the monitor must live as long as the config. None where there is none."""
+    if progress is None or not hasattr(trt, "IProgressMonitor"):
+        return None
+    config.progress_monitor = monitor = _monitor_class(trt)(name, progress)
+    return monitor
+
+
+def _monitor_class(trt: Any) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the module is not known before it runs
+        def __init__(self, name: str, progress: Progress) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._name, self._progress, self._phases = name, progress, Phases()
+            self._failure: BaseException | None = None
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            self._report(self._phases.start(phase, steps))
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            self._report(self._phases.step(phase, step))
+            return self._failure is None
+
+        def phase_finish(self, phase: str) -> None:
+            self._report(self._phases.finish(phase))
+
+        def raise_failure(self) -> None:
+            if self._failure is not None:
+                raise self._failure
+
+        def _report(self, share: float) -> None:
+            try:
+                if self._failure is None:
+                    self._progress(self._name, share)
+            except BaseException as error:  # noqa: BLE001  # nothing may pass through C++; raised afterwards
+                self._failure = error
+
+    return Monitor
+
+
+def _serialize(trt: Any, builder: Any, network: Any, config: Any, path: Path) -> bool:
+    """Build, straight into the file where the module can: an engine of 5 GB is then never in memory twice."""
+    if not hasattr(builder, "build_serialized_network_to_stream"):
+        data = builder.build_serialized_network(network, config)
+        if data is not None:
+            path.write_bytes(data)
+        return data is not None
+    with path.open("wb") as file:
+
+        class Writer(trt.IStreamWriter):  # type: ignore[misc]  # the module is not known before it runs
+            def __init__(self) -> None:
+                trt.IStreamWriter.__init__(self)
+                self.failure: OSError | None = None
+
+            def write(self, data: bytes) -> int:
+                try:
+                    return file.write(data)
+                except OSError as error:  # must not pass through C++; raised below
+                    self.failure = error
+                    return 0
+
+        writer = Writer()
+        done = bool(builder.build_serialized_network_to_stream(network, config, writer))
+        if writer.failure is not None:
+            raise writer.failure
+    return done
+
+
+def _check_weights(spec: GraphSpec) -> None:
+    """The parser follows whatever path a graph names, so look first."""
+    try:
+        locations = external_locations(spec.path)
+    except (OSError, ValueError) as error:
+        raise BackendError(f"graph '{spec.name}' cannot be read: {error}; export it again") from error
+    for location in sorted(locations):
+        posix, windows = PurePosixPath(location), PureWindowsPath(location)
+        rooted = posix.is_absolute() or windows.drive or windows.root
+        if not location or rooted or ".." in posix.parts or ".." in windows.parts:
+            raise BackendError(
+                f"graph '{spec.name}' reads weights from {location!r}, outside its folder; do not use it"
+            )
+
+
+def _fix_shapes(product: Product, spec: GraphSpec, network: Any, logger: Any) -> None:
+    """Give every input its one shape; all others must follow from them."""
+    inputs = {port.name: port for port in (network.get_input(i) for i in range(network.num_inputs))}
+    if inputs.keys() != spec.shapes.keys():
+        raise BackendError(
+            f"graph '{spec.name}' takes {', '.join(inputs)}; shapes were given for {', '.join(spec.shapes)}"
+        )
+    for name, port in inputs.items():
+        port.shape = tuple(spec.shapes[name])
+    try:
+        shapes = {
+            port.name: tuple(port.shape)
+            for port in (network.get_output(i) for i in range(network.num_outputs))
+        }
+    except RuntimeError as error:
+        raise BackendError(_refusal(product, spec, logger.reason())) from error
+    for name, shape in shapes.items():
+        if any(side < 0 for side in shape):
+            reason = f"the shape of its output {name} depends on the data"
+            raise BackendError(_refusal(product, spec, reason))
+
+
+def _configure(trt: Any, config: Any, options: BuildOptions) -> None:
+    if options.level is not None:
+        config.builder_optimization_level = options.level
+    if options.workspace_mb is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mb * 2**20)
+    (config.set_flag if options.tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
+
+
+def _set_targets(trt: Any, product: Product, config: Any, targets: Sequence[str]) -> None:
+    if not targets:
+        return
+    config.num_compute_capabilities = len(targets)
+    for i, target in enumerate(targets):
+        config.set_compute_capability(capability(trt, product, target), i)
+
+
+def capability(trt: Any, product: Product, target: str) -> Any:
+    """The module's name for a target such as ``sm89``. Raises BackendError where it has no code for it."""
+    known = {name.lower(): value for name, value in trt.ComputeCapability.__members__.items()}
+    if target not in known or not target.startswith("sm"):
+        names = ", ".join(name for name in known if name.startswith("sm"))
+        raise BackendError(
+            f"{product.label} {trt.__version__} has no code for {target}, only for {names}; "
+            "use another --sm, or --backend tensorrt or cuda on that GPU"
+        )
+    return known[target]
+
+
+def _parser_error(parser: Any, logger: Any) -> str:
+    if not parser.num_errors:
+        return str(logger.reason())
+    error = parser.get_error(0)
+    reason = " ".join(str(error.desc()).split())[-300:]
+    return f"at {error.node_operator()} {error.node_name()}: {reason}" if error.node_name() else reason
+
+
+def _refusal(product: Product, spec: GraphSpec, reason: str) -> str:
+    shapes = ", ".join(f"{name} {list(shape)}" for name, shape in spec.shapes.items())
+    return (
+        f"{product.label} cannot build graph '{spec.name}' at {shapes}: {reason}; "
+        "try another --size or --backend openvino"
+    )

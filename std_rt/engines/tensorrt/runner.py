@@ -1,0 +1,477 @@
+"""A program on TensorRT or TensorRT-RTX with every buffer on the GPU and a frame as one CUDA graph.
+
+A frame (uint8) lies in page-locked memory; one launch copies it to the GPU, runs every graph and every
+operation between them, and copies the picture (uint8) back. Nothing else crosses, and the host waits once.
+
+Engines come out of the machine's store and from nowhere else (`trt_maker`). They run one after the other on
+one stream, so they share one piece of working memory, as large as the largest of them needs.
+
+Not run on a GPU by us. Tests run all of this on tests/fake_gpu.py, a GPU and a TensorRT made of NumPy.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from std_rt.core.errors import BackendError
+from std_rt.engines.cache import EngineStore
+from std_rt.engines.cuda.driver import Device, cuda_device
+from std_rt.engines.program import FRAME, STYLED, Mark, Program, check_carried, check_feeds, no_mark
+from std_rt.engines.registry import GraphSpec, Ports, check_inputs
+from std_rt.engines.tensorrt.build import BuildOptions, Product, load_product, make_logger
+from std_rt.engines.tensorrt.maker import EngineMaker, launch_specs, same_engine
+
+__all__ = ["DeviceEngine", "DeviceRunner", "Session", "open_session"]
+
+Array = NDArray[Any]
+Frame = NDArray[np.uint8]
+
+_PLACED = np.empty(0)  # stands for the array of a feed that came without one
+_WARM_UPS = 3  # the first runs load kernels and settle sizes, which must not happen inside a capture
+
+
+def open_session(product: Product, precision: str) -> Session:
+    """The product on this machine's GPU. Raises BackendError without a GPU, a driver or the product.
+
+    ``precision`` fp32 turns TF32 off; all else about precision lies in the graphs.
+    """
+    trt = load_product(product)
+    device = cuda_device()  # before the runtime: without a driver that one crashes at exit
+    options = BuildOptions(tf32=precision != "fp32")
+    store = EngineStore.open()
+    maker = EngineMaker(
+        trt, product, (f"sm{device.gpu.sm}",), driver=device.driver, options=options, store=store
+    )
+    return Session(trt, device, maker)
+
+
+class Session:
+    """A module, a GPU and a maker of engines: what opens graphs and programs."""
+
+    def __init__(self, trt: Any, device: Device, maker: EngineMaker) -> None:
+        """Most callers want `open_session`."""
+        device.bind()
+        self._trt, self._device, self._maker = trt, device, maker
+        self._logger = make_logger(trt)
+        self._runtime = trt.Runtime(self._logger)
+
+    def open_graph(self, spec: GraphSpec) -> DeviceEngine:
+        """One graph on its own. Raises BackendError."""
+        self._device.bind()
+        graph = self._load(spec)
+        self._share_memory([graph])
+        return DeviceEngine(self._device, graph, spec.compute)
+
+    def open_runner(
+        self, program: Program, specs: Mapping[str, GraphSpec], precision: str = "auto"
+    ) -> DeviceRunner:
+        """A whole program; ``specs`` has one for each of the model's graphs. Raises BackendError."""
+        compute = specs["unet" if "unet" in specs else next(iter(specs))].compute
+        if precision not in ("auto", compute):
+            raise BackendError(
+                f"the bundle computes in {compute}, and {self._maker.product.label} runs what it says; "
+                f"export it again with --precision {precision}, or use --precision auto"
+            )
+        self._device.bind()
+        wanted = launch_specs(program, specs)
+        loaded = {same_engine(spec): spec for spec in wanted}
+        graphs = {key: self._load(spec) for key, spec in loaded.items()}
+        self._share_memory(list(graphs.values()))
+        try:
+            return DeviceRunner(
+                self._device, program, [graphs[same_engine(spec)] for spec in wanted], compute
+            )
+        except BackendError:
+            for graph in graphs.values():
+                graph.close()
+            raise
+
+    def _load(self, spec: GraphSpec) -> LoadedGraph:
+        data = self._maker.data(spec)
+        self._check(spec, data)
+        engine = self._runtime.deserialize_cuda_engine(data)
+        if engine is None:
+            raise BackendError(self._failed(spec, "does not load"))
+        context, kernels = self._context(spec, engine)
+        if context is None:
+            raise BackendError(self._failed(spec, "does not start"))
+        return LoadedGraph(spec.name, engine, context, self._trt, self._logger, kernels)
+
+    def _check(self, spec: GraphSpec, data: bytes) -> None:
+        """Where the product can tell, whether an engine is for this machine at all."""
+        if not hasattr(self._runtime, "get_engine_validity"):
+            return
+        validity, problems = self._runtime.get_engine_validity(data)
+        if validity == self._trt.EngineValidity.INVALID:
+            raise BackendError(self._failed(spec, f"is not for this machine ({problems})"))
+
+    def _context(self, spec: GraphSpec, engine: Any) -> tuple[Any, Kernels | None]:
+        """A context without memory of its own; with TensorRT-RTX, what it compiled here before is kept."""
+        ours = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not self._maker.product.ahead:
+            return engine.create_execution_context(ours), None
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(ours)
+        kernels = Kernels.open(self._maker, spec, config, self._device)
+        return engine.create_execution_context(config), kernels
+
+    def _share_memory(self, graphs: Sequence[LoadedGraph]) -> None:
+        size = max(graph.working_size for graph in graphs)
+        memory = Memory(self._device)
+        address = memory.take(size) if size else 0
+        for graph in graphs:
+            graph.use_memory(memory, address, size)
+
+    def _failed(self, spec: GraphSpec, what: str) -> str:
+        label = self._maker.product.label
+        reason = self._logger.reason()
+        return f"the {label} engine of '{spec.name}' {what}: {reason}; run: std-rt engines gc --all"
+
+
+class Memory:
+    """Device memory that is given back together, once."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._taken: list[int] = []
+
+    def take(self, size: int) -> int:
+        """Address of ``size`` more bytes."""
+        try:
+            self._taken.append(self._device.allocate(size))
+        except BackendError:
+            self.free()  # what was to use it will not come to be
+            raise
+        return self._taken[-1]
+
+    def free(self) -> None:
+        """Give everything back."""
+        while self._taken:
+            self._device.free(self._taken.pop())
+
+
+@dataclass
+class Kernels:
+    """TensorRT-RTX compiles kernels where it runs; kept in the store, they are there at the next start."""
+
+    maker: EngineMaker
+    spec: GraphSpec
+    cache: Any
+    device: Device
+    known: bytes
+
+    @classmethod
+    def open(cls, maker: EngineMaker, spec: GraphSpec, config: Any, device: Device) -> Kernels:
+        """Give a runtime config its cache, filled with what the store has for this engine."""
+        cache = config.create_runtime_cache()
+        known = b""
+        if maker.store is not None:
+            known = maker.store.read(maker.kernels_key(spec, device.driver)) or b""
+        if known and not cache.deserialize(known):
+            known = b""  # made for something else, as after an update: compiled and kept anew
+        config.set_runtime_cache(cache)
+        return cls(maker, spec, cache, device, known)
+
+    def keep(self) -> None:
+        """Put what was compiled into the store, where that is more than came from there."""
+        blob = bytes(self.cache.serialize() or b"")
+        if self.maker.store is not None and blob and blob != self.known:
+            key = self.maker.kernels_key(self.spec, self.device.driver)
+            self.known = blob
+            try:
+                self.maker.store.build(key, blob, replace=True, origin=self.spec.path.parent.resolve())
+            except BackendError as error:  # the frame is good; only the next start is slower
+                logging.getLogger("std_rt").warning("%s", error)
+
+
+class LoadedGraph:
+    """An engine with its context: ``enqueue`` puts one run of it on a stream."""
+
+    def __init__(
+        self, name: str, engine: Any, context: Any, trt: Any, logger: Any, kernels: Kernels | None = None
+    ) -> None:
+        self.name = name
+        self.inputs: Ports = {}
+        self.outputs: Ports = {}
+        self._engine, self._context, self._logger, self._kernels = engine, context, logger, kernels
+        self._memory: Memory | None = None
+        for i in range(engine.num_io_tensors):
+            port = engine.get_tensor_name(i)
+            side = self.inputs if engine.get_tensor_mode(port) == trt.TensorIOMode.INPUT else self.outputs
+            kind = np.dtype(trt.nptype(engine.get_tensor_dtype(port)))
+            side[port] = (tuple(engine.get_tensor_shape(port)), kind)
+
+    @property
+    def working_size(self) -> int:
+        """Bytes of memory that a run needs besides inputs and outputs."""
+        return int(self._engine.device_memory_size_v2)
+
+    def use_memory(self, memory: Memory, address: int, size: int) -> None:
+        """Where a run keeps what is between inputs and outputs; ``memory`` lives as long as this."""
+        self._memory = memory
+        if self.working_size:
+            self._context.set_device_memory(address, size)
+
+    def enqueue(self, addresses: Mapping[str, int], stream: int) -> None:
+        """One run on ``stream`` with these addresses. Raises BackendError where TensorRT refuses."""
+        for port, address in addresses.items():
+            if not self._context.set_tensor_address(port, address):
+                raise BackendError(self._refused(f"an address for {port}"))
+        if not self._context.execute_async_v3(stream):
+            raise BackendError(self._refused("a run"))
+
+    def capturable(self, stream: int) -> bool:
+        """False where the module says that a CUDA graph cannot hold this engine."""
+        asks = getattr(self._context, "is_stream_capturable", None)
+        return asks is None or bool(asks(stream))
+
+    def keep_kernels(self) -> None:
+        """See `Kernels.keep`."""
+        if self._kernels is not None:
+            self._kernels.keep()
+
+    def close(self) -> None:
+        """Free the engine, its context and the memory that it shares with others."""
+        self._context = self._engine = self._kernels = None
+        if self._memory is not None:
+            self._memory.free()
+
+    def _refused(self, what: str) -> str:
+        return f"graph '{self.name}' was refused {what}: {self._logger.reason()}; see std-rt doctor"
+
+
+class DeviceEngine:
+    """One graph, called with arrays of the host: the style encoder's engine. One thread at a time."""
+
+    def __init__(self, device: Device, graph: LoadedGraph, precision: str) -> None:
+        """Most callers want `Session.open_graph`."""
+        self.inputs, self.outputs, self.precision = graph.inputs, graph.outputs, precision
+        self._device, self._name = device, graph.name
+        self._graph: LoadedGraph | None = graph
+        self._memory = Memory(device)
+        self._stream = device.stream()
+        ports = self.inputs | self.outputs
+        self._addresses = {name: self._memory.take(_size(*port)) for name, port in ports.items()}
+
+    def __call__(self, **inputs: Array) -> dict[str, Array]:
+        """See `base.Engine`."""
+        if self._graph is None:
+            raise BackendError(f"graph '{self._name}' was closed; open it again")
+        check_inputs(self._name, self.inputs, inputs)
+        self._device.bind()
+        given = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+        for name, array in given.items():
+            self._device.upload(self._addresses[name], array, self._stream)
+        self._graph.enqueue(self._addresses, self._stream)
+        results = {name: np.empty(*port) for name, port in self.outputs.items()}
+        for name, array in results.items():
+            self._device.download(array, self._addresses[name], self._stream)
+        self._device.synchronize(self._stream)
+        self._graph.keep_kernels()
+        return results
+
+    def close(self) -> None:
+        """Free everything."""
+        if self._graph is not None:
+            self._device.bind()
+            self._device.synchronize(self._stream)
+            self._graph.close()
+            self._graph = None
+            self._memory.free()
+            self._device.drop_stream(self._stream)
+
+
+class DeviceRunner:
+    """`program.Runner` on a GPU. Not for use from two threads at once."""
+
+    def __init__(
+        self, device: Device, program: Program, graphs: Sequence[LoadedGraph], precision: str
+    ) -> None:
+        """Most callers want `Session.open_runner`. ``graphs`` has what each launch runs, in their order."""
+        self.precision = precision
+        self._device, self._program, self._graphs = device, program, list(graphs)
+        self._check_ports()
+        self._memory = Memory(device)
+        self._stream = device.stream()
+        self._own = {name: self._memory.take(_size(*port)) for name, port in program.buffers.items()}
+        self._addresses = dict(self._own)
+        self._unread = [self._scratch(i) for i in range(len(program.launches))]
+        self._frame = device.pinned(*program.buffers[FRAME])
+        self._styled = device.pinned(*program.buffers[STYLED])
+        self._fed: dict[str, Array] = {}
+        self._captured: tuple[int, dict[str, int]] | None = None  # the graph, the addresses inside
+        self._capturable = True
+        self._open = True
+        self._upload(program.constants)
+        self._upload({name: np.zeros(*program.buffers[name]) for name in program.carried})
+
+    def set(self, **feeds: Array) -> None:
+        """See `program.Runner`. What is the same array as before is not copied again."""
+        check_feeds(self._program, feeds)
+        self._begin()
+        fresh = {name: array for name, array in feeds.items() if self._fed.get(name) is not array}
+        self._addresses.update({name: self._own[name] for name in fresh})
+        self._upload(fresh)
+        self._fed.update(fresh)
+
+    def place(self, feed: str, address: int) -> None:
+        """Read a feed from ``address`` on the device, the caller's, until it is `set` again.
+
+        For values that are on the GPU already. The next frame is captured anew. Raises BackendError where
+        there is no such feed.
+        """
+        if feed not in self._program.feeds:
+            raise BackendError(f"there is no feed '{feed}'; there are {', '.join(self._program.feeds)}")
+        self._addresses[feed] = address
+        self._fed[feed] = _PLACED
+
+    def carried(self) -> dict[str, Array]:
+        """See `program.Runner`."""
+        self._begin()
+        found = {name: np.empty(*self._program.buffers[name]) for name in self._program.carried}
+        for name, array in found.items():
+            self._device.download(array, self._own[name], self._stream)
+        if found:
+            self._device.synchronize(self._stream)
+        return found
+
+    def carry(self, **buffers: Array) -> None:
+        """See `program.Runner`."""
+        check_carried(self._program, buffers)
+        self._begin()
+        self._upload(buffers)
+
+    def run(self, frame: Frame, mark: Mark = no_mark) -> Frame:
+        """See `program.Runner`. The whole frame is one stage for ``mark``: "frame"."""
+        self._check_frame(frame)
+        self._begin()
+        np.copyto(self._frame, frame)
+        graph = self._captured_graph()
+        if graph is None:
+            self._enqueue()
+        else:
+            self._device.launch(graph, self._stream)
+        self._device.synchronize(self._stream)
+        mark("frame")
+        return self._styled.copy()
+
+    def close(self) -> None:
+        """Free everything; the runner must not be used afterwards."""
+        if not self._open:
+            return
+        self._open = False
+        self._device.bind()
+        self._device.synchronize(self._stream)
+        self._drop_captured()
+        for graph in self._graphs:
+            graph.close()
+        self._graphs.clear()
+        self._memory.free()
+        self._device.free_pinned(self._frame)
+        self._device.free_pinned(self._styled)
+        self._device.drop_stream(self._stream)
+
+    def _begin(self) -> None:
+        if not self._open:
+            raise BackendError("the runner was closed; open it again")
+        self._device.bind()
+
+    def _captured_graph(self) -> int | None:
+        """The frame as a CUDA graph, captured first where there is none for the buffers' addresses.
+
+        None where the module says that no graph can hold an engine; a warning has said so.
+        """
+        if self._captured is not None and self._captured[1] == self._addresses:
+            return self._captured[0]
+        self._drop_captured()
+        if not self._capturable:
+            return None
+        self._warm_up()
+        if not self._capturable:
+            return None
+        self._device.drain()
+        self._captured = (self._device.capture(self._stream, self._enqueue), dict(self._addresses))
+        return self._captured[0]
+
+    def _warm_up(self) -> None:
+        """Runs that count for nothing: what is carried is afterwards what it was before."""
+        carried = self.carried()
+        for _ in range(_WARM_UPS):
+            self._enqueue()
+        self._device.synchronize(self._stream)
+        self._upload(carried)
+        for graph in dict.fromkeys(self._graphs):
+            graph.keep_kernels()
+        refused = [graph.name for graph in self._graphs if not graph.capturable(self._stream)]
+        self._capturable = not refused
+        if refused:
+            warnings.warn(
+                f"no CUDA graph can hold '{refused[0]}', so frames are launched piece by piece: slower",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _enqueue(self) -> None:
+        """Put a whole frame on the stream."""
+        self._device.upload(self._addresses[FRAME], self._frame, self._stream)
+        for launch, graph, unread in zip(self._program.launches, self._graphs, self._unread, strict=True):
+            ports = {**launch.inputs, **launch.outputs}
+            addresses = {port: self._addresses[buffer] for port, buffer in ports.items()}
+            graph.enqueue(addresses | unread, self._stream)
+        self._device.download(self._styled, self._addresses[STYLED], self._stream)
+
+    def _upload(self, arrays: Mapping[str, Array]) -> None:
+        if not arrays:
+            return
+        given = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        for name, array in given.items():
+            self._device.upload(self._addresses[name], array, self._stream)
+        self._device.synchronize(self._stream)  # the arrays may go away now
+
+    def _check_ports(self) -> None:
+        """Engines must have exactly the ports that launches name, with the buffers' shapes and types."""
+        for launch, graph in zip(self._program.launches, self._graphs, strict=True):
+            inputs = {port: self._program.buffers[buffer] for port, buffer in launch.inputs.items()}
+            outputs = {port: self._program.buffers[buffer] for port, buffer in launch.outputs.items()}
+            if graph.inputs != inputs or not outputs.items() <= graph.outputs.items():
+                raise BackendError(
+                    f"the engine of '{graph.name}' takes {_describe(graph.inputs)} and gives "
+                    f"{_describe(graph.outputs)}, where the frame has {_describe(inputs)} and "
+                    f"{_describe(outputs)}; export the bundle again"
+                )
+
+    def _scratch(self, index: int) -> dict[str, int]:
+        """Addresses for outputs that no launch reads: an engine writes them all the same."""
+        launch, graph = self._program.launches[index], self._graphs[index]
+        unread = {port: spec for port, spec in graph.outputs.items() if port not in launch.outputs}
+        return {port: self._memory.take(_size(*spec)) for port, spec in unread.items()}
+
+    def _check_frame(self, frame: Frame) -> None:
+        missing = [name for name in self._program.feeds if name not in self._fed]
+        if missing:
+            raise BackendError(f"the frame cannot be run before {', '.join(missing)} are set")
+        shape, dtype = self._program.buffers[FRAME]
+        if frame.shape != shape or frame.dtype != dtype:
+            raise BackendError(
+                f"a frame is {dtype} {list(shape)}; it was given {frame.dtype} {list(frame.shape)}"
+            )
+
+    def _drop_captured(self) -> None:
+        if self._captured is not None:
+            self._device.drop_graph(self._captured[0])
+            self._captured = None
+
+
+def _size(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
+    return int(np.prod(shape)) * dtype.itemsize
+
+
+def _describe(ports: Ports) -> str:
+    return ", ".join(f"{name} {dtype} {list(shape)}" for name, (shape, dtype) in ports.items())

@@ -1,0 +1,170 @@
+"""What a comparison runs: the LoRAs of a run, read with their notes, and the bare teacher."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from diffusers.loaders import StableDiffusionXLLoraLoaderMixin as XL
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from std_rt.core.errors import UsageError
+from std_rt.core.schedule import start_timestep, trajectory_timesteps
+from std_rt.training.distil.base import Base
+from std_rt.training.distil.trajectory import METHODS
+
+__all__ = ["Candidate", "attached", "label_of", "read_candidate", "teachers"]
+
+REFERENCE_GUIDANCE = 2.0  # where no LoRA notes what it was trained for
+_NOTES = ("method", "eta", "tau", "base_digest")
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """What is run: a LoRA, or with ``tensors`` None the bare teacher.
+
+    ``label`` groups the seeds of one recipe; ``guidance`` is the range of scales the LoRA was trained for;
+    ``adapter`` what diffusers notes of rank and alpha.
+    """
+
+    name: str
+    tensors: dict[str, Tensor] | None
+    eta: float
+    tau: int
+    method: str
+    label: str = ""
+    seed: int | None = None
+    guidance: tuple[float, float] | None = None
+    adapter: dict[str, Any] | None = None
+
+    @property
+    def gamma(self) -> float:
+        """Stochasticity of its steps: LCM draws new noise between them, the others are deterministic."""
+        return 1.0 if self.method == "lcm" else 0.0
+
+    def reference_guidance(self, asked: float | None = None) -> float:
+        """The scale of its yardstick: as asked, else the middle of what it was trained for, else 2."""
+        if asked is not None:
+            return asked
+        return REFERENCE_GUIDANCE if self.guidance is None else sum(self.guidance) / 2
+
+
+def read_candidate(path: Path, base: Base) -> Candidate:
+    """A LoRA that std-rt has written. Raises UsageError: unreadable, without notes, or for another base."""
+    tensors, notes = _read(path)
+    lost = [name for name in _NOTES if name not in notes]
+    if lost:
+        raise UsageError(
+            f"--lora {path} does not note its {', '.join(lost)}; give a LoRA written by std-rt train"
+        )
+    if notes["base_digest"] != base.digest:
+        raise UsageError(
+            f"--lora {path} was trained on another base ({notes.get('base', 'unnamed')}) than "
+            f"--teacher {base.name}; give the folder it was trained on"
+        )
+    try:
+        return _from_notes(path, tensors, notes)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(
+            f"--lora {path} has damaged notes ({error}); save it again with std-rt train"
+        ) from None
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            notes = dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"--lora {path} cannot be read ({error}); give a .safetensors file") from None
+    if not any("lora" in key for key in tensors):
+        raise UsageError(f"--lora {path} holds no LoRA; give the lora.safetensors of a run")
+    return tensors, notes
+
+
+def _from_notes(path: Path, tensors: dict[str, Tensor], notes: dict[str, str]) -> Candidate:
+    method, eta, tau = notes["method"], float(notes["eta"]), int(notes["tau"])
+    trajectory_timesteps(eta, 1, start=tau)  # ValueError where tau is not on the grid
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
+    scales = json.loads(notes.get("guidance", "null"))
+    return Candidate(
+        name=str(path),
+        tensors=tensors,
+        eta=eta,
+        tau=tau,
+        method=method,
+        label=label_of(path, method),
+        seed=int(notes["seed"]) if "seed" in notes else None,
+        guidance=None if scales is None else (float(scales[0]), float(scales[1])),
+        adapter=json.loads(notes.get("lora_adapter_metadata", "null")),
+    )
+
+
+def label_of(path: Path, method: str) -> str:
+    """What the seeds of one recipe share: method and run folder less ``-SEED``.
+
+    ``runs/std-0/lora.safetensors`` -> ``std``; ``runs/no-bank-2/lora.safetensors`` -> ``std no-bank``;
+    a snapshot ``runs/std-0/loras/001000.safetensors`` -> ``std 1000``; another file goes by its own name.
+    """
+    run, suffix = path.stem, ""
+    if path.name == "lora.safetensors":
+        run = path.absolute().parent.name
+    elif path.parent.name == "loras" and path.stem.isdigit():
+        run, suffix = path.absolute().parent.parent.name, f" {int(path.stem)}"
+    stem = re.sub(r"-\d+$", "", run)
+    named = stem if stem.startswith(method) else f"{method} {stem}"
+    return f"{named}{suffix}"
+
+
+def teachers(candidates: Sequence[Candidate], eta: float) -> list[Candidate]:
+    """The bare teacher, once for every (tau, trained guidance) among the LoRAs; without LoRAs, at ``eta``."""
+    starts = {(c.tau, c.guidance): c for c in candidates}
+    if not starts:
+        try:
+            tau = start_timestep(eta)
+        except ValueError as error:
+            raise UsageError(f"--eta cannot be used: {error}") from None
+        return [Candidate("teacher", None, eta, tau, "teacher", "teacher")]
+    found = [
+        Candidate("teacher", None, c.eta, c.tau, "teacher", guidance=c.guidance) for c in starts.values()
+    ]
+    if len(found) == 1:
+        return [replace(found[0], label="teacher")]
+    return [replace(c, label=f"teacher from {c.tau}, reference {c.reference_guidance():g}") for c in found]
+
+
+@contextmanager
+def attached(unet: Any, candidate: Candidate) -> Iterator[None]:
+    """Inside, ``unet`` is the candidate; after it the bare teacher again.
+
+    Raises UsageError where a weight does not fit: nothing is run with half a LoRA.
+    """
+    if candidate.tensors is None:
+        yield
+        return
+    try:
+        _attach(unet, candidate, candidate.tensors)
+        yield
+    finally:
+        unet.unload_lora()
+
+
+def _attach(unet: Any, candidate: Candidate, tensors: dict[str, Tensor]) -> None:
+    # a.to_q.lora_A.weight, a.to_q.lora.down.weight and a.to_q_lora.down.weight are one layer each.
+    named = {re.split(r"[._]lora", key)[0].removeprefix("unet.") for key in tensors}
+    missing = sorted(named - {name for name, _ in unet.named_modules()})
+    if missing:
+        raise UsageError(f"--lora {candidate.name} has weights for {missing[0]}, which this teacher lacks")
+    try:
+        state = {key: value.float() for key, value in tensors.items()}
+        XL.load_lora_into_unet(state, None, unet, adapter_name="candidate", metadata=candidate.adapter)
+    except (ValueError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"--lora {candidate.name} does not fit this teacher: {reason}") from None

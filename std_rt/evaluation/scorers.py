@@ -1,0 +1,287 @@
+"""Scores that need weights, for who has them: CLIP, DINOv2, CSD and LAION's aesthetic predictor.
+
+Nothing is downloaded, and no file may run code: safetensors, or ``torch.load(weights_only=True)``. All are
+cosines in -1..1 but the aesthetic one, which lives on about 1..10.
+
+* CLIP: a transformers folder of a CLIPModel; output to content and output to style
+* DINOv2: a transformers folder of a Dinov2Model; class token of output to content
+* CSD (Somepalli et al. 2024, arXiv 2404.01292): the published checkpoint (``pytorch_model.bin`` of the
+  authors, or its weights as safetensors); style vector of output to style
+* aesthetic: ``sac+logos+ava1-l14-linearMSE.pth`` of LAION's improved predictor, over CLIP ViT-L/14
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import pickle
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from std_rt.core.errors import UsageError
+from std_rt.training.arrays import Frame
+from std_rt.training.run.sheet import to_tensor
+
+__all__ = ["Scorer", "VisionTower", "load_scorers"]
+
+Scorer = Callable[[Frame, Frame, Frame], dict[str, float]]  # (output, content, style) -> numbers by name
+Embed = Callable[[Tensor], Tensor]  # images [1, 3, S, S], normalised -> [1, D]
+
+_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_DINO_PX = 224
+_HEAD_WIDTH = 64  # of every CLIP that OpenAI published
+_REMEMBERED = 256
+
+
+def load_scorers(
+    *,
+    clip: Path | None = None,
+    dino: Path | None = None,
+    csd: Path | None = None,
+    aesthetic: Path | None = None,
+    device: str = "cpu",
+) -> list[Scorer]:
+    """The scorers whose weights are given. Raises UsageError where a file or folder does not hold them."""
+    if aesthetic is not None and clip is None:
+        raise UsageError("--aesthetic needs the CLIP it was trained on; add --clip FOLDER of CLIP ViT-L/14")
+    scorers: list[Scorer] = []
+    if clip is not None:
+        embedder = _load_clip(clip, device)
+        scorers.append(_cosines(embedder, content="clip_content", style="clip_style"))
+        if aesthetic is not None:
+            scorers.append(_load_aesthetic(aesthetic, embedder, device))
+    if dino is not None:
+        scorers.append(_cosines(_load_dino(dino, device), content="dino_content"))
+    if csd is not None:
+        scorers.append(_cosines(_load_csd(csd, device), style="csd"))
+    return scorers
+
+
+class _Embedder:
+    """Frames -> unit vectors [D]; what was seen is remembered, since contents and styles come again."""
+
+    def __init__(
+        self, embed: Embed, side_px: int, mean: tuple[float, ...], std: tuple[float, ...], device: str
+    ) -> None:
+        self._embed, self._side, self._device = embed, side_px, device
+        self._mean, self._std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (mean, std))
+        self._known: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, frame: Frame) -> Tensor:
+        key = hashlib.sha256(frame.tobytes()).hexdigest() + str(frame.shape)
+        if key not in self._known:
+            if len(self._known) >= _REMEMBERED:
+                del self._known[next(iter(self._known))]
+            self._known[key] = F.normalize(self._embed(self._images(frame)).float(), dim=-1)[0]
+        return self._known[key]
+
+    def _images(self, frame: Frame) -> Tensor:
+        """The whole (square) frame at the network's size: bicubic, antialiased, as these were trained."""
+        x = (to_tensor([frame]).to(self._device) + 1) / 2
+        size = (self._side, self._side)
+        x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        return (x - self._mean) / self._std
+
+
+def _cosines(embedder: _Embedder, content: str = "", style: str = "") -> Scorer:
+    """Cosine of the output's vector to the content's and the style's, under the names given."""
+
+    def scorer(output: Frame, content_frame: Frame, style_frame: Frame) -> dict[str, float]:
+        ours = embedder(output)
+        named = {content: content_frame, style: style_frame}
+        return {name: float(ours @ embedder(frame)) for name, frame in named.items() if name}
+
+    return scorer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No list of the text encoder's weights, which are not wanted here, and no progress bar."""
+    from transformers.utils import logging
+
+    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _read_folder(option: str, folder: Path, kind: Any) -> Any:
+    """A transformers model of class ``kind`` from a folder, never from the network."""
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{option} {folder} is no transformers folder (it has no config.json)")
+    try:
+        with _quiet():
+            model, report = kind.from_pretrained(
+                folder, local_files_only=True, weights_only=True, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
+        raise UsageError(
+            f"{option} {folder} cannot be loaded: {' '.join(str(error).split())[:200]}"
+        ) from None
+    if report["missing_keys"]:
+        lost = sorted(report["missing_keys"])[0]
+        raise UsageError(f"{option} {folder} holds no {kind.__name__} (it has no {lost})")
+    return model.eval().requires_grad_(False)
+
+
+def _load_clip(folder: Path, device: str) -> _Embedder:
+    from transformers import CLIPVisionModelWithProjection
+
+    model = _read_folder("--clip", folder, CLIPVisionModelWithProjection).to(device)
+    return _Embedder(lambda x: model(x).image_embeds, model.config.image_size, _CLIP_MEAN, _CLIP_STD, device)
+
+
+def _load_dino(folder: Path, device: str) -> _Embedder:
+    from transformers import Dinov2Model
+
+    model = _read_folder("--dino", folder, Dinov2Model).to(device)
+    side = min(_DINO_PX, int(model.config.image_size))
+    side -= side % int(model.config.patch_size)
+
+    def class_token(x: Tensor) -> Tensor:
+        found: Tensor = model(x).last_hidden_state[:, 0]
+        return found
+
+    return _Embedder(class_token, side, _IMAGENET_MEAN, _IMAGENET_STD, device)
+
+
+def _load_state(option: str, path: Path) -> dict[str, Any]:
+    """A state dict, or a checkpoint that holds one. Raises UsageError; never runs what a file says."""
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        # The authors' CSD file keeps its training arguments and a NumPy number beside the weights: data only.
+        numpy_scalar = np.float64(0).__reduce__()[0]
+        harmless: list[Any] = [
+            argparse.Namespace,
+            np.dtype,
+            type(np.dtype(np.float64)),
+            (numpy_scalar, "numpy.core.multiarray.scalar"),
+            numpy_scalar,
+        ]
+        with torch.serialization.safe_globals(harmless), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on old pickles; what cannot be read raises
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UsageError(f"{option} {path} cannot be read as weights: {reason}") from None
+    if not isinstance(found, Mapping):
+        raise UsageError(f"{option} {path} holds a {type(found).__name__}, not weights by name")
+    return dict(found)
+
+
+class _QuickGelu(nn.Module):
+    """The approximation of GELU that OpenAI's CLIP was trained with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(width, max(1, width // _HEAD_WIDTH), batch_first=True)
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        layers = (nn.Linear(width, 4 * width), _QuickGelu(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(OrderedDict(zip(("c_fc", "gelu", "c_proj"), layers, strict=True)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class VisionTower(nn.Module):
+    """CLIP's picture encoder up to the class token ``[B, width]``, under the names of OpenAI's files."""
+
+    def __init__(self, width: int, layers: int, patch_px: int, side_px: int) -> None:
+        super().__init__()
+        self.side_px = side_px
+        self.conv1 = nn.Conv2d(3, width, patch_px, patch_px, bias=False)
+        self.class_embedding = nn.Parameter(torch.zeros(width))
+        self.positional_embedding = nn.Parameter(torch.zeros((side_px // patch_px) ** 2 + 1, width))
+        self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.transformer: Any = nn.Module()
+        self.transformer.resblocks = nn.Sequential(*(_Block(width) for _ in range(layers)))
+
+    @classmethod
+    def fitting(cls, state: Mapping[str, Tensor]) -> VisionTower:
+        """The tower whose weights these are, loaded. KeyError or RuntimeError where they are none."""
+        width, _, patch, _ = state["conv1.weight"].shape
+        grid = round((len(state["positional_embedding"]) - 1) ** 0.5)
+        layers = len({name.split(".")[2] for name in state if name.startswith("transformer.resblocks.")})
+        tower = cls(width, layers, patch, grid * patch)
+        tower.load_state_dict(state)
+        return tower.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv1(images).flatten(2).transpose(1, 2)
+        first = self.class_embedding.expand(len(x), 1, -1)
+        x = self.ln_pre(torch.cat([first, x], 1) + self.positional_embedding)
+        return self.ln_post(self.transformer.resblocks(x)[:, 0])
+
+
+def _load_csd(path: Path, device: str) -> _Embedder:
+    """The backbone and the style projection: ``normalize(tower(x) @ last_layer_style)``."""
+    stored = _load_state("--csd", path)
+    stored = dict(stored.get("model_state_dict", stored))
+    state = {name.removeprefix("module."): value for name, value in stored.items()}
+    backbone = {k.removeprefix("backbone."): v.float() for k, v in state.items() if k.startswith("backbone.")}
+    backbone.pop("proj", None)  # moved out into the two last layers
+    try:
+        style = state["last_layer_style"].float().to(device)
+        tower = VisionTower.fitting(backbone).to(device)
+    except (KeyError, ValueError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UsageError(
+            f"--csd {path} is no CSD checkpoint (backbone.*, last_layer_style): {reason}"
+        ) from None
+    return _Embedder(lambda x: tower(x) @ style, tower.side_px, _CLIP_MEAN, _CLIP_STD, device)
+
+
+def _load_aesthetic(path: Path, embedder: _Embedder, device: str) -> Scorer:
+    """Five linear layers, with nothing but dropout in between: over the unit CLIP vector, to one number."""
+    if "relu" in path.name.lower():
+        raise UsageError(
+            f"--aesthetic {path} is the variant with ReLU; give sac+logos+ava1-l14-linearMSE.pth"
+        )
+    state = _load_state("--aesthetic", path)
+    order = ("layers.0", "layers.2", "layers.4", "layers.6", "layers.7")
+    try:
+        layers = [
+            (state[f"{name}.weight"].float().to(device), state[f"{name}.bias"].float().to(device))
+            for name in order
+        ]
+    except (KeyError, AttributeError) as error:
+        raise UsageError(f"--aesthetic {path} is no aesthetic predictor (it has no {error})") from None
+
+    def scorer(output: Frame, content: Frame, style: Frame) -> dict[str, float]:
+        x = embedder(output)
+        if x.shape[0] != layers[0][0].shape[1]:
+            wanted = layers[0][0].shape[1]
+            raise UsageError(
+                f"--aesthetic judges CLIP vectors of {wanted} numbers, --clip gives {x.shape[0]}"
+            )
+        for weight, bias in layers:
+            x = F.linear(x, weight, bias)
+        return {"aesthetic": float(x)}
+
+    return scorer

@@ -1,0 +1,154 @@
+"""Weight files: written tensor by tensor, and looked at before anything loads them.
+
+diffusers and transformers follow whatever path an index names, and report a truncated file in words that
+do not name it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from std_rt.core.errors import ExportError
+
+__all__ = [
+    "Slot",
+    "check_weights",
+    "open_weights",
+    "read_places",
+    "read_shapes",
+    "weight_files",
+    "write_weights",
+]
+
+_WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}
+_STEMS = ("diffusion_pytorch_model", "model")
+
+
+def open_weights(path: Path, what: str = "") -> Any:
+    """A `safe_open` of the whole file, tensors unread. Raises ExportError that names a damaged file.
+
+    ``what`` it is for ("LoRA") stands before the name.
+    """
+    named = f"{what} {path}".lstrip()
+    try:
+        return safe_open(path, "pt")
+    except FileNotFoundError as error:
+        raise ExportError(f"{named} does not exist") from error
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ExportError(f"{named} cannot be read: it {_damage(path, error)}; download it again") from error
+
+
+def read_shapes(path: Path, what: str = "") -> dict[str, list[int]]:
+    """Tensor names and shapes, from the header alone. Raises ExportError."""
+    with open_weights(path, what) as file:
+        return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor to be written: its type as safetensors names it (F16, F32, ...), and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Its size in the file."""
+        return _WIDTHS[self.dtype] * math.prod(self.shape)
+
+
+def write_weights(path: Path, slots: Mapping[str, Slot], values: Iterable[NDArray[Any]]) -> None:
+    """A safetensors file, tensor by tensor: ``values`` come in the order of ``slots``, in their types.
+
+    Not the library's ``save_file``: that wants all tensors in their final type at once, and makes files that
+    only their owner may read, while a bundle is there to be shared.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for key, slot in slots.items():
+        offsets = [at, at + slot.bytes]
+        header[key] = {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": offsets}
+        at = offsets[1]
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for value in values:
+            value.tofile(file)
+
+
+def read_places(path: Path) -> dict[str, int]:
+    """Tensor -> offset of its bytes in the file, from the header."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return {key: 8 + size + entry["data_offsets"][0] for key, entry in header.items()}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """One file or its shards, as diffusers chooses; halves only where there is nothing else."""
+    for stem in _STEMS:
+        for variant in ("", ".fp16"):
+            for pattern in (f"{stem}{variant}.safetensors", f"{stem}{variant}-*-of-*.safetensors"):
+                if found := sorted(folder.glob(pattern)):
+                    return found
+    return []
+
+
+def check_weights(folder: Path) -> None:
+    """Raise ExportError where a weight file of one model's folder is damaged, missing or outside of it."""
+    for index in sorted(folder.glob("*.safetensors.index*.json")):
+        _check_index(index)
+    for path in sorted(folder.glob("*.safetensors")):
+        with open_weights(path):
+            pass
+
+
+def _damage(path: Path, error: Exception) -> str:
+    """What is wrong, in words for the person who has the file."""
+    if path.is_dir():
+        return "is a folder, and a .safetensors file was expected"
+    size = path.stat().st_size
+    reason = " ".join(str(error).split())
+    if "not fully covered" in reason:
+        return f"is incomplete or has bytes too many ({size} bytes do not match its header)"
+    return f"is no readable safetensors file ({size} bytes; {reason})"
+
+
+def _check_index(index: Path) -> None:
+    """Every shard of an index lies beside it and holds the tensors that it is said to hold."""
+    places = _weight_map(index)
+    for name in sorted(set(places.values())):
+        if not _is_plain(name):
+            raise ExportError(
+                f"{index} names the weight file {name!r}, which is outside its folder; do not use this model"
+            )
+        if not (index.parent / name).is_file():
+            raise ExportError(
+                f"{index.parent / name} is missing, and {index.name} names it; download it again"
+            )
+        wanted = {key for key, place in places.items() if place == name}
+        if lacking := sorted(wanted - read_shapes(index.parent / name).keys()):
+            raise ExportError(f"{index.parent / name} lacks {lacking[0]}, which {index.name} places there")
+
+
+def _weight_map(index: Path) -> Mapping[str, str]:
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(key): str(name) for key, name in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ExportError(f"{index} is no readable index of weight files; download it again") from error
+
+
+def _is_plain(name: str) -> bool:
+    """A bare file name on every system: no folder, no drive, no ``..``."""
+    return name not in ("", ".", "..") and PurePosixPath(name).name == PureWindowsPath(name).name == name

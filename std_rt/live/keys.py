@@ -1,0 +1,146 @@
+"""What the keys of the live window do, as data: the table that the loop, the help and the README share.
+
+``std_rt.media.window.window`` gives a key its name; :func:`command_for` gives the name its command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+__all__ = ["BINDINGS", "Action", "Binding", "Command", "command_for", "help_lines", "markdown_table"]
+
+
+class Action(StrEnum):
+    """What can be asked for while a stream runs."""
+
+    STEP_STYLE = "step style"  # to the next (amount 1) or the one before (-1)
+    CHOOSE_STYLE = "choose style"  # amount: its number, from 1
+    MIX_STYLE = "mix style"  # into the blend, or out of it; amount: its number, from 1
+    WEIGHT = "weight"  # of the style last chosen or mixed in; amount is added
+    STRENGTH = "strength"  # of all style; amount is added
+    CROSSFADE = "crossfade"  # seconds a change of style takes; amount is added
+    COMPARE = "compare"
+    MIRROR = "mirror"
+    PAUSE = "pause"
+    SNAPSHOT = "snapshot"
+    RECORD = "record"
+    FIGURES = "figures"
+    STRIP = "strip"
+    HELP = "help"
+    FULLSCREEN = "fullscreen"
+    BACK = "back"  # close the help, else leave full screen, else quit
+    QUIT = "quit"
+
+
+_GRADUAL = frozenset({Action.WEIGHT, Action.STRENGTH, Action.CROSSFADE})
+
+
+@dataclass(frozen=True)
+class Command:
+    """One thing to do; amount: the step, direction or number its action needs, else 0."""
+
+    action: Action
+    amount: float = 0.0
+
+    @property
+    def repeats(self) -> bool:
+        """Whether holding the key goes on doing it."""
+        return self.action in _GRADUAL
+
+
+@dataclass(frozen=True)
+class Binding:
+    """One line of the table: keys by name, as a keyboard has them printed, and what they do."""
+
+    group: str
+    help: str
+    printed: tuple[str, ...]
+    commands: Mapping[str, Command]
+
+
+def _any(action: Action, amount: float, *names: str) -> dict[str, Command]:
+    """Any of these keys does the same."""
+    return dict.fromkeys(names, Command(action, amount))
+
+
+def _steps(action: Action, step: float, more: tuple[str, ...], less: tuple[str, ...]) -> dict[str, Command]:
+    up, down = Command(action, step), Command(action, -step)
+    return {**dict.fromkeys(more, up), **dict.fromkeys(less, down)}
+
+
+def _numbers(action: Action, prefix: str = "") -> dict[str, Command]:
+    return {f"{prefix}{number}": Command(action, number) for number in range(1, 10)}
+
+
+BINDINGS: tuple[Binding, ...] = (
+    Binding("Style", "next", ("N", "→"), _any(Action.STEP_STYLE, 1, "n", "right")),
+    Binding("Style", "previous", ("P", "←"), _any(Action.STEP_STYLE, -1, "p", "left")),
+    Binding("Style", "choose; or click its picture", ("1", "…", "9"), _numbers(Action.CHOOSE_STYLE)),
+    Binding("Style", "blend in, take out", ("Shift+1", "…", "9"), _numbers(Action.MIX_STYLE, "shift+")),
+    Binding(
+        "Style", "its weight in the blend", ("+", "−"), _steps(Action.WEIGHT, 0.1, ("plus",), ("minus",))
+    ),
+    Binding("Style", "strength", ("↑", "↓"), _steps(Action.STRENGTH, 0.05, ("up",), ("down",))),
+    Binding(
+        "Style",
+        "crossfade: longer, shorter",
+        ("X", "Shift+X"),
+        _steps(Action.CROSSFADE, 0.25, ("x", "bracketright"), ("shift+x", "bracketleft")),
+    ),
+    Binding("Style", "a picture on the window: a new style", ("Drop",), {}),
+    Binding("Picture", "input beside output", ("C",), _any(Action.COMPARE, 0, "c")),
+    Binding("Picture", "mirror", ("M",), _any(Action.MIRROR, 0, "m")),
+    Binding("Picture", "pause", ("Space",), _any(Action.PAUSE, 0, "space")),
+    Binding("Keep", "save a snapshot", ("S",), _any(Action.SNAPSHOT, 0, "s")),
+    Binding("Keep", "record: start, stop", ("R",), _any(Action.RECORD, 0, "r")),
+    Binding("Window", "figures: fps, latency …", ("I",), _any(Action.FIGURES, 0, "i")),
+    Binding("Window", "pictures of the styles", ("T",), _any(Action.STRIP, 0, "t")),
+    Binding("Window", "full screen", ("F",), _any(Action.FULLSCREEN, 0, "f", "f11", "alt+return")),
+    Binding("Window", "this list of keys", ("H",), _any(Action.HELP, 0, "h", "f1", "question")),
+    Binding("Window", "back, or quit", ("Esc",), _any(Action.BACK, 0, "escape")),
+    Binding("Window", "quit", ("Q",), _any(Action.QUIT, 0, "q", "ctrl+c", "ctrl+q", "ctrl+w")),
+)
+
+_COMMANDS = {name: command for binding in BINDINGS for name, command in binding.commands.items()}
+
+
+def command_for(key: str, repeat: bool = False) -> Command | None:
+    """The command of a key by its name; None for a key without one.
+
+    repeat: the key is being held, which only gradual commands heed. A number above 9 has no key, but the
+    window gives it where that style's picture was clicked.
+    """
+    command = _COMMANDS.get(key) or _numbered(key)
+    return None if command is None or (repeat and not command.repeats) else command
+
+
+def _numbered(key: str) -> Command | None:
+    number = key.removeprefix("shift+")
+    if not (number.isascii() and number.isdecimal() and int(number)):
+        return None
+    return Command(Action.CHOOSE_STYLE if number == key else Action.MIX_STYLE, int(number))
+
+
+def help_lines() -> list[tuple[tuple[str, ...], str]]:
+    """The table to show: (keys as printed, what they do); a group's name comes first, with no keys."""
+    lines: list[tuple[tuple[str, ...], str]] = []
+    group = ""
+    for binding in BINDINGS:
+        if binding.group != group:
+            group = binding.group
+            lines.append(((), group))
+        lines.append((binding.printed, binding.help))
+    return lines
+
+
+def markdown_table() -> str:
+    """The same as a Markdown table, for the README."""
+    rows, group = ["| | Key | What it does |", "|---|---|---|"], ""
+    for binding in BINDINGS:
+        first = f"{binding.group} " if binding.group != group else ""
+        group = binding.group
+        keys = " ".join(key if key == "…" else f"`{key}`" for key in binding.printed)
+        rows.append(f"| {first}| {keys} | {binding.help} |")
+    return "\n".join(rows) + "\n"

@@ -1,0 +1,263 @@
+"""Reading clips: an open container, and its packets as upright RGB frames with their times.
+
+FFmpeg is told which containers it may believe in: it would also play text files, and playlists that
+fetch other files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, cast
+
+import av
+import numpy as np
+from av.audio.stream import AudioStream
+from av.buffer import Buffer
+from av.codec.context import ThreadType
+from av.container import InputContainer
+from av.packet import Packet
+from av.sidedata.sidedata import SideDataContainer
+from av.stream import Disposition, Stream
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+from numpy.typing import NDArray
+
+from std_rt.core.errors import MediaError
+from std_rt.core.files import check_input, reason
+from std_rt.media.fit import Turn
+from std_rt.media.video.colour import Colour, colour_of, to_rgb
+from std_rt.media.video.sound import sound_streams
+
+__all__ = ["Clip", "TimedFrame", "first_video_stream", "is_cover", "open_clip"]
+
+_CONTAINERS = (
+    "mov,mp4,matroska,webm,avi,mpeg,mpegts,flv,asf,ogg,gif,apng,mxf,ivf,yuv4mpegpipe,h264,hevc,obu,nut,dv,rm,"
+    "mpegvideo,m4v,mp3,wav,aac,flac,aiff"
+)
+_LARGE_PX = 1920 * 1088
+_LAST_PACKET_S = 0.2  # longer than any packet of sound, whose duration FLV does not say
+# ISO files that hold a picture, which the mov reader would give as the tiles of a mosaic.
+_STILL_BRANDS = frozenset({"heic", "heix", "heim", "heis", "mif1", "avif"})
+
+
+@dataclass(frozen=True)
+class TimedFrame:
+    """One upright frame: rgb uint8 [H, W, 3]; pts and duration in the stream's time base (0 = unknown).
+
+    turn: what was done to get it upright.
+    """
+
+    rgb: NDArray[np.uint8]
+    pts: int
+    duration: int
+    colour: Colour
+    turn: Turn
+
+
+@contextmanager
+def open_clip(path: Path) -> Iterator[InputContainer]:
+    """The container of a clip (or of sound). Raises MediaError if FFmpeg finds none of the known ones."""
+    check_input(path)
+    options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
+    try:
+        container = av.open(str(path.absolute()), container_options=options, metadata_errors="replace")
+    except (av.FFmpegError, ValueError, OSError) as error:
+        hint = (
+            "an .mp4 cut short loses its index at the end"
+            if path.suffix.lower() in (".mp4", ".mov")
+            else "damaged?"
+        )
+        raise MediaError(f"{path} is no video that can be read ({reason(error)}; {hint})") from error
+    with container:
+        brand = container.metadata.get("major_brand", "")
+        if brand in _STILL_BRANDS:
+            raise MediaError(f"{path} is an HEIF/AVIF picture that cannot be read; convert it to JPEG or PNG")
+        yield container
+
+
+def first_video_stream(container: InputContainer, path: Path) -> VideoStream:
+    """The first stream of moving pictures; MediaError if there is none (album covers do not count)."""
+    for stream in container.streams.video:
+        if not is_cover(stream):
+            _require_decoder(stream, path)
+            return stream
+    found = "only sound" if container.streams.audio else "no video"
+    raise MediaError(f"{path} holds {found}; give a clip with a video stream, or a picture")
+
+
+def is_cover(stream: VideoStream) -> bool:
+    """True for an album cover, which containers list as a video stream."""
+    return bool(stream.disposition & Disposition.attached_pic)
+
+
+def _require_decoder(stream: VideoStream, path: Path) -> None:
+    if stream.codec_context is None:
+        raise MediaError(f"{path}: this build cannot decode its video codec; convert the clip to H.264 first")
+
+
+@dataclass
+class Clip:
+    """Frames of an open container, in file order, with a tally of what went wrong."""
+
+    container: InputContainer
+    video: VideoStream
+    damage: int = 0  # packets that could not be decoded, and reads that broke off
+    hidden: int = 0  # packets an edit list keeps for decoding only
+    decoded: int = 0  # frames
+    ended: bool = False  # read to its end, or as far as it goes
+    is_hdr: bool = False
+    transposed: bool = False  # the last frame's height was its stored width
+    _last_pts: int | None = field(default=None, repr=False)
+    _end_pts: int = field(default=0, repr=False)  # of the last frame
+    _end_s: float = field(default=0.0, repr=False)  # of the last packet, sound or video
+
+    @property
+    def sound(self) -> list[AudioStream]:
+        """Audio streams that can be copied."""
+        return sound_streams(self.container)
+
+    @property
+    def time_base(self) -> Fraction:
+        """Seconds per unit of pts."""
+        return self.video.time_base or Fraction(1, 90_000)
+
+    @property
+    def rate(self) -> Fraction:
+        """Average frames per second (25 where a file does not say)."""
+        return self.video.average_rate or self.video.guessed_rate or Fraction(25)
+
+    @property
+    def duration_s(self) -> float | None:
+        """Seconds, as the stream or else the container says."""
+        if self.video.duration:
+            return float(self.video.duration * self.time_base)
+        return self.container.duration / av.time_base if self.container.duration else None
+
+    @property
+    def frames(self) -> int | None:
+        """Number of frames as the file says, else an estimate, else None."""
+        if self.video.frames:
+            return self.video.frames
+        return round(self.duration_s * self.rate) or None if self.duration_s else None
+
+    @property
+    def is_short(self) -> bool:
+        """After reading: True if the container announced more than came."""
+        if self.video.frames:
+            return self.decoded + self.hidden < self.video.frames and self._misses_frames()
+        slack_s = 2 * float(self.frame_step * self.time_base)
+        video_s = _matroska_end_s(self.container, self.video)
+        if video_s is not None:
+            return float(self._end_pts * self.time_base) + slack_s < video_s
+        announced_s = _announced_end_s(self.container)
+        return announced_s is not None and self._end_s + slack_s + _LAST_PACKET_S < announced_s
+
+    def _misses_frames(self) -> bool:
+        """Fewer came than the file counts; True if those that lack should have been seen."""
+        if "mp4" in self.container.format.name:
+            # What an edit list hides is not in this index, or marked where it is needed for decoding.
+            listed = sum(not entry.is_discard for entry in self.video.index_entries)
+            return self.decoded < listed
+        # AVI counts places in time, some of which may hold no frame.
+        return self._end_pts < self.video.frames * self.frame_step
+
+    @property
+    def pixel_aspect(self) -> Fraction | None:
+        """Width by height of one upright pixel; None where pixels are square or the file does not say."""
+        aspect = self.video.sample_aspect_ratio
+        if not aspect or aspect == 1:
+            return None
+        return 1 / aspect if self.transposed else aspect
+
+    @property
+    def frame_step(self) -> int:
+        """Units of pts from one frame to the next at the average rate; at least 1."""
+        return max(1, round(1 / (self.rate * self.time_base)))
+
+    def read(self) -> Iterator[TimedFrame]:
+        """Upright frames until the end, or as far as a damaged file goes."""
+        # Frames decoded in several threads come late, and PyAV loses those that wait when the last one is
+        # damaged. One thread does 1080p far faster than anything is painted.
+        large = self.video.width * self.video.height > _LARGE_PX
+        self.video.thread_type = ThreadType.AUTO if large else ThreadType.SLICE
+        for packet in self._packets():
+            if packet.stream.index == self.video.index:
+                self.hidden += packet.is_discard
+                yield from self._decode(cast("Packet[VideoStream]", packet))
+        yield from self._decode(None)
+        self.ended = True
+
+    def _packets(self) -> Iterator[Packet[Stream]]:
+        """Of sound too, which tells where the file ends."""
+        streams = [self.video, *self.sound]
+        try:
+            for packet in self.container.demux(streams):
+                if packet.size:  # The empty ones at the end flush decoders; read() does that itself.
+                    if packet.pts is not None:
+                        end_s = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                        self._end_s = max(self._end_s, end_s)
+                    yield packet
+        except av.FFmpegError:
+            self.damage += 1
+
+    def _decode(self, packet: Packet[VideoStream] | None) -> Iterator[TimedFrame]:
+        try:
+            frames = self.video.decode(packet)
+        except av.EOFError:
+            return
+        except av.FFmpegError:
+            self.damage += 1
+            return
+        for frame in frames:
+            yield self._timed(frame)
+
+    def _timed(self, frame: VideoFrame) -> TimedFrame:
+        colour, turn = colour_of(frame), turn_of(frame)
+        self.decoded += 1
+        self.is_hdr |= colour.is_hdr
+        self.transposed = turn.transpose
+        rgb = turn.apply(to_rgb(frame, colour))
+        pts, duration = self._next_pts(frame), frame.duration or 0
+        self._end_pts = pts + duration
+        return TimedFrame(rgb, pts, duration, colour, turn)
+
+    def _next_pts(self, frame: VideoFrame) -> int:
+        """The frame's time; where a file has none, or runs backwards, the next one that fits."""
+        pts = frame.pts if frame.pts is not None else frame.dts
+        if self._last_pts is not None:
+            pts = self._last_pts + self.frame_step if pts is None else max(pts, self._last_pts + 1)
+        self._last_pts = pts or 0
+        return self._last_pts
+
+
+def _matroska_end_s(container: InputContainer, video: VideoStream) -> float | None:
+    """When a Matroska or WebM file by FFmpeg says that its video ends, which tags each track."""
+    tag = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", video.metadata.get("DURATION", ""))
+    if tag is None or "matroska" not in container.format.name:
+        return None
+    return int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
+
+
+def _announced_end_s(container: InputContainer) -> float | None:
+    """When a Matroska, WebM or FLV file says that the last of its streams ends; others only seem to."""
+    says = any(name in container.format.name for name in ("matroska", "flv"))
+    if not (says and container.duration) or container.streams.subtitles:  # These are not read.
+        return None
+    return container.duration / av.time_base
+
+
+def turn_of(frame: VideoFrame) -> Turn:
+    """How a decoded frame must be turned to be upright, from its display matrix."""
+    try:
+        # Not frame.side_data: it keeps the frame in a reference cycle, and hundreds pile up before the
+        # collector, which counts objects and not bytes, looks for them.
+        side_data: Mapping[str, Buffer] = cast(Any, SideDataContainer)(frame)
+        matrix = np.frombuffer(bytes(side_data["DISPLAYMATRIX"]), dtype=np.int32)
+    except KeyError:
+        return Turn()
+    return Turn.from_matrix(int(matrix[0]), int(matrix[1]), int(matrix[3]), int(matrix[4]))

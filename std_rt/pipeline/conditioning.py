@@ -1,0 +1,206 @@
+"""What the UNet is told besides the picture: style tokens, baked text, sizes.
+
+A style picture becomes tokens once (and is remembered by the hash of its pixels); several styles
+blend as a weighted mean of their tokens. All arrays are float32 with a leading batch axis of 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from std_rt.core.errors import BundleError, UsageError
+from std_rt.pipeline.program_builder import NEGATIVE
+
+__all__ = [
+    "EncodedStyle",
+    "StyleEncoder",
+    "Told",
+    "blend",
+    "guided_inputs",
+    "square",
+    "time_ids",
+    "to_frame",
+    "to_image",
+    "told",
+    "unet_inputs",
+]
+
+Frame = NDArray[np.uint8]
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedStyle:
+    """``tokens`` [1, T, D]; ``text_embeds`` [1, P] where the style encoder gives them, else None."""
+
+    tokens: Array
+    text_embeds: Array | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Told:
+    """What the UNet is told of one frame: UNet input -> value [1, ...], and the same for the negative.
+
+    Without guidance there is no negative, and it is empty.
+    """
+
+    positive: Mapping[str, Array]
+    negative: Mapping[str, Array] = field(default_factory=dict)
+
+
+def to_image(frame: Frame, out: Array) -> Array:
+    """Frame uint8 [H, W, 3] -> image [1, 3, H, W] in [-1, 1], written into ``out`` and returned."""
+    np.multiply(frame.transpose(2, 0, 1), np.float32(1 / 127.5), out=out[0])
+    out -= 1
+    return out
+
+
+def to_frame(image: Array) -> Frame:
+    """Image [1, 3, H, W], clipped to [-1, 1] -> a new frame uint8 [H, W, 3]."""
+    scaled = image[0] * np.float32(127.5)
+    scaled += 128  # 127.5 to move, 0.5 to round
+    np.clip(scaled, 0, 255, out=scaled)
+    return np.ascontiguousarray(scaled.astype(np.uint8).transpose(1, 2, 0))
+
+
+def square(frame: Frame, side_px: int) -> Frame:
+    """The largest centred square of a frame, resized to ``side_px``."""
+    h, w = frame.shape[:2]
+    side = min(h, w)
+    y, x = (h - side) // 2, (w - side) // 2
+    how = cv2.INTER_AREA if side > side_px else cv2.INTER_CUBIC
+    resized = cv2.resize(frame[y : y + side, x : x + side], (side_px, side_px), interpolation=how)
+    return np.asarray(resized, np.uint8)
+
+
+def blend(styles: Sequence[tuple[EncodedStyle, float]]) -> EncodedStyle:
+    """Weighted mean of styles. Weights are relative, 0 or more; a style of weight 0 has no part in it.
+
+    Where one style has all the weight it is returned itself: weights (1, 0) are the first style, bit for
+    bit. Raises UsageError where there is no style, a weight is negative or not finite, or all are 0.
+    """
+    if not styles:
+        raise UsageError("a style is needed: give at least one style picture")
+    shares = _shares([weight for _, weight in styles])
+    parts = [(share, style) for share, (style, _) in zip(shares, styles, strict=True) if share]
+    if len(parts) == 1:
+        return parts[0][1]
+    tokens = _mean([(share, style.tokens) for share, style in parts])
+    pooled = [(share, style.text_embeds) for share, style in parts if style.text_embeds is not None]
+    if len(pooled) not in (0, len(parts)):
+        raise UsageError("styles of two style encoders do not blend; encode all of them with one bundle")
+    return EncodedStyle(tokens, _mean(pooled) if pooled else None)
+
+
+def _shares(weights: list[float]) -> list[np.float32]:
+    """Weights over their sum, in the precision of tokens: what is too small to count is 0."""
+    for weight in weights:
+        if not 0 <= weight < float("inf"):
+            raise UsageError(
+                f"style weights must be 0 or more and finite, got {weight:g}; leave a style out instead"
+            )
+    top = max(weights)
+    if top == 0:
+        raise UsageError("all style weights are 0; give at least one style a weight above 0")
+    relative = [weight / top for weight in weights]  # the sum of huge weights would be infinite
+    total = sum(relative)
+    return [np.float32(weight / total) for weight in relative]
+
+
+def _mean(parts: list[tuple[np.float32, Array]]) -> Array:
+    """Sum of share * value."""
+    (share, value), *others = parts
+    mean = share * value
+    for share, value in others:
+        mean += share * value
+    return np.asarray(mean, np.float32)
+
+
+class StyleEncoder:
+    """Frames of any size -> `EncodedStyle`, each picture once."""
+
+    def __init__(self, run: Callable[..., dict[str, NDArray[Any]]], side_px: int, remember: int = 64) -> None:
+        """``run`` is the ``style_encoder`` engine, opened at [1, 3, side_px, side_px]."""
+        self._run, self._side_px, self._remember = run, side_px, remember
+        self._known: dict[str, EncodedStyle] = {}
+
+    def __call__(self, frame: Frame) -> EncodedStyle:
+        """Encode a frame uint8 [H, W, 3] by its centred square."""
+        pixels = square(frame, self._side_px)
+        key = hashlib.sha256(pixels.tobytes()).hexdigest()
+        if key not in self._known:
+            if len(self._known) >= self._remember:
+                del self._known[next(iter(self._known))]
+            self._known[key] = self._encode(pixels)
+        return self._known[key]
+
+    def _encode(self, pixels: Frame) -> EncodedStyle:
+        image = to_image(pixels, np.empty((1, 3, self._side_px, self._side_px), np.float32))
+        out = self._run(style_image=image)
+        pooled = out.get("text_embeds")
+        return EncodedStyle(out["style_tokens"].copy(), None if pooled is None else pooled.copy())
+
+
+def time_ids(height_px: int, width_px: int) -> Array:
+    """SDXL's size conditioning [1, 6]: original size, crop corner, target size."""
+    return np.array([[height_px, width_px, 0, 0, height_px, width_px]], np.float32)
+
+
+def unet_inputs(
+    text: dict[str, Array], style: EncodedStyle, strength: float, size: tuple[int, int]
+) -> dict[str, Array]:
+    """Every UNet input that stays the same over a stream.
+
+    ``text`` is the bundle's baked conditioning. A pooled vector from the style replaces the baked one, as
+    far as ``strength`` says (the style tokens are scaled inside the graph); baked ``time_ids`` [1, 6] win
+    over those made from ``size`` (H, W).
+    """
+    pooled = text["text_embeds"]
+    if style.text_embeds is not None:
+        pooled = pooled + np.float32(strength) * (style.text_embeds - pooled)
+    return {
+        "encoder_hidden_states": np.ascontiguousarray(text["encoder_hidden_states"], np.float32),
+        "text_embeds": np.ascontiguousarray(pooled, np.float32),
+        "time_ids": np.ascontiguousarray(text.get("time_ids", time_ids(*size)), np.float32),
+        "style_tokens": np.ascontiguousarray(style.tokens, np.float32),
+        "style_strength": np.array([strength], np.float32),
+    }
+
+
+def told(mode: str, text: dict[str, Array], positive: dict[str, Array]) -> Told:
+    """``positive`` (from `unet_inputs`) with the negative that guidance ``mode`` needs.
+
+    It is ``text``'s as stored; sizes and the style's strength are the same for both. Raises BundleError where
+    the two do not have one shape.
+    """
+    if mode == "none":
+        return Told(positive)
+    negative = {name: np.ascontiguousarray(text[f"negative_{name}"], np.float32) for name in NEGATIVE}
+    for name, value in negative.items():
+        if value.shape != positive[name].shape:
+            raise BundleError(
+                f"negative_{name} is {list(value.shape)} and the positive {list(positive[name].shape)}; "
+                "export the bundle again"
+            )
+    return Told(positive, positive | negative)
+
+
+def guided_inputs(mode: str, text: dict[str, Array], positive: dict[str, Array]) -> dict[str, Array]:
+    """What a frame program of guidance ``mode`` is fed: ``positive`` (from `unet_inputs`) and its negative.
+
+    ``full`` puts the negative [1, ...] before the positive [1, ...] in one array [2, ...]; ``residual``
+    adds it under ``negative_`` and the name. Raises BundleError as `told` does.
+    """
+    negative = told(mode, text, positive).negative
+    if mode == "none":
+        return positive
+    if mode == "residual":
+        return positive | {f"negative_{name}": negative[name] for name in NEGATIVE}
+    return {name: np.concatenate([negative[name], value]) for name, value in positive.items()}

@@ -1,0 +1,333 @@
+"""One frame of a bundle as a `Program`: encode, add noise, denoise step by step, decode.
+
+    program = frame_program(numbers, bundle.coefficients(4), "epsilon", (256, 256), Guidance("full", 6.0))
+    shapes = graph_shapes(program)  # what to open each graph at
+
+Every step of a sampler is a linear combination of the latents, the network's outputs and noise, whatever
+the network predicts and however it is guided, so its factors are settled here, once. With them:
+
+- ``none``: one call of the UNet a step.
+- ``full``: one call at twice the batch, negative first: ``u + w (c - u)`` (arXiv 2207.12598, as diffusers has
+  it).
+- ``residual``: the UNet is told the negative in the first step alone, which is that of ``full``. What it
+  changed there, ``c - u`` as noise, is carried on, and fades with ``(sigma_t / sigma_tau)^4``: the less
+  noise, the less there is to guess (the power was measured on std-tiny). One evaluation more a frame than
+  ``none``. StreamDiffusion (arXiv 2312.12491) keeps the first step's clean estimate as the negative instead.
+  On a trajectory that reaches x_0 that gap never closes, and std-tiny's pictures were farther from those of
+  ``full`` than without guidance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from std_rt.core.schedule import StepCoefficients, step, to_eps
+from std_rt.engines.program import FRAME, GLUE, STYLED, Launch, Program
+from std_rt.engines.registry import Ports
+
+__all__ = [
+    "CONDITIONING",
+    "MODES",
+    "NEGATIVE",
+    "Draft",
+    "FrameNumbers",
+    "Guidance",
+    "Terms",
+    "batch_rows",
+    "eps_factors",
+    "fading",
+    "frame_program",
+    "graph_shapes",
+    "noise_draws",
+    "step_factors",
+]
+
+Terms = list[tuple[str, float | Sequence[float]]]  # (buffer, factor, or one for each row)
+Size = tuple[int, int]  # (H, W) in pixels
+
+MODES = ("none", "full", "residual")
+# UNet inputs that a frame is fed, and those of them that the negative has values of its own for.
+CONDITIONING = ("encoder_hidden_states", "text_embeds", "time_ids", "style_tokens", "style_strength")
+NEGATIVE = ("encoder_hidden_states", "text_embeds", "style_tokens")
+
+_FADING = 4  # power of the noise with which residual guidance fades
+_FLOAT, _BYTE = np.dtype(np.float32), np.dtype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """``scale`` is diffusers' guidance scale, 1 and up; that of ``none`` is 1. Else ValueError."""
+
+    mode: str = "none"
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"guidance mode {self.mode!r} is none of {', '.join(MODES)}")
+        if not 1 <= self.scale < float("inf") or (self.mode == "none" and self.scale != 1):
+            raise ValueError(f"guidance {self.scale:g} does not go with mode {self.mode!r}")
+
+
+@dataclass(frozen=True)
+class FrameNumbers:
+    """What of a model decides shapes. ``conditioning`` gives those of `CONDITIONING` without the batch."""
+
+    vae_scale: int
+    latent_channels: int
+    conditioning: Mapping[str, tuple[int, ...]]
+
+
+def eps_factors(c: StepCoefficients, prediction_type: str) -> tuple[float, float]:
+    """``(l, m)`` of ``eps = l x_t + m output``.
+
+    It is linear in both, so its values at (1, 0) and (0, 1) are all of it.
+    """
+    unit, zero = np.ones(1), np.zeros(1)
+    on_x, on_output = to_eps(zero, unit, c, prediction_type), to_eps(unit, zero, c, prediction_type)
+    return float(on_x[0]), float(on_output[0])
+
+
+def step_factors(c: StepCoefficients, prediction_type: str) -> tuple[float, float]:
+    """``(p, q)`` of one step as ``x_s = p x_t + q output`` (without the noise term)."""
+    unit, zero = np.ones(1), np.zeros(1)
+    p = step(unit, to_eps(zero, unit, c, prediction_type), c, zero)
+    q = step(zero, to_eps(unit, zero, c, prediction_type), c, zero)
+    return float(p[0]), float(q[0])
+
+
+def fading(c: StepCoefficients, first: StepCoefficients) -> float:
+    """How much of the first step's gap residual guidance still has in the step of ``c``."""
+    return (c.sigma_t / first.sigma_t) ** _FADING
+
+
+def noise_draws(coefficients: Sequence[StepCoefficients]) -> int:
+    """Noises a frame needs: one to start from, and one for every stochastic step."""
+    return 1 + sum(1 for c in coefficients if c.noise)
+
+
+def batch_rows(batch: int, mode: str) -> list[tuple[int, bool]]:
+    """(frame, whether it is told the negative) of every row of `CONDITIONING` in `frame_program`."""
+    plain = [(frame, False) for frame in range(batch)]
+    return [(frame, True) for frame in range(batch)] + plain if mode == "full" else plain
+
+
+def graph_shapes(program: Program) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The static input shapes that each graph of a program is called with."""
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for launch in program.launches:
+        if launch.graph not in GLUE:
+            shapes = {port: program.buffers[buffer][0] for port, buffer in launch.inputs.items()}
+            if found.setdefault(launch.graph, shapes) != shapes:
+                raise ValueError(f"the program calls {launch.graph} at two shapes")
+    return found
+
+
+def frame_program(
+    numbers: FrameNumbers,
+    coefficients: Sequence[StepCoefficients],
+    prediction_type: str,
+    size: Size,
+    guidance: Guidance | None = None,
+    batch: int = 1,
+) -> Program:
+    """The program of ``batch`` frames of ``size`` (H, W) px.
+
+    Feeds: ``noise_0`` ... [batch, C, h, w] (as many as `noise_draws` says), and `CONDITIONING`: of the batch;
+    in mode ``full`` of twice the batch, negatives first; in mode ``residual`` of the batch, and besides
+    ``negative_`` and the name for each of `NEGATIVE`.
+    """
+    build = _Build(numbers, prediction_type, size, guidance or Guidance(), batch)
+    build.start(coefficients[0])
+    for i, c in enumerate(coefficients):
+        build.step(i, c, last=i == len(coefficients) - 1)
+    return build.finish()
+
+
+class Draft:
+    """A program that is being written, launch by launch."""
+
+    def __init__(self, numbers: FrameNumbers, prediction_type: str, size: Size, batch: int) -> None:
+        """Of ``batch`` frames of ``size`` (H, W) px; ``latents`` is the shape of theirs."""
+        height, width = size
+        scale = numbers.vae_scale
+        self.kind = prediction_type
+        self.latents = (batch, numbers.latent_channels, height // scale, width // scale)
+        self._numbers, self._image = numbers, (batch, 3, height, width)
+        frames = (batch, height, width, 3)
+        self._launches: list[Launch] = []
+        self._buffers: Ports = {FRAME: (frames, _BYTE), STYLED: (frames, _BYTE)}
+        self._constants: dict[str, NDArray[np.float32]] = {}
+        self._carried: set[str] = set()
+
+    def told(self, rows: int, names: Sequence[str] = CONDITIONING, prefix: str = "") -> None:
+        """Feeds for ``names`` of `CONDITIONING`, of ``rows`` rows."""
+        for name in names:
+            self.buffer(f"{prefix}{name}", (rows, *self._numbers.conditioning[name]))
+
+    def encode(self) -> str:
+        """The frame's latents."""
+        image = self.buffer("image", self._image)
+        self.launch("frame_in", {"frame": FRAME}, {"image": image}, "convert")
+        z = self.buffer("z", self.latents)
+        self.launch("vae_encoder", {"image": image}, {"latents": z}, "vae_encoder")
+        return z
+
+    def decode(self, latents: str) -> Program:
+        """The frame from its latents, and the program is complete."""
+        image = self.buffer("decoded", self._image)
+        self.launch("vae_decoder", {"latents": latents}, {"image": image}, "vae_decoder")
+        self.launch("frame_out", {"image": image}, {"frame": STYLED}, "convert")
+        return Program(tuple(self._launches), self._buffers, self._constants, frozenset(self._carried))
+
+    def unet(self, sample: str, timestep: str, given: Mapping[str, str], output: str) -> str:
+        """Call the UNet; ``given`` maps `CONDITIONING` to buffers. ``output``, of the shape of ``sample``."""
+        self.buffer(output, self.shape(sample))
+        inputs = {"sample": sample, "timestep": timestep, **given}
+        self.launch("unet", inputs, {"noise_pred": output}, "unet")
+        return output
+
+    def combine(self, out: str, terms: Terms) -> str:
+        """``out`` as the sum of two to four terms of buffer and factor, in their order."""
+        shape = self.shape(terms[0][0])
+        self.buffer(out, shape)
+        if len(terms) > 3:
+            part = self.combine(f"{out}.part", terms[:3])
+            terms = [(part, 1.0), *terms[3:]]
+        inputs = dict(zip("xyz", (buffer for buffer, _ in terms), strict=False))
+        for port, (_, factor) in zip("abc", terms, strict=False):
+            inputs[port] = self.constant(f"{out}.{port}", factor, (shape[0], 1, 1, 1))
+        self.launch(f"combine{len(terms)}", inputs, {"out": out}, "scheduler")
+        return out
+
+    def join(self, out: str, x: str, y: str) -> str:
+        """``out`` as the rows of ``x`` and then those of ``y``."""
+        rows = self.shape(x)[0] + self.shape(y)[0]
+        self.buffer(out, (rows, *self.shape(x)[1:]))
+        self.launch("join", {"x": x, "y": y}, {"out": out}, "scheduler")
+        return out
+
+    def split_last(self, x: str, rest: str, last: str) -> tuple[str, str]:
+        """``rest`` as all rows of ``x`` but the last, and ``last`` as that one."""
+        rows, *axes = self.shape(x)
+        self.buffer(rest, (rows - 1, *axes))
+        self.buffer(last, (1, *axes))
+        self.launch("split_last", {"x": x}, {"rest": rest, "last": last}, "scheduler")
+        return rest, last
+
+    def twice(self, x: str, out: str) -> str:
+        """``out`` as the rows of ``x``, and once more."""
+        rows, *axes = self.shape(x)
+        self.buffer(out, (2 * rows, *axes))
+        self.launch("double", {"x": x}, {"out": out}, "scheduler")
+        return out
+
+    def halves(self, x: str, first: str, second: str) -> tuple[str, str]:
+        """``first`` and ``second`` as the halves of ``x``."""
+        rows, *axes = self.shape(x)
+        for name in (first, second):
+            self.buffer(name, (rows // 2, *axes))
+        self.launch("halves", {"x": x}, {"first": first, "second": second}, "scheduler")
+        return first, second
+
+    def constant(self, name: str, value: float | Sequence[float], shape: tuple[int, ...]) -> str:
+        """A buffer that is filled once: with one value, or with one for each row."""
+        rows = np.asarray(value, np.float32).reshape(-1, *[1] * (len(shape) - 1))
+        self._constants[name] = np.broadcast_to(rows, shape).copy()  # OpenVINO wants to be able to write
+        return self.buffer(name, shape)
+
+    def carry(self, name: str, shape: tuple[int, ...]) -> str:
+        """A buffer that keeps its contents from run to run, zero at first."""
+        self._carried.add(name)
+        return self.buffer(name, shape)
+
+    def buffer(self, name: str, shape: tuple[int, ...]) -> str:
+        """A buffer of floats; what no launch writes is a feed."""
+        self._buffers[name] = (shape, _FLOAT)
+        return name
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """That of a buffer."""
+        return self._buffers[name][0]
+
+    def launch(self, graph: str, inputs: Mapping[str, str], outputs: Mapping[str, str], stage: str) -> None:
+        """See `engines.program.Launch`."""
+        self._launches.append(Launch(graph, inputs, outputs, stage))
+
+
+class _Build(Draft):
+    """``_x`` names the latents that the steps have come to."""
+
+    def __init__(
+        self, numbers: FrameNumbers, prediction_type: str, size: Size, guidance: Guidance, batch: int
+    ) -> None:
+        super().__init__(numbers, prediction_type, size, batch)
+        self._guidance = guidance
+        self._draws = 0
+        self._x = ""
+        self._first: StepCoefficients | None = None
+        self._rows = len(batch_rows(batch, guidance.mode))  # of a call of the UNet
+        self.told(self._rows)
+        if guidance.mode == "residual":
+            self.told(self._rows, NEGATIVE, "negative_")
+
+    def start(self, c: StepCoefficients) -> None:
+        """The frame's latents with the noise of the first timestep."""
+        self._first = c
+        self._x = self.combine("sample_0", [(self.encode(), c.alpha_t), (self._noise(), c.sigma_t)])
+
+    def step(self, index: int, c: StepCoefficients, *, last: bool) -> None:
+        """``_x`` from the timestep of ``c`` to its target."""
+        self.constant(f"timestep_{index}", c.timestep, (self._rows,))
+        p, q = step_factors(c, self.kind)
+        w = self._guidance.scale
+        terms: Terms
+        match self._guidance.mode:
+            case "none":
+                terms = [(self._x, p), (self._unet(index), q)]
+            case "full":
+                negative, positive = self._unet_twice(index)
+                terms = [(self._x, p), (negative, q * (1 - w)), (positive, q * w)]
+            case _:
+                terms = self._residual(index, c, last)
+        if c.noise:
+            terms.append((self._noise(), c.noise))
+        self._x = self.combine(f"sample_{index + 1}", terms)
+
+    def finish(self) -> Program:
+        """Decode, and the program is complete."""
+        return self.decode(self._x)
+
+    def _residual(self, index: int, c: StepCoefficients, last: bool) -> Terms:
+        """Terms of a step that is guided by the gap of the first one; see the module's head."""
+        w, (p, q) = self._guidance.scale, step_factors(c, self.kind)
+        if index == 0:
+            negative, positive = self._unet(index, negative=True), self._unet(index)
+            if not last:
+                _, on_output = eps_factors(c, self.kind)
+                self.combine("guidance_gap", [(positive, on_output), (negative, -on_output)])
+            return [(self._x, p), (negative, q * (1 - w)), (positive, q * w)]
+        assert self._first is not None
+        _, on_eps = c.affine()
+        share = (w - 1) * fading(c, self._first)
+        return [(self._x, p), (self._unet(index), q), ("guidance_gap", on_eps * share)]
+
+    def _unet(self, index: int, *, negative: bool = False) -> str:
+        """Call the UNet on ``_x``; the name of its output."""
+        prefix = "negative_" if negative else ""
+        given = {name: f"{prefix}{name}" if name in NEGATIVE else name for name in CONDITIONING}
+        return self.unet(self._x, f"timestep_{index}", given, f"{prefix}output_{index}")
+
+    def _unet_twice(self, index: int) -> tuple[str, str]:
+        """Call the UNet at twice the batch; the names of its outputs for negative and positive."""
+        double = self.twice(self._x, f"double_{index}")
+        given = {name: name for name in CONDITIONING}
+        output = self.unet(double, f"timestep_{index}", given, f"output_{index}")
+        return self.halves(output, f"negative_output_{index}", f"positive_output_{index}")
+
+    def _noise(self) -> str:
+        self._draws += 1
+        return self.buffer(f"noise_{self._draws - 1}", self.latents)

@@ -1,0 +1,159 @@
+"""N steps of N consecutive frames in one call of the UNet, as a `Program`: the stream batch.
+
+    program = stream_program(numbers, bundle.coefficients(4), "epsilon", (256, 256), Guidance())
+
+A run takes one frame in and gives one frame out. In between, slot i holds the frame that has i steps behind
+it: the frame that comes in takes slot 0, one call of the UNet does step i of the frame in slot i, and then
+every frame moves up by one. What leaves the last slot is decoded: the frame that came in N - 1 runs before.
+StreamDiffusion (arXiv 2312.12491) does this for the steps of LCM.
+
+A step is linear in latents, output and noise (`frame_program`), so N steps at once are one linear combination
+with factors of its own for every row, in the order of terms that frames one by one have. Nothing crosses
+from row to row: a frame comes out as it does on its own, up to the order in which a network of another batch
+adds.
+
+The first N - 1 runs give what the zeros in the slots become, which means nothing.
+
+Rows of the UNet's call, as `unet_rows` says:
+
+- ``none``: slot 0 to N - 1.
+- ``full``: all slots told the negative, then all told the positive.
+- ``residual``: slot 0 told the negative, slots 1 to N - 1 told the positive, and slot 0 once more, told the
+  positive. What the negative changed in the first step moves up with its frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from std_rt.core.schedule import StepCoefficients
+from std_rt.engines.program import Program
+from std_rt.pipeline.program_builder import (
+    CONDITIONING,
+    Draft,
+    FrameNumbers,
+    Guidance,
+    Size,
+    Terms,
+    eps_factors,
+    fading,
+    step_factors,
+)
+
+__all__ = ["stream_program", "unet_rows"]
+
+
+def unet_rows(slots: int, mode: str) -> list[tuple[int, bool]]:
+    """(slot, whether it is told the negative) of every row of the UNet's call."""
+    plain = [(slot, False) for slot in range(slots)]
+    match mode:
+        case "none":
+            return plain
+        case "full":
+            return [(slot, True) for slot in range(slots)] + plain
+        case _:
+            return [(0, True), *plain[1:], (0, False)]
+
+
+def stream_program(
+    numbers: FrameNumbers,
+    coefficients: Sequence[StepCoefficients],
+    prediction_type: str,
+    size: Size,
+    guidance: Guidance | None = None,
+) -> Program:
+    """The program of a stream of frames of ``size`` (H, W) px, with a slot for every step.
+
+    Feeds: ``noise_0`` [1, C, h, w] of the frame that comes in; where a step is stochastic ``noise_steps``
+    [N, C, h, w], row i the noise of step i of the frame in slot i (any finite values where that step has
+    none); and `CONDITIONING` with a row for each of `unet_rows`.
+    """
+    build = _Build(numbers, coefficients, prediction_type, size, guidance or Guidance())
+    return build.decode(build.advance(build.enter()))
+
+
+class _Build(Draft):
+    def __init__(
+        self,
+        numbers: FrameNumbers,
+        coefficients: Sequence[StepCoefficients],
+        prediction_type: str,
+        size: Size,
+        guidance: Guidance,
+    ) -> None:
+        super().__init__(numbers, prediction_type, size, 1)
+        self._cs, self._guidance = list(coefficients), guidance
+        self._slots = len(self._cs)
+        self._rows = unet_rows(self._slots, guidance.mode)
+        self.told(len(self._rows))
+
+    def enter(self) -> str:
+        """Latents of all slots [N, ...], the frame that comes in first."""
+        c = self._cs[0]
+        noise = self.buffer("noise_0", self.latents)
+        start = self.combine("start", [(self.encode(), c.alpha_t), (noise, c.sigma_t)])
+        return self._behind(start, "samples", "waiting")
+
+    def advance(self, samples: str) -> str:
+        """One step for every slot; the latents [1, ...] of the frame that is done."""
+        terms = self._terms(samples, self._factors())
+        if any(c.noise for c in self._cs):
+            noise = self.buffer("noise_steps", (self._slots, *self.latents[1:]))
+            terms.append((noise, [c.noise for c in self._cs]))
+        stepped = self.combine("stepped", terms)
+        if self._slots == 1:
+            return stepped
+        return self.split_last(stepped, "waiting", "done")[1]
+
+    def _terms(self, samples: str, factors: tuple[list[float], list[float]]) -> Terms:
+        p, q = factors
+        w = self._guidance.scale
+        match self._guidance.mode:
+            case "none":
+                return [(samples, p), (self._call(samples), q)]
+            case "full":
+                output = self._call(self.twice(samples, "doubled"))
+                negative, positive = self.halves(output, "negative_output", "positive_output")
+                return [(samples, p), (negative, [v * (1 - w) for v in q]), (positive, [v * w for v in q])]
+            case _:
+                return self._residual(samples, p, q)
+
+    def _residual(self, samples: str, p: list[float], q: list[float]) -> Terms:
+        """Terms that are guided by the gap which every frame had in its first step.
+
+        Row 0 is ``p x + (1 - w) q negative + w q positive``, the others ``p x + q output + share gap``: in
+        both, one buffer has the second terms of all rows and one the third.
+        """
+        w, first = self._guidance.scale, self._cs[0]
+        output = self._call(self.join("rows", samples, "start"))
+        second, positive = self.split_last(output, "second", "positive_output")
+        third = self._behind(positive, "third", "gaps")
+        if self._slots > 1:
+            self._keep_gaps(second, third)
+        shares = [(w - 1) * fading(c, first) * c.affine()[1] for c in self._cs[1:]]
+        return [(samples, p), (second, [q[0] * (1 - w), *q[1:]]), (third, [q[0] * w, *shares])]
+
+    def _keep_gaps(self, second: str, third: str) -> None:
+        """The gap of slot 0 as noise, and those of the others as they are, move up by one."""
+        _, on_output = eps_factors(self._cs[0], self.kind)
+        others = self._slots - 1
+        terms: Terms = [(third, [on_output, *[1.0] * others]), (second, [-on_output, *[0.0] * others])]
+        self.split_last(self.combine("all_gaps", terms), "gaps", "spent")
+
+    def _factors(self) -> tuple[list[float], list[float]]:
+        """``p`` and ``q`` of every slot's step; see `step_factors`."""
+        pairs = [step_factors(c, self.kind) for c in self._cs]
+        return [p for p, _ in pairs], [q for _, q in pairs]
+
+    def _call(self, sample: str) -> str:
+        """The UNet on all rows, each at the timestep of its slot."""
+        timesteps = [self._cs[slot].timestep for slot, _ in self._rows]
+        at = self.constant("timesteps", timesteps, (len(timesteps),))
+        return self.unet(sample, at, {name: name for name in CONDITIONING}, "output")
+
+    def _behind(self, first: str, out: str, carried: str) -> str:
+        """``first`` [1, ...] in front of what is carried for the other slots; itself where there are none."""
+        if self._slots == 1:
+            return first
+        self.carry(carried, (self._slots - 1, *self.latents[1:]))
+        return self.join(out, first, carried)

@@ -1,0 +1,399 @@
+"""A style without its picture: style tokens, a name and a thumbnail in one small ``.safetensors`` file.
+
+    style_tokens   float32 [1, T, D]
+    text_embeds    float32 [1, P], where the style encoder gives them
+    thumbnail      uint8 [h, w, 3] RGB, at most 128 px a side
+    metadata       ``std_rt_style``: JSON with name, format_version, style_encoder, bundle, sources, sha256
+
+Tokens mean something to the style encoder that made them and to no other, so a file names it by what the
+bundle's manifest lists: bundles that share a style encoder share style files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from std_rt.core.bundle import Bundle
+from std_rt.core.errors import MediaError, UsageError, disk_is_full
+from std_rt.core.files import check_input, check_output, partial_file, reason
+from std_rt.media.image import read_picture
+from std_rt.media.kind import PICTURE_SUFFIXES
+from std_rt.pipeline.conditioning import EncodedStyle, blend, square
+
+__all__ = [
+    "FORMAT_VERSION",
+    "SUFFIX",
+    "THUMBNAIL_PX",
+    "StyleFile",
+    "blend_files",
+    "check_style_output",
+    "clean_name",
+    "encode_styles",
+    "is_style_file",
+    "load_style",
+    "open_styles",
+    "read_style",
+    "save_style",
+    "style_encoder_id",
+    "style_paths",
+    "thumbnail",
+]
+
+Frame = NDArray[np.uint8]
+Opened = Frame | EncodedStyle
+Encode = Callable[[Frame], EncodedStyle]
+
+FORMAT_VERSION = 1
+SUFFIX = ".safetensors"
+THUMBNAIL_PX = 128
+_KEY = "std_rt_style"
+_NAME_LENGTH = 80
+_MAKE = "std-rt styles save art.png -o NAME.safetensors"
+_DTYPES = {"style_tokens": "F32", "text_embeds": "F32", "thumbnail": "U8"}
+
+
+@dataclass(frozen=True, eq=False)
+class StyleFile:
+    """What a style file holds.
+
+    ``thumbnail``: uint8 [h, w, 3], at most 128 px a side. ``encoder``: `style_encoder_id` of the bundle that
+    made the tokens, ``bundle`` its name. ``sources``: (name of a picture, its share of the blend), the
+    shares adding up to 1.
+    """
+
+    style: EncodedStyle
+    name: str
+    thumbnail: Frame
+    encoder: str
+    bundle: str
+    sources: tuple[tuple[str, float], ...] = ()
+
+
+def style_encoder_id(bundle: Bundle) -> str:
+    """sha256 over the hashes of the style encoder's graph and weights, as the manifest lists them."""
+    graph, files = bundle.manifest["graphs"]["style_encoder"], bundle.manifest["files"]
+    listed = " ".join(str(files[graph[part]]["sha256"]) for part in ("file", "weights"))
+    return hashlib.sha256(listed.encode("utf-8")).hexdigest()
+
+
+def is_style_file(path: Path) -> bool:
+    """Whether ``path`` is named as one: ``.safetensors``."""
+    return path.suffix.lower() == SUFFIX
+
+
+def thumbnail(frame: Frame, side_px: int = THUMBNAIL_PX) -> Frame:
+    """The centred square that the style encoder sees, at most ``side_px`` a side."""
+    return square(frame, min(side_px, *frame.shape[:2]))
+
+
+def style_paths(folder: Path) -> list[Path]:
+    """Pictures and style files of a folder by name; hidden files and subfolders are left out.
+
+    Raises MediaError where there is none or the folder cannot be read.
+    """
+    known = PICTURE_SUFFIXES | {SUFFIX}
+    try:
+        found = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+    except OSError as error:
+        raise MediaError(f"{folder} cannot be read: {reason(error)}") from error
+    styles = [path for path in found if path.suffix.lower() in known]
+    if not styles:
+        raise MediaError(
+            f"{folder} holds no picture or style file (subfolders are not searched); "
+            "give files or another folder"
+        )
+    return sorted(styles, key=lambda path: (path.name.casefold(), path.name))
+
+
+def read_style(source: Path | Frame, bundle: Bundle, encode: Encode, name: str | None = None) -> StyleFile:
+    """A picture, encoded, or what a style file holds; ``encode`` is that of a stylizer of ``bundle``.
+
+    ``source`` is a path or a frame uint8 [H, W, 3]. ``name``: default is the file's own, or its stem. Raises
+    MediaError where it cannot be read or was made for another style encoder.
+    """
+    if isinstance(source, Path):
+        if is_style_file(source):
+            loaded = load_style(source, bundle)
+            return loaded if name is None else replace(loaded, name=clean_name(name))
+        frame, origin, called = read_picture(source).frame, source.name, name or source.stem
+    else:
+        frame, origin, called = source, name or "a picture", name or "style"
+    return StyleFile(
+        style=encode(frame),
+        name=clean_name(called),
+        thumbnail=thumbnail(frame),
+        encoder=style_encoder_id(bundle),
+        bundle=bundle.name,
+        sources=((clean_name(origin), 1.0),),
+    )
+
+
+def open_styles(pairs: Sequence[tuple[Path, float]], bundle: Bundle) -> list[tuple[Opened, float]]:
+    """Weighted files, read before any engine is opened: pictures as frames, style files as styles.
+
+    Raises MediaError as `read_picture` and `load_style` do.
+    """
+    return [
+        (load_style(path, bundle).style if is_style_file(path) else read_picture(path).frame, weight)
+        for path, weight in pairs
+    ]
+
+
+def encode_styles(
+    encode: Encode, pairs: Sequence[tuple[Opened | Path, float]], bundle: Bundle
+) -> EncodedStyle:
+    """One style from weighted paths, frames and styles; raises as `read_style` and `blend` do."""
+
+    def one(source: Opened | Path) -> EncodedStyle:
+        return source if isinstance(source, EncodedStyle) else read_style(source, bundle, encode).style
+
+    return blend([(one(source), weight) for source, weight in pairs])
+
+
+def blend_files(parts: list[tuple[StyleFile, float]], name: str) -> StyleFile:
+    """The weighted mean of styles as one, with its sources and a thumbnail of stripes. As `blend` raises."""
+    style = blend([(part.style, weight) for part, weight in parts])
+    top = max(weight for _, weight in parts)
+    total = sum(weight / top for _, weight in parts)
+    shared = [(part, weight / top / total) for part, weight in parts if weight]
+    sources = [(source, share * own) for part, share in shared for source, own in part.sources]
+    first = shared[0][0]
+    return StyleFile(style, clean_name(name), _stripes(shared), first.encoder, first.bundle, tuple(sources))
+
+
+def _stripes(parts: list[tuple[StyleFile, float]]) -> Frame:
+    """Each style's share of the width, cut from its thumbnail in place."""
+    side = max(min(part.thumbnail.shape[:2]) for part, _ in parts)
+    edges = np.round(np.cumsum([0.0, *(share for _, share in parts)]) * side).astype(int)
+    frames = [square(part.thumbnail, side) for part, _ in parts]
+    columns = [frame[:, a:b] for frame, a, b in zip(frames, edges[:-1], edges[1:], strict=True)]
+    return np.ascontiguousarray(np.concatenate(columns, axis=1))
+
+
+def clean_name(name: str) -> str:
+    """One printable line of at most 80 characters, whatever a file or a user calls a style."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in name).split())
+    return line[:_NAME_LENGTH] or "style"
+
+
+def check_style_output(path: Path, overwrite: bool = False) -> None:
+    """Refuse, before any work, a place where a style file cannot be written. Raises MediaError."""
+    if not is_style_file(path):
+        raise MediaError(f"{path}: a style file ends in {SUFFIX}; use -o {path.with_suffix(SUFFIX)}")
+    check_output(path, overwrite=overwrite)
+
+
+def save_style(path: Path, style: StyleFile, overwrite: bool = False) -> None:
+    """Write a style file, whole or not at all.
+
+    Raises MediaError where the name does not end in ``.safetensors``, the file exists and ``overwrite`` is
+    False, or it cannot be written; UsageError where the style's arrays are not those of a style.
+    """
+    from safetensors.numpy import save
+
+    check_style_output(path, overwrite)
+    tensors = {name: np.ascontiguousarray(value) for name, value in _tensors(style).items()}
+    problem = _array_problem(tensors)
+    if problem:
+        raise UsageError(f"style '{style.name}' cannot be saved: {problem}; encode its picture again")
+    data = save(tensors, {_KEY: _canonical(_notes(style, tensors))})
+    with partial_file(path) as partial:
+        try:
+            partial.write_bytes(data)
+        except OSError as error:
+            said = "the disk is full" if disk_is_full(error) else reason(error)
+            raise MediaError(f"{path} cannot be written: {said}; choose another place with -o") from error
+
+
+def _tensors(style: StyleFile) -> dict[str, NDArray[Any]]:
+    tensors: dict[str, NDArray[Any]] = {"style_tokens": style.style.tokens, "thumbnail": style.thumbnail}
+    if style.style.text_embeds is not None:
+        tensors["text_embeds"] = style.style.text_embeds
+    return tensors
+
+
+def _notes(style: StyleFile, tensors: dict[str, NDArray[Any]]) -> dict[str, Any]:
+    notes: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "name": clean_name(style.name),
+        "style_encoder": style.encoder,
+        "bundle": clean_name(style.bundle),
+        "sources": [[clean_name(name), share] for name, share in style.sources],
+    }
+    return notes | {"sha256": _digest(notes, tensors)}
+
+
+def _canonical(notes: dict[str, Any]) -> str:
+    return json.dumps(notes, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def _digest(notes: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> str:
+    """sha256 over notes (without their own) and arrays: a file that was cut or changed is found out."""
+    body = {key: value for key, value in notes.items() if key != "sha256"}
+    digest = hashlib.sha256(_canonical(body).encode("utf-8", "surrogatepass"))
+    for name in sorted(tensors):
+        digest.update(f"{name} {list(tensors[name].shape)} ".encode())
+        digest.update(tensors[name].tobytes())
+    return digest.hexdigest()
+
+
+def load_style(path: Path, bundle: Bundle | None) -> StyleFile:
+    """Read a style file for ``bundle``; None reads one for whatever bundle, to show what is inside.
+
+    Raises MediaError, one line, where the file is missing, no safetensors, no style (a LoRA), damaged, of a
+    later std-rt, made for another style encoder, or holds arrays of other shapes than the bundle's.
+    """
+    style = _read(path)
+    if bundle is None:
+        return style
+    if style.encoder != style_encoder_id(bundle):
+        raise MediaError(
+            f"{path} was made for the style encoder of bundle '{style.bundle}' ({style.encoder[:12]}) and "
+            f"bundle '{bundle.name}' has another ({style_encoder_id(bundle)[:12]}); make it again: "
+            f"std-rt styles save {_first_source(style)} -o {path} --bundle {bundle.name} --overwrite"
+        )
+    problem = _shape_problem(style.style, bundle)
+    if problem:
+        raise MediaError(f"{path} does not fit bundle '{bundle.name}': {problem}; {_again(path)}")
+    return style
+
+
+def _first_source(style: StyleFile) -> str:
+    return style.sources[0][0] if len(style.sources) == 1 else "art.png"
+
+
+def _again(path: Path) -> str:
+    return f"make it again: std-rt styles save art.png -o {path} --overwrite"
+
+
+def _read(path: Path) -> StyleFile:
+    if path.is_dir():
+        raise MediaError(f"{path} is a folder and no style file; give a file in it")
+    check_input(path)
+    with _opened(path) as file:
+        notes = _read_notes(path, file)
+        tensors = _read_tensors(path, file)
+    damaged = MediaError(f"{path} is damaged (it does not hold what was written); {_again(path)}")
+    try:
+        if notes.get("sha256") != _digest(notes, tensors):
+            raise damaged
+        return StyleFile(
+            style=EncodedStyle(tensors["style_tokens"], tensors.get("text_embeds")),
+            name=clean_name(str(notes["name"])),
+            thumbnail=tensors["thumbnail"],
+            encoder=str(notes["style_encoder"]),
+            bundle=clean_name(str(notes["bundle"])),
+            sources=tuple((clean_name(str(name)), float(share)) for name, share in notes["sources"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The file with its header read and checked. What goes wrong, also inside, is a MediaError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError) as error:
+        if _begins_like_one(path):
+            raise MediaError(f"{path} is damaged or cut short ({reason(error)}); {_again(path)}") from error
+        raise MediaError(f"{path} is no {SUFFIX} file, whatever its name; make one: {_MAKE}") from error
+
+
+def _begins_like_one(path: Path) -> bool:
+    """A safetensors file begins with the length of its header, 8 bytes, and the header's brace."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError:
+        return False
+    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < 100_000_000
+
+
+def _read_notes(path: Path, file: Any) -> dict[str, Any]:
+    """The metadata. Raises MediaError where the file is something else, or of a later std-rt."""
+    text = (file.metadata() or {}).get(_KEY)
+    if text is None:
+        raise MediaError(f"{path} {_what_else(list(file.keys()))}")
+    try:
+        notes = json.loads(text)
+        version = int(notes["format_version"])
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise MediaError(f"{path} is damaged (its notes cannot be read); {_again(path)}") from error
+    if version > FORMAT_VERSION:
+        raise MediaError(
+            f"{path} is a style file of version {version} and this std-rt reads up to {FORMAT_VERSION}; "
+            "upgrade std-rt: pip install --upgrade std-rt"
+        )
+    return dict(notes)
+
+
+def _what_else(keys: list[str]) -> str:
+    if any("lora" in key.lower() for key in keys):
+        return f"is a LoRA and no style; it goes into a bundle: std-rt export --lora; for a style: {_MAKE}"
+    found = f"{len(keys)} tensors, the first {min(keys)[:60]!r}" if keys else "no tensors"
+    return f"is no style file (it holds {found}); make one: {_MAKE}"
+
+
+def _read_tensors(path: Path, file: Any) -> dict[str, NDArray[Any]]:
+    """The arrays of a style, their types and shapes checked before anything is read."""
+    keys = set(file.keys())
+    lacking = sorted({"style_tokens", "thumbnail"} - keys)
+    if lacking:
+        raise MediaError(f"{path} is damaged (it lacks {lacking[0]}); {_again(path)}")
+    for name in sorted(keys & _DTYPES.keys()):
+        found = file.get_slice(name).get_dtype()
+        if found != _DTYPES[name]:
+            raise MediaError(
+                f"{path} is damaged ({name} is stored as {found}, {_DTYPES[name]} is due); {_again(path)}"
+            )
+    tensors = {name: np.array(file.get_tensor(name)) for name in sorted(keys & _DTYPES.keys())}
+    problem = _array_problem(tensors)
+    if problem:
+        raise MediaError(f"{path} is damaged ({problem}); {_again(path)}")
+    return tensors
+
+
+def _array_problem(tensors: dict[str, NDArray[Any]]) -> str:
+    """What is wrong with the arrays of a style; "" where nothing is."""
+    for name, ndim in (("style_tokens", 3), ("text_embeds", 2)):
+        value = tensors.get(name)
+        if value is None:
+            continue
+        if value.dtype != np.float32:
+            return f"{name} is {value.dtype}, float32 is due"
+        if value.ndim != ndim or value.shape[0] != 1 or not value.size:
+            return f"{name} has shape {list(value.shape)}, {ndim} axes with a first of 1 are due"
+        if not np.isfinite(value).all():
+            return f"{name} holds NaN or infinite numbers"
+    small = tensors["thumbnail"]
+    if small.dtype != np.uint8 or small.ndim != 3 or small.shape[2] != 3 or not small.size:
+        return f"thumbnail is {small.dtype} {list(small.shape)}, uint8 [h, w, 3] is due"
+    if max(small.shape[:2]) > THUMBNAIL_PX:
+        return f"thumbnail is {small.shape[1]} x {small.shape[0]} px, the limit is {THUMBNAIL_PX}"
+    return ""
+
+
+def _shape_problem(style: EncodedStyle, bundle: Bundle) -> str:
+    due = [1, int(bundle.style["tokens"]), int(bundle.style["dim"])]
+    if list(style.tokens.shape) != due:
+        return f"its tokens are {list(style.tokens.shape)}, {due} are due"
+    if (style.text_embeds is not None) != bool(bundle.style["gives_text_embeds"]):
+        return f"it comes {'without' if style.text_embeds is None else 'with'} text_embeds"
+    if style.text_embeds is not None:
+        width = bundle.graph_outputs("style_encoder").get("text_embeds", [0])[-1]
+        if style.text_embeds.shape[1] != width:
+            return f"its text_embeds are {list(style.text_embeds.shape)}, [1, {width}] are due"
+    return ""

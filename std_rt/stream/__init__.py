@@ -1,1 +1,0 @@
-"""Streams of frames: styles that change, steady video, pacing, and how long everything took."""

@@ -1,0 +1,114 @@
+"""Noise that follows what moves, and stays unit normal and white.
+
+Interpolated noise loses its variance, so noise is moved in whole cells of the latents. The way that content
+goes is added up, cell by cell, and where more than half a cell has come together the noise jumps by one. No
+two cells read the same noise: who is left without takes what nobody reads, which is that of what went out of
+sight. So every frame's noise is the first one in another order, as white as that, whatever the flow says.
+
+Only what moves as one does: every jump changes a few strokes, and a hand's are gone before the eye could
+follow them. What gains is a camera that turns: the strokes go along, where they used to stay on the glass.
+
+Why not finer: noise summed up from pixels, each moved on its own (as in arXiv 2504.03072 and 2501.08331),
+follows smoothly, and changes by half its standard deviation for each pixel of motion. Measured on std-tiny
+that flickers more than noise that stays in place (docs/lab-notes.md, 2026-11-21).
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from std_rt.streaming.optical_flow import Followed, unmoved
+
+__all__ = ["MovingNoise"]
+
+Array = NDArray[np.float32]
+
+# Cells that must have come together before the noise jumps: at a half it would jump back and forth.
+_ENOUGH = 0.65
+_TRUSTED = 0.5
+_REGION, _TOGETHER = 5, 0.06  # cells: a side, and the standard deviation of ways within it that is one motion
+
+
+class MovingNoise:
+    """The noise of one stream, frame by frame."""
+
+    def __init__(self, noise: Array) -> None:
+        """``noise`` [K, C, h, w]: of the first frame."""
+        self.noise = noise
+        """That of the latest frame, [K, C, h, w]; the same array where no cell moved."""
+        self._size = (noise.shape[2], noise.shape[3])
+        self._owed = np.zeros((*self._size, 2), np.float32)  # x, y in cells: way that was not yet gone
+
+    def follow(self, motion: Followed) -> None:
+        """Go on to the next frame."""
+        h, w = self._size
+        way, trusted = _way_of_cells(motion, self._size)
+        trusted &= _together(way, trusted)
+        way = way * trusted[..., None]
+        came_from = unmoved(self._size) + way
+        owed = _at(self._owed, came_from) * trusted[..., None] + way
+        jump = _in_step(np.where(np.abs(owed) > _ENOUGH, np.rint(owed), 0)) * trusted[..., None]
+        self._owed = np.where(trusted[..., None], np.clip(owed - jump, -1, 1), self._owed)
+        wanted = unmoved(self._size) + jump
+        inside = ((wanted >= 0) & (wanted <= np.array([w - 1, h - 1]))).all(-1)
+        cell = np.where(inside, wanted[..., 1] * w + wanted[..., 0], -1).astype(np.int64)
+        order = _one_each(cell.ravel(), (np.abs(self._owed).max(-1) + ~trusted).ravel())
+        if (order != np.arange(order.size)).any():
+            moved = self.noise.reshape(*self.noise.shape[:2], -1)[:, :, order]
+            self.noise = np.ascontiguousarray(moved.reshape(self.noise.shape))
+
+
+def _way_of_cells(motion: Followed, size: tuple[int, int]) -> tuple[Array, NDArray[np.bool_]]:
+    """Mean way of each cell's trusted pixels, in cells [h, w, 2], and where at least half of them are."""
+    h, w = size
+    height, width = motion.trust.shape
+    sure = (motion.trust > _TRUSTED).astype(np.float32)
+    way = (motion.source - unmoved((height, width))) * sure[..., None]
+    share = np.asarray(cv2.resize(sure, (w, h), interpolation=cv2.INTER_AREA), np.float32)
+    mean = np.asarray(cv2.resize(way, (w, h), interpolation=cv2.INTER_AREA), np.float32)
+    trusted = share > _TRUSTED
+    mean *= trusted[..., None] / np.maximum(share, _TRUSTED)[..., None]
+    return np.asarray(mean * np.array([w / width, h / height]), np.float32), trusted
+
+
+def _together(way: Array, trusted: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The cells that move as the trusted ones around them do, [h, w]."""
+    weight = trusted.astype(np.float32)
+    share = np.maximum(_around(weight), 1e-6)
+    mean = [_around(way[..., i] * weight) / share for i in (0, 1)]
+    spread = [_around(way[..., i] ** 2 * weight) / share - mean[i] ** 2 for i in (0, 1)]
+    return np.asarray((np.maximum(*spread) < _TOGETHER**2) & (share > _TRUSTED))
+
+
+def _around(values: Array) -> Array:
+    mean = cv2.blur(np.ascontiguousarray(values), (_REGION, _REGION), borderType=cv2.BORDER_REPLICATE)
+    return np.asarray(mean, np.float32)
+
+
+def _at(field: Array, source: Array) -> Array:
+    """``field`` [h, w, 2] at the cells nearest to ``source`` [h, w, 2]."""
+    read = cv2.remap(field, source, None, cv2.INTER_NEAREST, borderMode=cv2.BORDER_REPLICATE)  # type: ignore[call-overload]
+    return np.asarray(read, np.float32)
+
+
+def _in_step(jumps: Array) -> Array:
+    """The jump that most of the cells around each make: one that lags would lose its noise."""
+    return np.stack(
+        [cv2.medianBlur(np.ascontiguousarray(jumps[..., i], np.float32), _REGION) for i in (0, 1)], -1
+    )
+
+
+def _one_each(wanted: NDArray[np.int64], miss: Array) -> NDArray[np.int64]:
+    """A permutation near ``wanted`` (-1: anything): where several want one cell, who misses least gets it."""
+    count = wanted.size
+    askers = np.flatnonzero(wanted >= 0)
+    askers = askers[np.argsort(-miss[askers], kind="stable")]
+    owner = np.full(count, -1, np.int64)
+    owner[wanted[askers]] = askers  # the last one written stays
+    order = np.full(count, -1, np.int64)
+    given = np.flatnonzero(owner >= 0)
+    order[owner[given]] = given
+    order[order < 0] = np.flatnonzero(owner < 0)
+    return order

@@ -1,0 +1,103 @@
+"""Skip the engines where a frame hardly differs from the last one that went through them.
+
+As the stochastic similarity filter of StreamDiffusion (arXiv 2312.12491, section 3.4): the probability of a
+skip rises from 0 at the threshold to 1 at similarity 1. The measure is another one. The cosine similarity of
+whole frames is above 0.999 for a moving hand as for a still picture with sensor noise; so are means over the
+picture, in which a hand is small. Here a frame is a grid of 32 cells along its long side, and what counts is
+the mean difference of the 1 % of cells that have changed most: averaging within a cell takes the noise away,
+looking at the most changed ones keeps the hand.
+"""
+
+from __future__ import annotations
+
+import random
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from std_rt.core.errors import UsageError
+
+__all__ = ["SimilarityFilter", "similarity", "thumbnail"]
+
+Frame = NDArray[np.uint8]
+
+_CELLS = 32  # along the long side
+_SAMPLES = 8  # pixels a cell is averaged over, along one side
+_MOST_CHANGED = 0.01  # share of the cells
+
+
+class SimilarityFilter:
+    """One stream, one thread. The same frames and seed give the same decisions."""
+
+    def __init__(
+        self, threshold: float = 0.98, max_skip: int = 10, seed: int = 0, *, frames_inside: int = 1
+    ) -> None:
+        """``threshold`` 0..1: frames less similar are never skipped. ``max_skip``: skips in a row.
+
+        ``frames_inside``: of a stream batch, how many frames it takes for one to come out. After a change so
+        many more are processed, or what is shown while nothing moves would be from before it.
+        Raises UsageError for a threshold outside 0 <= threshold < 1 or numbers below 1.
+        """
+        if not 0 <= threshold < 1:
+            raise UsageError(f"the similarity threshold must be in 0..1, below 1, got {threshold:g}")
+        if min(max_skip, frames_inside) < 1:
+            raise UsageError(f"frames to skip in a row must be 1 or more, got {min(max_skip, frames_inside)}")
+        self.threshold, self.max_skip, self._frames_inside = threshold, max_skip, frames_inside
+        self.skips = 0
+        self.similarity: float | None = None
+        """Of the last frame to the last processed one before it; None where there was none to compare."""
+        self._random = random.Random(seed)
+        self._processed: Frame | None = None
+        self._in_a_row = 0
+        self._due = 0
+
+    def skip(self, frame: Frame) -> bool:
+        """Whether the result of the last processed frame does for this one too, uint8 [H, W, 3]."""
+        small = thumbnail(frame)
+        self.similarity = self._compare(small)
+        if self.similarity is None or self.similarity <= self.threshold:
+            self._due = self._frames_inside
+        if self._due or self._in_a_row >= self.max_skip or not self._drawn():
+            self._processed, self._in_a_row = small, 0
+            self._due = max(0, self._due - 1)
+            return False
+        self._in_a_row += 1
+        self.skips += 1
+        return True
+
+    def force(self) -> None:
+        """The next frame is processed, whatever it looks like: the style has changed, say."""
+        self._processed = None
+
+    def _compare(self, small: Frame) -> float | None:
+        if self._processed is None or self._processed.shape != small.shape:
+            return None
+        return similarity(self._processed, small)
+
+    def _drawn(self) -> bool:
+        """A draw with the probability of a skip (equation 6 of the paper)."""
+        share = ((self.similarity or 0.0) - self.threshold) / (1 - self.threshold)
+        return self._random.random() < share
+
+
+def thumbnail(frame: Frame) -> Frame:
+    """Means of the cells of a frame uint8 [H, W, 3]: uint8 [h, w, 3], the longer of h and w being 32.
+
+    Of a large frame some 8 x 8 pixels a cell are looked at, so that the cost (0.1 ms) does not grow with it.
+    """
+    scale = _CELLS / max(frame.shape[:2])
+    h, w = (max(1, round(side * scale)) for side in frame.shape[:2])
+    if h * _SAMPLES < frame.shape[0] and w * _SAMPLES < frame.shape[1]:
+        frame = np.asarray(
+            cv2.resize(frame, (w * _SAMPLES, h * _SAMPLES), interpolation=cv2.INTER_NEAREST), np.uint8
+        )
+    return np.asarray(cv2.resize(frame, (w, h), interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def similarity(a: Frame, b: Frame) -> float:
+    """1 for equal thumbnails, 0 for black and white: 1 - mean difference of the most changed cells / 255."""
+    changed = cv2.absdiff(a, b).sum(-1, dtype=np.int32).ravel()
+    count = max(1, round(changed.size * _MOST_CHANGED))
+    most = np.partition(changed, changed.size - count)[-count:]
+    return 1 - float(most.mean()) / (3 * 255)

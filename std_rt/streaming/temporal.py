@@ -1,0 +1,263 @@
+"""Steady video: what moves with the picture holds still on it.
+
+    steadier = Steadier("full")
+    for working in frames:
+        motion = steadier.follow(working)
+        styled = stylizer.run(working, steadier.noise(state, motion))
+        show(steadier.settle(styled, motion))
+
+* ``off``: every frame has the same noise in the same place, and stands as it comes out of the engines.
+* ``noise``: the noise follows the motion of the content (`std_rt.streaming.noise_warp`).
+* ``full``: the noise follows, and each styled frame is mixed into the ones before, carried along the
+  motion, where that can be trusted (`std_rt.streaming.optical_flow`).
+
+Mixing pictures after the engines, not latents inside, was chosen by measuring (docs/lab-notes.md,
+2026-11-21): latents of an eighth of the resolution cannot be carried by less than a cell, and previous
+results fed back into the start pile up the style. It also leaves stream batch and every backend alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from std_rt.evaluation.measures import Flow
+from std_rt.pipeline.stylizer import State
+from std_rt.streaming.noise_warp import MovingNoise
+from std_rt.streaming.optical_flow import SMALLEST_PX, Followed, Follower, reduced
+
+__all__ = ["TEMPORAL_MODES", "Motion", "Steadier"]
+
+Frame = NDArray[np.uint8]
+Array = NDArray[np.float32]
+Size = tuple[int, int]  # (H, W) in pixels
+
+TEMPORAL_MODES = ("off", "noise", "full")
+
+# A history never counts for more than this, so no picture freezes: what is 15 frames old has a fifth left.
+_WEIGHT = 0.9
+_CHANGING_WEIGHT = 0.5  # while styles fade into each other
+_JUMP = 3.0  # times the usual difference from the history: another style altogether
+_USUAL_LEVELS = 5.0  # that difference before there is one
+
+_DETAIL_PX, _REGION_PX = 7, 17  # what counts as detail; over how much of the picture its strength is compared
+_DETAIL_SHARE, _MOST_DETAIL = 0.9, 2.0
+
+_SAMPLED, _FIRST_SAMPLE = 30, 8  # the flicker of one pair in so many is measured, from this one on
+
+
+@dataclass(frozen=True, eq=False)
+class Motion:
+    """How a frame follows from the one before.
+
+    ``followed`` None: it does not, as the first frame, the first after a cut, and all frames of mode off.
+    ``cut``: a new scene begins. ``judged``: the flow to measure flicker by, where this pair is sampled.
+    """
+
+    index: int
+    size: Size
+    followed: Followed | None = None
+    cut: bool = False
+    judged: Flow | None = None
+
+
+class Steadier:
+    """Steadies one stream. One thread at a time; `warping_error` may be read from any."""
+
+    def __init__(self, mode: str, measured: Callable[[float], None] | None = None) -> None:
+        """``mode``: one of `TEMPORAL_MODES`; ValueError for another.
+
+        ``measured`` is told each warping error that goes into `warping_error`.
+        """
+        if mode not in TEMPORAL_MODES:
+            raise ValueError(f"there is no temporal mode {mode!r}; there are {', '.join(TEMPORAL_MODES)}")
+        self.mode, self._measured = mode, measured
+        self.cuts = 0
+        self._follower = Follower(fine=mode == "full", weight=_WEIGHT if mode == "full" else 0.0)
+        self._mixer = _Mixer()
+        self._errors, self._pairs = 0.0, 0
+        self.reset()
+
+    @property
+    def warping_error(self) -> float | None:
+        """Flicker of what was presented, 0..1: mean of `Flow.difference` over sampled pairs of frames.
+
+        It is `measures.WarpingError` of those pairs; above 256 px the flow is that of reduced frames.
+        None before the first sample.
+        """
+        return self._errors / self._pairs if self._pairs else None
+
+    def reset(self) -> None:
+        """Forget the frames: the next is a first one. `warping_error` and ``cuts`` go on."""
+        self._index = 0
+        self._size: Size | None = None
+        self._sample: Frame | None = None
+        self._home: Array | None = None
+        self._moving: MovingNoise | None = None
+        self._follower.reset()
+        self._mixer.reset()
+        self._settled = -1
+        self._shown: tuple[int, Frame] | None = None
+
+    def follow(self, working: Frame) -> Motion:
+        """Take each frame that will be styled, in order, uint8 [H, W, 3]. A change of size begins anew."""
+        size = (working.shape[0], working.shape[1])
+        if size != self._size:
+            self.reset()
+            self._size = size
+        index, self._index = self._index, self._index + 1
+        if min(size) < SMALLEST_PX:  # nothing to search in; steadied as in mode off
+            return Motion(index, size)
+        judged = self._judge(index, working)
+        if self.mode == "off":
+            return Motion(index, size, judged=judged)
+        followed = self._follower.follow(working)
+        cut = followed is None and index > 0
+        self.cuts += cut
+        return Motion(index, size, followed, cut, judged)
+
+    def noise(self, state: State, motion: Motion) -> State:
+        """``state`` with the noise of this frame; itself where no noise has moved.
+
+        Give the stream's first state every time, or the last one returned. Once a frame, after `follow`.
+        """
+        if self.mode == "off":
+            return state
+        known = self._moving is not None and (state.noise is self._home or state.noise is self._moving.noise)
+        if self._moving is None or not known:
+            self._home = state.noise
+            self._moving = MovingNoise(state.noise)
+        elif motion.followed is None:
+            assert self._home is not None
+            self._moving = MovingNoise(self._home)
+        if motion.followed is not None and known:
+            self._moving.follow(motion.followed)
+        moved = self._moving.noise
+        return state if moved is state.noise else replace(state, noise=moved)
+
+    def settle(self, styled: Frame, motion: Motion, *, changing: bool = False) -> Frame:
+        """The frame to present, uint8 [H, W, 3]; ``styled`` itself in modes off and noise.
+
+        In the order of `follow`, any number of frames later. ``changing``: its style is not that of the frame
+        before; the results before count for less, and for nothing where the picture has changed altogether.
+        Raises ValueError where the frame has not the size that was followed.
+        """
+        if (styled.shape[0], styled.shape[1]) != motion.size:
+            raise ValueError(
+                f"a frame of {styled.shape[:2]} px cannot be settled by motion of {motion.size} px"
+            )
+        result = styled
+        if self.mode == "full":
+            next_one = motion.index == self._settled + 1
+            result = self._mixer.mix(styled, motion.followed if next_one else None, changing)
+            self._settled = motion.index
+        self._measure(result, motion)
+        return result
+
+    def _judge(self, index: int, working: Frame) -> Flow | None:
+        """The flow of this pair by a search of its own, finer than the one that is followed."""
+        before, self._sample = self._sample, None
+        if _is_sampled(index + 1):
+            self._sample = working.copy()
+        if before is None or not _is_sampled(index):
+            return None
+        flow = _flow_of(before, working)
+        return None if flow.is_cut(before, working) else flow
+
+    def _measure(self, result: Frame, motion: Motion) -> None:
+        shown, self._shown = self._shown, None
+        if _is_sampled(motion.index + 1):
+            self._shown = (motion.index, result.copy())
+        if motion.judged is None or shown is None or shown[0] != motion.index - 1:
+            return
+        error = motion.judged.difference(shown[1], result)
+        if np.isfinite(error):
+            self._errors, self._pairs = self._errors + error, self._pairs + 1
+            if self._measured is not None:
+                self._measured(error)
+
+
+class _Mixer:
+    """Styled frames, each mixed into the ones before."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the frames."""
+        self._history: Array | None = None  # float: steps of 0.1 levels must add up, or the picture freezes
+        self._usual = _USUAL_LEVELS
+
+    def mix(self, styled: Frame, followed: Followed | None, changing: bool) -> Frame:
+        """``styled`` with its history; itself where there is nothing to follow."""
+        new = styled.astype(np.float32)
+        history, self._history = self._history, new
+        if history is None or followed is None:
+            return styled
+        gap = _carried(history, followed.source) - new
+        share = self._weight(gap, followed.trust, changing) * followed.trust
+        if not share.any():
+            return styled
+        self._history = new + share[..., None] * gap
+        return _with_detail(self._history, new)
+
+    def _weight(self, gap: Array, trust: Array, changing: bool) -> np.float32:
+        trusted = trust[::4, ::4] > 0.5
+        levels = float(np.abs(gap[::4, ::4][trusted]).mean()) if trusted.any() else 0.0
+        if changing and levels > _JUMP * self._usual:
+            return np.float32(0)
+        if not changing:
+            self._usual += (levels - self._usual) / 16
+        return np.float32(_CHANGING_WEIGHT if changing else _WEIGHT)
+
+
+def _carried(history: Array, source: Array) -> Array:
+    """``history`` at ``source``, cubic: bilinear, it would be blurred in every frame again."""
+    read = cv2.remap(history, source, None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)  # type: ignore[call-overload]
+    return np.asarray(read, np.float32)
+
+
+def _with_detail(mixed: Array, new: Array) -> Frame:
+    """``mixed`` with its brightness detail as strong as that of ``new``, region by region.
+
+    A mean of strokes that are not quite in place is softer than each of them. What is amplified is the
+    detail that the mean has, not that of the new frame, so it stays as steady as it was. The history keeps
+    the mean: amplified again and again, a few specks would take all the strength.
+    """
+    detail, wanted = _detail(mixed), _detail(new)
+    have, want = _energy(detail), _energy(wanted)
+    gain = cv2.sqrt((_DETAIL_SHARE * want + 1) / (have + 1))
+    np.clip(gain, 1, _MOST_DETAIL, out=gain)
+    restored = mixed + ((gain - 1) * detail)[..., None]
+    return np.asarray(np.rint(np.clip(restored, 0, 255, out=restored)), np.uint8)
+
+
+def _detail(picture: Array) -> Array:
+    grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+    return np.asarray(grey - cv2.blur(grey, (_DETAIL_PX, _DETAIL_PX)), np.float32)
+
+
+def _energy(detail: Array) -> Array:
+    return np.asarray(cv2.blur(detail * detail, (_REGION_PX, _REGION_PX)), np.float32)
+
+
+def _is_sampled(index: int) -> bool:
+    return index % _SAMPLED == _FIRST_SAMPLE
+
+
+def _flow_of(before: Frame, after: Frame) -> Flow:
+    """`Flow.between`, of reduced frames where they are large."""
+    small = Flow.between(reduced(before), reduced(after))
+    h, w = small.followed.shape
+    size = (after.shape[0], after.shape[1])
+    if (h, w) == size:
+        return small
+    wide = (size[1], size[0])
+    scale = np.array([size[1] / w, size[0] / h], np.float32)
+    source = cv2.resize(small.source, wide, interpolation=cv2.INTER_LINEAR) * scale + (scale - 1) / 2
+    followed = cv2.resize(small.followed.view(np.uint8), wide, interpolation=cv2.INTER_NEAREST) > 0
+    return Flow(np.asarray(source, np.float32), followed)

@@ -1,0 +1,242 @@
+"""The base (teacher) of a distillation: a UNet and what stands around it, all frozen.
+
+Two kinds of folders come in: SDXL in diffusers' layout (conditioned on text) and std-tiny's (conditioned
+on a style picture). After this module the rest of the training does not tell them apart.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from std_rt.core.digest import unet_digest
+from std_rt.core.errors import RecipeError
+from std_rt.core.model_card import licence
+from std_rt.core.schedule import NoiseSchedule
+from std_rt.models.style_encoder import StyleEncoder
+from std_rt.training.tiny.pipeline import load_tiny
+
+__all__ = ["Base", "Conditioning", "TextEncoders", "cat", "check_source", "load_base"]
+
+# diffusers' modules carry no types.
+Network = Any
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the UNet is told besides x and t, one row a sample."""
+
+    context: Tensor  # [B, L, D] text tokens; std-tiny: one zero token
+    pooled: Tensor  # [B, P]
+    time_ids: Tensor  # [B, 6] original H, W, crop top, left, target H, W
+    tokens: Tensor | None = None  # [B, T, D] style tokens, None where the base takes none
+
+    def __len__(self) -> int:
+        return len(self.context)
+
+    def map(self, of: Any) -> Conditioning:
+        """``of`` applied to each tensor."""
+        tokens = None if self.tokens is None else of(self.tokens)
+        return Conditioning(of(self.context), of(self.pooled), of(self.time_ids), tokens)
+
+    def masked(self, keep: Tensor) -> Conditioning:
+        """Rows where ``keep [B]`` is 0 become the unconditional branch: zeros, as SDXL's pipelines do."""
+        k = keep.to(self.context)
+
+        def rows(x: Tensor) -> Tensor:
+            return x * k.view(-1, *[1] * (x.ndim - 1))
+
+        tokens = None if self.tokens is None else rows(self.tokens)
+        return Conditioning(rows(self.context), rows(self.pooled), self.time_ids, tokens)
+
+    def null(self) -> Conditioning:
+        """The unconditional branch of every row; sizes stay."""
+        return self.masked(torch.zeros(len(self)))
+
+    def rows(self, index: Any) -> Conditioning:
+        """The rows of a slice or a LongTensor."""
+        return self.map(lambda x: x[index])
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Conditioning:
+        return self.map(lambda x: x.to(device=device, dtype=dtype))
+
+
+def cat(parts: Sequence[Conditioning]) -> Conditioning:
+    """Rows of several, in order; either all have style tokens or none."""
+    tokens = None if parts[0].tokens is None else torch.cat([cast(Tensor, p.tokens) for p in parts])
+    return Conditioning(
+        torch.cat([p.context for p in parts]),
+        torch.cat([p.pooled for p in parts]),
+        torch.cat([p.time_ids for p in parts]),
+        tokens,
+    )
+
+
+class TextEncoders:
+    """SDXL's two text encoders, through the pipeline's own ``encode_prompt``."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Captions -> ``(context [B, L, D], pooled [B, P])``; an empty caption is encoded, not zeroed."""
+        context, _, pooled, _ = self.pipeline.encode_prompt(
+            prompt=list(captions),
+            device=self.pipeline.text_encoder.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
+        return context, pooled
+
+
+@dataclass
+class Base:
+    """The teacher and its surroundings; every module is frozen and in eval mode."""
+
+    unet: Network
+    vae: Network
+    schedule: NoiseSchedule
+    name: str
+    digest: str  # std_rt.core.digest.unet_digest: tells architectures apart
+    style_encoder: StyleEncoder | None = None
+    style_px: int = 0
+    text: TextEncoders | None = None
+    licence: str = ""  # as its README.md says in the front matter; empty where nothing does
+
+    def to(self, device: torch.device | str) -> None:
+        """Move every network."""
+        for part in (self.unet, self.vae, self.style_encoder):
+            if part is not None:
+                part.to(device)
+        if self.text is not None:
+            self.text.pipeline.to(device)
+
+    @property
+    def vae_scale(self) -> int:
+        """Image pixels per latent pixel."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def multiple(self) -> int:
+        """Image sides must divide by this, or skip connections would not meet."""
+        return int(self.vae_scale * 2 ** (len(self.unet.config.block_out_channels) - 1))
+
+    def predict(self, unet: Any, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """Raw output ``[B, C, h, w]`` of ``unet`` (this base's, or the same one wrapped), fp32."""
+        added: dict[str, Any] = {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
+        if cond.tokens is not None:
+            added["image_embeds"] = [cond.tokens[:, None]]
+        dtype = next(self.unet.parameters()).dtype
+        out = unet(x.to(dtype), t, cond.context.to(dtype), added_cond_kwargs=added, return_dict=False)[0]
+        return cast(Tensor, out.float())
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images ``[B, 3, H, W]`` in [-1, 1] -> scaled latents, fp32."""
+        encoded = self.vae.encode(images.to(next(self.vae.parameters())))
+        # A KL autoencoder's mode: the same picture gives the same latents, which caching relies on.
+        z = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        return cast(Tensor, (z.float() - self._shift) * self.vae.config.scaling_factor)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents -> images ``[B, 3, H, W]``, not clamped; gradients flow."""
+        z = latents / self.vae.config.scaling_factor + self._shift
+        return cast(Tensor, self.vae.decode(z.to(next(self.vae.parameters()))).sample.float())
+
+    @property
+    def _shift(self) -> float:
+        return float(getattr(self.vae.config, "shift_factor", None) or 0.0)
+
+    @torch.no_grad()
+    def condition(self, captions: Sequence[str], styles: Tensor | None, time_ids: Tensor) -> Conditioning:
+        """Captions, style pictures ``[B, 3, S, S]`` in [-1, 1] and sizes -> what the UNet takes."""
+        if self.style_encoder is not None:
+            assert styles is not None, "this base is conditioned on a style picture"
+            tokens, pooled = self.style_encoder(styles)
+            return self.styled(tokens, pooled, time_ids)
+        assert self.text is not None, "this base has neither text encoders nor a style encoder"
+        context, pooled = self.text(captions)
+        return Conditioning(context.float(), pooled.float(), time_ids.float())
+
+    def styled(self, tokens: Tensor, pooled: Tensor, time_ids: Tensor) -> Conditioning:
+        """Conditioning of a base without text, from what its style encoder gives."""
+        null = tokens.new_zeros(len(tokens), 1, self.unet.config.cross_attention_dim)
+        return Conditioning(null, pooled, time_ids.float(), tokens)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from None
+
+
+def _is_tiny(folder: Path) -> bool:
+    encoder = folder / "image_encoder" / "config.json"
+    return encoder.is_file() and _read_json(encoder).get("_class_name") == "StyleEncoder"
+
+
+def _digest(unet: nn.Module) -> str:
+    return unet_digest({name: tuple(value.shape) for name, value in unet.state_dict().items()})
+
+
+def _tiny(folder: Path) -> Base:
+    p = load_tiny(folder)
+    style = p.style_encoder
+    return Base(p.unet, p.vae, p.schedule, folder.resolve().name, "", style, int(style.config.image_px))
+
+
+def _sdxl(source: str) -> Base:
+    from diffusers import StableDiffusionXLPipeline
+
+    # The picture encoder and the adapter belong to inference; the published recipe trains on text.
+    p = StableDiffusionXLPipeline.from_pretrained(source, image_encoder=None, feature_extractor=None)
+    if p.text_encoder_2 is None:
+        raise RecipeError(f"base = {source!r} has no text encoders, and no style encoder of ours either")
+    for part in (p.vae, p.text_encoder, p.text_encoder_2):
+        if part is not None:
+            part.requires_grad_(False).eval()
+    schedule = NoiseSchedule.from_config(dict(p.scheduler.config))
+    return Base(p.unet, p.vae, schedule, Path(source).name, "", text=TextEncoders(p))
+
+
+def check_source(source: str | Path) -> Path:
+    """The folder of a base, or its hub id as a path; RecipeError where it can be neither."""
+    folder = Path(source)
+    if not folder.exists() and len(folder.parts) != 2:  # a hub id has two parts
+        raise RecipeError(
+            f"base = {str(source)!r} does not exist; train that stage first, or get the built-in model's "
+            f"weights: std-rt bundles unpack -o {source}"
+        )
+    return folder
+
+
+def load_base(source: str | Path) -> Base:
+    """A folder in SDXL's layout (or a hub id), or one of std-tiny; fp32, frozen.
+
+    Raises RecipeError where it is missing or is no such pipeline.
+    """
+    folder = check_source(source)
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise RecipeError(f"base = {str(source)!r} is no diffusers folder (it has no model_index.json)")
+    try:
+        base = _tiny(folder) if _is_tiny(folder) else _sdxl(str(source))
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RecipeError(
+            f"base = {str(source)!r} cannot be loaded ({reason}); give a pipeline folder"
+        ) from None
+    if base.unet.config.addition_embed_type != "text_time":
+        raise RecipeError(f"base = {str(source)!r} is not of SDXL's kind (no text_time embedding)")
+    base.digest, base.licence = _digest(base.unet), licence(folder)
+    for part in (base.unet, base.vae, base.style_encoder):
+        if part is not None:
+            part.requires_grad_(False).eval()
+    return base

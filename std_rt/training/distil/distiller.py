@@ -1,0 +1,277 @@
+"""One distillation step in parts: draw states, ask the teacher, let the student jump, compare.
+
+Nothing here steps an optimizer or talks to other processes; ``distil.py`` does, and the tests call these
+parts by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from std_rt.training.distil.bank import Shape, States, TrajectoryBank, join
+from std_rt.training.distil.base import Base, Conditioning, cat
+from std_rt.training.distil.discriminator import draw_real_index, has_pair, renoise
+from std_rt.training.distil.lora import Average, adapters_off, functional
+from std_rt.training.distil.precision import precision_context
+from std_rt.training.distil.trajectory import (
+    CLEAN,
+    Levels,
+    content_share,
+    draw_start,
+    draw_target,
+    jump,
+    last_index,
+    phase_edges,
+    pseudo_huber,
+    randint,
+    to_x0_eps,
+)
+from std_rt.training.run.recipe import DistilConfig, distil_tau, target_window
+
+__all__ = ["Distiller", "Source", "StepBatch"]
+
+Watch = Callable[[str], AbstractContextManager[Any]]
+
+
+class FreshSamples(Protocol):
+    """New samples; ``c`` is what a trajectory starts from, ``z`` where it ends as far as that is known,
+    ``real`` what the discriminator takes for real (all the same picture, unless the base is std-tiny)."""
+
+    @property
+    def z(self) -> Tensor: ...
+    @property
+    def c(self) -> Tensor: ...
+    @property
+    def real(self) -> Tensor: ...
+    @property
+    def cond(self) -> Conditioning: ...
+
+
+class Source(Protocol):
+    """Where fresh samples come from; its state is part of the checkpoint."""
+
+    shapes: list[Shape]
+    weights: Any
+
+    def take(self, n: int, shape: Shape) -> FreshSamples: ...
+    def state(self) -> dict[str, Any]: ...
+    def load_state(self, state: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """Everything one micro-batch needs, drawn and solved by the teacher."""
+
+    states: States  # at t
+    slots: list[int]  # where the first rows came from in the bank; the others are fresh
+    shape: Shape
+    x_next: Tensor  # [B, C, h, w] the teacher's state one grid point below t
+    s: Tensor  # [B] grid index the student jumps to
+    target: Tensor  # [B, C, h, w] where the averaged student arrives from x_next
+    real: Tensor  # [B, C, h, w] the item's own real latents at r
+    pair: Tensor  # [B] whether there is an r below s
+
+
+class Distiller:
+    """Teacher, student and averaged student of one UNet, with the bank and every random choice."""
+
+    def __init__(
+        self,
+        config: DistilConfig,
+        base: Base,
+        source: Source,
+        average: Average,
+        *,
+        device: str = "cpu",
+        rank: int = 0,
+        watch: Watch = nullcontext,
+    ) -> None:
+        self.config, self.base, self.source, self.average = config, base, source, average
+        self.device, self.watch = device, watch
+        self.tau = distil_tau(config)
+        # Random choices are made on the CPU, whatever the device, so that they are the same everywhere.
+        self.levels = Levels.of(base.schedule, self.tau)
+        self.device_levels = self.levels.to(device)
+        self.last = last_index(self.tau, config.run_steps)
+        self.window = target_window(config.eta, config.window, self.tau)
+        self.edges = phase_edges(self.tau, config.phases)
+        where = device if config.bank.device == "auto" else config.bank.device
+        self.bank = TrajectoryBank(config.bank.capacity, self.last, where, self._capacities())
+        self.rng = np.random.default_rng((config.seed, rank))
+        self.generator = torch.Generator().manual_seed(int(self.rng.integers(2**62)))
+        self._precision = partial(precision_context, config.precision, torch.device(device).type)
+
+    @property
+    def uses_bank(self) -> bool:
+        return self.config.method == "std" and self.config.bank.enabled
+
+    def below(self, index: Tensor) -> Tensor:
+        """Where one teacher step arrives, the clean end at the lowest."""
+        return (index - self.config.stride).clamp(min=CLEAN)
+
+    def judging(self) -> AbstractContextManager[None]:
+        """Precision of decoder, features and heads: bf16 where training is; never fp16, SDXL's decoder
+        overflows in it."""
+        wide = "bf16" if self.config.precision == "bf16" else "fp32"
+        return precision_context(wide, torch.device(self.device).type)
+
+    # --- the networks -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def teacher_step(self, states: States, to: Tensor | None = None) -> Tensor:
+        """One guided DDIM step of the frozen base, to grid index ``to [B]`` or ``stride`` points down."""
+        to = self.below(states.index) if to is None else to
+        t = self.device_levels.timestep(states.index)
+        with self.watch("teacher"), self._precision(), adapters_off(self.base.unet):
+            if self.config.guidance == (1.0, 1.0):
+                output = self.base.predict(self.base.unet, states.x, t, states.cond)
+            else:
+                both = cat([states.cond, states.cond.null()])
+                twice = states.x.repeat(2, 1, 1, 1)
+                styled, free = self.base.predict(self.base.unet, twice, t.repeat(2), both).chunk(2)
+                output = free + states.scale.view(-1, 1, 1, 1) * (styled - free)
+        return self._jump(output, states.x, states.index, to)
+
+    @torch.no_grad()
+    def target_jump(self, states: States, x_next: Tensor, s: Tensor, index: Tensor | None = None) -> Tensor:
+        """The averaged student's jump from the teacher's state at ``index`` to s, exact if equal."""
+        index = self.below(states.index) if index is None else index
+        with self.watch("target"), self._precision():
+            run = partial(functional, self.base.unet, self.average.tensors)
+            unet = run if self.config.ema_target else self.base.unet
+            output = self.base.predict(unet, x_next, self.device_levels.timestep(index), states.cond)
+        arrived = self._jump(output, x_next, index, s)
+        here = (s == index).view(-1, 1, 1, 1).to(self.device)
+        return torch.where(here, x_next, arrived)
+
+    def student_jump(self, unet: Any, states: States, s: Tensor) -> Tensor:
+        """The student's jump from t to s; ``unet`` is the base's UNet with its LoRA, perhaps wrapped."""
+        with self.watch("student"), self._precision():
+            t = self.device_levels.timestep(states.index)
+            output = self.base.predict(unet, states.x, t, states.cond)
+        return self._jump(output, states.x, states.index, s)
+
+    def _jump(self, output: Tensor, x: Tensor, index: Tensor, s: Tensor) -> Tensor:
+        at = self.device_levels
+        kind = self.base.schedule.prediction_type
+        x_0, eps = to_x0_eps(output, x, at.alpha(index), at.sigma(index), kind)
+        return jump(x_0, eps, at.alpha(s), at.sigma(s))
+
+    def _capacities(self) -> dict[Shape, int]:
+        """Rarely drawn sizes get fewer trajectories, or theirs would be young for most of a run."""
+        most = float(np.max(self.source.weights))
+        shares = zip(self.source.shapes, self.source.weights, strict=True)
+        least = 2 * self.config.batch
+        return {
+            shape: max(least, round(self.config.bank.capacity * float(share) / most))
+            for shape, share in shares
+        }
+
+    # --- drawing ------------------------------------------------------------------------------------
+
+    def draw_shape(self) -> Shape:
+        """A latent size, by its share of the pictures."""
+        return self.source.shapes[int(self.rng.choice(len(self.source.shapes), p=self.source.weights))]
+
+    def fresh(self, count: int, shape: Shape, index: Tensor | None = None) -> States:
+        """New trajectories: content noised to the method's start (or to ``index``), guidance drawn once."""
+        with self.watch("data"):
+            new = self.source.take(count, shape)
+        noise = torch.randn(new.z.shape, generator=self.generator)
+        low, high = self.config.guidance
+        scale = low + (high - low) * torch.rand(count, generator=self.generator)
+        keep = torch.rand(count, generator=self.generator) >= self.config.drop_conditioning
+        if index is None:
+            index = draw_start(self.config.method, self.levels.tau_index, self.last, count, self.generator)
+        k = content_share(self.levels, index)
+        clean = (1 - k) * new.z + k * new.c
+        x = self.levels.alpha(index) * clean + self.levels.sigma(index) * noise
+        cond = new.cond.masked(keep)
+        return States(new.real, x, index, scale, self.bank.number(count), cond).to(self.device)
+
+    def solved(self, count: int, shape: Shape) -> States:
+        """Without the bank: every state solved by the teacher from tau down to a random t."""
+        states = self.fresh(count, shape)
+        top = torch.full((count,), self.levels.tau_index)
+        return self.run_down(states, randint(torch.full((count,), self.last), top, self.generator))
+
+    def run_down(self, states: States, until: Tensor) -> States:
+        """Teacher steps until every row is at its own grid index ``until [B]``."""
+        x, index = states.x.clone(), states.index.clone()
+        for _ in range(int((index - until).max())):
+            rows = (index > until).nonzero()[:, 0]
+            if not len(rows):
+                break
+            to = torch.maximum(self.below(index[rows]), until[rows])
+            x[rows] = self.teacher_step(replace(states, x=x, index=index).rows(rows), to)
+            index[rows] = to
+        return replace(states, x=x, index=index)
+
+    def spread_bank(self) -> None:
+        """Fill the bank with trajectories at random grid points, so that the first steps see all of t.
+
+        Without it the first batch all starts at tau and goes down together, in waves.
+        """
+        for shape in self.source.shapes:
+            wanted = self.bank.room(shape)
+            while self.bank.filled(shape) < wanted:
+                count = min(self.config.batch, wanted - self.bank.filled(shape))
+                self.bank.update(shape, [], self.solved(count, shape))
+
+    def draw_states(self) -> tuple[States, list[int], Shape]:
+        """States for one micro-batch: (states, bank slots of the first rows, latent size)."""
+        shape, count = self.draw_shape(), self.config.batch
+        if not self.uses_bank:
+            std = self.config.method == "std"
+            states = self.solved(count, shape) if std else self.fresh(count, shape)
+            return states, [], shape
+        new, slots = self.bank.plan(count, shape, self.rng)
+        parts = [self.bank.get(shape, slots).to(self.device)] if slots else []
+        parts += [self.fresh(new, shape)] if new else []
+        return join(parts), slots, shape
+
+    def draw(self) -> StepBatch:
+        """States, the teacher's step, the target and the real latents of one micro-batch."""
+        stored, slots, shape = self.draw_states()
+        mixed = self.uses_bank and not self.config.bank.stored_conditioning
+        states = self.bank.mixed(stored, shape, self.rng) if mixed else stored
+        self.bank.count(states.index)
+        index = states.index
+        stride = self._strides(index)
+        s = draw_target(self.config.method, index, self.window, self.edges, self.generator, stride)
+        # A phase of PCM may end within a stride: the teacher goes no further than the target.
+        after = torch.maximum((index - stride).clamp(min=CLEAN), s)
+        x_next = self.teacher_step(states, after)
+        r = draw_real_index(s, self.generator, self.config.adversarial.real)
+        noise = torch.randn(states.z.shape, generator=self.generator).to(self.device)
+        real = renoise(states.z, r, self.device_levels, noise)
+        pair = has_pair(s, self.config.adversarial.real).to(self.device)
+        target = self.target_jump(states, x_next, s, after)
+        if self.uses_bank:
+            moved = replace(stored, x=x_next, index=after)
+            self.bank.update(shape, slots, moved)
+        return StepBatch(states, slots, shape, x_next, s, target, real, pair)
+
+    def _strides(self, index: Tensor) -> Tensor:
+        """Grid points that the teacher goes, ``[B]``.
+
+        The first step of a trajectory is shorter by chance, or every one would visit the same grid points.
+        """
+        full = torch.full_like(index, self.config.stride)
+        if self.config.stride == 1:
+            return full
+        first = randint(torch.ones_like(index), full, self.generator)
+        return torch.where(index == self.levels.tau_index, first, full)
+
+    def consistency_loss(self, x_s: Tensor, batch: StepBatch) -> Tensor:
+        """L_STD: pseudo-Huber distance of the student's and the target's x_s, mean over the batch."""
+        return pseudo_huber(x_s, batch.target, self.config.huber_c).mean()

@@ -1,0 +1,270 @@
+"""``stage = "distil"``: a few-step LoRA of a base, by STD, TCD, LCM or PCM. Read top to bottom.
+
+Single Trajectory Distillation: arXiv 2412.18945. Several processes go through Accelerate; each has its own
+data, noise and bank. Everything random and every tensor is in the checkpoint, so that a run that was killed
+and resumed equals an unbroken one, bit for bit on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+
+from std_rt.core.errors import RecipeError
+from std_rt.training.distil.base import Base, load_base
+from std_rt.training.distil.discriminator import Adversary
+from std_rt.training.distil.distil_sheet import SheetMaker
+from std_rt.training.distil.distiller import Distiller, Source
+from std_rt.training.distil.features import DinoFeatures, Features, StyleFeatures, load_dino
+from std_rt.training.distil.lora import Average, add_lora, lora_parameters, make_notes, save_lora
+from std_rt.training.distil.precision import DTYPES, attention_kernels
+from std_rt.training.distil.state import DistilState, Logs, start_folder
+from std_rt.training.run.recipe import DistilConfig, distil_tau
+from std_rt.training.run.report import Report, Stopwatch
+from std_rt.training.run.stage_run import cosine_rate
+from std_rt.training.tiny.tiny_source import TripleSource
+
+__all__ = ["train_distil"]
+
+
+@contextmanager
+def _accelerator(config: DistilConfig) -> Iterator[Accelerator]:
+    """Accelerate for one run; its global state is given back, so that one process can train twice."""
+    # bf16 needs no gradient scaler and is switched on around the networks only (distiller.py).
+    mixed = "fp16" if config.precision == "fp16" else "no"
+    try:
+        yield Accelerator(mixed_precision=mixed, gradient_accumulation_steps=config.accumulate)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=False)
+        GradientState._reset_state()
+
+
+def _optimizer(config: DistilConfig, parameters: list[torch.nn.Parameter], rate: float) -> Any:
+    options: dict[str, Any] = {"lr": rate, "betas": (0.9, 0.999), "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **options)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise RecipeError(
+            "optimizer = 'adamw8bit' needs bitsandbytes: pip install bitsandbytes, or --set optimizer=adamw"
+        ) from None
+    return AdamW8bit(parameters, **options)
+
+
+def _features(config: DistilConfig, base: Base) -> Features:
+    chosen = config.adversarial
+    if chosen.features == "style":
+        if base.style_encoder is None:
+            raise RecipeError("adversarial.features = 'style' needs a base with a style encoder; use dinov2")
+        return StyleFeatures(base.style_encoder)
+    return DinoFeatures(load_dino(chosen.dino), base.decode, chosen.blocks, chosen.size_px)
+
+
+def _source(config: DistilConfig, base: Base, rank: int, world: int) -> Source:
+    if not config.latents.file:
+        from std_rt.training.data.source import PictureSource
+
+        return PictureSource(config.pictures, base, seed=config.seed, rank=rank, world=world)
+    if base.style_encoder is None:
+        raise RecipeError("latents.file is for a base with a style encoder; set pictures.folder instead")
+    return TripleSource(config.latents, base, config.seed, rank, world)
+
+
+def lora_notes(config: DistilConfig, base: Base, step: int) -> dict[str, str]:
+    """What this run's LoRA says of itself; ``std-rt export --lora`` reads its schedule from it."""
+    return make_notes(
+        method=config.method,
+        eta=config.eta,
+        tau=distil_tau(config),
+        run_steps=config.run_steps,
+        guidance=config.guidance,
+        base=base.name,
+        base_digest=base.digest,
+        step=step,
+        seed=config.seed,
+    )
+
+
+def write_card(folder: Path, config: DistilConfig, base: Base) -> None:
+    """A model card beside the LoRA; its licence is the base's, from which it is derived."""
+    licence = f"license: {base.licence}\n" if base.licence else ""
+    front = f"{licence}base_model: {base.name}\nlibrary_name: diffusers\ntags: [lora, {config.method}]"
+    steps = ", ".join(map(str, config.run_steps))
+    text = (
+        f"---\n{front}\n---\n"
+        f"A few-step LoRA of {base.name}, distilled by {config.method.upper()} with std-rt: "
+        f"eta {config.eta:g}, start at timestep {distil_tau(config)}, {steps} steps.\n"
+        "Its own notes (schedule, guidance, base) are in the file's metadata.\n"
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _rate(config: DistilConfig, step: int) -> float:
+    if config.rate_schedule == "constant":
+        return config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup))
+    return cosine_rate(config.learning_rate, step, config.steps, max(1, config.warmup), floor=0.0)
+
+
+def train_distil(config: DistilConfig, stop_after: int | None = None, base: Base | None = None) -> Path:
+    """Distil (or go on distilling); returns the LoRA file of the averaged student.
+
+    ``stop_after`` ends the call after that many optimizer steps with the last due checkpoint standing, as
+    a kill would. ``base`` takes the place of loading ``config.base``. Raises RecipeError.
+    """
+    with (
+        _accelerator(config) as accelerator,
+        attention_kernels(accelerator.device.type),
+        ExitStack() as stack,
+    ):
+        return _train(config, accelerator, base or load_base(config.base), stop_after, stack)
+
+
+# The one long function of this part: it is meant to be read from top to bottom.
+def _train(  # noqa: C901
+    config: DistilConfig, accelerator: Accelerator, base: Base, stop_after: int | None, stack: ExitStack
+) -> Path:
+    folder, device, main = Path(config.output), accelerator.device, accelerator.is_main_process
+    start_folder(folder, config, write=main)
+    accelerator.wait_for_everyone()
+
+    if str(accelerator.distributed_type).endswith(("FSDP", "DEEPSPEED")):
+        raise RecipeError(
+            "FSDP and DeepSpeed cut the LoRA in pieces, which its average and its file need whole; "
+            "use plain data parallelism: accelerate launch --multi_gpu -m std_rt train RECIPE"
+        )
+
+    # --- networks: one UNet holds teacher (LoRA off), student (LoRA on) and averaged student ---------
+    base.to(device)
+    if device.type != "cpu":  # the autoencoder stays in fp32: SDXL's overflows in fp16
+        base.unet.to(DTYPES[config.precision])
+    add_lora(base.unet, config.lora, config.seed)
+    if config.gradient_checkpointing:
+        base.unet.enable_gradient_checkpointing()
+    parameters = lora_parameters(base.unet)
+    average = Average(parameters)
+    watch = Stopwatch(device)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    source = stack.enter_context(closing(_source(config, base, rank, world)))
+    distiller = Distiller(config, base, source, average, device=str(device), rank=rank, watch=watch)
+    optimizer = _optimizer(config, list(parameters.values()), config.learning_rate)
+    student, optimizer = accelerator.prepare(base.unet, optimizer)
+
+    # --- the discriminator, where the recipe has one --------------------------------------------------
+    adversary = heads = heads_optimizer = None
+    if config.adversarial.weight:
+        torch.manual_seed(config.seed)
+        features = _features(config, base)
+        condition_dim = base.unet.config.projection_class_embeddings_input_dim
+        condition_dim -= 6 * base.unet.config.addition_time_embed_dim
+        adversary = Adversary(features, condition_dim).to(device)
+        heads_optimizer = _optimizer(
+            config, list(adversary.heads.parameters()), config.adversarial.learning_rate
+        )
+        # Its optimizer steps by itself: the heads are fp32, and fp16's gradient scaler is the student's.
+        heads = accelerator.prepare(adversary.heads)
+
+    # --- resume ------------------------------------------------------------------------------------------
+    optimizers = {"student": optimizer, "heads": heads_optimizer}
+    state = DistilState(folder, distiller, parameters, average, adversary, optimizers, accelerator)
+    start = state.restore()
+    title = f"{config.method} of {base.name}"
+    report = stack.enter_context(
+        Report(
+            folder,
+            total_steps=config.steps,
+            title=title,
+            log_every=config.log_every,
+            main=main,
+            resume_at=start,
+        )
+    )
+    if start == 0 and distiller.uses_bank and config.bank.spread:
+        report.say("the teacher fills the trajectory bank")
+        distiller.spread_bank()
+    sheets = SheetMaker(config, base, distiller, folder) if main else None
+    end = min(config.steps, stop_after or config.steps)
+    logs = Logs(accelerator, config.accumulate)
+
+    for step in range(start, end):
+        rate = _rate(config, step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        watch.start()
+        for _ in range(config.accumulate):
+            batch = distiller.draw()
+            judge = adversary is not None and step >= config.adversarial.start_step
+            with accelerator.accumulate(*([student] if heads is None else [student, heads])):
+                # The student's step; the discriminator's heads are frozen in it.
+                x_s = distiller.student_jump(student, batch.states, batch.s)
+                loss = distiller.consistency_loss(x_s, batch)
+                logs.add(consistency=loss)
+                if judge and adversary:
+                    with watch("adversarial"), distiller.judging():
+                        maps = adversary.features(x_s)  # decoded and encoded once, for both networks
+                        fooled = adversary.generator_loss(x_s, batch.states.cond.pooled, batch.pair, maps)
+                    loss = loss + config.adversarial.weight * fooled
+                    logs.add(generator=fooled)
+                with watch("student"):
+                    accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm)
+                    # fp16 overflows now and then by design; such a step is skipped, not an error.
+                    logs.add(gradient=norm if accelerator.scaler is None else norm.nan_to_num(0, 0, 0))
+                with watch("optimizer"):
+                    optimizer.step()
+                    optimizer.zero_grad()
+                # The discriminator's step, on the same x_s; its gradients are cleared after it.
+                if judge and adversary and heads and heads_optimizer:
+                    with watch("adversarial"), distiller.judging():
+                        judged, parts = adversary.discriminator_loss(
+                            heads,
+                            x_s.detach(),
+                            batch.real,
+                            batch.states.cond.pooled,
+                            batch.pair,
+                            config.adversarial.r1,
+                            [m.detach() for m in maps],
+                        )
+                        (judged / config.accumulate).backward()
+                        if accelerator.sync_gradients:
+                            heads_optimizer.step()
+                            heads_optimizer.zero_grad()
+                    logs.add(discriminator=judged, **parts)
+        with watch("optimizer"):
+            if not optimizer.step_was_skipped:  # fp16: the scaler found an overflow and halves its scale
+                average.update(config.ema_decay)
+        watch.stop()
+
+        due = (step + 1) % config.snapshot_every == 0 or step + 1 == config.steps
+        if due or (step + 1) % config.log_every == 0:
+            values = logs.means(step + 1)
+            report.log(step + 1, values | {"learning_rate": rate})
+            images = config.batch * config.accumulate * world
+            report.timing(step + 1, watch.summary(images_per_step=images))
+            report.progress(
+                step + 1, values, histogram=distiller.bank.visits[: distiller.levels.tau_index + 1]
+            )
+        if due:
+            state.save(step + 1)
+            if main:
+                lora = folder / "loras" / f"{step + 1:06d}.safetensors"
+                save_lora(lora, average.tensors, lora_notes(config, base, step + 1), config.lora)
+                sheet = sheets.make(step + 1) if sheets is not None else None
+                if sheet is not None:
+                    report.sheet(step + 1, sheet)
+                report.curves()
+                report.histogram()
+            accelerator.wait_for_everyone()
+
+    final = folder / "lora.safetensors"
+    if end == config.steps and main:
+        save_lora(final, average.tensors, lora_notes(config, base, config.steps), config.lora)
+        write_card(folder, config, base)
+    return final

@@ -1,0 +1,298 @@
+"""The student is the base plus a LoRA: inject it, switch it off (the teacher), average it, write and read it.
+
+Weights go by the names that ``named_parameters`` has (``<layer>.lora_A.default.weight``); files have
+diffusers' names (``unet.<layer>.lora_A.weight``) and carry flat text notes, so that what reads a LoRA knows
+where its trajectory starts and on which base.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from std_rt import __version__
+from std_rt.core.errors import RecipeError
+from std_rt.core.schedule import GRID_POINTS, trajectory_timesteps
+from std_rt.training.run.recipe import LORA_TARGETS, LoraConfig
+
+__all__ = [
+    "Average",
+    "adapters_off",
+    "add_lora",
+    "count",
+    "functional",
+    "lora_parameters",
+    "make_notes",
+    "read_lora",
+    "read_notes",
+    "save_lora",
+]
+
+# diffusers' modules carry no types.
+Network = Any
+
+_ADAPTER = "default"
+# Layers of an IP-Adapter have the same kind of names (proj_in, ff.net.2, ...) and are not the student's.
+_IMAGE_BRANCH = re.compile(r"(^|\.)(encoder_hid_proj|processor)(\.|$)")
+
+
+def add_lora(unet: Network, config: LoraConfig, seed: int) -> list[str]:
+    """Freeze ``unet`` and put a trainable fp32 LoRA on its layers; returns the layers' names.
+
+    B starts at zero, so the student starts as the teacher, exactly; A depends on ``seed`` alone. Raises
+    RecipeError where a target is the name of no layer.
+    """
+    layers = _choose_layers(unet, config.targets)
+    unet.requires_grad_(False)
+    settings = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=layers)
+    with torch.random.fork_rng(devices=[]):  # PEFT draws values of its own, which are replaced below
+        unet.add_adapter(settings, _ADAPTER)
+    rng = torch.Generator().manual_seed(seed)
+    for name, value in lora_parameters(unet).items():
+        value.data = _initial(name, value, rng)
+        value.requires_grad_(True)
+    return layers
+
+
+def _initial(name: str, value: Tensor, rng: torch.Generator) -> Tensor:
+    """A: uniform as a linear layer's default; B: zeros. Drawn on the CPU, the same on every device."""
+    start = torch.zeros(value.shape)
+    if ".lora_A." in name:
+        bound = math.prod(value.shape[1:]) ** -0.5
+        start.uniform_(-bound, bound, generator=rng)
+    return start.to(value.device)
+
+
+def _choose_layers(unet: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Linear and conv layers whose name is a target or ends in ``.target``, in the network's order."""
+    names = [
+        name
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and not _IMAGE_BRANCH.search(name)
+    ]
+    used = {name: [target for target in targets if f".{name}".endswith(f".{target}")] for name in names}
+    found = {target for hits in used.values() for target in hits}
+    # A base need not have every layer that SDXL has; a name that SDXL does not have either is a slip.
+    lost = [target for target in targets if target not in found and target not in LORA_TARGETS]
+    if lost or not found:
+        raise RecipeError(_no_such_layer(lost or list(targets), names))
+    return [name for name, hits in used.items() if hits]
+
+
+def _no_such_layer(lost: Sequence[str], names: Sequence[str]) -> str:
+    endings = sorted({_ending(name) for name in names})
+    near = difflib.get_close_matches(lost[0], endings, 1) if lost else []
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    asked = ", ".join(repr(target) for target in lost) or "nothing"
+    return (
+        f"lora.targets: {asked} fits no linear or conv layer of the UNet{hint} (it has {', '.join(endings)})"
+    )
+
+
+def _ending(name: str) -> str:
+    """The shortest end of a layer's name that says what it is: ``to_out.0``, ``downsamplers.0.conv``."""
+    parts = name.split(".")
+    start = len(parts) - 1
+    while start > 0 and (parts[start].isdigit() or parts[start] in ("conv", "proj")):
+        start -= 1
+    return ".".join(parts[start:])
+
+
+def lora_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
+    """The student's weights by name, in the network's order (the same in every process and run)."""
+    return {name: p for name, p in unet.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+
+
+def count(unet: nn.Module) -> int:
+    """How many numbers the LoRA has."""
+    return sum(value.numel() for value in lora_parameters(unet).values())
+
+
+@contextmanager
+def adapters_off(unet: nn.Module) -> Iterator[None]:
+    """Inside, ``unet`` is the teacher. Nestable; restored on exceptions.
+
+    Sets the layers' own switch and leaves ``requires_grad`` alone, which PEFT's method would toggle:
+    DDP's reducer counts on it. Nothing may be differentiated backwards inside that ran outside with
+    gradient checkpointing, which runs the forward again.
+    """
+    layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, switch in zip(layers, before, strict=True):
+            layer._disable_adapters = switch
+
+
+@torch.no_grad()
+def functional(unet: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    """``unet(*args, **kwargs)`` with ``tensors`` in the place of its LoRA, without gradients.
+
+    The live weights are not written to: a graph made before may be differentiated after. ``unet`` is the
+    bare network, not what DDP wraps around it.
+    """
+    # torch multiplies another way (rounding otherwise) with weights that want gradients, so these do too.
+    weights = {name: value.detach().requires_grad_() for name, value in tensors.items()}
+    return torch.func.functional_call(unet, weights, args, kwargs, tie_weights=False)
+
+
+class Average:
+    """Exponential moving average of the LoRA: ``tensors = decay * tensors + (1 - decay) * live``.
+
+    Made of the live weights where they train: the average is on their device.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self._live = dict(parameters)
+        self.tensors = {name: value.detach().clone() for name, value in self._live.items()}
+
+    def update(self, decay: float) -> None:
+        """One step towards the live weights; ``decay`` in [0, 1], 0 copies them."""
+        get_ema_multi_avg_fn(decay)(list(self.tensors.values()), list(self._live.values()), None)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies, for a checkpoint."""
+        return {name: value.clone() for name, value in self.tensors.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over ``state``. Raises RecipeError where names or shapes differ."""
+        shapes = {name: value.shape for name, value in state.items()}
+        if shapes != {name: value.shape for name, value in self.tensors.items()}:
+            raise RecipeError("the average in the checkpoint is of another LoRA; start a new output folder")
+        for name, value in self.tensors.items():
+            value.copy_(state[name])
+
+
+def make_notes(
+    *,
+    method: str,
+    eta: float,
+    tau: int,
+    run_steps: Sequence[int],
+    guidance: Sequence[float],
+    base: str,
+    base_digest: str,
+    step: int,
+    seed: int,
+) -> dict[str, str]:
+    """What a LoRA's file says of itself: where it starts, for which step counts, on which base.
+
+    ``tau`` is a grid timestep; ``guidance`` the range of the teacher's scale; ``base_digest`` that of
+    ``std_rt.core.digest.unet_digest``.
+    """
+    timesteps = {str(count): trajectory_timesteps(eta, count, tau) for count in run_steps}
+    return {
+        "std_rt_version": __version__,
+        "method": method,
+        "eta": repr(float(eta)),
+        "tau": str(tau),
+        "grid": str(GRID_POINTS),
+        "steps": " ".join(timesteps),
+        "timesteps": json.dumps(timesteps),
+        "guidance": json.dumps([float(scale) for scale in guidance]),
+        "base": base,
+        "base_digest": base_digest,
+        "step": str(step),
+        "seed": str(seed),
+    }
+
+
+def save_lora(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    notes: Mapping[str, str],
+    config: LoraConfig,
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Write ``tensors`` (by the names of ``lora_parameters``) so that ``pipe.load_lora_weights`` takes them.
+
+    The file appears whole or not at all. Raises RecipeError where a weight is not finite in ``dtype``, or
+    where the file cannot be written; an earlier one stands in both cases.
+    """
+    state = {_file_name(name): _stored(name, value, dtype) for name, value in tensors.items()}
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(state, partial, {**notes, **_adapter_notes(config)})
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        reason = " ".join(str(error).split())
+        raise RecipeError(
+            f"{path} could not be written ({reason}); is the disk full? A file written before stands: "
+            "free some room and run the same command again"
+        ) from error
+
+
+def _file_name(parameter: str) -> str:
+    return f"unet.{parameter.replace(f'.{_ADAPTER}.', '.')}"
+
+
+def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    stored = value.detach().to("cpu", dtype).contiguous()
+    if not stored.isfinite().all():
+        raise RecipeError(
+            f"{name} is not finite as {str(dtype).removeprefix('torch.')}, so no LoRA is written; "
+            "go on from an earlier snapshot with a lower learning_rate"
+        )
+    return stored
+
+
+def _adapter_notes(config: LoraConfig) -> dict[str, str]:
+    """Rank and alpha, ours and in the form that diffusers reads; without them alpha would be the rank."""
+    alpha = int(config.alpha) if config.alpha == int(config.alpha) else config.alpha
+    adapter = {
+        "unet.r": config.rank,
+        "unet.lora_alpha": alpha,
+        "unet.target_modules": list(config.targets),
+    }
+    return {
+        "format": "pt",
+        "rank": str(config.rank),
+        "alpha": str(alpha),
+        "lora_adapter_metadata": json.dumps(adapter),
+    }
+
+
+def read_notes(path: Path) -> dict[str, str]:
+    """The notes of a LoRA file. Raises RecipeError where it cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise RecipeError(f"LoRA {path} cannot be read ({error}); give a .safetensors file") from error
+
+
+def read_lora(path: Path) -> dict[str, Tensor]:
+    """What ``save_lora`` wrote, in fp32 by the names of ``lora_parameters``: for ``functional``.
+
+    Raises RecipeError where the file cannot be read or has other names.
+    """
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RecipeError(f"LoRA {path} cannot be read ({error}); give a .safetensors file") from error
+    pattern = re.compile(r"unet\.(.+\.lora_[AB])\.weight")
+    found = {name: pattern.fullmatch(name) for name in state}
+    lost = [name for name, match in found.items() if match is None]
+    if lost:
+        raise RecipeError(f"LoRA {path} was not written by std-rt train (it has {lost[0]})")
+    return {f"{m[1]}.{_ADAPTER}.weight": state[name].float() for name, m in found.items() if m}

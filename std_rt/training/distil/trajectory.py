@@ -1,0 +1,157 @@
+"""The maths of one distillation step, pure and batched: every sample has its own t, s and guidance.
+
+``index`` counts the 50 solver points (0..49), -1 is the clean end. One deterministic step:
+``x_s = alpha_s x_0 + sigma_s eps`` (DDIM; Single Trajectory Distillation, arXiv 2412.18945, section 3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from std_rt.core.schedule import GRID_POINTS, NoiseSchedule, grid_timestep, trajectory_timesteps
+
+__all__ = [
+    "CLEAN",
+    "METHODS",
+    "Levels",
+    "content_share",
+    "draw_start",
+    "draw_target",
+    "jump",
+    "last_index",
+    "phase_edges",
+    "pseudo_huber",
+    "randint",
+    "to_x0_eps",
+]
+
+METHODS = ("std", "tcd", "lcm", "pcm")
+CLEAN = -1
+
+
+@dataclass(frozen=True)
+class Levels:
+    """alpha, sigma and timestep of every grid index as tensors; index -1 is the clean end (1, 0)."""
+
+    tau_index: int
+    timesteps: Tensor  # [51]; the first entry, of the clean end, is 0
+    alphas: Tensor
+    sigmas: Tensor
+
+    @classmethod
+    def of(cls, schedule: NoiseSchedule, tau: int) -> Levels:
+        """For trajectories from the grid timestep ``tau``."""
+        grid = [grid_timestep(i) for i in range(GRID_POINTS)]
+        pairs = [schedule.alpha_sigma(t) for t in (-1, *grid)]
+        alphas, sigmas = (torch.tensor(v, dtype=torch.float32) for v in zip(*pairs, strict=True))
+        return cls(grid.index(tau), torch.tensor([0, *grid]), alphas, sigmas)
+
+    def to(self, device: torch.device | str) -> Levels:
+        return Levels(
+            self.tau_index, self.timesteps.to(device), self.alphas.to(device), self.sigmas.to(device)
+        )
+
+    def timestep(self, index: Tensor) -> Tensor:
+        """``[B]`` -> ``[B]``; the clean end is asked for as timestep 0."""
+        return self.timesteps[index + 1]
+
+    def alpha(self, index: Tensor) -> Tensor:
+        """``[B]`` -> ``[B, 1, 1, 1]``."""
+        return self.alphas[index + 1].view(-1, 1, 1, 1)
+
+    def sigma(self, index: Tensor) -> Tensor:
+        """``[B]`` -> ``[B, 1, 1, 1]``."""
+        return self.sigmas[index + 1].view(-1, 1, 1, 1)
+
+
+def to_x0_eps(
+    output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str
+) -> tuple[Tensor, Tensor]:
+    """Clean estimate and noise from a network output of any prediction type."""
+    match prediction_type:
+        case "epsilon":
+            return (x - sigma * output) / alpha, output
+        case "v_prediction":
+            return alpha * x - sigma * output, alpha * output + sigma * x
+        case "sample":
+            # At the clean end sigma is 0, and so is what eps is multiplied with later.
+            return output, (x - alpha * output) / sigma.clamp(min=1e-6)
+        case other:
+            raise ValueError(f"unknown prediction_type {other!r}")
+
+
+def jump(x_0: Tensor, eps: Tensor, alpha_s: Tensor, sigma_s: Tensor) -> Tensor:
+    """``x_s`` on the straight DDIM step."""
+    return alpha_s * x_0 + sigma_s * eps
+
+
+def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
+    """``sqrt((a - b)^2 + c^2) - c``, mean over everything but the batch: ``[B]``."""
+    return ((a - b).square() + c * c).sqrt().sub(c).flatten(1).mean(1)
+
+
+def last_index(tau: int, run_steps: tuple[int, ...]) -> int:
+    """The lowest grid index that a run of any supported step count visits."""
+    return min((trajectory_timesteps(1.0, n, start=tau)[-1] + 1) // 20 - 1 for n in run_steps)
+
+
+def phase_edges(tau: int, phases: int) -> tuple[int, ...]:
+    """Grid indices where the phases of PCM (arXiv 2405.18407) end, falling; the last is the clean end."""
+    points = [(t + 1) // 20 - 1 for t in trajectory_timesteps(1.0, phases, start=tau)]
+    return (*points[1:], CLEAN)
+
+
+def randint(low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:
+    """Integers uniform in ``[low, high]`` per entry (LongTensors on CPU)."""
+    span = high - low + 1
+    return low + (torch.rand(low.shape, generator=generator, dtype=torch.float64) * span).long()
+
+
+def draw_start(method: str, tau_index: int, last: int, batch: int, generator: torch.Generator) -> Tensor:
+    """Where fresh samples enter: STD at tau only, the others at any grid point up to tau. ``[B]``."""
+    top = torch.full((batch,), tau_index)
+    return top if method == "std" else randint(torch.full((batch,), last), top, generator)
+
+
+def draw_target(
+    method: str,
+    t_index: Tensor,
+    window: int,
+    edges: tuple[int, ...],
+    generator: torch.Generator,
+    stride: Tensor | int = 1,
+) -> Tensor:
+    """Index of s for every t (the table of methods): always below t, possibly the clean end. ``[B]``.
+
+    With a ``stride`` (at most ``window``) the random ones lie at most where one teacher step arrives.
+    """
+    clean = torch.full_like(t_index, CLEAN)
+    below = (t_index - stride).clamp(min=CLEAN)
+    match method:
+        case "std":
+            return randint((t_index - window).clamp(min=CLEAN), below, generator)
+        case "tcd":
+            return randint(clean, below, generator)
+        case "lcm":
+            return clean
+        case "pcm":
+            falls = torch.tensor(edges)
+            lower = falls[None, :] < t_index[:, None]
+            return falls[lower.int().argmax(1)]
+        case other:
+            raise ValueError(f"unknown method {other!r}")
+
+
+def content_share(levels: Levels, index: Tensor) -> Tensor:
+    """``k = NSR(t) / NSR(tau)`` ``[B, 1, 1, 1]``: how much of the start's content a state at t still has.
+
+    DDIM from a start that holds content c while the clean estimate is z passes
+    ``x_t = alpha_t ((1 - k) z + k c) + sigma_t n``: so a state at any t is made without solving. Where c is
+    z itself this is plain forward noising.
+    """
+    tau = torch.tensor([levels.tau_index], device=index.device)
+    top = levels.sigma(tau) / levels.alpha(tau)
+    return (levels.sigma(index) / levels.alpha(index) / top).clamp(max=1.0)

@@ -1,0 +1,260 @@
+"""State files: everything a run needs to go on, written whole or not at all.
+
+A state file is a safetensors file whose one note is the JSON of everything that is no tensor. It is written
+under another name, forced to the disk and only then renamed: a kill, a full disk or a power cut leaves the
+file that was there before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from std_rt.core.errors import RecipeError
+
+__all__ = [
+    "flatten_optimizer",
+    "load_checkpoint",
+    "load_state",
+    "restore_optimizer",
+    "save_checkpoint",
+    "save_state",
+    "unpacking",
+]
+
+# One note, not one a value: safetensors writes several in a random order, and equal runs' files would differ.
+NOTE = "std_rt_state"
+# Plain numbers of an optimizer's state become tensors of one entry, named so that the same type comes back.
+NUMBERS = {"bool": torch.bool, "int": torch.int64, "float": torch.float64}
+NOTHING = "none"
+
+
+def save_state(
+    path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, last_good: Path | None = None
+) -> None:
+    """Write ``tensors`` (any device) and ``meta`` (JSON values) to ``path``; the folder is made.
+
+    Raises RecipeError where the disk is full or not writable. What was written before then stands:
+    ``last_good``, which the message names (by default the file that ``path`` was until now).
+    """
+    # Copies: tensors that share memory cannot be stored, and training may go on meanwhile.
+    own = {
+        name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, value in tensors.items()
+    }
+    note = json.dumps(meta, sort_keys=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(own, partial, {NOTE: note})
+        with partial.open("r+b") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise RecipeError(_unwritten(path, last_good or path, error)) from None
+    _sync_folder(path.parent)
+
+
+def _unwritten(path: Path, last_good: Path, error: Exception) -> str:
+    try:
+        room = f" ({shutil.disk_usage(path.parent).free / 2**20:.0f} MB free)"
+    except OSError:
+        room = ""
+    stands = (
+        f"the last good one, {last_good}, stands" if last_good.exists() else "what was written before stands"
+    )
+    return (
+        f"checkpoint {path} could not be written: {_one_line(error)}; the disk may be full or not "
+        f"writable{room}, {stands}: free some room and run the same command again to go on"
+    )
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the new name reach the disk too. The file has it already, so a system without this is no error."""
+    if os.name == "posix":
+        with suppress(OSError):
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors (on the CPU) and meta of a state file.
+
+    RecipeError where it is missing, damaged or foreign.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            notes = file.metadata() or {}
+            # Copies: the file stays mapped as long as its own tensors live, and Windows would not replace it.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        meta = _read_notes(notes)
+    except FileNotFoundError:
+        raise RecipeError(f"no checkpoint {path}; start the run with std-rt train") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RecipeError(
+            f"checkpoint {path} cannot be read ({_one_line(error)}); delete it to start over"
+        ) from None
+    return tensors, meta
+
+
+def _read_notes(notes: dict[str, str]) -> dict[str, Any]:
+    """Meta of a state file; ValueError where the notes are not ours."""
+    # Before there was one note for all, every value had its own.
+    meta = json.loads(notes[NOTE]) if NOTE in notes else {k: json.loads(v) for k, v in notes.items()}
+    if not isinstance(meta, dict) or (not meta and NOTE not in notes):
+        raise ValueError("it has no notes of std-rt train")
+    return meta
+
+
+@contextmanager
+def unpacking(path: Path) -> Iterator[None]:
+    """Around code that takes a loaded state apart: what is missing or does not fit becomes a RecipeError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise  # nothing is wrong with the file
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise RecipeError(
+            f"checkpoint {path} is not of this run ({type(error).__name__}: {_one_line(error)}); "
+            "delete it to start over"
+        ) from None
+
+
+# --- optimizers -----------------------------------------------------------------------------------------
+
+
+def flatten_optimizer(
+    prefix: str, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """An optimizer's state as tensors ``<prefix><parameter>.<key>``, and its groups (JSON values).
+
+    The tensors are the optimizer's own, not copies. A state may hold tensors, numbers, None and
+    dictionaries of them (bitsandbytes' 8-bit ones do); TypeError for anything else.
+    """
+    state = optimizer.state_dict()
+    leaves = (leaf for index, entry in state["state"].items() for leaf in _leaves(f"{prefix}{index}.", entry))
+    return dict(leaves), state["param_groups"]
+
+
+def _leaves(prefix: str, entry: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for key, value in entry.items():
+        name, kind = f"{prefix}{key}", type(value).__name__
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, Mapping):
+            yield from _leaves(f"{name}/", value)
+        elif value is None:
+            yield f"{name}:{NOTHING}", torch.empty(0)
+        elif kind in NUMBERS:
+            yield f"{name}:{kind}", torch.tensor(value, dtype=NUMBERS[kind])
+        else:
+            raise TypeError(f"optimizer state {name} is a {kind}, which a checkpoint cannot hold")
+
+
+def restore_optimizer(
+    prefix: str, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]
+) -> None:
+    """Undo ``flatten_optimizer``, bit for bit; other names in ``tensors`` are left alone.
+
+    Raises ValueError, KeyError or TypeError where the state is another optimizer's (see ``unpacking``).
+    """
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in tensors.items():
+        if name.startswith(prefix):
+            index, _, key = name.removeprefix(prefix).partition(".")
+            _put(state.setdefault(int(index), {}), key, value)
+    before = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for group, old in zip(optimizer.param_groups, before, strict=True):
+        for key in group.keys() & old.keys():
+            if isinstance(old[key], tuple):  # JSON knows lists only
+                group[key] = tuple(group[key])
+    _undo_casts(optimizer, state, [index for group in groups for index in group["params"]])
+
+
+def _put(entry: dict[str, Any], key: str, value: Tensor) -> None:
+    *tables, last = key.split("/")
+    for table in tables:
+        entry = entry.setdefault(table, {})
+    name, _, kind = last.partition(":")
+    entry[name] = None if kind == NOTHING else value.item() if kind else value.clone()
+
+
+def _undo_casts(
+    optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Any]], ids: Iterable[int]
+) -> None:
+    """Give tensors that ``load_state_dict`` cast to their parameter's type (torch does) their own back."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, parameter in zip(ids, parameters, strict=True):
+        _undo_cast(optimizer.state.get(parameter, {}), state.get(index, {}))
+
+
+def _undo_cast(held: dict[str, Any], stored: Mapping[str, Any]) -> None:
+    for key, value in stored.items():
+        now = held.get(key)
+        if isinstance(value, Mapping) and isinstance(now, dict):
+            _undo_cast(now, value)
+        elif isinstance(value, Tensor) and isinstance(now, Tensor) and now.dtype != value.dtype:
+            held[key] = value.to(now.device)
+
+
+# --- the checkpoint of one module set, one optimizer, one process -----------------------------------------
+
+
+def save_checkpoint(
+    path: Path,
+    modules: dict[str, dict[str, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    rng: np.random.Generator,
+    generator: torch.Generator,
+    progress: dict[str, Any],
+) -> None:
+    """Write modules, optimizer, random states and progress to ``path``; RecipeError as ``save_state``."""
+    optim, groups = flatten_optimizer("optimizer/", optimizer)
+    weights = {f"module/{m}/{k}": v for m, state in modules.items() for k, v in state.items()}
+    tensors = {**weights, **optim, "torch_rng": generator.get_state()}
+    meta = {"groups": groups, "numpy_rng": rng.bit_generator.state, "progress": progress}
+    save_state(path, tensors, meta)
+
+
+def load_checkpoint(
+    path: Path,
+    optimizer: torch.optim.Optimizer,
+    rng: np.random.Generator,
+    generator: torch.Generator,
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Restore optimizer and random states; return the modules' state dicts and the progress.
+
+    RecipeError where the file is missing, damaged, or of another run.
+    """
+    tensors, meta = load_state(path)
+    modules: dict[str, dict[str, Tensor]] = {}
+    with unpacking(path):
+        for name, value in tensors.items():
+            if name.startswith("module/"):
+                _, module, key = name.split("/", 2)
+                modules.setdefault(module, {})[key] = value
+        restore_optimizer("optimizer/", optimizer, tensors, meta["groups"])
+        rng.bit_generator.state = meta["numpy_rng"]
+        generator.set_state(tensors["torch_rng"])
+        return modules, dict(meta["progress"])

@@ -1,0 +1,28 @@
+"""``std-rt train``: hand a recipe to its stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from std_rt.training.run.recipe import AutoencoderConfig, DistilConfig, FinishConfig
+
+
+def run_recipe(recipe: Any) -> Path:
+    """Run the stage of a recipe to its end, going on from its checkpoint; returns what it made."""
+    # Each stage is imported when it runs: the first three need no Accelerate and no DINOv2.
+    if isinstance(recipe, DistilConfig):
+        from std_rt.training.distil.loop import train_distil
+
+        return train_distil(recipe)
+    if isinstance(recipe, AutoencoderConfig):
+        from std_rt.training.tiny.autoencoder_stage import train_autoencoder
+
+        return train_autoencoder(recipe)
+    if isinstance(recipe, FinishConfig):
+        from std_rt.training.tiny.finish import finish_pipeline
+
+        return finish_pipeline(recipe)
+    from std_rt.training.tiny.teacher import train_teacher
+
+    return train_teacher(recipe)

@@ -1,0 +1,65 @@
+"""Two pipelines on disk and the bundles exported from them: the slow part, done once a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+
+import torch
+from diffusers import UNet2DConditionModel
+from support.once import made_once
+from support.pipelines import write_clip_pipeline, write_lora, write_own_pipeline
+
+from std_rt.core.bundle import Bundle, load_bundle
+from std_rt.export import export_pipeline
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    """Networks this small are slower on many threads."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def clip_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SDXL in miniature."""
+    return write_clip_pipeline(tmp_path_factory.mktemp("clip") / "mini-xl")
+
+
+@pytest.fixture(scope="session")
+def own_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """std-tiny in miniature."""
+    return write_own_pipeline(tmp_path_factory.mktemp("own") / "mini-tiny")
+
+
+@pytest.fixture(scope="session")
+def lora(clip_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA for `clip_source` that notes its own eta and steps."""
+    unet = UNet2DConditionModel.from_pretrained(clip_source / "unet")
+    return write_lora(tmp_path_factory.mktemp("lora") / "ink.safetensors", unet, eta="0.5", steps="4 2")
+
+
+@pytest.fixture(scope="session")
+def clip_bundle(clip_source: Path, lora: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """`clip_source` with the LoRA at 0.7, fp16 weights, published style layout, a prompt and its encoders."""
+
+    def make(output: Path) -> None:
+        export_pipeline(
+            clip_source, output, lora=[(lora, 0.7)], size=(64, 96), prompt="in ink", prompts="encoder"
+        )
+
+    return load_bundle(made_once(tmp_path_factory, "mini-xl", make))
+
+
+@pytest.fixture(scope="session")
+def own_bundle(own_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """`own_source` with fp32 weights and the defaults of everything else."""
+
+    def make(output: Path) -> None:
+        export_pipeline(own_source, output, size=(64, 64), weights="fp32", steps=(4, 1))
+
+    return load_bundle(made_once(tmp_path_factory, "mini-tiny", make))

@@ -1,0 +1,215 @@
+"""int8 bundles: what is quantized, what is not, and the gate in front of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("nncf")
+
+import onnx
+from support.once import made_once
+
+from std_rt.core.bundle import Bundle, load_bundle
+from std_rt.core.errors import ExportError
+from std_rt.engines import GraphSpec, backends, open_engine
+from std_rt.engines.registry import STEADY_INPUTS
+from std_rt.export import quantize
+from std_rt.export.parity import psnr_db
+from std_rt.export.quantize import Quality, make_pairs, quantize_bundle
+from std_rt.export.quantize_graph import RUNGS, quantize_graph
+from std_rt.pipeline.stylizer import Stylizer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_renders() -> Iterator[None]:
+    """Waves of several colours in the place of rendered pictures, which take a second each."""
+    with pytest.MonkeyPatch.context() as patch:
+        for group, count in (("SCENES", 4), ("STYLES", 6)):
+            draws = {f"{group}{i}": partial(_waves, 100 * count + i) for i in range(count)}
+            patch.setattr(quantize, group, draws)
+        yield
+
+
+def _waves(seed: int, side_px: int) -> np.ndarray[Any, Any]:
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:64, :64]
+    parts = [np.sin(x / rng.uniform(2, 20)) * np.cos(y / rng.uniform(2, 20)) for _ in range(3)]
+    return np.clip(np.stack(parts, -1) * 120 + rng.uniform(60, 200, 3), 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def int8_bundle(own_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """`own_bundle` in int8; its random weights make noisy pictures, so the floors are lower."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantize, "QUANTIZED", ("unet", "vae_decoder"))
+        patch.setattr(quantize, "_PAIRS", 4)
+        patch.setattr(quantize, "_HELD_OUT", 2)
+        patch.setattr(quantize, "FLOOR_MEAN_DB", 20.0)
+        patch.setattr(quantize, "FLOOR_WORST_DB", 15.0)
+        return load_bundle(made_once(tmp_path_factory, "mini-int8", partial(quantize_bundle, own_bundle)))
+
+
+def _inputs(bundle: Bundle, graph: str) -> dict[str, np.ndarray[Any, Any]]:
+    start = f"{graph}/in/"
+    return {k.removeprefix(start): v for k, v in bundle.reference().items() if k.startswith(start)}
+
+
+def _run(bundle: Bundle, graph: str, backend: str, inputs: dict[str, Any]) -> np.ndarray[Any, Any]:
+    spec = GraphSpec(graph, bundle.graph_path(graph), {k: v.shape for k, v in inputs.items()}, "")
+    engine = open_engine(backend, spec, "fp32")
+    [result] = engine(**inputs).values()
+    return result.copy()
+
+
+def test_the_manifest_says_what_is_int8_and_where_it_came_from(
+    own_bundle: Bundle, int8_bundle: Bundle
+) -> None:
+    manifest = int8_bundle.manifest
+    assert manifest["quantized"]["from"]["digest"] == own_bundle.digest
+    done = manifest["quantized"]["graphs"]
+    assert "unet" in done
+    for graph in int8_bundle.graph_names:
+        assert (manifest["precision"][graph]["compute"] == "int8") == (graph in done)
+    assert int8_bundle.name == "mini-int8"
+    assert "nncf" in manifest["created_with"]
+
+
+def test_weights_are_stored_as_int8(own_bundle: Bundle, int8_bundle: Bundle) -> None:
+    model = onnx.load(int8_bundle.graph_path("unet"), load_external_data=False)
+    kinds = {tensor.data_type for tensor in model.graph.initializer if tensor.external_data}
+    assert onnx.TensorProto.INT8 in kinds
+    ours, theirs = (b.weights_path("unet").stat().st_size for b in (int8_bundle, own_bundle))
+    assert ours < 0.7 * theirs
+
+
+@pytest.mark.parametrize(
+    "backend", [info.name for info in backends() if info.name in ("openvino", "onnxruntime")]
+)
+def test_every_cpu_runtime_gives_nearly_the_float_graph(
+    backend: str, own_bundle: Bundle, int8_bundle: Bundle
+) -> None:
+    inputs = _inputs(own_bundle, "unet")
+    wanted = _run(own_bundle, "unet", backend, inputs)
+    found = _run(int8_bundle, "unet", backend, inputs)
+    assert 25 < psnr_db(found, wanted) < 100  # and it is not the float graph
+
+
+def test_sizes_stay_open(own_bundle: Bundle, int8_bundle: Bundle) -> None:
+    frame = np.random.default_rng(0).integers(0, 255, (64, 128, 3), np.uint8)
+    results = []
+    for bundle in (own_bundle, int8_bundle):
+        with Stylizer.load(bundle, size=(64, 128), precision="fp32") as stylizer:
+            stylizer.set_style(frame)
+            results.append(stylizer.stylize(frame).astype(np.float64))
+    assert psnr_db(results[1], results[0]) > 15
+
+
+def test_nothing_that_follows_from_style_text_or_time_alone_is_rounded(int8_bundle: Bundle) -> None:
+    model = onnx.load(int8_bundle.graph_path("unet"), load_external_data=False)
+    fixed = {tensor.name for tensor in model.graph.initializer} | {""}
+    steady = {port.name for port in model.graph.input if port.name in STEADY_INPUTS}
+    rounded = 0
+    for node in model.graph.node:
+        behind = set(node.input) - fixed
+        if not behind or node.op_type == "Shape":
+            fixed.update(node.output)
+        elif behind <= steady:
+            steady.update(node.output)
+        if node.op_type == "QuantizeLinear":
+            assert not behind & steady, node.name
+            rounded += 1
+    assert rounded > 20
+
+
+def test_what_follows_from_style_and_time_alone_stays_in_float(int8_bundle: Bundle) -> None:
+    model = onnx.load(int8_bundle.graph_path("unet"), load_external_data=False)
+    floats = {t.name for t in model.graph.initializer if t.data_type != onnx.TensorProto.INT8}
+    steady = ("time_embedding.linear_1.weight", "time_emb_proj.weight", "add_embedding.linear_1.weight")
+    for part in steady:
+        assert any(part in name for name in floats), part
+    assert not any(name.endswith("resnets.0.conv1.weight") for name in floats)
+
+
+def test_a_bundle_that_differs_too_much_is_not_written(
+    own_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rungs = []
+
+    def fake(source: Path, folder: Path, name: str, samples: Any, keep: Any = (), **_: Any) -> list[str]:
+        rungs.append((name, keep))
+        _copy(own_bundle, folder, name)
+        return [str(keep)]
+
+    monkeypatch.setattr(quantize, "quantize_graph", fake)
+    monkeypatch.setattr(quantize.Gate, "judge", lambda self, graph, path: Quality(33.9, 30.0))
+    with pytest.raises(ExportError, match=r"33\.9 dB \(worst 30\.0 dB\).*34 dB.*--precision bf16"):
+        quantize_bundle(own_bundle, tmp_path / "bad")
+    assert rungs == [("unet", keep) for keep in RUNGS]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_vae_that_does_not_pass_stays_in_float(
+    own_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake(source: Path, folder: Path, name: str, samples: Any, keep: Any = (), **_: Any) -> list[str]:
+        _copy(own_bundle, folder, name)
+        return [str(keep)]
+
+    good, bad = Quality(50, 50), Quality(50, 27)
+    monkeypatch.setattr(quantize, "quantize_graph", fake)
+    monkeypatch.setattr(quantize.Gate, "judge", lambda self, graph, path: bad if "vae" in graph else good)
+    notes: list[str] = []
+    made = quantize_bundle(own_bundle, tmp_path / "half", progress=notes.append)
+    assert list(made.manifest["quantized"]["graphs"]) == ["unet"]
+    assert made.manifest["precision"]["vae_decoder"] == own_bundle.manifest["precision"]["vae_decoder"]
+    assert made.graph_path("vae_decoder").read_bytes() == own_bundle.graph_path("vae_decoder").read_bytes()
+    assert any("vae_encoder stays in float: 50.0 dB (worst 27.0 dB)" in note for note in notes)
+
+
+def _copy(bundle: Bundle, folder: Path, graph: str) -> None:
+    (folder / f"{graph}.onnx").write_bytes(bundle.graph_path(graph).read_bytes())
+    (folder / bundle.weights_path(graph).name).write_bytes(bundle.weights_path(graph).read_bytes())
+    (folder / f"{graph}.safetensors").write_bytes(bundle.weights_path(graph).read_bytes())
+
+
+def test_the_ends_of_a_graph_can_stay_in_float(own_bundle: Bundle, tmp_path: Path) -> None:
+    samples = [_inputs(own_bundle, "vae_decoder")]
+    kept = quantize_graph(own_bundle.graph_path("vae_decoder"), tmp_path, "vae_decoder", samples, ("ends",))
+    assert len(kept) == 2
+    model = onnx.load(tmp_path / "vae_decoder.onnx", load_external_data=False)
+    convs = [node for node in model.graph.node if node.op_type == "Conv"]
+    makers = {output: node.op_type for node in model.graph.node for output in node.output}
+    fed = [makers.get(node.input[0]) == "DequantizeLinear" for node in convs]
+    assert fed == [False, *[True] * (len(convs) - 2), False]
+
+
+def test_int8_of_int8_is_refused(int8_bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="computes unet in int8, and int8 is made from fp32"):
+        quantize_bundle(int8_bundle, tmp_path / "again")
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 9, 40])
+def test_what_is_judged_on_was_not_calibrated_on(count: int) -> None:
+    pictures = [np.full((2, 2, 3), i, np.uint8) for i in range(count)]
+    seen, unseen = make_pairs(pictures)
+    calibrated = {frame.tobytes() for pair in seen for frame in pair}
+    judged = {frame.tobytes() for pair in unseen for frame in pair}
+    assert not calibrated & judged
+    assert len(seen) >= quantize._PAIRS
+    assert len(unseen) >= quantize._HELD_OUT
+    assert len({tuple(map(bytes, pair)) for pair in seen}) == len(seen)
+    assert {p.tobytes() for p in pictures} <= calibrated | judged
+
+
+def test_quality_needs_both_floors() -> None:
+    passing = Quality(quantize.FLOOR_MEAN_DB, quantize.FLOOR_WORST_DB)
+    assert passing.passes
+    assert not replace(passing, mean_db=33.99).passes
+    assert not replace(passing, worst_db=27.99).passes

@@ -1,0 +1,548 @@
+"""Distillation on a miniature std-tiny: the acceptance tests of the method, and the loop's promises."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.pipelines import write_own_pipeline
+
+from std_rt.core.errors import RecipeError
+from std_rt.core.schedule import trajectory_timesteps
+from std_rt.training.distil.bank import States
+from std_rt.training.distil.base import Base, Conditioning, load_base
+from std_rt.training.distil.distiller import Distiller, StepBatch
+from std_rt.training.distil.loop import train_distil
+from std_rt.training.distil.lora import Average, add_lora, lora_parameters
+from std_rt.training.run.recipe import (
+    AdversarialConfig,
+    BankConfig,
+    DistilConfig,
+    LatentsConfig,
+    LoraConfig,
+    as_dict,
+)
+from std_rt.training.tiny.latents import Triple, save_latents
+from std_rt.training.tiny.tiny_source import TripleSource
+
+METHODS = ("std", "tcd", "lcm", "pcm")
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_own_pipeline(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def latents_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = torch.Generator().manual_seed(0)
+
+    def draw() -> torch.Tensor:
+        return torch.randn(8, 32, 32, generator=rng).half()
+
+    path = tmp_path_factory.mktemp("latents") / "latents.safetensors"
+    triples = {k: [Triple(draw(), draw(), (draw(),)) for _ in range(6)] for k in ("art", "generated")}
+    save_latents(triples, path)
+    return path
+
+
+@pytest.fixture
+def config(base_folder: Path, latents_file: Path, tmp_path: Path) -> DistilConfig:
+    return DistilConfig(
+        output=str(tmp_path / "run"),
+        base=str(base_folder),
+        steps=6,
+        batch=2,
+        accumulate=1,
+        learning_rate=1e-2,
+        warmup=1,
+        eta=0.2,
+        run_steps=(2, 4),
+        guidance=(2.0, 3.0),
+        precision="fp32",
+        snapshot_every=2,
+        log_every=1,
+        lora=LoraConfig(rank=4, alpha=4.0),
+        bank=BankConfig(capacity=6),
+        latents=LatentsConfig(file=str(latents_file), side=8),
+    )
+
+
+def _distiller(config: DistilConfig, base: Base | None = None, rank: int = 0) -> Distiller:
+    base = base or load_base(config.base)
+    add_lora(base.unet, config.lora, config.seed)
+    source = TripleSource(config.latents, base, config.seed, rank)
+    return Distiller(config, base, source, Average(lora_parameters(base.unet)), rank=rank)
+
+
+def _shake(distiller: Distiller) -> None:
+    """A student that is not the teacher."""
+    rng = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for value in lora_parameters(distiller.base.unet).values():
+            value.add_(torch.randn(value.shape, generator=rng) * 0.1)
+
+
+# --- acceptance tests of the method -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_student_that_is_the_teacher_has_no_loss_one_grid_step_on(
+    config: DistilConfig, method: str
+) -> None:
+    """Acceptance test 4: LoRA zero, no CFG gain, s = t - k."""
+    distiller = _distiller(replace(config, method=method, guidance=(1.0, 1.0)))
+    states, _, _ = distiller.draw_states()
+    x_next = distiller.teacher_step(states)
+    s = states.index - 1
+    x_s = distiller.student_jump(distiller.base.unet, states, s)
+    target = distiller.target_jump(states, x_next, s)
+    assert torch.equal(target, x_next)
+    assert (x_s - target).abs().max() < 1e-5
+    _shake(distiller)
+    changed = distiller.student_jump(distiller.base.unet, states, s)
+    assert (changed - target).abs().max() > 1e-3
+
+
+def test_replaying_the_teacher_reproduces_the_stored_states(
+    config: DistilConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Acceptance test 2, second half; the student's training does not touch the trajectory."""
+    distiller = _distiller(config)
+    born: dict[int, States] = {}
+    original = distiller.fresh
+
+    def recorded(*args: object) -> States:
+        states = original(*args)  # type: ignore[arg-type]
+        born.update({int(i): states.rows(slice(n, n + 1)) for n, i in enumerate(states.id)})
+        return states
+
+    monkeypatch.setattr(distiller, "fresh", recorded)
+    for _ in range(4):
+        _shake(distiller)
+        distiller.draw()
+    stored = distiller.bank.get((8, 8), list(range(distiller.bank.filled((8, 8)))))
+    moved = 0
+    for n, number in enumerate(stored.id.tolist()):
+        first, row = born[number], stored.rows(slice(n, n + 1))
+        again = distiller.run_down(first, row.index)
+        assert torch.allclose(again.x, row.x, atol=1e-4)
+        for name in ("z", "scale"):
+            assert torch.equal(getattr(first, name), getattr(row, name))
+        assert torch.equal(first.cond.pooled, row.cond.pooled)
+        moved += int(first.index - row.index)
+    assert moved > 0
+
+
+def test_fresh_trajectories_start_at_tau_for_std_and_anywhere_for_the_others(config: DistilConfig) -> None:
+    config = replace(config, batch=64, bank=BankConfig(capacity=128))
+    tau = trajectory_timesteps(config.eta, 4)[0]
+    for method in METHODS:
+        distiller = _distiller(replace(config, method=method))
+        t = set(distiller.levels.timestep(distiller.fresh(64, (8, 8)).index).tolist())
+        assert max(t) == tau
+        assert (len(t) == 1) == (method == "std")
+
+
+def test_real_and_fake_are_of_one_item_and_real_is_less_noisy(config: DistilConfig) -> None:
+    """Acceptance test 8: what is left of ``real`` when its noise is taken off is its own item's z."""
+    distiller = _distiller(replace(config, batch=3))
+    for _ in range(5):
+        batch = distiller.draw()
+        clean = batch.real - batch.states.z
+        for row in range(3):
+            others = [(batch.real[row] - batch.states.z[o]).square().mean() for o in range(3) if o != row]
+            assert clean[row].square().mean() < min(others)
+        noise = distiller.levels.sigma(batch.s.clamp(min=0))
+        assert (clean.flatten(1).std(1) <= noise[:, 0, 0, 0] * 1.5 + 1e-4).all()
+
+
+def test_guidance_and_conditioning_are_drawn_once_a_trajectory(config: DistilConfig) -> None:
+    distiller = _distiller(replace(config, drop_conditioning=0.5))
+    seen: dict[int, tuple[float, tuple[float, ...]]] = {}
+    for _ in range(12):
+        states = distiller.draw().states
+        for n, number in enumerate(states.id.tolist()):
+            what = float(states.scale[n]), tuple(states.cond.pooled[n].tolist())
+            assert seen.setdefault(number, what) == what
+    scales = {scale for scale, _ in seen.values()}
+    assert len(scales) == len(seen)
+    assert all(2 <= s <= 3 for s in scales)
+    dropped = sum(not any(pooled) for _, pooled in seen.values())
+    assert 0 < dropped < len(seen)
+
+
+def test_dropped_conditioning_drops_style_tokens_too(config: DistilConfig) -> None:
+    states = _distiller(replace(config, drop_conditioning=1.0)).fresh(2, (8, 8))
+    assert states.cond.tokens is not None
+    assert not states.cond.tokens.any()
+    assert not states.cond.pooled.any()
+    assert states.cond.time_ids.any()
+
+
+def test_guidance_is_applied_per_sample(config: DistilConfig) -> None:
+    distiller = _distiller(config)
+    states = distiller.fresh(2, (8, 8))
+    both = distiller.teacher_step(replace(states, scale=torch.tensor([2.0, 5.0])))
+    for n, scale in enumerate((2.0, 5.0)):
+        alone = distiller.teacher_step(replace(states, scale=torch.full((2,), scale)))
+        assert torch.allclose(both[n], alone[n], atol=1e-5)
+    assert not torch.allclose(both[1], distiller.teacher_step(replace(states, scale=torch.ones(2)))[1])
+
+
+def test_without_the_bank_states_are_the_same_kind(config: DistilConfig) -> None:
+    """The ablation solves every state from tau: indices over the whole trajectory, no bank."""
+    distiller = _distiller(replace(config, batch=16, bank=BankConfig(enabled=False)))
+    states, slots, _ = distiller.draw_states()
+    assert not slots
+    assert len(distiller.bank) == 0
+    assert len(set(states.index.tolist())) > 3
+    assert states.index.max() <= distiller.levels.tau_index
+    assert states.index.min() >= distiller.last
+
+
+def test_a_photo_under_an_unrelated_style_is_its_own_target_and_the_style_is_real(
+    config: DistilConfig,
+) -> None:
+    base = load_base(config.base)
+    source = TripleSource(replace(config.latents, paired=0.0), base, 0)
+    new = source.take(4, (8, 8))
+    assert torch.equal(new.z, new.c)
+    assert not torch.equal(new.real, new.c)
+    paired = TripleSource(config.latents, base, 0).take(4, (8, 8))
+    assert torch.equal(paired.real, paired.z)
+    assert not torch.equal(paired.z, paired.c)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_with_a_stride_the_teacher_stops_at_the_target_and_trajectories_spread(
+    config: DistilConfig, method: str
+) -> None:
+    config = replace(config, method=method, stride=3, window=0.6, batch=4, bank=BankConfig(capacity=12))
+    distiller = _distiller(config)
+    seen: set[int] = set()
+    for _ in range(12):
+        batch = distiller.draw()
+        seen |= set(batch.states.index.tolist())
+        assert (batch.s < batch.states.index).all()
+    rows = [row for slots in distiller.bank.slots.values() for row in slots]
+    assert all(int(row.index) >= distiller.last for row in rows)
+    assert len(seen) > 4  # not only every third grid point
+
+
+# --- the loop -------------------------------------------------------------------------------------------
+
+
+def _checkpoint(config: DistilConfig) -> dict[str, torch.Tensor]:
+    root = Path(config.output) / "checkpoints"
+    folder = root / (root / "newest").read_text(encoding="utf-8")
+    return {f"{f.name}/{k}": v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
+
+
+def _assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    different = [k for k in ours if not torch.equal(ours[k], theirs[k])]
+    assert not different
+
+
+ADVERSARIAL = AdversarialConfig(weight=0.5, features="style", learning_rate=1e-2, r1=1e-2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_equals_an_unbroken_one(config: DistilConfig, method: str, tmp_path: Path) -> None:
+    """Acceptance test 6: weights, average, discriminator, optimizers, bank, random states and log."""
+    whole = replace(config, method=method, adversarial=ADVERSARIAL, output=str(tmp_path / "whole"))
+    broken = replace(whole, output=str(tmp_path / "broken"))
+    train_distil(whole)
+    train_distil(broken, stop_after=3)  # the checkpoint is of step 2: step 3 is done again
+    train_distil(broken)
+    _assert_same(_checkpoint(whole), _checkpoint(broken))
+    logs = [(Path(c.output) / "log.jsonl").read_bytes() for c in (whole, broken)]
+    assert logs[0] == logs[1]
+    assert len(logs[0].splitlines()) == 6
+    loras = [load_file(Path(c.output) / "lora.safetensors") for c in (whole, broken)]
+    _assert_same(*loras)
+
+
+def _distance(config: DistilConfig, tensors: dict[str, torch.Tensor] | None) -> float:
+    """Of a 2-step run at guidance 1 to the guided teacher's over all grid points, from the same noise."""
+    distiller = _distiller(replace(config, drop_conditioning=0.0, bank=BankConfig(enabled=False)))
+    states = distiller.fresh(8, (8, 8))
+    teacher = distiller.run_down(states, torch.full((8,), -1)).x
+    if tensors is not None:
+        with torch.no_grad():
+            for name, value in lora_parameters(distiller.base.unet).items():
+                value.copy_(tensors[f"unet.{name.replace('.default.', '.')}"].float())
+    middle = (trajectory_timesteps(config.eta, 2)[1] + 1) // 20 - 1
+    for s in (middle, -1):
+        with torch.no_grad():
+            x = distiller.student_jump(distiller.base.unet, states, torch.full((8,), s))
+        states = replace(states, x=x, index=torch.full((8,), s))
+    return float((states.x - teacher).square().mean().sqrt())
+
+
+def test_training_brings_the_student_to_the_teacher(config: DistilConfig) -> None:
+    config = replace(config, steps=80, batch=4, snapshot_every=80, log_every=20, drop_conditioning=0.0)
+    config = replace(config, guidance=(3.0, 3.0), bank=BankConfig(capacity=16), learning_rate=5e-3)
+    trained = load_file(train_distil(config))
+    assert _distance(config, trained) < 0.92 * _distance(config, None)
+
+
+@pytest.mark.parametrize("adversarial", [AdversarialConfig(), ADVERSARIAL])
+def test_two_half_batches_accumulated_are_one_whole_batch(
+    config: DistilConfig, adversarial: AdversarialConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Acceptance test 5, accumulation: exact for the student and for the discriminator."""
+    # Adam divides by the gradient's own size, which would blow up rounding where it is near zero.
+    monkeypatch.setattr(
+        "std_rt.training.distil.loop._optimizer", lambda c, p, rate: torch.optim.SGD(p, lr=rate)
+    )
+    drawn = _distiller(replace(config, batch=4, bank=BankConfig(capacity=12)))
+    batches = [drawn.draw() for _ in range(2)]
+    results = []
+    start = lora_parameters(drawn.base.unet)
+    for parts, size in ((1, 4), (2, 2)):
+        halves = _slices(batches, parts, size)
+        monkeypatch.setattr(Distiller, "draw", lambda self, halves=halves: next(halves))
+        c = replace(config, batch=size, accumulate=parts, steps=2, adversarial=adversarial)
+        # Steps large enough for A to move too, whose gradient is zero as long as B is.
+        c = replace(c, output=str(tmp_path / f"{parts}"), learning_rate=2.0, rate_schedule="constant")
+        c = replace(c, bank=BankConfig(capacity=12, spread=False), max_grad_norm=1e9)
+        train_distil(c)
+        results.append(_checkpoint(c))
+    names = [k for k in results[0] if k.startswith(("shared.safetensors/lora", "shared.safetensors/heads"))]
+    assert any("heads" in k for k in names) == bool(adversarial.weight)
+    for kind in ("lora_A", "lora_B", "heads"):
+        moved, apart = 0.0, 0.0
+        for name in (n for n in names if kind in n):
+            before = start.get(name.removeprefix("shared.safetensors/lora/"), torch.zeros(())).detach()
+            moved += float((results[0][name] - before).square().sum())
+            apart += float((results[0][name] - results[1][name]).square().sum())
+        assert kind == "heads" or moved > 0
+        assert apart <= 1e-6 * moved, kind
+
+
+def _slices(batches: list[StepBatch], parts: int, size: int) -> Iterator[StepBatch]:
+    for b in batches:
+        for i in range(parts):
+            rows = slice(i * size, (i + 1) * size)
+            tensors = {n: getattr(b, n)[rows] for n in ("x_next", "s", "target", "real", "pair")}
+            yield replace(b, states=b.states.rows(rows), **tensors)
+
+
+def test_a_loss_that_is_no_number_stops_with_the_step(
+    config: DistilConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_distil(config, stop_after=2)
+    kept = _checkpoint(config)
+    monkeypatch.setattr(Distiller, "consistency_loss", lambda self, x_s, batch: x_s.sum() * float("nan"))
+    with pytest.raises(RecipeError, match=r"not a number at step 3; lower learning_rate"):
+        train_distil(config)
+    _assert_same(kept, _checkpoint(config))
+
+
+def test_the_loss_that_is_no_number_is_found_within_a_log_window(
+    config: DistilConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter([1.0, 1.0, 1.0, 1.0, float("nan"), 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    monkeypatch.setattr(
+        Distiller, "consistency_loss", lambda self, x_s, batch: x_s.mean() * 1e-3 * next(calls)
+    )
+    config = replace(config, accumulate=2, log_every=6, snapshot_every=6)
+    with pytest.raises(RecipeError, match="not a number at step 3"):
+        train_distil(config)
+
+
+def test_another_recipe_does_not_go_on_with_a_run(config: DistilConfig) -> None:
+    train_distil(config, stop_after=2)
+    with pytest.raises(RecipeError, match="another method"):
+        train_distil(replace(config, method="lcm"))
+    with pytest.raises(RecipeError, match=r"another lora\.rank"):
+        train_distil(replace(config, lora=LoraConfig(rank=2, alpha=4.0)))
+    train_distil(replace(config, steps=7, precision="bf16", gradient_checkpointing=True))  # the same run
+    assert json.loads((Path(config.output) / "log.jsonl").read_text().splitlines()[-1])["step"] == 7
+
+
+def test_the_lora_says_what_it_is(config: DistilConfig) -> None:
+    from std_rt.training.distil.lora import read_notes
+
+    notes = read_notes(train_distil(config))
+    assert notes["method"] == "std"
+    assert notes["tau"] == str(trajectory_timesteps(0.2, 4)[0])
+    assert json.loads(notes["timesteps"])["4"] == trajectory_timesteps(0.2, 4)
+    assert notes["base"] == "tiny"
+    assert len(notes["base_digest"]) == 64
+    card = (Path(config.output) / "README.md").read_text(encoding="utf-8")
+    assert "base_model: tiny" in card
+    assert "license" not in card  # this base says nothing of one
+    (Path(config.base) / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
+    try:
+        assert load_base(config.base).licence == "mit"
+    finally:
+        (Path(config.base) / "README.md").unlink()
+
+
+def test_gradient_checkpointing_and_online_target_and_mixed_conditioning_run(
+    config: DistilConfig, tmp_path: Path
+) -> None:
+    plain = load_file(train_distil(replace(config, steps=2, output=str(tmp_path / "a"))))
+    saved = replace(config, steps=2, gradient_checkpointing=True, output=str(tmp_path / "b"))
+    checkpointed = load_file(train_distil(saved))
+    for name, value in plain.items():
+        assert torch.allclose(value, checkpointed[name], atol=1e-3)
+    for n, change in enumerate(
+        ({"ema_target": False}, {"bank": BankConfig(capacity=6, stored_conditioning=False)})
+    ):
+        other = load_file(train_distil(replace(config, output=str(tmp_path / f"c{n}"), **change)))
+        first = train_distil(replace(config, output=str(tmp_path / f"d{n}")))
+        assert any(not torch.equal(other[k], v) for k, v in load_file(first).items())
+
+
+def _keep_recipe(config: DistilConfig) -> Path:
+    """A run folder that another process can take the recipe from."""
+    folder = Path(config.output)
+    folder.mkdir(parents=True)
+    (folder / "recipe.json").write_text(json.dumps(as_dict(config)), encoding="utf-8")
+    return folder
+
+
+RUN = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from std_rt.training.distil import train_distil
+from std_rt.training.recipe import load_run_recipe
+train_distil(load_run_recipe(Path(sys.argv[1])))
+"""
+
+
+def test_killed_at_random_moments_and_resumed_it_ends_as_if_unbroken(
+    config: DistilConfig, tmp_path: Path
+) -> None:
+    """SIGKILL, with no chance to clean up. STD_RT_KILLS=10 for the long version."""
+    config = replace(config, adversarial=ADVERSARIAL, steps=24, snapshot_every=1)
+    whole, broken = (replace(config, output=str(tmp_path / name)) for name in ("whole", "broken"))
+    script = tmp_path / "run.py"
+    script.write_text(RUN, encoding="utf-8")
+    train_distil(whole)
+    folder, rng = _keep_recipe(broken), random.Random(0)
+    kills = int(os.environ.get("STD_RT_KILLS", "2"))
+    for n in range(kills):
+        goal = 1 + n * 20 // kills
+        process = subprocess.Popen(
+            [sys.executable, str(script), str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None and _newest(folder) < goal:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        assert process.wait() != 0, "the run ended before it was killed"
+    train_distil(broken)
+    _assert_same(_checkpoint(whole), _checkpoint(broken))
+    assert (Path(whole.output) / "log.jsonl").read_bytes() == (folder / "log.jsonl").read_bytes()
+    left = [p.name for p in folder.rglob("*") if "partial" in p.name and "checkpoints" not in p.parts]
+    assert not left
+
+
+def _newest(folder: Path) -> int:
+    try:
+        return int((folder / "checkpoints" / "newest").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+TWO_PROCESSES = """
+import hashlib, json, sys
+from dataclasses import replace
+from pathlib import Path
+from accelerate import PartialState
+from std_rt.training import distil
+from std_rt.training.recipe import load_run_recipe
+from std_rt.training.tiny_source import TripleSource
+
+state = PartialState(cpu=True)
+kept, pool = {}, []
+
+
+def digest(tensors):
+    return hashlib.sha256(b"".join(v.detach().numpy().tobytes() for v in tensors)).hexdigest()
+
+
+parameters, adversary, start = distil.lora_parameters, distil.Adversary, TripleSource.__init__
+
+
+def keep_lora(unet):
+    kept["lora"] = parameters(unet)
+    return kept["lora"]
+
+
+def keep_heads(*args, **kwargs):
+    kept["heads"] = adversary(*args, **kwargs)
+    return kept["heads"]
+
+
+def keep_pool(self, *args, **kwargs):
+    start(self, *args, **kwargs)
+    pool.extend(digest([t.z]) for triples in self.latents.values() for t in triples)
+
+
+distil.lora_parameters, distil.Adversary, TripleSource.__init__ = keep_lora, keep_heads, keep_pool
+config = load_run_recipe(Path(sys.argv[1]))
+distil.train_distil(config)
+found = {
+    "world": state.num_processes,
+    "lora": digest(kept["lora"].values()),
+    "heads": digest(kept["heads"].heads.state_dict().values()),
+    "pool": pool,
+}
+broken = replace(config, output=config.output + "-broken")
+distil.train_distil(broken, stop_after=3)
+distil.train_distil(broken)
+Path(sys.argv[1], f"out{state.process_index}.json").write_text(json.dumps(found))
+"""
+
+
+def test_two_processes_agree_see_different_data_and_resume(config: DistilConfig, tmp_path: Path) -> None:
+    """Acceptance tests 5 and 6 with two ranks, the adversarial loss and accumulation."""
+    config = replace(config, adversarial=ADVERSARIAL, accumulate=2, steps=4)
+    folder = _keep_recipe(config)
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES, encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*launch, str(script), str(folder)], capture_output=True, encoding="utf-8", env=env, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads((folder / f"out{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1))
+    assert (one["world"], two["world"]) == (2, 2)
+    assert one["lora"] == two["lora"]
+    assert one["heads"] == two["heads"]
+    assert not set(one["pool"]) & set(two["pool"])
+    assert len(set(one["pool"]) | set(two["pool"])) == 12
+    resumed = replace(config, output=config.output + "-broken")
+    whole = _checkpoint(config)
+    assert any(name.startswith("rank1") for name in whole)
+    assert not torch.equal(whole["rank0.safetensors/generator"], whole["rank1.safetensors/generator"])
+    _assert_same(whole, _checkpoint(resumed))
+    with pytest.raises(RecipeError, match="trained by 2 processes, now there are 1"):
+        train_distil(replace(config, steps=5))
+
+
+def test_conditioning_masks_rows() -> None:
+    cond = Conditioning(torch.ones(3, 2, 4), torch.ones(3, 5), torch.ones(3, 6), torch.ones(3, 2, 4))
+    masked = cond.masked(torch.tensor([1.0, 0.0, 1.0]))
+    assert masked.context.sum((1, 2)).tolist() == [8, 0, 8]
+    assert masked.time_ids.sum() == 18
+    assert not cond.null().pooled.any()

@@ -1,0 +1,259 @@
+"""Scores that need weights, on tiny random models in the layouts of the published files."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from support.pipelines import randomize
+from torch import Tensor, nn
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
+)
+
+from std_rt.core.errors import UsageError
+from std_rt.evaluation.scorers import VisionTower, load_scorers
+
+Frame = NDArray[np.uint8]
+PX, DIM = 32, 12
+VISION = {
+    "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "image_size": PX, "patch_size": 8, "projection_dim": DIM, "hidden_act": "quick_gelu",
+}  # fmt: skip
+
+
+def _frames(count: int) -> list[Frame]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (48, 48, 3), np.uint8) for _ in range(count)]
+
+
+def _small(frame: Frame, mean: list[float], std: list[float], side: int) -> Tensor:
+    """What the published preprocessing does, in one line of its own."""
+    x = torch.from_numpy(frame).permute(2, 0, 1)[None].float() / 255
+    x = F.interpolate(x, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+    return (x - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
+
+
+def _clip_images(frame: Frame) -> Tensor:
+    return _small(frame, [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711], PX)
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    return float(F.cosine_similarity(a, b))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clip")
+    text = {
+        "vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "max_position_embeddings": 8, "projection_dim": DIM,
+        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+    }  # fmt: skip
+    config = CLIPConfig(text_config=text, vision_config=VISION, projection_dim=DIM)
+    randomize(CLIPModel(config), 0).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vision(clip: Path) -> CLIPVisionModelWithProjection:
+    return CLIPVisionModelWithProjection.from_pretrained(clip).eval()
+
+
+def _openai(vision: CLIPVisionModelWithProjection) -> dict[str, Tensor]:
+    """The weights of a transformers CLIP under the names of OpenAI's files, which CSD keeps."""
+    names = {
+        "embeddings.class_embedding": "class_embedding",
+        "embeddings.patch_embedding.weight": "conv1.weight",
+        "embeddings.position_embedding.weight": "positional_embedding",
+    }
+    state = {k.removeprefix("vision_model."): v for k, v in vision.state_dict().items()}
+    found = {new: state[old] for old, new in names.items()}
+    for kind in ("weight", "bias"):
+        found[f"ln_pre.{kind}"] = state[f"pre_layrnorm.{kind}"]
+        found[f"ln_post.{kind}"] = state[f"post_layernorm.{kind}"]
+        for i in range(VISION["num_hidden_layers"]):
+            a, b = f"encoder.layers.{i}.", f"transformer.resblocks.{i}."
+            heads = [state[f"{a}self_attn.{x}_proj.{kind}"] for x in "qkv"]
+            found[f"{b}attn.in_proj_{kind}"] = torch.cat(heads)
+            pairs = {
+                "self_attn.out_proj": "attn.out_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2",
+                "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+            }  # fmt: skip
+            found |= {f"{b}{new}.{kind}": state[f"{a}{old}.{kind}"] for old, new in pairs.items()}
+    return found
+
+
+def _csd_state(vision: CLIPVisionModelWithProjection) -> dict[str, Tensor]:
+    """As published: DistributedDataParallel's prefix, backbone, and two projections."""
+    state = {f"module.backbone.{k}": v.clone() for k, v in _openai(vision).items()}
+    state["module.last_layer_style"] = vision.visual_projection.weight.T.clone()
+    return state | {"module.last_layer_content": torch.zeros(128, DIM)}
+
+
+def _csd_checkpoint(path: Path, vision: CLIPVisionModelWithProjection) -> Path:
+    """With everything else that the authors' training kept in the file."""
+    known = {
+        "model_state_dict": _csd_state(vision),
+        "opt_bb": {"state": {}, "param_groups": [{"lr": np.float64(0.1)}]},
+        "iter": 3,
+        "args": argparse.Namespace(arch="vit_large", lr=np.float64(0.003)),
+        "fp16_scaler": None,
+    }
+    torch.save(known, path)
+    return path
+
+
+def _predictor(path: Path, dim: int = DIM) -> nn.Sequential:
+    """The improved predictor's layers; dropout counts in its names."""
+    layers = nn.Sequential(
+        nn.Linear(dim, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2), nn.Linear(128, 64),
+        nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1),
+    )  # fmt: skip
+    torch.save({f"layers.{k}": v for k, v in layers.state_dict().items()}, path)
+    return layers.eval()
+
+
+def test_nothing_asked_is_nothing_loaded() -> None:
+    assert load_scorers() == []
+
+
+@torch.no_grad()
+def test_clip_compares_with_content_and_style(clip: Path, vision: CLIPVisionModelWithProjection) -> None:
+    frames = _frames(3)
+    (scorer,) = load_scorers(clip=clip)
+    ours, content, style = (vision(_clip_images(f)).image_embeds for f in frames)
+    expected = {"clip_content": _cosine(ours, content), "clip_style": _cosine(ours, style)}
+    assert scorer(*frames) == pytest.approx(expected, abs=1e-5)
+    assert scorer(frames[0], frames[0], frames[1])["clip_content"] == pytest.approx(1, abs=1e-5)
+
+
+@torch.no_grad()
+def test_dino_compares_class_tokens_with_the_content(tmp_path: Path) -> None:
+    config = Dinov2Config(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=42, patch_size=8, mlp_ratio=2
+    )
+    model = randomize(Dinov2Model(config), 1)
+    model.save_pretrained(tmp_path)
+    (scorer,) = load_scorers(dino=tmp_path)
+    frames = _frames(3)
+    tokens = [
+        model(_small(f, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], 40)).last_hidden_state[:, 0]
+        for f in frames
+    ]
+    assert scorer(*frames) == pytest.approx({"dino_content": _cosine(tokens[0], tokens[1])}, abs=1e-5)
+
+
+@torch.no_grad()
+def test_the_tower_is_transformers_clip(vision: CLIPVisionModelWithProjection) -> None:
+    tower, images = VisionTower.fitting(_openai(vision)), torch.randn(2, 3, PX, PX)
+    projected = tower(images) @ vision.visual_projection.weight.T
+    assert torch.allclose(projected, vision(images).image_embeds, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["published", "weights only", "safetensors"])
+@torch.no_grad()
+def test_csd_reads_every_layout(vision: CLIPVisionModelWithProjection, tmp_path: Path, layout: str) -> None:
+    path = tmp_path / "csd.bin"
+    if layout == "published":
+        _csd_checkpoint(path, vision)
+    elif layout == "weights only":
+        torch.save(_csd_state(vision), path)
+    else:
+        path = tmp_path / "csd.safetensors"
+        plain = {k.removeprefix("module."): v.contiguous() for k, v in _csd_state(vision).items()}
+        save_file(plain, path)
+    (scorer,) = load_scorers(csd=path)
+    frames = _frames(3)
+    ours, style = (vision(_clip_images(f)).image_embeds for f in (frames[0], frames[2]))
+    assert scorer(*frames) == pytest.approx({"csd": _cosine(ours, style)}, abs=1e-5)
+
+
+@torch.no_grad()
+def test_the_aesthetic_predictor_sees_unit_vectors(
+    clip: Path, vision: CLIPVisionModelWithProjection, tmp_path: Path
+) -> None:
+    layers = _predictor(tmp_path / "linearMSE.pth")
+    frames = _frames(3)
+    scorers = load_scorers(clip=clip, aesthetic=tmp_path / "linearMSE.pth")
+    expected = float(layers(F.normalize(vision(_clip_images(frames[0])).image_embeds)))
+    assert scorers[1](*frames) == pytest.approx({"aesthetic": expected}, abs=1e-5)
+
+
+class _Payload:
+    """Unpickled, it would write a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return copy.copy(open), (str(self.path), "w")
+
+
+@pytest.mark.parametrize("option", ["csd", "aesthetic"])
+def test_a_file_that_wants_to_run_code_is_refused(clip: Path, tmp_path: Path, option: str) -> None:
+    path, touched = tmp_path / "evil.pth", tmp_path / "touched"
+    torch.save({"model_state_dict": _Payload(touched)}, path)
+    with pytest.raises(UsageError, match=f"--{option} .* cannot be read as weights"):
+        load_scorers(clip=clip, **{option: path})
+    path.write_bytes(pickle.dumps(_Payload(touched)))
+    with pytest.raises(UsageError, match=f"--{option} .* cannot be read as weights"):
+        load_scorers(clip=clip, **{option: path})
+    assert not touched.exists()
+
+
+def test_what_does_not_hold_the_weights_is_one_clear_line(clip: Path, tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    other, no_weights = tmp_path / "other.safetensors", tmp_path
+    cases = [
+        ({"clip": tmp_path / "none"}, "--clip .* is no transformers folder"),
+        ({"clip": no_weights}, "--clip .* cannot be loaded"),
+        ({"dino": clip}, "--dino .* (holds no Dinov2Model|cannot be loaded)"),
+        ({"csd": tmp_path / "none.bin"}, "--csd .* cannot be read"),
+        ({"csd": other}, "is no CSD checkpoint"),
+        ({"csd": tmp_path / "list.pth"}, "holds a list"),
+        ({"clip": clip, "aesthetic": other}, "is no aesthetic predictor"),
+        ({"clip": clip, "aesthetic": tmp_path / "reluMSE.pth"}, "variant with ReLU"),
+        ({"aesthetic": other}, "add --clip"),
+    ]
+    for options, reason in cases:
+        with pytest.raises(UsageError, match=reason) as caught:
+            load_scorers(**options)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_csd_file_of_another_shape_is_refused(
+    vision: CLIPVisionModelWithProjection, tmp_path: Path
+) -> None:
+    state = _csd_state(vision)
+    del state["module.backbone.ln_post.bias"]
+    torch.save({"model_state_dict": state}, tmp_path / "csd.bin")
+    with pytest.raises(UsageError, match=r"ln_post\.bias"):
+        load_scorers(csd=tmp_path / "csd.bin")
+
+
+def test_a_predictor_for_another_clip_is_refused(clip: Path, tmp_path: Path) -> None:
+    _predictor(tmp_path / "big.pth", 768)
+    scorer = load_scorers(clip=clip, aesthetic=tmp_path / "big.pth")[1]
+    with pytest.raises(UsageError, match="vectors of 768 numbers, --clip gives 12"):
+        scorer(*_frames(3))
+
+
+def test_fixtures_are_the_published_layout(clip: Path) -> None:
+    names = load_file(clip / "model.safetensors")
+    assert "visual_projection.weight" in names
+    assert "vision_model.post_layernorm.weight" in names

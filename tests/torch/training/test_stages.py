@@ -1,0 +1,167 @@
+"""Each stage trains, resumes bit for bit, and hands the next one what it needs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from std_rt.core.errors import RecipeError
+from std_rt.models.autoencoder import AutoencoderPixelShuffle
+from std_rt.training.run.recipe import AutoencoderConfig, FinishConfig, TeacherConfig
+from std_rt.training.tiny.autoencoder_stage import train_autoencoder
+from std_rt.training.tiny.finish import finish_pipeline
+from std_rt.training.tiny.pipeline import load_tiny, save_tiny
+from std_rt.training.tiny.teacher import sample, train_teacher
+
+
+def _same(a: Path, b: Path) -> None:
+    left, right = load_file(a), load_file(b)
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        assert torch.equal(value, right[key]), key
+
+
+def test_autoencoder_resumes_bit_for_bit(
+    autoencoder_config: AutoencoderConfig, vae_folder: Path, tmp_path: Path
+) -> None:
+    broken = replace(autoencoder_config, output=str(tmp_path))
+    train_autoencoder(broken, stop_after=3)
+    train_autoencoder(broken)
+    _same(tmp_path / "checkpoint.safetensors", Path(autoencoder_config.output) / "checkpoint.safetensors")
+    assert (vae_folder / "config.json").exists()
+
+
+def test_autoencoder_learns(autoencoder_config: AutoencoderConfig, tmp_path: Path) -> None:
+    import json
+
+    config = replace(
+        autoencoder_config, output=str(tmp_path), steps=240, snapshot_every=40, learning_rate=5e-3
+    )
+    train_autoencoder(config)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert rows[-1]["held_out_psnr_db"] > rows[0]["held_out_psnr_db"] + 1
+
+
+def test_standardize_changes_latents_not_pictures() -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderPixelShuffle(channels=(8, 16), encoder_blocks=1, decoder_blocks=1)
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        z = vae.encode(images).latents
+        before = vae.decode(z).sample
+        vae.standardize(z.mean((0, 2, 3)), z.std((0, 2, 3)))
+        scaled = vae.encode(images).latents
+        after = vae.decode(scaled).sample
+    assert torch.allclose(scaled.mean((0, 2, 3)), torch.zeros(8), atol=1e-4)
+    assert torch.allclose(scaled.std((0, 2, 3)), torch.ones(8), atol=1e-4)
+    assert torch.allclose(before[..., 24:-24, 24:-24], after[..., 24:-24, 24:-24], atol=1e-4)
+
+
+def test_teacher_resumes_bit_for_bit(
+    teacher_config: TeacherConfig, teacher_folder: Path, tmp_path: Path
+) -> None:
+    broken = replace(teacher_config, output=str(tmp_path))
+    train_teacher(broken, stop_after=2)
+    train_teacher(broken)
+    _same(tmp_path / "checkpoint.safetensors", Path(teacher_config.output) / "checkpoint.safetensors")
+    assert (Path(teacher_config.output) / "sheets" / "000004.png").exists()
+
+
+def test_saved_pipeline_gives_the_same_pictures(teacher_folder: Path, tmp_path: Path) -> None:
+    pipeline = load_tiny(teacher_folder)
+    save_tiny(pipeline, tmp_path)
+    again = load_tiny(tmp_path)
+    images, styles = torch.rand(1, 3, 64, 64) * 2 - 1, torch.rand(1, 3, 224, 224) * 2 - 1
+    assert torch.equal(sample(pipeline, images, styles, 2), sample(again, images, styles, 2))
+
+
+def test_style_and_guidance_reach_the_picture(teacher_folder: Path) -> None:
+    pipeline = load_tiny(teacher_folder)
+    images = torch.rand(1, 3, 64, 64) * 2 - 1
+    light, dark = torch.full((1, 3, 224, 224), 0.8), torch.full((1, 3, 224, 224), -0.8)
+    first = sample(pipeline, images, light, 2)
+    assert not torch.allclose(first, sample(pipeline, images, dark, 2), atol=1e-4)
+    assert not torch.allclose(first, sample(pipeline, images, light, 2, guidance=3.0), atol=1e-4)
+
+
+def test_finish_resumes_bit_for_bit(finish_config: FinishConfig, tmp_path: Path) -> None:
+    whole = replace(finish_config, output=str(tmp_path / "whole"))
+    broken = replace(finish_config, output=str(tmp_path / "broken"))
+    finish_pipeline(whole)
+    finish_pipeline(broken, stop_after=1)
+    finish_pipeline(broken)
+    _same(tmp_path / "whole/checkpoint.safetensors", tmp_path / "broken/checkpoint.safetensors")
+
+
+def test_missing_stage_names_the_command(teacher_config: TeacherConfig, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"std-rt train training/std_tiny_autoencoder\.toml"):
+        train_teacher(replace(teacher_config, output=str(tmp_path), autoencoder=str(tmp_path / "none")))
+
+
+def test_nan_loss_stops_and_keeps_the_checkpoint(
+    autoencoder_config: AutoencoderConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(autoencoder_config, output=str(tmp_path), steps=6)
+    train_autoencoder(config, stop_after=3)
+    good = (tmp_path / "checkpoint.safetensors").read_bytes()
+    monkeypatch.setattr(
+        "std_rt.training.tiny.autoencoder_stage.reconstruction_loss",
+        lambda output, *_: output.sum() * float("nan"),
+    )
+    with pytest.raises(RecipeError, match="not a number at step 3"):
+        train_autoencoder(config)
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == good
+
+
+def test_another_recipe_does_not_go_on_with_a_run(
+    autoencoder_config: AutoencoderConfig, tmp_path: Path
+) -> None:
+    config = replace(autoencoder_config, output=str(tmp_path))
+    train_autoencoder(config, stop_after=3)
+    kept = (tmp_path / "recipe.json").read_bytes()
+    with pytest.raises(RecipeError, match="holds a run with another batch"):
+        train_autoencoder(replace(config, batch=3))
+    assert (tmp_path / "recipe.json").read_bytes() == kept
+
+
+def test_latents_are_made_again_for_another_autoencoder(
+    teacher_folder: Path, teacher_config: TeacherConfig
+) -> None:
+    from std_rt.training.tiny.latents import latents_made_from
+    from std_rt.training.tiny.teacher import _fingerprint
+
+    vae = load_tiny(teacher_folder).vae
+    path = Path(teacher_config.output) / "latents.safetensors"
+    assert latents_made_from(path) == _fingerprint(teacher_config, vae)
+    with torch.no_grad():
+        next(vae.encoder.parameters()).add_(1)
+    assert latents_made_from(path) != _fingerprint(teacher_config, vae)
+
+
+def test_damaged_latents_say_what_to_do(finish_config: FinishConfig, tmp_path: Path) -> None:
+    from std_rt.training.tiny.latents import load_latents
+
+    (tmp_path / "latents.safetensors").write_bytes(b"half")
+    with pytest.raises(RecipeError, match="delete it"):
+        load_latents(tmp_path / "latents.safetensors")
+
+
+def test_a_teacher_can_start_from_another_pipeline(
+    teacher_config: TeacherConfig, teacher_folder: Path, vae_folder: Path, tmp_path: Path
+) -> None:
+    from std_rt.models.autoencoder import AutoencoderPixelShuffle
+    from std_rt.training.tiny.teacher import _build
+
+    vae = AutoencoderPixelShuffle.from_pretrained(vae_folder)
+    pipeline = _build(replace(teacher_config, start_from=str(teacher_folder)), vae)
+    for name, value in load_tiny(teacher_folder).unet.state_dict().items():
+        assert torch.equal(value, pipeline.unet.state_dict()[name])
+    with pytest.raises(RecipeError, match="is no pipeline folder"):
+        _build(replace(teacher_config, start_from=str(tmp_path)), vae)
+    wider = replace(teacher_config.model, style_tokens=6)
+    with pytest.raises(RecipeError, match="does not fit the recipe's model"):
+        _build(replace(teacher_config, start_from=str(teacher_folder), model=wider), vae)

@@ -1,0 +1,171 @@
+"""`std-rt evaluate`: a bundle with clips, and LoRAs beside their teacher."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.cli_support import Cli, Result, picture
+from support.media_samples import Spec, make_clip
+
+from std_rt.media import read_picture, write_picture
+
+NOTES = {"method": "std", "eta": "0.75", "tau": "739", "base": "tiny", "guidance": "[2.0, 4.0]"}
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Two contents and two styles."""
+    for i in range(2):
+        picture(tmp_path / "contents" / f"{i}.png", 80, 70, seed=i)
+        picture(tmp_path / "styles" / f"{i}.png", 64, 64, seed=9 + i)
+    return tmp_path / "contents", tmp_path / "styles"
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pipelines = pytest.importorskip("pipelines")
+    return Path(pipelines.write_own_pipeline(tmp_path_factory.mktemp("teacher")))
+
+
+@pytest.fixture(scope="module")
+def loras(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two seeds of one recipe, and one of another."""
+    from support.pipelines import write_lora
+
+    from std_rt.training.distil.base import load_base
+
+    base, root = load_base(teacher), tmp_path_factory.mktemp("table")
+    files = []
+    for seed, run in enumerate(("std-0", "std-1", "no-bank-0")):
+        (root / run).mkdir()
+        notes = {**NOTES, "base_digest": base.digest}
+        files.append(write_lora(root / run / "lora.safetensors", base.unet, seed=seed, **notes))
+    return files
+
+
+def _last(result: Result) -> dict[str, Any]:
+    assert result.code == 0, result.err
+    return dict(json.loads(result.out.splitlines()[-1]))
+
+
+def test_the_old_name_still_works(cli: Cli) -> None:
+    assert "std-rt eval" in cli("eval", "--help").out
+    listed = [line.split("│")[1].split()[:1] for line in cli("--help").out.splitlines() if "│" in line]
+    assert ["evaluate"] in listed
+    assert ["eval"] not in listed
+
+
+def test_a_clip_is_judged_for_flicker(
+    cli: Cli, bundle: Path, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    clip, other = make_clip(folders[0] / "clip.mp4"), make_clip(tmp_path / "named.mp4", Spec(pts=(0, 512)))
+    table = tmp_path / "found.json"
+    flags = ("--pairs", 3, "--size", 64, "--bundle", bundle, "--video", other, "--frames", 4)
+    found = _last(cli("evaluate", *folders, *flags, "-o", tmp_path / "sheet.png", "--table", table))
+    assert found["warping"].keys() == {str(clip), str(other)}
+    for errors in found["warping"].values():
+        assert errors.keys() == {"source", "std-rt", "reinhard", "cv2.stylization"}
+        assert 0 <= errors["source"] < 0.1
+    assert found["scores"]["reinhard"].keys() == {"colour", "texture", "structure", "ssim"}
+    assert json.loads(table.read_text(encoding="utf-8")) == found
+
+
+def test_students_beside_their_teacher(
+    cli: Cli, folders: tuple[Path, Path], teacher: Path, loras: list[Path], tmp_path: Path
+) -> None:
+    sheet, table = tmp_path / "sheet.png", tmp_path / "found.json"
+    files = [flag for lora in loras for flag in ("--lora", lora)]
+    flags = ("--steps", 2, "--steps", 4, "--guidance", 1, "--guidance", 2, "--pairs", 2, "--size", 64)
+    found = _last(
+        cli("evaluate", *folders, "--teacher", teacher, *files, *flags, "-o", sheet, "--table", table)
+    )
+    rows = {(row["label"], row["steps"], row["guidance"]): row for row in found["table"]}
+    assert len(rows) == 1 + 3 * 4  # the yardstick; teacher, std and std no-bank at four settings
+    assert rows["reference", 37, 3.0]["mean"]["latent_rmse"] == 0
+    assert rows["reference", 37, 3.0]["evaluations"] == 74
+    std = rows["std", 4, 2.0]
+    assert std["evaluations"] == 8
+    assert len(std["seeds"]) == 2
+    assert std["spread"]["latent_rmse"] > 0
+    assert rows["std no-bank", 2, 1.0]["spread"] is None
+    whole = json.loads(table.read_text(encoding="utf-8"))
+    assert len(whole["rows"]) == 1 + 4 * 4
+    assert whole["rows"][1]["timesteps"] == [739, 379]
+    height, width = read_picture(sheet).frame.shape[:2]
+    assert (width, height) == (6 * 68, 2 * 68 + 18)  # content, style, yardstick, teacher, std, std no-bank
+
+
+def test_same_command_same_numbers(
+    cli: Cli, folders: tuple[Path, Path], teacher: Path, loras: list[Path], tmp_path: Path
+) -> None:
+    flags = ("--teacher", teacher, "--lora", loras[0], "--pairs", 2, "--size", 64, "--reference-steps", 8)
+
+    def run(name: str, *more: object) -> Any:
+        return _last(cli("evaluate", *folders, *flags, "-o", tmp_path / name, *more))["table"]
+
+    first = run("a.png")
+    assert first == run("b.png")
+    assert first != run("c.png", "--seed", 1)
+    cut = run("d.png", "--schedule", "diffusers")
+    assert cut[-1]["evaluations"] == first[-1]["evaluations"]
+    assert cut[-1]["mean"]["latent_rmse"] != first[-1]["mean"]["latent_rmse"]
+
+
+def test_a_mask_and_a_clip(cli: Cli, folders: tuple[Path, Path], teacher: Path, tmp_path: Path) -> None:
+    white = np.zeros((64, 64, 3), np.uint8)
+    white[16:, :40] = 255
+    write_picture(tmp_path / "mask.png", white)
+    make_clip(tmp_path / "clip.mp4")
+    flags = ("--teacher", teacher, "--pairs", 1, "--size", 64, "--reference-steps", 4, "--steps", 2)
+    masked = _last(
+        cli("evaluate", *folders, *flags, "--mask", tmp_path / "mask.png", "-o", tmp_path / "a.png")
+    )
+    assert [row["mean"]["outside_max"] for row in masked["table"]] == [0, 0]
+    moving = _last(
+        cli(
+            "evaluate",
+            *folders,
+            *flags,
+            "--video",
+            tmp_path / "clip.mp4",
+            "--frames",
+            3,
+            "-o",
+            tmp_path / "b.png",
+        )
+    )
+    assert all(row["mean"]["warping"] > 0 for row in moving["table"])
+    assert list(moving["warping_of_source"]) == [str(tmp_path / "clip.mp4")]
+
+
+def test_what_does_not_fit_together_is_one_line(
+    cli: Cli, folders: tuple[Path, Path], teacher: Path, loras: list[Path], tmp_path: Path
+) -> None:
+    write_picture(tmp_path / "black.png", np.zeros((64, 64, 3), np.uint8))
+    cases: list[tuple[tuple[object, ...], str]] = [
+        (("--lora", loras[0]), "--lora needs --teacher"),
+        (("--steps", 2, "--steps", 4), "one step count"),
+        (("--teacher", teacher, "--bundle", "x"), "two ways"),
+        (("--teacher", teacher, "--size", "64x32"), "square"),
+        (("--teacher", teacher, "--size", 72), "no multiple of 16"),
+        (("--teacher", teacher, "--size", 16), "too small"),
+        (("--teacher", teacher, "--schedule", "euler"), "aligned and diffusers"),
+        (("--teacher", teacher, "--guidance", 0), "above 0"),
+        (("--teacher", teacher, "--size", 64, "--steps", 40), "--steps 40 cannot be run"),
+        (("--teacher", teacher, "--size", 64, "--steps", 51), "1..50"),
+        (("--teacher", teacher, "--size", 64, "--reference-steps", 51), "1..50"),
+        (("--teacher", teacher, "--size", 64, "--eta", 1.5), "eta"),
+        (("--teacher", teacher, "--size", 64, "--device", "abacus"), "--device cpu"),
+        (("--teacher", teacher, "--size", 64, "--mask", tmp_path / "black.png"), "all black"),
+        (("--teacher", teacher, "--size", 64, "--lora", tmp_path / "black.png"), "cannot be read"),
+        (("--teacher", tmp_path), "model_index.json"),
+        (("--aesthetic", tmp_path / "a.pth"), "add --clip"),
+    ]
+    for flags, reason in cases:
+        error = cli("evaluate", *folders, *flags, "-o", tmp_path / "sheet.png", "--pairs", 1).error
+        assert reason in error, (flags, error)
+        assert not (tmp_path / "sheet.png").exists()

@@ -1,0 +1,216 @@
+"""`std-rt stylize`: what it writes, where, and that flags reach the model."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.cli_support import Cli, files_in, picture
+from support.media_samples import Spec, frame_times, make_clip, sound_packets
+
+from std_rt import Stylizer
+from std_rt.core.bundle import Bundle
+from std_rt.media import probe, read_picture
+
+
+def test_a_picture_is_written_beside_its_input(stylize: Cli, photo: Path) -> None:
+    result = stylize(photo)
+    assert result.code == 0
+    written = photo.with_name("photo_styled.png")
+    assert str(written) in result.out
+    assert read_picture(written).frame.shape == (40, 60, 3)
+    assert files_in(photo.parent) == {"photo.png", "photo_styled.png", "art"}
+
+
+def test_the_picture_is_that_of_the_python_api(
+    stylize: Cli, handmade: Bundle, photo: Path, art: Path
+) -> None:
+    stylize(photo, "-o", photo.with_name("a.png"), "--seed", 4, "--steps", 2, "--style-strength", 0.5)
+    with Stylizer.load(handmade, steps=2) as stylizer:
+        stylizer.set_style(art, 0.5)
+        expected = stylizer.stylize(read_picture(photo).frame, seed=4)
+    np.testing.assert_array_equal(read_picture(photo.with_name("a.png")).frame, expected)
+
+
+@pytest.mark.parametrize("flag", [("--seed", 1), ("--style-strength", 0.2), ("--steps", 1)])
+def test_each_flag_changes_the_picture(stylize: Cli, photo: Path, flag: tuple[object, ...]) -> None:
+    stylize(photo, "-o", photo.with_name("a.png"))
+    stylize(photo, "-o", photo.with_name("b.png"), *flag)
+    a, b = (read_picture(photo.with_name(name)).frame for name in ("a.png", "b.png"))
+    assert (a != b).any()
+
+
+def test_both_backends_write_the_same_picture(stylize: Cli, photo: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    for backend in ("openvino", "onnxruntime"):
+        stylize(photo, "-o", photo.with_name(f"{backend}.png"), "--backend", backend, "--precision", "fp32")
+    a, b = (read_picture(photo.with_name(f"{name}.png")).frame for name in ("openvino", "onnxruntime"))
+    assert np.abs(a.astype(int) - b).max() <= 1
+
+
+def test_the_backend_and_its_reason_are_printed(stylize: Cli, photo: Path) -> None:
+    assert "handmade, 4 steps, openvino (" in stylize(photo).err
+
+
+def test_styles_blend_by_weight(cli: Cli, bundle: Path, photo: Path, tmp_path: Path) -> None:
+    styles = [picture(tmp_path / "art" / f"{seed}.png", 32, 32, seed) for seed in (1, 2)]
+    Image.new("RGB", (32, 32), "white").save(styles[0])
+    Image.new("RGB", (32, 32), "black").save(styles[1])
+
+    def run(name: str, *weighted: str) -> np.ndarray:
+        flags = [part for style in weighted for part in ("--style", style)]
+        assert cli("stylize", photo, *flags, "-b", bundle, "-o", tmp_path / name).code == 0
+        return read_picture(tmp_path / name).frame
+
+    mostly = run("mostly.png", f"{styles[0]}:0.9", f"{styles[1]}:0.1")
+    same = run("same.png", f"{styles[0]}:9", f"{styles[1]}:1")
+    other = run("other.png", f"{styles[0]}:0.1", f"{styles[1]}:0.9")
+    np.testing.assert_array_equal(mostly, same)
+    assert (mostly != other).any()
+
+
+def test_a_style_may_have_a_colon_and_a_number_in_its_name(cli: Cli, bundle: Path, photo: Path) -> None:
+    odd = photo.with_name("art:0.5")
+    Image.new("RGB", (32, 32), "white").save(odd, "png")
+    assert cli("stylize", photo, "-s", odd, "-b", bundle).code == 0
+
+
+@pytest.mark.parametrize(("size", "result"), [("32", (24, 36)), ("64x64", (40, 60)), ("48x32", (32, 48))])
+def test_size_decides_the_working_size(stylize: Cli, photo: Path, size: str, result: tuple[int, int]) -> None:
+    stylize(photo, "--size", size, "-o", photo.with_name("a.png"))
+    height, width = read_picture(photo.with_name("a.png")).frame.shape[:2]
+    assert abs(height - result[0]) <= 8
+    assert abs(width / height - 1.5) < 0.1
+
+
+def test_a_folder_and_files_go_to_an_output_folder(stylize: Cli, tmp_path: Path) -> None:
+    for name in ("b.png", "a.jpg"):
+        picture(tmp_path / "in" / name, 40, 60)
+    single = picture(tmp_path / "c.png", 60, 40)
+    result = stylize(tmp_path / "in", single, "-o", tmp_path / "out")
+    assert result.code == 0
+    assert files_in(tmp_path / "out") == {"a_styled.jpg", "b_styled.png", "c_styled.png"}
+
+
+def test_alpha_is_kept(stylize: Cli, tmp_path: Path) -> None:
+    alpha = Image.linear_gradient("L").resize((200, 100))
+    source = Image.new("RGB", (200, 100), "green")
+    source.putalpha(alpha)
+    source.save(tmp_path / "a.png")
+    assert stylize(tmp_path / "a.png").code == 0
+    result = Image.open(tmp_path / "a_styled.png")
+    assert result.mode == "RGBA"
+    assert result.size[0] < 200
+    found = np.asarray(result)[..., 3].astype(int)
+    assert np.abs(found - np.asarray(alpha.resize(result.size))).max() < 24
+
+
+def test_an_input_that_fails_late_does_not_stop_the_others(stylize: Cli, tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        picture(tmp_path / "in" / name, 200, 200)
+    broken = tmp_path / "in" / "b.jpg"
+    broken.write_bytes(broken.read_bytes()[:2000])
+    result = stylize(tmp_path / "in", "-o", tmp_path / "out")
+    assert result.code == 2
+    assert files_in(tmp_path / "out") == {"a_styled.jpg", "c_styled.jpg"}
+    assert "b.jpg" in result.err
+    assert "1 of 3 inputs failed" in result.err
+
+
+def test_a_clip_keeps_its_frames_times_and_sound(stylize: Cli, tmp_path: Path) -> None:
+    uneven = Spec(pts=(0, 512, 1024, 2560, 2816, 5120), audio="aac")
+    clip = make_clip(tmp_path / "clip.mp4", uneven)
+    result = stylize(clip)
+    assert result.code == 0
+    styled = tmp_path / "clip_styled.mp4"
+    assert "6 frames" in result.out
+    assert frame_times(styled) == frame_times(clip)
+    assert sound_packets(styled) == sound_packets(clip)
+
+
+def test_a_clip_has_one_noise(stylize: Cli, tmp_path: Path) -> None:
+    still = Spec(picture=lambda index: np.full((48, 64, 3), 120, np.uint8), options={"crf": "0"})
+    clip = make_clip(tmp_path / "clip.mkv", still)
+    assert stylize(clip).code == 0
+    import av
+
+    with av.open(str(tmp_path / "clip_styled.mkv")) as container:
+        frames = [frame.to_ndarray(format="rgb24").astype(int) for frame in container.decode(video=0)]
+    assert max(np.abs(frame - frames[0]).mean() for frame in frames) < 2
+
+
+def test_ctrl_c_leaves_a_playable_clip(stylize: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = make_clip(tmp_path / "clip.mp4", Spec(pts=tuple(range(0, 60 * 512, 512))))
+    calls = 0
+    run_many = Stylizer.run_many
+
+    def counted(self: Stylizer, *arguments: object, **options: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 4:  # of 15, and what waits between the threads is some ten frames
+            signal.raise_signal(signal.SIGINT)
+        return run_many(self, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Stylizer, "run_many", counted)
+    before = signal.getsignal(signal.SIGINT)
+    result = stylize(clip)
+    assert result.code == 130
+    assert "stopped early" in result.out
+    assert 1 <= len(frame_times(tmp_path / "clip_styled.mp4")) < 30
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_between_pictures_leaves_no_partial(
+    stylize: Cli, tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> object:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Stylizer, "stylize", interrupted)
+    result = stylize(photo)
+    assert result.code == 130
+    assert files_in(tmp_path) == {"photo.png", "art"}
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.png"])
+def test_an_animation_becomes_a_clip(stylize: Cli, tmp_path: Path, name: str) -> None:
+    frames = [Image.new("RGB", (33, 21), (80 * i, 90, 200)) for i in range(3)]
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=100, loop=0)
+    assert stylize(tmp_path / name).code == 0
+    assert len(frame_times(tmp_path / "a_styled.mp4")) == 3
+
+
+def test_one_pixel_is_enough(stylize: Cli, tmp_path: Path) -> None:
+    assert stylize(picture(tmp_path / "dot.png", 1, 1)).code == 0
+    assert read_picture(tmp_path / "dot_styled.png").frame.shape == (1, 1, 3)
+
+
+def test_odd_sizes_stay_odd(stylize: Cli, tmp_path: Path) -> None:
+    assert stylize(picture(tmp_path / "odd.png", 37, 51)).code == 0
+    assert read_picture(tmp_path / "odd_styled.png").frame.shape == (51, 37, 3)
+
+
+def test_a_rotated_clip_comes_out_upright(stylize: Cli, tmp_path: Path) -> None:
+    clip = make_clip(tmp_path / "clip.mp4", Spec(rotate=(90, False, False)))
+    assert stylize(clip).code == 0
+    info = probe(tmp_path / "clip_styled.mp4")
+    assert (info.width, info.height, info.rotation) == (48, 64, 0)
+
+
+def test_a_truncated_clip_is_done_as_far_as_it_goes(stylize: Cli, tmp_path: Path) -> None:
+    whole = make_clip(tmp_path / "clip.mkv", Spec(pts=tuple(range(0, 60 * 512, 512))))
+    whole.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    result = stylize(whole)
+    assert result.code == 0
+    assert "cut short" in result.err
+    assert 0 < len(frame_times(tmp_path / "clip_styled.mkv")) < 60
+
+
+def test_overwrite_replaces(stylize: Cli, photo: Path) -> None:
+    target = photo.with_name("photo_styled.png")
+    target.write_bytes(b"old")
+    assert stylize(photo, "--overwrite").code == 0
+    assert read_picture(target).frame.shape == (40, 60, 3)

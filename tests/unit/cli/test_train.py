@@ -1,0 +1,118 @@
+"""`std-rt train` of a distillation: from a recipe to a picture, and what a wrong recipe is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.cli_support import Cli, picture
+from support.pipelines import write_own_pipeline
+
+from std_rt.training.distil.base import load_base
+from std_rt.training.run.recipe import load_recipe
+from std_rt.training.tiny.latents import Triple, save_latents
+
+RECIPES = Path(__file__).parents[2] / "training"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    base = write_own_pipeline(tmp_path / "base", levels=1)
+    rng = torch.Generator().manual_seed(0)
+    triples = [
+        Triple(*(torch.randn(8, 32, 32, generator=rng).half() for _ in range(2)), (torch.randn(8, 32, 32),))
+    ]
+    save_latents({"art": triples}, tmp_path / "latents.safetensors")
+    text = (
+        f"stage = 'distil'\noutput = '{(tmp_path / 'run').as_posix()}'\nbase = '{base.as_posix()}'\n"
+        "steps = 2\nbatch = 1\naccumulate = 1\nprecision = 'fp32'\neta = 0.2\n"
+        "run_steps = [2, 4]\nwarmup = 0\n"
+        "[lora]\nrank = 2\nalpha = 2\n[bank]\ncapacity = 2\n"
+        f"[latents]\nfile = '{(tmp_path / 'latents.safetensors').as_posix()}'\nside = 8\n"
+    )
+    path = tmp_path / "recipe.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_from_recipe_to_picture(cli: Cli, recipe: Path, tmp_path: Path) -> None:
+    """The whole road: train a LoRA, export it with the schedule it carries, stylize with it."""
+    done = cli("train", recipe, "--output", tmp_path / "mine", "--max-steps", "3", "--seed", "4")
+    lora = tmp_path / "mine" / "lora.safetensors"
+    assert (done.code, done.out.strip().splitlines()[-1]) == (0, str(lora))
+    kept = json.loads((tmp_path / "mine" / "recipe.json").read_text(encoding="utf-8"))
+    assert (kept["steps"], kept["seed"]) == (3, 4)
+    assert not (tmp_path / "run").exists()
+    bundle = tmp_path / "bundle"
+    assert cli("export", tmp_path / "base", "--lora", lora, "-o", bundle, "--size", "64").code == 0
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    assert (manifest["schedule"]["tau"], set(manifest["schedule"]["steps"])) == (199, {"2", "4"})
+    photo, art = picture(tmp_path / "photo.png", 64, 64), picture(tmp_path / "art.png", 64, 64, seed=1)
+    styled = tmp_path / "styled.png"
+    assert cli("stylize", photo, "--style", art, "--bundle", bundle, "-o", styled).code == 0
+    assert styled.is_file()
+    assert cli("bundles", "unpack", bundle, "-o", tmp_path / "again").code == 0
+    before, after = load_base(tmp_path / "base"), load_base(tmp_path / "again")
+    assert after.digest == before.digest
+    assert np.allclose(after.schedule.alphas_cumprod, before.schedule.alphas_cumprod)
+    assert after.schedule.prediction_type == "v_prediction"
+    weights = before.unet.state_dict()
+    assert all(torch.allclose(v, weights[n], atol=2e-2) for n, v in after.unet.state_dict().items())
+    assert "exists" in cli("bundles", "unpack", bundle, "-o", tmp_path / "again").error
+
+
+def test_a_dry_run_trains_nothing_and_counts(cli: Cli, recipe: Path, tmp_path: Path) -> None:
+    done = cli("train", recipe, "--dry-run", "--set", "lora.rank=3")
+    assert done.code == 0
+    assert '"rank": 3' in done.out
+    assert "parameters in a LoRA of rank 3" in done.out
+    assert "memory" in done.out
+    assert not (tmp_path / "run").exists()
+    assert "train that stage first" in cli("train", recipe, "--dry-run", "--set", "base=a/b/c").error
+
+
+@pytest.mark.slow
+def test_the_cost_of_the_published_recipe_is_told_without_a_download(cli: Cli) -> None:
+    done = cli("train", RECIPES / "std_sdxl_i2i.toml", "--set", "pictures.folder=x", "--dry-run")
+    assert "2,567,463,684 parameters in the UNet" in done.out
+    assert "rank 64 on 788 layers" in done.out
+
+
+@pytest.mark.parametrize("eta", ["0.65", "0.75", "0.85", "0.95"])
+@pytest.mark.parametrize("method", ["std", "tcd", "lcm", "pcm"])
+def test_the_recipes_hold_for_every_eta_and_method(eta: str, method: str) -> None:
+    assert load_recipe(RECIPES / "std_tiny.toml", (f"eta={eta}", f"method={method}")).method == method
+    published = {"0.65": 679, "0.75": 779, "0.85": 879, "0.95": 979}[eta]
+    both = (f"eta={eta}", f"tau={published}", f"method={method}")
+    assert load_recipe(RECIPES / "std_sdxl_i2i.toml", both).tau == published
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--set", "metod=tcd"], "did you mean method?"),
+        (["--set", "method=lmc"], "did you mean lcm?"),
+        (["--set", "bank.capasity=3"], "did you mean bank.capacity?"),
+        (["--set", "bank.capacity=1"], "at least twice the batch"),
+        (["--set", "guidance=[3.0, 1.0]"], "range [low, high]"),
+        (["--set", "tau=700"], "not on the grid"),
+        (["--set", "run_steps=[40]"], "do not fit together"),
+        (["--set", "precision=int8"], "none of bf16, fp16, fp32"),
+        (["--set", "pictures.folder=x"], "either pictures.folder or latents.file"),
+        (["--set", "lora.rank=0"], "lora.rank = 0 is outside"),
+        (["--set", "optimizer=adamw8bit"], "pip install bitsandbytes"),
+        (["--set", "base=nowhere"], "does not exist; train that stage first"),
+        (["--set", "latents.file=nowhere"], "missing or damaged"),
+        (["--set", "adversarial.weight=1", "--set", "adversarial.dino=nowhere"], "adversarial.dino=FOLDER"),
+        (["--set", 'lora.targets=["to_x"]'], "fits no linear or conv layer"),
+        (["--max-steps", "0"], "steps = 0 is outside"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    cli: Cli, recipe: Path, arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no retries over the network
+    assert said in cli("train", recipe, *arguments).error

@@ -1,0 +1,173 @@
+"""The cuda backend without a GPU: what it asks ONNX Runtime for, and what it says where that fails."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnxruntime")
+
+import onnxruntime as ort
+
+from std_rt.core.errors import BackendError
+from std_rt.engines import GraphSpec, open_engine
+from std_rt.engines.glue import glue_path
+from std_rt.engines.onnxruntime import cuda
+from std_rt.engines.onnxruntime.runner import OrtRunner
+from std_rt.engines.onnxruntime.session import open_session
+from std_rt.engines.program import FRAME, STYLED, HostRunner, Launch, Program
+
+NO_CUDA = "CUDAExecutionProvider" not in ort.get_available_providers()
+SHAPE = (1, 8, 8, 3)
+
+
+@pytest.fixture(autouse=True)
+def _loaded_anew() -> Iterator[None]:
+    cuda._load_libraries.cache_clear()
+    yield
+    cuda._load_libraries.cache_clear()
+
+
+def spec(name: str = "unet", compute: str = "fp32") -> GraphSpec:
+    """A graph that doubles a batch, under a model's name."""
+    return GraphSpec(name, glue_path("double"), {"x": (1, 3, 8, 8)}, key="", compute=compute)
+
+
+def program() -> Program:
+    """In, through the "UNet", out; the UNet twice, so that it has two sets of addresses."""
+    shapes = {FRAME: SHAPE, "image": (1, 3, 8, 8), "a": (2, 3, 8, 8), "b": (2, 3, 8, 8)}
+    shapes |= {"c": (1, 3, 8, 8), "d": (1, 3, 8, 8), STYLED: SHAPE}
+    kinds = {FRAME: np.uint8, STYLED: np.uint8}
+    buffers = {k: (v, np.dtype(kinds.get(k, np.float32))) for k, v in shapes.items()}
+    launches = (
+        Launch("frame_in", {"frame": FRAME}, {"image": "image"}, "convert"),
+        Launch("unet", {"x": "image"}, {"out": "a"}, "unet"),
+        Launch("halves", {"x": "a"}, {"first": "c", "second": "d"}, "scheduler"),
+        Launch("unet", {"x": "d"}, {"out": "b"}, "unet"),
+        Launch("halves", {"x": "b"}, {"first": "c", "second": "d"}, "scheduler"),
+        Launch("frame_out", {"image": "d"}, {"frame": STYLED}, "convert"),
+    )
+    return Program(launches, buffers)
+
+
+@pytest.mark.skipif(not NO_CUDA, reason="this onnxruntime has CUDA")
+def test_a_build_without_cuda_is_one_line_with_the_command() -> None:
+    for call in (
+        lambda: cuda.open_graph(spec(), "auto"),
+        lambda: cuda.open_runner(program(), {"unet": spec()}, "auto"),
+    ):
+        with pytest.raises(BackendError, match=r"no CUDA provider; run: pip .*'std-rt\[cuda\]'"):
+            call()
+
+
+def test_a_provider_that_is_dropped_in_silence_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime goes on with the CPU where CUDA's libraries are missing."""
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(ort, "preload_dlls", lambda: print("Failed to load libcudnn.so.9"))
+    on_cpu = lambda spec, providers, options: open_session(spec, ["CPUExecutionProvider"], options)  # noqa: E731
+    monkeypatch.setattr(cuda, "open_session", on_cpu)
+    with pytest.raises(
+        BackendError, match=r"cannot load its CUDA provider: Failed to load libcudnn.so.9; run"
+    ):
+        cuda.open_graph(spec(), "auto")
+
+
+def test_what_onnx_runtime_prints_about_libraries_stays_off_stdout(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(ort, "preload_dlls", lambda: print("Failed to load libcudnn.so.9"))
+    assert cuda._load_libraries() == "Failed to load libcudnn.so.9"
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("compute", "precision", "words"),
+    [
+        ("bf16", "auto", "does not compute bf16: .*--precision fp16"),
+        ("fp32", "bf16", "does not compute bf16"),
+        ("fp16", "fp32", "was exported in fp16, onnxruntime cannot run it in fp32; use --precision auto"),
+    ],
+)
+def test_a_precision_that_it_cannot_do_is_refused(compute: str, precision: str, words: str) -> None:
+    for call in (
+        lambda: cuda.open_graph(spec(compute=compute), precision),
+        lambda: cuda.open_runner(program(), {"unet": spec(compute=compute)}, precision),
+    ):
+        with pytest.raises(BackendError, match=words):
+            call()
+
+
+def test_fp32_asked_for_by_name_is_fp32() -> None:
+    assert cuda.provider_options("fp32", capture=False)["use_tf32"] == "0"
+    assert cuda.provider_options("auto", capture=False)["use_tf32"] == "1"
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """Sessions and buffers are the CPU's; what was asked for is kept as (graph, with CUDA graph)."""
+    asked: list[tuple[str, bool]] = []
+
+    def on_cpu(spec: GraphSpec, precision: str, *, capture: bool) -> object:
+        asked.append((spec.name, capture))
+        return open_session(spec, ["CPUExecutionProvider"])
+
+    monkeypatch.setattr(cuda, "_open", on_cpu)
+    monkeypatch.setattr(cuda, "_load_libraries", lambda: "")
+    made = lambda *given, **named: OrtRunner(*given, **{**named, "device": "cpu"})  # noqa: E731
+    monkeypatch.setattr(cuda, "OrtRunner", made)
+    return asked
+
+
+def test_the_models_graphs_are_captured_once_for_each_set_of_addresses(
+    opened: list[tuple[str, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = []
+
+    class Options:
+        def add_run_config_entry(self, key: str, value: str) -> None:
+            numbers.append((key, value))
+
+    monkeypatch.setattr(ort, "RunOptions", Options)
+    cuda.open_runner(program(), {"unet": spec()}, "auto")
+    assert opened == [("frame_in", False), ("unet", True), ("halves", False), ("frame_out", False)]
+    assert numbers == [("gpu_graph_id", "2"), ("gpu_graph_id", "4")]
+
+
+def test_the_runner_computes_and_names_the_unets_precision(opened: list[tuple[str, bool]]) -> None:
+    unet = spec(compute="fp16")
+    runner = cuda.open_runner(program(), {"unet": unet}, "auto")
+    assert runner.precision == "fp16"
+    frame = np.random.default_rng(0).integers(0, 256, SHAPE, np.uint8)
+    host = HostRunner({"unet": open_engine("onnxruntime", replace(unet, compute="fp32"))}, program())
+    assert np.array_equal(runner.run(frame), host.run(frame))
+    assert opened
+
+
+def test_a_graph_that_cannot_be_captured_runs_as_it_is_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def choosy(spec: GraphSpec, precision: str, *, capture: bool) -> object:
+        if capture:
+            raise BackendError("nodes are left to the CPU")
+        return open_session(spec, ["CPUExecutionProvider"])
+
+    monkeypatch.setattr(cuda, "_open", choosy)
+    with caplog.at_level(logging.WARNING):
+        assert cuda._open_captured(spec(), "auto") is not None
+    assert "'unet' runs without CUDA graph, so somewhat slower: nodes are left to the CPU" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(NO_CUDA, reason="needs onnxruntime-gpu and a GPU")
+def test_on_a_gpu_a_program_gives_what_the_host_gives() -> None:
+    runner = cuda.open_runner(program(), {"unet": spec()}, "fp32")
+    host = HostRunner({"unet": open_engine("onnxruntime", spec())}, program())
+    rng = np.random.default_rng(0)
+    for _ in range(4):  # the second and later ones are replayed
+        frame = rng.integers(0, 256, SHAPE, np.uint8)
+        assert np.array_equal(runner.run(frame), host.run(frame))

@@ -1,0 +1,234 @@
+"""The calls of the CUDA driver, through ctypes, into a library of C callbacks: types, order, 64-bit handles.
+
+The library does what the driver's manual says, on host memory; whether the real one agrees only a GPU shows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from std_rt.core.errors import BackendError
+from std_rt.engines.cuda import driver as cuda_driver
+from std_rt.engines.cuda.driver import _FUNCTIONS, CudaDevice
+
+HANDLE = 0x7FFF_1234_5678_0000  # loses bits where an argument is passed as an int
+
+
+class Library:
+    """Functions with the types of the real ones; ``calls`` has their names and arguments."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.memory: dict[int, Any] = {}
+        self.capturing = False
+        self.recorded: list[Callable[[], None]] = []
+        self.nodes = 2
+        self.fails: dict[str, int] = {}
+        self._text = ctypes.c_char_p(b"out of luck")
+        self._kept = []
+        for name, types in _FUNCTIONS.items():
+            kind = ctypes.CFUNCTYPE(ctypes.c_int, *types)
+            function = kind(self._body(name))
+            function.argtypes = types
+            self._kept.append(function)
+            setattr(self, name, function)
+
+    def _body(self, name: str) -> Callable[..., int]:
+        def call(*arguments: Any) -> int:
+            plain = [a for a in arguments if a is None or isinstance(a, int)]
+            self.calls.append((name, *plain))
+            if name in self.fails:
+                return self.fails[name]
+            getattr(self, f"do_{name}", lambda *_: None)(*arguments)
+            return 0
+
+        return call
+
+    def names(self) -> list[str]:
+        return [call[0] for call in self.calls]
+
+    def do_cuDriverGetVersion(self, out: Any) -> None:
+        out[0] = 12090
+
+    def do_cuDeviceGet(self, out: Any, index: int) -> None:
+        out[0] = 40 + index
+
+    def do_cuDeviceGetName(self, out: Any, size: int, device: int) -> None:
+        for i, byte in enumerate(b"Fake 9000\0"):
+            out[i] = byte
+
+    def do_cuDeviceGetAttribute(self, out: Any, attribute: int, device: int) -> None:
+        out[0] = {75: 12, 76: 0}[attribute]
+
+    def do_cuDeviceTotalMem_v2(self, out: Any, device: int) -> None:
+        out[0] = 24 * 2**30
+
+    def do_cuDevicePrimaryCtxRetain(self, out: Any, device: int) -> None:
+        out[0] = HANDLE + 1
+
+    def do_cuMemGetInfo_v2(self, free: Any, total: Any) -> None:
+        free[0], total[0] = 7 * 2**20, 24 * 2**30
+
+    def do_cuMemAlloc_v2(self, out: Any, size: int) -> None:
+        memory = ctypes.create_string_buffer(size)
+        self.memory[ctypes.addressof(memory)] = memory
+        out[0] = ctypes.addressof(memory)
+
+    do_cuMemAllocHost_v2 = do_cuMemAlloc_v2
+
+    def do_cuMemFree_v2(self, address: int) -> None:
+        del self.memory[address]
+
+    do_cuMemFreeHost = do_cuMemFree_v2
+
+    def do_cuMemcpyHtoDAsync_v2(self, to: int, source: int, size: int, stream: int) -> None:
+        self._copy(to, source, size, stream)
+
+    do_cuMemcpyDtoHAsync_v2 = do_cuMemcpyHtoDAsync_v2
+
+    def _copy(self, to: int, source: int, size: int, stream: int) -> None:
+        assert stream == HANDLE + 2
+        if self.capturing:
+            self.recorded.append(lambda: ctypes.memmove(to, source, size) and None)
+        else:
+            ctypes.memmove(to, source, size)
+
+    def do_cuStreamCreate(self, out: Any, flags: int) -> None:
+        assert flags == 1
+        out[0] = HANDLE + 2
+
+    def do_cuStreamBeginCapture_v2(self, stream: int, mode: int) -> None:
+        assert (stream, mode) == (HANDLE + 2, 1)
+        self.capturing = True
+
+    def do_cuStreamEndCapture(self, stream: int, out: Any) -> None:
+        self.capturing = False
+        out[0] = HANDLE + 3
+
+    def do_cuGraphGetNodes(self, graph: int, nodes: Any, count: Any) -> None:
+        assert graph == HANDLE + 3
+        assert nodes is None
+        count[0] = self.nodes
+
+    def do_cuGraphInstantiateWithFlags(self, out: Any, graph: int, flags: int) -> None:
+        assert (graph, flags) == (HANDLE + 3, 0)
+        out[0] = HANDLE + 4
+
+    def do_cuGraphLaunch(self, graph: int, stream: int) -> None:
+        assert (graph, stream) == (HANDLE + 4, HANDLE + 2)
+        for work in self.recorded:
+            work()
+
+    def do_cuGetErrorString(self, code: int, out: Any) -> None:
+        out[0] = self._text
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Library:
+    made = Library()
+    monkeypatch.setattr(cuda_driver, "_load", lambda: made)
+    return made
+
+
+def test_the_gpu_is_described_and_its_primary_context_taken(library: Library) -> None:
+    device = CudaDevice(1)
+    assert (device.gpu.name, device.gpu.sm, device.driver) == ("Fake 9000", 120, "cuda 12.9")
+    assert device.gpu.memory_bytes == 24 * 2**30
+    assert library.calls[-1] == ("cuCtxSetCurrent", HANDLE + 1)
+    assert ("cuDeviceGetAttribute", 75, 41) in library.calls
+
+
+def test_arrays_go_there_and_come_back(library: Library) -> None:
+    device = CudaDevice()
+    stream = device.stream()
+    given = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    address = device.allocate(given.nbytes)
+    device.upload(address, given, stream)
+    back = device.pinned((2, 3, 4), np.dtype(np.float32))
+    device.download(back, address, stream)
+    device.synchronize(stream)
+    np.testing.assert_array_equal(back, given)
+    assert back.dtype == np.float32
+    device.free_pinned(back)
+    device.free(address)
+    device.drop_stream(stream)
+    device.drain()
+    assert not library.memory
+    assert library.calls[-2:] == [("cuStreamDestroy_v2", HANDLE + 2), ("cuStreamSynchronize", None)]
+
+
+def test_what_is_captured_is_done_when_it_is_launched(library: Library) -> None:
+    device = CudaDevice()
+    stream = device.stream()
+    given, back = np.arange(4, dtype=np.int32), np.zeros(4, np.int32)
+    address = device.allocate(16)
+
+    def record() -> None:
+        device.upload(address, given, stream)
+        device.download(back, address, stream)
+
+    graph = device.capture(stream, record)
+    assert graph == HANDLE + 4
+    assert not back.any()
+    assert library.names()[-3:] == ["cuGraphGetNodes", "cuGraphInstantiateWithFlags", "cuGraphDestroy"]
+    given += 5
+    device.launch(graph, stream)
+    np.testing.assert_array_equal(back, np.arange(4) + 5)
+    device.drop_graph(graph)
+    assert library.calls[-1] == ("cuGraphExecDestroy", HANDLE + 4)
+
+
+def test_a_capture_that_fails_is_ended_all_the_same(library: Library) -> None:
+    device = CudaDevice()
+    stream = device.stream()
+
+    def fail() -> None:
+        raise BackendError("no")
+
+    with pytest.raises(BackendError, match=r"^no$"):
+        device.capture(stream, fail)
+    assert library.names()[-1] == "cuStreamEndCapture"
+    assert not library.capturing
+
+
+def test_an_empty_capture_is_refused(library: Library) -> None:
+    device = CudaDevice()
+    library.nodes = 0
+    with pytest.raises(BackendError, match="nothing was captured on Fake 9000"):
+        device.capture(device.stream(), lambda: None)
+    assert library.names()[-1] == "cuGraphDestroy"
+
+
+def test_refusals_are_one_line(library: Library) -> None:
+    device = CudaDevice()
+    library.fails = {"cuMemAlloc_v2": 2, "cuStreamSynchronize": 700}
+    with pytest.raises(
+        BackendError, match="Fake 9000 has 7 MB free and 30 MB more are needed; use a smaller"
+    ):
+        device.allocate(30 * 2**20)
+    with pytest.raises(
+        BackendError, match="refused cuStreamSynchronize: out of luck; use --backend openvino"
+    ):
+        device.drain()
+
+
+def test_a_driver_without_a_function_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Old:
+        cuInit = Library().cuInit  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Old())
+    with pytest.raises(BackendError, match=r"missing or too old .*cuDriverGetVersion"):
+        CudaDevice()
+
+
+def test_without_a_driver_there_is_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_driver, "driver_problem", lambda: "no NVIDIA driver found")
+    with pytest.raises(
+        BackendError, match="no GPU to run on: no NVIDIA driver found; use --backend openvino"
+    ):
+        cuda_driver.cuda_device.__wrapped__(0)

@@ -1,0 +1,193 @@
+"""The clock, the statistics and the tables of `std-rt bench`, without waiting."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from std_rt.core.bundle import Bundle
+from std_rt.core.errors import BackendError, UsageError
+from std_rt.engines import BackendInfo
+from std_rt.evaluation import bench_table
+from std_rt.evaluation.bench import (
+    STAGES,
+    Settings,
+    StageClock,
+    Timing,
+    _in_float,
+    measure,
+    measure_in_turn,
+    run_first_frame,
+    sample_frame,
+)
+from std_rt.evaluation.bench_table import Cell, Column, columns_here, run_table
+
+
+def test_the_clock_gives_every_millisecond_to_one_stage() -> None:
+    times = iter([0.0, 0.0, 0.010, 0.030, 0.035, 0.040])
+    clock = StageClock(lambda: next(times))
+    clock.start()
+    clock("unet")
+    clock("scheduler")
+    clock("unet")
+    clock.finish()
+    assert clock.frames[0] == pytest.approx({"unet": 15.0, "scheduler": 20.0, "total": 40.0})
+
+
+def test_medians_percentiles_and_fps() -> None:
+    frames = [{"unet": float(ms), "total": 2.0 * ms} for ms in range(1, 102)]
+    timing = Timing.of(frames)
+    assert timing.median_ms["unet"] == 51
+    assert timing.p95_ms["total"] == pytest.approx(192)
+    assert timing.fps == pytest.approx(1000 / 102)
+    assert timing.median_ms["vae_encoder"] == 0
+    assert set(timing.median_ms) == set(STAGES)
+
+
+def test_warm_up_frames_are_run_and_not_counted() -> None:
+    calls = []
+
+    def step(mark: object) -> None:
+        calls.append(mark)
+
+    timing = measure(step, frames=5, warmup=3)
+    assert len(calls) == 8
+    assert timing.median_ms["total"] >= 0
+
+
+def test_the_test_frame_is_the_same_every_time() -> None:
+    assert (sample_frame(24, 40) == sample_frame(24, 40)).all()
+    assert sample_frame(24, 40).shape == (24, 40, 3)
+
+
+def test_what_is_compared_takes_turns_and_the_first_frame_of_a_turn_is_not_counted() -> None:
+    order: list[str] = []
+
+    def noted(name: str) -> Callable[[Any], None]:
+        return lambda mark: order.append(name)
+
+    timings = measure_in_turn({"a": noted("a"), "b": noted("b")}, frames=12, warmup=2)
+    assert "".join(order) == "aabb" + "a" * 11 + "b" * 11 + "aaa" + "bbb"
+    assert set(timings) == {"a", "b"}
+
+
+def test_only_counted_frames_reach_the_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    monkeypatch.setattr(Timing, "of", lambda frames: counted.append(len(frames)))
+    measure_in_turn({"a": lambda mark: None, "b": lambda mark: None}, frames=12, warmup=2)
+    measure_in_turn({"a": lambda mark: None}, frames=25, warmup=0)
+    assert counted == [12, 12, 25]
+
+
+def test_what_no_engine_takes_is_outside() -> None:
+    stages = {"convert": 3.0, "vae_encoder": 20.0, "unet": 50.0, "scheduler": 2.0, "vae_decoder": 25.0}
+    slow = dict.fromkeys(stages, 500.0)  # one frame that was held up does not change it
+    frames = [stages | {"total": 100.0}] * 5 + [slow | {"total": 2500.0}]
+    assert Timing.of(frames).outside == pytest.approx(0.05)
+
+
+def test_first_frame_is_timed_in_new_processes(
+    handmade: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("std_rt.evaluation.bench._STARTS", 1)
+    run_first_frame(Settings(bundle=str(handmade.path), size=(32, 64), steps=2))
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 0.05 < result["first_frame_s"] < 60
+    assert result["size"] == [32, 64]
+
+
+def test_a_start_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no first frame: .*there is no bundle or folder"):
+        run_first_frame(Settings(bundle=str(tmp_path / "none")))
+
+
+@pytest.fixture
+def quick_table(handmade: Bundle, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Small sizes, one frame a cell, and no torch."""
+    monkeypatch.setattr(bench_table, "SIZES", (32, 64))
+    monkeypatch.setattr(bench_table, "_MOST_FRAMES", 1)
+    columns = (Column("openvino", "fp32"), Column("openvino", "int8"))
+    monkeypatch.setattr(bench_table, "COLUMNS", columns)
+    return Settings(bundle=str(handmade.path))
+
+
+def test_the_table_has_every_combination_and_ends_with_json(
+    quick_table: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_table(quick_table)
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    cells = [(row["size"], row["steps"], row["backend"], row["precision"]) for row in result["table"]]
+    assert cells == [(size, steps, "openvino", "fp32") for size in (32, 64) for steps in (1, 2, 4)]
+    assert all(row["fps"] > 0 and set(row["stages_ms"]) == set(STAGES) for row in result["table"])
+    assert "left out: openvino int8: there is no bundle in int8" in out
+
+
+def test_a_combination_that_cannot_run_is_left_out_and_said(
+    quick_table: Settings, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(bundle: Bundle, size_px: int, *_: object) -> Timing:
+        if size_px == 64:
+            raise BackendError("too little memory")
+        return Timing(dict.fromkeys(STAGES, 1.0))
+
+    monkeypatch.setattr(bench_table, "_measure", failing)
+    run_table(quick_table)
+    out = capsys.readouterr().out
+    assert "left out: openvino fp32: too little memory" in out
+    assert {row["size"] for row in json.loads(out.splitlines()[-1])["table"]} == {32}
+
+
+def test_int8_is_that_of_this_very_bundle(handmade: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def found(digest: str) -> Callable[[str], Bundle]:
+        manifest = handmade.manifest | {"quantized": {"from": {"digest": digest}}}
+        return lambda name: asked.append(name) or replace(handmade, manifest=manifest)  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr(bench_table, "load_bundle", found("another"))
+    assert bench_table._quantized(handmade) is None
+    monkeypatch.setattr(bench_table, "load_bundle", found(handmade.digest))
+    assert bench_table._quantized(handmade) is not None
+    assert asked == ["handmade-int8"] * 2
+
+
+def test_a_bundle_in_int8_is_compared_with_the_one_it_was_made_from(
+    handmade: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made_from(digest: str) -> Bundle:
+        source = {"name": "handmade", "digest": digest}
+        return replace(handmade, manifest=handmade.manifest | {"quantized": {"from": source}})
+
+    assert _in_float(handmade) is handmade
+    with pytest.raises(UsageError, match="made from: there is no bundle or folder 'handmade'"):
+        _in_float(made_from("any"))
+    monkeypatch.setattr("std_rt.evaluation.bench.load_bundle", lambda name: handmade)
+    assert _in_float(made_from(handmade.digest)) is handmade
+    with pytest.raises(UsageError, match="is another; give -b"):
+        _in_float(made_from("other"))
+
+
+def test_backends_that_are_not_installed_are_left_out_with_the_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    infos = [
+        BackendInfo("openvino", True, "", ""),
+        BackendInfo("onnxruntime", False, "", "pip install 'std-rt[onnx]'"),
+    ]
+    monkeypatch.setattr(bench_table, "backends", lambda: infos)
+    found, left_out = columns_here(has_int8=True)
+    assert Column("openvino", "int8") in found
+    assert left_out["onnxruntime fp32"] == "not installed; run: pip install 'std-rt[onnx]'"
+
+
+def test_a_cell_as_json() -> None:
+    timing = Timing(dict.fromkeys(STAGES, 8.0))
+    row = Cell(256, 4, Column("openvino", "bf16"), timing).as_dict()
+    assert row["fps"] == 125
+    assert (row["size"], row["steps"], row["backend"], row["precision"]) == (256, 4, "openvino", "bf16")

@@ -1,0 +1,227 @@
+"""Frames to images and back, style encoding and blending."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from std_rt.core.errors import BundleError, UsageError
+from std_rt.pipeline.conditioning import (
+    EncodedStyle,
+    StyleEncoder,
+    blend,
+    guided_inputs,
+    square,
+    to_frame,
+    to_image,
+    unet_inputs,
+)
+
+
+def _style(value: float, pooled: bool = True) -> EncodedStyle:
+    tokens = np.full((1, 2, 4), value, np.float32)
+    return EncodedStyle(tokens, np.full((1, 6), value, np.float32) if pooled else None)
+
+
+def test_every_value_survives_the_way_to_an_image_and_back() -> None:
+    frame = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    image = to_image(frame, np.empty((1, 3, 16, 16), np.float32))
+    assert image.min() == -1
+    assert image.max() == pytest.approx(1)
+    np.testing.assert_array_equal(to_frame(image), frame)
+
+
+def test_what_lies_outside_the_range_is_clipped() -> None:
+    image = np.array([-9.0, -1.0, 1.0, 9.0], np.float32).reshape(1, 1, 2, 2).repeat(3, 1)
+    np.testing.assert_array_equal(to_frame(image)[..., 0], [[0, 0], [255, 255]])
+
+
+def test_channels_and_rows_keep_their_place() -> None:
+    frame = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)
+    image = to_image(frame, np.empty((1, 3, 8, 12), np.float32))
+    assert image[0, 2, 5, 11] == pytest.approx(frame[5, 11, 2] / 127.5 - 1)
+
+
+@pytest.mark.parametrize("shape", [(40, 100), (100, 40), (7, 7), (1, 1)])
+def test_square_takes_the_middle(shape: tuple[int, int]) -> None:
+    frame = np.zeros((*shape, 3), np.uint8)
+    h, w = shape
+    side = min(h, w)
+    frame[(h - side) // 2 : (h + side) // 2 + 1, (w - side) // 2 : (w + side) // 2 + 1] = 200
+    cut = square(frame, 16)
+    assert cut.shape == (16, 16, 3)
+    assert cut.min() == 200
+
+
+@given(st.floats(0.01, 100), st.floats(0.01, 100))
+@settings(deadline=None)
+def test_a_blend_is_the_weighted_mean(a: float, b: float) -> None:
+    mixed = blend([(_style(1.0), a), (_style(3.0), b)])
+    expected = (a * 1 + b * 3) / (a + b)
+    np.testing.assert_allclose(mixed.tokens, expected, rtol=1e-5)
+    assert mixed.text_embeds is not None
+    np.testing.assert_allclose(mixed.text_embeds, expected, rtol=1e-5)
+
+
+def test_a_style_without_a_pooled_vector_gives_none() -> None:
+    assert blend([(_style(1.0, pooled=False), 1.0)]).text_embeds is None
+
+
+def _noise(seed: int, pooled: bool = True) -> EncodedStyle:
+    rng = np.random.default_rng(seed)
+    draw = [rng.standard_normal(shape, np.float32) * 10.0**seed for shape in ((1, 2, 4), (1, 6))]
+    return EncodedStyle(draw[0].astype(np.float32), draw[1].astype(np.float32) if pooled else None)
+
+
+@given(st.lists(st.floats(0, 1e308), min_size=1, max_size=6).filter(any))
+@settings(deadline=None)
+def test_a_blend_lies_between_its_styles_and_only_counts_what_has_weight(weights: list[float]) -> None:
+    styles = [_style(float(i)) for i in range(len(weights))]
+    tokens = blend(list(zip(styles, weights, strict=True))).tokens
+    counted = [i for i, weight in enumerate(weights) if weight]
+    assert np.isfinite(tokens).all()
+    assert min(counted) - 1e-5 <= tokens.min() <= tokens.max() <= max(counted) + 1e-5
+
+
+@given(st.floats(1e-300, 1e300), st.integers(0, 3), st.integers(1, 5))
+@settings(deadline=None)
+def test_one_style_with_all_the_weight_is_returned_itself(weight: float, at: int, count: int) -> None:
+    styles = [_noise(i) for i in range(count)]
+    at = min(at, count - 1)
+    assert blend([(style, weight if i == at else 0.0) for i, style in enumerate(styles)]) is styles[at]
+
+
+@pytest.mark.parametrize("nothing", [0.0, -0.0, 1e-300])
+def test_what_a_style_without_weight_holds_does_not_leak(nothing: float) -> None:
+    bad = EncodedStyle(np.full((1, 2, 4), np.nan, np.float32), np.full((1, 6), np.inf, np.float32))
+    first, second = _noise(0), _noise(1)
+    assert blend([(first, 1.0), (bad, nothing)]) is first
+    mixed = blend([(bad, nothing), (first, 0.25), (second, 0.75)])
+    np.testing.assert_array_equal(mixed.tokens, blend([(first, 0.25), (second, 0.75)]).tokens)
+
+
+@given(st.lists(st.floats(0.01, 10), min_size=2, max_size=4), st.floats(0.01, 100))
+@settings(deadline=None)
+def test_only_the_ratio_of_weights_counts(weights: list[float], factor: float) -> None:
+    styles = [_noise(i % 2) for i in range(len(weights))]
+    once = blend(list(zip(styles, weights, strict=True)))
+    again = blend([(style, weight * factor) for style, weight in zip(styles, weights, strict=True)])
+    np.testing.assert_allclose(once.tokens, again.tokens, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("weight", [-0.5, float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_negative_or_not_finite_is_refused(weight: float) -> None:
+    with pytest.raises(UsageError, match="must be 0 or more"):
+        blend([(_style(1.0), 1.0), (_style(2.0), weight)])
+    with pytest.raises(UsageError, match="must be 0 or more"):
+        blend([(_style(1.0), weight)])
+
+
+def test_weights_that_are_all_zero_are_refused() -> None:
+    with pytest.raises(UsageError, match="at least one style a weight above 0"):
+        blend([(_style(1.0), 0.0), (_style(2.0), 0.0)])
+
+
+def test_styles_of_two_kinds_are_refused() -> None:
+    with pytest.raises(UsageError, match="two style encoders"):
+        blend([(_style(1.0), 1.0), (_style(2.0, pooled=False), 1.0)])
+
+
+def test_no_style_at_all_is_refused() -> None:
+    with pytest.raises(UsageError, match="at least one style"):
+        blend([])
+
+
+def test_a_picture_is_encoded_once_and_the_oldest_is_forgotten() -> None:
+    calls = []
+
+    def run(style_image: np.ndarray) -> dict[str, Any]:
+        calls.append(style_image.mean())
+        return {"style_tokens": np.full((1, 2, 4), style_image.mean(), np.float32)}
+
+    encoder = StyleEncoder(run, 8, remember=2)
+    frames = [np.full((10, 10, 3), value, np.uint8) for value in (10, 20, 30)]
+    first = encoder(frames[0])
+    assert encoder(frames[0]) is first
+    assert len(calls) == 1
+    for frame in frames[1:]:
+        encoder(frame)
+    encoder(frames[0])
+    assert len(calls) == 4
+
+
+def test_tokens_outlive_the_engine_that_made_them() -> None:
+    shared = np.zeros((1, 2, 4), np.float32)
+
+    def run(style_image: np.ndarray) -> dict[str, Any]:
+        shared[...] = style_image.mean()
+        return {"style_tokens": shared}
+
+    encoder = StyleEncoder(run, 8)
+    dark = encoder(np.zeros((8, 8, 3), np.uint8))
+    encoder(np.full((8, 8, 3), 255, np.uint8))
+    assert dark.tokens.max() == -1
+
+
+def test_the_styles_pooled_vector_replaces_the_baked_one_as_far_as_the_strength() -> None:
+    text = {
+        "encoder_hidden_states": np.zeros((1, 3, 5), np.float32),
+        "text_embeds": np.full((1, 6), 7, np.float32),
+    }
+    with_pooled = unet_inputs(text, _style(1.0), 0.5, (64, 96))
+    assert with_pooled["text_embeds"].max() == 4  # half-way from 7 to 1
+    assert unet_inputs(text, _style(1.0), 1.0, (64, 96))["text_embeds"].max() == 1
+    assert unet_inputs(text, _style(1.0), 0.0, (64, 96))["text_embeds"].max() == 7
+    assert unet_inputs(text, _style(1.0, pooled=False), 0.5, (64, 96))["text_embeds"].max() == 7
+    assert with_pooled["time_ids"].tolist() == [[64, 96, 0, 0, 64, 96]]
+    assert with_pooled["style_strength"].tolist() == [0.5]
+
+
+def test_baked_time_ids_win_over_the_size() -> None:
+    baked = {
+        "encoder_hidden_states": np.zeros((1, 3, 5), np.float32),
+        "text_embeds": np.zeros((1, 6), np.float32),
+        "time_ids": np.full((1, 6), 9, np.float32),
+    }
+    assert unet_inputs(baked, _style(1.0), 1.0, (64, 64))["time_ids"].tolist() == [[9] * 6]
+
+
+def _both() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    text = {
+        "encoder_hidden_states": np.zeros((1, 3, 5), np.float32),
+        "text_embeds": np.zeros((1, 6), np.float32),
+        "negative_encoder_hidden_states": np.full((1, 3, 5), -1, np.float32),
+        "negative_text_embeds": np.full((1, 6), -2, np.float32),
+        "negative_style_tokens": np.full((1, 2, 4), -3, np.float32),
+    }
+    return text, unet_inputs(text, _style(1.0), 0.5, (64, 96))
+
+
+def test_full_guidance_puts_the_negative_first() -> None:
+    text, positive = _both()
+    fed = guided_inputs("full", text, positive)
+    assert fed.keys() == positive.keys()
+    for name, value in positive.items():
+        assert fed[name].shape == (2, *value.shape[1:])
+        np.testing.assert_array_equal(fed[name][1:], value)
+        np.testing.assert_array_equal(fed[name][:1], text.get(f"negative_{name}", value))
+    assert fed["style_strength"].tolist() == [0.5, 0.5]
+
+
+def test_residual_guidance_has_the_negative_beside() -> None:
+    text, positive = _both()
+    fed = guided_inputs("residual", text, positive)
+    assert fed.keys() - positive.keys() == {name for name in text if name.startswith("negative_")}
+    assert all(fed[name] is positive[name] for name in positive)
+    assert guided_inputs("none", text, positive) is positive
+
+
+def test_a_negative_of_another_length_is_refused() -> None:
+    text, positive = _both()
+    text["negative_encoder_hidden_states"] = np.zeros((1, 4, 5), np.float32)
+    with pytest.raises(BundleError, match=r"negative_encoder_hidden_states is \[1, 4, 5\] and the positive"):
+        guided_inputs("full", text, positive)

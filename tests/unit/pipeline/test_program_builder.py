@@ -1,0 +1,217 @@
+"""The program of a frame against loops written out by hand, run on engines made of NumPy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from support import numpy_model
+from support.numpy_model import KINDS, NUMBERS, SIZE, coefficients, encode, engines, unet
+
+from std_rt.core.schedule import StepCoefficients, add_noise, step, to_eps
+from std_rt.engines.fake import FakeEngine
+from std_rt.engines.program import HostRunner
+from std_rt.pipeline.program_builder import (
+    CONDITIONING,
+    NEGATIVE,
+    Guidance,
+    batch_rows,
+    eps_factors,
+    frame_program,
+    graph_shapes,
+    step_factors,
+)
+
+
+class Scene(numpy_model.Scene):
+    """Frames that can be run."""
+
+    def run(self, kind: str, guidance: Guidance) -> tuple[Any, HostRunner, dict[str, FakeEngine]]:
+        program = frame_program(NUMBERS, self.cs, kind, SIZE, guidance, self.batch)
+        opened = engines(program)
+        runner = HostRunner(opened, program)
+        runner.set(**self.feeds(guidance.mode))
+        return runner.run(self.frame), runner, opened
+
+    def latents(self, kind: str, guidance: Guidance) -> Any:
+        """What the decoder was given."""
+        return self.run(kind, guidance)[2]["vae_decoder"].calls[0]["latents"]
+
+
+def by_hand(scene: Scene, kind: str, guidance: Guidance) -> Any:
+    """The loop in float64, with noise predictions one could read in a paper."""
+    z = encode((scene.frame / 127.5 - 1).transpose(0, 3, 1, 2))["latents"]
+    start, *later = [noise.astype(np.float64) for noise in scene.noise]
+    positive, negative = (
+        {name: value.astype(np.float64) for name, value in part.items()}
+        for part in (scene.positive, scene.negative)
+    )
+    w, x, gap = guidance.scale, add_noise(z, start, scene.cs[0]), None
+    for c in scene.cs:
+        timestep = np.full(scene.batch, c.timestep, np.float64)
+        eps = to_eps(unet(x, timestep, **positive), x, c, kind)
+        if guidance.mode == "residual" and gap is not None:
+            eps = eps + (w - 1) * (c.sigma_t / scene.cs[0].sigma_t) ** 4 * gap
+        elif guidance.mode != "none":
+            uncond = to_eps(unet(x, timestep, **negative), x, c, kind)
+            gap = eps - uncond
+            eps = uncond + w * gap
+        x = step(x, eps, c, later.pop(0) if c.noise else None)
+    assert not later
+    return x
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+def test_without_guidance_it_is_the_plain_loop_to_the_last_bit(kind: str, gamma: float) -> None:
+    """In float32, operation by operation: convert, add noise, scale and add, convert back."""
+    scene = Scene(coefficients(gamma=gamma))
+    styled, _, _ = scene.run(kind, Guidance())
+    image = np.ascontiguousarray(scene.frame.transpose(0, 3, 1, 2) * np.float32(1 / 127.5) - np.float32(1))
+    x = add_noise(encode(image)["latents"], scene.noise[0], scene.cs[0])
+    drawn = 1
+    for c in scene.cs:
+        p, q = step_factors(c, kind)
+        output = unet(x, np.array([c.timestep], np.float32), **scene.positive)
+        x = x * p + output * q
+        if c.noise:
+            x = x + scene.noise[drawn] * c.noise
+            drawn += 1
+    assert x.dtype == np.float32
+    np.testing.assert_array_equal(scene.latents(kind, Guidance()), x)
+    image = x.repeat(8, 2).repeat(8, 3) * np.float32(127.5) + np.float32(128)
+    expected = np.clip(image, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    np.testing.assert_array_equal(styled, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+@pytest.mark.parametrize("mode", ["none", "full", "residual"])
+def test_every_mode_is_its_loop_by_hand(kind: str, gamma: float, mode: str) -> None:
+    scene = Scene(coefficients(gamma=gamma), seed=1)
+    guidance = Guidance(mode, 1.0 if mode == "none" else 6.0)
+    expected = by_hand(scene, kind, guidance)
+    np.testing.assert_allclose(
+        scene.latents(kind, guidance), expected, rtol=0, atol=3e-6 * np.abs(expected).max()
+    )
+
+
+@pytest.mark.parametrize("mode", ["full", "residual"])
+def test_guidance_of_1_is_none(mode: str) -> None:
+    scene = Scene(coefficients())
+    np.testing.assert_allclose(
+        scene.latents("epsilon", Guidance(mode, 1.0)), scene.latents("epsilon", Guidance()), atol=1e-6
+    )
+
+
+def test_residual_is_full_for_one_step_and_not_for_two() -> None:
+    modes = (Guidance("full", 4.0), Guidance("residual", 4.0))
+    one = [Scene(coefficients(1)).latents("v_prediction", guidance) for guidance in modes]
+    two = [Scene(coefficients(2)).latents("v_prediction", guidance) for guidance in modes]
+    np.testing.assert_allclose(*one, atol=1e-6)
+    assert np.abs(two[0] - two[1]).max() > 0.01
+
+
+def test_residual_is_full_where_the_gap_fades_with_the_noise() -> None:
+    """A network in which what the conditioning changes is a share of sigma to the fourth loses nothing."""
+    cs = coefficients(4)
+    scene = Scene(cs, seed=5)
+    sigma = {c.timestep: c.sigma_t for c in cs}
+
+    def network(sample: Any, timestep: Any, style_tokens: Any, **_: Any) -> Any:
+        level = style_tokens.mean((1, 2))[:, None, None, None]
+        return {"noise_pred": 0.6 * sample + 0.4 * sigma[int(timestep[0])] ** 4 * level}
+
+    found = []
+    for mode in ("full", "residual", "none"):
+        guidance = Guidance(mode, 1.0 if mode == "none" else 3.0)
+        program = frame_program(NUMBERS, cs, "epsilon", SIZE, guidance)
+        opened = engines(program)
+        opened["unet"] = FakeEngine(network, opened["unet"].inputs, opened["unet"].outputs)
+        runner = HostRunner(opened, program)
+        runner.set(**scene.feeds(mode))
+        runner.run(scene.frame)
+        found.append(opened["vae_decoder"].calls[0]["latents"])
+    full, residual, none = found
+    np.testing.assert_allclose(residual, full, atol=1e-6)
+    assert np.abs(full - none).max() > 0.01
+
+
+def test_residual_asks_for_the_negative_once() -> None:
+    scene = Scene(coefficients(4))
+    calls = scene.run("epsilon", Guidance("residual", 3.0))[2]["unet"].calls
+    told = [call["style_tokens"] for call in calls]
+    assert len(calls) == 5
+    np.testing.assert_array_equal(told[0], scene.negative["style_tokens"])
+    for later in told[1:]:
+        np.testing.assert_array_equal(later, scene.positive["style_tokens"])
+    assert [int(call["timestep"][0]) for call in calls] == [739, 739, 559, 379, 199]
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "residual"])
+def test_a_batch_is_its_frames_one_by_one(mode: str) -> None:
+    guidance = Guidance(mode, 1.0 if mode == "none" else 5.0)
+    both = Scene(coefficients(gamma=0.4), seed=3, batch=2)
+    together = both.latents("epsilon", guidance)
+    for i in range(2):
+        one = Scene(both.cs, batch=1)
+        one.frame = both.frame[i : i + 1]
+        one.noise = [noise[i : i + 1] for noise in both.noise]
+        one.positive = {name: value[i : i + 1] for name, value in both.positive.items()}
+        one.negative = {name: value[i : i + 1] for name, value in both.negative.items()}
+        np.testing.assert_array_equal(together[i : i + 1], one.latents("epsilon", guidance))
+
+
+def test_feeds_and_shapes_say_what_to_open_and_what_to_set() -> None:
+    cs = coefficients(4, gamma=0.5)
+    noises = [f"noise_{i}" for i in range(4)]
+    plain = frame_program(NUMBERS, cs, "epsilon", SIZE)
+    assert sorted(plain.feeds) == sorted([*noises, *CONDITIONING])
+    assert plain.graphs == ["vae_encoder", "unet", "vae_decoder"]
+    assert graph_shapes(plain)["unet"]["sample"] == (1, 3, 2, 3)
+    assert graph_shapes(plain)["vae_encoder"] == {"image": (1, 3, 16, 24)}
+    full = frame_program(NUMBERS, cs, "epsilon", SIZE, Guidance("full", 2.0), batch=2)
+    assert sorted(full.feeds) == sorted(plain.feeds)
+    assert {name: shape[0] for name, shape in graph_shapes(full)["unet"].items()} == dict.fromkeys(
+        ("sample", "timestep", *CONDITIONING), 4
+    )
+    assert graph_shapes(full)["vae_decoder"]["latents"][0] == 2
+    assert batch_rows(2, "full") == [(0, True), (1, True), (0, False), (1, False)]
+    assert batch_rows(2, "residual") == batch_rows(2, "none") == [(0, False), (1, False)]
+    residual = frame_program(NUMBERS, cs, "epsilon", SIZE, Guidance("residual", 2.0))
+    assert sorted(residual.feeds) == sorted([*plain.feeds, *(f"negative_{name}" for name in NEGATIVE)])
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "residual"])
+def test_no_launch_writes_what_it_reads_and_nothing_is_written_twice(mode: str) -> None:
+    guidance = Guidance(mode, 1.0 if mode == "none" else 2.0)
+    program = frame_program(NUMBERS, coefficients(4, 0.3), "sample", SIZE, guidance)
+    written = [buffer for launch in program.launches for buffer in launch.outputs.values()]
+    assert len(written) == len(set(written))
+    for launch in program.launches:
+        assert not set(launch.inputs.values()) & set(launch.outputs.values())
+    used = {buffer for launch in program.launches for buffer in launch.inputs.values()} | {"styled"}
+    assert set(program.buffers) == used  # no launch for nothing
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_factors_are_the_formulas_of_the_schedule(kind: str) -> None:
+    c = StepCoefficients(559, 379, 0.6, 0.8, 0.9, 0.43)
+    x, output = np.random.default_rng(0).normal(size=(2, 5))
+    eps = to_eps(output, x, c, kind)
+    pairs = {
+        "step": (step_factors(c, kind), step(x, eps, c)),
+        "eps": (eps_factors(c, kind), eps),
+    }
+    for name, ((p, q), expected) in pairs.items():
+        np.testing.assert_allclose(p * x + q * output, expected, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("mode", "scale"),
+    [("cfg", 2.0), ("none", 2.0), ("full", 0.5), ("full", float("nan")), ("residual", float("inf"))],
+)
+def test_guidance_that_means_nothing_is_refused(mode: str, scale: float) -> None:
+    with pytest.raises(ValueError, match="guidance"):
+        Guidance(mode, scale)

@@ -1,0 +1,217 @@
+"""The shelf of open runners: which stay, which go, and what became of those that failed."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import pytest
+
+from std_rt.core.errors import BackendError, UsageError
+from std_rt.core.schedule import NoiseSchedule, trajectory_timesteps
+from std_rt.engines.program import Mark, Runner, no_mark
+from std_rt.pipeline.conditioning import Told
+from std_rt.pipeline.program_builder import CONDITIONING, NEGATIVE
+from std_rt.pipeline.runner_cache import KEPT, Layout, Level, Opened, Shelf
+
+
+def coefficients(steps: int, gamma: float = 0.0) -> Any:
+    return NoiseSchedule.scaled_linear().coefficients(trajectory_timesteps(0.75, steps), gamma)
+
+
+class Fake:
+    """A runner that keeps what it is fed."""
+
+    precision = "fp32"
+
+    def __init__(self) -> None:
+        self.closed = 0
+        self.fed: list[dict[str, np.ndarray]] = []
+
+    def set(self, **feeds: np.ndarray) -> None:
+        self.fed.append(feeds)
+
+    def run(self, frame: np.ndarray, mark: Mark = no_mark) -> np.ndarray:
+        return frame
+
+    def carried(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def carry(self, **buffers: np.ndarray) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class Openings:
+    """Futures that a test settles by hand."""
+
+    def __init__(self) -> None:
+        self.futures: list[tuple[Layout, Future[Runner]]] = []
+
+    def __call__(self, layout: Layout) -> Opened:
+        self.futures.append((layout, Future()))
+        return Opened(layout, coefficients(layout.level.steps), "none", self.futures[-1][1])
+
+    def future(self, layout: Layout) -> Future[Runner]:
+        """The latest of a layout."""
+        return next(future for one, future in reversed(self.futures) if one == layout)
+
+
+def layout(side: int, steps: int = 4, **how: Any) -> Layout:
+    return Layout(Level((side, side), steps), **how)
+
+
+def test_the_two_used_last_stay_open_and_the_others_are_closed() -> None:
+    openings = Openings()
+    shelf = Shelf(openings)
+    runners = {}
+    for side in (64, 96, 64, 128):
+        shelf.get(layout(side))
+        if side not in runners:
+            runners[side] = Fake()
+            openings.future(layout(side)).set_result(runners[side])
+    assert {side: runner.closed for side, runner in runners.items()} == {64: 0, 96: 1, 128: 0}
+    assert [one.layout.level.size[0] for one in shelf.values()] == [64, 128]
+    shelf.clear()
+    assert [runner.closed for runner in runners.values()] == [1, 1, 1]
+
+
+def test_steps_and_the_way_of_frames_make_a_runner_too() -> None:
+    openings = Openings()
+    shelf = Shelf(openings)
+    kinds = [layout(64), layout(64, 2), layout(64, frames=4), layout(64, stream=True)]
+    for kind in kinds:
+        assert shelf.get(kind) is shelf.get(kind)
+    assert [kind for kind, _ in openings.futures] == kinds
+
+
+def test_what_was_asked_for_stays_until_others_are() -> None:
+    openings = Openings()
+    shelf = Shelf(openings)
+    asked = [layout(side) for side in (64, 96, 128, 160)]
+    shelf.keep(asked)
+    runners = [Fake() for _ in asked]
+    for one, runner in zip(asked, runners, strict=True):
+        openings.future(one).set_result(runner)
+    for side in (32, 40, 48):
+        shelf.get(layout(side))
+    assert not any(runner.closed for runner in runners)
+    assert len(shelf.values()) == 6
+    shelf.keep([asked[3]])
+    assert [runner.closed for runner in runners] == [1, 1, 1, 0]
+    assert len(shelf.values()) == 3
+
+
+def test_there_is_a_bound_to_what_is_kept() -> None:
+    shelf = Shelf(Openings())
+    levels = [layout(64 + 8 * i) for i in range(KEPT + 1)]
+    with pytest.raises(UsageError, match=f"at most {KEPT} levels are kept open, got {KEPT + 1}"):
+        shelf.keep(levels)
+    shelf.keep(levels[:-1])
+    assert len(shelf.values()) == KEPT
+
+
+def test_ready_means_that_nobody_waits() -> None:
+    openings = Openings()
+    shelf = Shelf(openings)
+    assert not shelf.ready(layout(64))
+    assert not openings.futures  # asking opens nothing
+    shelf.get(layout(64))
+    assert not shelf.ready(layout(64))
+    openings.future(layout(64)).set_result(Fake())
+    assert shelf.ready(layout(64))
+    assert not shelf.ready(layout(64, 2))
+
+
+def test_one_that_failed_is_opened_again_once_somebody_knows() -> None:
+    openings = Openings()
+    shelf = Shelf(openings)
+    first = shelf.get(layout(64))
+    openings.future(layout(64)).set_exception(BackendError("no memory"))
+    assert shelf.get(layout(64)) is first  # nobody knows yet
+    with pytest.raises(BackendError, match="no memory"):
+        first.runner()
+    assert not shelf.ready(layout(64))
+    second = shelf.get(layout(64))
+    assert second is not first
+    openings.future(layout(64)).set_exception(BackendError("still none"))
+    with pytest.raises(BackendError, match="still none"):
+        shelf.ready(layout(64))
+    shelf.get(layout(64))
+    openings.future(layout(64)).set_result(Fake())
+    assert shelf.ready(layout(64))
+
+
+def test_one_that_goes_while_it_opens_is_closed_when_it_is_there() -> None:
+    openings = Openings()
+    shelf = Shelf(openings)
+    for side in (64, 96):
+        shelf.get(layout(side))
+        openings.future(layout(side)).set_running_or_notify_cancel()
+    shelf.clear()
+    runner = Fake()
+    openings.future(layout(64)).set_result(runner)
+    openings.future(layout(96)).set_exception(BackendError("no memory"))  # and nobody asks
+    assert runner.closed == 1
+
+
+def opened(how: Layout, mode: str, gamma: float = 0.0) -> tuple[Opened, Fake]:
+    future, runner = Future[Runner](), Fake()
+    future.set_result(runner)
+    return Opened(how, coefficients(how.level.steps, gamma), mode, future), runner
+
+
+def told(level: float, guided: bool = True) -> Told:
+    positive = {name: np.full((1, 2), level, np.float32) for name in CONDITIONING}
+    negative = positive | {name: np.full((1, 2), -level, np.float32) for name in NEGATIVE}
+    return Told(positive, negative if guided else {})
+
+
+def noise(level: float, draws: int) -> Any:
+    """Row i holds level + i / 10."""
+    return (level + np.arange(draws, dtype=np.float32) / 10).reshape(draws, 1, 1, 1)
+
+
+FRAMES = np.zeros((3, 8, 8, 3), np.uint8)
+
+
+def test_a_call_of_several_frames_is_fed_a_row_for_each() -> None:
+    for mode, first in (("none", [1, 2, 3]), ("full", [-1, -2, -3, 1, 2, 3]), ("residual", [1, 2, 3])):
+        one, runner = opened(layout(8, frames=3), mode, gamma=0.5)
+        one.run(FRAMES, [told(i) for i in (1, 2, 3)], [noise(i, 4) for i in (1, 2, 3)], no_mark)
+        (fed,) = runner.fed
+        assert fed["style_tokens"][:, 0].tolist() == first
+        assert fed["time_ids"][:, 0].tolist() == [abs(level) for level in first]
+        np.testing.assert_allclose(fed["noise_2"].ravel(), [1.2, 2.2, 3.2], rtol=1e-6)
+        apart = {name: value[:, 0].tolist() for name, value in fed.items() if name.startswith("negative_")}
+        expected = {f"negative_{name}": [-1, -2, -3] for name in NEGATIVE}
+        assert apart == (expected if mode == "residual" else {})
+
+
+def test_a_stream_is_fed_a_row_for_each_slot() -> None:
+    for mode, first in (("none", [1, 2, 3]), ("full", [-1, -2, -3, 1, 2, 3]), ("residual", [-1, 2, 3, 1])):
+        one, runner = opened(Layout(Level((8, 8), 3), stream=True), mode, gamma=0.5)
+        one.run(FRAMES[:1], [told(i) for i in (1, 2, 3)], [noise(i, 3) for i in (1, 2, 3)], no_mark)
+        (fed,) = runner.fed
+        assert fed["style_tokens"][:, 0].tolist() == first
+        assert fed["noise_0"].ravel().tolist() == [1]
+        # The last step is not stochastic; what stands in its row is multiplied with 0.
+        np.testing.assert_allclose(fed["noise_steps"].ravel(), [1.1, 2.2, 3.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_only_what_is_another_array_is_fed_again(stream: bool) -> None:
+    one, runner = opened(Layout(Level((8, 8), 3), 1 if stream else 3, stream), "none")
+    style, other, start = told(1, guided=False), told(2, guided=False), noise(1, 1)
+    for _ in range(3):
+        one.run(FRAMES[: 1 if stream else 3], [style] * 3, [start] * 3, no_mark)
+    assert len(runner.fed) == 1
+    half = Told({**other.positive, "encoder_hidden_states": style.positive["encoder_hidden_states"]})
+    one.run(FRAMES[: 1 if stream else 3], [half, style, style], [start] * 3, no_mark)
+    assert runner.fed[1].keys() == {*CONDITIONING} - {"encoder_hidden_states"}
+    assert runner.fed[1]["style_tokens"][:, 0].tolist() == [2, 1, 1]
+    one.run(FRAMES[: 1 if stream else 3], [half, style, style], [noise(5, 1), start, start], no_mark)
+    assert runner.fed[2].keys() == {"noise_0"}
