@@ -19,7 +19,7 @@ from std_rt.examples.moving import write_moving_scene
 from std_rt.media.image import write_picture
 from std_rt.media.video.transcode import transcode_stream
 from std_rt.pipeline.stylizer import Stylizer
-from std_rt.streaming.frame_stream import GROUPED, Painter
+from std_rt.streaming.frame_stream import GROUPED, FrameStream
 
 __all__ = ["SIZES", "contact_sheet", "pair_grid", "run"]
 
@@ -98,7 +98,7 @@ def _clip(style: Frame, out: Path, bundle: str | None, backend: str, console: Co
     with console.status("drawing and painting a clip"), Stylizer.load(bundle, backend=backend) as stylizer:
         write_moving_scene(source, CLIP_FRAMES, width_px=EXAMPLE_PX, height_px=EXAMPLE_PX * 3 // 4)
         stylizer.set_style(style)
-        painter = Painter(stylizer, way=GROUPED)
+        painter = FrameStream(stylizer, way=GROUPED)
         report = transcode_stream(source, sink, painter.frames, overwrite=True)
     typer.echo(f"clip: {sink} ({report.frames} frames, {report.frames / report.seconds:.1f} fps)")
     typer.echo(f"live without a camera: std-rt live --style {out / 'styles'} --camera {source}")

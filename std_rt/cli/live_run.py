@@ -23,9 +23,9 @@ from std_rt.core.errors import MediaError, UsageError
 from std_rt.core.files import check_output
 from std_rt.live.keys import help_lines
 from std_rt.live.metrics_file import MetricsWriter
-from std_rt.live.presenter import Outputs, Show
+from std_rt.live.presenter import Outputs, Presenter
 from std_rt.live.session import Session, Settings
-from std_rt.live.style_mixer import Deck
+from std_rt.live.style_mixer import StyleMixer
 from std_rt.media import fit
 from std_rt.media.camera.camera import Camera, Source, open_source
 from std_rt.media.camera.virtual_camera import VirtualCamera
@@ -94,7 +94,7 @@ def run(request: Request) -> int:
         is_mirror = isinstance(source, Camera) if request.mirror is None else request.mirror
         session = Session(stylizer, source, deck, _settings(request), mirror=is_mirror)
         outputs = _outputs(request, session, stylizer, first)
-        show = Show(session, outputs, first, say=lambda line: _say(console, line))
+        show = Presenter(session, outputs, first, say=lambda line: _say(console, line))
         stack.enter_context(session)
         stack.callback(show.close)  # first of all, so that nothing can keep a recording from its end
         console.print(f"[dim]{describe(stylizer)}, {source.name}[/]", highlight=False)
@@ -190,13 +190,13 @@ def _load(request: Request, console: Console) -> Stylizer:
     )
 
 
-def _deck(request: Request, stylizer: Stylizer, first: Frame, console: Console) -> Deck:
+def _deck(request: Request, stylizer: Stylizer, first: Frame, console: Console) -> StyleMixer:
     """The styles that the session begins with, and the engines of its size, open."""
     check_size(stylizer, request.size)
     prompt, negative = request.prompts
     if prompt is not None:
         stylizer.set_prompt(prompt, negative)
-    deck = Deck(stylizer.encode_style, stylizer.bundle, strength=request.strength)
+    deck = StyleMixer(stylizer.encode_style, stylizer.bundle, strength=request.strength)
     try:
         deck.cycle(request.cycle_s, request.crossfade_s)
         with builds_shown(console, stylizer.backend):
@@ -255,7 +255,7 @@ def _outputs(request: Request, session: Session, stylizer: Stylizer, first: Fram
     return outputs
 
 
-def _present(show: Show, outputs: Outputs, request: Request, console: Console) -> None:
+def _present(show: Presenter, outputs: Outputs, request: Request, console: Console) -> None:
     with _interruptible() as interrupted:
         if outputs.window is not None or not console.is_terminal:
             show.run(interrupted, request.duration_s)

@@ -210,11 +210,11 @@ class Work:
 
     def _clip(self, job: Job, bar: Progress) -> None:
         from std_rt.media.video.transcode import transcode_stream
-        from std_rt.streaming.frame_stream import GROUPED, Painter
-        from std_rt.streaming.temporal import Steadier
+        from std_rt.streaming.frame_stream import GROUPED, FrameStream
+        from std_rt.streaming.temporal import TemporalFilter
 
-        steadier = Steadier(self._request.temporal)
-        painter = Painter(self._stylizer, way=GROUPED, steadier=steadier, seed=self._request.seed)
+        steadier = TemporalFilter(self._request.temporal)
+        painter = FrameStream(self._stylizer, way=GROUPED, steadier=steadier, seed=self._request.seed)
         task = bar.add_task(job.source.name, total=None, unit="fps")
 
         def shown(done: int, total: int | None) -> None:

@@ -1,6 +1,6 @@
 """Lanes: an iterator that runs in a thread of its own and hands on what it gives through a short queue.
 
-    with Lane(clip.read(), room=4) as decoded, Lane(paint(decoded), room=4) as styled:
+    with Prefetcher(clip.read(), room=4) as decoded, Prefetcher(paint(decoded), room=4) as styled:
         for frame in styled:
             write(frame)
 
@@ -18,7 +18,7 @@ from threading import Condition, Thread
 from types import TracebackType
 from typing import Generic, TypeVar
 
-__all__ = ["Lane"]
+__all__ = ["Prefetcher"]
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 _PATIENCE_S = 0.2
 
 
-class Lane(Generic[T]):
+class Prefetcher(Generic[T]):
     """What ``items`` gives, made in another thread. One consumer; it iterates, or calls `get`.
 
     What the iterator raises is raised in the consumer, after all that was made before it. `close` (or the
@@ -44,8 +44,8 @@ class Lane(Generic[T]):
     ) -> None:
         """``room``: items that wait at most. ``dropped`` is told, in the maker's thread, what went.
 
-        A `Lane` that ``items`` reads from in turn is to be closed after this one (``with`` does so), which
-        is safe: closing only asks the thread to end, and ends the wait of whoever reads.
+        A `Prefetcher` that ``items`` reads from in turn is to be closed after this one (``with`` does so),
+        which is safe: closing only asks the thread to end, and ends the wait of whoever reads.
         """
         if room < 1:
             raise ValueError(f"a lane needs room for at least one item, got {room}")
@@ -113,7 +113,7 @@ class Lane(Generic[T]):
         """Whether the thread still runs."""
         return self._thread.is_alive()
 
-    def __enter__(self) -> Lane[T]:
+    def __enter__(self) -> Prefetcher[T]:
         return self
 
     def __exit__(

@@ -25,7 +25,7 @@ from std_rt.evaluation.bench import load
 from std_rt.examples import STYLES
 from std_rt.examples.moving import write_moving_scene
 from std_rt.live.session import Session, Settings
-from std_rt.live.style_mixer import Deck
+from std_rt.live.style_mixer import StyleMixer
 from std_rt.media.camera.camera import open_source
 
 __all__ = ["Plan", "run"]
@@ -61,7 +61,7 @@ def _play(engine: EngineSettings, live: Settings, plan: Plan) -> dict[str, Any]:
             write_moving_scene(clip, _CLIP_FRAMES, fps=_CLIP_FPS)
         source = stack.enter_context(closing(open_source(str(clip))))
         stylizer = stack.enter_context(load(engine))
-        deck = stack.enter_context(closing(Deck(stylizer.encode_style, stylizer.bundle)))
+        deck = stack.enter_context(closing(StyleMixer(stylizer.encode_style, stylizer.bundle)))
         for name in _STYLES:
             deck.add(STYLES[name](stylizer.bundle.style_px), name)
         session = stack.enter_context(Session(stylizer, source, deck, live))
@@ -70,7 +70,7 @@ def _play(engine: EngineSettings, live: Settings, plan: Plan) -> dict[str, Any]:
         return session.report() | {"precision": stylizer.precision}
 
 
-def _present(session: Session, deck: Deck, plan: Plan) -> None:
+def _present(session: Session, deck: StyleMixer, plan: Plan) -> None:
     """Until the time is over: take what comes, change the style when it is time."""
     end = switch = float("inf")
     while not session.over and time.perf_counter() < end:

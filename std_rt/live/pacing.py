@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from std_rt.live.governor import Governor
-from std_rt.pipeline.stylizer import Level
+from std_rt.pipeline.stylizer import Quality
 from std_rt.streaming.similarity import SimilarityFilter
 
 __all__ = ["Governor", "SimilarityFilter", "ladder", "relative_costs"]
@@ -31,7 +31,7 @@ def ladder(
     min_px: int = 128,
     *,
     most: int = 8,
-) -> list[Level]:
+) -> list[Quality]:
     """Levels from the best downwards, each clearly cheaper than the one above, ``most`` at most.
 
     First fewer steps, at the same size; then smaller sizes (the shorter side ``min_px`` at least, both
@@ -43,11 +43,11 @@ def ladder(
         raise ValueError(f"{best_steps} steps are none of {sorted(steps_allowed)}")
     fewer = sorted((steps for steps in steps_allowed if steps <= best_steps), reverse=True)
     small = [steps for steps in fewer if steps <= _STEPS_WHEN_SMALL] or fewer[-1:]
-    proposed = [Level(best_size, steps) for steps in fewer]
+    proposed = [Quality(best_size, steps) for steps in fewer]
     for scale in _SCALES:
         size = _scaled(best_size, scale, multiple)
         if min(size) >= min_px:
-            proposed += [Level(size, steps) for steps in small]
+            proposed += [Quality(size, steps) for steps in small]
     kept = proposed[:1]
     for level in proposed[1:]:
         if _cost(level) <= _WORTH_IT * _cost(kept[-1]):
@@ -55,12 +55,12 @@ def ladder(
     return kept[:most]
 
 
-def relative_costs(levels: Sequence[Level]) -> list[float]:
+def relative_costs(levels: Sequence[Quality]) -> list[float]:
     """What a frame costs at each level, the first being 1: pixels times UNet calls and the rest."""
     return [_cost(level) / _cost(levels[0]) for level in levels]
 
 
-def _cost(level: Level) -> float:
+def _cost(level: Quality) -> float:
     return level.size[0] * level.size[1] * (_BESIDE_THE_UNET + level.steps)
 
 

@@ -25,9 +25,9 @@ from std_rt.media.image import write_picture
 from std_rt.media.video.record import Recorder, Recording, numbered
 from std_rt.media.window.overlay import Thumbnail
 from std_rt.media.window.window import Closed, Dropped, Event, Key, Window
-from std_rt.streaming.frame_packet import Shot
+from std_rt.streaming.frame_packet import FramePacket
 
-__all__ = ["Outputs", "Show"]
+__all__ = ["Outputs", "Presenter"]
 
 Frame = NDArray[np.uint8]
 
@@ -60,7 +60,7 @@ class Outputs:
     status: Callable[[str], None] = field(default=lambda text: None)
 
 
-class Show:
+class Presenter:
     """Presents a session until it is over, someone quits, or ``stop`` says so. Main thread only."""
 
     def __init__(
@@ -75,7 +75,7 @@ class Show:
         """``first``: what the window has until something is painted. ``say``: one line for the user."""
         self._session, self._out, self._say, self._now = session, outputs, say, now
         self._fade_s = session.settings.crossfade_s
-        self._shot: Shot | None = None
+        self._shot: FramePacket | None = None
         self._first = first
         self._chosen = 0
         self._beside = self._quit = False
@@ -120,7 +120,7 @@ class Show:
             return False
         return self._now() - self.started_s >= seconds
 
-    def _present(self, shot: Shot) -> None:
+    def _present(self, shot: FramePacket) -> None:
         begun = self._now()
         self.started_s = begun if self.started_s is None else self.started_s
         self._shot = shot

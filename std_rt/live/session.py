@@ -26,15 +26,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from std_rt.core.errors import StdRtError
-from std_rt.core.prefetcher import Lane
+from std_rt.core.prefetcher import Prefetcher
 from std_rt.live.metrics import Meter
 from std_rt.live.pacing import Governor, SimilarityFilter, ladder, relative_costs
-from std_rt.live.style_mixer import Deck
+from std_rt.live.style_mixer import StyleMixer
 from std_rt.media.camera.frame_source import Source
-from std_rt.pipeline.stylizer import Level, Stylizer
-from std_rt.streaming.frame_packet import Shot
-from std_rt.streaming.frame_stream import ONE_BY_ONE, STREAM_BATCH, Painter
-from std_rt.streaming.temporal import Steadier
+from std_rt.pipeline.stylizer import Quality, Stylizer
+from std_rt.streaming.frame_packet import FramePacket
+from std_rt.streaming.frame_stream import ONE_BY_ONE, STREAM_BATCH, FrameStream
+from std_rt.streaming.temporal import TemporalFilter
 
 __all__ = ["Session", "Settings"]
 
@@ -70,7 +70,7 @@ class Session:
         self,
         stylizer: Stylizer,
         source: Source,
-        deck: Deck,
+        deck: StyleMixer,
         settings: Settings | None = None,
         *,
         mirror: bool = False,
@@ -81,11 +81,11 @@ class Session:
         self.deck, self.source, self.mirror, self.paused = deck, source, mirror, False
         self._stylizer, self._now = stylizer, now
         similar = self.settings.similar
-        self._painter = Painter(
+        self._painter = FrameStream(
             stylizer,
             deck.at,
             way=STREAM_BATCH if self.settings.stream_batch else ONE_BY_ONE,
-            steadier=Steadier(self.settings.temporal, self._measured),
+            steadier=TemporalFilter(self.settings.temporal, self._measured),
             similar=None if similar is None else SimilarityFilter(similar),
             seed=self.settings.seed,
             now=now,
@@ -94,8 +94,8 @@ class Session:
         self.notes: list[str] = []
         """What the governor has to say; take them from the front."""
         self._pace = _Pace(stylizer, self._painter, self.meter, self.settings, self.notes)
-        self._captured: Lane[Shot] | None = None
-        self._styled: Lane[Shot] | None = None
+        self._captured: Prefetcher[FramePacket] | None = None
+        self._styled: Prefetcher[FramePacket] | None = None
         self._lost = False
 
     def described(self) -> dict[str, Any]:
@@ -117,22 +117,22 @@ class Session:
 
     def start(self) -> None:
         """Begin to read and to paint."""
-        self._captured = Lane(
+        self._captured = Prefetcher(
             self._capture(), room=1, latest=True, name="capture", dropped=lambda _: self.meter.dropped()
         )
-        self._styled = Lane(self._paint(self._captured), room=_STYLED_AHEAD, name="engines")
+        self._styled = Prefetcher(self._paint(self._captured), room=_STYLED_AHEAD, name="engines")
 
     @property
     def over(self) -> bool:
         """The source has ended and everything was given, or the session is closed."""
         return self._styled is None or self._styled.over
 
-    def get(self, timeout_s: float) -> Shot | None:
+    def get(self, timeout_s: float) -> FramePacket | None:
         """The next painted frame, or None where none came in time. Raises what painting raised."""
         self._watch_source()
         return None if self._styled is None else self._styled.get(timeout_s)
 
-    def presented(self, shot: Shot) -> None:
+    def presented(self, shot: FramePacket) -> None:
         """A frame is on the screen."""
         self.meter.presented(
             shot.captured_s, painted_s=shot.painted_s, skipped=shot.skipped, stages_ms=shot.stages_ms
@@ -203,21 +203,21 @@ class Session:
     ) -> None:
         self.close()
 
-    def _capture(self) -> Iterator[Shot]:
+    def _capture(self) -> Iterator[FramePacket]:
         """In the first thread."""
         while (taken := self.source.read()) is not None:
             self.meter.captured(taken.at_s)
             if not self.paused:
                 frame = np.ascontiguousarray(taken.frame[:, ::-1]) if self.mirror else taken.frame
-                yield Shot(frame, taken.at_s, taken.index)
+                yield FramePacket(frame, taken.at_s, taken.index)
 
-    def _paint(self, shots: Iterator[Shot]) -> Iterator[Shot]:
+    def _paint(self, shots: Iterator[FramePacket]) -> Iterator[FramePacket]:
         """In the second thread."""
         for shot in self._painter.paint(self._waited(shots)):
             yield shot
             yield from self._pace.after(shot, self._now())
 
-    def _waited(self, shots: Iterator[Shot]) -> Iterator[Shot]:
+    def _waited(self, shots: Iterator[FramePacket]) -> Iterator[FramePacket]:
         last_s = math.inf
         for shot in shots:
             if shot.captured_s - last_s > _GAP_S:  # a pause, or a camera that was gone
@@ -243,14 +243,14 @@ class _Pace:
     """The governor's hands: builds the ladder for the frames that come, opens levels, changes over."""
 
     def __init__(
-        self, stylizer: Stylizer, painter: Painter, meter: Meter, settings: Settings, notes: list[str]
+        self, stylizer: Stylizer, painter: FrameStream, meter: Meter, settings: Settings, notes: list[str]
     ) -> None:
         self._stylizer, self._painter, self._meter, self._notes = stylizer, painter, meter, notes
         self._target, self._stream = settings.target_fps, settings.stream_batch
-        self._governor: Governor[Level] | None = None
-        self.best: Level | None = None
+        self._governor: Governor[Quality] | None = None
+        self.best: Quality | None = None
 
-    def after(self, shot: Shot, now: float) -> Iterator[Shot]:
+    def after(self, shot: FramePacket, now: float) -> Iterator[FramePacket]:
         """One frame is painted: note what it took, and go to another level where one is due and open."""
         level = self._painter.level
         if level is None:
@@ -267,7 +267,7 @@ class _Pace:
         if self._governor.asked is not None:
             yield from self._change(self._governor.asked, now)
 
-    def _begin(self, best: Level) -> None:
+    def _begin(self, best: Quality) -> None:
         self.best = best
         self._meter.level(_name(best))
         if self._target is None:
@@ -277,7 +277,7 @@ class _Pace:
         levels = ladder(best.size, best.steps, bundle.steps_allowed, bundle.size_multiple, least_px)
         self._governor = Governor(self._target, levels, relative_costs(levels))
 
-    def _change(self, asked: Level, now: float) -> Iterator[Shot]:
+    def _change(self, asked: Quality, now: float) -> Iterator[FramePacket]:
         """Go over once its engines are open; until then frames go on as they are."""
         assert self._governor is not None
         try:
@@ -293,7 +293,7 @@ class _Pace:
         self._notes.append(f"{self._target:g} fps: now {_name(asked)}")
 
 
-def _name(level: Level) -> str:
+def _name(level: Quality) -> str:
     return f"{level.size[1]}x{level.size[0]}, {level.steps} step" + ("s" if level.steps > 1 else "")
 
 

@@ -1,6 +1,6 @@
 """The styles of a live session: any number of them, blended, and crossfaded whenever something changes.
 
-    deck = Deck(stylizer.encode_style, stylizer.bundle)
+    deck = StyleMixer(stylizer.encode_style, stylizer.bundle)
     deck.fill([(Path("ink.png"), None), (Path("wave.safetensors"), None)])
     deck.select(1, seconds=1.5)
     style, strength = deck.at(now)      # before each frame
@@ -8,8 +8,8 @@
 A crossfade goes straight through token space from what was shown at the instant of the change, also in the
 middle of another one, so it costs a mean of two styles however many are loaded. It moves in 1/64 steps:
 a step between unlike styles moves the pictures of std-tiny by 0.3 to 1.6 levels of 255, which does not show,
-and a slow fade does not feed the engines anew on every frame. While nothing changes, `Deck.at` returns the
-very same object.
+and a slow fade does not feed the engines anew on every frame. While nothing changes, `StyleMixer.at` returns
+the very same object.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from std_rt.core.errors import StdRtError, UsageError
 from std_rt.pipeline.conditioning import EncodedStyle, blend
 from std_rt.pipeline.style_file import read_style, style_paths, thumbnail
 
-__all__ = ["Card", "Deck", "Ramp"]
+__all__ = ["Card", "Ramp", "StyleMixer"]
 
 Frame = NDArray[np.uint8]
 Weights = dict[int, float]  # card -> share; shares add up to 1, cards without a share are left out
@@ -82,7 +82,7 @@ class _Mix:
     style: EncodedStyle
 
 
-class Deck:
+class StyleMixer:
     """Styles, their blend, their strength, and the crossfade under way. Any thread may call any method."""
 
     def __init__(

@@ -19,9 +19,9 @@ from std_rt.core.errors import BundleError, UsageError
 from std_rt.pipeline.program_builder import NEGATIVE
 
 __all__ = [
+    "Conditioning",
     "EncodedStyle",
     "StyleEncoder",
-    "Told",
     "blend",
     "guided_inputs",
     "square",
@@ -45,7 +45,7 @@ class EncodedStyle:
 
 
 @dataclass(frozen=True, eq=False)
-class Told:
+class Conditioning:
     """What the UNet is told of one frame: UNet input -> value [1, ...], and the same for the negative.
 
     Without guidance there is no negative, and it is empty.
@@ -174,14 +174,14 @@ def unet_inputs(
     }
 
 
-def told(mode: str, text: dict[str, Array], positive: dict[str, Array]) -> Told:
+def told(mode: str, text: dict[str, Array], positive: dict[str, Array]) -> Conditioning:
     """``positive`` (from `unet_inputs`) with the negative that guidance ``mode`` needs.
 
     It is ``text``'s as stored; sizes and the style's strength are the same for both. Raises BundleError where
     the two do not have one shape.
     """
     if mode == "none":
-        return Told(positive)
+        return Conditioning(positive)
     negative = {name: np.ascontiguousarray(text[f"negative_{name}"], np.float32) for name in NEGATIVE}
     for name, value in negative.items():
         if value.shape != positive[name].shape:
@@ -189,7 +189,7 @@ def told(mode: str, text: dict[str, Array], positive: dict[str, Array]) -> Told:
                 f"negative_{name} is {list(value.shape)} and the positive {list(positive[name].shape)}; "
                 "export the bundle again"
             )
-    return Told(positive, positive | negative)
+    return Conditioning(positive, positive | negative)
 
 
 def guided_inputs(mode: str, text: dict[str, Array], positive: dict[str, Array]) -> dict[str, Array]:

@@ -15,7 +15,7 @@ from std_rt.engines.registry import GPU_BACKENDS
 from std_rt.engines.sharing import SharedEngines
 from std_rt.engines.switching import SwitchingRunner
 from std_rt.pipeline.program_builder import FrameNumbers, Guidance, frame_program, graph_shapes
-from std_rt.pipeline.runner_cache import Layout
+from std_rt.pipeline.runner_cache import RunnerKey
 from std_rt.pipeline.stream_program import stream_program
 
 __all__ = [
@@ -94,7 +94,7 @@ def in_background(work: Callable[[], Runner]) -> Future[Runner]:
 
 
 def layout_program(
-    bundle: Bundle, layout: Layout, guidance: Guidance, text: Mapping[str, Shape]
+    bundle: Bundle, layout: RunnerKey, guidance: Guidance, text: Mapping[str, Shape]
 ) -> tuple[Program, dict[str, GraphSpec]]:
     """The program of a layout, and what to open for it; ``text`` gives shapes without the batch.
 

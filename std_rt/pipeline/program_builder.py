@@ -33,9 +33,9 @@ __all__ = [
     "CONDITIONING",
     "MODES",
     "NEGATIVE",
-    "Draft",
     "FrameNumbers",
     "Guidance",
+    "ProgramWriter",
     "Terms",
     "batch_rows",
     "eps_factors",
@@ -140,14 +140,14 @@ def frame_program(
     in mode ``full`` of twice the batch, negatives first; in mode ``residual`` of the batch, and besides
     ``negative_`` and the name for each of `NEGATIVE`.
     """
-    build = _Build(numbers, prediction_type, size, guidance or Guidance(), batch)
+    build = ProgramBuilder(numbers, prediction_type, size, guidance or Guidance(), batch)
     build.start(coefficients[0])
     for i, c in enumerate(coefficients):
         build.step(i, c, last=i == len(coefficients) - 1)
     return build.finish()
 
 
-class Draft:
+class ProgramWriter:
     """A program that is being written, launch by launch."""
 
     def __init__(self, numbers: FrameNumbers, prediction_type: str, size: Size, batch: int) -> None:
@@ -258,7 +258,7 @@ class Draft:
         self._launches.append(Launch(graph, inputs, outputs, stage))
 
 
-class _Build(Draft):
+class ProgramBuilder(ProgramWriter):
     """``_x`` names the latents that the steps have come to."""
 
     def __init__(

@@ -1,7 +1,7 @@
 """Open runners, by the size, the steps and the way in which frames go through them.
 
-    shelf = Shelf(open_layout, in_background)
-    opened = shelf.get(Layout(Level((256, 256), 4)))
+    shelf = RunnerCache(open_layout, in_background)
+    opened = shelf.get(RunnerKey(Quality((256, 256), 4)))
     styled = opened.run(frames, told, noise)
 
 A change of level (another size or number of steps of the same bundle) costs nothing where its runner is open
@@ -25,11 +25,11 @@ from std_rt.core.errors import UsageError
 from std_rt.core.schedule import StepCoefficients
 from std_rt.engines import Engine
 from std_rt.engines.program import Mark, Runner
-from std_rt.pipeline.conditioning import Told
+from std_rt.pipeline.conditioning import Conditioning
 from std_rt.pipeline.program_builder import CONDITIONING, NEGATIVE, batch_rows, noise_draws
 from std_rt.pipeline.stream_program import unet_rows
 
-__all__ = ["KEPT", "Layout", "Level", "Opened", "Shelf", "User", "close_when_open"]
+__all__ = ["KEPT", "CachedRunner", "Quality", "RunnerCache", "RunnerKey", "User", "close_when_open"]
 
 Frame = NDArray[np.uint8]
 Array = NDArray[np.float32]
@@ -41,7 +41,7 @@ _USED_LAST = 2  # others that stay open: enough for portrait and landscape in tu
 
 
 @dataclass(frozen=True)
-class Level:
+class Quality:
     """What a frame costs: the working ``size`` (H, W) in px, and denoising ``steps``.
 
     Steps are counted as the bundle does: a schedule as diffusers has it, entered at a strength below 1, runs
@@ -53,10 +53,10 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Layout:
+class RunnerKey:
     """A level, and how frames go through it: ``frames`` in a call of each graph, or as a stream batch."""
 
-    level: Level
+    level: Quality
     frames: int = 1
     stream: bool = False
 
@@ -69,11 +69,11 @@ class User(Protocol):
         """How many."""
 
 
-class Opened:
+class CachedRunner:
     """A runner that is open or being opened, and what it was fed last."""
 
     def __init__(
-        self, layout: Layout, coefficients: Sequence[StepCoefficients], mode: str, runner: Future[Runner]
+        self, layout: RunnerKey, coefficients: Sequence[StepCoefficients], mode: str, runner: Future[Runner]
     ) -> None:
         """``mode`` of guidance; ``coefficients`` of the layout's steps."""
         self.layout = layout
@@ -109,7 +109,7 @@ class Opened:
                 self._runner.cancelled() or self._runner.exception() is not None
             )
 
-    def run(self, frames: Frame, told: Sequence[Told], noise: Sequence[Array], mark: Mark) -> Frame:
+    def run(self, frames: Frame, told: Sequence[Conditioning], noise: Sequence[Array], mark: Mark) -> Frame:
         """Frames uint8 [B, H, W, 3] in and out. ``told`` and ``noise`` [K, ...]: one each a frame or slot.
 
         What is made of the same arrays as at the last call is not fed again.
@@ -126,7 +126,7 @@ class Opened:
         """Now, or as soon as it is open."""
         close_when_open(self._runner)
 
-    def _conditioning(self, told: Sequence[Told]) -> dict[str, tuple[_Part, ...]]:
+    def _conditioning(self, told: Sequence[Conditioning]) -> dict[str, tuple[_Part, ...]]:
         sides = [told[i].negative if negative else told[i].positive for i, negative in self._rows]
         feeds: dict[str, tuple[_Part, ...]] = {
             name: tuple((side[name], None) for side in sides) for name in CONDITIONING
@@ -145,17 +145,17 @@ class Opened:
         return feeds
 
 
-class Shelf:
-    """Runners by `Layout`. `ready` may be asked from any thread; the rest is for one at a time."""
+class RunnerCache:
+    """Runners by `RunnerKey`. `ready` may be asked from any thread; the rest is for one at a time."""
 
-    def __init__(self, open_layout: Callable[[Layout], Opened]) -> None:
+    def __init__(self, open_layout: Callable[[RunnerKey], CachedRunner]) -> None:
         """``open_layout`` begins to open one in the background."""
         self._open_layout = open_layout
-        self._opened: OrderedDict[Layout, Opened] = OrderedDict()
-        self._asked: frozenset[Layout] = frozenset()
+        self._opened: OrderedDict[RunnerKey, CachedRunner] = OrderedDict()
+        self._asked: frozenset[RunnerKey] = frozenset()
         self._lock = Lock()
 
-    def get(self, layout: Layout) -> Opened:
+    def get(self, layout: RunnerKey) -> CachedRunner:
         """That of ``layout``, opening in the background where it is not; those used longest ago are closed.
 
         One that failed, and whose failure was raised, is opened again.
@@ -168,7 +168,7 @@ class Shelf:
         self._close_others()
         return opened
 
-    def keep(self, layouts: Collection[Layout]) -> None:
+    def keep(self, layouts: Collection[RunnerKey]) -> None:
         """Begin to open these, and keep them open until others are asked for."""
         if len(set(layouts)) > KEPT:
             raise UsageError(f"at most {KEPT} levels are kept open, got {len(set(layouts))}")
@@ -177,7 +177,7 @@ class Shelf:
             self.get(layout)
         self._close_others()
 
-    def ready(self, layout: Layout) -> bool:
+    def ready(self, layout: RunnerKey) -> bool:
         """True where a frame would not wait. Raises what opening it raised; the next `get` tries again."""
         with self._lock:
             opened = self._opened.get(layout)
@@ -186,7 +186,7 @@ class Shelf:
         opened.runner()
         return True
 
-    def values(self) -> list[Opened]:
+    def values(self) -> list[CachedRunner]:
         """All of them, those used longest ago first."""
         with self._lock:
             return list(self._opened.values())
@@ -209,7 +209,7 @@ class Shelf:
             one.close()
 
 
-def _holds_frames(opened: Opened) -> bool:
+def _holds_frames(opened: CachedRunner) -> bool:
     return opened.user is not None and opened.user.inside > 0
 
 

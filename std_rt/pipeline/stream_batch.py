@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from std_rt.core.errors import UsageError
 from std_rt.engines.program import Mark, no_mark
-from std_rt.pipeline.conditioning import Told
-from std_rt.pipeline.runner_cache import Opened
+from std_rt.pipeline.conditioning import Conditioning
+from std_rt.pipeline.runner_cache import CachedRunner
 from std_rt.pipeline.state import State
 
 __all__ = ["StreamBatch"]
@@ -34,7 +34,7 @@ Array = NDArray[np.float32]
 class _Inside:
     """What a frame entered with."""
 
-    told: Told
+    told: Conditioning
     noise: Array
 
 
@@ -44,9 +44,9 @@ class StreamBatch:
     def __init__(
         self,
         steps: int,
-        get: Callable[[], Opened],
-        told: Callable[[], Told],
-        check: Callable[[Frame, State, Opened], None],
+        get: Callable[[], CachedRunner],
+        told: Callable[[], Conditioning],
+        check: Callable[[Frame, State, CachedRunner], None],
     ) -> None:
         """Most callers want `Stylizer.stream_batch`.
 
@@ -90,7 +90,7 @@ class StreamBatch:
             if styled is not None:
                 yield styled
 
-    def _advance(self, opened: Opened, entering: _Inside | None, mark: Mark) -> Frame | None:
+    def _advance(self, opened: CachedRunner, entering: _Inside | None, mark: Mark) -> Frame | None:
         """One run. A slot without a frame is told what the newest one is: so nothing is fed for it."""
         slots = [entering, *self._slots]
         assert self._newest is not None
@@ -101,7 +101,7 @@ class StreamBatch:
         self._slots = slots[:-1]
         return styled[0] if slots[-1] is not None else None
 
-    def _claim(self, opened: Opened) -> None:
+    def _claim(self, opened: CachedRunner) -> None:
         """The runner's slots are this batch's from now on; UsageError where its frames were lost."""
         if opened.user is self:
             return

@@ -30,9 +30,9 @@ from std_rt.core.schedule import StepCoefficients
 from std_rt.engines.program import Program
 from std_rt.pipeline.program_builder import (
     CONDITIONING,
-    Draft,
     FrameNumbers,
     Guidance,
+    ProgramWriter,
     Size,
     Terms,
     eps_factors,
@@ -68,11 +68,11 @@ def stream_program(
     [N, C, h, w], row i the noise of step i of the frame in slot i (any finite values where that step has
     none); and `CONDITIONING` with a row for each of `unet_rows`.
     """
-    build = _Build(numbers, coefficients, prediction_type, size, guidance or Guidance())
+    build = StreamProgramBuilder(numbers, coefficients, prediction_type, size, guidance or Guidance())
     return build.decode(build.advance(build.enter()))
 
 
-class _Build(Draft):
+class StreamProgramBuilder(ProgramWriter):
     def __init__(
         self,
         numbers: FrameNumbers,

@@ -32,16 +32,16 @@ from std_rt.engines import Engine
 from std_rt.engines.program import Mark, no_mark
 from std_rt.engines.registry import GPU_BACKENDS
 from std_rt.media import fit
-from std_rt.pipeline.conditioning import EncodedStyle, StyleEncoder, Told, blend, told, unet_inputs
+from std_rt.pipeline.conditioning import Conditioning, EncodedStyle, StyleEncoder, blend, told, unet_inputs
 from std_rt.pipeline.guidance import check_negative, choose_guidance
 from std_rt.pipeline.opening import Opener, RunnerOpener, graph_spec, layout_program, on_host, openers
 from std_rt.pipeline.program_builder import noise_draws
-from std_rt.pipeline.runner_cache import Layout, Level, Opened, Shelf, close_when_open
+from std_rt.pipeline.runner_cache import CachedRunner, Quality, RunnerCache, RunnerKey, close_when_open
 from std_rt.pipeline.state import State, draw_noise
 from std_rt.pipeline.stream_batch import StreamBatch
 from std_rt.pipeline.text_encoder import TextEncoder
 
-__all__ = ["Level", "State", "StreamBatch", "Stylizer", "choose_guidance", "draw_noise"]
+__all__ = ["Quality", "State", "StreamBatch", "Stylizer", "choose_guidance", "draw_noise"]
 
 Frame = NDArray[np.uint8]
 Array = NDArray[np.float32]
@@ -97,9 +97,9 @@ class Stylizer:
         self._style_engine: Future[Engine] | None = None
         self._encoder: StyleEncoder | None = None
         self._prompts: TextEncoder | None = None
-        self._shelf = Shelf(self._open_layout)
+        self._shelf = RunnerCache(self._open_layout)
         self._style: tuple[EncodedStyle, float] | None = None
-        self._told: dict[Size, Told] = {}
+        self._told: dict[Size, Conditioning] = {}
 
     @classmethod
     def load(
@@ -154,7 +154,7 @@ class Stylizer:
 
     def level(
         self, height_px: int, width_px: int, *, size: int | Size | None = None, steps: int | None = None
-    ) -> Level:
+    ) -> Quality:
         """The level of frames of the given size at another working ``size`` (as `load` has it) or ``steps``.
 
         Raises BundleError where the bundle has no schedule for the steps.
@@ -164,15 +164,15 @@ class Stylizer:
         at = fit.working_size(height_px, width_px, asked, self.bundle.size_multiple, low, high)
         asked_steps = self._asked if steps is None else steps
         self.bundle.coefficients(asked_steps)
-        return Level(at, asked_steps)
+        return Quality(at, asked_steps)
 
     def prepare(self, height_px: int, width_px: int) -> None:
         """Begin to open, in the background, what a frame of the given size and a style will need."""
         self._open_style_encoder()
-        self._get(Layout(self.level(height_px, width_px)))
+        self._get(RunnerKey(self.level(height_px, width_px)))
 
     def prepare_levels(
-        self, levels: Collection[Level], *, frames: int = 1, stream_batch: bool = False
+        self, levels: Collection[Quality], *, frames: int = 1, stream_batch: bool = False
     ) -> None:
         """Begin to open these levels in the background, and keep them open until others are asked for here.
 
@@ -181,14 +181,14 @@ class Stylizer:
         they are more than `levels.KEPT`.
         """
         self._check_open()
-        self._shelf.keep([Layout(level, frames, stream_batch) for level in levels])
+        self._shelf.keep([RunnerKey(level, frames, stream_batch) for level in levels])
 
-    def ready(self, level: Level, *, frames: int = 1, stream_batch: bool = False) -> bool:
+    def ready(self, level: Quality, *, frames: int = 1, stream_batch: bool = False) -> bool:
         """True where a frame at ``level`` would not wait for its engines.
 
         What opening them raised is raised, once; the next use tries again.
         """
-        return self._shelf.ready(Layout(level, frames, stream_batch))
+        return self._shelf.ready(RunnerKey(level, frames, stream_batch))
 
     def frames_per_call(self, size: Size) -> int:
         """How many frames `run_many` does in a call at a working size (H, W) where nobody says.
@@ -264,7 +264,7 @@ class Stylizer:
         """The state a stream of frames of the given size starts from."""
         return self.state_for(self.working_size(height_px, width_px), seed=seed)
 
-    def state_for(self, at: Level | Size, *, seed: int = 0) -> State:
+    def state_for(self, at: Quality | Size, *, seed: int = 0) -> State:
         """The state a stream starts from at a level, or at a working size (H, W) and the usual steps.
 
         A seed has the same noise for one size whatever the steps, as far as they need any.
@@ -289,7 +289,7 @@ class Stylizer:
             mark("convert")
         return result, replace(state, index=state.index + 1)
 
-    def fit(self, frame: Frame, level: Level | None = None) -> Frame:
+    def fit(self, frame: Frame, level: Quality | None = None) -> Frame:
         """A frame uint8 [H, W, 3] at its working size, or at that of ``level``: what `run` takes.
 
         The frame itself where it has that size already.
@@ -309,7 +309,9 @@ class Stylizer:
         result = fit.result_size((shape[0], shape[1]), size)
         return styled if result == size else fit.from_working(styled, result)
 
-    def run(self, working: Frame, state: State, mark: Mark = no_mark, *, level: Level | None = None) -> Frame:
+    def run(
+        self, working: Frame, state: State, mark: Mark = no_mark, *, level: Quality | None = None
+    ) -> Frame:
         """Stylize one frame of a working size, as `fit` gives it, with the noise of ``state``.
 
         With ``level`` (of that size) in its number of steps. Raises UsageError where frame, state and level
@@ -323,7 +325,7 @@ class Stylizer:
         states: Sequence[State],
         mark: Mark = no_mark,
         *,
-        level: Level | None = None,
+        level: Quality | None = None,
         frames: int | None = None,
     ) -> list[Frame]:
         """Stylize frames of one working size, ``frames`` in a call of each graph: what `run` gives for each.
@@ -339,7 +341,7 @@ class Stylizer:
         count = self.frames_per_call(size) if frames is None else frames
         if count < 1:
             raise UsageError(f"a call takes at least one frame, got {count}")
-        opened = self._get(Layout(level or Level(size, self._asked), count))
+        opened = self._get(RunnerKey(level or Quality(size, self._asked), count))
         for frame, state in zip(working, states, strict=True):
             self._check_fits(frame, state, opened)
         styled: list[Frame] = []
@@ -350,10 +352,10 @@ class Stylizer:
             styled.extend(opened.run(together, [self._told_at(size)] * count, noise, mark))
         return styled[: len(working)]
 
-    def stream_batch(self, at: Level | Size) -> StreamBatch:
+    def stream_batch(self, at: Quality | Size) -> StreamBatch:
         """Frames of a working size (H, W), or of a level, with their steps overlapping; see `StreamBatch`."""
-        level = Level(at, self._asked) if isinstance(at, tuple) else at
-        layout = Layout(level, stream=True)
+        level = Quality(at, self._asked) if isinstance(at, tuple) else at
+        layout = RunnerKey(level, stream=True)
         self._get(layout)  # opens while the first frame is on its way
         return StreamBatch(
             len(self.bundle.coefficients(level.steps)),
@@ -396,10 +398,10 @@ class Stylizer:
     def _latent_size(self, size: Size) -> Size:
         return size[0] // self.bundle.vae_scale, size[1] // self.bundle.vae_scale
 
-    def _steps_of(self, level: Level) -> tuple[Size, list[StepCoefficients]]:
+    def _steps_of(self, level: Quality) -> tuple[Size, list[StepCoefficients]]:
         return level.size, self.bundle.coefficients(level.steps)
 
-    def _told_at(self, size: Size) -> Told:
+    def _told_at(self, size: Size) -> Conditioning:
         """What the UNet is told at a size; the same object until style or prompt change."""
         if self._style is None:
             raise UsageError("no style is set; call set_style(picture) first")
@@ -415,7 +417,7 @@ class Stylizer:
         if not low <= strength <= high:
             raise UsageError(f"style strength must be in {low:g}..{high:g}, got {strength:g}")
 
-    def _check_fits(self, working: Frame, state: State, opened: Opened) -> None:
+    def _check_fits(self, working: Frame, state: State, opened: CachedRunner) -> None:
         """Raise UsageError unless frame and state are of the size and the draws of a runner."""
         size = opened.layout.level.size
         shape = (opened.draws, self.bundle.latent_channels, *self._latent_size(size))
@@ -444,17 +446,17 @@ class Stylizer:
                 self._style_engine = self._pool.submit(self._open_graph, spec)
             return self._style_engine
 
-    def _get(self, layout: Layout) -> Opened:
+    def _get(self, layout: RunnerKey) -> CachedRunner:
         self._check_open()
         return self._shelf.get(layout)
 
-    def _open_layout(self, layout: Layout) -> Opened:
+    def _open_layout(self, layout: RunnerKey) -> CachedRunner:
         """Begin to open a runner in the background."""
         text = {name: value.shape[1:] for name, value in self._text.items()}
         program, specs = layout_program(self.bundle, layout, self.guidance, text)
         runner = self._pool.submit(self._open_runner, program, specs)
         coefficients = self.bundle.coefficients(layout.level.steps)
-        return Opened(layout, coefficients, self.guidance.mode, runner)
+        return CachedRunner(layout, coefficients, self.guidance.mode, runner)
 
 
 def _has_failed(future: Future[Engine]) -> bool:

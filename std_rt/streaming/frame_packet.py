@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Shot"]
+__all__ = ["FramePacket"]
 
 Frame = NDArray[np.uint8]
 
 
 @dataclass(eq=False, slots=True)
-class Shot:
+class FramePacket:
     """One frame uint8 [H, W, 3] and what became of it; handed from thread to thread, used by one at a time.
 
     captured_s: when the source had it. painted_s: when the style it was painted in was looked up. styled:

@@ -1,6 +1,6 @@
 """The engine lane: shots in, painted shots out, in order.
 
-    painter = Painter(stylizer, deck.at, steadier=Steadier("full"))
+    painter = FrameStream(stylizer, deck.at, steadier=TemporalFilter("full"))
     for shot in painter.paint(shots):
         show(shot.styled)
 
@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 
 from std_rt.engines.program import Mark, no_mark
 from std_rt.pipeline.conditioning import EncodedStyle
-from std_rt.pipeline.stylizer import Level, State, Stylizer
-from std_rt.streaming.frame_packet import Shot
+from std_rt.pipeline.stylizer import Quality, State, Stylizer
+from std_rt.streaming.frame_packet import FramePacket
 from std_rt.streaming.similarity import SimilarityFilter
-from std_rt.streaming.temporal import Motion, Steadier
+from std_rt.streaming.temporal import Motion, TemporalFilter
 
-__all__ = ["GROUPED", "ONE_BY_ONE", "STREAM_BATCH", "WAYS", "Painter", "StyleAt"]
+__all__ = ["GROUPED", "ONE_BY_ONE", "STREAM_BATCH", "WAYS", "FrameStream", "StyleAt"]
 
 Frame = NDArray[np.uint8]
 Size = tuple[int, int]  # (H, W) in pixels
@@ -41,7 +41,7 @@ WAYS = (ONE_BY_ONE, STREAM_BATCH, GROUPED)
 class _Job:
     """A shot inside the engines, with what is needed when it comes out."""
 
-    shot: Shot
+    shot: FramePacket
     motion: Motion
     changing: bool  # its style is not that of the frame before
 
@@ -60,7 +60,7 @@ class _Way(Protocol):
         """Give all that were taken and not given."""
 
 
-class Painter:
+class FrameStream:
     """Frames of one stream. One thread at a time."""
 
     def __init__(
@@ -69,7 +69,7 @@ class Painter:
         style_at: StyleAt | None = None,
         *,
         way: str = ONE_BY_ONE,
-        steadier: Steadier | None = None,
+        steadier: TemporalFilter | None = None,
         similar: SimilarityFilter | None = None,
         seed: int = 0,
         now: Callable[[], float] = time.perf_counter,
@@ -83,22 +83,22 @@ class Painter:
         if similar is not None and way != ONE_BY_ONE:
             raise ValueError(f"similar frames are left out one by one, not {way}: others are still inside")
         self._stylizer, self._style_at, self._kind = stylizer, style_at, way
-        self._steadier = steadier or Steadier("off")
+        self._steadier = steadier or TemporalFilter("off")
         self._similar, self._seed, self._now = similar, seed, now
         self._shape: Size | None = None  # of the frames
-        self._usual: Level | None = None  # of frames of that shape
-        self._level: Level | None = None
+        self._usual: Quality | None = None  # of frames of that shape
+        self._level: Quality | None = None
         self._way: _Way = _OneByOne(stylizer, None)
         self._state: State | None = None
         self._style: tuple[EncodedStyle, float] | None = None
         self._last: Frame | None = None
 
     @property
-    def level(self) -> Level | None:
+    def level(self) -> Quality | None:
         """Size and steps that frames are painted at; None before the first."""
         return self._level
 
-    def go_to(self, level: Level) -> Iterator[Shot]:
+    def go_to(self, level: Quality) -> Iterator[FramePacket]:
         """Paint at another level from the next frame on; the shots still inside come out of the old one."""
         if level != self._level:
             yield from self._drain()
@@ -111,7 +111,7 @@ class Painter:
             self._begin(self._level)
         return lost
 
-    def paint(self, shots: Iterable[Shot]) -> Iterator[Shot]:
+    def paint(self, shots: Iterable[FramePacket]) -> Iterator[FramePacket]:
         """Every shot with its result, in order. Between two of them `go_to` and `forget` may be called."""
         for shot in shots:
             yield from self._take(shot)
@@ -119,11 +119,11 @@ class Painter:
 
     def frames(self, frames: Iterable[Frame]) -> Iterator[Frame]:
         """`paint` for frames that are nothing but frames."""
-        for shot in self.paint(Shot(frame) for frame in frames):
+        for shot in self.paint(FramePacket(frame) for frame in frames):
             assert shot.styled is not None
             yield shot.styled
 
-    def _take(self, shot: Shot) -> Iterator[Shot]:
+    def _take(self, shot: FramePacket) -> Iterator[FramePacket]:
         mark = _watch(shot, self._now)
         shape = (shot.frame.shape[0], shot.frame.shape[1])
         if shape != self._shape:
@@ -149,19 +149,19 @@ class Painter:
         for job, styled in self._way.push(_Job(shot, motion, changing), working, state, mark):
             yield self._finish(job, styled)
 
-    def _begin(self, level: Level) -> None:
+    def _begin(self, level: Quality) -> None:
         """A stream at this level starts."""
         self._level, self._last = level, None
         self._state = self._stylizer.state_for(level, seed=self._seed)
         self._steadier.reset()
-        ways: dict[str, Callable[[Stylizer, Level], _Way]] = {
+        ways: dict[str, Callable[[Stylizer, Quality], _Way]] = {
             ONE_BY_ONE: _OneByOne,
             STREAM_BATCH: _StreamBatched,
             GROUPED: _Grouped,
         }
         self._way = ways[self._kind](self._stylizer, level)
 
-    def _look_up_style(self, shot: Shot) -> bool:
+    def _look_up_style(self, shot: FramePacket) -> bool:
         """Note the style of this instant; True where it is not that of the frame before."""
         shot.painted_s = self._now()
         if self._style_at is None:
@@ -177,7 +177,7 @@ class Painter:
             self._similar.force()
         return self._similar.skip(working)
 
-    def _finish(self, job: _Job, styled: Frame) -> Shot:
+    def _finish(self, job: _Job, styled: Frame) -> FramePacket:
         shot = job.shot
         mark = _watch(shot, self._now)
         settled = self._steadier.settle(styled, job.motion, changing=job.changing)
@@ -186,12 +186,12 @@ class Painter:
         mark("convert")
         return shot
 
-    def _drain(self) -> Iterator[Shot]:
+    def _drain(self) -> Iterator[FramePacket]:
         for job, styled in self._way.drain(no_mark):
             yield self._finish(job, styled)
 
 
-def _watch(shot: Shot, now: Callable[[], float]) -> Mark:
+def _watch(shot: FramePacket, now: Callable[[], float]) -> Mark:
     """Adds the time since the last call to the shot's stage."""
     last = now()
 
@@ -207,7 +207,7 @@ def _watch(shot: Shot, now: Callable[[], float]) -> Mark:
 class _OneByOne:
     """Lowest latency: a frame is out before the next one is looked at."""
 
-    def __init__(self, stylizer: Stylizer, level: Level | None) -> None:
+    def __init__(self, stylizer: Stylizer, level: Quality | None) -> None:
         self._stylizer, self._level, self.inside = stylizer, level, 0
 
     def push(self, job: _Job, working: Frame, state: State, mark: Mark) -> Iterator[tuple[_Job, Frame]]:
@@ -220,7 +220,7 @@ class _OneByOne:
 class _StreamBatched:
     """N steps of N consecutive frames in one call of the UNet."""
 
-    def __init__(self, stylizer: Stylizer, level: Level) -> None:
+    def __init__(self, stylizer: Stylizer, level: Quality) -> None:
         self._batch = stylizer.stream_batch(level)
         self._inside: deque[_Job] = deque()
 
@@ -244,7 +244,7 @@ class _StreamBatched:
 class _Grouped:
     """Several whole frames in one call of each graph."""
 
-    def __init__(self, stylizer: Stylizer, level: Level) -> None:
+    def __init__(self, stylizer: Stylizer, level: Quality) -> None:
         self._stylizer, self._level = stylizer, level
         self._room = stylizer.frames_per_call(level.size)
         self._inside: list[tuple[_Job, Frame, State]] = []

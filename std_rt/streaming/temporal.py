@@ -1,6 +1,6 @@
 """Steady video: what moves with the picture holds still on it.
 
-    steadier = Steadier("full")
+    steadier = TemporalFilter("full")
     for working in frames:
         motion = steadier.follow(working)
         styled = stylizer.run(working, steadier.noise(state, motion))
@@ -30,7 +30,7 @@ from std_rt.pipeline.stylizer import State
 from std_rt.streaming.noise_warp import MovingNoise
 from std_rt.streaming.optical_flow import SMALLEST_PX, Followed, Follower, reduced
 
-__all__ = ["TEMPORAL_MODES", "Motion", "Steadier"]
+__all__ = ["TEMPORAL_MODES", "Motion", "TemporalFilter"]
 
 Frame = NDArray[np.uint8]
 Array = NDArray[np.float32]
@@ -65,7 +65,7 @@ class Motion:
     judged: Flow | None = None
 
 
-class Steadier:
+class TemporalFilter:
     """Steadies one stream. One thread at a time; `warping_error` may be read from any."""
 
     def __init__(self, mode: str, measured: Callable[[float], None] | None = None) -> None:

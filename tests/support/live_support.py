@@ -50,7 +50,7 @@ class ScriptedSource:
 
 
 class NotedWindow:
-    """What `Window` is to `Show`, without a screen: ``shown`` is the last call's arguments."""
+    """What `Window` is to `Presenter`, without a screen: ``shown`` is the last call's arguments."""
 
     def __init__(self, *events: Event) -> None:
         self.shown: dict[str, Any] = {}

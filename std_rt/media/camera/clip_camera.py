@@ -26,7 +26,7 @@ from std_rt.media.image import read_picture
 from std_rt.media.video.clip import Clip, TimedFrame, first_video_stream, open_clip
 from std_rt.media.video.transcode import probe
 
-__all__ = ["PlayedSource", "Shot", "clip_camera", "still_camera"]
+__all__ = ["PlayedFrame", "PlayedSource", "clip_camera", "still_camera"]
 
 _AHEAD = 3  # frames
 _BEHIND_S = 0.1  # from here on, frames that no other needs are not decoded
@@ -38,7 +38,7 @@ _CAMERA_PX = 3840 * 2160
 
 
 @dataclass(frozen=True, eq=False)
-class Shot:
+class PlayedFrame:
     """A frame of one round: when it is due and for how long, in seconds from the round's start.
 
     left_out: frames before it that were not decoded.
@@ -60,7 +60,7 @@ class _Ready:
     left_out: int
 
 
-Round = Callable[[Callable[[], bool]], Generator[Shot, None, None]]
+Round = Callable[[Callable[[], bool]], Generator[PlayedFrame, None, None]]
 """Gives the shots of one round; asks its argument whether it is behind, and may then leave some out."""
 
 
@@ -224,7 +224,7 @@ def clip_camera(
     return PlayedSource(path.name, fps, lambda behind: _shots(path, behind), loop=loop, now=now, sleep=sleep)
 
 
-def _shots(path: Path, is_behind: Callable[[], bool]) -> Generator[Shot, None, None]:
+def _shots(path: Path, is_behind: Callable[[], bool]) -> Generator[PlayedFrame, None, None]:
     """One round of a clip; its first frame is at 0 whatever its timestamp."""
     with open_clip(path) as container:
         clip = Clip(container, first_video_stream(container, path))
@@ -236,7 +236,7 @@ def _shots(path: Path, is_behind: Callable[[], bool]) -> Generator[Shot, None, N
             gap_s = 0.0 if last_pts is None else float((item.pts - last_pts) * clip.time_base)
             at_s, last_pts = at_s + min(gap_s, _LONGEST_S), item.pts
             lasts_s = min(float(item.duration * clip.time_base), _LONGEST_S) or step_s
-            yield Shot(item.rgb, at_s, lasts_s, _left_out(clip, gap_s, step_s))
+            yield PlayedFrame(item.rgb, at_s, lasts_s, _left_out(clip, gap_s, step_s))
             clip.video.codec_context.skip_frame = "NONREF" if is_behind() else "DEFAULT"
     if last_pts is None:
         raise MediaError(f"{path} is damaged: not one frame of it could be decoded")
@@ -262,8 +262,8 @@ def still_camera(
     """
     frame = _picture(path)
 
-    def shots(_: Callable[[], bool]) -> Generator[Shot, None, None]:
-        yield Shot(frame.copy(), 0.0, 1 / fps)
+    def shots(_: Callable[[], bool]) -> Generator[PlayedFrame, None, None]:
+        yield PlayedFrame(frame.copy(), 0.0, 1 / fps)
 
     return PlayedSource(path.name, fps, shots, loop=loop, now=now, sleep=sleep)
 

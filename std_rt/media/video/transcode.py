@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from std_rt.core.errors import MediaError
 from std_rt.core.files import check_output, partial_file
-from std_rt.core.prefetcher import Lane
+from std_rt.core.prefetcher import Prefetcher
 from std_rt.media.video.clip import Clip, TimedFrame, first_video_stream, is_cover, open_clip
 from std_rt.media.video.encode import CLIP_SUFFIXES, ClipWriter, sound_fits
 
@@ -210,14 +210,14 @@ def _pump(
 
 
 @contextmanager
-def _lanes(clip: Clip, stream: Stream) -> Iterator[Lane[tuple[TimedFrame, Frame]]]:
+def _lanes(clip: Clip, stream: Stream) -> Iterator[Prefetcher[tuple[TimedFrame, Frame]]]:
     """The clip, decoded in one thread and stylized in another; both have ended when the block has.
 
     They use the clip, which must not be closed under them.
     """
     with (
-        Lane(clip.read(), room=_DECODED_AHEAD, name="decode") as decoded,
-        Lane(_through(decoded, stream), room=_STYLED_AHEAD, name="engines") as styled,
+        Prefetcher(clip.read(), room=_DECODED_AHEAD, name="decode") as decoded,
+        Prefetcher(_through(decoded, stream), room=_STYLED_AHEAD, name="engines") as styled,
     ):
         try:
             yield styled

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from std_rt.core.prefetcher import Lane
+from std_rt.core.prefetcher import Prefetcher
 
 SOON_S = 10.0
 
@@ -23,7 +23,7 @@ def wait_for(condition: object, *arguments: object) -> None:
 
 @pytest.mark.parametrize("room", [1, 2, 7])
 def test_everything_comes_in_order(room: int) -> None:
-    with Lane(range(200), room=room) as lane:
+    with Prefetcher(range(200), room=room) as lane:
         assert list(lane) == list(range(200))
         assert lane.over
         assert lane.drops == 0
@@ -37,7 +37,7 @@ def test_a_full_queue_holds_its_maker_back() -> None:
             made.append(i)
             yield i
 
-    with Lane(make(), room=3) as lane:
+    with Prefetcher(make(), room=3) as lane:
         wait_for(lambda: len(made) == 4)  # three wait, the fourth is in hand
         time.sleep(0.05)
         assert len(made) == 4
@@ -48,7 +48,7 @@ def test_a_full_queue_holds_its_maker_back() -> None:
 
 def test_latest_drops_the_oldest_and_counts_it() -> None:
     gone: list[int] = []
-    with Lane(range(100), room=2, latest=True, dropped=gone.append) as lane:
+    with Prefetcher(range(100), room=2, latest=True, dropped=gone.append) as lane:
         wait_for(lambda: lane.drops == 98)
         assert list(lane) == [98, 99]
     assert gone == list(range(98))
@@ -60,7 +60,7 @@ def test_what_the_maker_raises_comes_after_what_it_made() -> None:
         yield 2
         raise KeyError("broken")
 
-    with Lane(make(), room=5) as lane:
+    with Prefetcher(make(), room=5) as lane:
         assert next(lane) == 1
         assert next(lane) == 2
         assert not lane.over
@@ -77,7 +77,7 @@ def test_get_gives_up_in_time() -> None:
         hold.wait(SOON_S)
         yield 1
 
-    with Lane(make()) as lane:
+    with Prefetcher(make()) as lane:
         assert lane.get(0.01) is None
         assert not lane.over
         hold.set()
@@ -95,7 +95,7 @@ def test_closing_ends_the_thread_and_its_generator() -> None:
         finally:
             ended.append(threading.current_thread().name)
 
-    lane = Lane(make(), room=1, name="made")
+    lane = Prefetcher(make(), room=1, name="made")
     assert next(lane) == 0
     lane.close(SOON_S)
     assert not lane.running
@@ -112,7 +112,7 @@ def test_closing_the_second_of_two_that_wait_for_each_other() -> None:
         hold.wait(SOON_S)
         yield 1
 
-    with Lane(camera()) as first, Lane(iter(first)) as second:
+    with Prefetcher(camera()) as first, Prefetcher(iter(first)) as second:
         assert second.get(0.01) is None
     wait_for(lambda: not second.running)
     hold.set()
@@ -124,7 +124,7 @@ def test_an_error_of_the_first_reaches_the_consumer_of_the_last() -> None:
         yield 1
         raise OSError("camera")
 
-    with Lane(make()) as first, Lane(n + 1 for n in first) as second:
+    with Prefetcher(make()) as first, Prefetcher(n + 1 for n in first) as second:
         assert next(second) == 2
         with pytest.raises(OSError, match="camera"):
             next(second)
@@ -132,4 +132,4 @@ def test_an_error_of_the_first_reaches_the_consumer_of_the_last() -> None:
 
 def test_a_lane_without_room_is_a_mistake() -> None:
     with pytest.raises(ValueError, match="at least one"):
-        Lane([], room=0)
+        Prefetcher([], room=0)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from std_rt.core.errors import UsageError
 from std_rt.live.pacing import Governor, SimilarityFilter, ladder, relative_costs
-from std_rt.pipeline.stylizer import Level
+from std_rt.pipeline.stylizer import Quality
 from std_rt.streaming.similarity import similarity, thumbnail
 
 Frame = NDArray[np.uint8]
@@ -236,13 +236,13 @@ def test_a_level_of_no_ladder_and_levels_that_do_not_fall_are_refused() -> None:
 
 def test_the_ladder_takes_steps_first_then_size() -> None:
     assert ladder((256, 256), 4, [1, 2, 4, 6, 8], 32) == [
-        Level((256, 256), 4),
-        Level((256, 256), 2),
-        Level((256, 256), 1),
-        Level((192, 192), 2),
-        Level((192, 192), 1),
-        Level((128, 128), 2),
-        Level((128, 128), 1),
+        Quality((256, 256), 4),
+        Quality((256, 256), 2),
+        Quality((256, 256), 1),
+        Quality((192, 192), 2),
+        Quality((192, 192), 1),
+        Quality((128, 128), 2),
+        Quality((128, 128), 1),
     ]
 
 
@@ -257,7 +257,7 @@ def test_the_ladder_takes_steps_first_then_size() -> None:
 def test_every_ladder_falls_in_cost_within_its_limits(
     h: int, w: int, allowed: set[int], multiple: int, least: int, data: st.DataObject
 ) -> None:
-    best = Level((h * multiple, w * multiple), data.draw(st.sampled_from(sorted(allowed))))
+    best = Quality((h * multiple, w * multiple), data.draw(st.sampled_from(sorted(allowed))))
     levels = ladder(best.size, best.steps, allowed, multiple, least)
     costs = relative_costs(levels)
     assert levels[0] == best

@@ -16,14 +16,14 @@ from support.media_samples import frame_times
 from std_rt.core.bundle import Bundle
 from std_rt.examples.moving import moving_scene
 from std_rt.live.keys import Action, Command
-from std_rt.live.presenter import Outputs, Show
+from std_rt.live.presenter import Outputs, Presenter
 from std_rt.live.session import Session, Settings
-from std_rt.live.style_mixer import Deck
+from std_rt.live.style_mixer import StyleMixer
 from std_rt.media import read_picture
 from std_rt.media.video.record import Recorder
 from std_rt.media.window.window import Closed, Dropped, Key
 from std_rt.pipeline.stylizer import Stylizer
-from std_rt.streaming.frame_packet import Shot
+from std_rt.streaming.frame_packet import FramePacket
 
 Frame = NDArray[np.uint8]
 SOON_S = 20.0
@@ -37,15 +37,15 @@ def stylizer(handmade: Bundle) -> Iterator[Stylizer]:
 
 
 @pytest.fixture
-def deck(stylizer: Stylizer) -> Iterator[Deck]:
-    deck = Deck(stylizer.encode_style, stylizer.bundle)
+def deck(stylizer: Stylizer) -> Iterator[StyleMixer]:
+    deck = StyleMixer(stylizer.encode_style, stylizer.bundle)
     for value in (20, 120, 230):
         deck.add(np.full((32, 32, 3), value, np.uint8), f"grey {value}")
     yield deck
     deck.close()
 
 
-def get(session: Session) -> Shot:
+def get(session: Session) -> FramePacket:
     """The next shot; a session that gives none has failed the test."""
     end = time.monotonic() + SOON_S
     while (shot := session.get(0.05)) is None:
@@ -64,7 +64,7 @@ def wait_until(condition: Any) -> None:
 # --- the session -----------------------------------------------------------------------------------------
 
 
-def test_frames_come_as_step_makes_them(stylizer: Stylizer, deck: Deck) -> None:
+def test_frames_come_as_step_makes_them(stylizer: Stylizer, deck: StyleMixer) -> None:
     source = ScriptedSource()
     with Session(stylizer, source, deck, Settings(seed=3)) as session:
         for frame in FRAMES[:3]:  # one at a time, so that none is dropped
@@ -85,7 +85,7 @@ def test_frames_come_as_step_makes_them(stylizer: Stylizer, deck: Deck) -> None:
     assert report["latency_ms"]["p50"] > 0
 
 
-def test_the_newest_frame_wins_and_the_others_are_counted(stylizer: Stylizer, deck: Deck) -> None:
+def test_the_newest_frame_wins_and_the_others_are_counted(stylizer: Stylizer, deck: StyleMixer) -> None:
     """All at once: the first ones go in, the last one stays, what is between is dropped."""
     source = ScriptedSource(*(FRAMES * 5))
     with Session(stylizer, source, deck) as session:
@@ -97,12 +97,12 @@ def test_the_newest_frame_wins_and_the_others_are_counted(stylizer: Stylizer, de
         assert session.meter.snapshot().drops == 40 - len(indexes)
 
 
-def test_a_mirror_turns_the_frame(stylizer: Stylizer, deck: Deck) -> None:
+def test_a_mirror_turns_the_frame(stylizer: Stylizer, deck: StyleMixer) -> None:
     with Session(stylizer, ScriptedSource(FRAMES[0]), deck, mirror=True) as session:
         np.testing.assert_array_equal(get(session).frame, FRAMES[0][:, ::-1])
 
 
-def test_a_pause_paints_nothing_and_is_no_time(stylizer: Stylizer, deck: Deck) -> None:
+def test_a_pause_paints_nothing_and_is_no_time(stylizer: Stylizer, deck: StyleMixer) -> None:
     source = ScriptedSource(FRAMES[0])
     with Session(stylizer, source, deck) as session:
         session.presented(get(session))
@@ -120,7 +120,7 @@ def test_a_pause_paints_nothing_and_is_no_time(stylizer: Stylizer, deck: Deck) -
     assert report["drops"] == report["stalls"] == 0
 
 
-def test_a_lost_camera_is_no_time(stylizer: Stylizer, deck: Deck) -> None:
+def test_a_lost_camera_is_no_time(stylizer: Stylizer, deck: StyleMixer) -> None:
     source = ScriptedSource(FRAMES[0])
     with Session(stylizer, source, deck) as session:
         session.presented(get(session))
@@ -133,7 +133,7 @@ def test_a_lost_camera_is_no_time(stylizer: Stylizer, deck: Deck) -> None:
 
 
 def test_an_error_of_the_painter_reaches_the_presenter(
-    stylizer: Stylizer, deck: Deck, monkeypatch: pytest.MonkeyPatch
+    stylizer: Stylizer, deck: StyleMixer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*arguments: object, **named: object) -> Frame:
         raise RuntimeError("engine")
@@ -145,7 +145,7 @@ def test_an_error_of_the_painter_reaches_the_presenter(
         assert session.over
 
 
-def test_a_session_ends_though_the_camera_hangs(stylizer: Stylizer, deck: Deck) -> None:
+def test_a_session_ends_though_the_camera_hangs(stylizer: Stylizer, deck: StyleMixer) -> None:
     source = ScriptedSource()
     session = Session(stylizer, source, deck)
     session.start()
@@ -156,7 +156,7 @@ def test_a_session_ends_though_the_camera_hangs(stylizer: Stylizer, deck: Deck) 
 
 @pytest.mark.parametrize("stream_batch", [False, True])
 def test_the_governor_goes_down_when_the_target_is_missed(
-    stylizer: Stylizer, deck: Deck, *, stream_batch: bool
+    stylizer: Stylizer, deck: StyleMixer, *, stream_batch: bool
 ) -> None:
     """No machine makes a thousand frames a second: it must go down, and say so."""
     source = ScriptedSource()
@@ -177,7 +177,7 @@ def test_the_governor_goes_down_when_the_target_is_missed(
 
 
 def test_the_governor_keeps_its_level_when_the_camera_changes_its_resolution(
-    stylizer: Stylizer, deck: Deck
+    stylizer: Stylizer, deck: StyleMixer
 ) -> None:
     source = ScriptedSource()
     with Session(stylizer, source, deck, Settings(target_fps=100_000)) as session:
@@ -198,7 +198,7 @@ def test_the_governor_keeps_its_level_when_the_camera_changes_its_resolution(
     assert level is not None
 
 
-def test_what_was_inside_before_a_pause_is_given_up(stylizer: Stylizer, deck: Deck) -> None:
+def test_what_was_inside_before_a_pause_is_given_up(stylizer: Stylizer, deck: StyleMixer) -> None:
     """They are of the past then, and their latency would be that of the pause."""
     source = ScriptedSource()
     with Session(stylizer, source, deck, Settings(stream_batch=True)) as session:
@@ -225,7 +225,7 @@ def test_what_was_inside_before_a_pause_is_given_up(stylizer: Stylizer, deck: De
 class Stage:
     """A session on a scripted source with a noted window, driven frame by frame."""
 
-    def __init__(self, stylizer: Stylizer, deck: Deck, folder: Path, **outputs: Any) -> None:
+    def __init__(self, stylizer: Stylizer, deck: StyleMixer, folder: Path, **outputs: Any) -> None:
         self.source = ScriptedSource()
         self.session = Session(stylizer, self.source, deck)
         self.window = NotedWindow()
@@ -241,7 +241,7 @@ class Stage:
             new_recorder=new_recorder,
             **outputs,
         )
-        self.show = Show(self.session, self.outputs, FRAMES[0], say=self.said.append)
+        self.show = Presenter(self.session, self.outputs, FRAMES[0], say=self.said.append)
         self._turns = 0
 
     def frames(self, count: int = 1) -> None:
@@ -259,7 +259,7 @@ class Stage:
 
 
 @pytest.fixture
-def stage(stylizer: Stylizer, deck: Deck, tmp_path: Path) -> Iterator[Stage]:
+def stage(stylizer: Stylizer, deck: StyleMixer, tmp_path: Path) -> Iterator[Stage]:
     stage = Stage(stylizer, deck, tmp_path)
     with stage.session:
         yield stage
@@ -282,7 +282,7 @@ def test_a_frame_is_shown_with_its_figures(stage: Stage) -> None:
     assert shown["banner"] == "H shows the keys"
 
 
-def test_keys_change_the_style(stage: Stage, deck: Deck) -> None:
+def test_keys_change_the_style(stage: Stage, deck: StyleMixer) -> None:
     stage.frames()
     stage.show.do(Command(Action.CROSSFADE, -5))
     stage.press("n")
@@ -301,7 +301,7 @@ def test_keys_change_the_style(stage: Stage, deck: Deck) -> None:
     assert switches["worst"] < 1000 * SOON_S
 
 
-def test_a_number_without_a_style_says_so(stage: Stage, deck: Deck) -> None:
+def test_a_number_without_a_style_says_so(stage: Stage, deck: StyleMixer) -> None:
     stage.frames()
     stage.press("9")
     assert "there is no style 9; 3 are loaded" in stage.window.shown["banner"]
@@ -362,7 +362,7 @@ def test_recordings_start_and_stop_by_key(stage: Stage, tmp_path: Path) -> None:
     assert any(line.startswith(f"recorded {tmp_path / 'out.mp4'}") for line in stage.said)
 
 
-def test_a_dropped_picture_becomes_the_style(stage: Stage, deck: Deck, tmp_path: Path) -> None:
+def test_a_dropped_picture_becomes_the_style(stage: Stage, deck: StyleMixer, tmp_path: Path) -> None:
     from std_rt.media import write_picture
 
     write_picture(tmp_path / "new.png", np.full((40, 40, 3), 60, np.uint8))

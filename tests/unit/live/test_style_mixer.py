@@ -16,7 +16,7 @@ from support.cli_support import picture
 
 from std_rt.core.bundle import Bundle
 from std_rt.core.errors import MediaError, UsageError
-from std_rt.live.style_mixer import FADE_STEPS, Deck, Ramp
+from std_rt.live.style_mixer import FADE_STEPS, Ramp, StyleMixer
 from std_rt.pipeline.conditioning import EncodedStyle, blend
 from std_rt.pipeline.style_file import read_style, save_style
 
@@ -48,26 +48,26 @@ def _frame(value: int) -> np.ndarray:
     return np.full((12, 10, 3), value, np.uint8)
 
 
-def _deck(bundle: Bundle, clock: Clock, count: int) -> Deck:
-    deck = Deck(encode, bundle, now=clock)
+def _deck(bundle: Bundle, clock: Clock, count: int) -> StyleMixer:
+    deck = StyleMixer(encode, bundle, now=clock)
     for i in range(count):
         deck.add(_frame(i), f"s{i}")
     return deck
 
 
 @pytest.fixture
-def deck(handmade: Bundle, clock: Clock) -> Iterator[Deck]:
+def deck(handmade: Bundle, clock: Clock) -> Iterator[StyleMixer]:
     """Four styles, s0 shown."""
     made = _deck(handmade, clock, 4)
     yield made
     made.close()
 
 
-def _tokens(deck: Deck, now: float) -> np.ndarray:
+def _tokens(deck: StyleMixer, now: float) -> np.ndarray:
     return deck.at(now)[0].tokens
 
 
-def _wait(deck: Deck) -> None:
+def _wait(deck: StyleMixer) -> None:
     """Until the background is done."""
     done = threading.Event()
     deck._pool.submit(done.set)
@@ -99,7 +99,7 @@ def test_a_ramp_from_rest_is_slow_at_both_ends_and_one_in_motion_only_at_the_las
 # Exactness and identity
 
 
-def test_the_first_style_is_shown_and_nothing_changes_by_itself(deck: Deck) -> None:
+def test_the_first_style_is_shown_and_nothing_changes_by_itself(deck: StyleMixer) -> None:
     style, strength = deck.at(100.0)
     assert style is deck.cards[0].style
     assert strength == 1.0
@@ -109,7 +109,9 @@ def test_the_first_style_is_shown_and_nothing_changes_by_itself(deck: Deck) -> N
     assert deck.title(0.0) == "s0"
 
 
-def test_a_crossfade_begins_with_one_style_itself_and_ends_with_the_other(deck: Deck, clock: Clock) -> None:
+def test_a_crossfade_begins_with_one_style_itself_and_ends_with_the_other(
+    deck: StyleMixer, clock: Clock
+) -> None:
     deck.select(2, 2.0)
     assert deck.at(clock.s)[0] is deck.cards[0].style
     middle = deck.at(clock.s + 1.0)[0]
@@ -120,18 +122,18 @@ def test_a_crossfade_begins_with_one_style_itself_and_ends_with_the_other(deck: 
     assert not deck.fading(clock.s + 2.0)
 
 
-def test_a_change_without_time_is_there_at_once(deck: Deck, clock: Clock) -> None:
+def test_a_change_without_time_is_there_at_once(deck: StyleMixer, clock: Clock) -> None:
     deck.select(3)
     assert deck.at(clock.s)[0] is deck.cards[3].style
     assert deck.at(clock.s - 0.01)[0] is deck.cards[3].style  # a frame whose clock was read just before
 
 
-def test_weights_1_and_0_are_the_style_itself(deck: Deck, clock: Clock) -> None:
+def test_weights_1_and_0_are_the_style_itself(deck: StyleMixer, clock: Clock) -> None:
     deck.set_weights([0.0, 5.0])
     assert deck.at(clock.s)[0] is deck.cards[1].style
 
 
-def test_a_blend_is_that_of_the_conditioning_and_stays_one_object(deck: Deck, clock: Clock) -> None:
+def test_a_blend_is_that_of_the_conditioning_and_stays_one_object(deck: StyleMixer, clock: Clock) -> None:
     deck.set_weights({0: 3.0, 2: 1.0, 3: 0.0}, 1.0)
     style = deck.at(clock.s + 1)[0]
     expected = blend([(deck.cards[0].style, 3.0), (deck.cards[2].style, 1.0)])
@@ -143,7 +145,7 @@ def test_a_blend_is_that_of_the_conditioning_and_stays_one_object(deck: Deck, cl
     assert deck.weights_at(clock.s + 50) == {0: 0.75, 2: 0.25}
 
 
-def test_a_crossfade_has_a_limited_number_of_styles(deck: Deck, clock: Clock) -> None:
+def test_a_crossfade_has_a_limited_number_of_styles(deck: StyleMixer, clock: Clock) -> None:
     deck.select(1, 10.0)
     seen = [deck.at(clock.s + 10 * i / 2000)[0] for i in range(2001)]
     changes = sum(a is not b for a, b in pairwise(seen))
@@ -153,7 +155,7 @@ def test_a_crossfade_has_a_limited_number_of_styles(deck: Deck, clock: Clock) ->
 # Timing
 
 
-def test_a_crossfade_moves_one_way_and_evenly(deck: Deck, clock: Clock) -> None:
+def test_a_crossfade_moves_one_way_and_evenly(deck: StyleMixer, clock: Clock) -> None:
     deck.select(1, 1.0)
     a, b = deck.cards[0].style.tokens, deck.cards[1].style.tokens
     way = [float(((_tokens(deck, clock.s + i / 200) - a) / (b - a)).mean()) for i in range(201)]
@@ -176,7 +178,7 @@ changes = st.lists(
 )
 
 
-def _apply(deck: Deck, change: Change) -> None:
+def _apply(deck: StyleMixer, change: Change) -> None:
     kind, index, seconds, _ = change
     match kind:
         case "select":
@@ -214,7 +216,7 @@ def test_whatever_changes_in_the_middle_of_whatever_nothing_jumps(
     assert deck.at(clock.s)[0] is deck.at(clock.s + 1)[0]
 
 
-def test_a_key_that_repeats_keeps_the_picture_moving(deck: Deck, clock: Clock) -> None:
+def test_a_key_that_repeats_keeps_the_picture_moving(deck: StyleMixer, clock: Clock) -> None:
     """Thirty changes a second, each of which begins a fade of a second."""
     deck.select(1, 1.0)
     clock.s += 1 / 30
@@ -225,7 +227,7 @@ def test_a_key_that_repeats_keeps_the_picture_moving(deck: Deck, clock: Clock) -
 
 
 def test_a_change_to_where_a_fade_is_going_does_not_begin_it_anew_but_may_hasten_it(
-    deck: Deck, clock: Clock
+    deck: StyleMixer, clock: Clock
 ) -> None:
     deck.select(1, 1.0)
     clock.s += 0.5
@@ -237,7 +239,7 @@ def test_a_change_to_where_a_fade_is_going_does_not_begin_it_anew_but_may_hasten
     assert deck.at(clock.s)[0] is deck.cards[2].style
 
 
-def test_next_and_previous_go_round(deck: Deck, clock: Clock) -> None:
+def test_next_and_previous_go_round(deck: StyleMixer, clock: Clock) -> None:
     names = []
     for _ in range(5):
         deck.next()
@@ -257,7 +259,9 @@ def test_next_and_previous_go_round(deck: Deck, clock: Clock) -> None:
 # Weights
 
 
-def test_adjust_moves_a_share_and_leaves_the_proportions_of_the_others(deck: Deck, clock: Clock) -> None:
+def test_adjust_moves_a_share_and_leaves_the_proportions_of_the_others(
+    deck: StyleMixer, clock: Clock
+) -> None:
     deck.set_weights([2.0, 1.0, 1.0])
     deck.adjust(3, 0.2)
     weights = deck.weights_at(clock.s + 1)
@@ -280,7 +284,7 @@ def test_shares_stay_shares_however_they_are_moved(handmade: Bundle, moves: list
             assert weights.get(index, 0.0) == pytest.approx(min(1, max(0, before + delta)), abs=1e-5)
 
 
-def test_a_share_that_went_all_the_way_comes_back(deck: Deck, clock: Clock) -> None:
+def test_a_share_that_went_all_the_way_comes_back(deck: StyleMixer, clock: Clock) -> None:
     deck.set_weights([3.0, 1.0, 1.0])
     for _ in range(12):
         deck.adjust(1, 0.1, 0)
@@ -320,7 +324,7 @@ def test_hundreds_of_styles_cost_only_those_with_weight(
 # Strength
 
 
-def test_strength_fades_and_keeps_to_its_bounds(deck: Deck, clock: Clock) -> None:
+def test_strength_fades_and_keeps_to_its_bounds(deck: StyleMixer, clock: Clock) -> None:
     assert deck.strength_range == (0.0, 2.0)
     deck.set_strength(2.0, 1.0)
     assert deck.strength == 2.0
@@ -338,7 +342,7 @@ def test_strength_fades_and_keeps_to_its_bounds(deck: Deck, clock: Clock) -> Non
     assert deck.at(clock.s + 1)[1] == 1.0
 
 
-def test_strength_does_not_jump_in_the_middle_of_a_fade(deck: Deck, clock: Clock) -> None:
+def test_strength_does_not_jump_in_the_middle_of_a_fade(deck: StyleMixer, clock: Clock) -> None:
     deck.set_strength(2.0, 1.0)
     clock.s += 0.4
     before = deck.at(clock.s)[1]
@@ -350,17 +354,17 @@ def test_strength_does_not_jump_in_the_middle_of_a_fade(deck: Deck, clock: Clock
 
 
 @pytest.mark.parametrize("strength", [-0.1, 2.1, math.nan, math.inf])
-def test_a_strength_out_of_range_is_refused(handmade: Bundle, deck: Deck, strength: float) -> None:
+def test_a_strength_out_of_range_is_refused(handmade: Bundle, deck: StyleMixer, strength: float) -> None:
     with pytest.raises(UsageError, match=r"strength must be in 0\.\.2"):
         deck.set_strength(strength)
     with pytest.raises(UsageError, match=r"strength must be in 0\.\.2"):
-        Deck(encode, handmade, strength=strength)
+        StyleMixer(encode, handmade, strength=strength)
 
 
 # Cycling
 
 
-def test_a_cycle_goes_on_by_itself_and_begins_anew_after_a_change(deck: Deck, clock: Clock) -> None:
+def test_a_cycle_goes_on_by_itself_and_begins_anew_after_a_change(deck: StyleMixer, clock: Clock) -> None:
     deck.cycle(10.0, 2.0)
     assert deck.title(110 - 0.1) == "s0"
     deck.at(109.9)
@@ -379,7 +383,7 @@ def test_a_cycle_goes_on_by_itself_and_begins_anew_after_a_change(deck: Deck, cl
 
 
 def test_a_cycle_after_a_pause_is_one_step_and_one_style_stays(
-    handmade: Bundle, deck: Deck, clock: Clock
+    handmade: Bundle, deck: StyleMixer, clock: Clock
 ) -> None:
     deck.cycle(1.0, 0.5)
     deck.at(5000.25)
@@ -419,7 +423,7 @@ def test_a_long_session_grows_by_nothing(handmade: Bundle, clock: Clock) -> None
 # Titles
 
 
-def test_a_title_names_shares(deck: Deck, clock: Clock) -> None:
+def test_a_title_names_shares(deck: StyleMixer, clock: Clock) -> None:
     deck.set_weights([3.0, 7.0])
     assert deck.title(clock.s) == "s1 70 % + s0 30 %"
     deck.set_weights([1.0, 1.0, 1.0, 1.0])
@@ -434,7 +438,7 @@ def test_a_title_names_shares(deck: Deck, clock: Clock) -> None:
 # Loading
 
 
-def test_a_picture_that_is_deleted_changes_nothing(deck: Deck, clock: Clock, tmp_path: Path) -> None:
+def test_a_picture_that_is_deleted_changes_nothing(deck: StyleMixer, clock: Clock, tmp_path: Path) -> None:
     path = picture(tmp_path / "ink.png", 200, 150)
     index = deck.add(path)
     path.unlink()
@@ -445,7 +449,7 @@ def test_a_picture_that_is_deleted_changes_nothing(deck: Deck, clock: Clock, tmp
     assert deck.cards[0].thumbnail.shape == (10, 10, 3)  # never enlarged
 
 
-def test_style_files_join_pictures(handmade: Bundle, deck: Deck, clock: Clock, tmp_path: Path) -> None:
+def test_style_files_join_pictures(handmade: Bundle, deck: StyleMixer, clock: Clock, tmp_path: Path) -> None:
     saved = read_style(_frame(77), handmade, encode, "mine")
     save_style(tmp_path / "mine.safetensors", saved)
     deck.select(deck.add(tmp_path / "mine.safetensors"))
@@ -453,7 +457,7 @@ def test_style_files_join_pictures(handmade: Bundle, deck: Deck, clock: Clock, t
     assert deck.title(clock.s) == "mine"
 
 
-def test_what_is_dropped_in_comes_when_it_is_ready(deck: Deck, clock: Clock, tmp_path: Path) -> None:
+def test_what_is_dropped_in_comes_when_it_is_ready(deck: StyleMixer, clock: Clock, tmp_path: Path) -> None:
     deck.add_in_background(picture(tmp_path / "late.png", 20, 20), show_s=1.0)
     _wait(deck)
     assert (deck.names[-1], deck.waiting) == ("late", 0)
@@ -462,7 +466,7 @@ def test_what_is_dropped_in_comes_when_it_is_ready(deck: Deck, clock: Clock, tmp
 
 
 def test_a_folder_dropped_in_shows_its_first_that_can_be_read(
-    deck: Deck, clock: Clock, tmp_path: Path
+    deck: StyleMixer, clock: Clock, tmp_path: Path
 ) -> None:
     for name in ("b", "c"):
         picture(tmp_path / f"{name}.png", 20, 20)
@@ -483,7 +487,7 @@ def test_failures_in_the_background_are_lines_and_nothing_else(
             raise RuntimeError("engine\nfailed")
         return encode(frame)
 
-    deck = Deck(broken, handmade, now=clock)
+    deck = StyleMixer(broken, handmade, now=clock)
     deck.add(_frame(0))
     (tmp_path / "empty").mkdir()
     from std_rt.media import write_picture
@@ -514,7 +518,7 @@ def test_frames_do_not_wait_for_what_is_being_encoded(handmade: Bundle, clock: C
             assert go_on.wait(WAIT_S)
         return encode(frame)
 
-    deck = Deck(slow, handmade, now=clock)
+    deck = StyleMixer(slow, handmade, now=clock)
     deck.add(_frame(0), "first")
     deck.add(_frame(1), "second")
     for name in ("a", "b"):
@@ -536,7 +540,7 @@ def test_a_command_line_without_weights_shows_its_first(
     handmade: Bundle, clock: Clock, tmp_path: Path
 ) -> None:
     paths = [picture(tmp_path / f"{name}.png", 20, 20, seed) for seed, name in enumerate("cab")]
-    deck = Deck(encode, handmade, now=clock)
+    deck = StyleMixer(encode, handmade, now=clock)
     deck.fill([(path, None) for path in paths])
     assert deck.title(clock.s) == "c"
     _wait(deck)
@@ -548,7 +552,7 @@ def test_a_command_line_with_weights_shows_their_blend(
     handmade: Bundle, clock: Clock, tmp_path: Path
 ) -> None:
     paths = [picture(tmp_path / f"{name}.png", 20, 20, seed) for seed, name in enumerate("abcd")]
-    deck = Deck(encode, handmade, now=clock)
+    deck = StyleMixer(encode, handmade, now=clock)
     deck.fill(list(zip(paths, (None, 0.7, 0.0, 0.3), strict=True)))
     assert deck.title(clock.s) == "b 70 % + d 30 %"
     _wait(deck)
@@ -557,7 +561,7 @@ def test_a_command_line_with_weights_shows_their_blend(
 
 
 def test_a_first_style_that_cannot_be_read_is_an_error(handmade: Bundle, tmp_path: Path) -> None:
-    deck = Deck(encode, handmade)
+    deck = StyleMixer(encode, handmade)
     with pytest.raises(UsageError, match="a style is needed"):
         deck.fill([])
     with pytest.raises(MediaError, match="does not exist"):
@@ -567,7 +571,7 @@ def test_a_first_style_that_cannot_be_read_is_an_error(handmade: Bundle, tmp_pat
 # Refusals
 
 
-def test_what_is_not_there_is_refused(handmade: Bundle, deck: Deck) -> None:
+def test_what_is_not_there_is_refused(handmade: Bundle, deck: StyleMixer) -> None:
     for index in (-1, 4):
         with pytest.raises(UsageError, match="4 are loaded"):
             deck.select(index)
@@ -575,7 +579,7 @@ def test_what_is_not_there_is_refused(handmade: Bundle, deck: Deck) -> None:
             deck.adjust(index, 0.1)
         with pytest.raises(UsageError, match="4 are loaded"):
             deck.set_weights({index: 1.0})
-    empty = Deck(encode, handmade)
+    empty = StyleMixer(encode, handmade)
     for asked in (lambda: empty.at(0.0), empty.next, empty.previous):
         with pytest.raises(UsageError, match="no style is loaded"):
             asked()
@@ -583,7 +587,9 @@ def test_what_is_not_there_is_refused(handmade: Bundle, deck: Deck) -> None:
 
 
 @pytest.mark.parametrize("seconds", [-1.0, math.nan, math.inf])
-def test_a_time_that_is_none_is_refused_and_changes_nothing(deck: Deck, clock: Clock, seconds: float) -> None:
+def test_a_time_that_is_none_is_refused_and_changes_nothing(
+    deck: StyleMixer, clock: Clock, seconds: float
+) -> None:
     for change in (
         lambda: deck.select(1, seconds),
         lambda: deck.next(seconds),
@@ -598,13 +604,13 @@ def test_a_time_that_is_none_is_refused_and_changes_nothing(deck: Deck, clock: C
 
 
 @pytest.mark.parametrize("weights", [[], [0.0, 0.0], [-1.0, 2.0], [math.nan], [math.inf]])
-def test_weights_that_are_none_are_refused(deck: Deck, clock: Clock, weights: list[float]) -> None:
+def test_weights_that_are_none_are_refused(deck: StyleMixer, clock: Clock, weights: list[float]) -> None:
     with pytest.raises(UsageError, match="style weights"):
         deck.set_weights(weights)
     assert deck.title(clock.s) == "s0"
 
 
-def test_weights_beyond_all_measure_are_weights(deck: Deck, clock: Clock) -> None:
+def test_weights_beyond_all_measure_are_weights(deck: StyleMixer, clock: Clock) -> None:
     deck.set_weights([1e308, 1e308])
     assert deck.weights_at(clock.s) == {0: 0.5, 1: 0.5}
     with pytest.raises(UsageError, match="finite number"):

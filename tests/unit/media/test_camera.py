@@ -23,7 +23,7 @@ from std_rt.media.camera import camera as camera_module
 from std_rt.media.camera import clip_camera
 from std_rt.media.camera import device as camera_device
 from std_rt.media.camera.camera import Camera, open_source, to_frame
-from std_rt.media.camera.clip_camera import PlayedSource, Shot
+from std_rt.media.camera.clip_camera import PlayedFrame, PlayedSource
 from std_rt.media.camera.device import CvDevice, list_cameras
 from std_rt.media.camera.fake import FakeDevice
 from std_rt.media.camera.frame_source import Captured, Pause, Source, after
@@ -660,10 +660,10 @@ def test_a_file_that_goes_away_is_looked_for_and_found(tmp_path: Path) -> None:
 def rounds(count: int, step_s: float, spend: Callable[[], None] = lambda: None) -> Any:
     """Rounds of numbered shots, each of which takes what ``spend`` does."""
 
-    def play(_: Callable[[], bool]) -> Generator[Shot, None, None]:
+    def play(_: Callable[[], bool]) -> Generator[PlayedFrame, None, None]:
         for index in range(count):
             spend()
-            yield Shot(numbered(index), index * step_s, step_s)
+            yield PlayedFrame(numbered(index), index * step_s, step_s)
 
     return play
 
@@ -686,11 +686,11 @@ def test_a_clip_that_decodes_too_slowly_never_falls_far_behind() -> None:
 def test_a_frame_that_is_ready_late_says_when_it_was_there() -> None:
     clock, may_decode = Clock(), threading.Event()
 
-    def play(_: Callable[[], bool]) -> Generator[Shot, None, None]:
-        yield Shot(GREY, 0.0, 0.04)
+    def play(_: Callable[[], bool]) -> Generator[PlayedFrame, None, None]:
+        yield PlayedFrame(GREY, 0.0, 0.04)
         may_decode.wait(10)
         clock.t += 0.3
-        yield Shot(GREY, 0.04, 0.04)
+        yield PlayedFrame(GREY, 0.04, 0.04)
 
     source = PlayedSource("clip", 25.0, play, loop=False, now=clock.now, sleep=clock.sleep)
     [first] = played(source, 1)
@@ -749,8 +749,8 @@ def test_absurd_times_hold_nothing_up(tmp_path: Path) -> None:
 def test_a_broken_round_ends_a_clip_that_does_not_loop() -> None:
     clock = Clock()
 
-    def play(_: Callable[[], bool]) -> Generator[Shot, None, None]:
-        yield Shot(GREY, 0.0, 0.04)
+    def play(_: Callable[[], bool]) -> Generator[PlayedFrame, None, None]:
+        yield PlayedFrame(GREY, 0.0, 0.04)
         raise MediaError("gone")
 
     source = PlayedSource("clip", 25.0, play, loop=False, now=clock.now, sleep=clock.sleep)

@@ -11,9 +11,9 @@ import pytest
 from std_rt.core.errors import BackendError, UsageError
 from std_rt.core.schedule import NoiseSchedule, trajectory_timesteps
 from std_rt.engines.program import Mark, Runner, no_mark
-from std_rt.pipeline.conditioning import Told
+from std_rt.pipeline.conditioning import Conditioning
 from std_rt.pipeline.program_builder import CONDITIONING, NEGATIVE
-from std_rt.pipeline.runner_cache import KEPT, Layout, Level, Opened, Shelf
+from std_rt.pipeline.runner_cache import KEPT, CachedRunner, Quality, RunnerCache, RunnerKey
 
 
 def coefficients(steps: int, gamma: float = 0.0) -> Any:
@@ -49,24 +49,24 @@ class Openings:
     """Futures that a test settles by hand."""
 
     def __init__(self) -> None:
-        self.futures: list[tuple[Layout, Future[Runner]]] = []
+        self.futures: list[tuple[RunnerKey, Future[Runner]]] = []
 
-    def __call__(self, layout: Layout) -> Opened:
+    def __call__(self, layout: RunnerKey) -> CachedRunner:
         self.futures.append((layout, Future()))
-        return Opened(layout, coefficients(layout.level.steps), "none", self.futures[-1][1])
+        return CachedRunner(layout, coefficients(layout.level.steps), "none", self.futures[-1][1])
 
-    def future(self, layout: Layout) -> Future[Runner]:
+    def future(self, layout: RunnerKey) -> Future[Runner]:
         """The latest of a layout."""
         return next(future for one, future in reversed(self.futures) if one == layout)
 
 
-def layout(side: int, steps: int = 4, **how: Any) -> Layout:
-    return Layout(Level((side, side), steps), **how)
+def layout(side: int, steps: int = 4, **how: Any) -> RunnerKey:
+    return RunnerKey(Quality((side, side), steps), **how)
 
 
 def test_the_two_used_last_stay_open_and_the_others_are_closed() -> None:
     openings = Openings()
-    shelf = Shelf(openings)
+    shelf = RunnerCache(openings)
     runners = {}
     for side in (64, 96, 64, 128):
         shelf.get(layout(side))
@@ -81,7 +81,7 @@ def test_the_two_used_last_stay_open_and_the_others_are_closed() -> None:
 
 def test_steps_and_the_way_of_frames_make_a_runner_too() -> None:
     openings = Openings()
-    shelf = Shelf(openings)
+    shelf = RunnerCache(openings)
     kinds = [layout(64), layout(64, 2), layout(64, frames=4), layout(64, stream=True)]
     for kind in kinds:
         assert shelf.get(kind) is shelf.get(kind)
@@ -90,7 +90,7 @@ def test_steps_and_the_way_of_frames_make_a_runner_too() -> None:
 
 def test_what_was_asked_for_stays_until_others_are() -> None:
     openings = Openings()
-    shelf = Shelf(openings)
+    shelf = RunnerCache(openings)
     asked = [layout(side) for side in (64, 96, 128, 160)]
     shelf.keep(asked)
     runners = [Fake() for _ in asked]
@@ -106,7 +106,7 @@ def test_what_was_asked_for_stays_until_others_are() -> None:
 
 
 def test_there_is_a_bound_to_what_is_kept() -> None:
-    shelf = Shelf(Openings())
+    shelf = RunnerCache(Openings())
     levels = [layout(64 + 8 * i) for i in range(KEPT + 1)]
     with pytest.raises(UsageError, match=f"at most {KEPT} levels are kept open, got {KEPT + 1}"):
         shelf.keep(levels)
@@ -116,7 +116,7 @@ def test_there_is_a_bound_to_what_is_kept() -> None:
 
 def test_ready_means_that_nobody_waits() -> None:
     openings = Openings()
-    shelf = Shelf(openings)
+    shelf = RunnerCache(openings)
     assert not shelf.ready(layout(64))
     assert not openings.futures  # asking opens nothing
     shelf.get(layout(64))
@@ -128,7 +128,7 @@ def test_ready_means_that_nobody_waits() -> None:
 
 def test_one_that_failed_is_opened_again_once_somebody_knows() -> None:
     openings = Openings()
-    shelf = Shelf(openings)
+    shelf = RunnerCache(openings)
     first = shelf.get(layout(64))
     openings.future(layout(64)).set_exception(BackendError("no memory"))
     assert shelf.get(layout(64)) is first  # nobody knows yet
@@ -147,7 +147,7 @@ def test_one_that_failed_is_opened_again_once_somebody_knows() -> None:
 
 def test_one_that_goes_while_it_opens_is_closed_when_it_is_there() -> None:
     openings = Openings()
-    shelf = Shelf(openings)
+    shelf = RunnerCache(openings)
     for side in (64, 96):
         shelf.get(layout(side))
         openings.future(layout(side)).set_running_or_notify_cancel()
@@ -158,16 +158,16 @@ def test_one_that_goes_while_it_opens_is_closed_when_it_is_there() -> None:
     assert runner.closed == 1
 
 
-def opened(how: Layout, mode: str, gamma: float = 0.0) -> tuple[Opened, Fake]:
+def opened(how: RunnerKey, mode: str, gamma: float = 0.0) -> tuple[CachedRunner, Fake]:
     future, runner = Future[Runner](), Fake()
     future.set_result(runner)
-    return Opened(how, coefficients(how.level.steps, gamma), mode, future), runner
+    return CachedRunner(how, coefficients(how.level.steps, gamma), mode, future), runner
 
 
-def told(level: float, guided: bool = True) -> Told:
+def told(level: float, guided: bool = True) -> Conditioning:
     positive = {name: np.full((1, 2), level, np.float32) for name in CONDITIONING}
     negative = positive | {name: np.full((1, 2), -level, np.float32) for name in NEGATIVE}
-    return Told(positive, negative if guided else {})
+    return Conditioning(positive, negative if guided else {})
 
 
 def noise(level: float, draws: int) -> Any:
@@ -193,7 +193,7 @@ def test_a_call_of_several_frames_is_fed_a_row_for_each() -> None:
 
 def test_a_stream_is_fed_a_row_for_each_slot() -> None:
     for mode, first in (("none", [1, 2, 3]), ("full", [-1, -2, -3, 1, 2, 3]), ("residual", [-1, 2, 3, 1])):
-        one, runner = opened(Layout(Level((8, 8), 3), stream=True), mode, gamma=0.5)
+        one, runner = opened(RunnerKey(Quality((8, 8), 3), stream=True), mode, gamma=0.5)
         one.run(FRAMES[:1], [told(i) for i in (1, 2, 3)], [noise(i, 3) for i in (1, 2, 3)], no_mark)
         (fed,) = runner.fed
         assert fed["style_tokens"][:, 0].tolist() == first
@@ -204,12 +204,12 @@ def test_a_stream_is_fed_a_row_for_each_slot() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_only_what_is_another_array_is_fed_again(stream: bool) -> None:
-    one, runner = opened(Layout(Level((8, 8), 3), 1 if stream else 3, stream), "none")
+    one, runner = opened(RunnerKey(Quality((8, 8), 3), 1 if stream else 3, stream), "none")
     style, other, start = told(1, guided=False), told(2, guided=False), noise(1, 1)
     for _ in range(3):
         one.run(FRAMES[: 1 if stream else 3], [style] * 3, [start] * 3, no_mark)
     assert len(runner.fed) == 1
-    half = Told({**other.positive, "encoder_hidden_states": style.positive["encoder_hidden_states"]})
+    half = Conditioning({**other.positive, "encoder_hidden_states": style.positive["encoder_hidden_states"]})
     one.run(FRAMES[: 1 if stream else 3], [half, style, style], [start] * 3, no_mark)
     assert runner.fed[1].keys() == {*CONDITIONING} - {"encoder_hidden_states"}
     assert runner.fed[1]["style_tokens"][:, 0].tolist() == [2, 1, 1]

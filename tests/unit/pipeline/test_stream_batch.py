@@ -17,7 +17,7 @@ from std_rt.core.errors import BackendError, UsageError
 from std_rt.core.schedule import NoiseSchedule
 from std_rt.engines import GraphSpec
 from std_rt.engines.program import HostRunner, Program
-from std_rt.pipeline.runner_cache import Level
+from std_rt.pipeline.runner_cache import Quality
 
 MODES = ("none", "full", "residual")
 SIZE = (64, 96)
@@ -45,7 +45,7 @@ def noisy(bundle: Bundle, gamma: float) -> Bundle:
 class Clip:
     """Frames, each with noise and style of its own; the style changes after every second frame."""
 
-    def __init__(self, stylizer: Stylizer, level: Level, count: int) -> None:
+    def __init__(self, stylizer: Stylizer, level: Quality, count: int) -> None:
         rng = np.random.default_rng(level.steps)
         smooth = rng.integers(0, 256, (count, 4, 6, 3), np.uint8)
         self.frames = [one.repeat(level.size[0] // 4, 0).repeat(level.size[1] // 6, 1) for one in smooth]
@@ -53,14 +53,14 @@ class Clip:
         pictures = rng.integers(0, 256, (count, 8, 8, 3), np.uint8)
         self.styles = [stylizer.encode_style(pictures[i // 2]) for i in range(count)]
 
-    def one_by_one(self, stylizer: Stylizer, level: Level) -> list[np.ndarray]:
+    def one_by_one(self, stylizer: Stylizer, level: Quality) -> list[np.ndarray]:
         styled = []
         for frame, state, style in self:
             stylizer.use_style(style)
             styled.append(stylizer.run(frame, state, level=level))
         return styled
 
-    def batched(self, stylizer: Stylizer, level: Level) -> list[np.ndarray]:
+    def batched(self, stylizer: Stylizer, level: Quality) -> list[np.ndarray]:
         batch, styled = stylizer.stream_batch(level), []
         for i, (frame, state, style) in enumerate(self):
             stylizer.use_style(style)
@@ -89,7 +89,7 @@ def test_on_the_handmade_bundle(stochastic: Bundle, backend: str, mode: str) -> 
     pytest.importorskip(backend)
     with Stylizer.load(stochastic, backend=backend, precision="fp32", guidance_mode=mode) as stylizer:
         for steps in (1, 2, 4):
-            level = Level(SIZE, steps)
+            level = Quality(SIZE, steps)
             clip = Clip(stylizer, level, steps + 3)
             assert_equal(clip.batched(stylizer, level), clip.one_by_one(stylizer, level))
 
@@ -110,7 +110,7 @@ def test_on_the_built_in_model(mode: str, gamma: float, steps: tuple[int, ...], 
     bundle = noisy(bundle, gamma) if gamma else bundle
     with Stylizer.load(bundle, backend=backend, precision="fp32", **guidance) as stylizer:
         for count in steps:
-            level = Level(SIZE, count)
+            level = Quality(SIZE, count)
             clip = Clip(stylizer, level, 3)
             assert_equal(clip.batched(stylizer, level), clip.one_by_one(stylizer, level))
 
@@ -194,7 +194,7 @@ def test_frames_pushed_in_the_middle_of_a_flush_come_out_in_order(bench: Bench) 
 
 
 def test_one_step_has_no_latency(bench: Bench) -> None:
-    level = Level((64, 64), 1)
+    level = Quality((64, 64), 1)
     state = bench.stylizer.state_for(level, seed=1)
     batch = bench.stylizer.stream_batch(level)
     found = batch.push(bench.frames[0], state)
@@ -230,7 +230,7 @@ def test_what_does_not_fit_is_refused_and_costs_no_frame_inside(bench: Bench) ->
     with pytest.raises(UsageError, match=r"noise \[4, 3, 4, 8\] where \[4, 3, 8, 8\] is due"):
         batch.push(bench.frames[0], bench.stylizer.state_for((32, 64)))
     with pytest.raises(UsageError, match=r"noise \[1, 3, 8, 8\] where \[4, 3, 8, 8\] is due; use state_for"):
-        batch.push(bench.frames[0], bench.stylizer.state_for(Level((64, 64), 1)))
+        batch.push(bench.frames[0], bench.stylizer.state_for(Quality((64, 64), 1)))
     assert_are(list(batch.flush()), bench.wanted[:3])
 
 
@@ -264,7 +264,7 @@ def test_frames_inside_keep_their_runner_open_while_other_levels_are_used(bench:
     for frame in bench.frames[:3]:
         batch.push(frame, bench.state)
     for steps in (1, 2, 1):
-        bench.stylizer.run(bench.frames[0], bench.state, level=Level((64, 64), steps))
+        bench.stylizer.run(bench.frames[0], bench.state, level=Quality((64, 64), steps))
     for side in (32, 48):
         bench.stylizer.stylize(np.zeros((side, side, 3), np.uint8))
     assert_are(list(batch.flush()), bench.wanted[:3])

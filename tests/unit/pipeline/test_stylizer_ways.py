@@ -18,7 +18,7 @@ from std_rt.engines import GraphSpec
 from std_rt.engines.fake import FakeEngine
 from std_rt.engines.program import HostRunner, Program, open_on_host
 from std_rt.pipeline.conditioning import EncodedStyle, blend
-from std_rt.pipeline.runner_cache import Level
+from std_rt.pipeline.runner_cache import Quality
 
 STYLE = np.full((32, 32, 3), 200, np.uint8)
 
@@ -75,9 +75,9 @@ def test_frames_and_states_that_do_not_fit_are_refused(stylizer: Stylizer) -> No
     with pytest.raises(UsageError, match=r"noise \[1, 3, 8, 8\] where \[1, 3, 4, 8\] is due"):
         stylizer.run(frame[:32], state)
     with pytest.raises(UsageError, match="the frame is 64 x 64 px, 32 x 32 are due"):
-        stylizer.run(frame, state, level=Level((32, 32), 4))
+        stylizer.run(frame, state, level=Quality((32, 32), 4))
     with pytest.raises(BundleError, match="one of 1, 2, 4"):
-        stylizer.run(frame, state, level=Level((64, 64), 3))
+        stylizer.run(frame, state, level=Quality((64, 64), 3))
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 7])
@@ -166,7 +166,7 @@ def test_small_pictures_share_a_call_and_large_ones_do_not(handmade: Bundle) -> 
 def test_a_level_is_another_stylizer_of_that_size_and_steps(handmade: Bundle, stylizer: Stylizer) -> None:
     (frame,) = frames(1, 128, 96)
     level = stylizer.level(128, 96, size=40, steps=2)
-    assert level == Level((48, 32), 2)
+    assert level == Quality((48, 32), 2)
     found = stylizer.run(stylizer.fit(frame, level), stylizer.state_for(level, seed=3), level=level)
     with Stylizer(handmade, Backend(told_apart), size=40, steps=2) as other:
         other.set_style(STYLE)
@@ -181,10 +181,10 @@ def test_another_number_of_steps_opens_no_engine(stylizer: Stylizer, backend: Ba
     stylizer.run(frame, state)
     before, found = len(backend.opened), []
     for steps in (4, 2, 1, 4):
-        found.append(stylizer.run(frame, state, level=Level((64, 64), steps)))
+        found.append(stylizer.run(frame, state, level=Quality((64, 64), steps)))
     assert len(backend.opened) == before
     assert len({one.tobytes() for one in found}) == 3
-    stylizer.prepare_levels([Level((64, 64), 4)], stream_batch=True)
+    stylizer.prepare_levels([Quality((64, 64), 4)], stream_batch=True)
     stylizer.stream_batch((64, 64)).push(frame, state)
     assert [spec.name for spec, _ in backend.opened[before:]] == ["unet"]  # at a batch of four
     assert not any(engine.closed for _, engine in backend.opened)
@@ -228,12 +228,12 @@ def test_noise_belongs_to_seed_and_size_whatever_the_steps(tmp_path_factory: pyt
     bundle = write_handmade(tmp_path_factory.mktemp("gamma") / "gamma", gamma=0.5)
     with Stylizer(bundle, Backend(told_apart)) as stylizer:
         stylizer.set_style(STYLE)
-        states = [stylizer.state_for(Level((64, 64), steps), seed=5) for steps in (4, 2, 1)]
+        states = [stylizer.state_for(Quality((64, 64), steps), seed=5) for steps in (4, 2, 1)]
         assert [len(state.noise) for state in states] == [4, 2, 1]
         for state in states:
             np.testing.assert_array_equal(states[0].noise[: len(state.noise)], state.noise)
         # More draws than a level needs do no harm: a stream may keep its state from level to level.
-        level = Level((64, 64), 2)
+        level = Quality((64, 64), 2)
         one, other = (stylizer.run(frames(1)[0], state, level=level) for state in states[:2])
         np.testing.assert_array_equal(one, other)
         # Too few are drawn anew by step, which knows what it needs.
@@ -352,7 +352,7 @@ def test_use_after_close_is_one_clear_line(handmade: Bundle) -> None:
         lambda: stylizer.run_many([frame], [state]),
         lambda: stylizer.set_style(255 - STYLE),
         lambda: stylizer.prepare(64, 64),
-        lambda: stylizer.prepare_levels([Level((64, 64), 1)]),
+        lambda: stylizer.prepare_levels([Quality((64, 64), 1)]),
         lambda: stylizer.stream_batch((64, 64)),
         lambda: batch.push(frame, state),
     ):

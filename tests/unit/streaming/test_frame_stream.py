@@ -12,9 +12,9 @@ from std_rt.core.bundle import Bundle
 from std_rt.examples.moving import moving_scene
 from std_rt.live.pacing import SimilarityFilter
 from std_rt.pipeline.conditioning import EncodedStyle
-from std_rt.pipeline.stylizer import Level, Stylizer
-from std_rt.streaming.frame_packet import Shot
-from std_rt.streaming.frame_stream import GROUPED, ONE_BY_ONE, STREAM_BATCH, WAYS, Painter
+from std_rt.pipeline.stylizer import Quality, Stylizer
+from std_rt.streaming.frame_packet import FramePacket
+from std_rt.streaming.frame_stream import GROUPED, ONE_BY_ONE, STREAM_BATCH, WAYS, FrameStream
 
 Frame = NDArray[np.uint8]
 
@@ -34,8 +34,8 @@ def _frames(count: int, width: int = 72, height: int = 48) -> list[Frame]:
     return list(moving_scene(count, width, height))
 
 
-def _shots(frames: list[Frame]) -> list[Shot]:
-    return [Shot(frame, index=index) for index, frame in enumerate(frames)]
+def _shots(frames: list[Frame]) -> list[FramePacket]:
+    return [FramePacket(frame, index=index) for index, frame in enumerate(frames)]
 
 
 def assert_same(ours: list[Frame], theirs: list[Frame]) -> None:
@@ -55,18 +55,18 @@ def alone(stylizer: Stylizer, frames: list[Frame]) -> list[Frame]:
 @pytest.mark.parametrize("count", [1, 3, 9])  # fewer than fit together, and not a multiple of it
 def test_every_way_gives_what_a_frame_alone_gives(stylizer: Stylizer, way: str, count: int) -> None:
     frames = _frames(count)
-    assert_same(list(Painter(stylizer, way=way).frames(iter(frames))), alone(stylizer, frames))
+    assert_same(list(FrameStream(stylizer, way=way).frames(iter(frames))), alone(stylizer, frames))
 
 
 def test_one_by_one_without_steadying_is_step_to_the_bit(stylizer: Stylizer) -> None:
     frames = _frames(3)
-    for ours, theirs in zip(Painter(stylizer).frames(iter(frames)), alone(stylizer, frames), strict=True):
+    for ours, theirs in zip(FrameStream(stylizer).frames(iter(frames)), alone(stylizer, frames), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
 def test_a_seed_is_that_of_step(stylizer: Stylizer) -> None:
     (frame,) = _frames(1)
-    (ours,) = Painter(stylizer, seed=7).frames([frame])
+    (ours,) = FrameStream(stylizer, seed=7).frames([frame])
     np.testing.assert_array_equal(ours, stylizer.stylize(frame, seed=7))
     assert (ours != stylizer.stylize(frame, seed=8)).any()
 
@@ -81,7 +81,7 @@ def test_a_frame_has_the_style_that_it_came_in_with(stylizer: Stylizer, way: str
         asked.append(now)
         return (dark if len(asked) <= 3 else light), 1.0
 
-    ours = list(Painter(stylizer, style_at, way=way).frames(iter(frames)))
+    ours = list(FrameStream(stylizer, style_at, way=way).frames(iter(frames)))
     expected = []
     for index, frame in enumerate(frames):
         stylizer.use_style(dark if index < 3 else light)
@@ -93,16 +93,16 @@ def test_a_frame_has_the_style_that_it_came_in_with(stylizer: Stylizer, way: str
 @pytest.mark.parametrize("way", WAYS)
 def test_a_change_of_size_loses_no_frame(stylizer: Stylizer, way: str) -> None:
     frames = [*_frames(5), *_frames(6, 48, 72), *_frames(2)]
-    shots = list(Painter(stylizer, way=way).paint(_shots(frames)))
+    shots = list(FrameStream(stylizer, way=way).paint(_shots(frames)))
     assert [shot.index for shot in shots] == list(range(13))
     assert_same([shot.styled for shot in shots if shot.styled is not None], alone(stylizer, frames))
 
 
 @pytest.mark.parametrize("way", [ONE_BY_ONE, STREAM_BATCH])
 def test_another_level_from_one_frame_to_the_next(stylizer: Stylizer, way: str) -> None:
-    frames, painter = _frames(8), Painter(stylizer, way=way)
-    small = Level((32, 48), 2)
-    out: list[Shot] = []
+    frames, painter = _frames(8), FrameStream(stylizer, way=way)
+    small = Quality((32, 48), 2)
+    out: list[FramePacket] = []
     painted = painter.paint(iter(_shots(frames)))
     while len(out) < 8:
         out.append(next(painted))
@@ -118,7 +118,7 @@ def test_another_level_from_one_frame_to_the_next(stylizer: Stylizer, way: str) 
 
 def test_what_hardly_differs_is_not_painted_again(stylizer: Stylizer) -> None:
     frame, other = _frames(2)
-    painter = Painter(stylizer, similar=SimilarityFilter(0.9, max_skip=100))
+    painter = FrameStream(stylizer, similar=SimilarityFilter(0.9, max_skip=100))
     shots = list(painter.paint(_shots([frame] * 6 + [other])))
     assert [shot.skipped for shot in shots] == [False] + [True] * 5 + [False]
     assert all(shot.styled is shots[0].styled for shot in shots[:6])
@@ -128,20 +128,22 @@ def test_a_change_of_style_is_painted_though_the_frame_is_the_same(stylizer: Sty
     (frame,) = _frames(1)
     styles = [stylizer.encode_style(_flat(value)) for value in (20, 20, 230, 230)]
     turn = iter(styles)
-    painter = Painter(stylizer, lambda now: (next(turn), 1.0), similar=SimilarityFilter(0.9, max_skip=100))
+    painter = FrameStream(
+        stylizer, lambda now: (next(turn), 1.0), similar=SimilarityFilter(0.9, max_skip=100)
+    )
     assert [shot.skipped for shot in painter.paint(_shots([frame] * 4))] == [False, True, False, True]
 
 
 def test_similar_frames_are_left_out_one_by_one_only(stylizer: Stylizer) -> None:
     with pytest.raises(ValueError, match="stream batch"):
-        Painter(stylizer, way=STREAM_BATCH, similar=SimilarityFilter())
+        FrameStream(stylizer, way=STREAM_BATCH, similar=SimilarityFilter())
 
 
 def test_forgetting_gives_up_what_is_inside(stylizer: Stylizer) -> None:
-    frames, painter = _frames(6), Painter(stylizer, way=STREAM_BATCH)
+    frames, painter = _frames(6), FrameStream(stylizer, way=STREAM_BATCH)
     shots = iter(_shots(frames))
 
-    def interrupted() -> Iterator[Shot]:
+    def interrupted() -> Iterator[FramePacket]:
         yield from (next(shots), next(shots))
         assert painter.forget() == 2
         yield from shots
@@ -153,7 +155,7 @@ def test_forgetting_gives_up_what_is_inside(stylizer: Stylizer) -> None:
 
 def test_stages_are_timed(stylizer: Stylizer) -> None:
     for way in (ONE_BY_ONE, STREAM_BATCH, GROUPED):
-        shots = list(Painter(stylizer, way=way).paint(_shots(_frames(9))))
+        shots = list(FrameStream(stylizer, way=way).paint(_shots(_frames(9))))
         assert {"unet", "vae_encoder", "vae_decoder", "convert"} <= shots[3].stages_ms.keys()
 
 
@@ -163,9 +165,9 @@ def test_an_error_of_the_engines_is_raised(stylizer: Stylizer, monkeypatch: pyte
 
     monkeypatch.setattr(stylizer, "run", broken)
     with pytest.raises(RuntimeError, match="engine"):
-        list(Painter(stylizer).frames(iter(_frames(2))))
+        list(FrameStream(stylizer).frames(iter(_frames(2))))
 
 
 def test_a_way_that_is_none_is_refused(stylizer: Stylizer) -> None:
     with pytest.raises(ValueError, match="no way 'sideways'"):
-        Painter(stylizer, way="sideways")
+        FrameStream(stylizer, way="sideways")

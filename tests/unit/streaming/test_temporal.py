@@ -14,7 +14,7 @@ from std_rt.evaluation.measures import WarpingError
 from std_rt.pipeline.state import State, draw_noise
 from std_rt.streaming.noise_warp import MovingNoise
 from std_rt.streaming.optical_flow import Followed, Follower, enlarged, reduced, unmoved
-from std_rt.streaming.temporal import TEMPORAL_MODES, Motion, Steadier
+from std_rt.streaming.temporal import TEMPORAL_MODES, Motion, TemporalFilter
 
 Frame = NDArray[np.uint8]
 Size = tuple[int, int]
@@ -58,7 +58,7 @@ def _flickering(contents: Sequence[Frame], levels: float = 14.0) -> list[Frame]:
     return outputs
 
 
-def _settled(steadier: Steadier, contents: Sequence[Frame], outputs: Sequence[Frame]) -> list[Frame]:
+def _settled(steadier: TemporalFilter, contents: Sequence[Frame], outputs: Sequence[Frame]) -> list[Frame]:
     return [steadier.settle(o, steadier.follow(c)) for c, o in zip(contents, outputs, strict=True)]
 
 
@@ -79,7 +79,7 @@ def _error(contents: Sequence[Frame], outputs: Sequence[Frame]) -> float:
 
 
 def test_off_gives_back_the_very_state_and_frames() -> None:
-    steadier, state = Steadier("off"), _state()
+    steadier, state = TemporalFilter("off"), _state()
     for content in _pan(5):
         motion = steadier.follow(content)
         assert motion.followed is None
@@ -92,20 +92,22 @@ def test_full_lowers_the_warping_error_by_more_than_two_fifths() -> None:
     outputs = _flickering(contents)
     off = _error(contents, outputs)
     assert off > 0.04
-    assert _error(contents, _settled(Steadier("full"), contents, outputs)) < 0.6 * off
+    assert _error(contents, _settled(TemporalFilter("full"), contents, outputs)) < 0.6 * off
 
 
 def test_noise_leaves_the_frames_of_the_engines_alone() -> None:
     contents = _pan(3)
     outputs = _flickering(contents)
-    assert all(a is b for a, b in zip(_settled(Steadier("noise"), contents, outputs), outputs, strict=True))
+    assert all(
+        a is b for a, b in zip(_settled(TemporalFilter("noise"), contents, outputs), outputs, strict=True)
+    )
 
 
 def test_no_ghost_follows_a_moving_square() -> None:
     clip = list(_crossing(20))
     contents = [frame for frame, _ in clip]
     outputs = [np.asarray(255 - frame) for frame in contents]
-    settled = _settled(Steadier("full"), contents, outputs)
+    settled = _settled(TemporalFilter("full"), contents, outputs)
     smeared = outputs[0].astype(np.float32)
     for i, (now, (_, before)) in enumerate(zip(clip[1:], clip[:-1], strict=True), 1):
         smeared = 0.9 * smeared + 0.1 * outputs[i]
@@ -118,7 +120,7 @@ def test_no_ghost_follows_a_moving_square() -> None:
 def test_edges_of_a_moving_square_stay_where_they_are() -> None:
     contents = [frame for frame, _ in _crossing(16)]
     outputs = [np.asarray(255 - frame) for frame in contents]
-    settled = _settled(Steadier("full"), contents, outputs)
+    settled = _settled(TemporalFilter("full"), contents, outputs)
     off = np.abs(settled[-1].astype(np.float32) - outputs[-1])
     assert off.mean() < 1
     assert np.percentile(off, 99) < 20  # of the 135 between the square and the scene
@@ -127,7 +129,7 @@ def test_edges_of_a_moving_square_stay_where_they_are() -> None:
 def test_detail_does_not_wear_away() -> None:
     contents = _pan(30, step=1)
     outputs = _flickering(contents)
-    settled = _settled(Steadier("full"), contents, outputs)
+    settled = _settled(TemporalFilter("full"), contents, outputs)
 
     def sharpness(frame: Frame) -> float:
         grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY).astype(np.float32)
@@ -137,7 +139,7 @@ def test_detail_does_not_wear_away() -> None:
 
 
 def test_the_picture_does_not_freeze() -> None:
-    steadier, content = Steadier("full"), _soft(0)
+    steadier, content = TemporalFilter("full"), _soft(0)
     dark = np.full_like(content, 100)
     for _ in range(3):
         steadier.settle(dark, steadier.follow(content))
@@ -148,7 +150,7 @@ def test_the_picture_does_not_freeze() -> None:
 
 
 def test_a_slow_fade_of_the_scene_is_not_held_back() -> None:
-    steadier = Steadier("full")
+    steadier = TemporalFilter("full")
     first, second = _soft(0).astype(np.float32), _soft(9).astype(np.float32)
     late = []
     for share in np.linspace(0, 1, 20):
@@ -159,7 +161,7 @@ def test_a_slow_fade_of_the_scene_is_not_held_back() -> None:
 
 
 def test_a_cut_resets_everything() -> None:
-    steadier, state = Steadier("full"), _state()
+    steadier, state = TemporalFilter("full"), _state()
     outputs = _flickering(_pan(9, step=8))
     for content, output in zip(_pan(9, step=8), outputs, strict=True):
         motion = steadier.follow(content)
@@ -178,7 +180,7 @@ def test_a_cut_resets_everything() -> None:
 
 @pytest.mark.parametrize("mode", ["noise", "full"])
 def test_moving_content_is_no_cut(mode: str) -> None:
-    steadier = Steadier(mode)
+    steadier = TemporalFilter(mode)
     motions = [steadier.follow(frame) for frame, _ in _crossing(12)]
     assert not any(motion.cut for motion in motions)
     assert all(motion.followed is not None for motion in motions[1:])
@@ -186,13 +188,13 @@ def test_moving_content_is_no_cut(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["noise", "full"])
 def test_a_still_clip_keeps_the_noise_of_off(mode: str) -> None:
-    steadier, state, content = Steadier(mode), _state(), _soft(0)
+    steadier, state, content = TemporalFilter(mode), _state(), _soft(0)
     for _ in range(4):
         assert steadier.noise(state, steadier.follow(content)) is state
 
 
 def test_grain_of_the_camera_moves_no_noise() -> None:
-    steadier, state, rng = Steadier("full"), _state(), np.random.default_rng(0)
+    steadier, state, rng = TemporalFilter("full"), _state(), np.random.default_rng(0)
     for _ in range(12):
         grainy = np.clip(_soft(0) + rng.normal(0, 3, (*_SIZE, 3)), 0, 255).astype(np.uint8)
         kept = steadier.noise(state, steadier.follow(grainy)).noise
@@ -210,7 +212,7 @@ def test_noise_moves_as_far_as_its_content(step: int, frames: int) -> None:
 
 
 def test_noise_follows_what_is_seen_to_move() -> None:
-    steadier, state = Steadier("noise"), _state()
+    steadier, state = TemporalFilter("noise"), _state()
     for content in _pan(13):
         noise = steadier.noise(state, steadier.follow(content)).noise
     inner = np.s_[:, :, 2:-2, 2:-6]
@@ -245,7 +247,7 @@ def test_noise_stays_where_flow_cannot_be_trusted() -> None:
 
 
 def test_noise_goes_on_from_the_first_state_or_the_last() -> None:
-    first, last = Steadier("noise"), Steadier("noise")
+    first, last = TemporalFilter("noise"), TemporalFilter("noise")
     home = carried = _state()
     for content in _pan(10, step=4):
         fixed = first.noise(home, first.follow(content))
@@ -259,7 +261,7 @@ def test_noise_goes_on_from_the_first_state_or_the_last() -> None:
 def test_settling_later_gives_the_same() -> None:
     contents = _pan(10)
     outputs = _flickering(contents)
-    now, later = Steadier("full"), Steadier("full")
+    now, later = TemporalFilter("full"), TemporalFilter("full")
     motions = [later.follow(content) for content in contents]
     delayed = [later.settle(o, m) for o, m in zip(outputs, motions, strict=True)]
     for a, b in zip(_settled(now, contents, outputs), delayed, strict=True):
@@ -270,7 +272,7 @@ def test_settling_later_gives_the_same() -> None:
 def test_a_frame_that_got_lost_is_not_bridged() -> None:
     contents = _pan(5)
     outputs = _flickering(contents)
-    steadier = Steadier("full")
+    steadier = TemporalFilter("full")
     motions = [steadier.follow(content) for content in contents]
     for i in (0, 1, 2):
         steadier.settle(outputs[i], motions[i])
@@ -278,7 +280,7 @@ def test_a_frame_that_got_lost_is_not_bridged() -> None:
 
 
 def test_another_size_and_a_reset_begin_anew() -> None:
-    steadier, state = Steadier("full"), _state()
+    steadier, state = TemporalFilter("full"), _state()
     for content in _pan(9, step=8):
         motion = steadier.follow(content)
         steadier.noise(state, motion)
@@ -295,7 +297,7 @@ def test_another_size_and_a_reset_begin_anew() -> None:
 
 
 def test_another_style_is_there_at_once() -> None:
-    steadier, content = Steadier("full"), _soft(0)
+    steadier, content = TemporalFilter("full"), _soft(0)
     outputs = _flickering([content] * 6, levels=6)
     for output in outputs[:5]:
         steadier.settle(output, steadier.follow(content))
@@ -308,7 +310,7 @@ def test_a_crossfade_is_not_held_back() -> None:
     first, second = _flickering(contents, levels=6), _soft(4).astype(np.float32)
     late = {}
     for told in (False, True):
-        steadier, late[told] = Steadier("full"), 0.0
+        steadier, late[told] = TemporalFilter("full"), 0.0
         for i, (content, output) in enumerate(zip(contents, first, strict=True)):
             share = min(1.0, max(0.0, (i - 9) / 20))
             styled = (output + share * (second - output)).astype(np.uint8)
@@ -323,7 +325,7 @@ def test_a_crossfade_is_not_held_back() -> None:
 def test_the_error_is_that_of_the_sampled_pairs(mode: str) -> None:
     contents = _pan(40)
     outputs = _flickering(contents)
-    steadier = Steadier(mode)
+    steadier = TemporalFilter(mode)
     settled = _settled(steadier, contents[:8], outputs[:8])
     assert steadier.warping_error is None
     settled += _settled(steadier, contents[8:], outputs[8:])
@@ -333,7 +335,7 @@ def test_the_error_is_that_of_the_sampled_pairs(mode: str) -> None:
 
 def test_the_error_is_not_that_of_a_cut() -> None:
     contents = [*_pan(8), *(np.asarray(_soft(i) // 2, np.uint8) for i in (50, 51))]
-    steadier = Steadier("off")
+    steadier = TemporalFilter("off")
     _settled(steadier, contents, contents)
     assert steadier.warping_error is None
 
@@ -349,7 +351,7 @@ def test_large_frames_are_followed_at_a_reduced_size() -> None:
     assert np.abs(way - np.array([6, 0])).mean() < 0.2
     assert found.trust[64:-64, 64:-64].mean() > 0.9
     contents = _pan(10, step=6, size=size)
-    steadier = Steadier("off")
+    steadier = TemporalFilter("off")
     _settled(steadier, contents, contents)
     assert steadier.warping_error is not None
     assert steadier.warping_error < 0.01
@@ -364,7 +366,7 @@ def test_a_flow_of_half_the_size_points_to_the_same_places() -> None:
 @pytest.mark.parametrize("size", [(8, 8), (12, 16), (16, 400)])
 @pytest.mark.parametrize("mode", TEMPORAL_MODES)
 def test_small_frames_pass(mode: str, size: Size) -> None:
-    steadier, state = Steadier(mode), _state(size)
+    steadier, state = TemporalFilter(mode), _state(size)
     for content in _pan(10, step=1, size=size):
         motion = steadier.follow(content)
         assert steadier.noise(state, motion).noise.shape == state.noise.shape
@@ -373,7 +375,7 @@ def test_small_frames_pass(mode: str, size: Size) -> None:
 
 def test_memory_does_not_grow() -> None:
     contents = _pan(60, size=(64, 96))
-    steadier, state = Steadier("full"), _state((64, 96))
+    steadier, state = TemporalFilter("full"), _state((64, 96))
 
     def play() -> None:
         for content in contents:
@@ -395,6 +397,6 @@ def test_memory_does_not_grow() -> None:
 
 def test_wrong_use_says_so() -> None:
     with pytest.raises(ValueError, match="off, noise, full"):
-        Steadier("on")
+        TemporalFilter("on")
     with pytest.raises(ValueError, match="cannot be settled"):
-        Steadier("full").settle(_soft(0, (16, 16)), Motion(0, (32, 32)))
+        TemporalFilter("full").settle(_soft(0, (16, 16)), Motion(0, (32, 32)))
