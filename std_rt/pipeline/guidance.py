@@ -6,7 +6,8 @@ from collections.abc import Collection
 
 from std_rt.core.bundle import Bundle
 from std_rt.core.errors import BundleError, UsageError
-from std_rt.pipeline.program_builder import MODES, NEGATIVE, Guidance
+from std_rt.pipeline.denoise import GUIDANCE_MODES, Guidance
+from std_rt.pipeline.program_builder import NEGATIVE
 
 __all__ = ["check_negative", "choose_guidance"]
 
@@ -19,12 +20,12 @@ def choose_guidance(bundle: Bundle, scale: float | None = None, mode: str | None
     std-rt's guidance.
     """
     own = bundle.guidance
-    if own["mode"] not in MODES:
+    if own["mode"] not in GUIDANCE_MODES:
         raise BundleError(
             f"bundle '{bundle.name}' needs guidance {own['mode']!r}, which this std-rt lacks; upgrade std-rt"
         )
-    if mode is not None and mode not in MODES:
-        raise UsageError(f"there is no guidance mode {mode!r}; use one of {', '.join(MODES)}")
+    if mode is not None and mode not in GUIDANCE_MODES:
+        raise UsageError(f"there is no guidance mode {mode!r}; use one of {', '.join(GUIDANCE_MODES)}")
     if scale is not None and not 1 <= scale < float("inf"):
         raise UsageError(f"guidance must be 1 (none) or more, got {scale:g}")
     if mode == "none" and scale not in (None, 1):

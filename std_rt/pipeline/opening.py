@@ -14,7 +14,8 @@ from std_rt.engines.program import Program, Runner, open_on_host
 from std_rt.engines.registry import GPU_BACKENDS
 from std_rt.engines.sharing import SharedEngines
 from std_rt.engines.switching import SwitchingRunner
-from std_rt.pipeline.program_builder import FrameNumbers, Guidance, frame_program, graph_shapes
+from std_rt.pipeline.denoise import Guidance
+from std_rt.pipeline.program_builder import FrameNumbers, frame_program, graph_shapes
 from std_rt.pipeline.runner_cache import RunnerKey
 from std_rt.pipeline.stream_program import stream_program
 

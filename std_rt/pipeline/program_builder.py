@@ -3,18 +3,9 @@
     program = frame_program(numbers, bundle.coefficients(4), "epsilon", (256, 256), Guidance("full", 6.0))
     shapes = graph_shapes(program)  # what to open each graph at
 
-Every step of a sampler is a linear combination of the latents, the network's outputs and noise, whatever
-the network predicts and however it is guided, so its factors are settled here, once. With them:
-
-- ``none``: one call of the UNet a step.
-- ``full``: one call at twice the batch, negative first: ``u + w (c - u)`` (arXiv 2207.12598, as diffusers has
-  it).
-- ``residual``: the UNet is told the negative in the first step alone, which is that of ``full``. What it
-  changed there, ``c - u`` as noise, is carried on, and fades with ``(sigma_t / sigma_tau)^4``: the less
-  noise, the less there is to guess (the power was measured on std-tiny). One evaluation more a frame than
-  ``none``. StreamDiffusion (arXiv 2312.12491) keeps the first step's clean estimate as the negative instead.
-  On a trajectory that reaches x_0 that gap never closes, and std-tiny's pictures were farther from those of
-  ``full`` than without guidance.
+Every step of a sampler is a linear combination of the latents, the network's outputs and noise, whatever the
+network predicts and however it is guided, so its factors are worked out once, here. Guidance ``full`` is one
+call at twice the batch, negative first. What is computed is `denoise.denoise`, to rounding (tested).
 """
 
 from __future__ import annotations
@@ -28,48 +19,29 @@ from numpy.typing import NDArray
 from std_rt.core.schedule import StepCoefficients, step, to_eps
 from std_rt.engines.program import FRAME, GLUE, STYLED, Launch, Program
 from std_rt.engines.registry import Ports
+from std_rt.pipeline.denoise import Guidance, gap_share
 
 __all__ = [
     "CONDITIONING",
-    "MODES",
     "NEGATIVE",
     "FrameNumbers",
-    "Guidance",
     "ProgramWriter",
     "Terms",
     "batch_rows",
     "eps_factors",
-    "fading",
     "frame_program",
     "graph_shapes",
-    "noise_draws",
     "step_factors",
 ]
 
 Terms = list[tuple[str, float | Sequence[float]]]  # (buffer, factor, or one for each row)
 Size = tuple[int, int]  # (H, W) in pixels
 
-MODES = ("none", "full", "residual")
 # UNet inputs that a frame is fed, and those of them that the negative has values of its own for.
 CONDITIONING = ("encoder_hidden_states", "text_embeds", "time_ids", "style_tokens", "style_strength")
 NEGATIVE = ("encoder_hidden_states", "text_embeds", "style_tokens")
 
-_FADING = 4  # power of the noise with which residual guidance fades
 _FLOAT, _BYTE = np.dtype(np.float32), np.dtype(np.uint8)
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """``scale`` is diffusers' guidance scale, 1 and up; that of ``none`` is 1. Else ValueError."""
-
-    mode: str = "none"
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"guidance mode {self.mode!r} is none of {', '.join(MODES)}")
-        if not 1 <= self.scale < float("inf") or (self.mode == "none" and self.scale != 1):
-            raise ValueError(f"guidance {self.scale:g} does not go with mode {self.mode!r}")
 
 
 @dataclass(frozen=True)
@@ -97,16 +69,6 @@ def step_factors(c: StepCoefficients, prediction_type: str) -> tuple[float, floa
     p = step(unit, to_eps(zero, unit, c, prediction_type), c, zero)
     q = step(zero, to_eps(unit, zero, c, prediction_type), c, zero)
     return float(p[0]), float(q[0])
-
-
-def fading(c: StepCoefficients, first: StepCoefficients) -> float:
-    """How much of the first step's gap residual guidance still has in the step of ``c``."""
-    return (c.sigma_t / first.sigma_t) ** _FADING
-
-
-def noise_draws(coefficients: Sequence[StepCoefficients]) -> int:
-    """Noises a frame needs: one to start from, and one for every stochastic step."""
-    return 1 + sum(1 for c in coefficients if c.noise)
 
 
 def batch_rows(batch: int, mode: str) -> list[tuple[int, bool]]:
@@ -312,7 +274,7 @@ class ProgramBuilder(ProgramWriter):
             return [(self._x, p), (negative, q * (1 - w)), (positive, q * w)]
         assert self._first is not None
         _, on_eps = c.affine()
-        share = (w - 1) * fading(c, self._first)
+        share = (w - 1) * gap_share(c, self._first)
         return [(self._x, p), (self._unet(index), q), ("guidance_gap", on_eps * share)]
 
     def _unet(self, index: int, *, negative: bool = False) -> str:

@@ -26,7 +26,8 @@ from std_rt.core.schedule import StepCoefficients
 from std_rt.engines import Engine
 from std_rt.engines.program import Mark, Runner
 from std_rt.pipeline.conditioning import Conditioning
-from std_rt.pipeline.program_builder import CONDITIONING, NEGATIVE, batch_rows, noise_draws
+from std_rt.pipeline.denoise import noise_draws
+from std_rt.pipeline.program_builder import CONDITIONING, NEGATIVE, batch_rows
 from std_rt.pipeline.stream_program import unet_rows
 
 __all__ = ["KEPT", "CachedRunner", "Quality", "RunnerCache", "RunnerKey", "User", "close_when_open"]

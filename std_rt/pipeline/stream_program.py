@@ -28,15 +28,14 @@ from collections.abc import Sequence
 
 from std_rt.core.schedule import StepCoefficients
 from std_rt.engines.program import Program
+from std_rt.pipeline.denoise import Guidance, gap_share
 from std_rt.pipeline.program_builder import (
     CONDITIONING,
     FrameNumbers,
-    Guidance,
     ProgramWriter,
     Size,
     Terms,
     eps_factors,
-    fading,
     step_factors,
 )
 
@@ -130,7 +129,7 @@ class StreamProgramBuilder(ProgramWriter):
         third = self._behind(positive, "third", "gaps")
         if self._slots > 1:
             self._keep_gaps(second, third)
-        shares = [(w - 1) * fading(c, first) * c.affine()[1] for c in self._cs[1:]]
+        shares = [(w - 1) * gap_share(c, first) * c.affine()[1] for c in self._cs[1:]]
         return [(samples, p), (second, [q[0] * (1 - w), *q[1:]]), (third, [q[0] * w, *shares])]
 
     def _keep_gaps(self, second: str, third: str) -> None:

@@ -33,9 +33,9 @@ from std_rt.engines.program import Mark, no_mark
 from std_rt.engines.registry import GPU_BACKENDS
 from std_rt.media import fit
 from std_rt.pipeline.conditioning import Conditioning, EncodedStyle, StyleEncoder, blend, told, unet_inputs
+from std_rt.pipeline.denoise import noise_draws
 from std_rt.pipeline.guidance import check_negative, choose_guidance
 from std_rt.pipeline.opening import Opener, RunnerOpener, graph_spec, layout_program, on_host, openers
-from std_rt.pipeline.program_builder import noise_draws
 from std_rt.pipeline.runner_cache import CachedRunner, Quality, RunnerCache, RunnerKey, close_when_open
 from std_rt.pipeline.state import State, draw_noise
 from std_rt.pipeline.stream_batch import StreamBatch

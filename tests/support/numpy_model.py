@@ -9,7 +9,8 @@ import numpy as np
 from std_rt.core.schedule import NoiseSchedule, StepCoefficients, trajectory_timesteps
 from std_rt.engines.fake import FakeEngine, float_ports
 from std_rt.engines.program import Program
-from std_rt.pipeline.program_builder import NEGATIVE, FrameNumbers, graph_shapes, noise_draws
+from std_rt.pipeline.denoise import noise_draws
+from std_rt.pipeline.program_builder import NEGATIVE, FrameNumbers, graph_shapes
 
 KINDS = ("epsilon", "v_prediction", "sample")
 SHAPES: dict[str, tuple[int, ...]] = {

@@ -20,7 +20,8 @@ from std_rt.engines.glue import GLUE_PORTS
 from std_rt.engines.onnxruntime.runner import OrtRunner, launch_spec
 from std_rt.engines.onnxruntime.session import open_session
 from std_rt.engines.program import FRAME, GLUE, STYLED, HostRunner, Launch, Program
-from std_rt.pipeline.program_builder import FrameNumbers, Guidance, frame_program, graph_shapes
+from std_rt.pipeline.denoise import Guidance
+from std_rt.pipeline.program_builder import FrameNumbers, frame_program, graph_shapes
 from std_rt.pipeline.stream_program import stream_program
 
 CPU = ["CPUExecutionProvider"]

@@ -37,7 +37,8 @@ from std_rt.engines.tensorrt.build import (
     load_product,
 )
 from std_rt.engines.tensorrt.maker import EngineMaker, glue_spec, launch_specs, progress_to
-from std_rt.pipeline.program_builder import FrameNumbers, Guidance, frame_program, graph_shapes
+from std_rt.pipeline.denoise import Guidance
+from std_rt.pipeline.program_builder import FrameNumbers, frame_program, graph_shapes
 from std_rt.pipeline.stream_program import stream_program
 
 TARGETS = ("sm89", "sm120")

@@ -22,7 +22,8 @@ from std_rt.engines.registry import GraphSpec
 from std_rt.engines.switching import SwitchingRunner
 from std_rt.engines.tensorrt.build import RTX, TENSORRT
 from std_rt.engines.tensorrt.runner import DeviceRunner, Session
-from std_rt.pipeline.program_builder import CONDITIONING, FrameNumbers, Guidance, frame_program, graph_shapes
+from std_rt.pipeline.denoise import Guidance
+from std_rt.pipeline.program_builder import CONDITIONING, FrameNumbers, frame_program, graph_shapes
 from std_rt.pipeline.stream_program import stream_program
 
 CONDITION = {

@@ -12,10 +12,10 @@ from support.numpy_model import KINDS, NUMBERS, SIZE, coefficients, encode, engi
 from std_rt.core.schedule import StepCoefficients, add_noise, step, to_eps
 from std_rt.engines.fake import FakeEngine
 from std_rt.engines.program import HostRunner
+from std_rt.pipeline.denoise import Guidance, denoise
 from std_rt.pipeline.program_builder import (
     CONDITIONING,
     NEGATIVE,
-    Guidance,
     batch_rows,
     eps_factors,
     frame_program,
@@ -39,27 +39,17 @@ class Scene(numpy_model.Scene):
         return self.run(kind, guidance)[2]["vae_decoder"].calls[0]["latents"]
 
 
-def by_hand(scene: Scene, kind: str, guidance: Guidance) -> Any:
-    """The loop in float64, with noise predictions one could read in a paper."""
+def reference(scene: Scene, kind: str, guidance: Guidance) -> Any:
+    """The readable loop, in float64."""
     z = encode((scene.frame / 127.5 - 1).transpose(0, 3, 1, 2))["latents"]
-    start, *later = [noise.astype(np.float64) for noise in scene.noise]
-    positive, negative = (
-        {name: value.astype(np.float64) for name, value in part.items()}
-        for part in (scene.positive, scene.negative)
-    )
-    w, x, gap = guidance.scale, add_noise(z, start, scene.cs[0]), None
-    for c in scene.cs:
-        timestep = np.full(scene.batch, c.timestep, np.float64)
-        eps = to_eps(unet(x, timestep, **positive), x, c, kind)
-        if guidance.mode == "residual" and gap is not None:
-            eps = eps + (w - 1) * (c.sigma_t / scene.cs[0].sigma_t) ** 4 * gap
-        elif guidance.mode != "none":
-            uncond = to_eps(unet(x, timestep, **negative), x, c, kind)
-            gap = eps - uncond
-            eps = uncond + w * gap
-        x = step(x, eps, c, later.pop(0) if c.noise else None)
-    assert not later
-    return x
+
+    def predict(x: Any, timestep: int, negative: bool) -> Any:
+        given = scene.negative if negative else scene.positive
+        given = {name: value.astype(np.float64) for name, value in given.items()}
+        return unet(x, np.full(scene.batch, timestep, np.float64), **given)
+
+    noise = [value.astype(np.float64) for value in scene.noise]
+    return denoise(z, predict, noise=noise, steps=scene.cs, prediction_type=kind, guidance=guidance)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -88,10 +78,10 @@ def test_without_guidance_it_is_the_plain_loop_to_the_last_bit(kind: str, gamma:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("gamma", [0.0, 0.5])
 @pytest.mark.parametrize("mode", ["none", "full", "residual"])
-def test_every_mode_is_its_loop_by_hand(kind: str, gamma: float, mode: str) -> None:
+def test_every_mode_is_its_loop_reference(kind: str, gamma: float, mode: str) -> None:
     scene = Scene(coefficients(gamma=gamma), seed=1)
     guidance = Guidance(mode, 1.0 if mode == "none" else 6.0)
-    expected = by_hand(scene, kind, guidance)
+    expected = reference(scene, kind, guidance)
     np.testing.assert_allclose(
         scene.latents(kind, guidance), expected, rtol=0, atol=3e-6 * np.abs(expected).max()
     )
