@@ -98,8 +98,8 @@ def _clip(style: Frame, out: Path, bundle: str | None, backend: str, console: Co
     with console.status("drawing and painting a clip"), Stylizer.load(bundle, backend=backend) as stylizer:
         write_moving_scene(source, CLIP_FRAMES, width_px=EXAMPLE_PX, height_px=EXAMPLE_PX * 3 // 4)
         stylizer.set_style(style)
-        painter = FrameStream(stylizer, way=GROUPED)
-        report = transcode_stream(source, sink, painter.frames, overwrite=True)
+        stream = FrameStream(stylizer, batching=GROUPED)
+        report = transcode_stream(source, sink, stream.frames, overwrite=True)
     typer.echo(f"clip: {sink} ({report.frames} frames, {report.frames / report.seconds:.1f} fps)")
     typer.echo(f"live without a camera: std-rt live --style {out / 'styles'} --camera {source}")
 

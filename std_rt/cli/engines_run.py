@@ -26,6 +26,7 @@ from std_rt.engines.program import Program, Runner
 from std_rt.engines.registry import BACKENDS, PRECISIONS, Engine, GraphSpec, open_engine
 from std_rt.engines.tensorrt.build import RTX, TENSORRT, BuildOptions, Product, load_product
 from std_rt.engines.tensorrt.maker import EngineMaker, launch_specs, same_engine
+from std_rt.pipeline.openers import Openers
 from std_rt.pipeline.stylizer import Stylizer
 
 __all__ = ["Plan", "Wanted", "build", "collect", "plan", "show_list", "verify"]
@@ -118,8 +119,7 @@ def plan(wanted: Wanted) -> Plan:
     bundle = load_bundle(wanted.bundle)
     with Stylizer(
         bundle,
-        open_graph,
-        open_runner=open_runner,
+        Openers(open_graph, open_graph, open_runner),
         size=wanted.size,
         steps=wanted.steps,
         guidance=wanted.guidance,

@@ -200,11 +200,11 @@ def _deck(request: Request, stylizer: Stylizer, first: Frame, console: Console) 
     try:
         deck.cycle(request.cycle_s, request.crossfade_s)
         with builds_shown(console, stylizer.backend):
-            level = stylizer.level(first.shape[0], first.shape[1])
-            stylizer.prepare_levels([level], stream_batch=request.stream_batch)
+            quality = stylizer.quality(first.shape[0], first.shape[1])
+            stylizer.prepare_qualities([quality], stream_batch=request.stream_batch)
             deck.fill(request.styles)
             # Here, and not with the first frame: a camera that runs meanwhile would only lose frames.
-            while not stylizer.ready(level, stream_batch=request.stream_batch):
+            while not stylizer.ready(quality, stream_batch=request.stream_batch):
                 time.sleep(_TICK_S)
     except BaseException:
         deck.close()

@@ -213,8 +213,8 @@ class Work:
         from std_rt.streaming.frame_stream import GROUPED, FrameStream
         from std_rt.streaming.temporal import TemporalFilter
 
-        steadier = TemporalFilter(self._request.temporal)
-        painter = FrameStream(self._stylizer, way=GROUPED, steadier=steadier, seed=self._request.seed)
+        temporal = TemporalFilter(self._request.temporal)
+        stream = FrameStream(self._stylizer, batching=GROUPED, temporal=temporal, seed=self._request.seed)
         task = bar.add_task(job.source.name, total=None, unit="fps")
 
         def shown(done: int, total: int | None) -> None:
@@ -224,7 +224,7 @@ class Work:
             report = transcode_stream(
                 job.source,
                 job.sink,
-                painter.frames,
+                stream.frames,
                 overwrite=self._request.overwrite,
                 progress=shown,
                 should_stop=interrupted,

@@ -20,8 +20,15 @@ from std_rt.core.bundle import Bundle
 from std_rt.core.schedule import add_noise, step, to_eps
 from std_rt.export import load_torch_components
 from std_rt.export.modules import VaeDecoder, VaeEncoder
-from std_rt.pipeline.conditioning import StyleEncoder, guided_inputs, to_frame, to_image, unet_inputs
-from std_rt.pipeline.stylizer import choose_guidance, draw_noise
+from std_rt.pipeline.conditioning import (
+    StyleEncoder,
+    choose_guidance,
+    guided_inputs,
+    to_frame,
+    to_image,
+    unet_inputs,
+)
+from std_rt.pipeline.stylizer import draw_noise
 
 __all__ = ["DiffusersLoop"]
 

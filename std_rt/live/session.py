@@ -81,19 +81,19 @@ class Session:
         self.deck, self.source, self.mirror, self.paused = deck, source, mirror, False
         self._stylizer, self._now = stylizer, now
         similar = self.settings.similar
-        self._painter = FrameStream(
+        self._stream = FrameStream(
             stylizer,
             deck.at,
-            way=STREAM_BATCH if self.settings.stream_batch else ONE_BY_ONE,
-            steadier=TemporalFilter(self.settings.temporal, self._measured),
-            similar=None if similar is None else SimilarityFilter(similar),
+            batching=STREAM_BATCH if self.settings.stream_batch else ONE_BY_ONE,
+            temporal=TemporalFilter(self.settings.temporal, self._measured),
+            similarity=None if similar is None else SimilarityFilter(similar),
             seed=self.settings.seed,
             now=now,
         )
         self.meter = Meter(self.described(), now=now)
         self.notes: list[str] = []
         """What the governor has to say; take them from the front."""
-        self._pace = _Pace(stylizer, self._painter, self.meter, self.settings, self.notes)
+        self._pace = _Pace(stylizer, self._stream, self.meter, self.settings, self.notes)
         self._captured: Prefetcher[FramePacket] | None = None
         self._styled: Prefetcher[FramePacket] | None = None
         self._lost = False
@@ -148,7 +148,7 @@ class Session:
 
     def lines(self) -> list[str]:
         """The overlay: a label, a tab and its value in each line."""
-        recent, level = self.meter.recent(), self._painter.level
+        recent, level = self.meter.recent(), self._stream.quality
         fps = "" if recent.fps is None else f"{recent.fps:.1f}"
         latency = ""
         if recent.latency_p50_ms is not None and recent.latency_p95_ms is not None:
@@ -213,7 +213,7 @@ class Session:
 
     def _paint(self, shots: Iterator[FramePacket]) -> Iterator[FramePacket]:
         """In the second thread."""
-        for shot in self._painter.paint(self._waited(shots)):
+        for shot in self._stream.run(self._waited(shots)):
             yield shot
             yield from self._pace.after(shot, self._now())
 
@@ -221,7 +221,7 @@ class Session:
         last_s = math.inf
         for shot in shots:
             if shot.captured_s - last_s > _GAP_S:  # a pause, or a camera that was gone
-                self.meter.dropped(self._painter.forget())
+                self.meter.dropped(self._stream.discard())
             last_s = shot.captured_s
             shot.stages_ms["wait"] = (self._now() - shot.captured_s) * 1000
             yield shot
@@ -243,19 +243,19 @@ class _Pace:
     """The governor's hands: builds the ladder for the frames that come, opens levels, changes over."""
 
     def __init__(
-        self, stylizer: Stylizer, painter: FrameStream, meter: Meter, settings: Settings, notes: list[str]
+        self, stylizer: Stylizer, stream: FrameStream, meter: Meter, settings: Settings, notes: list[str]
     ) -> None:
-        self._stylizer, self._painter, self._meter, self._notes = stylizer, painter, meter, notes
-        self._target, self._stream = settings.target_fps, settings.stream_batch
+        self._stylizer, self._stream, self._meter, self._notes = stylizer, stream, meter, notes
+        self._target, self._batch = settings.target_fps, settings.stream_batch
         self._governor: Governor[Quality] | None = None
         self.best: Quality | None = None
 
     def after(self, shot: FramePacket, now: float) -> Iterator[FramePacket]:
         """One frame is painted: note what it took, and go to another level where one is due and open."""
-        level = self._painter.level
+        level = self._stream.quality
         if level is None:
             return
-        usual = self._stylizer.level(shot.frame.shape[0], shot.frame.shape[1])
+        usual = self._stylizer.quality(shot.frame.shape[0], shot.frame.shape[1])
         if usual != self.best:  # the first frame, or the camera has changed its size
             self._begin(usual)
         if self._governor is None or shot.skipped:
@@ -263,7 +263,7 @@ class _Pace:
         busy_ms = sum(spent for stage, spent in shot.stages_ms.items() if stage not in _NOT_BUSY)
         wanted = self._governor.observe(busy_ms, now)
         if wanted is not None:
-            self._stylizer.prepare_levels([level, wanted], stream_batch=self._stream)
+            self._stylizer.prepare_qualities([level, wanted], stream_batch=self._batch)
         if self._governor.asked is not None:
             yield from self._change(self._governor.asked, now)
 
@@ -281,13 +281,13 @@ class _Pace:
         """Go over once its engines are open; until then frames go on as they are."""
         assert self._governor is not None
         try:
-            if not self._stylizer.ready(asked, stream_batch=self._stream):
+            if not self._stylizer.ready(asked, stream_batch=self._batch):
                 return
         except StdRtError as error:
             self._governor.refused(asked)
             self._notes.append(f"{_name(asked)} cannot be used: {error}")
             return
-        yield from self._painter.go_to(asked)
+        yield from self._stream.switch(asked)
         self._governor.switched(asked, now)
         self._meter.level(_name(asked))
         self._notes.append(f"{self._target:g} fps: now {_name(asked)}")

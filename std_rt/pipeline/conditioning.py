@@ -1,13 +1,13 @@
-"""What the UNet is told besides the picture: style tokens, baked text, sizes.
+"""Conditioning: everything the UNet gets besides the picture - style tokens, prompt, sizes, guidance.
 
-A style picture becomes tokens once (and is remembered by the hash of its pixels); several styles
-blend as a weighted mean of their tokens. All arrays are float32 with a leading batch axis of 1.
+A style picture is encoded once (and cached by the hash of its pixels); several styles blend as a weighted
+mean of their tokens. All arrays are float32 with a leading batch axis of 1.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from std_rt.core.bundle import Bundle
 from std_rt.core.errors import BundleError, UsageError
+from std_rt.pipeline.denoise import GUIDANCE_MODES, Guidance
 from std_rt.pipeline.program_builder import NEGATIVE
 
 __all__ = [
@@ -23,12 +25,14 @@ __all__ = [
     "EncodedStyle",
     "StyleEncoder",
     "blend",
+    "check_negative",
+    "choose_guidance",
+    "conditioning_for",
     "guided_inputs",
     "square",
     "time_ids",
     "to_frame",
     "to_image",
-    "told",
     "unet_inputs",
 ]
 
@@ -46,9 +50,9 @@ class EncodedStyle:
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """What the UNet is told of one frame: UNet input -> value [1, ...], and the same for the negative.
+    """UNet input -> value [1, ...] for one frame, for the prompt and for the negative prompt.
 
-    Without guidance there is no negative, and it is empty.
+    ``negative`` is empty without guidance.
     """
 
     positive: Mapping[str, Array]
@@ -174,11 +178,11 @@ def unet_inputs(
     }
 
 
-def told(mode: str, text: dict[str, Array], positive: dict[str, Array]) -> Conditioning:
+def conditioning_for(mode: str, text: dict[str, Array], positive: dict[str, Array]) -> Conditioning:
     """``positive`` (from `unet_inputs`) with the negative that guidance ``mode`` needs.
 
-    It is ``text``'s as stored; sizes and the style's strength are the same for both. Raises BundleError where
-    the two do not have one shape.
+    The negative prompt is ``text``'s; sizes and the strength of the style are the same for both. Raises
+    BundleError where the two differ in shape.
     """
     if mode == "none":
         return Conditioning(positive)
@@ -193,14 +197,50 @@ def told(mode: str, text: dict[str, Array], positive: dict[str, Array]) -> Condi
 
 
 def guided_inputs(mode: str, text: dict[str, Array], positive: dict[str, Array]) -> dict[str, Array]:
-    """What a frame program of guidance ``mode`` is fed: ``positive`` (from `unet_inputs`) and its negative.
+    """The inputs of a frame program of guidance ``mode``: ``positive`` (from `unet_inputs`) and its negative.
 
-    ``full`` puts the negative [1, ...] before the positive [1, ...] in one array [2, ...]; ``residual``
-    adds it under ``negative_`` and the name. Raises BundleError as `told` does.
+    ``full`` puts the negative [1, ...] before the positive [1, ...] in one array [2, ...]; ``residual`` adds
+    it under the prefix ``negative_``. Raises BundleError as `conditioning_for` does.
     """
-    negative = told(mode, text, positive).negative
+    negative = conditioning_for(mode, text, positive).negative
     if mode == "none":
         return positive
     if mode == "residual":
         return positive | {f"negative_{name}": negative[name] for name in NEGATIVE}
     return {name: np.concatenate([negative[name], value]) for name, value in positive.items()}
+
+
+def choose_guidance(bundle: Bundle, scale: float | None = None, mode: str | None = None) -> Guidance:
+    """The guidance to use: the bundle's, or what was asked for. Scale 1 is none, whatever the mode.
+
+    A bundle without guidance gets mode ``full`` where only a scale is given. Raises UsageError
+    where scale and mode do not fit together, BundleError where the bundle has no negative or another
+    std-rt's guidance.
+    """
+    own = bundle.guidance
+    if own["mode"] not in GUIDANCE_MODES:
+        raise BundleError(
+            f"bundle '{bundle.name}' needs guidance {own['mode']!r}, which this std-rt lacks; upgrade std-rt"
+        )
+    if mode is not None and mode not in GUIDANCE_MODES:
+        raise UsageError(f"unknown guidance mode {mode!r}; use one of {', '.join(GUIDANCE_MODES)}")
+    if scale is not None and not 1 <= scale < float("inf"):
+        raise UsageError(f"guidance must be 1 (none) or more, got {scale:g}")
+    if mode == "none" and scale not in (None, 1):
+        raise UsageError(f"guidance {scale:g} does not fit mode 'none'; leave out one of the two")
+    if mode == "none" or scale == 1 or (mode is None and scale is None and own["mode"] == "none"):
+        return Guidance()
+    chosen = float(own["scale"]) if scale is None else scale
+    if chosen == 1:
+        raise UsageError(f"guidance mode {mode!r} needs a scale above 1; give --guidance")
+    return Guidance(mode or (own["mode"] if own["mode"] != "none" else "full"), chosen)
+
+
+def check_negative(bundle: Bundle, stored: Collection[str], guidance: Guidance) -> None:
+    """Raise BundleError where guidance needs a negative that is not among the names ``stored``."""
+    missing = [name for name in NEGATIVE if f"negative_{name}" not in stored]
+    if guidance.mode != "none" and missing:
+        raise BundleError(
+            f"bundle '{bundle.name}' has no negative for guidance {guidance.scale:g}; "
+            f"use --guidance 1, or export it again with --guidance {guidance.scale:g}"
+        )

@@ -1,11 +1,11 @@
-"""Open runners, by the size, the steps and the way in which frames go through them.
+"""Open runners, one for each size, number of steps and batching of frames.
 
-    shelf = RunnerCache(open_layout, in_background)
-    opened = shelf.get(RunnerKey(Quality((256, 256), 4)))
-    styled = opened.run(frames, told, noise)
+    cache = RunnerCache(open_runner)
+    runner = cache.get(RunnerKey(Quality((256, 256), 4)))
+    styled = runner.run(frames, conditioning, noise, mark)
 
-A change of level (another size or number of steps of the same bundle) costs nothing where its runner is open
-already. Those used last stay open, and those that were asked for by name, until others are.
+Changing to a quality whose runner is open costs nothing. The runners used last stay open, and those asked for
+with `RunnerCache.keep`.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from std_rt.pipeline.denoise import noise_draws
 from std_rt.pipeline.program_builder import CONDITIONING, NEGATIVE, batch_rows
 from std_rt.pipeline.stream_program import unet_rows
 
-__all__ = ["KEPT", "CachedRunner", "Quality", "RunnerCache", "RunnerKey", "User", "close_when_open"]
+__all__ = ["MAX_KEPT", "CachedRunner", "Quality", "RunnerCache", "RunnerKey", "close_when_open"]
 
 Frame = NDArray[np.uint8]
 Array = NDArray[np.float32]
 Size = tuple[int, int]  # (H, W) in pixels
 _Part = tuple[Array, int | None]  # an array [1, ...], or a row of a longer one
 
-KEPT = 8  # levels that can be asked for by name
-_USED_LAST = 2  # others that stay open: enough for portrait and landscape in turn
+MAX_KEPT = 8  # runners that `keep` takes
+_RECENT = 2  # others that stay open: enough for portrait and landscape in turn
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What a frame costs: the working ``size`` (H, W) in px, and denoising ``steps``.
+    """What a frame costs: the working ``size`` (H, W) in px, and the denoising ``steps``.
 
-    Steps are counted as the bundle does: a schedule as diffusers has it, entered at a strength below 1, runs
-    fewer of them than it is named after.
+    Steps are counted as the bundle counts them: a schedule named as in diffusers and entered at a strength
+    below 1 runs fewer steps than its name says.
     """
 
     size: Size
@@ -55,68 +55,73 @@ class Quality:
 
 @dataclass(frozen=True)
 class RunnerKey:
-    """A level, and how frames go through it: ``frames`` in a call of each graph, or as a stream batch."""
+    """A quality, and how frames share calls: ``frames`` in one call of each graph, or a stream batch."""
 
-    level: Quality
+    quality: Quality
     frames: int = 1
     stream: bool = False
 
 
-class User(Protocol):
-    """Whoever has frames inside a runner from call to call: a stream batch."""
+class SlotUser(Protocol):
+    """A stream batch, whose frames stay inside a runner between two calls."""
 
     @property
     def inside(self) -> int:
-        """How many."""
+        """Number of frames inside."""
 
 
 class CachedRunner:
-    """A runner that is open or being opened, and what it was fed last."""
+    """A runner that is open or opening, and what it was last fed."""
 
     def __init__(
-        self, layout: RunnerKey, coefficients: Sequence[StepCoefficients], mode: str, runner: Future[Runner]
+        self, key: RunnerKey, steps: Sequence[StepCoefficients], mode: str, runner: Future[Runner]
     ) -> None:
-        """``mode`` of guidance; ``coefficients`` of the layout's steps."""
-        self.layout = layout
-        self.draws = noise_draws(coefficients)
-        self._user: ReferenceType[User] | None = None
+        """``mode`` of guidance; ``steps`` of the key's quality."""
+        self.key = key
+        self.draws = noise_draws(steps)
+        self.failed = False  # opening failed, and the error was raised to a caller
+        self._user: ReferenceType[SlotUser] | None = None
         self._runner = runner
-        self._rows = unet_rows(len(coefficients), mode) if layout.stream else batch_rows(layout.frames, mode)
-        self._apart = mode == "residual" and not layout.stream  # the negative has feeds of its own
-        self._stochastic = [bool(c.noise) for c in coefficients]
+        self._rows = unet_rows(len(steps), mode) if key.stream else batch_rows(key.frames, mode)
+        self._separate_negative = mode == "residual" and not key.stream
+        self._stochastic = [bool(c.noise) for c in steps]
         self._fed: dict[str, tuple[_Part, ...]] = {}
-        self.failed = False  # and whoever waited for it knows
 
     @property
-    def user(self) -> User | None:
-        """Whose frames are inside, if anybody's who is still there."""
+    def user(self) -> SlotUser | None:
+        """The stream batch whose frames are inside, if it still exists."""
         return None if self._user is None else self._user()
 
     @user.setter
-    def user(self, user: User) -> None:
-        self._user = ref(user)  # a runner must not keep alive whoever used it
+    def user(self, user: SlotUser) -> None:
+        self._user = ref(user)  # a runner must not keep its user alive
+
+    @property
+    def holds_frames(self) -> bool:
+        """Whether closing it would lose frames."""
+        return self.user is not None and self.user.inside > 0
 
     @property
     def done(self) -> bool:
-        """Opened, or failed to."""
+        """Opened, or failed to open."""
         return self._runner.done()
 
-    def runner(self) -> Runner:
-        """Waits until it is open. What opening it raised is raised."""
+    def wait(self) -> Runner:
+        """The runner, as soon as it is open. Raises what opening it raised."""
         try:
             return self._runner.result()
         finally:
-            self.failed = self._runner.done() and (
-                self._runner.cancelled() or self._runner.exception() is not None
-            )
+            self.failed = has_failed(self._runner)
 
-    def run(self, frames: Frame, told: Sequence[Conditioning], noise: Sequence[Array], mark: Mark) -> Frame:
-        """Frames uint8 [B, H, W, 3] in and out. ``told`` and ``noise`` [K, ...]: one each a frame or slot.
+    def run(
+        self, frames: Frame, conditioning: Sequence[Conditioning], noise: Sequence[Array], mark: Mark
+    ) -> Frame:
+        """Frames uint8 [B, H, W, 3] in and out; one ``conditioning`` and ``noise`` [K, ...] a frame or slot.
 
-        What is made of the same arrays as at the last call is not fed again.
+        Inputs made of the same arrays as in the last call are not fed again.
         """
-        runner = self.runner()
-        feeds = self._noise(noise) | self._conditioning(told)
+        runner = self.wait()
+        feeds = self._noise(noise) | self._conditioning(conditioning)
         fresh = {name: parts for name, parts in feeds.items() if not _same(parts, self._fed.get(name))}
         if fresh:
             runner.set(**{name: _stack(parts) for name, parts in fresh.items()})
@@ -124,109 +129,111 @@ class CachedRunner:
         return runner.run(frames, mark)
 
     def close(self) -> None:
-        """Now, or as soon as it is open."""
+        """Close it, now or as soon as it is open."""
         close_when_open(self._runner)
 
-    def _conditioning(self, told: Sequence[Conditioning]) -> dict[str, tuple[_Part, ...]]:
-        sides = [told[i].negative if negative else told[i].positive for i, negative in self._rows]
+    def _conditioning(self, given: Sequence[Conditioning]) -> dict[str, tuple[_Part, ...]]:
+        sides = [given[i].negative if negative else given[i].positive for i, negative in self._rows]
         feeds: dict[str, tuple[_Part, ...]] = {
             name: tuple((side[name], None) for side in sides) for name in CONDITIONING
         }
-        for name in NEGATIVE if self._apart else ():
-            feeds[f"negative_{name}"] = tuple((each.negative[name], None) for each in told)
+        for name in NEGATIVE if self._separate_negative else ():
+            feeds[f"negative_{name}"] = tuple((each.negative[name], None) for each in given)
         return feeds
 
     def _noise(self, noise: Sequence[Array]) -> dict[str, tuple[_Part, ...]]:
-        if not self.layout.stream:
+        if not self.key.stream:
             return {f"noise_{i}": tuple((each, i) for each in noise) for i in range(self.draws)}
         feeds: dict[str, tuple[_Part, ...]] = {"noise_0": ((noise[0], 0),)}
         if any(self._stochastic):
-            draws = np.cumsum(self._stochastic) * self._stochastic  # of each step; 0, read in vain, for none
+            # The draw of each step; 0, which is not used, where a step has none.
+            draws = np.cumsum(self._stochastic) * self._stochastic
             feeds["noise_steps"] = tuple((each, int(i)) for each, i in zip(noise, draws, strict=True))
         return feeds
 
 
 class RunnerCache:
-    """Runners by `RunnerKey`. `ready` may be asked from any thread; the rest is for one at a time."""
+    """Runners by `RunnerKey`. `ready` may be called from any thread; the rest from one at a time."""
 
-    def __init__(self, open_layout: Callable[[RunnerKey], CachedRunner]) -> None:
-        """``open_layout`` begins to open one in the background."""
-        self._open_layout = open_layout
-        self._opened: OrderedDict[RunnerKey, CachedRunner] = OrderedDict()
-        self._asked: frozenset[RunnerKey] = frozenset()
+    def __init__(self, open_runner: Callable[[RunnerKey], CachedRunner]) -> None:
+        """``open_runner`` begins to open one in the background."""
+        self._open_runner = open_runner
+        self._runners: OrderedDict[RunnerKey, CachedRunner] = OrderedDict()
+        self._kept: frozenset[RunnerKey] = frozenset()
         self._lock = Lock()
 
-    def get(self, layout: RunnerKey) -> CachedRunner:
-        """That of ``layout``, opening in the background where it is not; those used longest ago are closed.
+    def get(self, key: RunnerKey) -> CachedRunner:
+        """The runner of ``key``, which begins to open where it is not; those used longest ago are closed.
 
-        One that failed, and whose failure was raised, is opened again.
+        A runner that failed to open, and whose error was raised, is opened again.
         """
         with self._lock:
-            opened = self._opened.get(layout)
-            if opened is None or opened.failed:
-                opened = self._opened[layout] = self._open_layout(layout)
-            self._opened.move_to_end(layout)
+            runner = self._runners.get(key)
+            if runner is None or runner.failed:
+                runner = self._runners[key] = self._open_runner(key)
+            self._runners.move_to_end(key)
         self._close_others()
-        return opened
+        return runner
 
-    def keep(self, layouts: Collection[RunnerKey]) -> None:
-        """Begin to open these, and keep them open until others are asked for."""
-        if len(set(layouts)) > KEPT:
-            raise UsageError(f"at most {KEPT} levels are kept open, got {len(set(layouts))}")
-        self._asked = frozenset(layouts)
-        for layout in layouts:
-            self.get(layout)
+    def keep(self, keys: Collection[RunnerKey]) -> None:
+        """Begin to open these runners, and keep them open until the next call of `keep`."""
+        if len(set(keys)) > MAX_KEPT:
+            raise UsageError(f"at most {MAX_KEPT} qualities are kept open, got {len(set(keys))}")
+        self._kept = frozenset(keys)
+        for key in keys:
+            self.get(key)
         self._close_others()
 
-    def ready(self, layout: RunnerKey) -> bool:
+    def ready(self, key: RunnerKey) -> bool:
         """True where a frame would not wait. Raises what opening it raised; the next `get` tries again."""
         with self._lock:
-            opened = self._opened.get(layout)
-        if opened is None or opened.failed or not opened.done:
+            runner = self._runners.get(key)
+        if runner is None or runner.failed or not runner.done:
             return False
-        opened.runner()
+        runner.wait()
         return True
 
     def values(self) -> list[CachedRunner]:
-        """All of them, those used longest ago first."""
+        """All runners, those used longest ago first."""
         with self._lock:
-            return list(self._opened.values())
+            return list(self._runners.values())
 
     def clear(self) -> None:
-        """Close all."""
+        """Close all runners."""
         with self._lock:
-            gone = list(self._opened.values())
-            self._opened.clear()
-        for one in gone:
-            one.close()
+            closing = list(self._runners.values())
+            self._runners.clear()
+        for runner in closing:
+            runner.close()
 
     def _close_others(self) -> None:
-        """What is neither asked for nor used lately, and has no frames inside."""
+        """Close what is neither kept nor recent, and holds no frames."""
         with self._lock:
-            others = [layout for layout in self._opened if layout not in self._asked]
-            idle = [layout for layout in others[:-_USED_LAST] if not _holds_frames(self._opened[layout])]
-            gone = [self._opened.pop(layout) for layout in idle]
-        for one in gone:
-            one.close()
+            others = [key for key in self._runners if key not in self._kept]
+            idle = [key for key in others[:-_RECENT] if not self._runners[key].holds_frames]
+            closing = [self._runners.pop(key) for key in idle]
+        for runner in closing:
+            runner.close()
 
 
-def _holds_frames(opened: CachedRunner) -> bool:
-    return opened.user is not None and opened.user.inside > 0
+def has_failed(future: Future[Engine] | Future[Runner]) -> bool:
+    """Whether opening has ended without an engine."""
+    return future.done() and (future.cancelled() or future.exception() is not None)
 
 
 def close_when_open(future: Future[Engine] | Future[Runner]) -> None:
-    """Close what is opened, now or when it is there; nobody waits for it."""
+    """Close an engine or runner, now or as soon as it is open, without waiting for it."""
+
+    def close(future: Future[Engine] | Future[Runner]) -> None:
+        if not has_failed(future):
+            future.result().close()
+
     if not future.cancel():
-        future.add_done_callback(_close)
-
-
-def _close(future: Future[Engine] | Future[Runner]) -> None:
-    if not future.cancelled() and future.exception() is None:
-        future.result().close()
+        future.add_done_callback(close)
 
 
 def _same(parts: Iterable[_Part], others: Sequence[_Part] | None) -> bool:
-    """Whether they are the same objects; what is the same array is taken to hold the same values."""
+    """Whether both are made of the same array objects, which are taken to hold the same values."""
     if others is None:
         return False
     return all(a is b and i == j for (a, i), (b, j) in zip(parts, others, strict=True))

@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 Frame = NDArray[np.uint8]
-CachedRunner = Frame | EncodedStyle
+StyleSource = Frame | EncodedStyle
 Encode = Callable[[Frame], EncodedStyle]
 
 FORMAT_VERSION = 1
@@ -137,7 +137,7 @@ def read_style(source: Path | Frame, bundle: Bundle, encode: Encode, name: str |
     )
 
 
-def open_styles(pairs: Sequence[tuple[Path, float]], bundle: Bundle) -> list[tuple[CachedRunner, float]]:
+def open_styles(pairs: Sequence[tuple[Path, float]], bundle: Bundle) -> list[tuple[StyleSource, float]]:
     """Weighted files, read before any engine is opened: pictures as frames, style files as styles.
 
     Raises MediaError as `read_picture` and `load_style` do.
@@ -149,11 +149,11 @@ def open_styles(pairs: Sequence[tuple[Path, float]], bundle: Bundle) -> list[tup
 
 
 def encode_styles(
-    encode: Encode, pairs: Sequence[tuple[CachedRunner | Path, float]], bundle: Bundle
+    encode: Encode, pairs: Sequence[tuple[StyleSource | Path, float]], bundle: Bundle
 ) -> EncodedStyle:
     """One style from weighted paths, frames and styles; raises as `read_style` and `blend` do."""
 
-    def one(source: CachedRunner | Path) -> EncodedStyle:
+    def one(source: StyleSource | Path) -> EncodedStyle:
         return source if isinstance(source, EncodedStyle) else read_style(source, bundle, encode).style
 
     return blend([(one(source), weight) for source, weight in pairs])

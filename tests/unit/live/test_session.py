@@ -188,13 +188,13 @@ def test_the_governor_keeps_its_level_when_the_camera_changes_its_resolution(
             session.get(0.05)
         while session.get(0.2) is not None:
             pass
-        level = session._painter.level
+        level = session._stream.quality
         source.give(np.repeat(np.repeat(FRAMES[0], 4, 0), 4, 1))
         assert get(session).frame.shape == (192, 288, 3)
         source.give(np.repeat(np.repeat(FRAMES[0], 8, 0), 8, 1))  # the same aspect: the same usual level
-        before = session._painter.level
+        before = session._stream.quality
         get(session)
-        assert session._painter.level == before
+        assert session._stream.quality == before
     assert level is not None
 
 

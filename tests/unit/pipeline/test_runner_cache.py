@@ -1,4 +1,4 @@
-"""The shelf of open runners: which stay, which go, and what became of those that failed."""
+"""The cache of open runners: which stay, which go, and what became of those that failed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from std_rt.core.schedule import NoiseSchedule, trajectory_timesteps
 from std_rt.engines.program import Mark, Runner, no_mark
 from std_rt.pipeline.conditioning import Conditioning
 from std_rt.pipeline.program_builder import CONDITIONING, NEGATIVE
-from std_rt.pipeline.runner_cache import KEPT, CachedRunner, Quality, RunnerCache, RunnerKey
+from std_rt.pipeline.runner_cache import MAX_KEPT, CachedRunner, Quality, RunnerCache, RunnerKey
 
 
 def coefficients(steps: int, gamma: float = 0.0) -> Any:
@@ -51,117 +51,117 @@ class Openings:
     def __init__(self) -> None:
         self.futures: list[tuple[RunnerKey, Future[Runner]]] = []
 
-    def __call__(self, layout: RunnerKey) -> CachedRunner:
-        self.futures.append((layout, Future()))
-        return CachedRunner(layout, coefficients(layout.level.steps), "none", self.futures[-1][1])
+    def __call__(self, key: RunnerKey) -> CachedRunner:
+        self.futures.append((key, Future()))
+        return CachedRunner(key, coefficients(key.quality.steps), "none", self.futures[-1][1])
 
-    def future(self, layout: RunnerKey) -> Future[Runner]:
-        """The latest of a layout."""
-        return next(future for one, future in reversed(self.futures) if one == layout)
+    def future(self, key: RunnerKey) -> Future[Runner]:
+        """The latest of a key."""
+        return next(future for one, future in reversed(self.futures) if one == key)
 
 
-def layout(side: int, steps: int = 4, **how: Any) -> RunnerKey:
+def key(side: int, steps: int = 4, **how: Any) -> RunnerKey:
     return RunnerKey(Quality((side, side), steps), **how)
 
 
 def test_the_two_used_last_stay_open_and_the_others_are_closed() -> None:
     openings = Openings()
-    shelf = RunnerCache(openings)
+    cache = RunnerCache(openings)
     runners = {}
     for side in (64, 96, 64, 128):
-        shelf.get(layout(side))
+        cache.get(key(side))
         if side not in runners:
             runners[side] = Fake()
-            openings.future(layout(side)).set_result(runners[side])
+            openings.future(key(side)).set_result(runners[side])
     assert {side: runner.closed for side, runner in runners.items()} == {64: 0, 96: 1, 128: 0}
-    assert [one.layout.level.size[0] for one in shelf.values()] == [64, 128]
-    shelf.clear()
+    assert [one.key.quality.size[0] for one in cache.values()] == [64, 128]
+    cache.clear()
     assert [runner.closed for runner in runners.values()] == [1, 1, 1]
 
 
 def test_steps_and_the_way_of_frames_make_a_runner_too() -> None:
     openings = Openings()
-    shelf = RunnerCache(openings)
-    kinds = [layout(64), layout(64, 2), layout(64, frames=4), layout(64, stream=True)]
+    cache = RunnerCache(openings)
+    kinds = [key(64), key(64, 2), key(64, frames=4), key(64, stream=True)]
     for kind in kinds:
-        assert shelf.get(kind) is shelf.get(kind)
+        assert cache.get(kind) is cache.get(kind)
     assert [kind for kind, _ in openings.futures] == kinds
 
 
 def test_what_was_asked_for_stays_until_others_are() -> None:
     openings = Openings()
-    shelf = RunnerCache(openings)
-    asked = [layout(side) for side in (64, 96, 128, 160)]
-    shelf.keep(asked)
+    cache = RunnerCache(openings)
+    asked = [key(side) for side in (64, 96, 128, 160)]
+    cache.keep(asked)
     runners = [Fake() for _ in asked]
     for one, runner in zip(asked, runners, strict=True):
         openings.future(one).set_result(runner)
     for side in (32, 40, 48):
-        shelf.get(layout(side))
+        cache.get(key(side))
     assert not any(runner.closed for runner in runners)
-    assert len(shelf.values()) == 6
-    shelf.keep([asked[3]])
+    assert len(cache.values()) == 6
+    cache.keep([asked[3]])
     assert [runner.closed for runner in runners] == [1, 1, 1, 0]
-    assert len(shelf.values()) == 3
+    assert len(cache.values()) == 3
 
 
 def test_there_is_a_bound_to_what_is_kept() -> None:
-    shelf = RunnerCache(Openings())
-    levels = [layout(64 + 8 * i) for i in range(KEPT + 1)]
-    with pytest.raises(UsageError, match=f"at most {KEPT} levels are kept open, got {KEPT + 1}"):
-        shelf.keep(levels)
-    shelf.keep(levels[:-1])
-    assert len(shelf.values()) == KEPT
+    cache = RunnerCache(Openings())
+    qualities = [key(64 + 8 * i) for i in range(MAX_KEPT + 1)]
+    with pytest.raises(UsageError, match=f"at most {MAX_KEPT} qualities are kept open, got {MAX_KEPT + 1}"):
+        cache.keep(qualities)
+    cache.keep(qualities[:-1])
+    assert len(cache.values()) == MAX_KEPT
 
 
 def test_ready_means_that_nobody_waits() -> None:
     openings = Openings()
-    shelf = RunnerCache(openings)
-    assert not shelf.ready(layout(64))
+    cache = RunnerCache(openings)
+    assert not cache.ready(key(64))
     assert not openings.futures  # asking opens nothing
-    shelf.get(layout(64))
-    assert not shelf.ready(layout(64))
-    openings.future(layout(64)).set_result(Fake())
-    assert shelf.ready(layout(64))
-    assert not shelf.ready(layout(64, 2))
+    cache.get(key(64))
+    assert not cache.ready(key(64))
+    openings.future(key(64)).set_result(Fake())
+    assert cache.ready(key(64))
+    assert not cache.ready(key(64, 2))
 
 
 def test_one_that_failed_is_opened_again_once_somebody_knows() -> None:
     openings = Openings()
-    shelf = RunnerCache(openings)
-    first = shelf.get(layout(64))
-    openings.future(layout(64)).set_exception(BackendError("no memory"))
-    assert shelf.get(layout(64)) is first  # nobody knows yet
+    cache = RunnerCache(openings)
+    first = cache.get(key(64))
+    openings.future(key(64)).set_exception(BackendError("no memory"))
+    assert cache.get(key(64)) is first  # nobody knows yet
     with pytest.raises(BackendError, match="no memory"):
-        first.runner()
-    assert not shelf.ready(layout(64))
-    second = shelf.get(layout(64))
+        first.wait()
+    assert not cache.ready(key(64))
+    second = cache.get(key(64))
     assert second is not first
-    openings.future(layout(64)).set_exception(BackendError("still none"))
+    openings.future(key(64)).set_exception(BackendError("still none"))
     with pytest.raises(BackendError, match="still none"):
-        shelf.ready(layout(64))
-    shelf.get(layout(64))
-    openings.future(layout(64)).set_result(Fake())
-    assert shelf.ready(layout(64))
+        cache.ready(key(64))
+    cache.get(key(64))
+    openings.future(key(64)).set_result(Fake())
+    assert cache.ready(key(64))
 
 
 def test_one_that_goes_while_it_opens_is_closed_when_it_is_there() -> None:
     openings = Openings()
-    shelf = RunnerCache(openings)
+    cache = RunnerCache(openings)
     for side in (64, 96):
-        shelf.get(layout(side))
-        openings.future(layout(side)).set_running_or_notify_cancel()
-    shelf.clear()
+        cache.get(key(side))
+        openings.future(key(side)).set_running_or_notify_cancel()
+    cache.clear()
     runner = Fake()
-    openings.future(layout(64)).set_result(runner)
-    openings.future(layout(96)).set_exception(BackendError("no memory"))  # and nobody asks
+    openings.future(key(64)).set_result(runner)
+    openings.future(key(96)).set_exception(BackendError("no memory"))  # and nobody asks
     assert runner.closed == 1
 
 
 def opened(how: RunnerKey, mode: str, gamma: float = 0.0) -> tuple[CachedRunner, Fake]:
     future, runner = Future[Runner](), Fake()
     future.set_result(runner)
-    return CachedRunner(how, coefficients(how.level.steps, gamma), mode, future), runner
+    return CachedRunner(how, coefficients(how.quality.steps, gamma), mode, future), runner
 
 
 def told(level: float, guided: bool = True) -> Conditioning:
@@ -180,7 +180,7 @@ FRAMES = np.zeros((3, 8, 8, 3), np.uint8)
 
 def test_a_call_of_several_frames_is_fed_a_row_for_each() -> None:
     for mode, first in (("none", [1, 2, 3]), ("full", [-1, -2, -3, 1, 2, 3]), ("residual", [1, 2, 3])):
-        one, runner = opened(layout(8, frames=3), mode, gamma=0.5)
+        one, runner = opened(key(8, frames=3), mode, gamma=0.5)
         one.run(FRAMES, [told(i) for i in (1, 2, 3)], [noise(i, 4) for i in (1, 2, 3)], no_mark)
         (fed,) = runner.fed
         assert fed["style_tokens"][:, 0].tolist() == first

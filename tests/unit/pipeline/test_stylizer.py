@@ -18,15 +18,16 @@ from std_rt.core.schedule import add_noise, step, to_eps
 from std_rt.engines import Engine, GraphSpec, open_runner
 from std_rt.engines.fake import FakeEngine
 from std_rt.engines.program import HostRunner, Program, open_on_host
+from std_rt.pipeline.conditioning import choose_guidance
 from std_rt.pipeline.denoise import Guidance
+from std_rt.pipeline.openers import Openers
 from std_rt.pipeline.program_builder import CONDITIONING
-from std_rt.pipeline.stylizer import choose_guidance
 
 GREY = np.full((64, 64, 3), 90, np.uint8)
 STYLE = np.full((32, 32, 3), 200, np.uint8)
 
 
-def _stylizer(bundle: Bundle, backend: Backend | None = None, **options: Any) -> Stylizer:
+def _stylizer(bundle: Bundle, backend: Backend | Openers | None = None, **options: Any) -> Stylizer:
     stylizer = Stylizer(bundle, backend or Backend(), **options)
     stylizer.set_style(STYLE)
     return stylizer
@@ -245,7 +246,7 @@ def test_a_runner_is_fed_only_what_has_changed(handmade: Bundle) -> None:
         runners.append(Recorder({name: backend(spec) for name, spec in specs.items()}, program))
         return runners[-1]
 
-    with _stylizer(handmade, backend, open_runner=opener) as stylizer:
+    with _stylizer(handmade, Openers(backend, backend, opener)) as stylizer:
         first = stylizer.state(64, 64, seed=1)
         a, state = stylizer.step(GREY, first)
         stylizer.step(GREY, state)
@@ -330,8 +331,8 @@ def test_guidance_is_the_bundles_unless_asked(guided: Bundle, handmade: Bundle) 
     [
         (0.5, None, r"guidance must be 1 \(none\) or more, got 0\.5"),
         (float("nan"), None, "guidance must be 1"),
-        (2.0, "none", "guidance 2 does not go with mode 'none'"),
-        (2.0, "cfg", "no guidance mode 'cfg'; use one of none, full, residual"),
+        (2.0, "none", "guidance 2 does not fit mode 'none'"),
+        (2.0, "cfg", "unknown guidance mode 'cfg'; use one of none, full, residual"),
         (None, "residual", "mode 'residual' needs a scale above 1; give --guidance"),
     ],
 )
@@ -381,7 +382,7 @@ def test_a_backend_with_a_runner_of_its_own_is_given_the_program(
     def opener(program: Program, specs: dict[str, GraphSpec]) -> Any:
         return open_runner("openvino", program, specs, "fp32", never)
 
-    with _stylizer(handmade, backend, open_runner=opener) as stylizer:
+    with _stylizer(handmade, Openers(backend, backend, opener)) as stylizer:
         stylizer.stylize(GREY)
         assert stylizer.precision == "fp32"
     assert asked == [(["unet", "vae_decoder", "vae_encoder"], "fp32")]

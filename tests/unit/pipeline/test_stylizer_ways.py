@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,9 @@ from std_rt.engines import GraphSpec
 from std_rt.engines.fake import FakeEngine
 from std_rt.engines.program import HostRunner, Program, open_on_host
 from std_rt.pipeline.conditioning import EncodedStyle, blend
+from std_rt.pipeline.openers import Openers
 from std_rt.pipeline.runner_cache import Quality
+from std_rt.streaming.stream_batch import StreamBatch
 
 STYLE = np.full((32, 32, 3), 200, np.uint8)
 
@@ -72,12 +75,12 @@ def test_frames_and_states_that_do_not_fit_are_refused(stylizer: Stylizer) -> No
         UsageError, match=r"works at multiples of 8 px from 16 to 512, not at 60 x 64; use fit"
     ):
         stylizer.run(frame[:60], state)
-    with pytest.raises(UsageError, match=r"noise \[1, 3, 8, 8\] where \[1, 3, 4, 8\] is due"):
+    with pytest.raises(UsageError, match=r"noise \[1, 3, 8, 8\] instead of \[1, 3, 4, 8\]"):
         stylizer.run(frame[:32], state)
-    with pytest.raises(UsageError, match="the frame is 64 x 64 px, 32 x 32 are due"):
-        stylizer.run(frame, state, level=Quality((32, 32), 4))
+    with pytest.raises(UsageError, match="the frame is 64 x 64 px instead of 32 x 32"):
+        stylizer.run(frame, state, quality=Quality((32, 32), 4))
     with pytest.raises(BundleError, match="one of 1, 2, 4"):
-        stylizer.run(frame, state, level=Quality((64, 64), 3))
+        stylizer.run(frame, state, quality=Quality((64, 64), 3))
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 7])
@@ -134,7 +137,7 @@ def test_many_with_one_noise_are_fed_once(handmade: Bundle) -> None:
         backend = Backend()
         return Recorder({name: backend(spec) for name, spec in specs.items()}, program)
 
-    with Stylizer(handmade, Backend(), open_runner=opener) as stylizer:
+    with Stylizer(handmade, Openers(Backend(), Backend(), opener)) as stylizer:
         stylizer.set_style(STYLE)
         state = stylizer.state_for((64, 64))
         for _ in range(3):
@@ -151,29 +154,29 @@ def test_wrong_numbers_of_frames_are_refused(stylizer: Stylizer) -> None:
         stylizer.run_many(frames(2), [state])
     with pytest.raises(UsageError, match="a call takes at least one frame, got 0"):
         stylizer.run_many(frames(1), [state], frames=0)
-    with pytest.raises(UsageError, match="the frame is 32 x 64 px, 64 x 64 are due"):
+    with pytest.raises(UsageError, match="the frame is 32 x 64 px instead of 64 x 64"):
         stylizer.run_many([*frames(1), *frames(1, 32)], [state] * 2)
 
 
 def test_small_pictures_share_a_call_and_large_ones_do_not(handmade: Bundle) -> None:
-    with Stylizer(handmade, Backend(), backend="openvino") as stylizer:
+    with Stylizer(handmade, replace(Openers.on_host(Backend()), backend="openvino")) as stylizer:
         sizes = [(64, 64), (256, 256), (256, 512), (384, 384), (512, 512), (1024, 1024)]
         assert [stylizer.frames_per_call(size) for size in sizes] == [4, 4, 2, 1, 1, 1]
-    with Stylizer(handmade, Backend(), backend="tensorrt") as stylizer:
+    with Stylizer(handmade, replace(Openers.on_host(Backend()), backend="tensorrt")) as stylizer:
         assert stylizer.frames_per_call((64, 64)) == 1
 
 
 def test_a_level_is_another_stylizer_of_that_size_and_steps(handmade: Bundle, stylizer: Stylizer) -> None:
     (frame,) = frames(1, 128, 96)
-    level = stylizer.level(128, 96, size=40, steps=2)
+    level = stylizer.quality(128, 96, size=40, steps=2)
     assert level == Quality((48, 32), 2)
-    found = stylizer.run(stylizer.fit(frame, level), stylizer.state_for(level, seed=3), level=level)
+    found = stylizer.run(stylizer.fit(frame, level), stylizer.state_for(level, seed=3), quality=level)
     with Stylizer(handmade, Backend(told_apart), size=40, steps=2) as other:
         other.set_style(STYLE)
         expected, _ = other.step(frame, other.state(128, 96, seed=3))
     np.testing.assert_array_equal(stylizer.unfit(found, (128, 96)), expected)
     with pytest.raises(BundleError, match="one of 1, 2, 4"):
-        stylizer.level(128, 96, steps=3)
+        stylizer.quality(128, 96, steps=3)
 
 
 def test_another_number_of_steps_opens_no_engine(stylizer: Stylizer, backend: Backend) -> None:
@@ -181,24 +184,24 @@ def test_another_number_of_steps_opens_no_engine(stylizer: Stylizer, backend: Ba
     stylizer.run(frame, state)
     before, found = len(backend.opened), []
     for steps in (4, 2, 1, 4):
-        found.append(stylizer.run(frame, state, level=Quality((64, 64), steps)))
+        found.append(stylizer.run(frame, state, quality=Quality((64, 64), steps)))
     assert len(backend.opened) == before
     assert len({one.tobytes() for one in found}) == 3
-    stylizer.prepare_levels([Quality((64, 64), 4)], stream_batch=True)
-    stylizer.stream_batch((64, 64)).push(frame, state)
+    stylizer.prepare_qualities([Quality((64, 64), 4)], stream_batch=True)
+    StreamBatch(stylizer, (64, 64)).push(frame, state)
     assert [spec.name for spec, _ in backend.opened[before:]] == ["unet"]  # at a batch of four
     assert not any(engine.closed for _, engine in backend.opened)
 
 
 def test_levels_that_were_asked_for_stay_open(stylizer: Stylizer, backend: Backend) -> None:
-    levels = [stylizer.level(64, 64, size=side, steps=steps) for side in (64, 56, 48) for steps in (4, 2)]
-    stylizer.prepare_levels(levels)
+    levels = [stylizer.quality(64, 64, size=side, steps=steps) for side in (64, 56, 48) for steps in (4, 2)]
+    stylizer.prepare_qualities(levels)
     for level in levels:
-        stylizer.run(frames(1, *level.size)[0], stylizer.state_for(level), level=level)
+        stylizer.run(frames(1, *level.size)[0], stylizer.state_for(level), quality=level)
         assert stylizer.ready(level)
     assert len(backend.engines("unet")) == 3
     assert not stylizer.ready(levels[0], stream_batch=True)
-    stylizer.prepare_levels([])
+    stylizer.prepare_qualities([])
     closed = {
         spec.shapes["sample"][2] * 8: engine.closed for spec, engine in backend.opened if spec.name == "unet"
     }
@@ -212,14 +215,14 @@ def test_ready_says_whether_a_level_is_open_and_asks_for_nothing(handmade: Bundl
         assert go.wait(30)
         return open_on_host(program, specs, backend)
 
-    with Stylizer(handmade, backend, open_runner=opener) as stylizer:
-        level = stylizer.level(64, 64, steps=2)
+    with Stylizer(handmade, Openers(backend, backend, opener)) as stylizer:
+        level = stylizer.quality(64, 64, steps=2)
         assert not stylizer.ready(level)
-        stylizer.prepare_levels([level])
+        stylizer.prepare_qualities([level])
         assert not stylizer.ready(level)
         go.set()
         stylizer.set_style(STYLE)
-        stylizer.run(frames(1)[0], stylizer.state_for(level), level=level)
+        stylizer.run(frames(1)[0], stylizer.state_for(level), quality=level)
         assert stylizer.ready(level)
 
 
@@ -234,7 +237,7 @@ def test_noise_belongs_to_seed_and_size_whatever_the_steps(tmp_path_factory: pyt
             np.testing.assert_array_equal(states[0].noise[: len(state.noise)], state.noise)
         # More draws than a level needs do no harm: a stream may keep its state from level to level.
         level = Quality((64, 64), 2)
-        one, other = (stylizer.run(frames(1)[0], state, level=level) for state in states[:2])
+        one, other = (stylizer.run(frames(1)[0], state, quality=level) for state in states[:2])
         np.testing.assert_array_equal(one, other)
         # Too few are drawn anew by step, which knows what it needs.
         _, state = stylizer.step(frames(1)[0], states[2])
@@ -276,7 +279,7 @@ def test_a_crossfade_feeds_what_changes_and_keeps_nothing(handmade: Bundle) -> N
         backend = Backend(told_apart)
         return Recorder({name: backend(spec) for name, spec in specs.items()}, program)
 
-    with Stylizer(handmade, Backend(), open_runner=opener) as stylizer:
+    with Stylizer(handmade, Openers(Backend(), Backend(), opener)) as stylizer:
         first, second = stylizer.encode_style(STYLE), stylizer.encode_style(255 - STYLE)
         (frame,), state = frames(1), stylizer.state_for((64, 64))
         for i in range(31):
@@ -286,7 +289,7 @@ def test_a_crossfade_feeds_what_changes_and_keeps_nothing(handmade: Bundle) -> N
                 stylizer.run(frame, state)
         assert len(fed) == 31
         assert all("encoder_hidden_states" not in feeds and "noise_0" not in feeds for feeds in fed[1:])
-        assert len(stylizer._told) == 1
+        assert len(stylizer._conditioning) == 1
         assert sum(value.nbytes for value in fed[-1].values()) < 200
 
 
@@ -344,7 +347,7 @@ def test_use_after_close_is_one_clear_line(handmade: Bundle) -> None:
     stylizer = Stylizer(handmade, Backend())
     stylizer.set_style(STYLE)
     (frame,), state = frames(1), stylizer.state_for((64, 64))
-    batch = stylizer.stream_batch((64, 64))
+    batch = StreamBatch(stylizer, (64, 64))
     stylizer.close()
     stylizer.close()
     for use in (
@@ -352,8 +355,8 @@ def test_use_after_close_is_one_clear_line(handmade: Bundle) -> None:
         lambda: stylizer.run_many([frame], [state]),
         lambda: stylizer.set_style(255 - STYLE),
         lambda: stylizer.prepare(64, 64),
-        lambda: stylizer.prepare_levels([Quality((64, 64), 1)]),
-        lambda: stylizer.stream_batch((64, 64)),
+        lambda: stylizer.prepare_qualities([Quality((64, 64), 1)]),
+        lambda: StreamBatch(stylizer, (64, 64)),
         lambda: batch.push(frame, state),
     ):
         with pytest.raises(

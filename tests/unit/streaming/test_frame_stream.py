@@ -14,7 +14,7 @@ from std_rt.live.pacing import SimilarityFilter
 from std_rt.pipeline.conditioning import EncodedStyle
 from std_rt.pipeline.stylizer import Quality, Stylizer
 from std_rt.streaming.frame_packet import FramePacket
-from std_rt.streaming.frame_stream import GROUPED, ONE_BY_ONE, STREAM_BATCH, WAYS, FrameStream
+from std_rt.streaming.frame_stream import GROUPED, ONE_BY_ONE, STREAM_BATCH, FrameStream
 
 Frame = NDArray[np.uint8]
 
@@ -34,7 +34,7 @@ def _frames(count: int, width: int = 72, height: int = 48) -> list[Frame]:
     return list(moving_scene(count, width, height))
 
 
-def _shots(frames: list[Frame]) -> list[FramePacket]:
+def _packets(frames: list[Frame]) -> list[FramePacket]:
     return [FramePacket(frame, index=index) for index, frame in enumerate(frames)]
 
 
@@ -51,11 +51,11 @@ def alone(stylizer: Stylizer, frames: list[Frame]) -> list[Frame]:
     return [stylizer.step(frame, stylizer.state(*frame.shape[:2]))[0] for frame in frames]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("batching", [ONE_BY_ONE, STREAM_BATCH, GROUPED])
 @pytest.mark.parametrize("count", [1, 3, 9])  # fewer than fit together, and not a multiple of it
-def test_every_way_gives_what_a_frame_alone_gives(stylizer: Stylizer, way: str, count: int) -> None:
+def test_every_way_gives_what_a_frame_alone_gives(stylizer: Stylizer, batching: str, count: int) -> None:
     frames = _frames(count)
-    assert_same(list(FrameStream(stylizer, way=way).frames(iter(frames))), alone(stylizer, frames))
+    assert_same(list(FrameStream(stylizer, batching=batching).frames(iter(frames))), alone(stylizer, frames))
 
 
 def test_one_by_one_without_steadying_is_step_to_the_bit(stylizer: Stylizer) -> None:
@@ -71,8 +71,8 @@ def test_a_seed_is_that_of_step(stylizer: Stylizer) -> None:
     assert (ours != stylizer.stylize(frame, seed=8)).any()
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_frame_has_the_style_that_it_came_in_with(stylizer: Stylizer, way: str) -> None:
+@pytest.mark.parametrize("batching", [ONE_BY_ONE, STREAM_BATCH, GROUPED])
+def test_a_frame_has_the_style_that_it_came_in_with(stylizer: Stylizer, batching: str) -> None:
     frames = _frames(7)
     dark, light = (stylizer.encode_style(_flat(value)) for value in (20, 230))
     asked: list[float] = []
@@ -81,7 +81,7 @@ def test_a_frame_has_the_style_that_it_came_in_with(stylizer: Stylizer, way: str
         asked.append(now)
         return (dark if len(asked) <= 3 else light), 1.0
 
-    ours = list(FrameStream(stylizer, style_at, way=way).frames(iter(frames)))
+    ours = list(FrameStream(stylizer, style_at, batching=batching).frames(iter(frames)))
     expected = []
     for index, frame in enumerate(frames):
         stylizer.use_style(dark if index < 3 else light)
@@ -90,27 +90,27 @@ def test_a_frame_has_the_style_that_it_came_in_with(stylizer: Stylizer, way: str
     assert np.abs(ours[2].astype(int) - ours[3]).mean() > 5  # the two styles do differ
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_change_of_size_loses_no_frame(stylizer: Stylizer, way: str) -> None:
+@pytest.mark.parametrize("batching", [ONE_BY_ONE, STREAM_BATCH, GROUPED])
+def test_a_change_of_size_loses_no_frame(stylizer: Stylizer, batching: str) -> None:
     frames = [*_frames(5), *_frames(6, 48, 72), *_frames(2)]
-    shots = list(FrameStream(stylizer, way=way).paint(_shots(frames)))
-    assert [shot.index for shot in shots] == list(range(13))
-    assert_same([shot.styled for shot in shots if shot.styled is not None], alone(stylizer, frames))
+    packets = list(FrameStream(stylizer, batching=batching).run(_packets(frames)))
+    assert [packet.index for packet in packets] == list(range(13))
+    assert_same([packet.styled for packet in packets if packet.styled is not None], alone(stylizer, frames))
 
 
-@pytest.mark.parametrize("way", [ONE_BY_ONE, STREAM_BATCH])
-def test_another_level_from_one_frame_to_the_next(stylizer: Stylizer, way: str) -> None:
-    frames, painter = _frames(8), FrameStream(stylizer, way=way)
+@pytest.mark.parametrize("batching", [ONE_BY_ONE, STREAM_BATCH])
+def test_another_level_from_one_frame_to_the_next(stylizer: Stylizer, batching: str) -> None:
+    frames, stream = _frames(8), FrameStream(stylizer, batching=batching)
     small = Quality((32, 48), 2)
     out: list[FramePacket] = []
-    painted = painter.paint(iter(_shots(frames)))
+    painted = stream.run(iter(_packets(frames)))
     while len(out) < 8:
         out.append(next(painted))
         if len(out) == 2:
-            out.extend(painter.go_to(small))
-    assert painter.level == small
-    assert [shot.index for shot in out] == list(range(8))
-    sizes = [shot.styled.shape[:2] for shot in out if shot.styled is not None]
+            out.extend(stream.switch(small))
+    assert stream.quality == small
+    assert [packet.index for packet in out] == list(range(8))
+    sizes = [packet.styled.shape[:2] for packet in out if packet.styled is not None]
     changed = sizes.index((32, 48))
     assert sizes == [(48, 72)] * changed + [(32, 48)] * (8 - changed)
     assert 2 <= changed <= 5  # at once, or after what was inside the batch
@@ -118,45 +118,45 @@ def test_another_level_from_one_frame_to_the_next(stylizer: Stylizer, way: str) 
 
 def test_what_hardly_differs_is_not_painted_again(stylizer: Stylizer) -> None:
     frame, other = _frames(2)
-    painter = FrameStream(stylizer, similar=SimilarityFilter(0.9, max_skip=100))
-    shots = list(painter.paint(_shots([frame] * 6 + [other])))
-    assert [shot.skipped for shot in shots] == [False] + [True] * 5 + [False]
-    assert all(shot.styled is shots[0].styled for shot in shots[:6])
+    stream = FrameStream(stylizer, similarity=SimilarityFilter(0.9, max_skip=100))
+    packets = list(stream.run(_packets([frame] * 6 + [other])))
+    assert [packet.skipped for packet in packets] == [False] + [True] * 5 + [False]
+    assert all(packet.styled is packets[0].styled for packet in packets[:6])
 
 
 def test_a_change_of_style_is_painted_though_the_frame_is_the_same(stylizer: Stylizer) -> None:
     (frame,) = _frames(1)
     styles = [stylizer.encode_style(_flat(value)) for value in (20, 20, 230, 230)]
     turn = iter(styles)
-    painter = FrameStream(
-        stylizer, lambda now: (next(turn), 1.0), similar=SimilarityFilter(0.9, max_skip=100)
+    stream = FrameStream(
+        stylizer, lambda now: (next(turn), 1.0), similarity=SimilarityFilter(0.9, max_skip=100)
     )
-    assert [shot.skipped for shot in painter.paint(_shots([frame] * 4))] == [False, True, False, True]
+    assert [packet.skipped for packet in stream.run(_packets([frame] * 4))] == [False, True, False, True]
 
 
 def test_similar_frames_are_left_out_one_by_one_only(stylizer: Stylizer) -> None:
     with pytest.raises(ValueError, match="stream batch"):
-        FrameStream(stylizer, way=STREAM_BATCH, similar=SimilarityFilter())
+        FrameStream(stylizer, batching=STREAM_BATCH, similarity=SimilarityFilter())
 
 
 def test_forgetting_gives_up_what_is_inside(stylizer: Stylizer) -> None:
-    frames, painter = _frames(6), FrameStream(stylizer, way=STREAM_BATCH)
-    shots = iter(_shots(frames))
+    frames, stream = _frames(6), FrameStream(stylizer, batching=STREAM_BATCH)
+    packets = iter(_packets(frames))
 
     def interrupted() -> Iterator[FramePacket]:
-        yield from (next(shots), next(shots))
-        assert painter.forget() == 2
-        yield from shots
+        yield from (next(packets), next(packets))
+        assert stream.discard() == 2
+        yield from packets
 
-    out = list(painter.paint(interrupted()))
-    assert [shot.index for shot in out] == [2, 3, 4, 5]
-    assert_same([shot.styled for shot in out if shot.styled is not None], alone(stylizer, frames[2:]))
+    out = list(stream.run(interrupted()))
+    assert [packet.index for packet in out] == [2, 3, 4, 5]
+    assert_same([packet.styled for packet in out if packet.styled is not None], alone(stylizer, frames[2:]))
 
 
 def test_stages_are_timed(stylizer: Stylizer) -> None:
-    for way in (ONE_BY_ONE, STREAM_BATCH, GROUPED):
-        shots = list(FrameStream(stylizer, way=way).paint(_shots(_frames(9))))
-        assert {"unet", "vae_encoder", "vae_decoder", "convert"} <= shots[3].stages_ms.keys()
+    for batching in (ONE_BY_ONE, STREAM_BATCH, GROUPED):
+        packets = list(FrameStream(stylizer, batching=batching).run(_packets(_frames(9))))
+        assert {"unet", "vae_encoder", "vae_decoder", "convert"} <= packets[3].stages_ms.keys()
 
 
 def test_an_error_of_the_engines_is_raised(stylizer: Stylizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,6 +168,6 @@ def test_an_error_of_the_engines_is_raised(stylizer: Stylizer, monkeypatch: pyte
         list(FrameStream(stylizer).frames(iter(_frames(2))))
 
 
-def test_a_way_that_is_none_is_refused(stylizer: Stylizer) -> None:
-    with pytest.raises(ValueError, match="no way 'sideways'"):
-        FrameStream(stylizer, way="sideways")
+def test_an_unknown_batching_mode_is_refused(stylizer: Stylizer) -> None:
+    with pytest.raises(ValueError, match="unknown batching mode 'sideways'"):
+        FrameStream(stylizer, batching="sideways")

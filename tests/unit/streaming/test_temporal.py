@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from std_rt.evaluation.measures import WarpingError
-from std_rt.pipeline.state import State, draw_noise
+from std_rt.pipeline.stylizer import State, draw_noise
 from std_rt.streaming.noise_warp import MovingNoise
 from std_rt.streaming.optical_flow import Followed, Follower, enlarged, reduced, unmoved
 from std_rt.streaming.temporal import TEMPORAL_MODES, Motion, TemporalFilter

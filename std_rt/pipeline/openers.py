@@ -1,4 +1,4 @@
-"""What of a bundle is opened, and how: on a backend at once, or on a slower one in the meantime."""
+"""Functions that open a bundle's graphs and programs on a backend, or on a slower one until it is ready."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from std_rt.pipeline.program_builder import FrameNumbers, frame_program, graph_s
 from std_rt.pipeline.runner_cache import RunnerKey
 from std_rt.pipeline.stream_program import stream_program
 
-__all__ = [
-    "Opener",
-    "Openers",
-    "RunnerOpener",
-    "graph_spec",
-    "in_background",
-    "layout_program",
-    "on_host",
-    "openers",
-]
+__all__ = ["GraphOpener", "Openers", "RunnerOpener", "graph_spec", "openers", "program_for"]
 
-Opener = Callable[[GraphSpec], Engine]
+GraphOpener = Callable[[GraphSpec], Engine]
 RunnerOpener = Callable[[Program, dict[str, GraphSpec]], Runner]
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Openers:
-    """What opens one graph, one text encoder, a whole program; on ``backend``, chosen for ``reason``."""
+    """What opens one graph at static shapes, one text encoder, and a whole program.
 
-    graph: Opener
-    text: Opener
+    ``backend`` and ``reason`` say what was chosen and why.
+    """
+
+    graph: GraphOpener
+    text: GraphOpener
     runner: RunnerOpener
-    backend: str
-    reason: str
+    backend: str = ""
+    reason: str = ""
+
+    @classmethod
+    def on_host(cls, graph: GraphOpener) -> Openers:
+        """Programs run from Python, graph by graph; programs of one size share their engines."""
+        shared = SharedEngines(graph)
+        return cls(graph, graph, lambda program, specs: open_on_host(program, specs, shared.open))
 
 
 def openers(backend: str, precision: str, meanwhile: Callable[[str], None] | None = None) -> Openers:
-    """Those of a backend's name, as `Stylizer.load` has it. Raises BackendError where it cannot be used."""
+    """Openers for a backend name, as in `Stylizer.load`. Raises BackendError where it cannot be used."""
     name, reason = choose_backend(backend)
     first = name if meanwhile is None or name not in GPU_BACKENDS else choose_backend("cpu")[0]
 
@@ -59,27 +59,21 @@ def openers(backend: str, precision: str, meanwhile: Callable[[str], None] | Non
     def open_on(backend: str, program: Program, specs: dict[str, GraphSpec]) -> Runner:
         return open_runner(backend, program, specs, precision, shared.open)
 
-    def open_both(program: Program, specs: dict[str, GraphSpec]) -> Runner:
+    def open_program(program: Program, specs: dict[str, GraphSpec]) -> Runner:
         if meanwhile is None or first == name:
             return open_on(name, program, specs)
-        # Asked for first: the building takes minutes, the slow runner is opened beside it.
-        coming = in_background(lambda: open_on(name, program, specs))
+        # The build takes minutes, so it starts first; the slow runner opens beside it.
+        coming = _in_background(lambda: open_on(name, program, specs))
         return SwitchingRunner(open_on(first, program, specs), coming, meanwhile, (first, name))
 
     def open_text(spec: GraphSpec) -> Engine:
-        return open_engine(first, spec, "fp32")  # once a prompt: exact costs nothing
+        return open_engine(first, spec, "fp32")  # runs once a prompt: exact costs nothing
 
-    return Openers(open_graph, open_text, open_both, name, reason)
-
-
-def on_host(open_graph: Opener) -> RunnerOpener:
-    """Programs run from here, graph by graph; those of one size share their engines."""
-    shared = SharedEngines(open_graph)
-    return lambda program, specs: open_on_host(program, specs, shared.open)
+    return Openers(open_graph, open_text, open_program, name, reason)
 
 
-def in_background(work: Callable[[], Runner]) -> Future[Runner]:
-    """``work`` in a thread of its own that no exit waits for: a build cannot be stopped half-way."""
+def _in_background(work: Callable[[], Runner]) -> Future[Runner]:
+    """``work`` in a daemon thread, so that no exit waits for it: a build cannot be stopped half-way."""
     future: Future[Runner] = Future()
 
     def run() -> None:
@@ -87,38 +81,39 @@ def in_background(work: Callable[[], Runner]) -> Future[Runner]:
             return
         try:
             future.set_result(work())
-        except BaseException as error:  # noqa: BLE001 (whoever asks the future gets it)
+        except BaseException as error:  # noqa: BLE001 (raised by whoever reads the future)
             future.set_exception(error)
 
     Thread(target=run, name="std-rt-build", daemon=True).start()
     return future
 
 
-def layout_program(
-    bundle: Bundle, layout: RunnerKey, guidance: Guidance, text: Mapping[str, Shape]
+def program_for(
+    bundle: Bundle, key: RunnerKey, guidance: Guidance, text: Mapping[str, Shape]
 ) -> tuple[Program, dict[str, GraphSpec]]:
-    """The program of a layout, and what to open for it; ``text`` gives shapes without the batch.
+    """The program of a runner key, and its graphs at their shapes; ``text``: shapes without the batch axis.
 
-    Raises UsageError where the bundle does not work at the layout's size, BundleError where it has no
-    schedule for its steps.
+    Raises UsageError where the bundle does not support the size, BundleError where it has no schedule for
+    the steps.
     """
-    size, style = layout.level.size, bundle.style
-    _check_working(bundle, size)
-    own = {name: text[name] for name in ("encoder_hidden_states", "text_embeds")}
-    shapes = {"time_ids": (6,), "style_tokens": (int(style["tokens"]), int(style["dim"]))}
-    numbers = FrameNumbers(bundle.vae_scale, bundle.latent_channels, {**own, **shapes, "style_strength": ()})
-    about = (numbers, bundle.coefficients(layout.level.steps), bundle.prediction_type, size, guidance)
-    program = stream_program(*about) if layout.stream else frame_program(*about, layout.frames)
+    size, style = key.quality.size, bundle.style
+    _check_size(bundle, size)
+    prompt = {name: text[name] for name in ("encoder_hidden_states", "text_embeds")}
+    tokens = (int(style["tokens"]), int(style["dim"]))
+    shapes = {**prompt, "time_ids": (6,), "style_tokens": tokens, "style_strength": ()}
+    numbers = FrameNumbers(bundle.vae_scale, bundle.latent_channels, shapes)
+    common = (numbers, bundle.coefficients(key.quality.steps), bundle.prediction_type, size, guidance)
+    program = stream_program(*common) if key.stream else frame_program(*common, key.frames)
     return program, {name: graph_spec(bundle, name, found) for name, found in graph_shapes(program).items()}
 
 
 def graph_spec(bundle: Bundle, name: str, shapes: Mapping[str, Shape]) -> GraphSpec:
-    """What to open for one of a bundle's graphs at these shapes."""
+    """One of a bundle's graphs at these shapes."""
     compute = bundle.manifest.get("precision", {}).get(name, {}).get("compute", "fp32")
     return GraphSpec(name, bundle.graph_path(name), shapes, bundle.digest, compute=compute)
 
 
-def _check_working(bundle: Bundle, size: tuple[int, int]) -> None:
+def _check_size(bundle: Bundle, size: tuple[int, int]) -> None:
     multiple, (low, high) = bundle.size_multiple, bundle.size_range
     if any(side % multiple or not low <= side <= high for side in size):
         raise UsageError(

@@ -17,7 +17,9 @@ from std_rt.core.errors import BackendError, UsageError
 from std_rt.core.schedule import NoiseSchedule
 from std_rt.engines import GraphSpec
 from std_rt.engines.program import HostRunner, Program
+from std_rt.pipeline.openers import Openers
 from std_rt.pipeline.runner_cache import Quality
+from std_rt.streaming.stream_batch import StreamBatch
 
 MODES = ("none", "full", "residual")
 SIZE = (64, 96)
@@ -57,16 +59,16 @@ class Clip:
         styled = []
         for frame, state, style in self:
             stylizer.use_style(style)
-            styled.append(stylizer.run(frame, state, level=level))
+            styled.append(stylizer.run(frame, state, quality=level))
         return styled
 
     def batched(self, stylizer: Stylizer, level: Quality) -> list[np.ndarray]:
-        batch, styled = stylizer.stream_batch(level), []
+        batch, styled = StreamBatch(stylizer, level), []
         for i, (frame, state, style) in enumerate(self):
             stylizer.use_style(style)
             found = batch.push(frame, state)
-            assert (found is None) is (i < batch.latency_frames)
-            styled += [] if found is None else [found]
+            assert len(found) == (i >= batch.latency_frames)
+            styled += found
         styled += batch.flush()
         assert batch.inside == 0
         return styled
@@ -144,7 +146,7 @@ class Bench:
             self.runners.append(Recorder({name: backend(spec) for name, spec in specs.items()}, program))
             return self.runners[-1]
 
-        self.stylizer = Stylizer(bundle, backend, open_runner=opener, guidance_mode="none")
+        self.stylizer = Stylizer(bundle, Openers(backend, backend, opener), guidance_mode="none")
         self.stylizer.set_style(np.full((32, 32, 3), 200, np.uint8))
         self.frames = [np.full((64, 64, 3), level, np.uint8) for level in range(60, 180, 10)]
         self.state = self.stylizer.state_for((64, 64), seed=1)
@@ -170,25 +172,24 @@ def assert_are(found: list[np.ndarray], wanted: list[np.ndarray]) -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 9])
 def test_flushed_it_is_empty_and_can_be_used_again(bench: Bench, count: int) -> None:
-    batch = bench.stylizer.stream_batch((64, 64))
+    batch = StreamBatch(bench.stylizer, (64, 64))
     assert batch.latency_frames == 3
     for _ in range(2):
-        found = [batch.push(frame, bench.state) for frame in bench.frames[:count]]
+        styled = [frame for pushed in bench.frames[:count] for frame in batch.push(pushed, bench.state)]
         assert batch.inside == min(count, 3)
-        styled = [frame for frame in found if frame is not None] + list(batch.flush())
+        styled += batch.flush()
         assert_are(styled, bench.wanted[:count])
         assert batch.inside == 0
         assert list(batch.flush()) == []
 
 
 def test_frames_pushed_in_the_middle_of_a_flush_come_out_in_order(bench: Bench) -> None:
-    batch, styled = bench.stylizer.stream_batch((64, 64)), []
+    batch, styled = StreamBatch(bench.stylizer, (64, 64)), []
     for frame in bench.frames[:3]:
         batch.push(frame, bench.state)
     styled.append(next(batch.flush()))
     for frame in bench.frames[3:5]:
-        found = batch.push(frame, bench.state)
-        styled += [] if found is None else [found]
+        styled += batch.push(frame, bench.state)
     styled += batch.flush()
     assert_are(styled, bench.wanted[:5])
 
@@ -196,15 +197,14 @@ def test_frames_pushed_in_the_middle_of_a_flush_come_out_in_order(bench: Bench) 
 def test_one_step_has_no_latency(bench: Bench) -> None:
     level = Quality((64, 64), 1)
     state = bench.stylizer.state_for(level, seed=1)
-    batch = bench.stylizer.stream_batch(level)
-    found = batch.push(bench.frames[0], state)
-    assert found is not None
-    np.testing.assert_array_equal(found, bench.stylizer.run(bench.frames[0], state, level=level))
+    batch = StreamBatch(bench.stylizer, level)
+    (found,) = batch.push(bench.frames[0], state)
+    np.testing.assert_array_equal(found, bench.stylizer.run(bench.frames[0], state, quality=level))
     assert (batch.latency_frames, batch.inside, list(batch.flush())) == (0, 0, [])
 
 
 def test_nothing_is_fed_again_while_style_and_noise_stay(bench: Bench) -> None:
-    batch = bench.stylizer.stream_batch((64, 64))
+    batch = StreamBatch(bench.stylizer, (64, 64))
     for frame in bench.frames[:6]:
         batch.push(frame, bench.state)
     list(batch.flush())
@@ -222,20 +222,22 @@ def test_nothing_is_fed_again_while_style_and_noise_stay(bench: Bench) -> None:
 
 
 def test_what_does_not_fit_is_refused_and_costs_no_frame_inside(bench: Bench) -> None:
-    batch = bench.stylizer.stream_batch((64, 64))
+    batch = StreamBatch(bench.stylizer, (64, 64))
     for frame in bench.frames[:3]:
         batch.push(frame, bench.state)
-    with pytest.raises(UsageError, match=r"the frame is 32 x 64 px, 64 x 64 are due; use fit\(frame\) first"):
+    with pytest.raises(
+        UsageError, match=r"the frame is 32 x 64 px instead of 64 x 64; use fit\(frame\) first"
+    ):
         batch.push(bench.frames[0][:32], bench.state)
-    with pytest.raises(UsageError, match=r"noise \[4, 3, 4, 8\] where \[4, 3, 8, 8\] is due"):
+    with pytest.raises(UsageError, match=r"noise \[4, 3, 4, 8\] instead of \[4, 3, 8, 8\]"):
         batch.push(bench.frames[0], bench.stylizer.state_for((32, 64)))
-    with pytest.raises(UsageError, match=r"noise \[1, 3, 8, 8\] where \[4, 3, 8, 8\] is due; use state_for"):
+    with pytest.raises(UsageError, match=r"noise \[1, 3, 8, 8\] instead of \[4, 3, 8, 8\]; use state_for"):
         batch.push(bench.frames[0], bench.stylizer.state_for(Quality((64, 64), 1)))
     assert_are(list(batch.flush()), bench.wanted[:3])
 
 
 def test_after_an_error_of_the_engines_it_fills_again(bench: Bench) -> None:
-    batch = bench.stylizer.stream_batch((64, 64))
+    batch = StreamBatch(bench.stylizer, (64, 64))
     batch.push(bench.frames[0], bench.state)
     bench.runners[-1].broken = True
     with pytest.raises(BackendError, match="gave up"):
@@ -243,35 +245,35 @@ def test_after_an_error_of_the_engines_it_fills_again(bench: Bench) -> None:
     bench.runners[-1].broken = False
     assert batch.inside == 0
     found = [batch.push(frame, bench.state) for frame in bench.frames[2:7]]
-    assert found[:3] == [None] * 3
-    assert_are([*found[3:], *batch.flush()], bench.wanted[2:7])
+    assert found[:3] == [[]] * 3
+    assert_are([*(frame for (frame,) in found[3:]), *batch.flush()], bench.wanted[2:7])
 
 
 def test_frames_that_are_lost_to_another_batch_of_the_level_are_reported(bench: Bench) -> None:
-    first, second = (bench.stylizer.stream_batch((64, 64)) for _ in range(2))
+    first, second = (StreamBatch(bench.stylizer, (64, 64)) for _ in range(2))
     first.push(bench.frames[0], bench.state)
     for frame in bench.frames[:2]:
         second.push(frame, bench.state)
-    with pytest.raises(UsageError, match=r"1 frames inside the stream batch are lost: .* flush\(\) it"):
+    with pytest.raises(UsageError, match=r"1 frames inside the stream batch are lost: .* call flush\(\)"):
         first.push(bench.frames[1], bench.state)
     assert_are(list(second.flush()), bench.wanted[:2])
     found = [first.push(frame, bench.state) for frame in bench.frames[:5]]
-    assert_are([*found[3:], *first.flush()], bench.wanted[:5])
+    assert_are([*(frame for (frame,) in found[3:]), *first.flush()], bench.wanted[:5])
 
 
 def test_frames_inside_keep_their_runner_open_while_other_levels_are_used(bench: Bench) -> None:
-    batch = bench.stylizer.stream_batch((64, 64))
+    batch = StreamBatch(bench.stylizer, (64, 64))
     for frame in bench.frames[:3]:
         batch.push(frame, bench.state)
     for steps in (1, 2, 1):
-        bench.stylizer.run(bench.frames[0], bench.state, level=Quality((64, 64), steps))
+        bench.stylizer.run(bench.frames[0], bench.state, quality=Quality((64, 64), steps))
     for side in (32, 48):
         bench.stylizer.stylize(np.zeros((side, side, 3), np.uint8))
     assert_are(list(batch.flush()), bench.wanted[:3])
     del batch  # and whoever is not there any more keeps nothing open
     for side in (32, 48):
         bench.stylizer.stylize(np.zeros((side, side, 3), np.uint8))
-    assert len(bench.stylizer._shelf.values()) == 2
+    assert len(bench.stylizer._cache.values()) == 2
 
 
 def test_openvino_prepares_once_and_then_once_for_every_mixture(
@@ -288,12 +290,12 @@ def test_openvino_prepares_once_and_then_once_for_every_mixture(
     monkeypatch.setattr(openvino.Prepared, "_run", counted)
     with Stylizer.load(handmade, backend="openvino", precision="fp32") as stylizer:
         dark, light = (stylizer.encode_style(np.full((32, 32, 3), v, np.uint8)) for v in (20, 200))
-        batch, state = stylizer.stream_batch((64, 64)), stylizer.state(64, 64)
-        found = []
+        batch, state = StreamBatch(stylizer, (64, 64)), stylizer.state(64, 64)
+        found: list[np.ndarray] = []
         for style, expected in ((dark, [4]), (light, [4] * 5)):
             stylizer.use_style(style)
             for _ in range(8):
-                found.append(batch.push(np.full((64, 64, 3), 90, np.uint8), state))
+                found += batch.push(np.full((64, 64, 3), 90, np.uint8), state)
             assert runs == expected
         found += batch.flush()
         stylizer.use_style(dark)
@@ -301,6 +303,6 @@ def test_openvino_prepares_once_and_then_once_for_every_mixture(
         stylizer.use_style(light)
         after = stylizer.stylize(np.full((64, 64, 3), 90, np.uint8))
     assert not np.array_equal(before, after)
-    for i, frame in enumerate(found[3:]):
-        assert frame is not None
+    assert len(found) == 16
+    for i, frame in enumerate(found):
         np.testing.assert_array_equal(frame, before if i < 8 else after)

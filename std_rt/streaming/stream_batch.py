@@ -1,0 +1,108 @@
+"""The stream batch: N steps of N consecutive frames in one call of the UNet.
+
+    batch = StreamBatch(stylizer, (256, 256))
+    for frame in frames:
+        results = batch.push(stylizer.fit(frame), state)  # empty until N frames have entered
+    results = list(batch.flush())  # the frames still inside
+
+More frames a second, N - 1 frames later (StreamDiffusion, arXiv 2312.12491, section 3.1). A frame keeps the
+style and the noise it entered with through all its steps, so each comes out as it does one by one. The
+launches are in `pipeline.stream_program`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from std_rt.core.errors import UsageError
+from std_rt.engines.program import Mark, no_mark
+from std_rt.pipeline.conditioning import Conditioning
+from std_rt.pipeline.runner_cache import CachedRunner, Quality, RunnerKey
+from std_rt.pipeline.stylizer import State, Stylizer
+
+__all__ = ["StreamBatch"]
+
+Frame = NDArray[np.uint8]
+Array = NDArray[np.float32]
+Size = tuple[int, int]  # (H, W) in pixels
+
+
+@dataclass(frozen=True, eq=False)
+class _Slot:
+    """What a frame entered with."""
+
+    conditioning: Conditioning
+    noise: Array
+
+
+class StreamBatch:
+    """Frames of one quality on their way through the slots, one a step. One thread at a time."""
+
+    def __init__(self, stylizer: Stylizer, at: Quality | Size) -> None:
+        """``at``: a quality, or a working size (H, W) and the stylizer's steps. Its engines begin to open."""
+        self._stylizer = stylizer
+        self._key = RunnerKey(stylizer.quality_at(at), stream=True)
+        stylizer.runner(self._key)
+        steps = len(stylizer.bundle.coefficients(self._key.quality.steps))
+        self._slots: list[_Slot | None] = [None] * (steps - 1)  # before a run: slot 1 and up
+        self._newest: _Slot | None = None
+        self._last: Frame | None = None
+
+    @property
+    def latency_frames(self) -> int:
+        """Frames that enter before the result of one comes out."""
+        return len(self._slots)
+
+    @property
+    def inside(self) -> int:
+        """Frames that have entered and not come out."""
+        return sum(slot is not None for slot in self._slots)
+
+    def push(self, working: Frame, state: State, mark: Mark = no_mark) -> list[Frame]:
+        """Take a frame uint8 [H, W, 3] of the working size; the result of the frame N - 1 pushes ago, if any.
+
+        Style and noise are those of this moment. Raises UsageError where frame or state have another size.
+        After an error of the engines, the frames inside are lost.
+        """
+        runner = self._stylizer.runner(self._key)
+        self._stylizer.check_fits(working, state, runner)
+        self._claim(runner)
+        self._last = working
+        self._newest = _Slot(self._stylizer.conditioning(self._key.quality.size), state.noise)
+        return self._advance(runner, self._newest, mark)
+
+    def flush(self, mark: Mark = no_mark) -> Iterator[Frame]:
+        """The results of the frames still inside, in order; then it is empty and can be used again."""
+        while any(self._slots):
+            runner = self._stylizer.runner(self._key)
+            self._claim(runner)
+            yield from self._advance(runner, None, mark)
+
+    def _advance(self, runner: CachedRunner, entering: _Slot | None, mark: Mark) -> list[Frame]:
+        """One run. An empty slot gets the newest frame's inputs, so that nothing is fed for it."""
+        assert self._newest is not None
+        assert self._last is not None
+        slots = [entering, *self._slots]
+        rows = [slot or self._newest for slot in slots]
+        self._slots = [None] * (len(slots) - 1)
+        conditioning, noise = [row.conditioning for row in rows], [row.noise for row in rows]
+        styled = runner.run(self._last[None], conditioning, noise, mark)
+        self._slots = slots[:-1]
+        return [styled[0]] if slots[-1] is not None else []
+
+    def _claim(self, runner: CachedRunner) -> None:
+        """Take over the runner's slots; UsageError where another stream batch did, and frames are lost."""
+        if runner.user is self:
+            return
+        lost = self.inside
+        self._slots = [None] * len(self._slots)
+        if lost:
+            raise UsageError(
+                f"{lost} frames inside the stream batch are lost: its engines were closed, or another stream "
+                "batch of the same size and steps was started; call flush() first"
+            )
+        runner.user = self
