@@ -7,8 +7,8 @@
       conditioning.npz      baked text: encoder_hidden_states [1, L, D], text_embeds [1, P]
       reference.npz         inputs and outputs for a self-check
 
-Needs neither torch nor onnx. A bundle that is damaged, incomplete or too new raises `BundleError`
-with the command that mends it; a half-written one never has the final name.
+Needs neither torch nor onnx. A damaged, incomplete or too new bundle raises `BundleError` with the command
+that repairs it; a half-written one never has the final name.
 """
 
 from __future__ import annotations

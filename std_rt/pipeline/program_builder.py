@@ -37,7 +37,7 @@ __all__ = [
 Terms = list[tuple[str, float | Sequence[float]]]  # (buffer, factor, or one for each row)
 Size = tuple[int, int]  # (H, W) in pixels
 
-# UNet inputs that a frame is fed, and those of them that the negative has values of its own for.
+# UNet inputs fed with a frame, and those of them that differ for the negative prompt.
 CONDITIONING = ("encoder_hidden_states", "text_embeds", "time_ids", "style_tokens", "style_strength")
 NEGATIVE = ("encoder_hidden_states", "text_embeds", "style_tokens")
 
@@ -46,7 +46,10 @@ _FLOAT, _BYTE = np.dtype(np.float32), np.dtype(np.uint8)
 
 @dataclass(frozen=True)
 class FrameNumbers:
-    """What of a model decides shapes. ``conditioning`` gives those of `CONDITIONING` without the batch."""
+    """The numbers of a model that decide shapes.
+
+    ``conditioning``: the shapes of `CONDITIONING` without the batch axis.
+    """
 
     vae_scale: int
     latent_channels: int
@@ -72,7 +75,7 @@ def step_factors(c: StepCoefficients, prediction_type: str) -> tuple[float, floa
 
 
 def batch_rows(batch: int, mode: str) -> list[tuple[int, bool]]:
-    """(frame, whether it is told the negative) of every row of `CONDITIONING` in `frame_program`."""
+    """(frame, whether it gets the negative prompt) of every row of `CONDITIONING` in `frame_program`."""
     plain = [(frame, False) for frame in range(batch)]
     return [(frame, True) for frame in range(batch)] + plain if mode == "full" else plain
 
@@ -110,10 +113,10 @@ def frame_program(
 
 
 class ProgramWriter:
-    """A program that is being written, launch by launch."""
+    """Writes a program launch by launch."""
 
     def __init__(self, numbers: FrameNumbers, prediction_type: str, size: Size, batch: int) -> None:
-        """Of ``batch`` frames of ``size`` (H, W) px; ``latents`` is the shape of theirs."""
+        """For ``batch`` frames of ``size`` (H, W) px, whose latents have the shape ``latents``."""
         height, width = size
         scale = numbers.vae_scale
         self.kind = prediction_type
@@ -125,13 +128,13 @@ class ProgramWriter:
         self._constants: dict[str, NDArray[np.float32]] = {}
         self._carried: set[str] = set()
 
-    def told(self, rows: int, names: Sequence[str] = CONDITIONING, prefix: str = "") -> None:
-        """Feeds for ``names`` of `CONDITIONING`, of ``rows`` rows."""
+    def feeds(self, rows: int, names: Sequence[str] = CONDITIONING, prefix: str = "") -> None:
+        """Declare ``names`` of `CONDITIONING` as feeds of ``rows`` rows."""
         for name in names:
             self.buffer(f"{prefix}{name}", (rows, *self._numbers.conditioning[name]))
 
     def encode(self) -> str:
-        """The frame's latents."""
+        """Encode the frame; the name of its latents."""
         image = self.buffer("image", self._image)
         self.launch("frame_in", {"frame": FRAME}, {"image": image}, "convert")
         z = self.buffer("z", self.latents)
@@ -139,14 +142,14 @@ class ProgramWriter:
         return z
 
     def decode(self, latents: str) -> Program:
-        """The frame from its latents, and the program is complete."""
+        """Decode the latents into the frame, which completes the program."""
         image = self.buffer("decoded", self._image)
         self.launch("vae_decoder", {"latents": latents}, {"image": image}, "vae_decoder")
         self.launch("frame_out", {"image": image}, {"frame": STYLED}, "convert")
         return Program(tuple(self._launches), self._buffers, self._constants, frozenset(self._carried))
 
     def unet(self, sample: str, timestep: str, given: Mapping[str, str], output: str) -> str:
-        """Call the UNet; ``given`` maps `CONDITIONING` to buffers. ``output``, of the shape of ``sample``."""
+        """Call the UNet with ``given`` (name in `CONDITIONING` -> buffer); returns ``output``."""
         self.buffer(output, self.shape(sample))
         inputs = {"sample": sample, "timestep": timestep, **given}
         self.launch("unet", inputs, {"noise_pred": output}, "unet")
@@ -173,7 +176,7 @@ class ProgramWriter:
         return out
 
     def split_last(self, x: str, rest: str, last: str) -> tuple[str, str]:
-        """``rest`` as all rows of ``x`` but the last, and ``last`` as that one."""
+        """``rest``: all rows of ``x`` but the last; ``last``: that row."""
         rows, *axes = self.shape(x)
         self.buffer(rest, (rows - 1, *axes))
         self.buffer(last, (1, *axes))
@@ -181,7 +184,7 @@ class ProgramWriter:
         return rest, last
 
     def twice(self, x: str, out: str) -> str:
-        """``out`` as the rows of ``x``, and once more."""
+        """``out`` as the rows of ``x``, twice."""
         rows, *axes = self.shape(x)
         self.buffer(out, (2 * rows, *axes))
         self.launch("double", {"x": x}, {"out": out}, "scheduler")
@@ -196,32 +199,32 @@ class ProgramWriter:
         return first, second
 
     def constant(self, name: str, value: float | Sequence[float], shape: tuple[int, ...]) -> str:
-        """A buffer that is filled once: with one value, or with one for each row."""
+        """A buffer filled once: with one value, or one for each row."""
         rows = np.asarray(value, np.float32).reshape(-1, *[1] * (len(shape) - 1))
         self._constants[name] = np.broadcast_to(rows, shape).copy()  # OpenVINO wants to be able to write
         return self.buffer(name, shape)
 
     def carry(self, name: str, shape: tuple[int, ...]) -> str:
-        """A buffer that keeps its contents from run to run, zero at first."""
+        """A buffer that keeps its contents between runs; zero at first."""
         self._carried.add(name)
         return self.buffer(name, shape)
 
     def buffer(self, name: str, shape: tuple[int, ...]) -> str:
-        """A buffer of floats; what no launch writes is a feed."""
+        """A float buffer; one that no launch writes is a feed."""
         self._buffers[name] = (shape, _FLOAT)
         return name
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """That of a buffer."""
+        """The shape of a buffer."""
         return self._buffers[name][0]
 
     def launch(self, graph: str, inputs: Mapping[str, str], outputs: Mapping[str, str], stage: str) -> None:
-        """See `engines.program.Launch`."""
+        """Append an `engines.program.Launch`."""
         self._launches.append(Launch(graph, inputs, outputs, stage))
 
 
 class ProgramBuilder(ProgramWriter):
-    """``_x`` names the latents that the steps have come to."""
+    """Writes the program of whole frames; ``_x`` names the current latents."""
 
     def __init__(
         self, numbers: FrameNumbers, prediction_type: str, size: Size, guidance: Guidance, batch: int
@@ -232,17 +235,17 @@ class ProgramBuilder(ProgramWriter):
         self._x = ""
         self._first: StepCoefficients | None = None
         self._rows = len(batch_rows(batch, guidance.mode))  # of a call of the UNet
-        self.told(self._rows)
+        self.feeds(self._rows)
         if guidance.mode == "residual":
-            self.told(self._rows, NEGATIVE, "negative_")
+            self.feeds(self._rows, NEGATIVE, "negative_")
 
     def start(self, c: StepCoefficients) -> None:
-        """The frame's latents with the noise of the first timestep."""
+        """Add the noise of the first timestep to the frame's latents."""
         self._first = c
         self._x = self.combine("sample_0", [(self.encode(), c.alpha_t), (self._noise(), c.sigma_t)])
 
     def step(self, index: int, c: StepCoefficients, *, last: bool) -> None:
-        """``_x`` from the timestep of ``c`` to its target."""
+        """One step, from the timestep of ``c`` to its target."""
         self.constant(f"timestep_{index}", c.timestep, (self._rows,))
         p, q = step_factors(c, self.kind)
         w = self._guidance.scale
@@ -260,11 +263,11 @@ class ProgramBuilder(ProgramWriter):
         self._x = self.combine(f"sample_{index + 1}", terms)
 
     def finish(self) -> Program:
-        """Decode, and the program is complete."""
+        """Decode, which completes the program."""
         return self.decode(self._x)
 
     def _residual(self, index: int, c: StepCoefficients, last: bool) -> Terms:
-        """Terms of a step that is guided by the gap of the first one; see the module's head."""
+        """Terms of a step guided by the gap of the first one; see `denoise.Guidance`."""
         w, (p, q) = self._guidance.scale, step_factors(c, self.kind)
         if index == 0:
             negative, positive = self._unet(index, negative=True), self._unet(index)

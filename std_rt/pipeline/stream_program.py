@@ -1,25 +1,22 @@
-"""N steps of N consecutive frames in one call of the UNet, as a `Program`: the stream batch.
+"""The stream batch as a `Program`: N steps of N consecutive frames in one call of the UNet.
 
     program = stream_program(numbers, bundle.coefficients(4), "epsilon", (256, 256), Guidance())
 
-A run takes one frame in and gives one frame out. In between, slot i holds the frame that has i steps behind
-it: the frame that comes in takes slot 0, one call of the UNet does step i of the frame in slot i, and then
-every frame moves up by one. What leaves the last slot is decoded: the frame that came in N - 1 runs before.
-StreamDiffusion (arXiv 2312.12491) does this for the steps of LCM.
+Each run takes one frame and returns one. In between, slot i holds the frame that has done i steps: the new
+frame enters slot 0, one call of the UNet does step i of the frame in slot i, then every frame moves up by
+one. What leaves the last slot is decoded: the frame that entered N - 1 runs before. The first N - 1 results
+are meaningless. StreamDiffusion (arXiv 2312.12491) does this for the steps of LCM.
 
-A step is linear in latents, output and noise (`frame_program`), so N steps at once are one linear combination
-with factors of its own for every row, in the order of terms that frames one by one have. Nothing crosses
-from row to row: a frame comes out as it does on its own, up to the order in which a network of another batch
-adds.
+A step is linear in latents, output and noise (`program_builder`), so N steps at once are one linear
+combination with different factors for every row. Nothing crosses from row to row: a frame comes out as it
+does on its own, up to the order in which a network with another batch size adds.
 
-The first N - 1 runs give what the zeros in the slots become, which means nothing.
+Rows of the UNet's call, as in `unet_rows`:
 
-Rows of the UNet's call, as `unet_rows` says:
-
-- ``none``: slot 0 to N - 1.
-- ``full``: all slots told the negative, then all told the positive.
-- ``residual``: slot 0 told the negative, slots 1 to N - 1 told the positive, and slot 0 once more, told the
-  positive. What the negative changed in the first step moves up with its frame.
+- ``none``: slots 0 to N - 1.
+- ``full``: all slots with the negative prompt, then all with the prompt.
+- ``residual``: slot 0 with the negative prompt, slots 1 to N - 1 with the prompt, and slot 0 again with the
+  prompt. The gap between the two moves up with its frame.
 """
 
 from __future__ import annotations
@@ -43,7 +40,7 @@ __all__ = ["stream_program", "unet_rows"]
 
 
 def unet_rows(slots: int, mode: str) -> list[tuple[int, bool]]:
-    """(slot, whether it is told the negative) of every row of the UNet's call."""
+    """(slot, whether it gets the negative prompt) of every row of the UNet's call."""
     plain = [(slot, False) for slot in range(slots)]
     match mode:
         case "none":
@@ -84,17 +81,17 @@ class StreamProgramBuilder(ProgramWriter):
         self._cs, self._guidance = list(coefficients), guidance
         self._slots = len(self._cs)
         self._rows = unet_rows(self._slots, guidance.mode)
-        self.told(len(self._rows))
+        self.feeds(len(self._rows))
 
     def enter(self) -> str:
-        """Latents of all slots [N, ...], the frame that comes in first."""
+        """Latents of all slots [N, ...], the entering frame first."""
         c = self._cs[0]
         noise = self.buffer("noise_0", self.latents)
         start = self.combine("start", [(self.encode(), c.alpha_t), (noise, c.sigma_t)])
         return self._behind(start, "samples", "waiting")
 
     def advance(self, samples: str) -> str:
-        """One step for every slot; the latents [1, ...] of the frame that is done."""
+        """One step for every slot; returns the latents [1, ...] of the finished frame."""
         terms = self._terms(samples, self._factors())
         if any(c.noise for c in self._cs):
             noise = self.buffer("noise_steps", (self._slots, *self.latents[1:]))
@@ -118,7 +115,7 @@ class StreamProgramBuilder(ProgramWriter):
                 return self._residual(samples, p, q)
 
     def _residual(self, samples: str, p: list[float], q: list[float]) -> Terms:
-        """Terms that are guided by the gap which every frame had in its first step.
+        """Terms guided by the gap that every frame had in its first step.
 
         Row 0 is ``p x + (1 - w) q negative + w q positive``, the others ``p x + q output + share gap``: in
         both, one buffer has the second terms of all rows and one the third.
@@ -133,7 +130,7 @@ class StreamProgramBuilder(ProgramWriter):
         return [(samples, p), (second, [q[0] * (1 - w), *q[1:]]), (third, [q[0] * w, *shares])]
 
     def _keep_gaps(self, second: str, third: str) -> None:
-        """The gap of slot 0 as noise, and those of the others as they are, move up by one."""
+        """Move all gaps up by one; that of slot 0 is still in network outputs and becomes noise."""
         _, on_output = eps_factors(self._cs[0], self.kind)
         others = self._slots - 1
         terms: Terms = [(third, [on_output, *[1.0] * others]), (second, [-on_output, *[0.0] * others])]
@@ -151,7 +148,7 @@ class StreamProgramBuilder(ProgramWriter):
         return self.unet(sample, at, {name: name for name in CONDITIONING}, "output")
 
     def _behind(self, first: str, out: str, carried: str) -> str:
-        """``first`` [1, ...] in front of what is carried for the other slots; itself where there are none."""
+        """``first`` [1, ...] in front of the other slots' carried rows; ``first`` itself with one slot."""
         if self._slots == 1:
             return first
         self.carry(carried, (self._slots - 1, *self.latents[1:]))

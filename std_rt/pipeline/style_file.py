@@ -1,12 +1,12 @@
-"""A style without its picture: style tokens, a name and a thumbnail in one small ``.safetensors`` file.
+"""Style files: style tokens, a name and a thumbnail in one small ``.safetensors`` file, no picture needed.
 
     style_tokens   float32 [1, T, D]
     text_embeds    float32 [1, P], where the style encoder gives them
     thumbnail      uint8 [h, w, 3] RGB, at most 128 px a side
     metadata       ``std_rt_style``: JSON with name, format_version, style_encoder, bundle, sources, sha256
 
-Tokens mean something to the style encoder that made them and to no other, so a file names it by what the
-bundle's manifest lists: bundles that share a style encoder share style files.
+Tokens fit only the style encoder that made them, so a file names it by its hashes in the bundle's manifest:
+bundles that share a style encoder share style files.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _DTYPES = {"style_tokens": "F32", "text_embeds": "F32", "thumbnail": "U8"}
 
 @dataclass(frozen=True, eq=False)
 class StyleFile:
-    """What a style file holds.
+    """The contents of a style file.
 
     ``thumbnail``: uint8 [h, w, 3], at most 128 px a side. ``encoder``: `style_encoder_id` of the bundle that
     made the tokens, ``bundle`` its name. ``sources``: (name of a picture, its share of the blend), the
@@ -237,7 +237,7 @@ def _canonical(notes: dict[str, Any]) -> str:
 
 
 def _digest(notes: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> str:
-    """sha256 over notes (without their own) and arrays: a file that was cut or changed is found out."""
+    """sha256 over notes (without the hash) and arrays, which finds a file that was cut or changed."""
     body = {key: value for key, value in notes.items() if key != "sha256"}
     digest = hashlib.sha256(_canonical(body).encode("utf-8", "surrogatepass"))
     for name in sorted(tensors):
@@ -247,10 +247,10 @@ def _digest(notes: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> str:
 
 
 def load_style(path: Path, bundle: Bundle | None) -> StyleFile:
-    """Read a style file for ``bundle``; None reads one for whatever bundle, to show what is inside.
+    """Read a style file for ``bundle``; None reads one for any bundle, to show what is inside.
 
-    Raises MediaError, one line, where the file is missing, no safetensors, no style (a LoRA), damaged, of a
-    later std-rt, made for another style encoder, or holds arrays of other shapes than the bundle's.
+    Raises MediaError, one line, where the file is missing, not safetensors, not a style (a LoRA), damaged,
+    from a later std-rt, made for another style encoder, or holds arrays of other shapes than the bundle's.
     """
     style = _read(path)
     if bundle is None:
@@ -277,12 +277,12 @@ def _again(path: Path) -> str:
 
 def _read(path: Path) -> StyleFile:
     if path.is_dir():
-        raise MediaError(f"{path} is a folder and no style file; give a file in it")
+        raise MediaError(f"{path} is a folder; give a style file inside it")
     check_input(path)
     with _opened(path) as file:
         notes = _read_notes(path, file)
         tensors = _read_tensors(path, file)
-    damaged = MediaError(f"{path} is damaged (it does not hold what was written); {_again(path)}")
+    damaged = MediaError(f"{path} is damaged (its contents have changed); {_again(path)}")
     try:
         if notes.get("sha256") != _digest(notes, tensors):
             raise damaged
@@ -300,7 +300,7 @@ def _read(path: Path) -> StyleFile:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """The file with its header read and checked. What goes wrong, also inside, is a MediaError."""
+    """The opened file, its header checked. Errors in the block are raised as MediaError."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -309,7 +309,7 @@ def _opened(path: Path) -> Iterator[Any]:
     except (SafetensorError, OSError, ValueError) as error:
         if _begins_like_one(path):
             raise MediaError(f"{path} is damaged or cut short ({reason(error)}); {_again(path)}") from error
-        raise MediaError(f"{path} is no {SUFFIX} file, whatever its name; make one: {_MAKE}") from error
+        raise MediaError(f"{path} is not a {SUFFIX} file despite its name; make one: {_MAKE}") from error
 
 
 def _begins_like_one(path: Path) -> bool:
@@ -323,7 +323,7 @@ def _begins_like_one(path: Path) -> bool:
 
 
 def _read_notes(path: Path, file: Any) -> dict[str, Any]:
-    """The metadata. Raises MediaError where the file is something else, or of a later std-rt."""
+    """The metadata. Raises MediaError where the file is something else, or from a later std-rt."""
     text = (file.metadata() or {}).get(_KEY)
     if text is None:
         raise MediaError(f"{path} {_what_else(list(file.keys()))}")
@@ -342,9 +342,9 @@ def _read_notes(path: Path, file: Any) -> dict[str, Any]:
 
 def _what_else(keys: list[str]) -> str:
     if any("lora" in key.lower() for key in keys):
-        return f"is a LoRA and no style; it goes into a bundle: std-rt export --lora; for a style: {_MAKE}"
+        return f"is a LoRA, not a style; use it with std-rt export --lora, or make a style: {_MAKE}"
     found = f"{len(keys)} tensors, the first {min(keys)[:60]!r}" if keys else "no tensors"
-    return f"is no style file (it holds {found}); make one: {_MAKE}"
+    return f"is not a style file (it holds {found}); make one: {_MAKE}"
 
 
 def _read_tensors(path: Path, file: Any) -> dict[str, NDArray[Any]]:
@@ -357,7 +357,7 @@ def _read_tensors(path: Path, file: Any) -> dict[str, NDArray[Any]]:
         found = file.get_slice(name).get_dtype()
         if found != _DTYPES[name]:
             raise MediaError(
-                f"{path} is damaged ({name} is stored as {found}, {_DTYPES[name]} is due); {_again(path)}"
+                f"{path} is damaged ({name} is stored as {found} instead of {_DTYPES[name]}); {_again(path)}"
             )
     tensors = {name: np.array(file.get_tensor(name)) for name in sorted(keys & _DTYPES.keys())}
     problem = _array_problem(tensors)
@@ -373,14 +373,14 @@ def _array_problem(tensors: dict[str, NDArray[Any]]) -> str:
         if value is None:
             continue
         if value.dtype != np.float32:
-            return f"{name} is {value.dtype}, float32 is due"
+            return f"{name} is {value.dtype} instead of float32"
         if value.ndim != ndim or value.shape[0] != 1 or not value.size:
-            return f"{name} has shape {list(value.shape)}, {ndim} axes with a first of 1 are due"
+            return f"{name} has shape {list(value.shape)} instead of {ndim} axes, the first of 1"
         if not np.isfinite(value).all():
             return f"{name} holds NaN or infinite numbers"
     small = tensors["thumbnail"]
     if small.dtype != np.uint8 or small.ndim != 3 or small.shape[2] != 3 or not small.size:
-        return f"thumbnail is {small.dtype} {list(small.shape)}, uint8 [h, w, 3] is due"
+        return f"thumbnail is {small.dtype} {list(small.shape)} instead of uint8 [h, w, 3]"
     if max(small.shape[:2]) > THUMBNAIL_PX:
         return f"thumbnail is {small.shape[1]} x {small.shape[0]} px, the limit is {THUMBNAIL_PX}"
     return ""
@@ -389,11 +389,11 @@ def _array_problem(tensors: dict[str, NDArray[Any]]) -> str:
 def _shape_problem(style: EncodedStyle, bundle: Bundle) -> str:
     due = [1, int(bundle.style["tokens"]), int(bundle.style["dim"])]
     if list(style.tokens.shape) != due:
-        return f"its tokens are {list(style.tokens.shape)}, {due} are due"
+        return f"its tokens are {list(style.tokens.shape)} instead of {due}"
     if (style.text_embeds is not None) != bool(bundle.style["gives_text_embeds"]):
         return f"it comes {'without' if style.text_embeds is None else 'with'} text_embeds"
     if style.text_embeds is not None:
         width = bundle.graph_outputs("style_encoder").get("text_embeds", [0])[-1]
         if style.text_embeds.shape[1] != width:
-            return f"its text_embeds are {list(style.text_embeds.shape)}, [1, {width}] are due"
+            return f"its text_embeds are {list(style.text_embeds.shape)} instead of [1, {width}]"
     return ""

@@ -1,16 +1,16 @@
-"""Noise that follows what moves, and stays unit normal and white.
+"""Moving noise: it follows the content, and stays white unit normal noise.
 
-Interpolated noise loses its variance, so noise is moved in whole cells of the latents. The way that content
-goes is added up, cell by cell, and where more than half a cell has come together the noise jumps by one. No
-two cells read the same noise: who is left without takes what nobody reads, which is that of what went out of
-sight. So every frame's noise is the first one in another order, as white as that, whatever the flow says.
+Interpolated noise loses variance, so noise moves in whole cells of the latents. Motion is summed up cell by
+cell, and where more than half a cell has accumulated, the noise jumps by one. No two cells read the same
+noise: a cell that would be left without takes what nobody reads, the noise of content that went out of sight.
+So the noise of every frame is a permutation of the first frame's, whatever the flow says.
 
-Only what moves as one does: every jump changes a few strokes, and a hand's are gone before the eye could
-follow them. What gains is a camera that turns: the strokes go along, where they used to stay on the glass.
+Only what moves as one moves: every jump changes a few strokes, and those of a hand are gone before the eye
+could follow. What gains is a panning camera: strokes go along instead of sticking to the glass.
 
-Why not finer: noise summed up from pixels, each moved on its own (as in arXiv 2504.03072 and 2501.08331),
-follows smoothly, and changes by half its standard deviation for each pixel of motion. Measured on std-tiny
-that flickers more than noise that stays in place (docs/lab-notes.md, 2026-11-21).
+Why not finer: noise summed up from pixels that move on their own (arXiv 2504.03072, 2501.08331) follows
+smoothly, but changes by half its standard deviation for each pixel of motion. Measured on std-tiny, that
+flickers more than noise that stays in place (docs/lab-notes.md, 2026-11-21).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class MovingNoise:
         self._owed = np.zeros((*self._size, 2), np.float32)  # x, y in cells: way that was not yet gone
 
     def follow(self, motion: Followed) -> None:
-        """Go on to the next frame."""
+        """Move the noise to the next frame."""
         h, w = self._size
         way, trusted = _way_of_cells(motion, self._size)
         trusted &= _together(way, trusted)
@@ -61,7 +61,7 @@ class MovingNoise:
 
 
 def _way_of_cells(motion: Followed, size: tuple[int, int]) -> tuple[Array, NDArray[np.bool_]]:
-    """Mean way of each cell's trusted pixels, in cells [h, w, 2], and where at least half of them are."""
+    """Mean motion of each cell's trusted pixels, in cells [h, w, 2], and where at least half are trusted."""
     h, w = size
     height, width = motion.trust.shape
     sure = (motion.trust > _TRUSTED).astype(np.float32)
@@ -74,7 +74,7 @@ def _way_of_cells(motion: Followed, size: tuple[int, int]) -> tuple[Array, NDArr
 
 
 def _together(way: Array, trusted: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The cells that move as the trusted ones around them do, [h, w]."""
+    """Cells that move like the trusted ones around them, [h, w]."""
     weight = trusted.astype(np.float32)
     share = np.maximum(_around(weight), 1e-6)
     mean = [_around(way[..., i] * weight) / share for i in (0, 1)]
@@ -94,14 +94,14 @@ def _at(field: Array, source: Array) -> Array:
 
 
 def _in_step(jumps: Array) -> Array:
-    """The jump that most of the cells around each make: one that lags would lose its noise."""
+    """The jump most neighbours of each cell make: a cell that lags would lose its noise."""
     return np.stack(
         [cv2.medianBlur(np.ascontiguousarray(jumps[..., i], np.float32), _REGION) for i in (0, 1)], -1
     )
 
 
 def _one_each(wanted: NDArray[np.int64], miss: Array) -> NDArray[np.int64]:
-    """A permutation near ``wanted`` (-1: anything): where several want one cell, who misses least gets it."""
+    """A permutation near ``wanted`` (-1: any): of cells that want the same, the nearest gets it."""
     count = wanted.size
     askers = np.flatnonzero(wanted >= 0)
     askers = askers[np.argsort(-miss[askers], kind="stable")]

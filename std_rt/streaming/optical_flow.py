@@ -1,12 +1,12 @@
-"""Where each pixel of a frame was in the one before, and how far to trust it.
+"""Optical flow with trust: where each pixel of a frame was in the frame before, and how far to believe it.
 
-Two searches by dense inverse search (DIS, Kroeger et al. 2016), a fine one back to the frame before and a
-coarse one forth, on frames that are reduced where they are large. A pixel is trusted where
+Two dense inverse searches (DIS, Kroeger et al. 2016), a fine one backwards and a coarse one forwards, on
+frames that are reduced where they are large. A pixel is trusted where
 
-* both directions agree (Sundaram et al. 2010), or it may as well have stayed where it was, and
-* what is carried there looks like the new frame. The picture carried is not the frame before but a history
-  of the content, mixed with the very weights that the styled frames are mixed with: where it carries a
-  ghost, the styled history carries one too, and neither is trusted any more.
+* both directions agree (Sundaram et al. 2010), or it may as well not have moved, and
+* the warped picture looks like the new frame. What is warped is not the frame before but a history of the
+  content, mixed with the same weights as the styled frames: where it has a ghost, the styled history has one
+  too, and neither is trusted any more.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ class Followed:
 
 
 class Follower:
-    """Frames in their order -> how each follows from the one before."""
+    """Follows the frames of one stream, in order."""
 
     def __init__(self, *, fine: bool, weight: float) -> None:
         """``fine``: to about a tenth of a pixel, at four times the cost, as blending pixels needs.
 
-        ``weight`` in 0..1: what a trusted history has in the next picture.
+        ``weight`` 0..1: the share of a trusted history in the next picture.
         """
         self._back, self._forth = _fine(), _coarse()
         self._most_px = _MOST_PX if fine else _MOST_PX_COARSE
@@ -65,13 +65,13 @@ class Follower:
         self._history: Array = np.empty(0, np.float32)
 
     def reset(self) -> None:
-        """Forget the frames seen."""
+        """Forget the frames."""
         self._grey = None
 
     def follow(self, frame: Frame) -> Followed | None:
-        """How ``frame`` follows from the last one; None after a cut, and for the first.
+        """The motion from the last frame to ``frame``; None for the first frame and after a cut.
 
-        One size until `reset`, with sides of at least `SMALLEST_PX`.
+        The size must not change until `reset`; sides are at least `SMALLEST_PX`.
         """
         small = reduced(frame, self._most_px)
         before, grey = self._grey, np.asarray(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY), np.uint8)
@@ -84,7 +84,7 @@ class Follower:
         return enlarged(source, trust, (frame.shape[0], frame.shape[1]))
 
     def _search(self, before: Frame, grey: Frame, small: Frame) -> tuple[Array, Array] | None:
-        """(source, trust) at the reduced size, and the history brought to this frame; None for a cut."""
+        """(source, trust) at the reduced size, and the history warped to this frame; None for a cut."""
         back = np.asarray(self._back.calc(grey, before, None), np.float32)  # type: ignore[call-overload]
         forth = np.asarray(self._forth.calc(before, grey, None), np.float32)  # type: ignore[call-overload]
         source = unmoved(grey.shape) + back
@@ -107,7 +107,7 @@ class Follower:
 
 
 def reduced(frame: Frame, most_px: int = _MOST_PX) -> Frame:
-    """``frame`` at a half, a third ... of its size, where it has more than ``most_px`` pixels."""
+    """``frame`` at 1/2, 1/3 ... of its size where it has more than ``most_px`` pixels."""
     h, w = frame.shape[:2]
     parts = 1
     while (h // parts) * (w // parts) > most_px and min(h, w) // (parts + 1) >= SMALLEST_PX:
@@ -118,7 +118,7 @@ def reduced(frame: Frame, most_px: int = _MOST_PX) -> Frame:
 
 
 def enlarged(source: Array, trust: Array, size: Size) -> Followed:
-    """What was found at a reduced size, for frames of ``size``."""
+    """Flow found at a reduced size, scaled to frames of ``size``."""
     h, w = source.shape[:2]
     if (h, w) == size:
         return Followed(source, trust)
@@ -163,7 +163,7 @@ def _read(picture: Array, source: Array) -> Array:
 
 
 def _agreement(back: Array, forth: Array) -> Array:
-    """1 where the way back and the way forth from there cancel, 0 where they miss; [H, W]."""
+    """1 where backward and forward flow cancel, 0 where they do not; [H, W]."""
     off_x, off_y = cv2.split(back + forth)
     x, y = cv2.split(back)
     off = off_x * off_x + off_y * off_y

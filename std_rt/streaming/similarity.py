@@ -1,11 +1,11 @@
-"""Skip the engines where a frame hardly differs from the last one that went through them.
+"""The similarity filter: skips the engines for frames that hardly differ from the last processed one.
 
-As the stochastic similarity filter of StreamDiffusion (arXiv 2312.12491, section 3.4): the probability of a
-skip rises from 0 at the threshold to 1 at similarity 1. The measure is another one. The cosine similarity of
-whole frames is above 0.999 for a moving hand as for a still picture with sensor noise; so are means over the
-picture, in which a hand is small. Here a frame is a grid of 32 cells along its long side, and what counts is
-the mean difference of the 1 % of cells that have changed most: averaging within a cell takes the noise away,
-looking at the most changed ones keeps the hand.
+As the stochastic similarity filter of StreamDiffusion (arXiv 2312.12491, section 3.4), the probability of a
+skip rises from 0 at the threshold to 1 at similarity 1. The measure differs. The cosine similarity of whole
+frames is above 0.999 for a moving hand and for a still picture with sensor noise alike; so are means over the
+picture, in which a hand is small. Here a frame is a grid of 32 cells along its long side, and the measure is
+the mean difference of the 1 % of cells that changed most: averaging within a cell removes the noise, looking
+at the most changed cells keeps the hand.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _MOST_CHANGED = 0.01  # share of the cells
 
 
 class SimilarityFilter:
-    """One stream, one thread. The same frames and seed give the same decisions."""
+    """For one stream in one thread. The same frames and seed give the same decisions."""
 
     def __init__(
         self, threshold: float = 0.98, max_skip: int = 10, seed: int = 0, *, frames_inside: int = 1
     ) -> None:
         """``threshold`` 0..1: frames less similar are never skipped. ``max_skip``: skips in a row.
 
-        ``frames_inside``: of a stream batch, how many frames it takes for one to come out. After a change so
-        many more are processed, or what is shown while nothing moves would be from before it.
+        ``frames_inside``: frames that must enter a stream batch for one to come out. After a change that many
+        more are processed, or what is shown while nothing moves would date from before it.
         Raises UsageError for a threshold outside 0 <= threshold < 1 or numbers below 1.
         """
         if not 0 <= threshold < 1:
-            raise UsageError(f"the similarity threshold must be in 0..1, below 1, got {threshold:g}")
+            raise UsageError(f"the similarity threshold must be at least 0 and below 1, got {threshold:g}")
         if min(max_skip, frames_inside) < 1:
             raise UsageError(f"frames to skip in a row must be 1 or more, got {min(max_skip, frames_inside)}")
         self.threshold, self.max_skip, self._frames_inside = threshold, max_skip, frames_inside
@@ -53,7 +53,7 @@ class SimilarityFilter:
         self._due = 0
 
     def skip(self, frame: Frame) -> bool:
-        """Whether the result of the last processed frame does for this one too, uint8 [H, W, 3]."""
+        """Whether this frame uint8 [H, W, 3] can be shown with the last processed frame's result."""
         small = thumbnail(frame)
         self.similarity = self._compare(small)
         if self.similarity is None or self.similarity <= self.threshold:
@@ -67,7 +67,7 @@ class SimilarityFilter:
         return True
 
     def force(self) -> None:
-        """The next frame is processed, whatever it looks like: the style has changed, say."""
+        """Process the next frame whatever it looks like, as after a change of style."""
         self._processed = None
 
     def _compare(self, small: Frame) -> float | None:

@@ -1,19 +1,19 @@
-"""Steady video: what moves with the picture holds still on it.
+"""The temporal filter: strokes stay where the content goes, and flicker is mixed away.
 
-    steadier = TemporalFilter("full")
+    temporal = TemporalFilter("full")
     for working in frames:
-        motion = steadier.follow(working)
-        styled = stylizer.run(working, steadier.noise(state, motion))
-        show(steadier.settle(styled, motion))
+        motion = temporal.follow(working)
+        styled = stylizer.run(working, temporal.noise(state, motion))
+        show(temporal.settle(styled, motion))
 
-* ``off``: every frame has the same noise in the same place, and stands as it comes out of the engines.
-* ``noise``: the noise follows the motion of the content (`std_rt.streaming.noise_warp`).
-* ``full``: the noise follows, and each styled frame is mixed into the ones before, carried along the
-  motion, where that can be trusted (`std_rt.streaming.optical_flow`).
+* ``off``: the same noise in the same place for every frame; results are shown as they are.
+* ``noise``: the noise follows the motion of the content (`streaming.noise_warp`).
+* ``full``: and each styled frame is mixed with the warped frames before it, where the motion can be trusted
+  (`streaming.optical_flow`).
 
-Mixing pictures after the engines, not latents inside, was chosen by measuring (docs/lab-notes.md,
-2026-11-21): latents of an eighth of the resolution cannot be carried by less than a cell, and previous
-results fed back into the start pile up the style. It also leaves stream batch and every backend alone.
+Finished pictures are mixed, not latents: that measured best (docs/lab-notes.md, 2026-11-21). Latents at an
+eighth of the resolution cannot be warped by less than a cell, and previous results fed back into the start
+pile up the style. It is also independent of stream batch and backend.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ _SAMPLED, _FIRST_SAMPLE = 30, 8  # the flicker of one pair in so many is measure
 class Motion:
     """How a frame follows from the one before.
 
-    ``followed`` None: it does not, as the first frame, the first after a cut, and all frames of mode off.
-    ``cut``: a new scene begins. ``judged``: the flow to measure flicker by, where this pair is sampled.
+    ``followed`` None: no motion is known (the first frame, the first after a cut, every frame in mode off).
+    ``cut``: a new scene begins. ``judged``: the flow that flicker is measured by, where this pair is sampled.
     """
 
     index: int
@@ -66,15 +66,15 @@ class Motion:
 
 
 class TemporalFilter:
-    """Steadies one stream. One thread at a time; `warping_error` may be read from any."""
+    """Steadies one stream. One thread at a time; `warping_error` may be read from any thread."""
 
     def __init__(self, mode: str, measured: Callable[[float], None] | None = None) -> None:
         """``mode``: one of `TEMPORAL_MODES`; ValueError for another.
 
-        ``measured`` is told each warping error that goes into `warping_error`.
+        ``measured`` is called with each warping error that goes into `warping_error`.
         """
         if mode not in TEMPORAL_MODES:
-            raise ValueError(f"there is no temporal mode {mode!r}; there are {', '.join(TEMPORAL_MODES)}")
+            raise ValueError(f"unknown temporal mode {mode!r}; use one of {', '.join(TEMPORAL_MODES)}")
         self.mode, self._measured = mode, measured
         self.cuts = 0
         self._follower = Follower(fine=mode == "full", weight=_WEIGHT if mode == "full" else 0.0)
@@ -92,7 +92,7 @@ class TemporalFilter:
         return self._errors / self._pairs if self._pairs else None
 
     def reset(self) -> None:
-        """Forget the frames: the next is a first one. `warping_error` and ``cuts`` go on."""
+        """Forget the frames; `warping_error` and ``cuts`` are kept."""
         self._index = 0
         self._size: Size | None = None
         self._sample: Frame | None = None
@@ -104,7 +104,7 @@ class TemporalFilter:
         self._shown: tuple[int, Frame] | None = None
 
     def follow(self, working: Frame) -> Motion:
-        """Take each frame that will be styled, in order, uint8 [H, W, 3]. A change of size begins anew."""
+        """The motion of the next frame uint8 [H, W, 3] to be styled. A change of size starts over."""
         size = (working.shape[0], working.shape[1])
         if size != self._size:
             self.reset()
@@ -121,9 +121,9 @@ class TemporalFilter:
         return Motion(index, size, followed, cut, judged)
 
     def noise(self, state: State, motion: Motion) -> State:
-        """``state`` with the noise of this frame; itself where no noise has moved.
+        """``state`` with the noise of this frame; ``state`` itself where no noise has moved.
 
-        Give the stream's first state every time, or the last one returned. Once a frame, after `follow`.
+        Pass the stream's first state every time, or the last one returned. Call once a frame, after `follow`.
         """
         if self.mode == "off":
             return state
@@ -142,9 +142,9 @@ class TemporalFilter:
     def settle(self, styled: Frame, motion: Motion, *, changing: bool = False) -> Frame:
         """The frame to present, uint8 [H, W, 3]; ``styled`` itself in modes off and noise.
 
-        In the order of `follow`, any number of frames later. ``changing``: its style is not that of the frame
-        before; the results before count for less, and for nothing where the picture has changed altogether.
-        Raises ValueError where the frame has not the size that was followed.
+        Call in the order of `follow`, any number of frames later. ``changing``: its style differs from that
+        of the frame before, so earlier results count for less, or for nothing where the picture changed
+        entirely. Raises ValueError where the frame's size is not the one that was followed.
         """
         if (styled.shape[0], styled.shape[1]) != motion.size:
             raise ValueError(
@@ -159,7 +159,7 @@ class TemporalFilter:
         return result
 
     def _judge(self, index: int, working: Frame) -> Flow | None:
-        """The flow of this pair by a search of its own, finer than the one that is followed."""
+        """The flow of this pair, from a finer search than the one used for mixing."""
         before, self._sample = self._sample, None
         if _is_sampled(index + 1):
             self._sample = working.copy()
@@ -182,7 +182,7 @@ class TemporalFilter:
 
 
 class _Mixer:
-    """Styled frames, each mixed into the ones before."""
+    """Mixes each styled frame with those before it."""
 
     def __init__(self) -> None:
         self.reset()
@@ -193,7 +193,7 @@ class _Mixer:
         self._usual = _USUAL_LEVELS
 
     def mix(self, styled: Frame, followed: Followed | None, changing: bool) -> Frame:
-        """``styled`` with its history; itself where there is nothing to follow."""
+        """``styled`` mixed with its history; ``styled`` itself where no motion is known."""
         new = styled.astype(np.float32)
         history, self._history = self._history, new
         if history is None or followed is None:
@@ -216,7 +216,7 @@ class _Mixer:
 
 
 def _carried(history: Array, source: Array) -> Array:
-    """``history`` at ``source``, cubic: bilinear, it would be blurred in every frame again."""
+    """``history`` at ``source``, cubic: bilinear sampling would blur it again in every frame."""
     read = cv2.remap(history, source, None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)  # type: ignore[call-overload]
     return np.asarray(read, np.float32)
 
@@ -224,9 +224,9 @@ def _carried(history: Array, source: Array) -> Array:
 def _with_detail(mixed: Array, new: Array) -> Frame:
     """``mixed`` with its brightness detail as strong as that of ``new``, region by region.
 
-    A mean of strokes that are not quite in place is softer than each of them. What is amplified is the
-    detail that the mean has, not that of the new frame, so it stays as steady as it was. The history keeps
-    the mean: amplified again and again, a few specks would take all the strength.
+    The mean of strokes that are slightly out of place is softer than each of them. The detail of the mean is
+    amplified, not that of the new frame, so it stays as steady as it was. The history keeps the plain mean:
+    amplified again and again, a few specks would take over.
     """
     detail, wanted = _detail(mixed), _detail(new)
     have, want = _energy(detail), _energy(wanted)

@@ -129,7 +129,7 @@ def test_what_is_no_style_is_one_line(cli: Cli, bundle: Path, art: Path, tmp_pat
     assert "is a LoRA and no style" in cli("styles", "save", lora, "-o", out, "-b", bundle).error
     (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
     assert "text.png" in cli("styles", "save", tmp_path / "text.png", "-o", out, "-b", bundle).error
-    assert "is no .safetensors file" in cli("styles", "show", art).error
+    assert "is not a .safetensors file" in cli("styles", "show", art).error
     assert "does not exist" in cli("styles", "show", tmp_path / "no.safetensors").error
     assert "is a folder" in cli("styles", "show", tmp_path).error
     assert files_in(tmp_path) == {"lora.safetensors", "text.png", "art"}

@@ -189,18 +189,18 @@ def test_a_missing_file_an_empty_one_and_a_folder(handmade: Bundle, tmp_path: Pa
 def test_a_picture_under_the_name_of_a_style_file(handmade: Bundle, tmp_path: Path) -> None:
     picture(tmp_path / "art.png", 20, 20).rename(tmp_path / "art.safetensors")
     said = _refusal(tmp_path / "art.safetensors", handmade)
-    assert "is no .safetensors file" in said
+    assert "is not a .safetensors file" in said
     assert "std-rt styles save art.png -o NAME.safetensors" in said
 
 
 def test_a_lora_given_by_mistake(handmade: Bundle, tmp_path: Path) -> None:
     save_file({"unet.to_q.lora_A.weight": np.zeros((4, 8), np.float16)}, tmp_path / "lora.safetensors")
     said = _refusal(tmp_path / "lora.safetensors", handmade)
-    assert "is a LoRA and no style; it goes into a bundle: std-rt export --lora" in said
+    assert "is a LoRA, not a style; use it with std-rt export --lora" in said
 
 
 def test_other_weights_given_by_mistake(handmade: Bundle, tmp_path: Path) -> None:
-    assert "is no style file (it holds" in _refusal(handmade.weights_path("unet"), handmade)
+    assert "is not a style file (it holds" in _refusal(handmade.weights_path("unet"), handmade)
     save_file({"b": np.zeros(3), "a": np.zeros(2)}, tmp_path / "weights.safetensors", {"format": "pt"})
     assert "2 tensors, the first 'a'" in _refusal(tmp_path / "weights.safetensors", handmade)
 
@@ -223,14 +223,14 @@ def test_notes_that_cannot_be_read(handmade: Bundle, tmp_path: Path, notes: str)
     [
         ({"style_tokens": None}, "it lacks style_tokens"),
         ({"thumbnail": None}, "it lacks thumbnail"),
-        ({"style_tokens": np.zeros((1, TOKENS, DIM), np.float16)}, "stored as F16, F32 is due"),
-        ({"thumbnail": np.zeros((4, 4, 3), np.float32)}, "stored as F32, U8 is due"),
+        ({"style_tokens": np.zeros((1, TOKENS, DIM), np.float16)}, "stored as F16 instead of F32"),
+        ({"thumbnail": np.zeros((4, 4, 3), np.float32)}, "stored as F32 instead of U8"),
         ({"style_tokens": np.full((1, TOKENS, DIM), np.inf, np.float32)}, "holds NaN or infinite"),
         ({"text_embeds": np.full((1, POOLED), np.nan, np.float32)}, "text_embeds holds NaN or infinite"),
         ({"text_embeds": np.zeros((1, 0), np.float32)}, "text_embeds has shape"),
         ({"style_tokens": np.zeros((TOKENS, DIM), np.float32)}, "style_tokens has shape"),
         ({"thumbnail": np.zeros((4, 4), np.uint8)}, "thumbnail is uint8"),
-        ({"thumbnail": np.zeros((4, 4, 3), np.uint8)}, "does not hold what was written"),
+        ({"thumbnail": np.zeros((4, 4, 3), np.uint8)}, "its contents have changed"),
     ],
 )
 def test_arrays_that_are_no_style_are_not_loaded(
@@ -254,10 +254,10 @@ def test_tokens_of_another_shape_than_the_bundles(handmade: Bundle, tmp_path: Pa
     for style, said in (
         (
             EncodedStyle(np.zeros((1, TOKENS + 1, DIM), np.float32), pooled),
-            "its tokens are [1, 3, 4], [1, 2, 4]",
+            "its tokens are [1, 3, 4] instead of [1, 2, 4]",
         ),
         (EncodedStyle(tokens), "without text_embeds"),
-        (EncodedStyle(tokens, np.zeros((1, 9), np.float32)), "its text_embeds are [1, 9], [1, 6] are due"),
+        (EncodedStyle(tokens, np.zeros((1, 9), np.float32)), "its text_embeds are [1, 9] instead of [1, 6]"),
     ):
         save_style(path, replace(_style(handmade), style=style), overwrite=True)
         assert said in _refusal(path, handmade)
