@@ -1,5 +1,6 @@
 # make demo   runtime only (no torch), then the example pictures in the example styles
 # make test   everything the tests need, then pytest
+# make test-all   and the long matrices
 # make check  formatter, linter, types
 # make full-size   SDXL at its true sizes (random weights): 30 GB of disk, 18 GB of memory, a quarter of an hour
 # Each target installs once and again only when pyproject.toml or constraints.txt change.
@@ -14,14 +15,22 @@ endif
 
 FULL_SIZE ?= runs/full-size
 
-.PHONY: demo test check format full-size clean
+.PHONY: demo test test-long test-all check format full-size clean
 
 demo: $(RUNTIME)/.installed
 	$(RUNTIME)/$(BIN)/std-rt demo -o demo
 
 # One process a core, four at most: each takes 1.5 GB.
+PYTEST := $(TESTS)/$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+
 test: $(TESTS)/.installed
-	$(TESTS)/$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+	$(PYTEST) -m "not long"
+
+test-long: $(TESTS)/.installed
+	$(PYTEST) -m long
+
+test-all: $(TESTS)/.installed
+	$(PYTEST)
 
 full-size: $(TESTS)/.installed
 	mkdir -p $(FULL_SIZE)

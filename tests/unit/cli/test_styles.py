@@ -124,9 +124,9 @@ def test_save_checks_places_before_any_work(cli: Cli, bundle: Path, art: Path, t
 def test_what_is_no_style_is_one_line(cli: Cli, bundle: Path, art: Path, tmp_path: Path) -> None:
     lora = tmp_path / "lora.safetensors"
     save_file({"unet.lora_A.weight": np.zeros((2, 2), np.float32)}, lora)
-    assert "is a LoRA and no style" in cli("styles", "show", lora).error
+    assert "is a LoRA, not a style" in cli("styles", "show", lora).error
     out = tmp_path / "out.safetensors"
-    assert "is a LoRA and no style" in cli("styles", "save", lora, "-o", out, "-b", bundle).error
+    assert "is a LoRA, not a style" in cli("styles", "save", lora, "-o", out, "-b", bundle).error
     (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
     assert "text.png" in cli("styles", "save", tmp_path / "text.png", "-o", out, "-b", bundle).error
     assert "is not a .safetensors file" in cli("styles", "show", art).error
