@@ -1,4 +1,4 @@
-"""The live window: a picture, or input beside output, with figures over it; keys and dropped files back.
+"""The live window: shows a picture, or input beside output, with figures over it; reports keys and files.
 
 Everything here must be called from the main thread: SDL (and macOS behind it) insists. On Windows, while
 the user drags or resizes the window, the system holds the main thread; the other threads go on.
@@ -20,8 +20,14 @@ from numpy.typing import NDArray
 
 from std_rt.core.errors import MediaError
 from std_rt.media.window.overlay import HelpLine, Overlay, Scene, Thumbnail, icon
-from std_rt.media.window.sdl import keep_forever, open_screen, pygame, screen_is_lost, survive_lost_screen
-from std_rt.media.window.window_keys import key_name
+from std_rt.media.window.sdl import (
+    keep_forever,
+    key_name,
+    open_screen,
+    pygame,
+    screen_is_lost,
+    survive_lost_screen,
+)
 
 __all__ = ["Box", "Closed", "Dropped", "Event", "Key", "Window", "layout"]
 
