@@ -41,7 +41,7 @@ class Prefetcher(Generic[T]):
         name: str = "prefetch",
         dropped: Callable[[T], None] | None = None,
     ) -> None:
-        """``room``: most items in the queue. ``dropped``: called with each dropped one, in the iterator's thread.
+        """``room``: most items in the queue. ``dropped`` gets each dropped item, in the iterator's thread.
 
         A `Prefetcher` that ``items`` reads from should be closed after this one, as ``with`` does. Closing
         only asks the thread to end; it also wakes a consumer that waits.

@@ -47,9 +47,8 @@ class Encoder:
         """
         suffix = sink.suffix.lower()
         if suffix not in MUXERS:
-            raise MediaError(
-                f"{sink}: cannot write a clip as {suffix or 'a name without suffix'!r}; use one of {' '.join(sorted(MUXERS))}"
-            )
+            found, known = suffix or "a name without suffix", " ".join(sorted(MUXERS))
+            raise MediaError(f"{sink}: cannot write a clip as {found!r}; use one of {known}")
         usual = "libvpx-vp9" if suffix == ".webm" else "libx264"
         name = codec or usual
         try:
