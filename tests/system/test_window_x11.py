@@ -22,12 +22,13 @@ needs_xvfb = pytest.mark.skipif(
 )
 LIVE = """
 import sys, time
+from contextlib import closing
 import numpy as np
 from std_rt.media.window.window import Closed, Window
 frame = np.full((64, 64, 3), (250, 10, 20), np.uint8)
 end = time.perf_counter() + 60
 try:
-    with Window("std-rt", size=(64, 64)) as window:
+    with closing(Window("std-rt", size=(64, 64))) as window:
         count, closed = 0, False
         while not closed and time.perf_counter() < end:
             window.show(frame, ["fps\\t30"])

@@ -176,7 +176,11 @@ class Overlay:
         for place, index in enumerate(shown):
             cell = pygame.Rect(left + pad + place * (side + gap), top + pad, side, side)
             self._cell(canvas, cell, thumbnails[index], index + 1, px)
-            self._bar(canvas, pygame.Rect(cell.x, cell.bottom + px // 2, side, bar), thumbnails[index][1])
+            canvas.blit(self._shape(side, bar, bar // 2, _CAP), (cell.x, cell.bottom + px // 2))
+            filled = round(side * min(max(thumbnails[index][1], 0.0), 1.0))
+            if filled:
+                done = self._shape(max(filled, bar), bar, bar // 2, _ACCENT)
+                canvas.blit(done, (cell.x, cell.bottom + px // 2))
             self._cells.append((cell, index))
         return top
 
@@ -194,12 +198,6 @@ class Overlay:
         tag = pygame.Rect(cell.x + px // 4, cell.y + px // 4, max(high, label.get_width() + px // 2), high)
         canvas.blit(self._shape(*tag.size, high // 2, _ACCENT if active else _PANEL, 255), tag)
         canvas.blit(label, label.get_rect(center=tag.center))
-
-    def _bar(self, canvas: pygame.Surface, bar: pygame.Rect, weight: float) -> None:
-        canvas.blit(self._shape(*bar.size, bar.h // 2, _CAP), bar)
-        filled = round(bar.w * min(max(weight, 0.0), 1.0))
-        if filled:
-            canvas.blit(self._shape(max(filled, bar.h), bar.h, bar.h // 2, _ACCENT), bar)
 
     def _make_card(self, px: int, w: int, h: int) -> pygame.Surface:
         """The list of keys, in the largest text up to ``px`` in which it fits; in one column or two."""

@@ -33,18 +33,18 @@ import pygame  # noqa: E402
 
 from std_rt.core.errors import MediaError  # noqa: E402
 
-__all__ = ["keep_forever", "key_name", "open_screen", "pygame", "screen_is_lost", "survive_lost_screen"]
+__all__ = ["keep_forever", "key_name", "open_screen", "pygame", "screen_is_lost"]
 
 _SCREENLESS = ("dummy", "offscreen")  # SDL's drivers that draw to memory only.
 _ALWAYS_A_SCREEN = ("win32", "darwin")
 _lost: list[bool] = []
 
 
-def open_screen() -> str:
-    """Start SDL's video; returns the name of its driver ("x11", "wayland", "windows", "cocoa", ...).
+def open_screen() -> None:
+    """Start SDL's video. Raises MediaError where there is no screen.
 
     Without a screen SDL falls back silently to a driver that draws to memory: that is refused unless
-    ``SDL_VIDEODRIVER`` names it. Raises MediaError where there is no screen.
+    ``SDL_VIDEODRIVER`` names it.
     """
     if _lost:
         raise _no_screen("the X server that was there went away")
@@ -67,7 +67,7 @@ def open_screen() -> str:
     if driver == "x11":
         # Shared memory: 0.1 ms for 768 x 768 px. Through OpenGL it is 3 ms where that runs on the CPU.
         os.environ.setdefault("SDL_FRAMEBUFFER_ACCELERATION", "0")
-    return driver
+        _survive_lost_screen()
 
 
 def _no_screen(found: str) -> MediaError:
@@ -129,10 +129,10 @@ def screen_is_lost() -> bool:
     return bool(_lost)
 
 
-def survive_lost_screen() -> None:
+def _survive_lost_screen() -> None:
     """Make the end of the X server something that :func:`screen_is_lost` reports, not the end of the process.
 
-    To be called once after :func:`open_screen` returned "x11". Does nothing where Xlib is older than 1.7.
+    Does nothing where Xlib is older than 1.7.
     """
     xlib = ctypes.CDLL("libX11.so.6")  # the copy that SDL has loaded
     if not hasattr(xlib, "XSetIOErrorExitHandler"):

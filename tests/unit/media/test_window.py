@@ -457,8 +457,9 @@ def test_closing_twice_and_using_it_afterwards(opener: Opener) -> None:
     window.toggle_fullscreen()
     assert window.events() == []
     assert not pygame.display.get_init()
-    with opener() as again:
-        again.show(plain((0, 0, 0)))
+    again = opener()
+    again.show(plain((0, 0, 0)))
+    again.close()
     assert not pygame.display.get_init()
 
 
