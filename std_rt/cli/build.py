@@ -98,8 +98,7 @@ def _calibration(options: dict[str, Any], folder: Path | None) -> list[Any]:
     if folder is None:
         return []
     from std_rt.media.image import read_picture
-    from std_rt.media.kind import is_video
-    from std_rt.media.sources import expand_inputs
+    from std_rt.media.sources import expand_inputs, is_video
 
     pictures = [read_picture(path).frame for path in expand_inputs([folder]) if not is_video(path)]
     if not pictures:

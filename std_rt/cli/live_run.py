@@ -29,8 +29,8 @@ from std_rt.live.style_mixer import StyleMixer
 from std_rt.media import fit
 from std_rt.media.camera.camera import Camera, Source, open_source
 from std_rt.media.camera.virtual_camera import VirtualCamera
+from std_rt.media.video.encoder import Encoder
 from std_rt.media.video.record import Recorder
-from std_rt.media.video.track import Encoder
 from std_rt.media.window.window import Window
 from std_rt.pipeline.stylizer import Stylizer
 

@@ -156,7 +156,7 @@ class Work:
         job = jobs[0]
         try:
             if job.is_video:
-                from std_rt.media.video.transcode import probe
+                from std_rt.media.video.clip import probe
 
                 info = probe(job.source)
                 self._stylizer.prepare(info.height, info.width)
@@ -259,7 +259,7 @@ def _alpha(picture: Picture, size: tuple[int, ...]) -> Any:
     """The picture's alpha at the size of the result."""
     if picture.alpha is None or picture.alpha.shape == size:
         return picture.alpha
-    return np.ascontiguousarray(fit.to_working(picture.alpha, (size[0], size[1])))
+    return np.ascontiguousarray(fit.resize(picture.alpha, (size[0], size[1])))
 
 
 def _say(line: str) -> None:

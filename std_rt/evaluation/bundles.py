@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import cv2
@@ -19,9 +20,8 @@ from numpy.typing import NDArray
 from std_rt.core.errors import UsageError
 from std_rt.evaluation.measures import Mask, WarpingError, reinhard, score
 from std_rt.media.image import read_picture, write_picture
-from std_rt.media.kind import is_video
-from std_rt.media.sources import expand_inputs
-from std_rt.media.video.clip import Clip, TimedFrame, first_video_stream, open_clip
+from std_rt.media.sources import expand_inputs, is_video
+from std_rt.media.video.clip import open_clip
 from std_rt.pipeline.conditioning import square
 from std_rt.pipeline.stylizer import Stylizer
 
@@ -76,15 +76,8 @@ def clips_among(contents: Path, videos: Iterable[Path] = ()) -> list[Path]:
 
 def clip_frames(path: Path, count: int) -> list[Frame]:
     """The first ``count`` frames of a clip, upright. Raises MediaError where it is no clip."""
-    frames: list[Frame] = []
-    with open_clip(path) as container:
-        items = Clip(container, first_video_stream(container, path)).read()
-        with closing(items):  # type: ignore[type-var]  # a generator, typed as the iterator it is
-            for item in items:
-                if isinstance(item, TimedFrame):
-                    frames.append(item.rgb)
-                if len(frames) == count:
-                    break
+    with open_clip(path) as clip, closing(clip.read()) as items:
+        frames = [item.rgb for item in islice(items, count)]
     if not frames:
         raise UsageError(f"{path} is damaged: not one frame of it could be decoded")
     return frames

@@ -142,7 +142,7 @@ class Presenter:
         if self._shot is not None and self._shot.styled is not None:
             frame = self._shot.styled
             if self._beside:  # at the same resolution: a larger one is work for a screen that shows it small
-                beside = fit.from_working(self._shot.frame, (frame.shape[0], frame.shape[1]))
+                beside = fit.resize(self._shot.frame, (frame.shape[0], frame.shape[1]))
         self._out.window.show(
             frame,
             self._session.lines() if self._figures else (),

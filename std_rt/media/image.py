@@ -13,20 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, TiffImagePlugin
 
 from std_rt.core.errors import MediaError
 from std_rt.core.files import check_input, partial_file, reason
-from std_rt.media.fit import Turn
-from std_rt.media.float_tiff import float_tiff_size, read_float_tiff
+from std_rt.media.fit import over_white
 
 __all__ = [
-    "DAMAGE",
     "MAX_PIXELS",
+    "PICTURE_SUFFIXES",
     "WRITABLE_SUFFIXES",
     "Picture",
+    "is_animated",
     "open_picture",
     "read_picture",
     "write_picture",
@@ -34,55 +35,35 @@ __all__ = [
 
 MAX_PIXELS = 200_000_000
 """Largest picture that is decoded (200 megapixels: 600 MB as RGB); a larger one is refused unread."""
+PICTURE_SUFFIXES = frozenset(
+    (
+        *(
+            ".jpg",
+            ".jpeg",
+            ".jpe",
+            ".jfif",
+            ".mpo",
+            ".png",
+            ".apng",
+            ".gif",
+            ".webp",
+            ".avif",
+            ".tif",
+            ".tiff",
+        ),
+        *(".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".ico", ".psd", ".qoi", ".tga"),
+    )
+)
+WRITABLE_SUFFIXES = PICTURE_SUFFIXES - {
+    *(".mpo", ".apng", ".dib", ".pgm", ".pbm", ".pnm", ".jp2", ".ico", ".psd", ".qoi", ".tga")
+}
 
 Frame = NDArray[np.uint8]  # [H, W, 3] RGB
 
 # Formats whose first bytes identify them; Pillow knows more, some of which claim any file.
-_FORMATS = [
-    "JPEG",
-    "PNG",
-    "GIF",
-    "WEBP",
-    "AVIF",
-    "TIFF",
-    "BMP",
-    "DIB",
-    "PPM",
-    "JPEG2000",
-    "ICO",
-    "PSD",
-    "QOI",
-]
-# What decoders throw on damaged files.
-DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    AttributeError,
-    AssertionError,
-    MemoryError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
+_FORMATS = (
+    *("JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000", "ICO", "PSD", "QOI"),
 )
-_SAVE_FORMATS = {
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".jpe": "JPEG",
-    ".jfif": "JPEG",
-    ".png": "PNG",
-    ".webp": "WEBP",
-    ".avif": "AVIF",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-    ".bmp": "BMP",
-    ".gif": "GIF",
-    ".ppm": "PPM",
-}
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"subsampling": 0},
     "PNG": {"compress_level": 4},
@@ -90,7 +71,22 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
 }
 _WITH_ALPHA = frozenset({"PNG", "WEBP", "TIFF", "AVIF"})
 _WITH_QUALITY = frozenset({"JPEG", "WEBP", "AVIF"})
-WRITABLE_SUFFIXES = frozenset(_SAVE_FORMATS)
+# The transposition that undoes an EXIF orientation. (Pillow's exif_transpose also rewrites the EXIF block,
+# which fails on the ones that some cameras write.)
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# What decoders raise on damaged files.
+_DAMAGE = (
+    *(OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, AttributeError),
+    *(AssertionError, MemoryError, RuntimeError, struct.error, zlib.error),
+)
 _PILLOW = threading.RLock()
 
 
@@ -99,7 +95,7 @@ class Picture:
     """One decoded picture: upright, sRGB, EXIF and ICC applied and dropped.
 
     frame: ``uint8 [H, W, 3]`` RGB, contiguous; not premultiplied by alpha.
-    alpha: ``uint8 [H, W]`` or None where the picture is opaque throughout.
+    alpha: ``uint8 [H, W]``, or None where the picture is opaque throughout.
     """
 
     frame: Frame
@@ -115,32 +111,46 @@ def read_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Picture:
     """
     check_input(path)
     with _quiet_pillow():
-        size = float_tiff_size(path)
+        size = _float_tiff_size(path)
     if size is not None:
         _check_size(path, size, max_pixels)
-        return Picture(to_8bit(read_float_tiff(path)))
+        return Picture(to_8bit(_read_float_tiff(path)))
     with open_picture(path) as picture:
         _check_size(path, picture.size, max_pixels)
         try:
             picture.load()
-            turn = Turn.from_exif(_orientation(picture))
-            rgb, alpha = _to_srgb(picture)
-            frame, mask = np.asarray(rgb, dtype=np.uint8), None if alpha is None else np.asarray(alpha)
-            opaque = mask is None or bool((mask == 255).all())
-            return Picture(turn.apply(frame), None if mask is None or opaque else turn.apply(mask))
-        except DAMAGE as error:
+            upright = _UPRIGHT.get(_orientation(picture))
+            layers = [
+                None if layer is None else np.asarray(layer if upright is None else layer.transpose(upright))
+                for layer in _to_srgb(picture)
+            ]
+        except _DAMAGE as error:
             raise MediaError(f"{path} is damaged and cannot be read whole: {reason(error)}") from error
+    frame, alpha = layers
+    assert frame is not None
+    return Picture(frame, None if alpha is None or (alpha == 255).all() else alpha)
 
 
 @contextmanager
 def open_picture(path: Path) -> Iterator[Image.Image]:
     """The Pillow image of a file, header read only, without Pillow's warnings and size limit inside.
 
-    Raises MediaError if it is no known picture.
+    Raises MediaError if it is not a known picture.
     """
     check_input(path)
-    with _quiet_pillow(), _identify(path) as picture:
-        yield picture
+    # TGA has no signature: it is believed only under its own name.
+    formats = [*_FORMATS, "TGA"] if path.suffix.lower() == ".tga" else _FORMATS
+    with _quiet_pillow():
+        Image.init()  # Asked for some formats by name, Pillow would not load all of their readers.
+        try:
+            picture = Image.open(path, formats=[name for name in formats if name in Image.OPEN])
+        except _DAMAGE as error:
+            raise MediaError(
+                f"{path} is not a picture that can be read (damaged, or not what its name says);"
+                " give a JPEG, PNG, WebP, AVIF, TIFF, BMP or GIF"
+            ) from error
+        with picture:
+            yield picture
 
 
 @contextmanager
@@ -155,17 +165,15 @@ def _quiet_pillow() -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _identify(path: Path) -> Image.Image:
-    # TGA has no signature: it is believed only under its own name.
-    formats = [*_FORMATS, "TGA"] if path.suffix.lower() == ".tga" else _FORMATS
-    Image.init()  # Asked for some formats by name, Pillow would not load all of their readers.
+def is_animated(picture: Image.Image) -> bool:
+    """Whether an opened picture is an animated GIF or PNG.
+
+    Animated WebP and AVIF count as pictures (their first frame): FFmpeg cannot decode the former.
+    """
     try:
-        return Image.open(path, formats=[name for name in formats if name in Image.OPEN])
-    except DAMAGE as error:
-        raise MediaError(
-            f"{path} is no picture that can be read (damaged, or not what its name says);"
-            " give a JPEG, PNG, WebP, AVIF, TIFF, BMP or GIF"
-        ) from error
+        return picture.format in ("GIF", "PNG") and bool(getattr(picture, "is_animated", False))
+    except _DAMAGE:  # Broken after its first frame.
+        return False
 
 
 def _check_size(path: Path, size: tuple[int, int], max_pixels: int) -> None:
@@ -178,10 +186,10 @@ def _check_size(path: Path, size: tuple[int, int], max_pixels: int) -> None:
 
 
 def _orientation(picture: Image.Image) -> int:
-    """EXIF orientation still to apply, asked after loading (TIFF and AVIF turn themselves and drop it)."""
+    """The EXIF orientation still to apply, asked after loading (TIFF and AVIF apply and drop it)."""
     try:
         return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
-    except DAMAGE:  # A damaged EXIF block says nothing about the pixels.
+    except _DAMAGE:  # A damaged EXIF block says nothing about the pixels.
         return 1
 
 
@@ -241,9 +249,45 @@ def _transform(picture: Image.Image, source: Any) -> Image.Image:
         outputMode="RGB",
         flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
     )
-    if converted is None:  # Only the in-place form, not used here, returns nothing.
-        raise ImageCms.PyCMSError("no picture came back")
+    assert converted is not None  # Only the in-place form, not used here, returns nothing.
     return converted
+
+
+# Colour TIFFs of 32-bit floats: the one common kind that Pillow does not read, and OpenCV does.
+
+
+def _float_tiff_size(path: Path) -> tuple[int, int] | None:
+    """(width, height) px if ``path`` is a TIFF of float colours, else None; reads its directory only."""
+    with path.open("rb") as file:
+        head = file.read(8)
+        if head[:4] not in (b"II*\0", b"MM\0*"):
+            return None
+        tags: Any = TiffImagePlugin.ImageFileDirectory_v2(head)
+        file.seek(tags.next)
+        try:
+            tags.load(file)
+            samples, sample_format = tags[TiffImagePlugin.SAMPLESPERPIXEL], tags[TiffImagePlugin.SAMPLEFORMAT]
+            if samples < 3 or sample_format[0] != 3:  # 3: IEEE floats
+                return None
+            return int(tags[TiffImagePlugin.IMAGEWIDTH]), int(tags[TiffImagePlugin.IMAGELENGTH])
+        except (OSError, ValueError, TypeError, LookupError):
+            return None  # Whatever it is, it is not this kind; the ordinary reader says what is wrong.
+
+
+def _read_float_tiff(path: Path) -> NDArray[np.float32]:
+    """float32 [H, W, 3] RGB as stored (any range; a fourth channel is dropped). MediaError if damaged."""
+    log = cv2.utils.logging
+    before = log.setLogLevel(log.LOG_LEVEL_SILENT)  # It prints on damaged files; the error below says it.
+    try:
+        # Through bytes: OpenCV's own file names break on non-ASCII paths under Windows.
+        bgr = cv2.imdecode(np.fromfile(path, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
+    except (OSError, cv2.error):
+        bgr = None
+    finally:
+        log.setLogLevel(before)
+    if bgr is None or bgr.ndim != 3:
+        raise MediaError(f"{path} is damaged and cannot be read whole")
+    return np.ascontiguousarray(bgr[:, :, 2::-1], dtype=np.float32)
 
 
 def write_picture(
@@ -251,32 +295,28 @@ def write_picture(
 ) -> None:
     """Write ``frame`` (uint8 [H, W, 3] RGB) atomically; an existing file is replaced.
 
-    The suffix picks the format: :data:`WRITABLE_SUFFIXES`. ``alpha`` (uint8 [H, W]) is stored where the
+    The suffix selects the format: :data:`WRITABLE_SUFFIXES`. ``alpha`` (uint8 [H, W]) is stored where the
     format has it (png, webp, tiff, avif); elsewhere the picture is laid over white. quality: 1..100 for
     jpg, webp and avif. Raises MediaError for an unknown suffix or a place that cannot be written.
     """
-    file_format = _SAVE_FORMATS.get(path.suffix.lower())
-    if file_format is None:
+    suffix = path.suffix.lower()
+    if suffix not in WRITABLE_SUFFIXES:
         known = " ".join(sorted(WRITABLE_SUFFIXES))
         raise MediaError(
-            f"{path}: a picture cannot be written as {path.suffix or 'a name without suffix'!r}; use {known}"
+            f"{path}: cannot write a picture as {suffix or 'a name without suffix'!r}; use {known}"
         )
-    picture = _with_alpha(Image.fromarray(np.ascontiguousarray(frame)), alpha, file_format in _WITH_ALPHA)
+    file_format = Image.registered_extensions().get(suffix, "")
+    if alpha is None:
+        picture = Image.fromarray(np.ascontiguousarray(frame))
+    elif file_format in _WITH_ALPHA:
+        picture = Image.fromarray(np.dstack([frame, alpha]))
+    else:
+        picture = Image.fromarray(over_white(frame, alpha))
     options = dict(_SAVE_OPTIONS.get(file_format, {}))
     if file_format in _WITH_QUALITY:
         options["quality"] = quality
     with partial_file(path) as partial:
         try:
-            picture.save(partial, format=file_format, **options)
-        except DAMAGE as error:
+            picture.save(partial, **options)
+        except _DAMAGE as error:
             raise MediaError(f"{path} cannot be written: {reason(error)}") from error
-
-
-def _with_alpha(picture: Image.Image, alpha: NDArray[np.uint8] | None, keep: bool) -> Image.Image:
-    if alpha is None:
-        return picture
-    mask = Image.fromarray(np.ascontiguousarray(alpha))
-    if keep:
-        picture.putalpha(mask)
-        return picture
-    return Image.composite(picture, Image.new("RGB", picture.size, "white"), mask)

@@ -1,24 +1,78 @@
-"""What to read and where to write: arguments to a list of jobs."""
+"""Inputs and outputs: which files are pictures and which are clips, and where each result goes.
+
+The content decides whether a file is a picture or a clip; its suffix only where the content says nothing.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from std_rt.core.errors import MediaError
-from std_rt.core.files import check_output, reason
-from std_rt.media.image import WRITABLE_SUFFIXES
-from std_rt.media.kind import PICTURE_SUFFIXES, VIDEO_SUFFIXES, media_kind
+from std_rt.core.files import check_input, check_output, reason
+from std_rt.media.image import PICTURE_SUFFIXES, WRITABLE_SUFFIXES, is_animated, open_picture
+from std_rt.media.video.clip import open_clip
 from std_rt.media.video.transcode import CLIP_SUFFIXES, default_clip_suffix
 
-__all__ = ["Job", "expand_inputs", "output_path", "plan_outputs"]
+__all__ = [
+    "PICTURE_SUFFIXES",
+    "VIDEO_SUFFIXES",
+    "Job",
+    "expand_inputs",
+    "is_video",
+    "media_kind",
+    "output_path",
+    "plan_outputs",
+]
 
+VIDEO_SUFFIXES = frozenset(
+    (
+        *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts", ".wmv"),
+        *(".flv", ".ogv", ".3gp", ".3g2", ".mxf", ".y4m", ".ivf"),
+    )
+)
+# Treated as clips, so that the error says that they hold only sound.
+_AUDIO_SUFFIXES = frozenset({".mp3", ".m4a", ".aac", ".wav", ".flac", ".ogg", ".opus", ".wma"})
 _MARK = "_styled"
+
+Kind = Literal["picture", "video"]
+
+
+def media_kind(path: Path) -> Kind:
+    """``"picture"`` or ``"video"``; animated GIF and PNG are videos, still ones are pictures.
+
+    Reads headers only. A damaged file is what its suffix says; reading it then tells what is wrong.
+    Raises MediaError if the file is missing, a folder, empty, or neither content nor suffix is known.
+    """
+    check_input(path)
+    try:
+        with open_picture(path) as picture:
+            return "video" if is_animated(picture) else "picture"
+    except MediaError:  # Not a picture.
+        suffix = path.suffix.lower()
+    try:
+        with open_clip(path):
+            return "video"
+    except MediaError:  # Damaged, or neither.
+        if suffix in PICTURE_SUFFIXES:
+            return "picture"
+        if suffix in VIDEO_SUFFIXES | _AUDIO_SUFFIXES:
+            return "video"
+    raise MediaError(f"{path} is not a picture or video that can be read; give a .jpg, .png, .mp4 or similar")
+
+
+def is_video(path: Path) -> bool:
+    """Whether `media_kind` is ``"video"``; False on any error."""
+    try:
+        return media_kind(path) == "video"
+    except MediaError:
+        return False
 
 
 @dataclass(frozen=True)
 class Job:
-    """One input and its output; ``is_video`` says which way it goes."""
+    """One input file and its output file; ``is_video``: a clip, not a picture."""
 
     source: Path
     sink: Path
@@ -34,8 +88,7 @@ def expand_inputs(paths: list[Path]) -> list[Path]:
     found: dict[Path, Path] = {}
     for path in paths:
         try:
-            files = _folder_files(path) if path.is_dir() else [path]
-            for file in files:
+            for file in _folder_files(path) if path.is_dir() else [path]:
                 found.setdefault(file.resolve(strict=True), file)
         except FileNotFoundError:
             raise MediaError(f"{path} does not exist; check the spelling and the folder") from None
@@ -47,17 +100,13 @@ def expand_inputs(paths: list[Path]) -> list[Path]:
 def _folder_files(folder: Path) -> list[Path]:
     names = sorted(entry for entry in folder.iterdir() if entry.is_file() and not entry.name.startswith("."))
     known = [entry for entry in names if entry.suffix.lower() in PICTURE_SUFFIXES | VIDEO_SUFFIXES]
-    stems = {entry.stem for entry in known}
-    files = [entry for entry in known if not _is_result(entry.stem, stems)]
+    results = {f"{entry.stem}{_MARK}" for entry in known}
+    files = [entry for entry in known if entry.stem not in results]
     if not files:
         raise MediaError(
             f"{folder} holds no picture or clip (subfolders are not searched); give files or another folder"
         )
     return files
-
-
-def _is_result(stem: str, stems: set[str]) -> bool:
-    return stem.endswith(_MARK) and stem.removesuffix(_MARK) in stems
 
 
 def output_path(source: Path, out: Path | None, many: bool, is_video: bool) -> Path:
@@ -70,36 +119,31 @@ def output_path(source: Path, out: Path | None, many: bool, is_video: bool) -> P
     one file for ``many`` inputs.
     """
     if out is not None and not out.is_dir() and out.suffix:
-        _check_named(source, out, many, is_video)
+        if many:
+            raise MediaError(
+                f"-o {out} names one file for several inputs; give a folder, such as -o {out.with_suffix('')}"
+            )
+        suffixes, kind = (CLIP_SUFFIXES, "clip") if is_video else (WRITABLE_SUFFIXES, "picture")
+        if out.suffix.lower() not in suffixes:
+            known = " ".join(sorted(suffixes))
+            raise MediaError(
+                f"{source} is a {kind} and cannot become {out.name}; give -o a name ending in one of {known}"
+            )
         return out
     folder = source.parent if out is None else out
     if folder.is_file():
         raise MediaError(f"{folder} is a file without a suffix; give -o a folder or a name such as out.png")
-    suffix = default_clip_suffix(source) if is_video else _picture_suffix(source)
+    if is_video:
+        suffix = default_clip_suffix(source)
+    else:
+        suffix = source.suffix if source.suffix.lower() in WRITABLE_SUFFIXES else ".png"
     return folder / f"{source.stem}{_MARK}{suffix}"
-
-
-def _picture_suffix(source: Path) -> str:
-    return source.suffix if source.suffix.lower() in WRITABLE_SUFFIXES else ".png"
-
-
-def _check_named(source: Path, out: Path, many: bool, is_video: bool) -> None:
-    if many:
-        raise MediaError(
-            f"-o {out} names one file for several inputs; give a folder, such as -o {out.with_suffix('')}"
-        )
-    suffixes, kind = (CLIP_SUFFIXES, "clip") if is_video else (WRITABLE_SUFFIXES, "picture")
-    if out.suffix.lower() not in suffixes:
-        known = " ".join(sorted(suffixes))
-        raise MediaError(
-            f"{source} is a {kind} and cannot become {out.name}; give -o a name ending in one of {known}"
-        )
 
 
 def plan_outputs(inputs: list[Path], out: Path | None, *, overwrite: bool = False) -> list[Job]:
     """Expand, classify, name and check everything before any work: the list of jobs.
 
-    Raises MediaError for the first input that is missing or no picture or clip, for two inputs with one
+    Raises MediaError for the first input that is missing or not a picture or clip, for two inputs with one
     output, for an output that exists (without ``overwrite``), is an input, or cannot be written.
     """
     sources = expand_inputs(inputs)
@@ -112,13 +156,9 @@ def plan_outputs(inputs: list[Path], out: Path | None, *, overwrite: bool = Fals
             raise MediaError(
                 f"{twin.source} and {source} would both become {sink}; stylize them one at a time with -o"
             )
-    _check_sinks(list(jobs.values()), overwrite)
-    return list(jobs.values())
-
-
-def _check_sinks(jobs: list[Job], overwrite: bool) -> None:
-    inputs = {job.source.resolve() for job in jobs}
-    for job in jobs:
-        if job.sink.resolve() in inputs - {job.source.resolve()}:
+    taken = {job.source.resolve() for job in jobs.values()}
+    for job in jobs.values():
+        if job.sink.resolve() in taken - {job.source.resolve()}:
             raise MediaError(f"{job.sink} is one of the inputs; give another folder with -o")
         check_output(job.sink, source=job.source, overwrite=overwrite)
+    return list(jobs.values())

@@ -25,8 +25,7 @@ from numpy.typing import NDArray
 from std_rt.core.bundle import Bundle
 from std_rt.core.errors import MediaError, UsageError, disk_is_full
 from std_rt.core.files import check_input, check_output, partial_file, reason
-from std_rt.media.image import read_picture
-from std_rt.media.kind import PICTURE_SUFFIXES
+from std_rt.media.image import PICTURE_SUFFIXES, read_picture
 from std_rt.pipeline.conditioning import EncodedStyle, blend, square
 
 __all__ = [

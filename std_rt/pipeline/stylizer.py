@@ -321,7 +321,7 @@ class Stylizer:
         frame = _checked(frame)
         shape = (frame.shape[0], frame.shape[1])
         size = self.working_size(*shape) if quality is None else quality.size
-        return frame if shape == size else fit.to_working(frame, size)
+        return frame if shape == size else fit.resize(frame, size)
 
     def unfit(self, styled: Frame, shape: tuple[int, int]) -> Frame:
         """A result of `run` in the aspect of its frame, whose ``shape`` was (h, w) px.
@@ -331,7 +331,7 @@ class Stylizer:
         """
         size = (styled.shape[0], styled.shape[1])
         result = fit.result_size((shape[0], shape[1]), size)
-        return styled if result == size else fit.from_working(styled, result)
+        return styled if result == size else fit.resize(styled, result)
 
     def run(
         self, working: Frame, state: State, mark: Mark = no_mark, *, quality: Quality | None = None

@@ -167,6 +167,30 @@ def rgb_frames(path: Path) -> list[Array]:
         return [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
 
 
+def played(path: Path) -> list[Fraction]:
+    """Times of the frames that can be decoded before the file breaks off."""
+    times: list[Fraction] = []
+    with av.open(str(path)) as container:
+        try:
+            for frame in container.decode(video=0):
+                assert frame.pts is not None
+                assert frame.time_base is not None
+                times.append(frame.pts * frame.time_base)
+        except av.FFmpegError:
+            pass
+    return times
+
+
+def boxes(data: bytes) -> list[bytes]:
+    """The types of an MP4's outer boxes, in order."""
+    found, at = [], 0
+    while at + 8 <= len(data):
+        size, kind = struct.unpack_from(">I4s", data, at)
+        found.append(kind)
+        at += size if size > 1 else struct.unpack_from(">Q", data, at + 8)[0] if size else len(data)
+    return found
+
+
 def yuv_planes(frame: av.VideoFrame) -> tuple[Array, Array, Array]:
     """Y, U, V of a yuv420p frame, chroma repeated to full size."""
     flat, h, w = frame.to_ndarray(), frame.height, frame.width

@@ -1,4 +1,4 @@
-"""What a source of live frames is: a camera, or a file that stands in for one."""
+"""The frame source: the one interface of cameras and of files that stand in for one."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _COARSE_S = 0.02
 
 @dataclass(frozen=True, eq=False)
 class Captured:
-    """One upright frame, the reader's own to keep.
+    """One upright frame, which the reader may keep and change.
 
-    at_s: seconds of the source's clock when it was there, later than that of the frame before;
-    index: how many frames ``read()`` gave before this one.
+    at_s: when it was captured, in seconds of the source's clock; always later than the frame before.
+    index: how many frames ``read()`` returned before this one.
     """
 
     frame: Frame
@@ -35,15 +35,15 @@ class Captured:
 
 
 class Source(Protocol):
-    """Frames as they come. ``read()`` from one thread; all else from any. Nothing raises."""
+    """Frames as they come. ``read()`` from one thread, everything else from any."""
 
     @property
     def name(self) -> str:
-        """What to call it in a line for the user: "camera 0", "clip.mp4"."""
+        """What messages call it: "camera 0", "clip.mp4"."""
 
     @property
     def fps(self) -> float | None:
-        """Frames per second as the source says; None where it does not."""
+        """Nominal frames per second; None where unknown."""
 
     @property
     def status(self) -> str:
@@ -51,17 +51,17 @@ class Source(Protocol):
 
     @property
     def faults(self) -> dict[str, int]:
-        """How often what went wrong; only what happened at all."""
+        """How often each fault occurred; only those that did."""
 
     def read(self) -> Captured | None:
         """Wait for the next frame; None: there are no more (closed, or a clip that does not loop ended)."""
 
     def close(self) -> None:
-        """End ``read()`` and let the device or file go; returns at once, also when called again."""
+        """End ``read()`` and release the device or file; returns at once. May be called again."""
 
 
 class Pause:
-    """Waiting that ``end()`` cuts short. An injected ``sleep`` takes the place of real waiting."""
+    """A wait that ``end()`` cuts short. An injected ``sleep`` replaces real waiting."""
 
     def __init__(self, sleep: Sleep | None = None) -> None:
         self._sleep = sleep
@@ -73,11 +73,11 @@ class Pause:
         return self._ended.is_set()
 
     def end(self) -> None:
-        """No more waiting, now and later."""
+        """No more waiting, now or later."""
         self._ended.set()
 
     def wait(self, seconds: float) -> bool:
-        """Wait so long; False if ``end()`` came before."""
+        """Wait that long; False if ``end()`` came first."""
         if self._sleep is not None:
             self._sleep(seconds)
         elif seconds <= _COARSE_S or not self._ended.wait(seconds - _COARSE_S):
@@ -86,5 +86,5 @@ class Pause:
 
 
 def after(at_s: float, last_s: float) -> float:
-    """``at_s``, or the next number after ``last_s`` where a clock stood still or a time is repeated."""
-    return at_s if at_s > last_s else math.nextafter(last_s, math.inf)
+    """``at_s``, or the next float after ``last_s`` where a clock stood still or a time is repeated."""
+    return max(at_s, math.nextafter(last_s, math.inf))

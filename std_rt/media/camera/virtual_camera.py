@@ -1,39 +1,40 @@
-"""The virtual camera: frames for other programs (calls, recorders), by pyvirtualcam."""
+"""The virtual camera: frames for other programs (calls, recorders), through pyvirtualcam."""
 
 from __future__ import annotations
 
 import sys
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from std_rt.core.errors import MediaError
 from std_rt.core.files import reason
-from std_rt.media.fit import to_working
+from std_rt.media.fit import resize
 
 __all__ = ["VirtualCamera", "letterbox"]
 
 Frame = NDArray[np.uint8]
 Size = tuple[int, int]  # (H, W)
 
-# Bars narrower than this part of a side are not worth their edge: the frame is stretched instead.
+# Bars narrower than this part of a side are not worth having: the frame is stretched instead.
 _LEAST_BAR = 0.01
 
 
 class VirtualCamera:
-    """A camera that other programs can choose. All calls from one thread.
+    """A camera that other programs can select. All calls from one thread.
 
-    size: (H, W) of what it gives, rounded up to even sides as video needs; fps: the rate it announces,
-    ``send()`` may be called at any other; device: "/dev/video2" on Linux, the camera's name elsewhere,
+    size: (H, W) of its frames, rounded up to even sides as video needs; fps: the rate it announces, while
+    ``send()`` may be called at any rate; device: "/dev/video2" on Linux, the camera's name elsewhere,
     None for the first one.
 
     Raises MediaError, one line, if pyvirtualcam or the system's driver is missing or the device is in use.
     """
 
     def __init__(self, size: Size, fps: float, device: str | None = None) -> None:
-        self.size: Size = (_even(size[0]), _even(size[1]))
-        self.problem = ""  # one line once the output has ended because of the driver
+        self.size: Size = (max(2, size[0] + size[0] % 2), max(2, size[1] + size[1] % 2))
+        self.problem = ""  # one line once the driver has ended the output
         self._camera: Any = _open(self.size, fps, device)
         self.device: str = str(self._camera.device)
 
@@ -49,7 +50,9 @@ class VirtualCamera:
         try:
             self._camera.send(fitted)
         except (RuntimeError, OSError, ValueError) as error:
-            self.problem = f"the virtual camera {self.device} has stopped ({reason(error)}); live goes on"
+            self.problem = (
+                f"the virtual camera {self.device} has stopped ({reason(error)}); the live session continues"
+            )
             self.close()
 
     def close(self) -> None:
@@ -60,13 +63,7 @@ class VirtualCamera:
         try:
             camera.close()
         except (RuntimeError, OSError) as error:
-            self.problem = (
-                self.problem or f"the virtual camera {self.device} did not end well: {reason(error)}"
-            )
-
-
-def _even(side: int) -> int:
-    return max(2, side + side % 2)
+            self.problem = self.problem or f"the virtual camera {self.device} did not close: {reason(error)}"
 
 
 def _open(size: Size, fps: float, device: str | None) -> Any:
@@ -82,19 +79,23 @@ def _open(size: Size, fps: float, device: str | None) -> Any:
     try:
         return pyvirtualcam.Camera(w, h, fps, fmt=pyvirtualcam.PixelFormat.RGB, device=device)
     except (RuntimeError, OSError, ValueError) as error:
-        raise MediaError(_does_not_open(device, reason(error))) from error
+        raise MediaError(_cannot_open(device, reason(error))) from error
 
 
-def _does_not_open(device: str | None, cause: str) -> str:
+def _cannot_open(device: str | None, cause: str) -> str:
     if device is not None:
-        return f"virtual camera {device} does not open ({cause}); give another, or none to take the first one"
+        return (
+            f"virtual camera {device} cannot be opened ({cause}); name another, or none to use the first one"
+        )
     if sys.platform != "linux":
         return (
             f"no virtual camera ({cause}); install OBS Studio, start its virtual camera once, then close OBS"
         )
     if "No v4l2 loopback" in cause:
         return "no virtual camera: its driver is not loaded; run: sudo modprobe v4l2loopback devices=1"
-    return f"the virtual camera does not open ({cause}); close the program that sends to it, or name another"
+    return (
+        f"the virtual camera cannot be opened ({cause}); close the program that sends to it, or name another"
+    )
 
 
 def letterbox(frame: Frame, size: Size) -> Frame:
@@ -105,13 +106,13 @@ def letterbox(frame: Frame, size: Size) -> Frame:
     h, w = frame.shape[:2]
     scale = min(size[0] / h, size[1] / w)
     rows, columns = (_side(part * scale, whole) for part, whole in zip((h, w), size, strict=True))
-    fitted = to_working(frame, (rows, columns))
+    fitted = resize(frame, (rows, columns))
     if (rows, columns) == size:
         return fitted
-    canvas = np.zeros((*size, 3), np.uint8)
-    top, left = (size[0] - rows) // 2, (size[1] - columns) // 2
-    canvas[top : top + rows, left : left + columns] = fitted
-    return canvas
+    high, wide = size[0] - rows, size[1] - columns
+    top, left = high // 2, wide // 2
+    framed = cv2.copyMakeBorder(fitted, top, high - top, left, wide - left, cv2.BORDER_CONSTANT, value=0)
+    return np.asarray(framed, dtype=np.uint8)
 
 
 def _side(fitting: float, whole: int) -> int:

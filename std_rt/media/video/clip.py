@@ -1,13 +1,12 @@
-"""Reading clips: an open container, and its packets as upright RGB frames with their times.
+"""The clip reader: an open container, and its packets as upright RGB frames with their times.
 
-FFmpeg is told which containers it may believe in: it would also play text files, and playlists that
-fetch other files.
+FFmpeg is told which containers to accept: it would also play text files, and playlists that fetch others.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -29,11 +28,18 @@ from numpy.typing import NDArray
 
 from std_rt.core.errors import MediaError
 from std_rt.core.files import check_input, reason
-from std_rt.media.fit import Turn
 from std_rt.media.video.colour import Colour, colour_of, to_rgb
-from std_rt.media.video.sound import sound_streams
 
-__all__ = ["Clip", "TimedFrame", "first_video_stream", "is_cover", "open_clip"]
+__all__ = [
+    "Clip",
+    "DecodedFrame",
+    "VideoInfo",
+    "nothing_decoded",
+    "open_clip",
+    "open_container",
+    "probe",
+    "sound_streams",
+]
 
 _CONTAINERS = (
     "mov,mp4,matroska,webm,avi,mpeg,mpegts,flv,asf,ogg,gif,apng,mxf,ivf,yuv4mpegpipe,h264,hevc,obu,nut,dv,rm,"
@@ -41,68 +47,152 @@ _CONTAINERS = (
 )
 _LARGE_PX = 1920 * 1088
 _LAST_PACKET_S = 0.2  # longer than any packet of sound, whose duration FLV does not say
-# ISO files that hold a picture, which the mov reader would give as the tiles of a mosaic.
+# ISO files that hold a picture, which the mov reader would return as the tiles of a mosaic.
 _STILL_BRANDS = frozenset({"heic", "heix", "heim", "heis", "mif1", "avif"})
 
 
 @dataclass(frozen=True)
-class TimedFrame:
+class Orientation:
+    """What turns a stored frame upright: transpose first, then flip rows and columns."""
+
+    transpose: bool = False
+    flip_rows: bool = False
+    flip_columns: bool = False
+
+    @staticmethod
+    def of(frame: VideoFrame) -> Orientation:
+        """From a decoded frame's display matrix: a pixel (x, y) is shown at (a x + c y, b x + d y)."""
+        try:
+            # Not frame.side_data: it keeps the frame in a reference cycle, and hundreds pile up before the
+            # collector, which counts objects and not bytes, looks for them.
+            side_data: Mapping[str, Buffer] = cast(Any, SideDataContainer)(frame)
+            matrix = np.frombuffer(bytes(side_data["DISPLAYMATRIX"]), dtype=np.int32)
+        except KeyError:
+            return Orientation()
+        a, b, c, d = (int(matrix[index]) for index in (0, 1, 3, 4))
+        if abs(b) + abs(c) > abs(a) + abs(d):
+            return Orientation(True, flip_rows=b < 0, flip_columns=c < 0)
+        return Orientation(False, flip_rows=d < 0, flip_columns=a < 0)
+
+    @property
+    def degrees(self) -> int:
+        """Clockwise degrees of the rotation (0, 90, 180, 270), mirroring aside."""
+        if self.transpose:
+            return 90 if self.flip_columns else 270
+        return 180 if self.flip_rows else 0
+
+    def apply(self, array: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The array ([H, W] or [H, W, C]) upright, contiguous."""
+        turned = array.swapaxes(0, 1) if self.transpose else array
+        turned = turned[::-1] if self.flip_rows else turned
+        turned = turned[:, ::-1] if self.flip_columns else turned
+        return np.ascontiguousarray(turned)
+
+
+@dataclass(frozen=True)
+class DecodedFrame:
     """One upright frame: rgb uint8 [H, W, 3]; pts and duration in the stream's time base (0 = unknown).
 
-    turn: what was done to get it upright.
+    orientation: what turned it upright.
     """
 
     rgb: NDArray[np.uint8]
     pts: int
     duration: int
     colour: Colour
-    turn: Turn
+    orientation: Orientation
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a clip says about itself; ``width`` x ``height`` px is the upright picture.
+
+    rotation: clockwise degrees that turned it upright (0, 90, 180, 270).
+    frames: their number, or an estimate from duration and rate, or None; duration_s: seconds or None;
+    average_rate: frames/s or None; time_base: seconds per unit of the frames' timestamps.
+    """
+
+    width: int
+    height: int
+    rotation: int
+    frames: int | None
+    duration_s: float | None
+    average_rate: Fraction | None
+    has_audio: bool
+    time_base: Fraction
+
+
+def probe(path: Path) -> VideoInfo:
+    """Open a clip and decode its first frame. Raises MediaError if it is not a video or cannot be decoded."""
+    with open_clip(path) as clip:
+        first = next(clip.read(), None)
+        if first is None:
+            raise nothing_decoded(path)
+        return VideoInfo(
+            width=first.rgb.shape[1],
+            height=first.rgb.shape[0],
+            rotation=first.orientation.degrees,
+            frames=clip.frames,
+            duration_s=clip.duration_s,
+            average_rate=clip.video.average_rate,
+            has_audio=bool(clip.sound),
+            time_base=clip.time_base,
+        )
+
+
+def nothing_decoded(path: Path) -> MediaError:
+    """The error for a clip without a single frame that can be decoded."""
+    return MediaError(f"{path} is damaged: not one frame of it could be decoded")
 
 
 @contextmanager
-def open_clip(path: Path) -> Iterator[InputContainer]:
-    """The container of a clip (or of sound). Raises MediaError if FFmpeg finds none of the known ones."""
+def open_container(path: Path) -> Iterator[InputContainer]:
+    """The container of a clip (or of sound). Raises MediaError if it is not one of the known kinds."""
     check_input(path)
     options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
     try:
         container = av.open(str(path.absolute()), container_options=options, metadata_errors="replace")
     except (av.FFmpegError, ValueError, OSError) as error:
-        hint = (
-            "an .mp4 cut short loses its index at the end"
-            if path.suffix.lower() in (".mp4", ".mov")
-            else "damaged?"
-        )
-        raise MediaError(f"{path} is no video that can be read ({reason(error)}; {hint})") from error
+        is_mp4 = path.suffix.lower() in (".mp4", ".mov")
+        hint = "an .mp4 cut short loses its index at the end" if is_mp4 else "damaged?"
+        raise MediaError(f"{path} is not a video that can be read ({reason(error)}; {hint})") from error
     with container:
-        brand = container.metadata.get("major_brand", "")
-        if brand in _STILL_BRANDS:
+        if container.metadata.get("major_brand", "") in _STILL_BRANDS:
             raise MediaError(f"{path} is an HEIF/AVIF picture that cannot be read; convert it to JPEG or PNG")
         yield container
 
 
-def first_video_stream(container: InputContainer, path: Path) -> VideoStream:
-    """The first stream of moving pictures; MediaError if there is none (album covers do not count)."""
-    for stream in container.streams.video:
-        if not is_cover(stream):
-            _require_decoder(stream, path)
-            return stream
-    found = "only sound" if container.streams.audio else "no video"
-    raise MediaError(f"{path} holds {found}; give a clip with a video stream, or a picture")
+@contextmanager
+def open_clip(path: Path) -> Iterator[Clip]:
+    """A clip: its first stream of moving pictures (album covers do not count), and its sound.
+
+    Raises MediaError if it is not a video, has no video stream, or this FFmpeg cannot decode it.
+    """
+    with open_container(path) as container:
+        video = next((stream for stream in container.streams.video if not _is_cover(stream)), None)
+        if video is None:
+            found = "only sound" if container.streams.audio else "no video"
+            raise MediaError(f"{path} holds {found}; give a clip with a video stream, or a picture")
+        if video.codec_context is None:
+            raise MediaError(
+                f"{path}: this build cannot decode its video codec; convert the clip to H.264 first"
+            )
+        yield Clip(container, video)
 
 
-def is_cover(stream: VideoStream) -> bool:
+def sound_streams(container: InputContainer) -> list[AudioStream]:
+    """Audio streams that can be copied."""
+    return [stream for stream in container.streams.audio if stream.codec_context is not None]
+
+
+def _is_cover(stream: VideoStream) -> bool:
     """True for an album cover, which containers list as a video stream."""
     return bool(stream.disposition & Disposition.attached_pic)
 
 
-def _require_decoder(stream: VideoStream, path: Path) -> None:
-    if stream.codec_context is None:
-        raise MediaError(f"{path}: this build cannot decode its video codec; convert the clip to H.264 first")
-
-
 @dataclass
 class Clip:
-    """Frames of an open container, in file order, with a tally of what went wrong."""
+    """Frames of an open container, in file order, and counts of what went wrong."""
 
     container: InputContainer
     video: VideoStream
@@ -146,27 +236,6 @@ class Clip:
         return round(self.duration_s * self.rate) or None if self.duration_s else None
 
     @property
-    def is_short(self) -> bool:
-        """After reading: True if the container announced more than came."""
-        if self.video.frames:
-            return self.decoded + self.hidden < self.video.frames and self._misses_frames()
-        slack_s = 2 * float(self.frame_step * self.time_base)
-        video_s = _matroska_end_s(self.container, self.video)
-        if video_s is not None:
-            return float(self._end_pts * self.time_base) + slack_s < video_s
-        announced_s = _announced_end_s(self.container)
-        return announced_s is not None and self._end_s + slack_s + _LAST_PACKET_S < announced_s
-
-    def _misses_frames(self) -> bool:
-        """Fewer came than the file counts; True if those that lack should have been seen."""
-        if "mp4" in self.container.format.name:
-            # What an edit list hides is not in this index, or marked where it is needed for decoding.
-            listed = sum(not entry.is_discard for entry in self.video.index_entries)
-            return self.decoded < listed
-        # AVI counts places in time, some of which may hold no frame.
-        return self._end_pts < self.video.frames * self.frame_step
-
-    @property
     def pixel_aspect(self) -> Fraction | None:
         """Width by height of one upright pixel; None where pixels are square or the file does not say."""
         aspect = self.video.sample_aspect_ratio
@@ -179,10 +248,10 @@ class Clip:
         """Units of pts from one frame to the next at the average rate; at least 1."""
         return max(1, round(1 / (self.rate * self.time_base)))
 
-    def read(self) -> Iterator[TimedFrame]:
+    def read(self) -> Generator[DecodedFrame, None, None]:
         """Upright frames until the end, or as far as a damaged file goes."""
         # Frames decoded in several threads come late, and PyAV loses those that wait when the last one is
-        # damaged. One thread does 1080p far faster than anything is painted.
+        # damaged. One thread does 1080p far faster than any frame is stylized.
         large = self.video.width * self.video.height > _LARGE_PX
         self.video.thread_type = ThreadType.AUTO if large else ThreadType.SLICE
         for packet in self._packets():
@@ -194,9 +263,8 @@ class Clip:
 
     def _packets(self) -> Iterator[Packet[Stream]]:
         """Of sound too, which tells where the file ends."""
-        streams = [self.video, *self.sound]
         try:
-            for packet in self.container.demux(streams):
+            for packet in self.container.demux([self.video, *self.sound]):
                 if packet.size:  # The empty ones at the end flush decoders; read() does that itself.
                     if packet.pts is not None:
                         end_s = float((packet.pts + (packet.duration or 0)) * packet.time_base)
@@ -205,7 +273,7 @@ class Clip:
         except av.FFmpegError:
             self.damage += 1
 
-    def _decode(self, packet: Packet[VideoStream] | None) -> Iterator[TimedFrame]:
+    def _decode(self, packet: Packet[VideoStream] | None) -> Iterator[DecodedFrame]:
         try:
             frames = self.video.decode(packet)
         except av.EOFError:
@@ -214,17 +282,17 @@ class Clip:
             self.damage += 1
             return
         for frame in frames:
-            yield self._timed(frame)
+            yield self._upright(frame)
 
-    def _timed(self, frame: VideoFrame) -> TimedFrame:
-        colour, turn = colour_of(frame), turn_of(frame)
+    def _upright(self, frame: VideoFrame) -> DecodedFrame:
+        colour, orientation = colour_of(frame), Orientation.of(frame)
         self.decoded += 1
         self.is_hdr |= colour.is_hdr
-        self.transposed = turn.transpose
-        rgb = turn.apply(to_rgb(frame, colour))
+        self.transposed = orientation.transpose
+        rgb = orientation.apply(to_rgb(frame, colour))
         pts, duration = self._next_pts(frame), frame.duration or 0
         self._end_pts = pts + duration
-        return TimedFrame(rgb, pts, duration, colour, turn)
+        return DecodedFrame(rgb, pts, duration, colour, orientation)
 
     def _next_pts(self, frame: VideoFrame) -> int:
         """The frame's time; where a file has none, or runs backwards, the next one that fits."""
@@ -234,6 +302,43 @@ class Clip:
         self._last_pts = pts or 0
         return self._last_pts
 
+    @property
+    def is_short(self) -> bool:
+        """After reading: True if the container announced more than came."""
+        if self.video.frames:
+            return self.decoded + self.hidden < self.video.frames and self._misses_frames()
+        slack_s = 2 * float(self.frame_step * self.time_base)
+        video_s = _matroska_end_s(self.container, self.video)
+        if video_s is not None:
+            return float(self._end_pts * self.time_base) + slack_s < video_s
+        # Only Matroska, WebM and FLV say when the last of their streams ends; subtitles are not read.
+        says = any(name in self.container.format.name for name in ("matroska", "flv"))
+        if not says or not self.container.duration or self.container.streams.subtitles:
+            return False
+        return self._end_s + slack_s + _LAST_PACKET_S < self.container.duration / av.time_base
+
+    def _misses_frames(self) -> bool:
+        """Fewer came than the file counts; True if the missing ones should have been seen."""
+        if "mp4" in self.container.format.name:
+            # What an edit list hides is not in this index, or marked where it is needed for decoding.
+            listed = sum(not entry.is_discard for entry in self.video.index_entries)
+            return self.decoded < listed
+        # AVI counts places in time, some of which may hold no frame.
+        return self._end_pts < self.video.frames * self.frame_step
+
+    def notes(self, *, stopped: bool) -> list[str]:
+        """After reading: one line each on what a user may want to know about the input."""
+        notes = []
+        if self.damage or (not stopped and self.is_short):
+            notes.append("the input is damaged or cut short; everything that could be decoded was done")
+        if self.container.streams.subtitles:
+            notes.append("subtitles were not copied")
+        if sum(not _is_cover(stream) for stream in self.container.streams.video) > 1:
+            notes.append("only the first video stream was used")
+        if self.is_hdr:
+            notes.append("HDR brightness (PQ or HLG) was taken as it is, without tone mapping")
+        return notes
+
 
 def _matroska_end_s(container: InputContainer, video: VideoStream) -> float | None:
     """When a Matroska or WebM file by FFmpeg says that its video ends, which tags each track."""
@@ -241,23 +346,3 @@ def _matroska_end_s(container: InputContainer, video: VideoStream) -> float | No
     if tag is None or "matroska" not in container.format.name:
         return None
     return int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
-
-
-def _announced_end_s(container: InputContainer) -> float | None:
-    """When a Matroska, WebM or FLV file says that the last of its streams ends; others only seem to."""
-    says = any(name in container.format.name for name in ("matroska", "flv"))
-    if not (says and container.duration) or container.streams.subtitles:  # These are not read.
-        return None
-    return container.duration / av.time_base
-
-
-def turn_of(frame: VideoFrame) -> Turn:
-    """How a decoded frame must be turned to be upright, from its display matrix."""
-    try:
-        # Not frame.side_data: it keeps the frame in a reference cycle, and hundreds pile up before the
-        # collector, which counts objects and not bytes, looks for them.
-        side_data: Mapping[str, Buffer] = cast(Any, SideDataContainer)(frame)
-        matrix = np.frombuffer(bytes(side_data["DISPLAYMATRIX"]), dtype=np.int32)
-    except KeyError:
-        return Turn()
-    return Turn.from_matrix(int(matrix[0]), int(matrix[1]), int(matrix[3]), int(matrix[4]))

@@ -1,4 +1,4 @@
-"""Colour of clips: which matrix and range a frame has, to RGB and back, and the tags of the output.
+"""The colour of clips: which matrix and range a frame has, to RGB and back, and the tags of the output.
 
 An untagged clip is read the way players do: BT.709 from 720 lines up, BT.601 below, limited range.
 The output keeps the matrix of the source (RGB sources: BT.709) and is always limited range, tagged.
@@ -14,6 +14,8 @@ from av.video.reformatter import ColorRange, Interpolation
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
+from std_rt.media.fit import over_white
+
 __all__ = ["Colour", "colour_of", "tag_stream", "to_rgb", "to_yuv"]
 
 # FFmpeg's AVColorSpace numbers; the last two are what unknown frames are taken for.
@@ -21,6 +23,7 @@ _RGB, _BT709, _UNSPECIFIED, _BT470BG, _SMPTE170M, _BT2020 = 0, 1, 2, 5, 6, 9
 _SWSCALE = {_BT709: 1, 4: 4, _BT470BG: 5, _SMPTE170M: 5, 7: 7, _BT2020: 9, 10: 9}
 _HD_LINES = 720
 _HDR_CURVES = frozenset({16, 18})  # PQ and HLG
+_WITH_ALPHA = frozenset({"pal8", "rgba", "bgra", "argb", "abgr", "rgba64be", "rgba64le", "ya8", "ya16be"})
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,9 @@ def colour_of(frame: VideoFrame) -> Colour:
 
 def to_rgb(frame: VideoFrame, colour: Colour) -> NDArray[np.uint8]:
     """uint8 [H, W, 3] of a decoded frame; transparent pixels (GIF, APNG) laid over white."""
-    if _has_alpha(frame):
-        rgba = frame.to_ndarray(format="rgba").astype(np.uint16)
-        alpha = rgba[:, :, 3:]
-        return ((rgba[:, :, :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    if frame.format.name in _WITH_ALPHA:
+        rgba = np.asarray(frame.to_ndarray(format="rgba"), dtype=np.uint8)
+        return over_white(rgba[:, :, :3], rgba[:, :, 3])
     rgb = frame.reformat(
         format="rgb24",
         src_colorspace=_SWSCALE[colour.matrix],
@@ -67,20 +69,6 @@ def to_rgb(frame: VideoFrame, colour: Colour) -> NDArray[np.uint8]:
         interpolation=Interpolation.BILINEAR,
     )
     return np.asarray(rgb.to_ndarray(), dtype=np.uint8)
-
-
-def _has_alpha(frame: VideoFrame) -> bool:
-    return frame.format.name in (
-        "pal8",
-        "rgba",
-        "bgra",
-        "argb",
-        "abgr",
-        "rgba64be",
-        "rgba64le",
-        "ya8",
-        "ya16be",
-    )
 
 
 def to_yuv(rgb: NDArray[np.uint8], colour: Colour) -> VideoFrame:

@@ -1,8 +1,8 @@
-"""Recording a live session: never in its way, playable at any moment, at the times the frames were shown.
+"""The recorder of a live session: never in its way, playable at any moment, at the times frames were shown.
 
-The file is written in pieces that each play alone (fragments of MP4, clusters of Matroska), a second each,
-so whatever kills the program costs the last second. A clean `Recorder.close` makes a plain MP4 of the
-fragments, which every player and editor seeks in.
+The file is written in fragments that each play alone (fragments of MP4, clusters of Matroska), a second each,
+so whatever kills the program costs the last second. A clean `Recorder.close` turns the fragments of an MP4
+into a plain one, in which every player and editor can seek.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from fractions import Fraction
 from itertools import chain, count
 from math import isfinite
 from pathlib import Path
-from queue import Empty, Full, Queue
-from threading import Event, Thread
+from queue import Full, Queue
+from threading import Thread
 
 import av
 import numpy as np
@@ -27,16 +27,16 @@ from numpy.typing import NDArray
 from std_rt.core.errors import MediaError
 from std_rt.core.files import check_output, partial_file
 from std_rt.media.video.colour import Colour
-from std_rt.media.video.track import MUXERS, Encoder, VideoTrack, even_size, write_failure
+from std_rt.media.video.encoder import MUXERS, Encoder, VideoTrack, even_size, write_failure
 
 __all__ = ["Recorder", "Recording", "numbered"]
 
-_PIECE_S = 1  # what a kill may cost
-_PATIENCE_S = 0.2  # waits end this often: to see a close, and on Windows to let Ctrl-C through
+_FRAGMENT_S = 1  # what a kill may cost
+_POLL_S = 0.2  # waits end this often: on Windows longer ones would hold up Ctrl-C
 _BT709 = Colour(1, False, 1, 1)
 _FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
-_CLUSTERS = {"cluster_time_limit": str(1000 * _PIECE_S), "flush_packets": "1"}
-_PIECES = {"mp4": _FRAGMENTS, "mov": _FRAGMENTS, "matroska": _CLUSTERS, "webm": _CLUSTERS}
+_CLUSTERS = {"cluster_time_limit": str(1000 * _FRAGMENT_S), "flush_packets": "1"}
+_MUX_OPTIONS = {"mp4": _FRAGMENTS, "mov": _FRAGMENTS, "matroska": _CLUSTERS, "webm": _CLUSTERS}
 # Matroska counts milliseconds. A frame of MP4 may last 2**31 ticks, which are 59 hours of pause here.
 _TICKS = {"mp4": 10_000, "mov": 10_000, "matroska": 1000, "webm": 1000}
 _SPARE_BYTES = 1 << 20
@@ -47,11 +47,11 @@ Frame = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Recording:
-    """What became of a recording.
+    """The result of a recording.
 
     path: the file, under another name than asked for if that had been taken meanwhile. frames: in the file
     (0: there is none); dropped: given and not in it; seconds: from the first frame to the end of the last.
-    problem: "" or one line on what went wrong; what was recorded until then is there all the same.
+    problem: "" or one line on what went wrong; what was recorded until then is kept all the same.
     """
 
     path: Path
@@ -68,13 +68,13 @@ def numbered(path: Path) -> Path:
 
 
 class Recorder:
-    """Encodes frames in a thread of its own, so that `write` neither waits nor raises.
+    """Encodes frames in its own thread, so that `write` neither waits nor raises.
 
     sink: .mp4 .m4v .mov .mkv .webm. fps: the nominal rate; the times are those given to `write`. room:
     frames that may wait for a slow disk or encoder; more are dropped and counted. codec, crf: as in
-    :func:`~std_rt.media.transcode`. Raises MediaError, before anything is recorded, for a suffix,
-    encoder or place that will not do, and for a file that exists (without ``overwrite``). The file comes
-    into being with the first frame.
+    :func:`~std_rt.media.transcode`. Raises MediaError, before anything is recorded, for an unusable suffix,
+    encoder or place, and for a file that exists (without ``overwrite``). The file is created with the first
+    frame.
     """
 
     def __init__(
@@ -92,109 +92,95 @@ class Recorder:
         self._encoder = Encoder.for_file(sink, codec, crf, live=True)
         check_output(sink, overwrite=overwrite)
         self._sink, self._fps, self._overwrite = sink, fps, overwrite
-        self._waiting: Queue[tuple[Frame, float] | None] = Queue(room)  # None: the end
-        self._closing = Event()
-        self._take: _Take | None = None
+        self._queue: Queue[tuple[Frame, float] | None] = Queue(room)  # None: the end
+        self._file: _FragmentedFile | None = None
         self._given = self._missed = self._refused = 0
-        self._problem, self._ended = "", False
+        self._problem, self._ended = "", False  # ended: no more frames are taken
         self._result: Recording | None = None
-        self._thread = Thread(target=self._run, name="record", daemon=True)
+        self._thread = Thread(target=self._run, name="std-rt-record", daemon=True)
         self._thread.start()
 
     @property
     def path(self) -> Path:
-        """The file; sure from the first frame on."""
-        return self._take.path if self._take else self._sink
+        """The file; final from the first frame on."""
+        return self._file.path if self._file else self._sink
 
     @property
     def frames(self) -> int:
         """Encoded so far."""
-        return self._take.frames if self._take else 0
+        return self._file.frames if self._file else 0
 
     @property
     def dropped(self) -> int:
-        """Frames so far that will not be in the file: no room, after its end, or no frames at all."""
+        """Frames so far that will not be in the file: no room, after its end, or not frames at all."""
         return self._missed + self._refused
 
     @property
     def problem(self) -> str:
-        """What ended the recording, one line; "" while it goes on."""
+        """What ended the recording, one line; "" while it continues."""
         return self._problem
 
     def write(self, frame: Frame, at_s: float) -> None:
         """Record ``frame`` (uint8 [H, W, 3] RGB) as shown from ``at_s`` seconds on (any clock that rises).
 
-        Not copied: the array is the recorder's, and nobody may change it. The first frame sets the size;
-        others are resized to it. Anything that is no frame counts as dropped.
+        Not copied: nobody may change the array afterwards. The first frame sets the size; others are
+        resized to it. Anything that is not a frame counts as dropped.
         """
         self._given += 1
         try:
-            if self._ended or self._closing.is_set():
+            if self._ended:
                 raise Full
-            self._waiting.put_nowait((frame, at_s))
+            self._queue.put_nowait((frame, at_s))
         except Full:
             self._missed += 1
 
     def close(self) -> Recording:
-        """Write what waits, make the file plain, and say what became of it; again: the same answer.
+        """Write what waits, make an MP4 plain, and report; called again it returns the same report.
 
-        Takes as long as copying the file does. Broken off (Ctrl-C), the recording stays as it is, in pieces.
+        Takes as long as copying the file does. Interrupted (Ctrl-C), the recording stays in fragments.
         """
-        self._closing.set()
-        with suppress(Full):  # Only so that the thread sees it at once.
-            self._waiting.put_nowait(None)
+        self._ended = True
         while self._thread.is_alive():
-            self._thread.join(_PATIENCE_S)
+            with suppress(Full):
+                self._queue.put(None, timeout=_POLL_S)
+            self._thread.join(_POLL_S)
         if self._result is None:
-            self._result = self._settle()
+            self._result = self._finish()
         return self._result
 
     def _run(self) -> None:
         try:
-            for frame, at_s in self._taken():
+            for frame, at_s in iter(self._queue.get, None):
                 if not _is_frame(frame, at_s):
                     self._refused += 1
                     continue
-                if self._take is None:
-                    path = _claim(self._sink, self._overwrite)
-                    self._take = _Take(path, self._encoder, self._fps, even_size(frame))
-                self._take.write(frame, at_s)
-            if self._take is not None:
-                self._take.finish()
+                if self._file is None:
+                    path = _create(self._sink, self._overwrite)
+                    self._file = _FragmentedFile(path, self._encoder, self._fps, even_size(frame))
+                self._file.write(frame, at_s)
+            if self._file is not None:
+                self._file.finish()
         except _FAILURES as error:
             self._problem = (
-                f"recording into {self.path} ended early, kept up to there: {write_failure(error)}"
+                f"recording to {self.path} stopped early, everything before is kept: {write_failure(error)}"
             )
-            if self._take is not None:
-                self._take.abandon()
+            if self._file is not None:
+                self._file.abandon()
         finally:
             self._ended = True
 
-    def _taken(self) -> Iterator[tuple[Frame, float]]:
-        """What was given, until the recorder is closed and nothing waits any more."""
-        while True:
-            try:
-                item = self._waiting.get(timeout=_PATIENCE_S)
-            except Empty:
-                if self._closing.is_set():
-                    return
-                continue
-            if item is None:
-                return
-            yield item
-
-    def _settle(self) -> Recording:
-        take, problem = self._take, self._problem
-        if take is None:
+    def _finish(self) -> Recording:
+        file, problem = self._file, self._problem
+        if file is None:
             return Recording(self._sink, 0, self._given, 0.0, problem)
-        frames, seconds = (take.frames, take.seconds) if not problem else _readable(take.path)
+        frames, seconds = (file.frames, file.seconds) if not problem else _readable(file.path)
         if frames == 0:
             with suppress(OSError):
-                take.path.unlink()
-            return Recording(take.path, 0, self._given, 0.0, problem)
-        if MUXERS[take.path.suffix.lower()] in ("mp4", "mov"):
-            problem = problem or _make_plain(take.path, frames)
-        return Recording(take.path, frames, self._given - frames, seconds, problem)
+                file.path.unlink()
+            return Recording(file.path, 0, self._given, 0.0, problem)
+        if MUXERS[file.path.suffix.lower()] in ("mp4", "mov"):
+            problem = problem or _make_plain(file.path, frames)
+        return Recording(file.path, frames, self._given - frames, seconds, problem)
 
 
 def _is_frame(frame: object, at_s: float) -> bool:
@@ -203,7 +189,7 @@ def _is_frame(frame: object, at_s: float) -> bool:
     return frame.shape[2] == 3 and frame.size > 0 and isfinite(at_s)
 
 
-def _claim(sink: Path, overwrite: bool) -> Path:
+def _create(sink: Path, overwrite: bool) -> Path:
     """The file to record into: ``sink``, or the next free name if another program took it meanwhile."""
     while not overwrite:
         path = numbered(sink)
@@ -213,10 +199,10 @@ def _claim(sink: Path, overwrite: bool) -> Path:
     return sink
 
 
-class _Take:
-    """One file being recorded, piece by piece. Raises what PyAV raises.
+class _FragmentedFile:
+    """One file being recorded, fragment by fragment. Raises what PyAV raises.
 
-    A frame lasts until the next one, so each is kept back until that is there.
+    A frame lasts until the next one, so each is held until the next is there.
     """
 
     def __init__(self, path: Path, encoder: Encoder, fps: float, size: tuple[int, int]) -> None:
@@ -227,7 +213,9 @@ class _Take:
         self._start_s: float | None = None
         self._held: tuple[Frame, int] | None = None
         self._key_pts = self._end_pts = 0
-        self._container = av.open(str(path.absolute()), "w", format=muxer, container_options=_PIECES[muxer])
+        self._container = av.open(
+            str(path.absolute()), "w", format=muxer, container_options=_MUX_OPTIONS[muxer]
+        )
         rate, tick = Fraction(fps).limit_denominator(1001), Fraction(1, self._ticks)
         self._track = VideoTrack(self._container, encoder, size, rate, tick, _BT709)
         self._container.start_encoding()
@@ -238,7 +226,7 @@ class _Take:
         return self._end_pts / self._ticks
 
     def write(self, frame: Frame, at_s: float) -> None:
-        """Take ``frame``, and encode the one before it."""
+        """Hold ``frame``, and encode the one before it."""
         self._start_s = at_s if self._start_s is None else self._start_s
         pts = round((at_s - self._start_s) * self._ticks)
         if self._held is not None:
@@ -247,8 +235,8 @@ class _Take:
         self._held = frame, pts
 
     def _encode(self, frame: Frame, pts: int, until: int) -> None:
-        # A piece begins where players can start: by time, as the rate may be anything.
-        key = pts - self._key_pts >= _PIECE_S * self._ticks
+        # A fragment begins where players can start: by time, as the rate may be anything.
+        key = pts - self._key_pts >= _FRAGMENT_S * self._ticks
         self._key_pts = pts if key else self._key_pts
         for packet in self._track.encode(frame, pts, until - pts, key=key):
             self._container.mux(packet)
@@ -264,14 +252,14 @@ class _Take:
         self._container.close()
 
     def abandon(self) -> None:
-        """Let go of the file after a failure."""
+        """Release the file after a failure."""
         self._held = None
         with suppress(*_FAILURES):
             self._container.close()
 
 
 def _whole_packets(path: Path) -> Iterator[Packet[VideoStream]]:
-    """Packets of a recording as far as it is whole."""
+    """Packets of a recording up to the first that is incomplete."""
     muxer = MUXERS[path.suffix.lower()]
     with av.open(str(path.absolute()), format=muxer) as container, suppress(av.FFmpegError):
         for packet in container.demux(container.streams.video[0]):
@@ -282,7 +270,7 @@ def _whole_packets(path: Path) -> Iterator[Packet[VideoStream]]:
 
 
 def _readable(path: Path) -> tuple[int, float]:
-    """(frames, seconds) that a recording that broke off holds."""
+    """(frames, seconds) in a recording that broke off."""
     frames, seconds = 0, 0.0
     with suppress(*_FAILURES):
         for packet in _whole_packets(path):
@@ -308,7 +296,7 @@ def _make_plain(path: Path, frames: int) -> str:
 
 
 def _copy_plain(path: Path, plain: Path) -> int:
-    """Copy the packets, as they are and at their times; how many."""
+    """Copy the packets, as they are and at their times; returns how many."""
     muxer = MUXERS[path.suffix.lower()]
     options = {"movflags": "+faststart", "video_track_timescale": str(_TICKS[muxer])}
     copied = 0

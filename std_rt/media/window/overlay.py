@@ -1,4 +1,4 @@
-"""What the live window writes over the picture: figures, a message, pictures of the styles, the keys.
+"""The overlay of the live window: figures, a message, pictures of the styles, the list of keys.
 
 All sizes follow the height of the text, which follows the size of the window. What does not change from
 one frame to the next is drawn once and kept.
@@ -8,22 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from math import sqrt
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from std_rt.media.window.drawing import Colour, DrawingKit
 from std_rt.media.window.sdl import pygame
 
 __all__ = ["HelpLine", "Overlay", "Scene", "Thumbnail", "icon", "text_px"]
 
 Frame = NDArray[np.uint8]  # [H, W, 3] RGB
+Colour = tuple[int, int, int]
 Thumbnail = tuple[Frame, float, bool]
-"""A style in the strip: its picture, its weight 0..1 in the blend, and whether it is the chosen one."""
+"""A style in the strip: its picture, its weight 0..1 in the blend, and whether it is selected."""
 HelpLine = tuple[Sequence[str], str]
-"""Keys as a keyboard has them printed, and what they do; without keys: a heading."""
+"""Keys as printed on a keyboard, and what they do; without keys: a heading."""
 
 _INK: Colour = (248, 247, 244)
 _DIM: Colour = (172, 175, 183)
@@ -33,6 +35,8 @@ _ACCENT: Colour = (255, 190, 84)
 _RED: Colour = (255, 66, 56)
 _ARROWS = ("←", "↑", "→", "↓")
 _GLASS = 190  # opacity of panels: text stays legible over white
+_FINER = 4
+_CACHED = 300  # surfaces of a kind; a screenful with the list of keys is fewer than 150
 
 
 def text_px(h: int, w: int) -> int:
@@ -43,7 +47,7 @@ def text_px(h: int, w: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """What is to be written; see ``Window.show``."""
+    """What to draw; see ``Window.show``."""
 
     lines: Sequence[str] = ()
     banner: str = ""
@@ -53,13 +57,22 @@ class Scene:
 
 
 class Overlay:
-    """Draws a :class:`Scene` over a picture. Not for several threads."""
+    """Draws a :class:`Scene` over a picture. For one thread."""
 
     def __init__(self, help_lines: Sequence[HelpLine] = ()) -> None:
         """``help_lines``: the list of keys, shown while the scene asks for it."""
         self._help = [(tuple(keys), text) for keys, text in help_lines]
-        self._kit = DrawingKit()
         self._cells: list[tuple[pygame.Rect, int]] = []
+        # Caches of this overlay and not of the process: fonts end with the window. Nobody draws on a surface
+        # that comes out of one.
+        self._font = lru_cache(_CACHED)(pygame.font.Font)
+        self._text = lru_cache(_CACHED)(self._make_text)
+        self._shape = lru_cache(_CACHED)(_shape)
+        self._arrow = lru_cache(_CACHED)(_arrow)
+        self._panel = lru_cache(_CACHED)(self._make_panel)
+        self._pill = lru_cache(_CACHED)(self._make_pill)
+        self._card = lru_cache(_CACHED)(self._make_card)
+        self._pictures: dict[tuple[int, int], tuple[Frame, pygame.Surface]] = {}
 
     @property
     def has_help(self) -> bool:
@@ -81,7 +94,8 @@ class Overlay:
         if scene.thumbnails and not helping:
             bottom = self._strip(canvas, scene.thumbnails, px, bottom) - px // 2
         if helping:
-            self._card(canvas, px)
+            card = self._card(px, w, h)
+            canvas.blit(card, card.get_rect(center=(w // 2, h // 2)))
         if scene.banner:
             pill = self._pill(scene.banner, px, room)
             canvas.blit(pill, ((w - pill.get_width()) // 2, bottom - pill.get_height()))
@@ -90,49 +104,66 @@ class Overlay:
         """Index of the style whose picture, as last drawn, is at this pixel; None beside them."""
         return next((index for cell, index in self._cells if cell.collidepoint(x, y)), None)
 
-    # Panels
+    def _make_text(self, text: str, px: int, colour: Colour, room: int | None = None) -> pygame.Surface:
+        """One line of text ``px`` high, cut with an ellipsis where it is wider than ``room`` px."""
+        # Rendered large and scaled down: at 16 px the font's own grid makes letters stand unevenly.
+        font = self._font(pygame.font.get_default_font(), _FINER * px)
+        shown = printable(text)
+        if room is not None and font.size(shown)[0] > _FINER * room:
+            length = len(shown)
+            while length and font.size(shown[:length].rstrip() + "…")[0] > _FINER * room:
+                length -= 1
+            shown = shown[:length].rstrip() + "…"
+        words = font.render(shown, True, colour)
+        w, h = words.get_size()
+        return pygame.transform.smoothscale(words, (-(-w // _FINER), -(-h // _FINER)))
 
-    def _panel(self, lines: tuple[str, ...], px: int, room: int) -> pygame.Surface:
-        """Lines on glass; a tab parts a dim label from its value, and values stand below each other."""
-        return self._kit.keep(("panel", lines, px, room), lambda: self._make_panel(lines, px, room))
+    def _picture(self, frame: Frame, side: int, radius: int) -> pygame.Surface:
+        """The middle square of a picture at ``side`` px, with round corners."""
+        # The array is kept with its surface, so that its id is not given to another one meanwhile.
+        key = (id(frame), side)
+        if key not in self._pictures:
+            if len(self._pictures) > _CACHED:
+                self._pictures.clear()
+            self._pictures[key] = (frame, _square(frame, side, radius))
+        return self._pictures[key][1]
 
     def _make_panel(self, lines: tuple[str, ...], px: int, room: int) -> pygame.Surface:
+        """Lines on glass; a tab separates a dim label from its value, and values are aligned."""
         pad, step = round(0.75 * px), round(1.4 * px)
         space = max(room - 2 * pad, px)
-        rows = [(label if tab else "", value if tab else label) for label, tab, value in map(_parted, lines)]
-        labels = [self._kit.text(label, px, _DIM, space // 2) for label, _ in rows]
+        rows = [
+            (label if tab else "", value if tab else label)
+            for label, tab, value in (line.partition("\t") for line in lines)
+        ]
+        labels = [self._text(label, px, _DIM, space // 2) for label, _ in rows]
         column = max(label.get_width() for label in labels)
         indents = [column + px if label else 0 for label, _ in rows]
         values = [
-            self._kit.text(value, px, _INK, space - indent)
+            self._text(value, px, _INK, space - indent)
             for (_, value), indent in zip(rows, indents, strict=True)
         ]
         wide = max(indent + value.get_width() for indent, value in zip(indents, values, strict=True))
         # In steps of two characters: a figure that gains a digit does not make the panel tremble.
         wide = min(-(-wide // px) * px, space)
-        panel = self._kit.shape(wide + 2 * pad, step * len(rows) + round(1.3 * pad), px // 2, _PANEL, _GLASS)
+        panel = self._shape(wide + 2 * pad, step * len(rows) + round(1.3 * pad), px // 2, _PANEL, _GLASS)
         panel = panel.copy()
         for row, (label, indent, value) in enumerate(zip(labels, indents, values, strict=True)):
             y = round(0.65 * pad) + row * step + (step - value.get_height()) // 2
             panel.blits([(label, (pad, y)), (value, (pad + indent, y))])
         return panel
 
-    def _pill(self, text: str, px: int, room: int, *, dot: bool = False) -> pygame.Surface:
+    def _make_pill(self, text: str, px: int, room: int, dot: bool = False) -> pygame.Surface:
         """One line on glass, with a red dot before it while recording."""
-        return self._kit.keep(("pill", text, px, room, dot), lambda: self._make_pill(text, px, room, dot))
-
-    def _make_pill(self, text: str, px: int, room: int, dot: bool) -> pygame.Surface:
         high, pad, size = round(2.1 * px), round(0.9 * px), round(0.8 * px) if dot else 0
         indent = size + (px // 2 if dot and text else 0)
-        words = self._kit.text(text, px, _INK, room - 2 * pad - indent)
+        words = self._text(text, px, _INK, room - 2 * pad - indent)
         wide = words.get_width() + indent + 2 * pad
-        pill = self._kit.shape(wide, high, high // 2, _PANEL, _GLASS).copy()
+        pill = self._shape(wide, high, high // 2, _PANEL, _GLASS).copy()
         if dot:
-            pill.blit(self._kit.shape(size, size, size // 2, _RED), (pad, (high - size) // 2))
+            pill.blit(self._shape(size, size, size // 2, _RED), (pad, (high - size) // 2))
         pill.blit(words, (pad + indent, (high - words.get_height()) // 2))
         return pill
-
-    # Pictures of the styles
 
     def _strip(self, canvas: pygame.Surface, thumbnails: Sequence[Thumbnail], px: int, bottom: int) -> int:
         """Small pictures in a row, each with its number and the bar of its weight; returns the top's y."""
@@ -141,11 +172,15 @@ class Overlay:
         shown = page([active for _, _, active in thumbnails], fits)
         wide, high = len(shown) * (side + gap) - gap + 2 * pad, side + bar + px // 2 + 2 * pad
         left, top = (canvas.get_width() - wide) // 2, bottom - high
-        canvas.blit(self._kit.shape(wide, high, px // 2, _PANEL, _GLASS), (left, top))
+        canvas.blit(self._shape(wide, high, px // 2, _PANEL, _GLASS), (left, top))
         for place, index in enumerate(shown):
             cell = pygame.Rect(left + pad + place * (side + gap), top + pad, side, side)
             self._cell(canvas, cell, thumbnails[index], index + 1, px)
-            self._bar(canvas, pygame.Rect(cell.x, cell.bottom + px // 2, side, bar), thumbnails[index][1])
+            canvas.blit(self._shape(side, bar, bar // 2, _CAP), (cell.x, cell.bottom + px // 2))
+            filled = round(side * min(max(thumbnails[index][1], 0.0), 1.0))
+            if filled:
+                done = self._shape(max(filled, bar), bar, bar // 2, _ACCENT)
+                canvas.blit(done, (cell.x, cell.bottom + px // 2))
             self._cells.append((cell, index))
         return top
 
@@ -156,26 +191,13 @@ class Overlay:
         edge = max(2, px // 6) if active else 0
         ring = cell.inflate(2 * edge, 2 * edge)
         if active:
-            canvas.blit(self._kit.shape(*ring.size, px // 3 + edge, _ACCENT), ring)
-        canvas.blit(self._kit.picture(picture, cell.w, px // 3), cell)
-        label = self._kit.text(str(number), round(0.75 * px), _PANEL if active else _INK)
+            canvas.blit(self._shape(*ring.size, px // 3 + edge, _ACCENT), ring)
+        canvas.blit(self._picture(picture, cell.w, px // 3), cell)
+        label = self._text(str(number), round(0.75 * px), _PANEL if active else _INK)
         high = round(1.15 * px)
         tag = pygame.Rect(cell.x + px // 4, cell.y + px // 4, max(high, label.get_width() + px // 2), high)
-        canvas.blit(self._kit.shape(*tag.size, high // 2, _ACCENT if active else _PANEL, 255), tag)
+        canvas.blit(self._shape(*tag.size, high // 2, _ACCENT if active else _PANEL, 255), tag)
         canvas.blit(label, label.get_rect(center=tag.center))
-
-    def _bar(self, canvas: pygame.Surface, bar: pygame.Rect, weight: float) -> None:
-        canvas.blit(self._kit.shape(*bar.size, bar.h // 2, _CAP), bar)
-        filled = round(bar.w * min(max(weight, 0.0), 1.0))
-        if filled:
-            canvas.blit(self._kit.shape(max(filled, bar.h), bar.h, bar.h // 2, _ACCENT), bar)
-
-    # The keys
-
-    def _card(self, canvas: pygame.Surface, px: int) -> None:
-        w, h = canvas.get_size()
-        card = self._kit.keep(("card", px, w, h), lambda: self._make_card(px, w, h))
-        canvas.blit(card, card.get_rect(center=(w // 2, h // 2)))
 
     def _make_card(self, px: int, w: int, h: int) -> pygame.Surface:
         """The list of keys, in the largest text up to ``px`` in which it fits; in one column or two."""
@@ -192,7 +214,7 @@ class Overlay:
         pad, gap = round(1.6 * px), round(2.5 * px)
         wide = sum(block.get_width() + gap for block in blocks) - gap + 2 * pad
         high = max(block.get_height() for block in blocks) + 2 * pad
-        card = self._kit.shape(wide, high, px, _PANEL, 238).copy()
+        card = self._shape(wide, high, px, _PANEL, 238).copy()
         x = pad
         for block in blocks:
             card.blit(block, (x, pad))
@@ -204,7 +226,7 @@ class Overlay:
         step, above = round(1.85 * px), round(0.9 * px)
         caps = [self._caps(keys, px) for keys, _ in rows]
         column = max(cap.get_width() for cap in caps) + px
-        texts = [self._kit.text(text, px, _INK if keys else _ACCENT) for keys, text in rows]
+        texts = [self._text(text, px, _INK if keys else _ACCENT) for keys, text in rows]
         indents = [column if keys else 0 for keys, _ in rows]
         wide = max(text.get_width() + indent for text, indent in zip(texts, indents, strict=True))
         heights = [step if keys or not row else step + above for row, (keys, _) in enumerate(rows)]
@@ -219,7 +241,7 @@ class Overlay:
         """The keys of one line side by side; empty for a heading."""
         high, gap = round(1.5 * px), px // 3
         labels = [
-            self._kit.arrow(key, px, _INK) if key in _ARROWS else self._kit.text(key, round(0.85 * px), _INK)
+            self._arrow(key, px, _INK) if key in _ARROWS else self._text(key, round(0.85 * px), _INK)
             for key in keys
         ]
         widths = [max(high, label.get_width() + round(0.8 * px)) for label in labels]
@@ -227,14 +249,10 @@ class Overlay:
         x = 0
         for key, label, wide in zip(keys, labels, widths, strict=True):
             if key != "…":
-                caps.blit(self._kit.shape(wide, high, px // 3, _CAP), (x, 0))
+                caps.blit(self._shape(wide, high, px // 3, _CAP), (x, 0))
             caps.blit(label, label.get_rect(center=(x + wide // 2, high // 2)))
             x += wide + gap
         return caps
-
-
-def _parted(line: str) -> tuple[str, str, str]:
-    return line.partition("\t")
 
 
 def page(active: Sequence[bool], fits: int) -> range:
@@ -255,9 +273,66 @@ def in_columns(rows: Sequence[HelpLine], columns: int) -> list[Sequence[HelpLine
 
 
 def icon() -> pygame.Surface:
-    """The window's icon, 64 x 64 px: one picture seen in two ways."""
-    kit = DrawingKit()
-    picture = kit.shape(64, 64, 15, _PANEL).copy()
-    picture.blit(kit.shape(34, 34, 17, _INK), (8, 15))
-    picture.blit(kit.shape(34, 34, 17, _ACCENT, 235), (22, 15))
+    """The window's icon, 64 x 64 px: one picture seen twice."""
+    picture = _shape(64, 64, 15, _PANEL)
+    picture.blit(_shape(34, 34, 17, _INK), (8, 15))
+    picture.blit(_shape(34, 34, 17, _ACCENT, 235), (22, 15))
     return picture
+
+
+def printable(text: str) -> str:
+    """``text`` as one line a font can draw: names of files may hold anything."""
+    one_line = "".join(char if char.isprintable() else " " for char in text)
+    return one_line.encode("utf-8", "replace").decode("utf-8")
+
+
+def _coverage(h: int, w: int, radius: int) -> NDArray[np.float32]:
+    """How much of each pixel, 0..1, a rectangle with round corners covers; [h, w]."""
+    r = min(radius, h // 2, w // 2)
+    y = np.abs(np.arange(h, dtype=np.float32) - (h - 1) / 2) - (h / 2 - r)
+    x = np.abs(np.arange(w, dtype=np.float32) - (w - 1) / 2) - (w / 2 - r)
+    # Distance to the edge of a round box: the box of the corners' centres, grown by the radius.
+    outside = np.hypot(np.maximum(x, 0)[None, :], np.maximum(y, 0)[:, None])
+    distance = outside + np.minimum(np.maximum(x[None, :], y[:, None]), 0) - r
+    return np.asarray(np.clip(0.5 - distance, 0, 1), np.float32)
+
+
+def _shape(w: int, h: int, radius: int, colour: Colour, opacity: int = 255) -> pygame.Surface:
+    """A rectangle of ``w`` x ``h`` px with round, smooth corners; opacity 0..255."""
+    pixels = np.empty((h, w, 4), np.uint8)
+    pixels[..., :3] = colour
+    pixels[..., 3] = np.rint(_coverage(h, w, radius) * opacity)
+    return _surface(pixels)
+
+
+def _arrow(towards: str, px: int, colour: Colour) -> pygame.Surface:
+    """A triangle for one of ← ↑ → ↓, which the font does not have, as high as a small letter."""
+    side = round(0.66 * px)
+    large = np.zeros((_FINER * side, _FINER * side), np.uint8)
+    far = _FINER * side - 1
+    # Towards the right, three quarters as deep as high.
+    corners = np.array([[far // 8, 0], [far - far // 8, far // 2], [far // 8, far]], np.int32)
+    cv2.fillConvexPoly(large, corners, 255)
+    small = cv2.resize(large, (side, side), interpolation=cv2.INTER_AREA)
+    pixels = np.empty((side, side, 4), np.uint8)
+    pixels[..., :3] = colour
+    pixels[..., 3] = np.rot90(small, "→↑←↓".index(towards))
+    return _surface(pixels)
+
+
+def _square(frame: Frame, side: int, radius: int) -> pygame.Surface:
+    h, w = frame.shape[:2]
+    edge = min(h, w)
+    middle = frame[(h - edge) // 2 :, (w - edge) // 2 :][:edge, :edge]
+    method = cv2.INTER_AREA if edge > side else cv2.INTER_CUBIC
+    pixels = np.empty((side, side, 4), np.uint8)
+    pixels[..., :3] = cv2.resize(np.ascontiguousarray(middle), (side, side), interpolation=method)
+    pixels[..., 3] = np.rint(_coverage(side, side, radius) * 255)
+    return _surface(pixels)
+
+
+def _surface(pixels: NDArray[np.uint8]) -> pygame.Surface:
+    """A copy of RGBA pixels [h, w, 4] as a surface."""
+    h, w = pixels.shape[:2]
+    # In the order of the window's bytes, for which SDL has fast ways to blend.
+    return pygame.image.frombytes(pixels[..., [2, 1, 0, 3]].tobytes(), (w, h), "BGRA")

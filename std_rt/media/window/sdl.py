@@ -1,6 +1,6 @@
-"""SDL by way of pygame-ce: how it is started, when there is no screen, and when the screen goes away.
+"""SDL through pygame-ce: starting it, living without a screen or losing it, and the names of keys.
 
-Everything that asks for pygame asks for it here, so that it is imported quietly and with the hints below.
+pygame is imported only here, so that it is imported quietly and with the hints below.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
+import string
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,24 +33,24 @@ import pygame  # noqa: E402
 
 from std_rt.core.errors import MediaError  # noqa: E402
 
-__all__ = ["keep_forever", "open_screen", "pygame", "screen_is_lost", "survive_lost_screen"]
+__all__ = ["keep_forever", "key_name", "open_screen", "pygame", "screen_is_lost"]
 
 _SCREENLESS = ("dummy", "offscreen")  # SDL's drivers that draw to memory only.
-_HAS_ITS_OWN_SCREEN = ("win32", "darwin")
+_ALWAYS_A_SCREEN = ("win32", "darwin")
 _lost: list[bool] = []
 
 
-def open_screen() -> str:
-    """Start SDL's video; returns the name of its driver ("x11", "wayland", "windows", "cocoa", ...).
+def open_screen() -> None:
+    """Start SDL's video. Raises MediaError where there is no screen.
 
     Without a screen SDL falls back silently to a driver that draws to memory: that is refused unless
-    ``SDL_VIDEODRIVER`` names it. Raises MediaError where there is no screen.
+    ``SDL_VIDEODRIVER`` names it.
     """
     if _lost:
         raise _no_screen("the X server that was there went away")
     asked = os.environ.get("SDL_VIDEODRIVER", "")
     places = [name for name in ("DISPLAY", "WAYLAND_DISPLAY") if os.environ.get(name)]
-    if not asked and not places and sys.platform not in _HAS_ITS_OWN_SCREEN:
+    if not asked and not places and sys.platform not in _ALWAYS_A_SCREEN:
         raise _no_screen("neither DISPLAY nor WAYLAND_DISPLAY is set")
     found = " ".join(f"{name}={os.environ[name]}" for name in places)
     try:
@@ -66,7 +67,7 @@ def open_screen() -> str:
     if driver == "x11":
         # Shared memory: 0.1 ms for 768 x 768 px. Through OpenGL it is 3 ms where that runs on the CPU.
         os.environ.setdefault("SDL_FRAMEBUFFER_ACCELERATION", "0")
-    return driver
+        _survive_lost_screen()
 
 
 def _no_screen(found: str) -> MediaError:
@@ -77,22 +78,21 @@ def _no_screen(found: str) -> MediaError:
 def _driver(name: str) -> Iterator[None]:
     """``SDL_VIDEODRIVER`` set to ``name`` (if any) while SDL reads it."""
     before = os.environ.get("SDL_VIDEODRIVER")
-    if not name or name == before:
-        yield
-        return
-    os.environ["SDL_VIDEODRIVER"] = name
+    if name:
+        os.environ["SDL_VIDEODRIVER"] = name
     try:
         yield
     finally:
-        os.environ.pop("SDL_VIDEODRIVER")
-        if before is not None:
+        if name and before is None:
+            os.environ.pop("SDL_VIDEODRIVER")
+        elif before is not None:
             os.environ["SDL_VIDEODRIVER"] = before
 
 
 # X11: where the server ends or cuts the connection (xkill), or someone else destroys the window, Xlib calls
-# exit() from wherever it is. Nothing of Python's clean-up would run: a recording would not be finished.
-# Since version 1.7 Xlib lets one take these exits away. What is left is a connection on which some calls of
-# SDL wait for an answer for ever, so from then on nothing may touch SDL.
+# exit() from wherever it is. None of Python's clean-up would run: a recording would not be finished. Since
+# version 1.7 Xlib lets a program replace these exits. What is left is a connection on which some calls of SDL
+# wait for an answer for ever, so from then on nothing may touch SDL.
 
 
 class _XError(ctypes.Structure):
@@ -112,16 +112,16 @@ _OnError = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(_XErro
 
 
 def _note_error(_display: int, error: Any) -> int:
-    """A request failed: where it was to draw on the window, that is gone; the rest does no harm."""
+    """A request failed: if it was to draw on the window, the window is gone; others do no harm."""
     if error.contents.code == _BAD_DRAWABLE:
         _lost.append(True)
     return 0
 
 
 # Xlib keeps pointers to these.
-_instead_of_exit = _OnExit(lambda _display, _data: _lost.append(True))
-_instead_of_text = _OnLost(lambda _display: 0)
-_instead_of_end = _OnError(_note_error)
+_on_exit = _OnExit(lambda _display, _data: _lost.append(True))
+_on_lost = _OnLost(lambda _display: 0)  # in place of a message
+_on_error = _OnError(_note_error)
 
 
 def screen_is_lost() -> bool:
@@ -129,10 +129,10 @@ def screen_is_lost() -> bool:
     return bool(_lost)
 
 
-def survive_lost_screen() -> None:
-    """Make the end of the X server something :func:`screen_is_lost` tells, not the end of the process.
+def _survive_lost_screen() -> None:
+    """Make the end of the X server something that :func:`screen_is_lost` reports, not the end of the process.
 
-    To be called once after :func:`open_screen` gave "x11". Does nothing where Xlib is older than 1.7.
+    Does nothing where Xlib is older than 1.7.
     """
     xlib = ctypes.CDLL("libX11.so.6")  # the copy that SDL has loaded
     if not hasattr(xlib, "XSetIOErrorExitHandler"):
@@ -146,9 +146,9 @@ def survive_lost_screen() -> None:
     xlib.XSetIOErrorExitHandler.argtypes = [ctypes.c_void_p, _OnExit, ctypes.c_void_p]
     xlib.XSetIOErrorHandler.argtypes = [_OnLost]
     xlib.XSetErrorHandler.argtypes = [_OnError]
-    xlib.XSetIOErrorExitHandler(pointer(capsule, b"display"), _instead_of_exit, None)
-    xlib.XSetIOErrorHandler(_instead_of_text)
-    xlib.XSetErrorHandler(_instead_of_end)
+    xlib.XSetIOErrorExitHandler(pointer(capsule, b"display"), _on_exit, None)
+    xlib.XSetIOErrorHandler(_on_lost)
+    xlib.XSetErrorHandler(_on_error)
 
 
 def keep_forever(*things: object) -> None:
@@ -156,3 +156,78 @@ def keep_forever(*things: object) -> None:
     for thing in things:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
     atexit.unregister(pygame.quit)
+
+
+# Names of keys, the same on every keyboard layout where it matters. Letters are what the key says (without
+# Latin letters: what it would say on a US keyboard), the row of digits counts by position (on a French
+# keyboard it gives digits only with shift), brackets too.
+
+_SAME_NAME = (
+    *(
+        "left",
+        "right",
+        "up",
+        "down",
+        "space",
+        "escape",
+        "return",
+        "tab",
+        "backspace",
+        "delete",
+        "home",
+        "end",
+    ),
+    *("pageup", "pagedown"),
+)
+_NAMED = {
+    **{getattr(pygame, f"K_{name.upper()}"): name for name in _SAME_NAME},
+    pygame.K_KP_ENTER: "return",
+    **{getattr(pygame, f"K_F{number}"): f"f{number}" for number in range(1, 13)},
+    **{getattr(pygame, f"K_{letter}"): letter for letter in string.ascii_lowercase},
+    **{getattr(pygame, f"K_KP{digit}"): str(digit) for digit in range(10)},
+}
+_SIGNS = {
+    pygame.K_PLUS: "plus",
+    pygame.K_EQUALS: "plus",  # The same key on a US keyboard; + needs shift there, and need not here.
+    pygame.K_KP_PLUS: "plus",
+    pygame.K_MINUS: "minus",
+    pygame.K_UNDERSCORE: "minus",
+    pygame.K_KP_MINUS: "minus",
+    pygame.K_LEFTBRACKET: "bracketleft",
+    pygame.K_RIGHTBRACKET: "bracketright",
+    pygame.K_QUESTION: "question",
+}
+_ROW_OF_DIGITS = {getattr(pygame, f"KSCAN_{digit}"): str(digit) for digit in range(10)}
+_BY_POSITION = {getattr(pygame, f"KSCAN_{letter.upper()}"): letter for letter in string.ascii_lowercase}
+_BRACKETS = {pygame.KSCAN_LEFTBRACKET: "bracketleft", pygame.KSCAN_RIGHTBRACKET: "bracketright"}
+_LAST_ASCII = 127
+_MODIFIERS = (
+    (pygame.KMOD_CTRL, "ctrl"),
+    (pygame.KMOD_ALT | pygame.KMOD_MODE, "alt"),
+    (pygame.KMOD_META, "meta"),
+    (pygame.KMOD_SHIFT, "shift"),
+)
+
+
+def key_name(key: int, scancode: int, mod: int) -> str | None:
+    """The name of a pressed key, with "ctrl+", "alt+", "meta+" and "shift+" before it; None: no name.
+
+    ``key``, ``scancode`` and ``mod`` are those of a pygame KEYDOWN event. Signs ("plus", "minus",
+    "bracketleft", "bracketright", "question") never have "shift+": whether they need it is the layout's.
+    """
+    sign = _sign(key, scancode, mod)
+    name = sign or _ROW_OF_DIGITS.get(scancode) or _NAMED.get(key)
+    if name is None and key > _LAST_ASCII:
+        name = _BY_POSITION.get(scancode)
+    if name is None:
+        return None
+    held = [word for bit, word in _MODIFIERS if mod & bit and not (sign and word == "shift")]
+    return "+".join([*held, name])
+
+
+def _sign(key: int, scancode: int, mod: int) -> str | None:
+    if scancode in _ROW_OF_DIGITS:
+        return None
+    if key == pygame.K_SLASH and mod & pygame.KMOD_SHIFT:
+        return "question"
+    return _SIGNS.get(key) or (_BRACKETS.get(scancode) if key > _LAST_ASCII else None)

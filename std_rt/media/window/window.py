@@ -1,4 +1,4 @@
-"""The live window: a picture, or input beside output, with figures over it; keys and dropped files back.
+"""The live window: shows a picture, or input beside output, with figures over it; reports keys and files.
 
 Everything here must be called from the main thread: SDL (and macOS behind it) insists. On Windows, while
 the user drags or resizes the window, the system holds the main thread; the other threads go on.
@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 
 from std_rt.core.errors import MediaError
 from std_rt.media.window.overlay import HelpLine, Overlay, Scene, Thumbnail, icon
-from std_rt.media.window.sdl import keep_forever, open_screen, pygame, screen_is_lost, survive_lost_screen
-from std_rt.media.window.window_keys import key_name
+from std_rt.media.window.sdl import keep_forever, key_name, open_screen, pygame, screen_is_lost
 
 __all__ = ["Box", "Closed", "Dropped", "Event", "Key", "Window", "layout"]
 
@@ -66,8 +65,8 @@ Event = Key | Dropped | Closed
 class Window:
     """A resizable window; one at a time in a process, and in its main thread only.
 
-    ``title`` is shown by the system, ``size`` is (H, W) of the frames to come: the window opens with that
-    aspect, enlarged. ``help_lines`` is the list of keys for :attr:`help_shown`.
+    ``title`` is shown by the system, ``size`` is (H, W) of the frames to come: the window opens with their
+    aspect, enlarged. ``help_lines`` is the list of keys, shown while :attr:`help_shown` is set.
     Raises MediaError where there is no screen, RuntimeError outside the main thread.
     """
 
@@ -105,11 +104,11 @@ class Window:
     ) -> None:
         """Draw ``frame`` (uint8 [H, W, 3] RGB) as large as the window allows, its aspect kept.
 
-        lines: figures at the top left; a tab parts a dim label from its value ("fps\\t29.8").
+        lines: figures at the top left; a tab separates a dim label from its value ("fps\\t29.8").
         beside: the input, shown to the left of ``frame`` at equal height.
-        banner: a message at the bottom. recording: None, or what stands beside the red dot ("0:12", "").
+        banner: a message at the bottom. recording: None, or the text beside the red dot ("0:12", "").
         thumbnails: a strip of the styles; a click on the third is the key "3".
-        Where the window is closed or gone this does nothing: :meth:`events` says so.
+        Does nothing once the window is closed or gone, which :meth:`events` reports.
         """
         if not self._alive():
             return
@@ -118,19 +117,20 @@ class Window:
             self._make_room(pictures)
         self._pictures = pictures
         self._scene = Scene(tuple(lines), banner, recording, tuple(thumbnails))
-        self._hide_idle_pointer()
+        if self._fullscreen and self._now() - self._pointer_s > _HIDE_POINTER_S:
+            pygame.mouse.set_visible(False)
         self._draw()
 
     def events(self) -> list[Event]:
         """What happened since the last call, in order. Call it ten times a second or more.
 
-        Where the screen is gone (its X server ended) every call gives :class:`Closed` with the reason.
+        Once the screen is gone (its X server ended) every call returns :class:`Closed` with the reason.
         """
         happened: list[Event] = []
         if self._alive():
             for raw in pygame.event.get():
                 event = self._event(raw)
-                # SDL tells twice that the only window was closed.
+                # SDL reports twice that the only window was closed.
                 if event is not None and not (event == Closed() and event in happened):
                     happened.append(event)
         if self._open and not self._alive():
@@ -173,28 +173,19 @@ class Window:
         """Close the window; may be called again."""
         if self._alive():
             pygame.event.pump()  # A lost screen is noticed here, not in a call that would wait for it.
-        if self._open and not self._screen_is_lost():
+            self._alive()
+        if self._open and not screen_is_lost():
             self._window.destroy()
             pygame.font.quit()
             pygame.display.quit()
         self._open = False
 
-    def __enter__(self) -> Window:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _alive(self) -> bool:
-        return self._open and not self._screen_is_lost() and not self._lost
-
-    def _screen_is_lost(self) -> bool:
+        """Whether something can still be shown; notes when the screen was lost."""
         if screen_is_lost() and not self._lost:
             self._lost = "the window or its screen is gone"
             keep_forever(self._window)
-        return screen_is_lost()
-
-    # Events
+        return self._open and not self._lost
 
     def _event(self, raw: pygame.Event) -> Event | None:
         match raw.type:
@@ -233,14 +224,13 @@ class Window:
         shift = "shift+" if pygame.key.get_mods() & pygame.KMOD_SHIFT else ""
         return Key(f"{shift}{chosen + 1}")
 
-    # Drawing
-
     def _draw(self) -> None:
-        """All of the last scene, from the pictures up."""
+        """The whole last scene, from the pictures up."""
         self._stale = False
         try:
             screen = self._window.get_surface()
-            canvas = _canvas_for(screen)
+            is_bgrx = sys.byteorder == "little" and screen.get_masks() == _BGRX
+            canvas = screen if is_bgrx else pygame.Surface(screen.get_size(), depth=32, masks=_BGRX)
             helping = self.help_shown and self._overlay.has_help
             _paste(canvas, self._pictures, _DIMMED if helping else 1.0)
             self._overlay.draw(canvas, replace(self._scene, help_shown=helping))
@@ -254,7 +244,7 @@ class Window:
                 self._lost = f"the window cannot be drawn ({error})"
 
     def _make_room(self, pictures: Sequence[Frame]) -> None:
-        """The size the pictures want, around the same middle, unless the user gave the window a size."""
+        """Resize to fit the pictures, around the same centre, unless the user gave the window a size."""
         if not self._fullscreen and self._window.size == self._own_size:
             (x, y), (was_w, was_h) = self._window.position, self._window.size
             self._window.size = w, h = _window_size([_hw(picture) for picture in pictures])
@@ -262,14 +252,9 @@ class Window:
             if (w, h) != (was_w, was_h):
                 self._window.position = x + (was_w - w) // 2, y + (was_h - h) // 2
 
-    def _hide_idle_pointer(self) -> None:
-        if self._fullscreen and self._now() - self._pointer_s > _HIDE_POINTER_S:
-            pygame.mouse.set_visible(False)
-
 
 def _open_window(title: str, size: tuple[int, int], fullscreen: bool) -> pygame.Window:
-    if open_screen() == "x11":
-        survive_lost_screen()
+    open_screen()
     pygame.font.init()
     try:
         # Of the screen's size from the start, it covers the screen even where no window manager runs.
@@ -303,7 +288,7 @@ def _hw(picture: Frame) -> tuple[int, int]:
 def layout(room: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> list[Box]:
     """Where pictures of these (H, W) go in a window of ``room`` = (H, W): side by side, equally high.
 
-    As large as they fit with their aspects kept (to the pixel), centred.
+    As large as fits with their aspects kept (to the pixel), centred.
     """
     h, w = room
     aspects = [wide / high for high, wide in sizes]
@@ -313,13 +298,6 @@ def layout(room: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> list[Box]
     # Edges are rounded, not widths: neighbours share an edge, and the last one is the end.
     edges = [left + round(total * sum(aspects[:count]) / sum(aspects)) for count in range(len(sizes) + 1)]
     return [(x, top, max(1, end - x), high) for x, end in pairwise(edges)]
-
-
-def _canvas_for(screen: pygame.Surface) -> pygame.Surface:
-    """The window's surface where its pixels are bytes B, G, R, unused; else one like that, to be copied."""
-    if sys.byteorder == "little" and screen.get_masks() == _BGRX:
-        return screen
-    return pygame.Surface(screen.get_size(), depth=32, masks=_BGRX)
 
 
 def _paste(canvas: pygame.Surface, pictures: Sequence[Frame], brightness: float) -> None:

@@ -1,4 +1,4 @@
-"""Lanes: order, bounds, what is dropped, and every way to end."""
+"""Prefetcher: order, bounds, what is dropped, and every way to end."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def wait_for(condition: object, *arguments: object) -> None:
 
 @pytest.mark.parametrize("room", [1, 2, 7])
 def test_everything_comes_in_order(room: int) -> None:
-    with Prefetcher(range(200), room=room) as lane:
-        assert list(lane) == list(range(200))
-        assert lane.over
-        assert lane.drops == 0
+    with Prefetcher(range(200), room=room) as items:
+        assert list(items) == list(range(200))
+        assert items.over
+        assert items.drops == 0
 
 
 def test_a_full_queue_holds_its_maker_back() -> None:
@@ -37,20 +37,20 @@ def test_a_full_queue_holds_its_maker_back() -> None:
             made.append(i)
             yield i
 
-    with Prefetcher(make(), room=3) as lane:
+    with Prefetcher(make(), room=3) as items:
         wait_for(lambda: len(made) == 4)  # three wait, the fourth is in hand
         time.sleep(0.05)
         assert len(made) == 4
-        assert next(lane) == 0
+        assert next(items) == 0
         wait_for(lambda: len(made) == 5)
-        assert list(lane) == list(range(1, 10))
+        assert list(items) == list(range(1, 10))
 
 
 def test_latest_drops_the_oldest_and_counts_it() -> None:
     gone: list[int] = []
-    with Prefetcher(range(100), room=2, latest=True, dropped=gone.append) as lane:
-        wait_for(lambda: lane.drops == 98)
-        assert list(lane) == [98, 99]
+    with Prefetcher(range(100), room=2, latest=True, dropped=gone.append) as items:
+        wait_for(lambda: items.drops == 98)
+        assert list(items) == [98, 99]
     assert gone == list(range(98))
 
 
@@ -60,14 +60,14 @@ def test_what_the_maker_raises_comes_after_what_it_made() -> None:
         yield 2
         raise KeyError("broken")
 
-    with Prefetcher(make(), room=5) as lane:
-        assert next(lane) == 1
-        assert next(lane) == 2
-        assert not lane.over
+    with Prefetcher(make(), room=5) as items:
+        assert next(items) == 1
+        assert next(items) == 2
+        assert not items.over
         with pytest.raises(KeyError, match="broken"):
-            next(lane)
-        assert lane.over
-        assert list(lane) == []
+            next(items)
+        assert items.over
+        assert list(items) == []
 
 
 def test_get_gives_up_in_time() -> None:
@@ -77,13 +77,13 @@ def test_get_gives_up_in_time() -> None:
         hold.wait(SOON_S)
         yield 1
 
-    with Prefetcher(make()) as lane:
-        assert lane.get(0.01) is None
-        assert not lane.over
+    with Prefetcher(make()) as items:
+        assert items.get(0.01) is None
+        assert not items.over
         hold.set()
-        assert lane.get(SOON_S) == 1
-        assert lane.get(SOON_S) is None
-        assert lane.over
+        assert items.get(SOON_S) == 1
+        assert items.get(SOON_S) is None
+        assert items.over
 
 
 def test_closing_ends_the_thread_and_its_generator() -> None:
@@ -95,13 +95,13 @@ def test_closing_ends_the_thread_and_its_generator() -> None:
         finally:
             ended.append(threading.current_thread().name)
 
-    lane = Prefetcher(make(), room=1, name="made")
-    assert next(lane) == 0
-    lane.close(SOON_S)
-    assert not lane.running
+    items = Prefetcher(make(), room=1, name="made")
+    assert next(items) == 0
+    items.close(SOON_S)
+    assert not items._thread.is_alive()
     assert ended == ["std-rt-made"]  # in its own thread: some libraries insist
-    assert lane.over
-    assert list(lane) == []
+    assert items.over
+    assert list(items) == []
 
 
 def test_closing_the_second_of_two_that_wait_for_each_other() -> None:
@@ -114,9 +114,9 @@ def test_closing_the_second_of_two_that_wait_for_each_other() -> None:
 
     with Prefetcher(camera()) as first, Prefetcher(iter(first)) as second:
         assert second.get(0.01) is None
-    wait_for(lambda: not second.running)
+    wait_for(lambda: not second._thread.is_alive())
     hold.set()
-    wait_for(lambda: not first.running)
+    wait_for(lambda: not first._thread.is_alive())
 
 
 def test_an_error_of_the_first_reaches_the_consumer_of_the_last() -> None:
@@ -130,6 +130,6 @@ def test_an_error_of_the_first_reaches_the_consumer_of_the_last() -> None:
             next(second)
 
 
-def test_a_lane_without_room_is_a_mistake() -> None:
+def test_a_queue_without_room_is_a_mistake() -> None:
     with pytest.raises(ValueError, match="at least one"):
         Prefetcher([], room=0)

@@ -8,8 +8,7 @@ import pytest
 
 from std_rt.live.keys import BINDINGS, Action, Command, command_for, help_lines, markdown_table
 from std_rt.media.window.overlay import Overlay
-from std_rt.media.window.sdl import pygame
-from std_rt.media.window.window_keys import key_name
+from std_rt.media.window.sdl import key_name, pygame
 
 
 def test_no_key_is_bound_twice_and_every_action_has_one() -> None:

@@ -476,7 +476,7 @@ def test_a_folder_dropped_in_shows_its_first_that_can_be_read(
     assert deck.names[4:] == ["b", "c"]
     assert deck.title(clock.s) == "b"
     assert len(deck.problems) == 1
-    assert "a.png is no picture" in deck.problems[0]
+    assert "a.png is not a picture" in deck.problems[0]
 
 
 def test_failures_in_the_background_are_lines_and_nothing_else(

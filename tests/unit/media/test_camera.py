@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from support.fake_camera import FakeDevice
 from support.media_samples import Spec, make_clip, moving_bar, rgb_frames
 
 from std_rt.core.errors import MediaError
@@ -23,9 +24,8 @@ from std_rt.media.camera import camera as camera_module
 from std_rt.media.camera import clip_camera
 from std_rt.media.camera import device as camera_device
 from std_rt.media.camera.camera import Camera, open_source, to_frame
-from std_rt.media.camera.clip_camera import PlayedFrame, PlayedSource
+from std_rt.media.camera.clip_camera import FileCamera, PlaybackFrame
 from std_rt.media.camera.device import CvDevice, list_cameras
-from std_rt.media.camera.fake import FakeDevice
 from std_rt.media.camera.frame_source import Captured, Pause, Source, after
 
 LINUX = sys.platform == "linux"
@@ -90,7 +90,7 @@ def rig() -> Iterator[Rig]:
     yield made
     made.device.unplug()
     made.camera.close()
-    eventually(lambda: not made.camera._thread.is_alive())
+    eventually(lambda: not made.camera._frames._thread.is_alive())
 
 
 # --- A camera that works ---------------------------------------------------------------------------------
@@ -158,10 +158,10 @@ def test_a_stall_shows_in_status_and_does_not_hold_up_close() -> None:
     rig.clock.t += 5
     assert rig.camera.status == "camera 0 has given no frame for 6 s"
     rig.camera.close()  # comes back although the device's read does not
-    assert rig.camera._thread.is_alive()
-    assert rig.camera._thread.daemon
+    assert rig.camera._frames._thread.is_alive()
+    assert rig.camera._frames._thread.daemon
     rig.device.unplug()
-    eventually(lambda: not rig.camera._thread.is_alive())
+    eventually(lambda: not rig.camera._frames._thread.is_alive())
 
 
 def test_after_a_stall_frames_go_on(rig: Rig) -> None:
@@ -367,7 +367,7 @@ def test_open_source_hands_the_wishes_to_the_device() -> None:
         ("", "nothing is neither a camera nor a file"),
         ("no such.mp4", "no such.mp4 is neither a camera nor a file"),
         ("-1", "-1 is neither"),
-        ("rtsp://host/stream", "is an address, and streams from the net are not read"),
+        ("rtsp://host/stream", "is a network stream, which is not supported"),
         ("x\0y", "is neither a camera nor a file"),
     ],
 )
@@ -380,7 +380,11 @@ def test_what_is_no_source_is_told_in_one_line(spec: str, line: str) -> None:
 def test_files_that_are_no_source(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello", encoding="utf-8")
     (tmp_path / "cut.mp4").write_bytes(make_clip(tmp_path / "whole.mp4").read_bytes()[:900])
-    for name, line in (("notes.txt", "no picture or video"), ("cut.mp4", "no video"), (".", "is a folder")):
+    for name, line in (
+        ("notes.txt", "not a picture or video"),
+        ("cut.mp4", "not a video"),
+        (".", "is a folder"),
+    ):
         with pytest.raises(MediaError, match=line):
             open_source(str(tmp_path / name))
 
@@ -395,7 +399,7 @@ def test_wishes_that_no_camera_can_meet(size: Any, fps: Any) -> None:
 
 
 def test_a_camera_that_is_not_there_gives_our_line_alone(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(MediaError, match=r"camera 99 (is not there|does not open); ") as told:
+    with pytest.raises(MediaError, match=r"camera 99 (does not exist|cannot be opened); ") as told:
         open_source("99")
     assert "\n" not in str(told.value)
     assert capfd.readouterr() == ("", "")
@@ -403,7 +407,9 @@ def test_a_camera_that_is_not_there_gives_our_line_alone(capfd: pytest.CaptureFi
 
 @pytest.mark.skipif(not LINUX, reason="device nodes of Linux")
 def test_a_node_that_does_not_open_is_busy_or_no_camera(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(MediaError, match="camera /dev/null is busy or no camera; close the program") as told:
+    with pytest.raises(
+        MediaError, match="camera /dev/null is busy or not a camera; close the program"
+    ) as told:
         open_source("/dev/null")
     assert "`fuser -v /dev/null`" in str(told.value)
     assert capfd.readouterr() == ("", "")
@@ -414,7 +420,7 @@ def test_a_camera_without_permission_names_the_group(tmp_path: Path, monkeypatch
     (tmp_path / "video0").touch()
     monkeypatch.setattr(camera_device, "_DEV", tmp_path)
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root
-    with pytest.raises(MediaError, match=r"camera 0 may not be opened .* usermod -aG video"):
+    with pytest.raises(MediaError, match=r"not allowed to open camera 0; .* usermod -aG video"):
         open_source("0")
 
 
@@ -429,7 +435,7 @@ def test_other_systems_say_where_to_allow_it(
     platform: str, line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "platform", platform)
-    with pytest.raises(MediaError, match=f"camera 3 does not open; .*{line}.* or give another index"):
+    with pytest.raises(MediaError, match=f"camera 3 cannot be opened; .*{line}.* or give another index"):
         CvDevice("3", backends=[]).open()
     assert list_cameras() == []
 
@@ -453,7 +459,7 @@ def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_cameras_are_listed_with_their_names_and_in_errors(nodes: Path) -> None:
     found = ["0 (HD Webcam)", "2 (no name)", "10 (Capture Card)"]
     assert list_cameras() == found
-    line = f"camera 7 is not there; give one of the cameras found: {', '.join(found)}, or a video file"
+    line = f"camera 7 does not exist; give one of the cameras found: {', '.join(found)}, or a video file"
     with pytest.raises(MediaError) as told:
         open_source("7")
     assert str(told.value) == line
@@ -552,7 +558,7 @@ def test_opencv_itself_behind_a_camera_that_ends_and_comes_back(tmp_path: Path) 
     assert again is not None
     assert again.index == 1
     source.close()
-    eventually(lambda: not source._thread.is_alive())
+    eventually(lambda: not source._frames._thread.is_alive())
 
 
 # --- Clips in a camera's place ---------------------------------------------------------------------------
@@ -658,12 +664,12 @@ def test_a_file_that_goes_away_is_looked_for_and_found(tmp_path: Path) -> None:
 
 
 def rounds(count: int, step_s: float, spend: Callable[[], None] = lambda: None) -> Any:
-    """Rounds of numbered shots, each of which takes what ``spend`` does."""
+    """Rounds of numbered frames, each of which takes what ``spend`` does."""
 
-    def play(_: Callable[[], bool]) -> Generator[PlayedFrame, None, None]:
+    def play(_: Callable[[], bool]) -> Generator[PlaybackFrame, None, None]:
         for index in range(count):
             spend()
-            yield PlayedFrame(numbered(index), index * step_s, step_s)
+            yield PlaybackFrame(numbered(index), index * step_s, step_s)
 
     return play
 
@@ -674,7 +680,7 @@ def test_a_clip_that_decodes_too_slowly_never_falls_far_behind() -> None:
     def spend() -> None:
         clock.t += 0.1  # for a frame of 40 ms
 
-    source = PlayedSource("clip", 25.0, rounds(10, 0.04, spend), now=clock.now, sleep=clock.sleep)
+    source = FileCamera("clip", 25.0, rounds(10, 0.04, spend), now=clock.now, sleep=clock.sleep)
     for _ in range(200):
         [captured] = played(source, 1)
         # Read ahead by some frames, decoded at 100 ms each, and never older than the limit.
@@ -686,13 +692,13 @@ def test_a_clip_that_decodes_too_slowly_never_falls_far_behind() -> None:
 def test_a_frame_that_is_ready_late_says_when_it_was_there() -> None:
     clock, may_decode = Clock(), threading.Event()
 
-    def play(_: Callable[[], bool]) -> Generator[PlayedFrame, None, None]:
-        yield PlayedFrame(GREY, 0.0, 0.04)
+    def play(_: Callable[[], bool]) -> Generator[PlaybackFrame, None, None]:
+        yield PlaybackFrame(GREY, 0.0, 0.04)
         may_decode.wait(10)
         clock.t += 0.3
-        yield PlayedFrame(GREY, 0.04, 0.04)
+        yield PlaybackFrame(GREY, 0.04, 0.04)
 
-    source = PlayedSource("clip", 25.0, play, loop=False, now=clock.now, sleep=clock.sleep)
+    source = FileCamera("clip", 25.0, play, loop=False, now=clock.now, sleep=clock.sleep)
     [first] = played(source, 1)
     may_decode.set()
     [second] = played(source, 1)
@@ -702,9 +708,9 @@ def test_a_frame_that_is_ready_late_says_when_it_was_there() -> None:
 
 def test_a_slow_reader_gets_the_present_and_the_rest_is_late() -> None:
     clock = Clock()
-    source = PlayedSource("clip", 25.0, rounds(50, 0.04), now=clock.now, sleep=clock.sleep)
+    source = FileCamera("clip", 25.0, rounds(50, 0.04), now=clock.now, sleep=clock.sleep)
     [first] = played(source, 1)
-    eventually(lambda: len(source._ahead) == 3)
+    eventually(lambda: len(source._frames._queue) == 3)
     clock.t += 0.09  # frames 1 and 2 are due, and 3 is not yet
     [second] = played(source, 1)
     assert second.at_s == pytest.approx(first.at_s + 0.08)
@@ -715,7 +721,7 @@ def test_a_slow_reader_gets_the_present_and_the_rest_is_late() -> None:
 
 def test_a_reader_that_paused_goes_on_at_once_and_in_step() -> None:
     clock = Clock()
-    source = PlayedSource("clip", 25.0, rounds(50, 0.04), now=clock.now, sleep=clock.sleep)
+    source = FileCamera("clip", 25.0, rounds(50, 0.04), now=clock.now, sleep=clock.sleep)
     played(source, 1)
     clock.t += 60
     times = [frame.at_s for frame in played(source, 5)]
@@ -728,32 +734,32 @@ def test_a_reader_that_paused_goes_on_at_once_and_in_step() -> None:
 def test_behind_time_frames_that_no_other_needs_are_left_out(tmp_path: Path) -> None:
     options = {"crf": "20", "preset": "medium", "x264-params": "bframes=3:b-adapt=0:scenecut=0"}
     clip = make_clip(tmp_path / "b.mp4", Spec(pts=tuple(range(0, 60 * 512, 512)), options=options))
-    on_time = list(clip_camera._shots(clip, lambda: False))
-    behind = list(clip_camera._shots(clip, lambda: True))
+    on_time = list(clip_camera._play_clip(clip, lambda: False))
+    behind = list(clip_camera._play_clip(clip, lambda: True))
     assert len(on_time) == 60
     assert 10 < len(behind) < 45
-    assert sum(shot.left_out for shot in on_time) == 0
-    whole = {round(shot.at_s, 3): shot.frame for shot in on_time}
-    for shot in behind:  # what is left is whole
-        np.testing.assert_array_equal(shot.frame, whole[round(shot.at_s, 3)])
-    assert len(behind) + sum(shot.left_out for shot in behind) == pytest.approx(60, abs=3)
+    assert sum(frame.skipped for frame in on_time) == 0
+    whole = {round(frame.at_s, 3): frame.frame for frame in on_time}
+    for frame in behind:  # what is left is whole
+        np.testing.assert_array_equal(frame.frame, whole[round(frame.at_s, 3)])
+    assert len(behind) + sum(frame.skipped for frame in behind) == pytest.approx(60, abs=3)
 
 
 def test_absurd_times_hold_nothing_up(tmp_path: Path) -> None:
     hours = 3600 * 12_800
     clip = make_clip(tmp_path / "jump.mkv", Spec(pts=(0, 512, 26 * hours, 26 * hours + 512)))
-    at_s = [shot.at_s for shot in clip_camera._shots(clip, lambda: False)]
+    at_s = [frame.at_s for frame in clip_camera._play_clip(clip, lambda: False)]
     assert at_s == pytest.approx([0, 0.04, 10.04, 10.08], abs=2e-3)
 
 
 def test_a_broken_round_ends_a_clip_that_does_not_loop() -> None:
     clock = Clock()
 
-    def play(_: Callable[[], bool]) -> Generator[PlayedFrame, None, None]:
-        yield PlayedFrame(GREY, 0.0, 0.04)
+    def play(_: Callable[[], bool]) -> Generator[PlaybackFrame, None, None]:
+        yield PlaybackFrame(GREY, 0.0, 0.04)
         raise MediaError("gone")
 
-    source = PlayedSource("clip", 25.0, play, loop=False, now=clock.now, sleep=clock.sleep)
+    source = FileCamera("clip", 25.0, play, loop=False, now=clock.now, sleep=clock.sleep)
     assert len(played(source, 1)) == 1
     assert source.read() is None
     source.close()

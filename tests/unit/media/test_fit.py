@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from std_rt.media import from_working, result_size, to_working, working_size
-from std_rt.media.fit import Turn
+from std_rt.media.fit import over_white, resize, result_size, working_size
 
 SIDES = st.integers(1, 20_000)
 
@@ -72,20 +71,20 @@ def test_small_picture_comes_back_at_its_own_size() -> None:
 def test_there_and_back_keeps_a_smooth_picture() -> None:
     ramp = np.linspace(0, 255, 90 * 120).reshape(90, 120)
     frame = np.stack([ramp, ramp.T.reshape(90, 120) * 0 + 40, 255 - ramp], axis=2).astype(np.uint8)
-    work = to_working(frame, (96, 128))
+    work = resize(frame, (96, 128))
     assert work.shape == (96, 128, 3)
     assert work.dtype == np.uint8
-    back = from_working(work, (90, 120))
+    back = resize(work, (90, 120))
     assert np.abs(back.astype(int) - frame).mean() < 1.5
 
 
 def test_one_pixel_and_long_strip_resize() -> None:
-    assert to_working(np.full((1, 1, 3), 9, np.uint8), (64, 64)).tolist() == np.full((64, 64, 3), 9).tolist()
-    assert to_working(np.zeros((1, 40_000, 3), np.uint8), (64, 1024)).shape == (64, 1024, 3)
+    assert resize(np.full((1, 1, 3), 9, np.uint8), (64, 64)).tolist() == np.full((64, 64, 3), 9).tolist()
+    assert resize(np.zeros((1, 40_000, 3), np.uint8), (64, 1024)).shape == (64, 1024, 3)
 
 
 def test_alpha_plane_resizes_too() -> None:
-    assert from_working(np.zeros((64, 64), np.uint8), (10, 20)).shape == (10, 20)
+    assert resize(np.zeros((64, 64), np.uint8), (10, 20)).shape == (10, 20)
 
 
 def test_bad_sizes_are_a_programming_error() -> None:
@@ -93,9 +92,7 @@ def test_bad_sizes_are_a_programming_error() -> None:
         working_size(0, 10, 256, 8)
 
 
-@pytest.mark.parametrize(("orientation", "degrees"), [(1, 0), (6, 90), (3, 180), (8, 270)])
-def test_turn_degrees(orientation: int, degrees: int) -> None:
-    turn = Turn.from_exif(orientation)
-    assert turn.degrees == degrees
-    frame = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
-    np.testing.assert_array_equal(turn.apply(frame), np.rot90(frame, -degrees // 90))
+def test_over_white_blends_by_alpha() -> None:
+    rgb = np.array([[[0, 100, 255]] * 3], np.uint8)
+    laid = over_white(rgb, np.array([[0, 255, 51]], np.uint8))
+    assert laid.tolist() == [[[255, 255, 255], [0, 100, 255], [204, 224, 255]]]

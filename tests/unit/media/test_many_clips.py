@@ -1,5 +1,6 @@
 """Two hundred clips drawn by chance: every frame at its time, every sound packet as it was, no crash.
 
+Forty of them, which have every value of the draw among them, always run; the others are marked ``long``.
 ``STD_RT_CLIPS=2000`` draws that many more, with other seeds (from ``STD_RT_CLIPS_SEED`` on, 1 if not given).
 What these clips have found is below them, by name.
 """
@@ -20,6 +21,7 @@ import pytest
 from support.clip_cases import (
     CODECS,
     CONTAINERS,
+    DAMAGES,
     EDITS,
     RATES,
     SINKS,
@@ -40,6 +42,11 @@ MORE = int(os.environ.get("STD_RT_CLIPS", "0"))
 SEED = int(os.environ.get("STD_RT_CLIPS_SEED", "1"))
 SUITE_CASES = [draw(0, index) for index in range(SUITE)]
 CASES = SUITE_CASES + [draw(SEED + index // 1000, index % 1000) for index in range(MORE)]
+# By number: every container twice at least, and every value that `test_the_draw_covers_every_value` names.
+SPREAD = {
+    *(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 20, 24, 25, 32, 36, 37, 42, 43, 46),
+    *(51, 57, 58, 60, 71, 76, 88, 99, 127, 141, 144, 147),
+}
 CUT_SHORT = "the input is damaged or cut short; everything that could be decoded was done"
 MS = Fraction(1, 1000)
 
@@ -177,16 +184,23 @@ def is_whole(case: Case) -> bool:
     return case.damage == "none"
 
 
-def case_id(case: Case) -> str:
-    return case.id
+def parameters(whole: bool) -> list[Any]:
+    """The cases that are whole or damaged; those outside the spread run only with ``-m long``."""
+    return [
+        pytest.param(
+            case, id=case.id, marks=() if case.seed == 0 and case.index in SPREAD else pytest.mark.long
+        )
+        for case in CASES
+        if is_whole(case) == whole
+    ]
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if is_whole(case)], ids=case_id)
+@pytest.mark.parametrize("case", parameters(whole=True))
 def test_a_clip_keeps_every_frame_and_every_sound(case: Case, tmp_path: Path) -> None:
     check(case, tmp_path)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not is_whole(case)], ids=case_id)
+@pytest.mark.parametrize("case", parameters(whole=False))
 def test_a_damaged_clip_is_done_as_far_as_it_goes(case: Case, tmp_path: Path) -> None:
     source = case.make(tmp_path)
     before = look_at_damaged(source)
@@ -230,24 +244,26 @@ def kept_of(before: list[tuple[Fraction, str]], after: list[tuple[Fraction, str]
     return all(digest in rest for _, digest in after[:-1])
 
 
-def test_the_draw_covers_every_value() -> None:
-    kinds = {(case.suffix, case.video) for case in SUITE_CASES}
-    assert kinds == {
-        (suffix, video) for suffix, (videos, _) in CONTAINERS.items() for video in videos.split()
-    }
-    assert {case.video for case in SUITE_CASES} == set(CODECS)
-    assert {name for case in SUITE_CASES for name in case.sounds} == set(SOUNDS)
-    assert {case.rate for case in SUITE_CASES} == set(RATES)
-    assert {case.turn for case in SUITE_CASES} == set(TURNS)
-    assert {case.edit for case in SUITE_CASES} == set(EDITS)
-    assert {case.sink for case in SUITE_CASES} == set(SINKS)
-    assert {case.style for case in SUITE_CASES} == set(STYLES)
-    assert {len(case.sounds) for case in SUITE_CASES} == {0, 1, 2}
-    assert {sound.channels for case in SUITE_CASES for sound in case.spec.sounds} == {1, 2}
-    assert {case.spec.options.get("bf") for case in SUITE_CASES} == {None, "0", "1", "2", "3"}
-    assert sum(case.spec.width % 2 or case.spec.height % 2 for case in SUITE_CASES) > 20
-    assert sum(not is_whole(case) for case in SUITE_CASES) > 20
-    assert any(case.fragmented for case in SUITE_CASES)
+@pytest.mark.parametrize("spread", [False, True])
+def test_the_draw_covers_every_value(spread: bool) -> None:
+    cases = [case for case in SUITE_CASES if case.index in SPREAD or not spread]
+    kinds = {(suffix, video) for suffix, (videos, _) in CONTAINERS.items() for video in videos.split()}
+    found = {(case.suffix, case.video) for case in cases}
+    assert {suffix for suffix, _ in found} == set(CONTAINERS) if spread else found == kinds
+    assert {case.video for case in cases} == set(CODECS)
+    assert {name for case in cases for name in case.sounds} == set(SOUNDS)
+    assert {case.rate for case in cases} == set(RATES)
+    assert {case.turn for case in cases} == set(TURNS)
+    assert {case.edit for case in cases} == set(EDITS)
+    assert {case.sink for case in cases} == set(SINKS)
+    assert {case.style for case in cases} == set(STYLES)
+    assert {case.damage for case in cases} == set(DAMAGES)
+    assert {len(case.sounds) for case in cases} == {0, 1, 2}
+    assert {sound.channels for case in cases for sound in case.spec.sounds} == {1, 2}
+    assert {case.spec.options.get("bf") for case in cases} == {None, "0", "1", "2", "3"}
+    assert {case.fragmented for case in cases} == {False, True}
+    assert sum(case.spec.width % 2 or case.spec.height % 2 for case in cases) > len(cases) // 10
+    assert sum(not is_whole(case) for case in cases) > len(cases) // 10
 
 
 def test_a_case_is_made_again_by_its_number() -> None:

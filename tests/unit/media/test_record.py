@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import signal
-import struct
-import subprocess
-import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import av
 import numpy as np
 import pytest
-from support.media_samples import Array, frame_spans, frame_times, moving_bar, rgb_frames
+from support.media_samples import Array, boxes, frame_spans, frame_times, moving_bar, played, rgb_frames
 
 from std_rt.core.errors import MediaError
 from std_rt.media.video import record
@@ -50,33 +47,23 @@ def steady(count: int, fps: float = 25) -> list[float]:
     return [index / fps for index in range(count)]
 
 
-def boxes(data: bytes) -> list[bytes]:
-    """The types of an MP4's outer boxes, in order."""
-    found, at = [], 0
-    while at + 8 <= len(data):
-        size, kind = struct.unpack_from(">I4s", data, at)
-        found.append(kind)
-        at += size if size > 1 else struct.unpack_from(">Q", data, at + 8)[0] if size else len(data)
-    return found
-
-
-class Piece(NamedTuple):
+class Fragment(NamedTuple):
     """A fragment or cluster: frames in it and the offset where it ends, bytes."""
 
     frames: int
     end: int
 
 
-def pieces(path: Path) -> list[Piece]:
+def fragments(path: Path) -> list[Fragment]:
     """What begins with a key frame and plays alone."""
-    found: list[Piece] = []
+    found: list[Fragment] = []
     with av.open(str(path)) as container:
         for packet in container.demux(video=0):
             if packet.size:
                 assert packet.pos is not None
                 end = packet.pos + packet.size
                 frames = 1 if packet.is_keyframe else found.pop().frames + 1
-                found.append(Piece(frames, end))
+                found.append(Fragment(frames, end))
     return found
 
 
@@ -85,15 +72,28 @@ def packet_hashes(path: Path) -> list[str]:
         return [hashlib.sha256(bytes(p)).hexdigest() for p in container.demux(video=0) if p.size]
 
 
-def abandoned(tmp_path: Path, name: str, count: int = 100) -> Path:
-    """A copy of a recording, as it is on the disk while it goes on."""
-    recorder = Recorder(tmp_path / f"live_{name}", fps=25, room=count)
-    for index, at_s in enumerate(steady(count)):
-        recorder.write(moving_bar(index), at_s)
-    wait_for(recorder, count - 1)
-    copy = Path(shutil.copy(recorder.path, tmp_path / name))
-    recorder.close()
-    return copy
+class Recorded(NamedTuple):
+    """A recording of a hundred frames: as it was on the disk while it was recorded, and closed."""
+
+    live: Path
+    closed: Path
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Recorded]:
+    """Recordings by suffix, made once; tests only read them."""
+
+    @cache
+    def make(suffix: str) -> Recorded:
+        folder = tmp_path_factory.mktemp("recorded")
+        recorder = Recorder(folder / f"closed{suffix}", fps=25, room=100)
+        for index, at_s in enumerate(steady(100)):
+            recorder.write(moving_bar(index), at_s)
+        wait_for(recorder, 99)
+        live = Path(shutil.copy(recorder.path, folder / f"live{suffix}"))
+        return Recorded(live, recorder.close().path)
+
+    return make
 
 
 # --- times and pictures ----------------------------------------------------------------------------------
@@ -197,19 +197,21 @@ def test_without_a_frame_there_is_no_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".webm"])
-def test_it_plays_while_it_is_recorded(tmp_path: Path, suffix: str) -> None:
-    copy = abandoned(tmp_path, f"out{suffix}")
+def test_it_plays_while_it_is_recorded(recorded: Callable[[str], Recorded], suffix: str) -> None:
+    copy = recorded(suffix).live
     times = frame_times(copy)
     # 99 of 100 are encoded; at most the second that is not complete is missing.
     assert 73 <= len(times) <= 100
     assert times == [Fraction(index, 25) for index in range(len(times))]
-    assert max(piece.frames for piece in pieces(copy)) <= 26
+    assert max(piece.frames for piece in fragments(copy)) <= 26
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-def test_cut_anywhere_every_whole_piece_plays(tmp_path: Path, suffix: str) -> None:
-    copy = abandoned(tmp_path, f"out{suffix}")
-    whole, data = pieces(copy), copy.read_bytes()
+def test_cut_anywhere_every_whole_fragment_plays(
+    tmp_path: Path, recorded: Callable[[str], Recorded], suffix: str
+) -> None:
+    copy = recorded(suffix).live
+    whole, data = fragments(copy), copy.read_bytes()
     rng = np.random.default_rng(3)
     cut = tmp_path / f"cut{suffix}"
     for end in rng.integers(whole[0].end, len(data), 25):
@@ -217,99 +219,6 @@ def test_cut_anywhere_every_whole_piece_plays(tmp_path: Path, suffix: str) -> No
         due = sum(piece.frames for piece in whole if piece.end <= end)
         assert due > 0
         assert len(played(cut)) >= due
-
-
-def played(path: Path) -> list[Fraction]:
-    """Times of the frames that can be decoded before the file breaks off."""
-    times: list[Fraction] = []
-    with av.open(str(path)) as container:
-        try:
-            for frame in container.decode(video=0):
-                assert frame.pts is not None
-                assert frame.time_base is not None
-                times.append(frame.pts * frame.time_base)
-        except av.FFmpegError:
-            pass
-    return times
-
-
-SESSION = """
-import sys, time
-from pathlib import Path
-import numpy as np
-from std_rt.media.record import Recorder
-
-recorder = Recorder(Path(sys.argv[1]), fps=25, room=500)
-noise = np.random.default_rng(1).integers(0, 256, (8, 48, 64, 3), dtype=np.uint8)
-try:
-    for index in range(10**9):
-        recorder.write(noise[index % 8], index / 25)
-        while recorder.frames < index - 100:
-            time.sleep(0.001)
-        if index == 300:
-            print("recording", flush=True)
-except KeyboardInterrupt:
-    recording = recorder.close()
-    print(recording.frames, recording.dropped, recording.problem, flush=True)
-"""
-
-
-@pytest.fixture
-def session(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that has recorded two hundred frames, and goes on until it is ended."""
-    command = [sys.executable, "-c", SESSION, str(tmp_path / "out.mp4")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline().strip() == "recording"
-        yield process
-        process.kill()
-
-
-def test_killed(tmp_path: Path, session: subprocess.Popen[str]) -> None:
-    session.kill()
-    session.wait(LONG_S)
-    times = played(tmp_path / "out.mp4")
-    assert len(times) >= 200 - 26  # a second is not yet written
-    assert times == [Fraction(index, 25) for index in range(len(times))]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for one process")
-def test_interrupted(tmp_path: Path, session: subprocess.Popen[str]) -> None:
-    session.send_signal(signal.SIGINT)
-    said, _ = session.communicate(timeout=LONG_S)
-    frames = int(said.split()[0])
-    assert said.split()[1:] == ["0"]
-    assert len(frame_times(tmp_path / "out.mp4")) == frames > 200
-    assert b"moof" not in boxes((tmp_path / "out.mp4").read_bytes())
-
-
-FULL = """
-import resource, sys
-from pathlib import Path
-import numpy as np
-from std_rt.media.record import Recorder
-
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))
-recorder = Recorder(Path(sys.argv[1]), fps=25, room=500)
-noise = np.random.default_rng(1).integers(0, 256, (8, 48, 64, 3), dtype=np.uint8)
-for index in range(300):
-    recorder.write(noise[index % 8], index / 25)
-recording = recorder.close()
-print(recording.frames, recording.dropped, recording.problem, sep="|")
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no limit on file sizes to play a full disk with")
-@pytest.mark.parametrize("name", ["out.mp4", "out.mkv"])
-def test_full_disk_ends_the_recording_and_keeps_it(tmp_path: Path, name: str) -> None:
-    command = [sys.executable, "-c", FULL, str(tmp_path / name), "400000"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LONG_S, check=True)
-    frames, dropped, problem = done.stdout.strip().split("|")
-    assert len(played(tmp_path / name)) >= int(frames) >= 25
-    assert int(frames) + int(dropped) == 300
-    assert f"{name} ended early" in problem
-    assert "the disk is full" in problem
-    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
@@ -325,14 +234,13 @@ def test_disk_that_is_full_from_the_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mov", ".m4v"])
-def test_a_clean_close_makes_it_plain(tmp_path: Path, suffix: str) -> None:
-    in_pieces = abandoned(tmp_path, f"out{suffix}")
-    plain = tmp_path / f"live_out{suffix}"
-    assert b"moof" in boxes(in_pieces.read_bytes())
+def test_a_clean_close_makes_it_plain(recorded: Callable[[str], Recorded], suffix: str) -> None:
+    fragmented, plain = recorded(suffix)
+    assert b"moof" in boxes(fragmented.read_bytes())
     kinds = boxes(plain.read_bytes())
     assert b"moof" not in kinds
     assert kinds.index(b"moov") < kinds.index(b"mdat")
-    before, after = packet_hashes(in_pieces), packet_hashes(plain)
+    before, after = packet_hashes(fragmented), packet_hashes(plain)
     assert after[: len(before)] == before  # copied, not encoded again
     assert len(after) == 100
     with av.open(str(plain)) as container:
@@ -340,7 +248,7 @@ def test_a_clean_close_makes_it_plain(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("failure", ["no room", "while copying"])
-def test_where_there_is_no_room_for_it_the_pieces_stay(
+def test_where_there_is_no_room_for_it_the_fragments_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str
 ) -> None:
     if failure == "no room":
@@ -360,7 +268,7 @@ def _disk_full(path: Path, plain: Path) -> int:
     raise OSError(28, "No space left on device")
 
 
-def test_broken_off_while_it_is_made_plain_it_stays_in_pieces(
+def test_broken_off_while_it_is_made_plain_it_stays_in_fragments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(path: Path, plain: Path) -> int:
@@ -410,12 +318,12 @@ def test_overwriting_waits_for_the_first_frame(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "codec", "says"),
     [
-        ("out.gif", None, r"out\.gif: a clip cannot be written as '\.gif'; use one of \.m4v"),
-        ("out", None, "cannot be written as ''"),
+        ("out.gif", None, r"out\.gif: cannot write a clip as '\.gif'; use one of \.m4v"),
+        ("out", None, "cannot write a clip as 'a name without suffix'"),
         ("there.mp4", None, "exists already"),
-        ("folder", None, "cannot be written"),
+        ("folder", None, "cannot write a clip"),
         ("there.mp4/out.mp4", None, "cannot be written"),
-        ("out.mp4", "nonsense", "'nonsense' is not in this FFmpeg"),
+        ("out.mp4", "nonsense", "this FFmpeg has no video encoder 'nonsense'"),
         ("out.webm", "libx264", r"'libx264' does not work for \.webm here .*; use libvpx-vp9"),
         ("out.mp4", "prores_ks", "'prores_ks' does not work"),
     ],

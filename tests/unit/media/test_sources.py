@@ -11,15 +11,8 @@ from PIL import Image
 from support.media_samples import Spec, make_clip
 
 from std_rt.core.errors import MediaError
-from std_rt.media import (
-    expand_inputs,
-    is_picture,
-    is_video,
-    media_kind,
-    output_path,
-    plan_outputs,
-    write_picture,
-)
+from std_rt.media import write_picture
+from std_rt.media.sources import expand_inputs, is_video, media_kind, output_path, plan_outputs
 
 GREY = np.full((8, 8, 3), 99, np.uint8)
 
@@ -81,10 +74,10 @@ def test_animation_is_a_clip_and_its_still_kin_is_not(folder: Path) -> None:
     _animate(folder / "animated.png")
     assert is_video(folder / "animated.gif")
     assert is_video(folder / "animated.png")
-    assert is_picture(folder / "still.gif")
-    assert is_picture(folder / "b.png")
+    assert media_kind(folder / "still.gif") == "picture"
+    assert media_kind(folder / "b.png") == "picture"
     assert not is_video(folder / "still.gif")
-    assert not is_picture(folder / "missing.png")
+    assert not is_video(folder / "missing.mp4")
 
 
 def test_damaged_files_are_what_they_are_called(tmp_path: Path) -> None:
@@ -92,7 +85,7 @@ def test_damaged_files_are_what_they_are_called(tmp_path: Path) -> None:
         (tmp_path / name).write_text("text " * 100, encoding="utf-8")
     assert media_kind(tmp_path / "a.png") == "picture"
     assert media_kind(tmp_path / "a.mp4") == "video"
-    with pytest.raises(MediaError, match="no picture or video"):
+    with pytest.raises(MediaError, match="not a picture or video"):
         media_kind(tmp_path / "a.txt")
 
 

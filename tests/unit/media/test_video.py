@@ -307,7 +307,7 @@ def test_untagged_clips_are_read_as_players_do(tmp_path: Path, height: int, matr
 def test_damaged_index_is_refused(tmp_path: Path) -> None:
     data = make_clip(tmp_path / "a.mp4").read_bytes()
     (tmp_path / "a.mp4").write_bytes(data[: len(data) * 2 // 3])  # the index is at the end
-    with pytest.raises(MediaError, match=r"a\.mp4 is no video .*index"):
+    with pytest.raises(MediaError, match=r"a\.mp4 is not a video .*index"):
         transcode(tmp_path / "a.mp4", tmp_path / "out.mp4", same)
     assert left_over(tmp_path, "a.mp4") == []
 

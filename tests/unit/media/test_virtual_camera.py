@@ -125,7 +125,7 @@ def test_a_driver_that_fails_ends_the_output_with_one_line(
     camera.send(FULL)
     backends[0].failure = failure
     camera.send(FULL)
-    line = "the virtual camera loop 0 has stopped (driver is gone); live goes on"
+    line = "the virtual camera loop 0 has stopped (driver is gone); the live session continues"
     assert camera.problem == line
     backends[0].failure = None
     camera.send(FULL)
@@ -197,7 +197,7 @@ def _refusing(message: str) -> Callable[..., None]:
         (
             "linux",
             "'v4l2loopback' backend: Device or resource busy",
-            "the virtual camera does not open ('v4l2loopback' backend: Device or resource busy);"
+            "the virtual camera cannot be opened ('v4l2loopback' backend: Device or resource busy);"
             " close the program that sends to it, or name another",
         ),
         (
@@ -226,12 +226,12 @@ def test_a_missing_driver_is_one_line_for_each_system(
 
 
 def test_the_real_package_without_its_device() -> None:
-    with pytest.raises(MediaError, match="virtual camera /no/such/device does not open"):
+    with pytest.raises(MediaError, match="virtual camera /no/such/device cannot be opened"):
         VirtualCamera((48, 64), 30, "/no/such/device")
 
 
 def test_a_named_device_that_is_not_there(backends: list[Recording]) -> None:
-    with pytest.raises(MediaError, match=r"virtual camera /dev/video9 does not open .*; give another"):
+    with pytest.raises(MediaError, match=r"virtual camera /dev/video9 cannot be opened .*; name another"):
         VirtualCamera((48, 64), 30, "/dev/video9")
     assert backends == []
 

@@ -1,16 +1,11 @@
-"""The live window: pixels read back, events, and (where Xvfb is) real X servers that go away."""
+"""The live window without a screen: pixels read back, and events."""
 
 from __future__ import annotations
 
-import io
 import os
-import shutil
-import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,11 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from std_rt.core.errors import MediaError
-from std_rt.media.window.drawing import DrawingKit, printable
-from std_rt.media.window.overlay import in_columns, page, text_px
-from std_rt.media.window.sdl import pygame
+from std_rt.media.window import overlay as overlay_module
+from std_rt.media.window.overlay import Overlay, in_columns, page, printable, text_px
+from std_rt.media.window.sdl import key_name, pygame
 from std_rt.media.window.window import Closed, Dropped, Key, Window, layout
-from std_rt.media.window.window_keys import key_name
 
 Frame = NDArray[np.uint8]
 BACK = (10, 10, 12)
@@ -239,28 +233,30 @@ def test_any_text_can_be_shown(opener: Opener, text: str) -> None:
 
 def test_text_is_drawn_once_while_it_stays(opener: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[str] = []
-    once = DrawingKit._set
+    make = Overlay._make_text
 
-    def counted(kit: DrawingKit, text: str, *rest: object) -> pygame.Surface:
+    def counted(overlay: Overlay, text: str, *rest: object) -> pygame.Surface:
         drawn.append(text)
-        return once(kit, text, *rest)  # type: ignore[arg-type]
+        return make(overlay, text, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(DrawingKit, "_set", counted)
+    monkeypatch.setattr(Overlay, "_make_text", counted)
     window = opener()
     for fps in ("29.8", "29.8", "29.9", "29.9"):
         window.show(plain((0, 0, 0)), [f"fps\t{fps}"], banner="hello")
     assert sorted(drawn) == sorted(["fps", "29.8", "hello", "29.9"])
 
 
-def test_the_kit_keeps_the_newest_things_only(opener: Opener) -> None:
-    opener()
-    kit = DrawingKit()
-    first = kit.keep("first", object)
-    assert kit.keep("first", object) is first
-    for number in range(600):
-        kit.keep(number, object)
-    assert len(kit._kept) <= 500
-    assert kit.keep("first", object) is not first
+def test_pictures_of_the_strip_are_drawn_once_and_not_kept_for_ever(
+    opener: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overlay_module, "_CACHED", 10)
+    overlay = opener()._overlay
+    frame = plain((0, 0, 250))
+    assert overlay._picture(frame, 20, 3) is overlay._picture(frame, 20, 3)
+    assert overlay._picture(plain((0, 0, 250)), 20, 3) is not overlay._picture(frame, 20, 3)
+    for side in range(5, 45):
+        overlay._picture(frame, side, 1)
+    assert len(overlay._pictures) <= 11
 
 
 def strip(*weights: float, chosen: int = 0) -> list[tuple[Frame, float, bool]]:
@@ -461,8 +457,9 @@ def test_closing_twice_and_using_it_afterwards(opener: Opener) -> None:
     window.toggle_fullscreen()
     assert window.events() == []
     assert not pygame.display.get_init()
-    with opener() as again:
-        again.show(plain((0, 0, 0)))
+    again = opener()
+    again.show(plain((0, 0, 0)))
+    again.close()
     assert not pygame.display.get_init()
 
 
@@ -524,131 +521,3 @@ def test_no_screen_is_one_line(
     assert not pygame.display.get_init()
     assert capfd.readouterr().err == ""
     assert os.environ.get("SDL_VIDEODRIVER") == setting.get("SDL_VIDEODRIVER")
-
-
-# Under a real X server
-
-needs_xvfb = pytest.mark.skipif(
-    not (shutil.which("Xvfb") and shutil.which("xdotool") and shutil.which("import")),
-    reason="Xvfb, xdotool and ImageMagick's import are not all installed",
-)
-LIVE = """
-import sys, time
-import numpy as np
-from std_rt.media.window import Closed, Window
-frame = np.full((64, 64, 3), (250, 10, 20), np.uint8)
-end = time.perf_counter() + 60
-try:
-    with Window("std-rt", size=(64, 64)) as window:
-        count, closed = 0, False
-        while not closed and time.perf_counter() < end:
-            window.show(frame, ["fps\\t30"])
-            count += 1
-            if count == 3:
-                print("ready", flush=True)
-            for event in window.events():
-                print(event, flush=True)
-                closed = closed or isinstance(event, Closed)
-            time.sleep(0.01)
-    print("cleaned up", flush=True)
-except KeyboardInterrupt:
-    print("interrupted, cleaned up", flush=True)
-"""
-
-
-@contextmanager
-def x_server() -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """An X server of its own, 900 x 900, and the DISPLAY that it chose."""
-    read, write = os.pipe()
-    server = subprocess.Popen(
-        ["Xvfb", "-displayfd", str(write), "-screen", "0", "900x900x24", "-nolisten", "tcp"],
-        pass_fds=[write],
-        stderr=subprocess.DEVNULL,
-    )
-    os.close(write)
-    try:
-        with os.fdopen(read) as pipe:
-            yield server, f":{pipe.readline().strip()}"
-    finally:
-        server.kill()
-        server.wait()
-
-
-@contextmanager
-def live(display: str) -> Iterator[subprocess.Popen[str]]:
-    """The script above in a process of its own, once it has shown something."""
-    surroundings = {name: value for name, value in os.environ.items() if not name.startswith("SDL_")}
-    surroundings["DISPLAY"] = display
-    process = subprocess.Popen(
-        [sys.executable, "-c", LIVE],
-        env=surroundings,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout
-    try:
-        assert process.stdout.readline() == "ready\n"
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def ended(process: subprocess.Popen[str]) -> list[str]:
-    """Its last lines; it ended by itself, well, and wrote nothing to stderr."""
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (0, "")
-    return out.splitlines()
-
-
-def tool(display: str, *command: str) -> str:
-    done = subprocess.run(["xdotool", *command], env={**os.environ, "DISPLAY": display}, capture_output=True)
-    return done.stdout.decode()
-
-
-def window_at_the_middle(display: str) -> str:
-    """The number of the window under the pointer, which also gets the keys: no window manager runs."""
-    tool(display, "mousemove", "450", "450")
-    place = dict(line.split("=") for line in tool(display, "getmouselocation", "--shell").split())
-    return place["WINDOW"]
-
-
-def on_screen(display: str) -> NDArray[np.int16]:
-    """A screenshot, [H, W, 3] RGB."""
-    done = subprocess.run(
-        ["import", "-window", "root", "png:-"], env={**os.environ, "DISPLAY": display}, capture_output=True
-    )
-    return np.asarray(Image.open(io.BytesIO(done.stdout)).convert("RGB"), np.int16)
-
-
-@needs_xvfb
-def test_x11_shows_the_frame_and_gives_keys() -> None:
-    with x_server() as (_, display), live(display) as process:
-        window_at_the_middle(display)
-        for key in ("n", "P", "exclam", "plus", "Escape"):
-            tool(display, "key", key)
-        assert process.stdout
-        names = ["n", "shift+p", "shift+1", "plus", "escape"]
-        assert [process.stdout.readline().strip() for _ in names] == [
-            f"Key(name='{name}', repeat=False)" for name in names
-        ]
-        shot = on_screen(display)
-        red = (shot == (250, 10, 20)).all(axis=2)
-        assert 0.6 < red.mean() < 0.75, "0.85 of the screen's height, squared, less the figures"
-        assert red[450, 450]
-        assert (shot[90:110, 90:200].mean(axis=2) < 90).any(), "the panel of the figures"
-        process.send_signal(signal.SIGINT)
-        assert ended(process) == ["interrupted, cleaned up"]
-
-
-@needs_xvfb
-@pytest.mark.parametrize("how", ["windowkill", "windowclose", "server"])
-def test_x11_a_killed_window_or_server_is_a_closed_window(how: str) -> None:
-    with x_server() as (server, display), live(display) as process:
-        if how == "server":
-            server.kill()
-        else:
-            tool(display, how, window_at_the_middle(display))
-        lines = ended(process)
-        assert lines[-2:] == ["Closed(reason='the window or its screen is gone')", "cleaned up"]

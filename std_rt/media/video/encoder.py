@@ -1,4 +1,4 @@
-"""The video stream of an output: which encoder with which options, and frames of one size into it."""
+"""The video encoder of a clip: which one with which options, and frames of one size into its stream."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from std_rt.core.errors import MediaError, disk_is_full
 from std_rt.core.files import reason
-from std_rt.media.fit import from_working
+from std_rt.media.fit import resize
 from std_rt.media.video.colour import Colour, tag_stream, to_yuv
 
 __all__ = ["CLIP_SUFFIXES", "MUXERS", "Encoder", "VideoTrack", "even_size", "write_failure"]
@@ -32,7 +32,7 @@ Frame = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Encoder:
-    """What encodes: an encoder of FFmpeg with its options; threads: 0 for as many as it likes."""
+    """An encoder of FFmpeg with its options; threads: 0 for as many as it likes."""
 
     name: str
     options: dict[str, str] = field(default_factory=dict)
@@ -42,37 +42,36 @@ class Encoder:
     def for_file(sink: Path, codec: str | None, crf: int, *, live: bool = False) -> Encoder:
         """The encoder for ``sink``: ``codec``, or libx264, or libvpx-vp9 for .webm.
 
-        live: one that keeps no frame back, and leaves the processor to others. Raises MediaError for a
+        live: one that holds no frame back, and leaves the processor to others. Raises MediaError for a
         suffix or an encoder that is not known, and for one that does not work here (a trial frame).
         """
         suffix = sink.suffix.lower()
         if suffix not in MUXERS:
-            known = " ".join(sorted(MUXERS))
-            raise MediaError(f"{sink}: a clip cannot be written as {suffix!r}; use one of {known}")
-        name = codec or ("libvpx-vp9" if suffix == ".webm" else "libx264")
+            found, known = suffix or "a name without suffix", " ".join(sorted(MUXERS))
+            raise MediaError(f"{sink}: cannot write a clip as {found!r}; use one of {known}")
+        usual = "libvpx-vp9" if suffix == ".webm" else "libx264"
+        name = codec or usual
         try:
             av.Codec(name, "w")
         except ValueError as error:
-            raise MediaError(f"video encoder {name!r} is not in this FFmpeg; use libx264") from error
+            raise MediaError(f"this FFmpeg has no video encoder {name!r}; use {usual}") from error
         options = _options(name, crf)
         encoder = Encoder(name, options | _live_options(name), 1) if live else Encoder(name, options)
-        encoder._try_out(suffix)
+        try:
+            encoder._encode_trial(suffix)
+        except (ValueError, OSError, av.FFmpegError) as error:
+            raise MediaError(
+                f"video encoder {name!r} does not work for {suffix} here ({reason(error)}); use {usual}"
+            ) from error
         return encoder
 
-    def _try_out(self, suffix: str) -> None:
-        """Encoders of other machines' hardware, and codecs foreign to a container, show it only when used."""
-        black = np.zeros((_TRIAL_PX, _TRIAL_PX, 3), np.uint8)
-        colour = Colour(1, False, 1, 1)
-        try:
-            with av.open(io.BytesIO(), "w", format=MUXERS[suffix]) as container:
-                shape = (_TRIAL_PX, _TRIAL_PX)
-                track = VideoTrack(container, self, shape, Fraction(25), Fraction(1, 25), colour)
-                container.mux([*track.encode(black, 0, 1), *track.flush()])
-        except (ValueError, OSError, av.FFmpegError) as error:
-            hint = "libvpx-vp9" if suffix == ".webm" else "libx264"
-            raise MediaError(
-                f"video encoder {self.name!r} does not work for {suffix} here ({reason(error)}); use {hint}"
-            ) from error
+    def _encode_trial(self, suffix: str) -> None:
+        """Encoders for other machines' hardware, and codecs foreign to a container, fail only when used."""
+        black, colour = np.zeros((_TRIAL_PX, _TRIAL_PX, 3), np.uint8), Colour(1, False, 1, 1)
+        with av.open(io.BytesIO(), "w", format=MUXERS[suffix]) as container:
+            shape = (_TRIAL_PX, _TRIAL_PX)
+            track = VideoTrack(container, self, shape, Fraction(25), Fraction(1, 25), colour)
+            container.mux([*track.encode(black, 0, 1), *track.flush()])
 
 
 def _options(codec: str, crf: int) -> dict[str, str]:
@@ -127,7 +126,7 @@ class VideoTrack:
     ) -> None:
         self.size, self.resized = size, 0
         self._time_base, self._colour = time_base, colour
-        self.stream = container.add_stream(
+        stream = container.add_stream(
             encoder.name,
             rate=rate,
             options=dict(encoder.options),
@@ -135,40 +134,36 @@ class VideoTrack:
             height=size[0],
             time_base=time_base,
         )
-        assert isinstance(self.stream, VideoStream)
-        context = self.stream.codec_context
+        assert isinstance(stream, VideoStream)
+        self.stream = stream
+        context = stream.codec_context
         context.thread_type, context.thread_count = ThreadType.AUTO, encoder.threads
         # Else packets last as long as the average frame, and a long last frame is cut.
         context.flags |= Flags.frame_duration
         if pixel_aspect is not None:
             context.sample_aspect_ratio = pixel_aspect
-        tag_stream(self.stream, colour)
+        tag_stream(stream, colour)
 
     def encode(self, rgb: Frame, pts: int, duration: int, *, key: bool = False) -> list[Packet[VideoStream]]:
-        """Packets that are ready after ``rgb`` (uint8 [H, W, 3]); key: players can start at this one."""
+        """Packets that are ready after ``rgb`` (uint8 [H, W, 3]); key: players can start at this frame."""
         frame = to_yuv(self._fit(rgb), self._colour)
         frame.pts, frame.duration, frame.time_base = pts, duration, self._time_base
         if key:
             frame.pict_type = PictureType.I
-        return self._video.encode(frame)
+        return self.stream.encode(frame)
 
     def _fit(self, rgb: Frame) -> Frame:
         """Odd sides get their last row or column repeated; other sizes are resized."""
         even = even_size(rgb)
         if even != self.size:
             self.resized += 1
-            return from_working(rgb, self.size)
+            return resize(rgb, self.size)
         h, w = rgb.shape[:2]
         return rgb if even == (h, w) else np.pad(rgb, ((0, even[0] - h), (0, even[1] - w), (0, 0)), "edge")
 
     def flush(self) -> list[Packet[VideoStream]]:
-        """The packets that the encoder still holds; after it there are no more."""
-        return self._video.encode(None)
-
-    @property
-    def _video(self) -> VideoStream:
-        assert isinstance(self.stream, VideoStream)
-        return self.stream
+        """The packets that the encoder still holds; the last call."""
+        return self.stream.encode(None)
 
 
 def write_failure(error: BaseException) -> str:

@@ -1,32 +1,42 @@
-"""Writing clips: stylized frames at their source's times, sound packets untouched."""
+"""The clip writer: stylized frames at their source's times, its sound copied packet by packet, never decoded.
+
+The sound is read apart from the frames. In one reading either would have to wait in memory for the other:
+all of the sound, in a clip whose pictures begin late or end early.
+"""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from math import lcm
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
 from av.audio.stream import AudioStream
-from av.container import OutputContainer
+from av.container import InputContainer, OutputContainer
 from av.packet import Packet
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from std_rt.core.errors import MediaError
-from std_rt.media.video.clip import Clip, TimedFrame, open_clip
+from std_rt.media.video.clip import Clip, DecodedFrame, open_container, sound_streams
 from std_rt.media.video.colour import Colour
-from std_rt.media.video.sound import SoundReader, SoundTrack, sound_fits
-from std_rt.media.video.track import CLIP_SUFFIXES, MUXERS, Encoder, VideoTrack, even_size, write_failure
+from std_rt.media.video.encoder import MUXERS, Encoder, VideoTrack, even_size, write_failure
 
-__all__ = ["CLIP_SUFFIXES", "ClipWriter", "sound_fits"]
+__all__ = ["ClipWriter", "sound_fits"]
 
-# Brands describe the old container; FFmpeg signs itself as the encoder.
+# Brands describe the old container; FFmpeg names itself as the encoder.
 _OLD_TAGS = frozenset({"major_brand", "minor_version", "compatible_brands", "encoder"})
-# What containers say to packets of damaged sound; frames encoded here never cause it.
+# What stays true of a stream: statistics of the old file do not.
+_STREAM_TAGS = frozenset({"language", "title"})
+# What containers raise for packets of damaged sound; frames encoded here never cause it.
 _BAD_PACKET = (av.ArgumentError, av.InvalidDataError)
+# What FFmpeg calls an unknown layout -> what players take it for.
+_LAYOUTS = {"1 channels": "mono", "2 channels": "stereo", "6 channels": "5.1", "8 channels": "7.1"}
+_LONGEST_PACKET = 1 << 31  # ticks; FFmpeg returns negative durations as unsigned 32-bit numbers
 
 Frame = NDArray[np.uint8]
 
@@ -34,7 +44,7 @@ Frame = NDArray[np.uint8]
 class ClipWriter:
     """One output clip. The first frame sets its size and colour tags; sound is copied along with the frames.
 
-    Raises MediaError at once for a suffix or encoder that is not known, or sound the container cannot hold.
+    Raises MediaError at once for an unknown suffix or encoder, or sound the container cannot hold.
     """
 
     def __init__(self, sink: Path, clip: Clip, codec: str | None, crf: int) -> None:
@@ -45,8 +55,9 @@ class ClipWriter:
         self.size = (0, 0)  # (width, height) px
         self._container: OutputContainer | None = None
         self._video: VideoTrack | None = None
-        self._sound: dict[int, SoundTrack] = {}  # by the input's stream index
-        self._reader: SoundReader | None = None
+        self._sound: dict[int, _SoundTrack] = {}  # by the input's stream index
+        self._packets: Iterator[Packet[AudioStream]] = iter(())  # of the sound
+        self._next: Packet[AudioStream] | None = None  # the first that was not due yet
         self._end_s = 0.0  # of the last frame
         self._dropped_sound = 0
 
@@ -58,15 +69,14 @@ class ClipWriter:
             name = stream.codec_context.codec.canonical_name
             others = [s for s in (".mkv", ".mov") if all(sound_fits(sound, s) for sound in sounds)]
             if others:
-                other = self._sink.with_suffix(others[0]).name
-                way_out = f"cannot be copied into {self._suffix}; use -o {other}"
+                hint = f"into {self._suffix}; use -o {self._sink.with_suffix(others[0]).name}"
             else:
-                way_out = "cannot be copied into any clip as it is; convert the input's sound to AAC first"
-            raise MediaError(f"{self._sink}: {name} sound {way_out}")
+                hint = "into any clip as it is; convert the input's sound to AAC first"
+            raise MediaError(f"{self._sink}: {name} sound cannot be copied {hint}")
 
     @contextmanager
     def open(self, partial: Path) -> Iterator[None]:
-        """Write to ``partial`` inside the block; finished at its end, given up if it raises."""
+        """Write to ``partial`` inside the block; finished at its end, abandoned if it raises."""
         with self._as_media_error():
             self._container = av.open(
                 str(partial.absolute()),
@@ -77,13 +87,14 @@ class ClipWriter:
         try:
             with ExitStack() as stack:
                 if self._clip.sound:
-                    source = Path(self._clip.container.name)
-                    self._reader = SoundReader(stack.enter_context(open_clip(source)))
+                    source = stack.enter_context(open_container(Path(self._clip.container.name)))
+                    self._packets = _sound_packets(source)
+                    self._next = next(self._packets, None)
                 yield
                 with self._as_media_error():
                     self._finish()
         finally:
-            # After a failure the file goes away: only its handle matters (Windows), not its trailer.
+            # After a failure the file is deleted: only its handle matters (Windows), not its trailer.
             with suppress(av.FFmpegError):
                 self._container.close()
 
@@ -100,7 +111,7 @@ class ClipWriter:
         options["movie_timescale"] = str(common if common < 1 << 31 else ticks)
         return options
 
-    def write_frame(self, source: TimedFrame, styled: Frame) -> None:
+    def write_frame(self, source: DecodedFrame, styled: Frame) -> None:
         """Encode ``styled`` (uint8 [H', W', 3]) at the time of the frame it was made from."""
         if styled.ndim != 3 or styled.shape[2] != 3 or styled.dtype != np.uint8:
             raise ValueError(f"stylize must return uint8 [H, W, 3], got {styled.dtype} {styled.shape}")
@@ -115,24 +126,25 @@ class ClipWriter:
         self.frames += 1
 
     def _start(self, colour: Colour, size: tuple[int, int]) -> VideoTrack:
-        """Write the head of the file."""
+        """Write the file's header."""
         assert self._container is not None
         self.size, clip = (size[1], size[0]), self._clip
         tags = clip.container.metadata
         self._container.metadata.update({k: v for k, v in tags.items() if k not in _OLD_TAGS})
         aspect = clip.pixel_aspect
         track = VideoTrack(self._container, self._encoder, size, clip.rate, clip.time_base, colour, aspect)
-        track.stream.metadata.update(_kept_tags(clip.video.metadata))
-        for stream in clip.sound:
-            copy = self._sound[stream.index] = SoundTrack(self._container, stream)
-            copy.stream.metadata.update(_kept_tags(stream.metadata))
+        self._sound = {stream.index: _SoundTrack(self._container, stream) for stream in clip.sound}
+        for stream in (clip.video, *clip.sound):
+            new = track.stream if stream is clip.video else self._sound[stream.index].stream
+            new.metadata.update({k: v for k, v in stream.metadata.items() if k in _STREAM_TAGS})
         self._container.start_encoding()
         return track
 
     def _copy_sound(self, until_s: float | None) -> None:
         """Copy the sound packets that are due before ``until_s`` as they are; None: all that are left."""
-        for packet in self._reader.until(until_s) if self._reader is not None else ():
-            if self._sound[packet.stream_index].take(packet):
+        while self._next is not None and (until_s is None or _due_s(self._next) < until_s):
+            packet, self._next = self._next, next(self._packets, None)
+            if self._sound[packet.stream_index].accept(packet):
                 self._mux(packet)
             else:
                 self._dropped_sound += 1
@@ -170,7 +182,7 @@ class ClipWriter:
             raise MediaError(f"{self._sink} cannot be written: {write_failure(error)}") from error
 
     def notes(self) -> list[str]:
-        """What went other than plain into the output."""
+        """One line each on what differs from the source."""
         notes = []
         if self._dropped_sound:
             notes.append(f"{self._dropped_sound} damaged sound packets were left out")
@@ -187,6 +199,61 @@ class ClipWriter:
         return notes
 
 
-def _kept_tags(tags: dict[str, str]) -> dict[str, str]:
-    """What stays true of a stream: statistics of the old file do not."""
-    return {key: value for key, value in tags.items() if key in ("language", "title")}
+def sound_fits(stream: AudioStream, suffix: str) -> bool:
+    """True if the packets of ``stream`` can be stored in a clip with this suffix as they are."""
+    with av.open(io.BytesIO(), "w", format=MUXERS[suffix]) as trial:
+        try:
+            _SoundTrack(trial, stream)
+            # Some are known to a container and still refused when its header is written.
+            trial.start_encoding()
+        except (ValueError, av.FFmpegError):
+            return False
+    return True
+
+
+class _SoundTrack:
+    """A sound stream of ``container`` for the packets of ``source``; raises what PyAV raises."""
+
+    def __init__(self, container: OutputContainer, source: AudioStream) -> None:
+        self.stream = container.add_stream_from_template(source)
+        context = self.stream.codec_context
+        # Matroska gives PCM a number of channels and no names, without which MP4 does not take it.
+        layout = _LAYOUTS.get(context.layout.name)
+        if layout is not None:
+            context.layout = layout
+        self._is_pcm = context.name.startswith("pcm_")
+        self._dts: int | None = None  # of the last packet
+        self._duration = 1
+        self.gaps_s = 0.0  # silent stretches in PCM, which MP4 and MOV cannot hold
+
+    def accept(self, packet: Packet[AudioStream]) -> bool:
+        """Make ``packet`` one of this stream, its times completed; False if a container cannot take it."""
+        dts = packet.dts
+        if dts is None:  # Ogg does not say when its last packet is due.
+            dts = packet.pts = packet.dts = 0 if self._dts is None else self._dts + self._duration
+        # Damaged files repeat times; a container takes only rising ones.
+        if self._dts is not None and dts <= self._dts:
+            return False
+        gap = 0 if self._dts is None else dts - self._dts - self._duration
+        if self._is_pcm and gap > self._duration // 2:  # Smaller ones are the file's rounding.
+            self.gaps_s += float(gap * packet.time_base)
+        # Some files do not say how long a packet lasts, or say less than nothing for one that is cut at the
+        # end of the sound; MP4 hides a last packet of no duration.
+        if not 0 < (packet.duration or 0) < _LONGEST_PACKET:
+            packet.duration = self._duration if self._dts is None else dts - self._dts
+        self._dts, self._duration = dts, packet.duration or 1
+        packet.stream = self.stream
+        return True
+
+
+def _sound_packets(container: InputContainer) -> Iterator[Packet[AudioStream]]:
+    try:
+        for packet in container.demux(sound_streams(container)):
+            if packet.size:
+                yield cast("Packet[AudioStream]", packet)
+    except av.FFmpegError:  # Broken off here; reading the frames notices it, and says so.
+        return
+
+
+def _due_s(packet: Packet[AudioStream]) -> float:
+    return 0.0 if packet.dts is None else float(packet.dts * packet.time_base)

@@ -1,4 +1,4 @@
-"""A camera played by a test: no hardware, every fault at will."""
+"""A camera device that a test plays: no hardware, every fault at will."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import queue
 
 from std_rt.core.errors import MediaError
 from std_rt.media.camera.device import Properties, Size
-
-__all__ = ["FakeDevice"]
 
 
 class FakeDevice:
