@@ -5,18 +5,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+
+from std_rt.core.files import file_digest
 
 __all__ = ["file_digest", "unet_digest"]
 
 # What stands beside the UNet's own weights: the image branch of an IP-Adapter, and LoRAs.
 _BESIDE = re.compile(r"(^|\.)(encoder_hid_proj|processor|to_[kv]_ip|lora_\w+)(\.|$)")
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file in hex. Raises OSError."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def unet_digest(state: Mapping[str, Sequence[int]]) -> str:

@@ -160,7 +160,7 @@ def test_full_disk_is_one_line_and_no_half_file(tmp_path: Path, name: str) -> No
     assert lines.pop() == ""
     assert len(lines) == len(limits)
     for line in lines:
-        assert line.startswith(f"{tmp_path / name} cannot be written: the disk is full (")
+        assert line.startswith(f"{tmp_path / name} cannot be written: the disk is full")
     assert [path.name for path in tmp_path.iterdir()] == ["a.mkv"]
 
 
