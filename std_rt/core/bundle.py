@@ -30,8 +30,8 @@ import platformdirs
 from numpy.typing import NDArray
 
 from std_rt.core.errors import BundleError
-from std_rt.core.external_data import external_locations
 from std_rt.core.files import file_digest, writing
+from std_rt.core.onnx_file import external_locations
 from std_rt.core.schedule import StepCoefficients
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""File helpers: the one atomic writer, sha256, and short reasons for what the disk refused.
+"""File helpers: the one atomic writer, sha256, the user's folders, short reasons for what a disk refused.
 
     with writing(path, MediaError), atomic_file(path) as partial:
         picture.save(partial)
@@ -19,11 +19,13 @@ from std_rt.core.errors import MediaError, StdRtError, disk_is_full
 
 __all__ = [
     "atomic_file",
+    "cache_root",
     "check_input",
     "check_output",
     "file_digest",
     "partial_file",
     "reason",
+    "user_folder",
     "write_bytes",
     "write_text",
     "writing",
@@ -47,7 +49,9 @@ def reason(error: BaseException) -> str:
 
 
 @contextmanager
-def writing(path: Path, error: type[StdRtError] = MediaError, advice: str = _ANOTHER_PLACE) -> Iterator[None]:
+def writing(
+    path: Path | str, error: type[StdRtError] = MediaError, advice: str = _ANOTHER_PLACE
+) -> Iterator[None]:
     """Turn an OSError inside the block into ``error`` in one line: ``path``, the reason and ``advice``."""
     try:
         yield
@@ -57,17 +61,19 @@ def writing(path: Path, error: type[StdRtError] = MediaError, advice: str = _ANO
 
 @contextmanager
 def atomic_file(
-    path: Path, *, durable: bool = False, error: type[StdRtError] | None = None
+    path: Path, *, durable: bool = False, mode: int = 0o666, error: type[StdRtError] | None = None
 ) -> Iterator[Path]:
     """A new empty file beside ``path`` with its suffix; renamed to ``path`` when the block ends well.
 
     If the block raises (Ctrl-C included) the new file is removed and ``path`` is left as it was. ``durable``
     forces content and name to the disk, so that a power cut leaves the old file or the new one, never an
-    empty one. Raises OSError, or ``error`` where one is given, when the file cannot be created or renamed;
-    what the block raises passes through unchanged (to turn its OSErrors into one line too, see `writing`).
+    empty one. ``mode`` (less the umask) is the new file's.
+
+    Raises OSError, or ``error`` where one is given, if the file cannot be created or renamed; what the block
+    raises passes through unchanged (to turn its OSErrors into one line too, see `writing`).
     """
     with writing(path, error) if error else nullcontext():
-        partial = _new_partial(path)
+        partial = _new_partial(path, mode)
     try:
         yield partial
         with writing(path, error, _CLOSE_IT) if error else nullcontext():
@@ -146,10 +152,10 @@ def _refuse_taken(sink: Path, source: Path | None, overwrite: bool, flag: str) -
         raise MediaError(f"{sink} exists already; add --overwrite to replace it or {flag} for another name")
 
 
-def _new_partial(path: Path) -> Path:
+def _new_partial(path: Path, mode: int = 0o666) -> Path:
     """Create it here, with the user's umask (a mkstemp file would keep its private mode)."""
     partial = path.with_name(f".{path.stem[:40]}.{secrets.token_hex(4)}.part{path.suffix}")
-    partial.touch(exist_ok=False)
+    partial.touch(mode, exist_ok=False)
     return partial
 
 
@@ -160,3 +166,25 @@ def _sync(path: Path, flags: int) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def cache_root() -> Path | None:
+    """A writable folder for what can be made again, or None; the variable ``STD_RT_CACHE`` overrides it."""
+    root = user_folder("STD_RT_CACHE", "user_cache_dir")
+    return root if root is not None and os.access(root, os.W_OK) else None
+
+
+def user_folder(variable: str, kind: str) -> Path | None:
+    """The folder that ``variable`` names, else platformdirs' of that kind; None if it cannot be made."""
+    asked = os.environ.get(variable)
+    if asked:
+        root = Path(asked)
+    else:
+        import platformdirs
+
+        root = Path(getattr(platformdirs, kind)("std-rt", appauthor=False))
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return root
