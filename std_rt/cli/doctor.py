@@ -17,12 +17,13 @@ from rich.table import Table
 from std_rt import __version__
 from std_rt.core.bundle import BUILT_IN, Bundle, list_bundles, search_paths
 from std_rt.core.errors import BackendError
+from std_rt.core.files import cache_root
 from std_rt.core.machine import available_memory_gb, describe_machine, free_disk_gb
 from std_rt.engines import BackendInfo, backends
-from std_rt.engines.cache import EngineStore
+from std_rt.engines.cache import EngineCache
 from std_rt.engines.cuda.libraries import missing_libraries
 from std_rt.engines.cuda.probe import Report, probe
-from std_rt.engines.registry import BACKENDS, GPU_BACKENDS, cache_root
+from std_rt.engines.registry import BACKENDS, GPU_BACKENDS
 
 __all__ = ["conflicts", "folder_size_mb", "run"]
 
@@ -142,8 +143,8 @@ def _engines() -> Iterator[Row]:
     if root is None or not (root / "engines" / "manifest.json").is_file():
         return
     try:
-        store = EngineStore.open()
-        entries = [] if store is None else store.entries()
+        cache = EngineCache.open()
+        entries = [] if cache is None else cache.entries()
     except BackendError as error:
         yield _BAD, "engines", str(error)
         return

@@ -1,27 +1,58 @@
-"""`std-rt engines list | build | verify | gc`: what was compiled for this machine."""
+"""`std-rt engines list | build | verify | gc`: the engines compiled for this machine."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from std_rt.cli.options import SizeOption, StepsOption, parse_size
+from std_rt.core.errors import BackendError, UsageError
 
-__all__ = ["engines_app"]
+if TYPE_CHECKING:
+    from std_rt.engines import Engine, GraphSpec
+    from std_rt.engines.cache import EngineCache, Entry
+    from std_rt.engines.program import Program, Runner
+
+__all__ = ["Plan", "engines_app", "plan"]
+
+_PLAN_S = 120.0
+Size = int | tuple[int, int]
+_DAY_S = 86400.0
 
 engines_app = typer.Typer(
-    help="List, build, verify and clean up what bundles were compiled to on this machine.",
-    no_args_is_help=True,
+    help="List, build, verify and clean up the engines compiled on this machine.", no_args_is_help=True
 )
 
 
 @engines_app.command("list")
 def engines_list() -> None:
-    """List every engine of this machine: of which bundle and graph, for which GPU, how large."""
-    from std_rt.cli.engines_run import show_list
+    """List every engine of this machine: its bundle, graph, GPU and size."""
+    from rich.console import Console
+    from rich.table import Table
 
-    show_list()
+    cache = _cache()
+    entries = sorted(cache.entries(), key=lambda entry: (entry.key.bundle, entry.key.graph))
+    if not entries:
+        typer.echo(f"no engines in {cache.folder}")
+        return
+    names = _bundle_names()
+    table = Table(box=None, pad_edge=False)
+    for title in ("bundle", "graph", "input", "product", "for", "MB", "built (UTC)"):
+        table.add_column(title, overflow="fold")
+    for entry in entries:
+        table.add_row(*_row(entry, names))
+    Console().print(table)
+    total = sum(entry.size for entry in entries)
+    typer.echo(f"{len(entries)} engines, {total / 2**20:.1f} MB in {cache.folder}")
 
 
 @engines_app.command("build")
@@ -42,37 +73,51 @@ def engines_build(
     ] = None,
     precision: Annotated[str, typer.Option("--precision", help="auto, or fp32 for no TF32.")] = "auto",
     sm: Annotated[
-        str, typer.Option("--sm", metavar="89,120", help="GPUs to build rtx for; default: the one here.")
+        str,
+        typer.Option("--sm", metavar="89,120", help="GPUs to build rtx engines for; default: the one here."),
     ] = "",
 ) -> None:
-    """Build ahead what a bundle needs at a size, so that the first frame need not wait for it.
+    """Build the engines a bundle needs at a size ahead of time, so that the first frame need not wait.
 
     std-rt engines build my-bundle --backend rtx --size 512 --sm 89,120
     """
-    wanted, coming = parse_size(size), parse_size(frame)
-    from std_rt.cli.engines_run import Wanted, build
+    from std_rt.engines.registry import BACKENDS, PRECISIONS
 
-    build(
-        Wanted(
-            bundle=bundle,
-            backend=backend,
-            size=wanted,
-            frame=(coming, coming) if isinstance(coming, int) else coming,
-            steps=steps,
-            guidance=guidance,
-            guidance_mode=guidance_mode,
-            precision=precision,
-            targets=_targets(sm),
+    if backend not in ("rtx", "tensorrt", "openvino"):
+        known = backend in BACKENDS
+        why = f"backend '{backend}' keeps no engines" if known else f"there is no backend '{backend}'"
+        raise UsageError(f"{why}; use --backend rtx, tensorrt or openvino")
+    targets = _targets(sm)
+    if targets and backend != "rtx":
+        raise UsageError(
+            "only rtx builds engines for GPUs in other machines; leave out --sm, or use --backend rtx"
         )
-    )
+    if precision not in PRECISIONS:
+        raise UsageError(f"--precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    cache = _cache()
+    wanted = plan(bundle, parse_size(size), parse_size(frame), steps, guidance, guidance_mode)
+    if backend == "openvino":
+        _open_once(wanted.engines(glue=False), precision)
+    else:
+        _build_ahead(backend, wanted.engines(glue=True), precision, targets, cache)
 
 
 @engines_app.command("verify")
 def engines_verify() -> None:
-    """Hash every engine against the machine's list; exit 2 where one has changed."""
-    from std_rt.cli.engines_run import verify
+    """Hash every engine against this machine's list; exit 2 if one has changed."""
+    from std_rt.engines.cache import CLEAN_UP
 
-    verify()
+    cache = _cache()
+    problems = cache.verify()
+    for problem in problems:
+        typer.echo(problem)
+    count = len(cache.entries())
+    if problems:
+        raise BackendError(
+            f"{len(problems)} of {count} engines and files are not as built, in {cache.folder}; "
+            f"run: {CLEAN_UP}"
+        )
+    typer.echo(f"{count} engines in {cache.folder}, all as built")
 
 
 @engines_app.command("gc")
@@ -83,10 +128,111 @@ def engines_gc(
     everything: Annotated[bool, typer.Option("--all", help="All engines.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; remove nothing.")] = False,
 ) -> None:
-    """Remove what is of no use any more: changed, of bundles that are gone, of other versions or drivers."""
-    from std_rt.cli.engines_run import collect
+    """Remove engines nothing can use any more: changed, of missing bundles, of other versions or drivers."""
+    from std_rt.engines.cuda.driver import cuda_device, driver_problem
 
-    collect(older_than, everything=everything, dry_run=dry_run)
+    cache = _cache()
+    bundles, versions = _bundles_in_reach(cache), _installed_versions()
+    driver = "" if driver_problem() else cuda_device().driver
+
+    def unused(entry: Entry) -> str:
+        if everything:
+            return "asked for"
+        days = (time.time() - cache.path(entry.key).stat().st_mtime) / _DAY_S
+        if older_than is not None and days > older_than:
+            return f"not used for {days:.0f} days"
+        return why_unused(entry, bundles, versions, driver)
+
+    removed = cache.gc(unused, dry_run=dry_run)
+    for item in removed:
+        typer.echo(f"{item.name}: {item.why} ({item.size / 2**20:.1f} MB)")
+    if removed:
+        freed = sum(item.size for item in removed) / 2**20
+        typer.echo(f"{len(removed)} {'would be removed' if dry_run else 'removed'}, {freed:.1f} MB")
+    else:
+        typer.echo(f"nothing to remove in {cache.folder}")
+
+
+def why_unused(entry: Entry, bundles: Collection[str], versions: Mapping[str, str], driver: str) -> str:
+    """Why nothing here can use an engine, or "".
+
+    ``bundles`` are the digests of those in reach, ``versions`` those of the installed products (engines of a
+    product that is not installed stay), ``driver`` the GPU's or "".
+    """
+    key = entry.key
+    if key.bundle and key.bundle not in bundles:
+        return "its bundle is no longer there"
+    if versions.get(key.product, key.version) != key.version:
+        return f"for {key.product} {key.version}, installed is {versions[key.product]}"
+    if driver and key.driver and key.driver != driver:
+        return f"for driver {key.driver}, installed is {driver}"
+    return ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stylizer opens: the program of a frame, its graphs, and the style encoder."""
+
+    program: Program
+    specs: dict[str, GraphSpec]
+    style: GraphSpec
+
+    def engines(self, *, glue: bool) -> list[GraphSpec]:
+        """The graphs to build engines for, largest file first; ``glue``: with those between the model's."""
+        from std_rt.engines.program import launch_specs
+
+        specs = launch_specs(self.program, self.specs) if glue else list(self.specs.values())
+        unique = {spec.identity: spec for spec in [*specs, self.style]}
+        return sorted(unique.values(), key=lambda spec: spec.path.stat().st_size, reverse=True)
+
+
+def plan(
+    bundle: str | None,
+    size: Size | None = None,
+    frame: Size | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    guidance_mode: str | None = None,
+) -> Plan:
+    """Ask a stylizer what it would open, and open nothing.
+
+    ``frame`` is the (H, W) of the frames to come, default the working size; the rest as in `Stylizer.load`.
+    """
+    from concurrent.futures import Future
+
+    from std_rt.cli.stylize import check_size
+    from std_rt.core.bundle import load_bundle
+    from std_rt.pipeline.openers import Openers
+    from std_rt.pipeline.stylizer import Stylizer
+
+    program: Future[tuple[Program, dict[str, GraphSpec]]] = Future()
+    style: Future[GraphSpec] = Future()
+
+    class NotOpened:
+        def close(self) -> None:
+            """Nothing to free."""
+
+    def open_graph(spec: GraphSpec) -> Engine:
+        style.set_result(spec)
+        return cast("Engine", NotOpened())
+
+    def open_runner(asked: Program, specs: dict[str, GraphSpec]) -> Runner:
+        program.set_result((asked, specs))
+        return cast("Runner", NotOpened())
+
+    opened = load_bundle(bundle)
+    with Stylizer(
+        opened,
+        Openers(open_graph, open_graph, open_runner),
+        size=size,
+        steps=steps,
+        guidance=guidance,
+        guidance_mode=guidance_mode,
+    ) as stylizer:
+        check_size(stylizer, size)
+        coming = frame or size or opened.size_default
+        stylizer.prepare(*((coming, coming) if isinstance(coming, int) else coming))
+        return Plan(*program.result(_PLAN_S), style.result(_PLAN_S))
 
 
 def _targets(text: str) -> tuple[str, ...]:
@@ -97,3 +243,130 @@ def _targets(text: str) -> tuple[str, ...]:
     if not all(name.isdecimal() for name in names):
         raise typer.BadParameter(f"{text!r} names no GPUs; use compute capabilities such as --sm 89,120")
     return tuple(dict.fromkeys(f"sm{name}" for name in names))
+
+
+def _build_ahead(
+    backend: str, specs: list[GraphSpec], precision: str, targets: tuple[str, ...], cache: EngineCache
+) -> None:
+    """For TensorRT and TensorRT-RTX; without targets, for the GPU here."""
+    from std_rt.engines.cuda.driver import cuda_device, driver_problem
+    from std_rt.engines.tensorrt.engine_builder import EngineBuilder
+    from std_rt.engines.tensorrt.onnx_to_engine import PRODUCTS, BuildOptions, load_product
+
+    product = PRODUCTS[backend]
+    trt = load_product(product)
+    driver = ""
+    if not targets:
+        problem = driver_problem()
+        if problem:
+            ahead = "name the GPUs to build for, as in --sm 89,120"
+            advice = ahead if product.ahead else "build on the machine that has it"
+            raise BackendError(f"there is no GPU here to build for: {problem}; {advice}")
+        targets, driver = (f"sm{cuda_device().gpu.sm}",), cuda_device().driver
+    options = BuildOptions(tf32=precision != "fp32")
+    with _bars() as (report, done):
+        builder = EngineBuilder(
+            trt, product, targets, driver=driver, options=options, cache=cache, progress=report
+        )
+        for spec in specs:
+            started = time.perf_counter()
+            found = builder.find(spec)
+            path = found or builder.ensure(spec)
+            took = "was there" if found else f"built in {time.perf_counter() - started:.1f} s"
+            done(spec.name, f"{'+'.join(targets)}, {path.stat().st_size / 2**20:.1f} MB, {took}")
+
+
+def _open_once(specs: list[GraphSpec], precision: str) -> None:
+    """For OpenVINO, which keeps what it compiles when a graph is opened."""
+    from std_rt.engines import open_engine
+
+    with _bars() as (report, done):
+        for spec in specs:
+            started = time.perf_counter()
+            report(spec.name, 0.0)
+            engine = open_engine("openvino", spec, precision)
+            engine.close()
+            done(spec.name, f"{engine.precision}, opened in {time.perf_counter() - started:.1f} s")
+
+
+@contextmanager
+def _bars() -> Iterator[tuple[Callable[[str, float], None], Callable[[str, str], None]]]:
+    """(report progress, say that it is done): one bar per engine on a terminal, one line when it is done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as bars:
+
+        def report(name: str, share: float) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=1.0)
+            bars.update(tasks[name], completed=share)
+
+        def done(name: str, what: str) -> None:
+            if name in tasks:
+                bars.remove_task(tasks.pop(name))
+            typer.echo(f"{name}: {what}")
+
+        yield report, done
+
+
+def _cache() -> EngineCache:
+    from std_rt.engines.cache import EngineCache
+
+    cache = EngineCache.open()
+    if cache is None:
+        raise BackendError(
+            "there is no writable folder for engines; set STD_RT_CACHE and STD_RT_DATA to folders"
+        )
+    return cache
+
+
+def _row(entry: Entry, names: Mapping[str, str]) -> tuple[str, ...]:
+    key = entry.key
+    shape = next(iter(key.shapes.values()), ())  # the first input's shows the size
+    return (
+        names.get(key.bundle, Path(entry.origin).name if entry.origin else key.bundle[:8]),
+        key.graph,
+        "x".join(map(str, shape)),
+        f"{key.product} {key.version.partition('-')[0]}",
+        " ".join(part for part in (key.target.partition(" (")[0], key.driver) if part),
+        f"{entry.size / 2**20:.1f}",
+        entry.created[:16].replace("T", " "),
+    )
+
+
+def _bundle_names() -> dict[str, str]:
+    from std_rt.core.bundle import Bundle, list_bundles
+
+    return {bundle.digest: bundle.name for bundle in list_bundles() if isinstance(bundle, Bundle)}
+
+
+def _bundles_in_reach(cache: EngineCache) -> set[str]:
+    """Digests of all bundles in reach, and of those in folders that engines were built from."""
+    digests = set(_bundle_names())
+    try:
+        origins = {entry.origin for entry in cache.entries() if entry.origin}
+    except BackendError:
+        return digests  # gc removes the unreadable list itself
+    for origin in origins:
+        try:
+            manifest = json.loads((Path(origin) / "manifest.json").read_text(encoding="utf-8"))
+            digests.add(str(manifest["manifest_sha256"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # no bundle there any more
+    return digests
+
+
+def _installed_versions() -> dict[str, str]:
+    from std_rt.engines.tensorrt.onnx_to_engine import PRODUCTS, load_product
+
+    versions = {
+        product.module: str(load_product(product).__version__)
+        for product in PRODUCTS.values()
+        if find_spec(product.module) is not None
+    }
+    if find_spec("openvino") is not None:
+        versions["openvino"] = str(import_module("openvino").__version__)
+    return versions

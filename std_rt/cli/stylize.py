@@ -112,7 +112,7 @@ def builds_shown(console: Console, backend: str) -> Iterator[None]:
     if backend not in ("tensorrt", "rtx"):
         yield
         return
-    from std_rt.engines.tensorrt.maker import progress_to
+    from std_rt.engines.tensorrt.engine_builder import progress_to
 
     said: dict[str, int] = {}
 

@@ -19,8 +19,7 @@ import json
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -30,9 +29,9 @@ import numpy as np
 import platformdirs
 from numpy.typing import NDArray
 
-from std_rt.core.digest import file_digest
-from std_rt.core.errors import BundleError, disk_is_full
-from std_rt.core.external_data import external_locations
+from std_rt.core.errors import BundleError
+from std_rt.core.files import file_digest, writing
+from std_rt.core.onnx_file import external_locations
 from std_rt.core.schedule import StepCoefficients
 
 __all__ = [
@@ -254,7 +253,7 @@ def write_bundle(final: Path, fill: Callable[[Path], Manifest], *, overwrite: bo
     """
     check_target(final, overwrite)
     partial = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.partial")
-    with _writing(final):
+    with writing(final, BundleError, "nothing of it is left: make room, or choose another --output"):
         _sweep(final)
         partial.mkdir(parents=True)
         try:
@@ -272,19 +271,6 @@ def _sweep(final: Path) -> None:
     for left in final.parent.glob(f".{final.name}.*.partial"):
         if time.time() - left.stat().st_mtime > _LEFT_BEHIND_S:
             shutil.rmtree(left, ignore_errors=True)
-
-
-@contextmanager
-def _writing(final: Path) -> Iterator[None]:
-    """What a disk says, as a BundleError."""
-    try:
-        yield
-    except OSError as error:
-        reason = "the disk is full" if disk_is_full(error) else " ".join(str(error).split())
-        raise BundleError(
-            f"bundle {final} cannot be written: {reason}; nothing of it is left: make room, or choose "
-            "another --output"
-        ) from error
 
 
 def check_target(final: Path, overwrite: bool) -> None:

@@ -1,21 +1,108 @@
-"""Output files: refused early, written beside their final name, renamed when whole."""
+"""File helpers: the one atomic writer, sha256, the user's folders, short reasons for what a disk refused.
+
+    with writing(path, MediaError), atomic_file(path) as partial:
+        picture.save(partial)
+
+A half-written file never has the final name: it is written beside it and renamed when complete.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from std_rt.core.errors import MediaError
+from std_rt.core.errors import MediaError, StdRtError, disk_is_full
 
-__all__ = ["check_input", "check_output", "partial_file", "reason"]
+__all__ = [
+    "atomic_file",
+    "cache_root",
+    "check_input",
+    "check_output",
+    "file_digest",
+    "partial_file",
+    "reason",
+    "user_folder",
+    "write_bytes",
+    "write_text",
+    "writing",
+]
+
+_ANOTHER_PLACE = "choose another place with -o"
+_CLOSE_IT = "close the program that has it open, or choose another place with -o"  # Windows refuses then
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file in hex. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def reason(error: BaseException) -> str:
     """The short cause of an operating-system or decoder error, one line, without paths."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(text).split())
+    full = isinstance(error, OSError) and disk_is_full(error)
+    return "the disk is full" if full else " ".join(str(text).split())
+
+
+@contextmanager
+def writing(
+    path: Path | str, error: type[StdRtError] = MediaError, advice: str = _ANOTHER_PLACE
+) -> Iterator[None]:
+    """Turn an OSError inside the block into ``error`` in one line: ``path``, the reason and ``advice``."""
+    try:
+        yield
+    except OSError as found:
+        raise error(f"{path} cannot be written: {reason(found)}; {advice}") from found
+
+
+@contextmanager
+def atomic_file(
+    path: Path, *, durable: bool = False, mode: int = 0o666, error: type[StdRtError] | None = None
+) -> Iterator[Path]:
+    """A new empty file beside ``path`` with its suffix; renamed to ``path`` when the block ends well.
+
+    If the block raises (Ctrl-C included) the new file is removed and ``path`` is left as it was. ``durable``
+    forces content and name to the disk, so that a power cut leaves the old file or the new one, never an
+    empty one. ``mode`` (less the umask) is the new file's.
+
+    Raises OSError, or ``error`` where one is given, if the file cannot be created or renamed; what the block
+    raises passes through unchanged (to turn its OSErrors into one line too, see `writing`).
+    """
+    with writing(path, error) if error else nullcontext():
+        partial = _new_partial(path, mode)
+    try:
+        yield partial
+        with writing(path, error, _CLOSE_IT) if error else nullcontext():
+            if durable:
+                _sync(partial, os.O_RDWR)
+            partial.replace(path)
+        if durable and os.name == "posix":
+            with suppress(OSError):  # not every file system can do it; the content is safe already
+                _sync(path.parent, os.O_RDONLY)
+    finally:
+        # After the rename there is nothing left to remove. Windows keeps a file that is still open.
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes, *, durable: bool = False) -> None:
+    """Replace ``path`` by ``data`` as a whole; see `atomic_file`. Raises OSError."""
+    with atomic_file(path, durable=durable) as partial:
+        partial.write_bytes(data)
+
+
+def write_text(path: Path, text: str, *, durable: bool = False) -> None:
+    """`write_bytes` of ``text`` in UTF-8, newlines as given."""
+    write_bytes(path, text.encode("utf-8"), durable=durable)
+
+
+def partial_file(sink: Path) -> AbstractContextManager[Path]:
+    """`atomic_file` with a MediaError."""
+    return atomic_file(sink, error=MediaError)
 
 
 def check_input(path: Path) -> None:
@@ -23,7 +110,7 @@ def check_input(path: Path) -> None:
     try:
         size = path.stat().st_size
         if path.is_dir():
-            raise MediaError(f"{path} is a folder; a picture or video file is due here")
+            raise MediaError(f"{path} is a folder; name a picture or video file")
         if size == 0:
             raise MediaError(f"{path} is empty (zero bytes); nothing can be read from it")
         with path.open("rb"):
@@ -39,7 +126,7 @@ def check_output(
 ) -> None:
     """Refuse an output before any work is done; creates the output's folder where it is missing.
 
-    ``flag``: the option that named it, for what is said.
+    ``flag``: the option that named it, for messages.
 
     Raises MediaError if ``sink`` is ``source`` (even with ``overwrite``), is a folder, exists and
     ``overwrite`` is False, or if its folder cannot be made or written to.
@@ -65,37 +152,39 @@ def _refuse_taken(sink: Path, source: Path | None, overwrite: bool, flag: str) -
         raise MediaError(f"{sink} exists already; add --overwrite to replace it or {flag} for another name")
 
 
-@contextmanager
-def partial_file(sink: Path) -> Iterator[Path]:
-    """A new empty file beside ``sink`` with its suffix; takes the name ``sink`` when the block ends well.
-
-    If the block raises (Ctrl-C included) the partial file is removed and ``sink`` is left as it was.
-    A failing rename or creation is a MediaError.
-    """
-    try:
-        partial = _new_partial(sink)
-    except (OSError, ValueError) as error:
-        raise MediaError(
-            f"{sink} cannot be written: {reason(error)}; choose another place with -o"
-        ) from error
-    try:
-        yield partial
-        _take_name(partial, sink)
-    finally:
-        # After the rename there is nothing left to remove. Windows keeps a file that is still open.
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-def _take_name(partial: Path, sink: Path) -> None:
-    try:
-        partial.replace(sink)
-    except OSError as error:  # Windows: the old file is open elsewhere.
-        raise MediaError(f"{sink} cannot be replaced: {reason(error)}; close the program using it") from error
-
-
-def _new_partial(sink: Path) -> Path:
+def _new_partial(path: Path, mode: int = 0o666) -> Path:
     """Create it here, with the user's umask (a mkstemp file would keep its private mode)."""
-    partial = sink.with_name(f".{sink.stem[:40]}.{secrets.token_hex(4)}.part{sink.suffix}")
-    partial.touch(exist_ok=False)
+    partial = path.with_name(f".{path.stem[:40]}.{secrets.token_hex(4)}.part{path.suffix}")
+    partial.touch(mode, exist_ok=False)
     return partial
+
+
+def _sync(path: Path, flags: int) -> None:
+    """Force a file's content, or a folder's names, to the disk."""
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def cache_root() -> Path | None:
+    """A writable folder for what can be made again, or None; the variable ``STD_RT_CACHE`` overrides it."""
+    root = user_folder("STD_RT_CACHE", "user_cache_dir")
+    return root if root is not None and os.access(root, os.W_OK) else None
+
+
+def user_folder(variable: str, kind: str) -> Path | None:
+    """The folder that ``variable`` names, else platformdirs' of that kind; None if it cannot be made."""
+    asked = os.environ.get(variable)
+    if asked:
+        root = Path(asked)
+    else:
+        import platformdirs
+
+        root = Path(getattr(platformdirs, kind)("std-rt", appauthor=False))
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return root

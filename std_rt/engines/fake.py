@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from std_rt.engines.registry import Ports, check_inputs
+from std_rt.engines.protocol import Array, Ports, check_inputs
 
 __all__ = ["FakeEngine", "float_ports"]
-
-Array = NDArray[Any]
 
 
 def float_ports(**shapes: tuple[int, ...]) -> Ports:

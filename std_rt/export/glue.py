@@ -1,50 +1,30 @@
-"""Make the ONNX files of `std_rt.engines.glue`: one tiny graph for each operation between graphs.
+"""The maker of the glue graphs: one tiny ONNX file for each operation in `std_rt.engines.glue`.
 
     python -m std_rt.export.glue
 
-The same bytes every time; a test compares them with those that are shipped.
+The same bytes every time; a test compares them with the shipped files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, checker, helper, numpy_helper
 
-from std_rt.engines.glue import glue_folder
+from std_rt.engines.glue import GLUE, glue_folder
 
 __all__ = ["make_glue", "write_glue"]
 
 OPSET = 20
 _IR_VERSION = 10  # what opset 20 needs; newer ones shut out older runtimes
-
-Axes = tuple[str | int, ...]
-_FRAME: Axes = ("batch", "height", "width", 3)
-_IMAGE: Axes = ("batch", 3, "height", "width")
-_LATENTS: Axes = ("batch", "channels", "height", "width")
-_TWICE: Axes = ("double_batch", "channels", "height", "width")
-_REST: Axes = ("rest", "channels", "height", "width")
-_ALL: Axes = ("all", "channels", "height", "width")
-_ONE: Axes = (1, "channels", "height", "width")
-_FACTOR: Axes = ("batch", 1, 1, 1)
 _TO_IMAGE, _TO_FRAME = (0, 3, 1, 2), (0, 2, 3, 1)
 
 
 def make_glue() -> dict[str, bytes]:
     """Operation -> its ONNX file."""
-    models = {
-        "frame_in": _frame_in(),
-        "frame_out": _frame_out(),
-        "combine2": _combine("xy", "ab"),
-        "combine3": _combine("xyz", "abc"),
-        "double": _double(),
-        "halves": _halves(),
-        "join": _join(),
-        "split_last": _split_last(),
-    }
+    models = {op: _model(op) for op in GLUE}
     for model in models.values():
         checker.check_model(model, full_check=True)
     return {op: model.SerializeToString(deterministic=True) for op, model in models.items()}
@@ -56,97 +36,79 @@ def write_glue(folder: Path) -> None:
         (folder / f"{op}.onnx").write_bytes(content)
 
 
-def _frame_in() -> ModelProto:
-    """Cast first: TensorRT knows uint8 at the border of a network only."""
-    nodes = [
-        helper.make_node("Cast", ["frame"], ["numbers"], to=TensorProto.FLOAT),
-        helper.make_node("Transpose", ["numbers"], ["planes"], perm=_TO_IMAGE),
-        helper.make_node("Mul", ["planes", "scale"], ["scaled"]),
-        helper.make_node("Sub", ["scaled", "one"], ["image"]),
-    ]
-    scalars = {"scale": np.float32(1 / 127.5), "one": np.float32(1)}
-    return _model("frame_in", nodes, {"frame": _FRAME}, {"image": _IMAGE}, scalars)
+def _nodes(op: str) -> list[NodeProto]:
+    node = helper.make_node
+    match op:
+        case "frame_in":  # cast first: TensorRT knows uint8 only at the border of a network
+            return [
+                node("Cast", ["frame"], ["numbers"], to=TensorProto.FLOAT),
+                node("Transpose", ["numbers"], ["planes"], perm=_TO_IMAGE),
+                node("Mul", ["planes", "scale"], ["scaled"]),
+                node("Sub", ["scaled", "one"], ["image"]),
+            ]
+        case "frame_out":  # floor before the cast: backends disagree about which way a cast rounds
+            return [
+                node("Mul", ["image", "scale"], ["scaled"]),
+                node("Add", ["scaled", "shift"], ["shifted"]),
+                node("Clip", ["shifted", "low", "high"], ["clipped"]),
+                node("Floor", ["clipped"], ["whole"]),
+                node("Transpose", ["whole"], ["pixels"], perm=_TO_FRAME),
+                node("Cast", ["pixels"], ["frame"], to=TensorProto.UINT8),
+            ]
+        case "combine2":
+            return [
+                node("Mul", ["x", "a"], ["ax"]),
+                node("Mul", ["y", "b"], ["by"]),
+                node("Add", ["ax", "by"], ["out"]),
+            ]
+        case "combine3":
+            return [
+                node("Mul", ["x", "a"], ["ax"]),
+                node("Mul", ["y", "b"], ["by"]),
+                node("Mul", ["z", "c"], ["cz"]),
+                node("Add", ["ax", "by"], ["sum1"]),
+                node("Add", ["sum1", "cz"], ["out"]),
+            ]
+        case "double":
+            return [node("Concat", ["x", "x"], ["out"], axis=0)]
+        case "halves":
+            return [node("Split", ["x"], ["first", "second"], axis=0, num_outputs=2)]
+        case "join":
+            return [node("Concat", ["x", "y"], ["out"], axis=0)]
+        case "split_last":  # two slices: Split would need the number of rows, which is open here
+            return [
+                node("Slice", ["x", "start", "minus_one", "axis"], ["rest"]),
+                node("Slice", ["x", "minus_one", "end", "axis"], ["last"]),
+            ]
+    raise ValueError(f"no ONNX nodes are written for the operation {op!r}")
 
 
-def _frame_out() -> ModelProto:
-    """Floor before the cast: backends disagree about which way a cast rounds."""
-    nodes = [
-        helper.make_node("Mul", ["image", "scale"], ["scaled"]),
-        helper.make_node("Add", ["scaled", "shift"], ["shifted"]),
-        helper.make_node("Clip", ["shifted", "low", "high"], ["clipped"]),
-        helper.make_node("Floor", ["clipped"], ["whole"]),
-        helper.make_node("Transpose", ["whole"], ["pixels"], perm=_TO_FRAME),
-        helper.make_node("Cast", ["pixels"], ["frame"], to=TensorProto.UINT8),
-    ]
-    scalars = {
-        "scale": np.float32(127.5),
-        "shift": np.float32(128),
-        "low": np.float32(0),
-        "high": np.float32(255),
-    }
-    return _model("frame_out", nodes, {"image": _IMAGE}, {"frame": _FRAME}, scalars)
+def _constants(op: str) -> dict[str, Any]:
+    match op:
+        case "frame_in":
+            return {"scale": np.float32(1 / 127.5), "one": np.float32(1)}
+        case "frame_out":
+            scalars = {"scale": 127.5, "shift": 128, "low": 0, "high": 255}
+            return {name: np.float32(value) for name, value in scalars.items()}
+        case "split_last":
+            bounds = {"start": 0, "minus_one": -1, "end": np.iinfo(np.int64).max, "axis": 0}
+            return {name: np.array([value], np.int64) for name, value in bounds.items()}
+    return {}
 
 
-def _combine(arrays: str, factors: str) -> ModelProto:
-    """``a x + b y (+ c z)``, added in this order."""
-    pairs = list(zip(arrays, factors, strict=True))
-    nodes = [helper.make_node("Mul", [array, factor], [f"{factor}{array}"]) for array, factor in pairs]
-    terms = [f"{factor}{array}" for array, factor in pairs]
-    total = terms[0]
-    for i, term in enumerate(terms[1:], 1):
-        result = "out" if i == len(terms) - 1 else f"sum{i}"
-        nodes.append(helper.make_node("Add", [total, term], [result]))
-        total = result
-    inputs = dict.fromkeys(arrays, _LATENTS) | dict.fromkeys(factors, _FACTOR)
-    return _model(f"combine{len(arrays)}", nodes, inputs, {"out": _LATENTS}, {})
-
-
-def _double() -> ModelProto:
-    nodes = [helper.make_node("Concat", ["x", "x"], ["out"], axis=0)]
-    return _model("double", nodes, {"x": _LATENTS}, {"out": _TWICE}, {})
-
-
-def _halves() -> ModelProto:
-    nodes = [helper.make_node("Split", ["x"], ["first", "second"], axis=0, num_outputs=2)]
-    return _model("halves", nodes, {"x": _TWICE}, {"first": _LATENTS, "second": _LATENTS}, {})
-
-
-def _join() -> ModelProto:
-    nodes = [helper.make_node("Concat", ["x", "y"], ["out"], axis=0)]
-    return _model("join", nodes, {"x": _LATENTS, "y": _REST}, {"out": _ALL}, {})
-
-
-def _split_last() -> ModelProto:
-    """Two slices: Split would need the number of rows, which is open here."""
-    nodes = [
-        helper.make_node("Slice", ["x", "start", "minus_one", "axis"], ["rest"]),
-        helper.make_node("Slice", ["x", "minus_one", "end", "axis"], ["last"]),
-    ]
-    bounds = {"start": 0, "minus_one": -1, "end": np.iinfo(np.int64).max, "axis": 0}
-    constants = {name: np.array([value], np.int64) for name, value in bounds.items()}
-    return _model("split_last", nodes, {"x": _ALL}, {"rest": _REST, "last": _ONE}, constants)
-
-
-def _model(
-    name: str,
-    nodes: Iterable[NodeProto],
-    inputs: dict[str, Axes],
-    outputs: dict[str, Axes],
-    values: Mapping[str, np.float32 | NDArray[np.int64]],
-) -> ModelProto:
-    constants = [numpy_helper.from_array(np.asarray(value), key) for key, value in values.items()]
+def _model(op: str) -> ModelProto:
     graph = helper.make_graph(
-        list(nodes),
-        name,
-        [_port(*item) for item in inputs.items()],
-        [_port(*item) for item in outputs.items()],
-        constants,
+        _nodes(op),
+        op,
+        [_port(*item) for item in GLUE[op].inputs.items()],
+        [_port(*item) for item in GLUE[op].outputs.items()],
+        [numpy_helper.from_array(np.asarray(value), key) for key, value in _constants(op).items()],
     )
     opsets = [helper.make_opsetid("", OPSET)]
     return helper.make_model(graph, producer_name="std-rt", opset_imports=opsets, ir_version=_IR_VERSION)
 
 
-def _port(name: str, axes: Axes) -> ValueInfoProto:
+def _port(name: str, axes: tuple[str | int, ...]) -> ValueInfoProto:
     kind = TensorProto.UINT8 if name == "frame" else TensorProto.FLOAT
     return helper.make_tensor_value_info(name, kind, axes)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from std_rt.core.digest import unet_digest
+from std_rt.core.base_model import unet_digest
 from std_rt.core.errors import ExportError
 from std_rt.export.sources.weight_files import open_weights, read_shapes, weight_files
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from std_rt.core.digest import file_digest
+from std_rt.core.base_model import licence
 from std_rt.core.errors import ExportError
-from std_rt.core.model_card import licence
+from std_rt.core.files import file_digest
 from std_rt.core.schedule import NoiseSchedule
 from std_rt.export.components import Network, load_part, plain_config, read_config, read_json, resolve
 from std_rt.export.ip_adapter import (

@@ -20,7 +20,7 @@ from onnxscript.optimizer import fold_constants
 from safetensors.numpy import save
 
 from std_rt.core.errors import ExportError
-from std_rt.engines.registry import STEADY_INPUTS
+from std_rt.engines.protocol import STEADY_INPUTS
 from std_rt.export.quiet import quiet
 from std_rt.export.sources.weight_files import read_places
 
@@ -105,7 +105,7 @@ def _kept(layers: Mapping[str, tuple[str, str]], keep: Sequence[str]) -> dict[st
 def _steady_layers(model: onnx.ModelProto) -> list[str]:
     """Layers that follow from the style, the text and the time alone, and those that take such values in.
 
-    The former run once a style (`std_rt.engines.openvino.split`), so int8 saves nothing there; and the values
+    The former run once a style (`std_rt.engines.openvino.graph`), so int8 saves nothing there; and the values
     of a style that calibration has not seen lie outside the ranges that it found.
     """
     steady = {port.name for port in model.graph.input if port.name in STEADY_INPUTS}

@@ -10,10 +10,10 @@ from threading import Thread
 from std_rt.core.bundle import Bundle
 from std_rt.core.errors import UsageError
 from std_rt.engines import Engine, GraphSpec, choose_backend, open_engine, open_runner
-from std_rt.engines.program import Program, Runner, open_on_host
+from std_rt.engines.host import SharedEngines, open_on_host
+from std_rt.engines.hot_swap import HotSwapRunner
+from std_rt.engines.program import Program, Runner
 from std_rt.engines.registry import GPU_BACKENDS
-from std_rt.engines.sharing import SharedEngines
-from std_rt.engines.switching import SwitchingRunner
 from std_rt.pipeline.denoise import Guidance
 from std_rt.pipeline.program_builder import FrameNumbers, frame_program, graph_shapes
 from std_rt.pipeline.runner_cache import RunnerKey
@@ -64,7 +64,7 @@ def openers(backend: str, precision: str, meanwhile: Callable[[str], None] | Non
             return open_on(name, program, specs)
         # The build takes minutes, so it starts first; the slow runner opens beside it.
         coming = _in_background(lambda: open_on(name, program, specs))
-        return SwitchingRunner(open_on(first, program, specs), coming, meanwhile, (first, name))
+        return HotSwapRunner(open_on(first, program, specs), coming, meanwhile, (first, name))
 
     def open_text(spec: GraphSpec) -> Engine:
         return open_engine(first, spec, "fp32")  # runs once a prompt: exact costs nothing

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from std_rt.core.schedule import StepCoefficients, step, to_eps
-from std_rt.engines.program import FRAME, GLUE, STYLED, Launch, Program
-from std_rt.engines.registry import Ports
+from std_rt.engines.glue import GLUE
+from std_rt.engines.program import FRAME, STYLED, Launch, Program
+from std_rt.engines.protocol import Ports
 from std_rt.pipeline.denoise import Guidance, gap_share
 
 __all__ = [

@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from std_rt.core.bundle import Bundle
-from std_rt.core.errors import MediaError, UsageError, disk_is_full
-from std_rt.core.files import check_input, check_output, partial_file, reason
+from std_rt.core.errors import MediaError, UsageError
+from std_rt.core.files import check_input, check_output, reason, write_bytes, writing
 from std_rt.media.image import PICTURE_SUFFIXES, read_picture
 from std_rt.pipeline.conditioning import EncodedStyle, blend, square
 
@@ -205,12 +205,8 @@ def save_style(path: Path, style: StyleFile, overwrite: bool = False) -> None:
     if problem:
         raise UsageError(f"style '{style.name}' cannot be saved: {problem}; encode its picture again")
     data = save(tensors, {_KEY: _canonical(_notes(style, tensors))})
-    with partial_file(path) as partial:
-        try:
-            partial.write_bytes(data)
-        except OSError as error:
-            said = "the disk is full" if disk_is_full(error) else reason(error)
-            raise MediaError(f"{path} cannot be written: {said}; choose another place with -o") from error
+    with writing(path):
+        write_bytes(path, data)
 
 
 def _tensors(style: StyleFile) -> dict[str, NDArray[Any]]:

@@ -21,9 +21,10 @@ import numpy as np
 
 from std_rt.core.errors import BackendError
 from std_rt.engines.cuda.probe import Gpu
-from std_rt.engines.program import GLUE, Program
-from std_rt.engines.registry import GraphSpec
-from std_rt.engines.tensorrt.maker import EngineMaker, launch_specs
+from std_rt.engines.glue import GLUE
+from std_rt.engines.program import Program, launch_specs
+from std_rt.engines.protocol import GraphSpec
+from std_rt.engines.tensorrt.engine_builder import EngineBuilder
 
 Function = Callable[..., Mapping[str, np.ndarray]]
 Ports = dict[str, tuple[tuple[int, ...], "np.dtype[Any]"]]
@@ -222,7 +223,7 @@ class FakeTrt:
             self.know(spec, function, inputs, outputs)
 
 
-class FakeMaker(EngineMaker):
+class FakeBuilder(EngineBuilder):
     """Writes `engine_bytes` for an engine. ``made`` has the names of what was not in the store."""
 
     made: list[str]
@@ -240,7 +241,7 @@ def engine_bytes(spec: GraphSpec) -> bytes:
 def _glue(op: str, ports: Ports) -> Function:
     def function(**inputs: np.ndarray) -> dict[str, np.ndarray]:
         results = {name: np.empty(*port) for name, port in ports.items()}
-        GLUE[op](**inputs, **results)
+        GLUE[op].run(**inputs, **results)
         return results
 
     return function

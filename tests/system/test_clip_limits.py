@@ -175,7 +175,7 @@ def test_full_disk_is_one_line_and_no_half_file(tmp_path: Path, sound: str, name
     lines = run(FULL, source, *(word for job in jobs for word in job))
     assert lines.pop() == ""
     for line, (sink, _) in zip(lines, jobs, strict=True):
-        assert line.startswith(f"{sink} cannot be written: the disk is full (")
+        assert line.startswith(f"{sink} cannot be written: the disk is full")
     assert [path.name for path in tmp_path.iterdir()] == ["a.mkv"]
 
 

@@ -1,1 +1,1 @@
-"""cuda"""
+"""The CUDA driver and libraries, for the backends that run on an NVIDIA GPU."""

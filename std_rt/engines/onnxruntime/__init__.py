@@ -1,1 +1,1 @@
-"""onnxruntime"""
+"""ONNX Runtime: the CPU backend ``onnxruntime`` and the GPU backend ``cuda``."""

@@ -19,10 +19,12 @@ from io import StringIO
 import onnxruntime as ort
 
 from std_rt.core.errors import BackendError
-from std_rt.engines.onnxruntime.runner import OrtRunner
-from std_rt.engines.onnxruntime.session import OnnxRuntimeEngine, open_session, session_options
-from std_rt.engines.program import GLUE, Launch, Program
-from std_rt.engines.registry import GraphSpec
+from std_rt.engines.cuda.probe import probe
+from std_rt.engines.glue import GLUE
+from std_rt.engines.onnxruntime.io_binding import OrtRunner
+from std_rt.engines.onnxruntime.session import CPU, OnnxRuntimeEngine, check_precision, open_session
+from std_rt.engines.program import Launch, Program
+from std_rt.engines.protocol import GraphSpec
 
 __all__ = ["devices", "open_graph", "open_runner", "provider_options"]
 
@@ -32,10 +34,9 @@ _LOG = logging.getLogger(__name__)
 
 
 def open_graph(spec: GraphSpec, precision: str) -> OnnxRuntimeEngine:
-    """Open one graph on the GPU, arrays of the host in and out. Raises BackendError."""
+    """Open one graph on the GPU, NumPy arrays in and out. Raises BackendError."""
     _check_precision(spec, precision)
-    session = _open(spec, precision, capture=False)
-    return OnnxRuntimeEngine(spec, session, spec.compute)
+    return OnnxRuntimeEngine(spec, _open(spec, precision, capture=False), spec.compute)
 
 
 def open_runner(program: Program, specs: Mapping[str, GraphSpec], precision: str) -> OrtRunner:
@@ -56,8 +57,6 @@ def open_runner(program: Program, specs: Mapping[str, GraphSpec], precision: str
 
 def devices() -> str:
     """Providers and GPUs, for `std-rt doctor`."""
-    from std_rt.engines.cuda.probe import probe
-
     gpus = ", ".join(str(gpu) for gpu in probe().gpus)
     return f"providers {', '.join(ort.get_available_providers())}; {gpus or 'no GPU'}"
 
@@ -65,7 +64,7 @@ def devices() -> str:
 def provider_options(precision: str, *, capture: bool) -> dict[str, str]:
     """Options of the CUDA provider.
 
-    Convolutions are tried out once at the size that is used; memory grows by what is asked for, because
+    Convolution algorithms are tried out once at the size in use; memory grows by what is asked for, because
     several sessions share the card; ``fp32`` asked for by name means no TF32. With ``capture`` a session
     records its kernels at the first run and replays them as one from then on.
     """
@@ -80,21 +79,21 @@ def provider_options(precision: str, *, capture: bool) -> dict[str, str]:
 
 
 def _open_captured(spec: GraphSpec, precision: str) -> ort.InferenceSession:
-    """With CUDA graph; a graph that has nodes for the CPU cannot be captured and says so, then runs as is."""
-    if spec.name in GLUE:  # two or three kernels: nothing to save
+    """With CUDA graph capture if possible; a graph with nodes left to the CPU runs without, and a warning."""
+    if not spec.key and spec.name.startswith("glue."):  # two or three kernels: nothing to save
         return _open(spec, precision, capture=False)
     try:
         return _open(spec, precision, capture=True)
     except BackendError as error:
         session = _open(spec, precision, capture=False)
-        _LOG.warning("graph '%s' runs without CUDA graph, so somewhat slower: %s", spec.name, error)
+        _LOG.warning("graph '%s' runs without a CUDA graph, so somewhat slower: %s", spec.name, error)
         return session
 
 
 def _open(spec: GraphSpec, precision: str, *, capture: bool) -> ort.InferenceSession:
     said = _load_libraries()
     provider = (_PROVIDER, provider_options(precision, capture=capture))
-    session = open_session(spec, [provider, "CPUExecutionProvider"], session_options())
+    session = open_session(spec, [provider, *CPU])
     # ONNX Runtime goes on without a provider that it cannot load; a user who asked for a GPU must know.
     if session.get_providers()[0] != _PROVIDER:
         raise BackendError(
@@ -106,20 +105,20 @@ def _open(spec: GraphSpec, precision: str, *, capture: bool) -> ort.InferenceSes
 
 @cache
 def _load_libraries() -> str:
-    """CUDA and cuDNN from pip's packages, where ONNX Runtime does not look by itself; what it has to say."""
+    """Load CUDA and cuDNN from pip's packages, where ONNX Runtime does not look; what it printed."""
     if _PROVIDER not in ort.get_available_providers():
         raise BackendError(
             "this onnxruntime has no CUDA provider; run: "
             f"pip uninstall onnxruntime onnxruntime-gpu  and then: {_INSTALL}"
         )
     said = StringIO()
-    with redirect_stdout(said):  # it prints, and standard output may be somebody's JSON
+    with redirect_stdout(said):  # it prints, and standard output may be JSON for another program
         ort.preload_dlls()
     return " ".join(said.getvalue().split())[:300]
 
 
 def _run_options(index: int, launch: Launch) -> ort.RunOptions:
-    """Every launch has addresses of its own, so its session keeps a CUDA graph of its own for it."""
+    """Every launch has its own buffer addresses, so its session must keep a separate CUDA graph for it."""
     options = ort.RunOptions()
     if launch.graph not in GLUE:
         options.add_run_config_entry("gpu_graph_id", str(index + 1))
@@ -132,8 +131,4 @@ def _check_precision(spec: GraphSpec, precision: str) -> None:
             "backend 'cuda' does not compute bf16: onnxruntime has no CUDA kernels in it for several layers; "
             "export with --precision fp16, or use --backend tensorrt or openvino"
         )
-    if precision not in ("auto", spec.compute):
-        raise BackendError(
-            f"graph '{spec.name}' was exported in {spec.compute}, onnxruntime cannot run it in {precision}; "
-            f"use --precision auto, or export it with --precision {precision}"
-        )
+    check_precision(spec, precision)

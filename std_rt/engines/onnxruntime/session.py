@@ -1,4 +1,10 @@
-"""What ONNX Runtime's backends share: a session with every axis fixed, its ports, and readable errors."""
+"""ONNX Runtime sessions with every axis fixed and readable errors; and the CPU backend made of them.
+
+The CPU provider computes fp32, fp16 and int8 (QDQ) graphs, no bf16. fp16 graphs give the right picture at no
+gain: most CPU kernels compute in fp32 between casts. Frames run graph by graph (`HostRunner`), not by IO
+binding: sessions read NumPy's memory and return theirs, so there is no copy to save, and buffers on a device
+would add two a frame.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +14,25 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 
 from std_rt.core.errors import BackendError
-from std_rt.engines.onnx_ports import axis_values, fixed_shapes, read_ports
-from std_rt.engines.registry import GraphSpec, Ports, check_inputs
+from std_rt.core.onnx_file import axis_values, fixed_shapes, read_ports
+from std_rt.engines.protocol import Array, GraphSpec, Ports, check_inputs
 
-__all__ = ["OnnxRuntimeEngine", "Providers", "failures", "one_line", "open_session", "session_options"]
+__all__ = [
+    "CPU",
+    "OnnxRuntimeEngine",
+    "Providers",
+    "check_precision",
+    "devices",
+    "failures",
+    "one_line",
+    "open_graph",
+    "open_session",
+]
 
-Array = NDArray[Any]
 Providers = Sequence[str | tuple[str, dict[str, str]]]
+CPU = ["CPUExecutionProvider"]
 # The CPU computes halves in fp32. Folded, a 2.6 B-parameter UNet in fp16 would be 10 GB of fp32 weights, and
 # as much again while they are repacked; from this size on a weight is widened when its layer runs.
 _LEAN_FROM_BYTES = 2 * 2**30
@@ -43,20 +58,47 @@ _DTYPES = {
 }
 
 
-def session_options() -> ort.SessionOptions:
-    """Threads as many as this process may use; errors only in the log."""
+def open_graph(spec: GraphSpec, precision: str) -> OnnxRuntimeEngine:
+    """Open ``spec`` on the CPU. Raises BackendError."""
+    if spec.compute == "bf16":
+        raise BackendError(
+            f"graph '{spec.name}' was exported in bf16, which onnxruntime does not compute on a CPU; "
+            "use --backend openvino"
+        )
+    if precision == "bf16":
+        raise BackendError(
+            "onnxruntime does not compute bf16 on a CPU; use --precision fp32 or --backend openvino"
+        )
+    check_precision(spec, precision)
+    return OnnxRuntimeEngine(spec, open_session(spec, CPU), spec.compute)
+
+
+def devices() -> str:
+    """The providers of this build, for `std-rt doctor`."""
+    return f"providers {', '.join(ort.get_available_providers())}"
+
+
+def check_precision(spec: GraphSpec, precision: str) -> None:
+    """Raise BackendError unless ``precision`` is the one that the graph was exported in, or ``auto``."""
+    if precision not in ("auto", spec.compute):
+        raise BackendError(
+            f"graph '{spec.name}' was exported in {spec.compute}, onnxruntime cannot run it in {precision}; "
+            f"use --precision auto, or export it with --precision {precision}"
+        )
+
+
+def open_session(spec: GraphSpec, providers: Providers) -> ort.InferenceSession:
+    """Open ``spec`` with its named axes fixed. Raises BackendError in one line."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = _physical_cores()
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    return options
-
-
-def open_session(
-    spec: GraphSpec, providers: Providers, options: ort.SessionOptions | None = None
-) -> ort.InferenceSession:
-    """Open ``spec`` with its named axes fixed. Raises BackendError in one line."""
-    options = session_options() if options is None else options
+    options.log_severity_level = 3  # errors only
+    # The graph with the weights beside it.
+    size = sum(path.stat().st_size for path in spec.path.parent.glob(f"{spec.path.stem}.*"))
+    lean = list(providers) == CPU and size > _LEAN_FROM_BYTES
+    if lean:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     try:
         declared = read_ports(spec.path).inputs
         if declared.keys() != spec.shapes.keys():
@@ -66,10 +108,6 @@ def open_session(
             )
         for axis, value in axis_values(declared, spec.shapes).items():
             options.add_free_dimension_override_by_name(axis, value)
-        lean = _on_cpu(providers) and _file_bytes(spec) > _LEAN_FROM_BYTES
-        if lean:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         session = ort.InferenceSession(
             str(spec.path),
             options,
@@ -78,22 +116,13 @@ def open_session(
             disabled_optimizers=["ConstantFolding"] if lean else [],
         )
     except failures() as error:
-        raise BackendError(one_line(spec.name, spec.shapes, error)) from error
+        raise BackendError(one_line(spec, error)) from error
     session.disable_fallback()  # else a provider that fails is swapped for the CPU, with a line on stdout
     return session
 
 
-def _on_cpu(providers: Providers) -> bool:
-    return list(providers) == ["CPUExecutionProvider"]
-
-
-def _file_bytes(spec: GraphSpec) -> int:
-    """Size of the graph with the weights beside it."""
-    return sum(path.stat().st_size for path in spec.path.parent.glob(f"{spec.path.stem}.*"))
-
-
 class OnnxRuntimeEngine:
-    """One session, arrays in and out. Not for use from two threads at once."""
+    """One session, arrays in and out. Use it from one thread at a time."""
 
     def __init__(self, spec: GraphSpec, session: ort.InferenceSession, precision: str) -> None:
         self.inputs = _ports(session.get_inputs(), spec.shapes)
@@ -114,7 +143,7 @@ class OnnxRuntimeEngine:
         self._session = None
 
     def _find_outputs(self, spec: GraphSpec) -> Ports:
-        """As inferred, else as the names of their axes say, else by one run on zeros."""
+        """As the session inferred them, else by the names of their axes, else by one run on zeros."""
         assert self._session is not None
         ports = self._session.get_outputs()
         if all(isinstance(axis, int) for port in ports for axis in port.shape):
@@ -130,7 +159,7 @@ class OnnxRuntimeEngine:
 def _ports(ports: Sequence[Any], shapes: Mapping[str, tuple[int, ...]]) -> Ports:
     for port in ports:
         if port.type not in _DTYPES:
-            raise BackendError(f"onnxruntime has no arrays for {port.name}, which is {port.type}")
+            raise BackendError(f"onnxruntime returns no array for {port.name}, which is {port.type}")
     return {
         port.name: (tuple(shapes.get(port.name, port.shape)), np.dtype(_DTYPES[port.type])) for port in ports
     }
@@ -143,13 +172,15 @@ def _physical_cores() -> int:
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """ONNX Runtime's exceptions share no base of their own."""
+    """ONNX Runtime's exceptions, which share no base class."""
     state = ort.capi.onnxruntime_pybind11_state
     return (*(getattr(state, name) for name in _FAILURES), RuntimeError, ValueError, OSError)
 
 
-def one_line(name: str, shapes: Mapping[str, tuple[int, ...]], error: Exception) -> str:
-    """What failed, at which shapes, and the end of what ONNX Runtime says."""
+def one_line(spec: GraphSpec, error: Exception) -> str:
+    """What failed, at which shapes, and the end of ONNX Runtime's message."""
     reason = " ".join(str(error).split())[-300:]
-    at = ", ".join(f"{port} {list(shape)}" for port, shape in shapes.items())
-    return f"onnxruntime cannot run graph '{name}' at {at}: {reason}; try another --size"
+    return (
+        f"onnxruntime cannot run graph '{spec.name}' at {spec.describe_shapes()}: {reason}; "
+        "try another --size"
+    )

@@ -1,1 +1,1 @@
-"""openvino"""
+"""OpenVINO: the CPU backend ``openvino``, the default."""

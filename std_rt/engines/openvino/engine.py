@@ -1,24 +1,23 @@
-"""OpenVINO on the CPU: the default engine; bf16 where the processor has it in hardware.
+"""OpenVINO engines on the CPU, the default backend; bf16 if the processor has bf16 hardware.
 
-Compiled models are kept in the engine store (`openvino_cache`). Of the UNet, what does not depend on the
-picture is computed once a style and step (`openvino_split`). A graph that was quantized runs its int8 layers
-in int8 whatever precision is asked for; the precision says what the layers between them run in.
+Compiled models are kept in the engine cache (`compiled`). The part of the UNet that does not depend on the
+picture is computed once per style and step (`graph.split_steady`). A quantized graph runs its int8 layers in
+int8 whatever precision is asked for; the precision is that of the layers between them.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import openvino as ov
-from numpy.typing import NDArray
 
 from std_rt.core.errors import BackendError
-from std_rt.engines.openvino.compiled import EXACT, Compiled, engine_key, keep, recall
-from std_rt.engines.openvino.split import STEADY, split_steady
-from std_rt.engines.openvino.weights import keep_half_weights
-from std_rt.engines.registry import GraphSpec, Ports, check_inputs
+from std_rt.engines.cache import EngineCache
+from std_rt.engines.openvino.compiled import Compiled, compile_graph, engine_key
+from std_rt.engines.openvino.graph import STEADY
+from std_rt.engines.protocol import Array, GraphSpec, check_inputs
 
 __all__ = ["OpenVinoEngine", "devices", "open_graph"]
 
@@ -26,63 +25,54 @@ __all__ = ["OpenVinoEngine", "devices", "open_graph"]
 # holds a C++ guard and waits for the interpreter, the other the reverse), so it is built at import.
 ov.Type.f32.to_dtype()
 
-Array = NDArray[Any]
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
-# Results of steady inputs to keep: one a style and step, 200 kB each for std-tiny, 60 MB for SDXL.
+# Results of steady inputs to keep: one per style and step, 200 kB each for std-tiny, 60 MB for SDXL.
 _KEEP_RESULTS = 32
 _KEEP_BYTES = 256 * 2**20
+# Graphs with more weights are not cached: the file is as large as the weights in fp32, reading and hashing it
+# takes as long as compiling again, and a full-size model would fill 10 GB for every size in use.
+_LARGEST_CACHED_BYTES = 2**30
 
 
 def open_graph(spec: GraphSpec, precision: str) -> OpenVinoEngine:
-    """Compile ``spec`` for the CPU (or take it from the store). Raises BackendError."""
+    """Compile ``spec`` for the CPU, or take it from the engine cache. Raises BackendError."""
     core = ov.Core()
     chosen = _precision(core, precision)
-    config = _config(chosen)
-    key = engine_key(core, spec, config)
-    compiled, broken = recall(core, key, config)
-    if compiled is None:
-        compiled, weight_bytes = _compile(core, spec, config)
-        keep(key, compiled, weight_bytes, replace=broken, origin=spec.path.parent.resolve())
-    return OpenVinoEngine(spec.name, compiled, "int8" if spec.compute == "int8" else chosen)
+    return OpenVinoEngine(
+        spec.name, _cached(core, spec, _config(chosen)), "int8" if spec.compute == "int8" else chosen
+    )
 
 
-def _compile(core: ov.Core, spec: GraphSpec, config: dict[str, str]) -> tuple[Compiled, int]:
-    """(compiled, bytes of its weights)."""
+def _cached(core: ov.Core, spec: GraphSpec, config: dict[str, str]) -> Compiled:
+    """The compiled graph, from the cache if it is there and is put there if not."""
+    cache = EngineCache.open() if spec.key else None
+    if cache is None:
+        return compile_graph(core, spec, config)[0]
+    key, broken = engine_key(core, spec, config), False
     try:
-        model = core.read_model(spec.path)
-        keep_half_weights(model)
-        _check_shapes(spec, model)
-        model.reshape({name: list(shape) for name, shape in spec.shapes.items()})
-        inputs, outputs = _ports(model.inputs), _ports(model.outputs)
-        size = sum(op.get_byte_size() for op in model.get_ops() if op.get_type_name() == "Constant")
-        parts = split_steady(model, spec.steady)
-        if parts is None:
-            return Compiled(inputs, outputs, core.compile_model(model, "CPU", config)), size
-        prepare, body = parts
-        names = tuple(port.get_any_name() for port in prepare.inputs)
-        return (
-            Compiled(
-                inputs,
-                outputs,
-                core.compile_model(body, "CPU", config),
-                core.compile_model(prepare, "CPU", config | EXACT),
-                names,
-            ),
-            size,
-        )
-    except RuntimeError as error:
-        raise BackendError(_one_line(spec, error)) from error
+        data = cache.read(key)
+        if data is not None:
+            return Compiled.read(data, core, config)
+    except (BackendError, RuntimeError):
+        broken = True  # damaged, not of this machine (and so never imported), or refused by OpenVINO
+    compiled, weight_bytes = compile_graph(core, spec, config)
+    if weight_bytes <= _LARGEST_CACHED_BYTES:
+        try:
+            cache.build(key, compiled.write, replace=broken, origin=spec.path.parent.resolve())
+        except BackendError as error:  # only the next start is slower
+            logging.getLogger("std_rt").warning("%s", error)
+    return compiled
 
 
 class Prepared:
-    """The part of a graph that follows from steady inputs, with its latest results."""
+    """The part of a graph that depends on steady inputs alone, with its latest results."""
 
     def __init__(self, compiled: ov.CompiledModel, names: Sequence[str]) -> None:
-        """``names`` are those of the inputs, in order: a compiled one may go by the name of its own cast."""
+        """``names`` are those of the inputs, in order: a compiled input may be named after its own cast."""
         sizes = {name: int(np.prod(port.shape)) for name, port in zip(names, compiled.inputs, strict=True)}
         self.names = sorted(sizes, key=sizes.__getitem__)
         self._request = compiled.create_infer_request()
-        # A result keeps the name that its tensor had in the graph beside the one it was given.
+        # A result keeps the name that its tensor had in the graph beside its own.
         self._outputs = [
             next(name for name in port.get_names() if name.startswith(STEADY)) for port in compiled.outputs
         ]
@@ -91,7 +81,7 @@ class Prepared:
         self._known: list[tuple[dict[str, Array], ov.InferRequest]] = []
 
     def request_for(self, compiled: ov.CompiledModel, inputs: dict[str, Array]) -> ov.InferRequest:
-        """A request of ``compiled`` that has this part's results for ``inputs`` bound already."""
+        """A request of ``compiled`` with this part's results for ``inputs`` already bound."""
         for i, (values, request) in enumerate(self._known):
             # Smallest input first, so that a different timestep is seen at once.
             if all(np.array_equal(values[name], inputs[name]) for name in self.names):
@@ -113,7 +103,7 @@ class Prepared:
 
 
 class OpenVinoEngine:
-    """One compiled graph. Not for use from two threads at once."""
+    """One compiled graph. Use it from one thread at a time."""
 
     def __init__(self, name: str, compiled: Compiled, precision: str) -> None:
         self.inputs, self.outputs, self.precision = compiled.inputs, compiled.outputs, precision
@@ -144,7 +134,7 @@ class OpenVinoEngine:
 
 
 def devices() -> str:
-    """Devices OpenVINO sees, and the CPU's name and number formats, for `std-rt doctor`."""
+    """The devices OpenVINO sees, and the CPU's name and number formats, for `std-rt doctor`."""
     core = ov.Core()
     cpu = str(core.get_property("CPU", "FULL_DEVICE_NAME")).strip()
     formats = ", ".join(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
@@ -166,23 +156,8 @@ def _config(precision: str) -> dict[str, str]:
     }
 
 
-def _check_shapes(spec: GraphSpec, model: ov.Model) -> None:
-    names = {port.get_any_name() for port in model.inputs}
-    if names != set(spec.shapes):
-        raise BackendError(
-            f"graph '{spec.name}' takes {', '.join(sorted(names))}; "
-            f"shapes were given for {', '.join(spec.shapes)}"
-        )
-
-
-def _ports(ports: list[Any]) -> Ports:
-    return {
-        port.get_any_name(): (tuple(port.shape), np.dtype(port.element_type.to_dtype())) for port in ports
-    }
-
-
 def _tensor(array: Array) -> ov.Tensor:
-    """No copy where the array is contiguous: the tensor shares its memory for the call."""
+    """No copy if the array is contiguous: the tensor shares its memory for the call."""
     return ov.Tensor(np.ascontiguousarray(array), shared_memory=True)
 
 
@@ -191,10 +166,3 @@ def _copy(tensor: ov.Tensor) -> ov.Tensor:
     copy = ov.Tensor(tensor.element_type, tensor.shape)
     tensor.copy_to(copy)
     return copy
-
-
-def _one_line(spec: GraphSpec, error: Exception) -> str:
-    reason = " ".join(str(error).split())[-300:]
-    shapes = ", ".join(f"{name} {list(shape)}" for name, shape in spec.shapes.items())
-    advice = "try another --size or --backend onnxruntime"
-    return f"openvino cannot run graph '{spec.name}' at {shapes}: {reason}; {advice}"

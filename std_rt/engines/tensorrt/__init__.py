@@ -1,1 +1,1 @@
-"""tensorrt"""
+"""TensorRT and TensorRT-RTX: the GPU backends ``tensorrt`` and ``rtx``."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from std_rt.core.base_model import licence
 from std_rt.core.errors import ExportError
-from std_rt.core.model_card import licence
 from std_rt.export.components import read_json
 from std_rt.export.ip_adapter import check_encoder, projection_reads
 from std_rt.export.profiles import PROFILES, find_profile

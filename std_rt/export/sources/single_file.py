@@ -29,9 +29,8 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
 
-from std_rt.core.digest import file_digest
 from std_rt.core.errors import ExportError
-from std_rt.engines.registry import cache_root
+from std_rt.core.files import cache_root, file_digest
 from std_rt.export.components import read_config, read_json, resolve
 from std_rt.export.quiet import quiet
 from std_rt.export.sources.weight_files import Slot, open_weights, read_shapes, write_weights

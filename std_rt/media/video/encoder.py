@@ -16,7 +16,7 @@ from av.video.frame import PictureType
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from std_rt.core.errors import MediaError, disk_is_full
+from std_rt.core.errors import MediaError
 from std_rt.core.files import reason
 from std_rt.media.fit import resize
 from std_rt.media.video.colour import Colour, tag_stream, to_yuv
@@ -168,5 +168,4 @@ class VideoTrack:
 
 def write_failure(error: BaseException) -> str:
     """Why a clip could not be written, in a few words without its path."""
-    full = isinstance(error, OSError) and disk_is_full(error)
-    return f"the disk is full ({reason(error)})" if full else reason(error)
+    return reason(error)

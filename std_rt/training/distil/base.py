@@ -15,9 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from std_rt.core.digest import unet_digest
+from std_rt.core.base_model import licence, unet_digest
 from std_rt.core.errors import RecipeError
-from std_rt.core.model_card import licence
 from std_rt.core.schedule import NoiseSchedule
 from std_rt.models.style_encoder import StyleEncoder
 from std_rt.training.tiny.pipeline import load_tiny

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from support.pipelines import write_lora
 
 from std_rt.cli.app import main
-from std_rt.core.digest import unet_digest
+from std_rt.core.base_model import unet_digest
 from std_rt.core.errors import ExportError
 from std_rt.core.schedule import NoiseSchedule, trajectory_timesteps
 from std_rt.export import export_pipeline

@@ -19,7 +19,7 @@ from support.once import made_once
 from std_rt.core.bundle import Bundle, load_bundle
 from std_rt.core.errors import ExportError
 from std_rt.engines import GraphSpec, backends, open_engine
-from std_rt.engines.registry import STEADY_INPUTS
+from std_rt.engines.protocol import STEADY_INPUTS
 from std_rt.export import quantize
 from std_rt.export.parity import psnr_db
 from std_rt.export.quantize import Quality, make_pairs, quantize_bundle

@@ -14,35 +14,35 @@ pytest.importorskip("tensorrt_rtx")
 
 import tensorrt_rtx as trt
 
-from std_rt.cli.engines_run import Wanted, plan
+from std_rt.cli.engines import plan
 from std_rt.core.bundle import Bundle
-from std_rt.engines.cache import EngineStore
-from std_rt.engines.tensorrt.build import RTX
-from std_rt.engines.tensorrt.maker import EngineMaker
+from std_rt.engines.cache import EngineCache
+from std_rt.engines.tensorrt.engine_builder import EngineBuilder
+from std_rt.engines.tensorrt.onnx_to_engine import RTX
 
 
 @pytest.fixture
-def maker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineMaker:
+def builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineBuilder:
     monkeypatch.setenv("STD_RT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("STD_RT_DATA", str(tmp_path / "data"))
-    return EngineMaker(trt, RTX, ("sm89", "sm120"), store=EngineStore.open())
+    return EngineBuilder(trt, RTX, ("sm89", "sm120"), cache=EngineCache.open())
 
 
 @pytest.mark.parametrize("name", ["clip_bundle", "own_bundle"])
 def test_every_graph_is_built_for_two_gpus(
-    name: str, request: pytest.FixtureRequest, maker: EngineMaker
+    name: str, request: pytest.FixtureRequest, builder: EngineBuilder
 ) -> None:
     bundle: Bundle = request.getfixturevalue(name)
-    specs = plan(Wanted(bundle=str(bundle.path))).engines(glue=False)
+    specs = plan(str(bundle.path)).engines(glue=False)
     assert {spec.name for spec in specs} == {"style_encoder", "vae_encoder", "unet", "vae_decoder"}
     for spec in specs:
-        assert maker.ensure(spec).stat().st_size > 0.5 * bundle.weights_path(spec.name).stat().st_size
-    assert maker.store is not None
-    assert {entry.key.bundle for entry in maker.store.entries()} == {bundle.digest}
+        assert builder.ensure(spec).stat().st_size > 0.5 * bundle.weights_path(spec.name).stat().st_size
+    assert builder.cache is not None
+    assert {entry.key.bundle for entry in builder.cache.entries()} == {bundle.digest}
 
 
-def test_the_unet_is_built_at_twice_the_batch(clip_bundle: Bundle, maker: EngineMaker) -> None:
-    maker = EngineMaker(trt, RTX, ("sm89",), store=maker.store)  # two GPUs are the test's above
-    [unet] = [s for s in plan(Wanted(bundle=str(clip_bundle.path))).engines(glue=False) if s.name == "unet"]
+def test_the_unet_is_built_at_twice_the_batch(clip_bundle: Bundle, builder: EngineBuilder) -> None:
+    builder = EngineBuilder(trt, RTX, ("sm89",), cache=builder.cache)  # two GPUs are the test's above
+    [unet] = [s for s in plan(str(clip_bundle.path)).engines(glue=False) if s.name == "unet"]
     doubled = replace(unet, shapes={port: (2, *shape[1:]) for port, shape in unet.shapes.items()})
-    assert maker.ensure(doubled) != maker.ensure(unet)
+    assert builder.ensure(doubled) != builder.ensure(unet)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from support.pipelines import TEXT_DIMS, randomize, write_clip_pipeline, write_own_pipeline
 from torch import Tensor, nn
 
-from std_rt.core.digest import unet_digest
+from std_rt.core.base_model import unet_digest
 from std_rt.core.errors import RecipeError
 from std_rt.core.schedule import trajectory_timesteps
 from std_rt.export.lora import fuse_lora

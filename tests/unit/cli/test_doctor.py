@@ -11,7 +11,7 @@ import pytest
 from std_rt.cli import doctor
 from std_rt.engines import BackendInfo
 from std_rt.engines import registry as base
-from std_rt.engines.cache import EngineKey, EngineStore
+from std_rt.engines.cache import EngineCache, EngineKey
 from std_rt.engines.cuda import libraries as cuda_libraries
 from std_rt.engines.cuda.libraries import cuda_version, library_names, missing_libraries
 from std_rt.engines.cuda.probe import Gpu, Report
@@ -133,7 +133,7 @@ def test_compiled_engines_are_counted_and_damage_is_said(
     monkeypatch.setenv("STD_RT_DATA", str(tmp_path / "data"))
     assert list(doctor._engines()) == []
     assert not (tmp_path / "data").exists()  # looking makes nothing
-    store = EngineStore.open()
+    store = EngineCache.open()
     assert store is not None
     key = EngineKey("b" * 64, "unet", {"sample": (1, 4, 8, 8)}, "tensorrt_rtx", "1.7", "sm89")
     store.build(key, bytes(3 * 2**20))

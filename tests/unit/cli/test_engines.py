@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.cli_support import Cli
 
-from std_rt.cli.engines import _targets
-from std_rt.cli.engines_run import Wanted, plan
+from std_rt.cli.engines import _targets, plan, why_unused
 from std_rt.core.bundle import load_bundle
-from std_rt.engines.cache import EngineKey, EngineStore
+from std_rt.engines.cache import EngineCache, EngineKey, Entry
 from std_rt.engines.cuda.driver import driver_problem
 
 
@@ -23,10 +23,10 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STD_RT_DATA", str(tmp_path / "data"))
 
 
-def _store() -> EngineStore:
-    store = EngineStore.open()
-    assert store is not None
-    return store
+def _cache() -> EngineCache:
+    cache = EngineCache.open()
+    assert cache is not None
+    return cache
 
 
 Add = Callable[..., Path]
@@ -39,7 +39,7 @@ def add(own_bundle: Path) -> Add:
     def build(graph: str, *, digest: str = "", version: str = "1.2", origin: str | Path = own_bundle) -> Path:
         bundle = digest or load_bundle(own_bundle).digest
         key = EngineKey(bundle, graph, {"sample": (1, 4, 8, 8)}, "made_up", version, "sm89", "", "")
-        return _store().build(key, graph.encode(), origin=origin)
+        return _cache().build(key, graph.encode(), origin=origin)
 
     return build
 
@@ -75,10 +75,10 @@ def test_gc_keeps_engines_of_bundles_in_folders_and_drops_those_of_bundles_that_
     add("vae_encoder", digest="exported since", origin=own_bundle)
     dry = cli("engines", "gc", "--dry-run").out
     assert "2 would be removed" in dry
-    assert len(_store().entries()) == 3
+    assert len(_cache().entries()) == 3
     out = cli("engines", "gc").out
     assert out.count("its bundle is no longer there") == 2
-    assert [entry.key.graph for entry in _store().entries()] == ["unet"]
+    assert [entry.key.graph for entry in _cache().entries()] == ["unet"]
     assert "nothing to remove" in cli("engines", "gc").out
 
 
@@ -91,12 +91,32 @@ def test_gc_drops_what_was_not_used_for_long_and_everything_when_asked(cli: Cli,
     assert "not used for 10 days" in cli("engines", "gc", "--older-than", 9).out
     assert not old.exists()
     assert "1 removed" in cli("engines", "gc", "--all").out
-    assert _store().entries() == []
+    assert _cache().entries() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({}, ""),
+        ({"bundle": ""}, ""),
+        ({"product": "other", "version": "0"}, ""),
+        ({"driver": "cuda 13.0"}, ""),
+        ({"bundle": "b9"}, "its bundle is no longer there"),
+        ({"version": "1.6"}, "for tensorrt_rtx 1.6, installed is 1.7"),
+        ({"driver": "cuda 12.9"}, "for driver cuda 12.9, installed is cuda 13.0"),
+    ],
+)
+def test_engines_of_other_bundles_versions_and_drivers_are_unused(change: dict[str, str], why: str) -> None:
+    key = replace(EngineKey("b1", "unet", {}, "tensorrt_rtx", "1.7", "sm89"), **change)  # type: ignore[arg-type]
+    entry = Entry(key, "", 5, "")
+    assert why_unused(entry, {"b1"}, {"tensorrt_rtx": "1.7"}, "cuda 13.0") == why
+    if "driver" in change:
+        assert why_unused(entry, {"b1"}, {}, "") == ""  # no GPU here to compare with
 
 
 def test_an_unreadable_list_is_one_line_and_gc_mends_it(cli: Cli, add: Add) -> None:
     add("unet")
-    (_store().folder / "manifest.json").write_text("[]", encoding="utf-8")
+    (_cache().folder / "manifest.json").write_text("[]", encoding="utf-8")
     assert cli("engines", "list").error.endswith("run: std-rt engines gc")
     assert cli("engines", "gc").code == 0
     assert "no engines" in cli("engines", "list").out
@@ -109,7 +129,7 @@ def test_build_for_gpus_that_are_not_there(cli: Cli, bundle: Path) -> None:
     assert {line.split(":")[0] for line in lines} >= {"unet", "vae_encoder", "style_encoder", "glue.frame_in"}
     assert all("sm89+sm120" in line and "built in" in line for line in lines)
     assert all("was there" in line for line in cli(*command).out.splitlines())
-    shapes = {entry.key.graph: entry.key.shapes for entry in _store().entries()}
+    shapes = {entry.key.graph: entry.key.shapes for entry in _cache().entries()}
     assert shapes["vae_encoder"]["image"] == (1, 3, 16, 32)
     assert cli("engines", "verify").code == 0
     assert "handmade" in cli("engines", "list").out
@@ -128,7 +148,7 @@ def test_build_for_openvino_opens_every_graph_once(cli: Cli, bundle: Path) -> No
         (["--sm", "90"], "has no code for sm90, only for sm75"),
         (["--backend", "onnxruntime"], "keeps no engines; use --backend rtx, tensorrt or openvino"),
         (["--backend", "abacus"], "there is no backend 'abacus'"),
-        (["--backend", "openvino", "--sm", "89"], "only rtx builds for GPUs that are not there"),
+        (["--backend", "openvino", "--sm", "89"], "only rtx builds engines for GPUs in other machines"),
         (["--steps", "3", "--sm", "89"], "has no 3-step schedule"),
     ],
 )
@@ -141,11 +161,11 @@ def test_without_a_gpu_targets_must_be_named(cli: Cli, bundle: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     if not driver_problem():
         pytest.skip("there is a GPU here")
-    assert "name GPUs to build for, as --sm 89,120" in cli("engines", "build", bundle).error
+    assert "name the GPUs to build for, as in --sm 89,120" in cli("engines", "build", bundle).error
 
 
 def test_the_plan_is_what_a_frame_of_the_given_size_needs(bundle: Path) -> None:
-    made = plan(Wanted(bundle=str(bundle), size=64, frame=(360, 640), steps=1))
+    made = plan(str(bundle), size=64, frame=(360, 640), steps=1)
     height, width = made.program.buffers["frame"][0][1:3]
     assert width > height
     assert made.specs["vae_encoder"].shapes["image"] == (1, 3, height, width)

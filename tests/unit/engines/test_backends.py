@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from std_rt.core.bundle import load_bundle
 from std_rt.core.errors import BackendError
 from std_rt.engines import GraphSpec, backends, open_engine
-from std_rt.engines.registry import Engine
+from std_rt.engines.protocol import Engine
 
 Arrays = dict[str, np.ndarray]
 NAMES = [info.name for info in backends() if info.available]

@@ -16,10 +16,11 @@ import onnxruntime as ort
 from std_rt.core.errors import BackendError
 from std_rt.engines import GraphSpec, open_engine
 from std_rt.engines.glue import glue_path
+from std_rt.engines.host import HostRunner
 from std_rt.engines.onnxruntime import cuda
-from std_rt.engines.onnxruntime.runner import OrtRunner
-from std_rt.engines.onnxruntime.session import open_session
-from std_rt.engines.program import FRAME, STYLED, HostRunner, Launch, Program
+from std_rt.engines.onnxruntime.io_binding import OrtRunner
+from std_rt.engines.onnxruntime.session import CPU, open_session
+from std_rt.engines.program import FRAME, STYLED, Launch, Program
 
 NO_CUDA = "CUDAExecutionProvider" not in ort.get_available_providers()
 SHAPE = (1, 8, 8, 3)
@@ -68,7 +69,7 @@ def test_a_provider_that_is_dropped_in_silence_is_an_error(monkeypatch: pytest.M
     """ONNX Runtime goes on with the CPU where CUDA's libraries are missing."""
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(ort, "preload_dlls", lambda: print("Failed to load libcudnn.so.9"))
-    on_cpu = lambda spec, providers, options: open_session(spec, ["CPUExecutionProvider"], options)  # noqa: E731
+    on_cpu = lambda spec, providers: open_session(spec, CPU)  # noqa: E731
     monkeypatch.setattr(cuda, "open_session", on_cpu)
     with pytest.raises(
         BackendError, match=r"cannot load its CUDA provider: Failed to load libcudnn.so.9; run"
@@ -114,7 +115,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
 
     def on_cpu(spec: GraphSpec, precision: str, *, capture: bool) -> object:
         asked.append((spec.name, capture))
-        return open_session(spec, ["CPUExecutionProvider"])
+        return open_session(spec, CPU)
 
     monkeypatch.setattr(cuda, "_open", on_cpu)
     monkeypatch.setattr(cuda, "_load_libraries", lambda: "")
@@ -134,7 +135,12 @@ def test_the_models_graphs_are_captured_once_for_each_set_of_addresses(
 
     monkeypatch.setattr(ort, "RunOptions", Options)
     cuda.open_runner(program(), {"unet": spec()}, "auto")
-    assert opened == [("frame_in", False), ("unet", True), ("halves", False), ("frame_out", False)]
+    assert opened == [
+        ("glue.frame_in", False),
+        ("unet", True),
+        ("glue.halves", False),
+        ("glue.frame_out", False),
+    ]
     assert numbers == [("gpu_graph_id", "2"), ("gpu_graph_id", "4")]
 
 
@@ -154,12 +160,12 @@ def test_a_graph_that_cannot_be_captured_runs_as_it_is_and_says_so(
     def choosy(spec: GraphSpec, precision: str, *, capture: bool) -> object:
         if capture:
             raise BackendError("nodes are left to the CPU")
-        return open_session(spec, ["CPUExecutionProvider"])
+        return open_session(spec, CPU)
 
     monkeypatch.setattr(cuda, "_open", choosy)
     with caplog.at_level(logging.WARNING):
         assert cuda._open_captured(spec(), "auto") is not None
-    assert "'unet' runs without CUDA graph, so somewhat slower: nodes are left to the CPU" in caplog.text
+    assert "'unet' runs without a CUDA graph, so somewhat slower: nodes are left to the CPU" in caplog.text
 
 
 @pytest.mark.gpu

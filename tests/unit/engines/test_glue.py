@@ -9,8 +9,7 @@ import pytest
 
 from std_rt.core.errors import BackendError
 from std_rt.engines import GraphSpec, open_engine
-from std_rt.engines.glue import GLUE_PORTS, glue_folder, glue_path
-from std_rt.engines.program import GLUE
+from std_rt.engines.glue import GLUE, glue_folder, glue_path
 
 Arrays = dict[str, np.ndarray]
 C, H, W = 4, 8, 16
@@ -27,7 +26,7 @@ def inputs_of(op: str, batch: int) -> Arrays:
         "z": (batch, C, H, W),
         **dict.fromkeys("abc", (batch, 1, 1, 1)),
     }
-    made = {port: rng.normal(0, 0.8, shapes[port]).astype(np.float32) for port in GLUE_PORTS[op][0]}
+    made = {port: rng.normal(0, 0.8, shapes[port]).astype(np.float32) for port in GLUE[op].inputs}
     if "frame" in made:
         made["frame"] = rng.integers(0, 256, shapes["frame"], np.uint8)
     return made
@@ -45,20 +44,20 @@ def results_of(op: str, inputs: Arrays) -> Arrays:
         "last": (1, C, H, W),
     }
     kinds = {"frame": np.uint8}
-    out = {port: np.empty(shapes[port], kinds.get(port, np.float32)) for port in GLUE_PORTS[op][1]}
-    GLUE[op](**inputs, **out)
+    out = {port: np.empty(shapes[port], kinds.get(port, np.float32)) for port in GLUE[op].outputs}
+    GLUE[op].run(**inputs, **out)
     return out
 
 
 @pytest.mark.parametrize("op", GLUE)
 def test_inputs_and_outputs_together_are_the_ports_of_the_function(op: str) -> None:
-    inputs, outputs = GLUE_PORTS[op]
-    assert [*inputs, *outputs] == list(inspect.signature(GLUE[op]).parameters)
+    glue = GLUE[op]
+    assert [*glue.inputs, *glue.outputs] == list(inspect.signature(glue.run).parameters)
 
 
 def test_there_is_one_file_for_each_operation_and_no_other() -> None:
-    assert {path.stem for path in glue_folder().iterdir()} == set(GLUE) == set(GLUE_PORTS)
-    with pytest.raises(BackendError, match=r"no graph of the operation 'blur' \(there are frame_in"):
+    assert {path.stem for path in glue_folder().iterdir()} == set(GLUE)
+    with pytest.raises(BackendError, match=r"no graph for the operation 'blur' \(known are frame_in"):
         glue_path("blur")
 
 
@@ -108,5 +107,5 @@ def test_tensorrt_takes_them(op: str) -> None:
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, builder.logger)
     assert parser.parse_from_file(str(glue_path(op))), [str(parser.get_error(i)) for i in range(9)]
-    assert [network.get_input(i).name for i in range(network.num_inputs)] == list(GLUE_PORTS[op][0])
-    assert [network.get_output(i).name for i in range(network.num_outputs)] == list(GLUE_PORTS[op][1])
+    assert [network.get_input(i).name for i in range(network.num_inputs)] == list(GLUE[op].inputs)
+    assert [network.get_output(i).name for i in range(network.num_outputs)] == list(GLUE[op].outputs)

@@ -1,4 +1,4 @@
-"""OpenVINO's own: what it keeps in the engine store, and what precision means for a quantized graph."""
+"""OpenVINO's own: what it keeps in the engine cache, and what precision means for a quantized graph."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from std_rt.core.errors import BackendError
 from std_rt.engines import GraphSpec, open_engine
-from std_rt.engines.cache import EngineStore
-from std_rt.engines.openvino import compiled as cache
+from std_rt.engines.cache import EngineCache
+from std_rt.engines.openvino import compiled
 from std_rt.engines.openvino import engine as backend
 
 Arrays = dict[str, np.ndarray]
@@ -64,25 +64,25 @@ def run(spec: GraphSpec, precision: str = "fp32") -> np.ndarray:
 def compiles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A name for every graph that is compiled from here on."""
     found: list[str] = []
-    original = backend._compile
+    original = backend.compile_graph
 
     def counted(core: object, spec: GraphSpec, config: dict[str, str]) -> object:
         found.append(spec.name)
         return original(core, spec, config)
 
-    monkeypatch.setattr(backend, "_compile", counted)
+    monkeypatch.setattr(backend, "compile_graph", counted)
     return found
 
 
 def engines() -> list[Path]:
-    """Engine files in the store."""
-    store = EngineStore.open()
-    assert store is not None
-    return sorted(store.folder.glob("*.engine"))
+    """Engine files in the cache."""
+    cache = EngineCache.open()
+    assert cache is not None
+    return sorted(cache.folder.glob("*.engine"))
 
 
 @pytest.fixture(autouse=True)
-def _own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STD_RT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("STD_RT_DATA", str(tmp_path / "data"))
 
@@ -95,7 +95,7 @@ def test_a_second_start_reads_no_graph_and_gives_the_same(spec: GraphSpec, compi
     assert len(engines()) == 1
 
 
-def test_without_a_key_or_a_writable_store_nothing_is_kept(
+def test_without_a_key_or_a_writable_cache_nothing_is_kept(
     spec: GraphSpec, compiles: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(replace(spec, key=""))
@@ -133,33 +133,33 @@ def test_one_thing_different_another_engine(spec: GraphSpec, monkeypatch: pytest
     core = backend.ov.Core()
     config = backend._config("fp32")
     keys = [
-        cache.engine_key(core, spec, config),
-        cache.engine_key(core, replace(spec, key="other bundle"), config),
-        cache.engine_key(core, replace(spec, name="vae_encoder"), config),
-        cache.engine_key(core, replace(spec, shapes={**PORTS, "sample": (2, 4)}), config),
-        cache.engine_key(core, replace(spec, steady=frozenset()), config),
-        cache.engine_key(core, spec, backend._config("bf16")),
+        compiled.engine_key(core, spec, config),
+        compiled.engine_key(core, replace(spec, key="other bundle"), config),
+        compiled.engine_key(core, replace(spec, name="vae_encoder"), config),
+        compiled.engine_key(core, replace(spec, shapes={**PORTS, "sample": (2, 4)}), config),
+        compiled.engine_key(core, replace(spec, steady=frozenset()), config),
+        compiled.engine_key(core, spec, backend._config("bf16")),
     ]
-    monkeypatch.setattr(cache.ov, "__version__", "2099.1")
-    keys.append(cache.engine_key(core, spec, config))
-    monkeypatch.setattr(cache.ov.Core, "get_property", lambda self, device, name: ["another processor"])
-    keys.append(cache.engine_key(core, spec, config))
-    assert len({key.digest for key in keys if key is not None}) == 8
+    monkeypatch.setattr(compiled.ov, "__version__", "2099.1")
+    keys.append(compiled.engine_key(core, spec, config))
+    monkeypatch.setattr(compiled.ov.Core, "get_property", lambda self, device, name: ["another processor"])
+    keys.append(compiled.engine_key(core, spec, config))
+    assert len({key.digest for key in keys}) == 8
 
 
 def test_weights_too_large_to_keep_are_not(spec: GraphSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "_LARGEST_BYTES", WEIGHT.nbytes // 2)
+    monkeypatch.setattr(backend, "_LARGEST_CACHED_BYTES", WEIGHT.nbytes // 2)
     run(spec)
     assert not engines()
 
 
-def test_a_store_that_cannot_take_the_engine_is_said_and_costs_nothing_else(
+def test_a_cache_that_cannot_take_the_engine_is_said_and_costs_nothing_else(
     spec: GraphSpec, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(*_: object, **__: object) -> None:
         raise BackendError("the disk is full; make room")
 
-    monkeypatch.setattr(EngineStore, "build", full)
+    monkeypatch.setattr(EngineCache, "build", full)
     run(spec)
     assert [record.getMessage() for record in caplog.records] == ["the disk is full; make room"]
 

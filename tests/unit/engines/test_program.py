@@ -7,7 +7,8 @@ import pytest
 
 from std_rt.core.errors import BackendError
 from std_rt.engines.fake import FakeEngine, float_ports
-from std_rt.engines.program import FRAME, STYLED, HostRunner, Launch, Program
+from std_rt.engines.host import HostRunner
+from std_rt.engines.program import FRAME, STYLED, Launch, Program
 
 BYTE, FLOAT = np.dtype(np.uint8), np.dtype(np.float32)
 SHAPE = (1, 3, 1, 1)

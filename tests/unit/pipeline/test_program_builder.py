@@ -11,7 +11,7 @@ from support.numpy_model import KINDS, NUMBERS, SIZE, coefficients, encode, engi
 
 from std_rt.core.schedule import StepCoefficients, add_noise, step, to_eps
 from std_rt.engines.fake import FakeEngine
-from std_rt.engines.program import HostRunner
+from std_rt.engines.host import HostRunner
 from std_rt.pipeline.denoise import Guidance, denoise
 from std_rt.pipeline.program_builder import (
     CONDITIONING,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support.numpy_model import KINDS, NUMBERS, SIZE, Scene, coefficients, engines
 
-from std_rt.engines.program import HostRunner
+from std_rt.engines.host import HostRunner
 from std_rt.pipeline.denoise import Guidance
 from std_rt.pipeline.program_builder import CONDITIONING, frame_program, graph_shapes
 from std_rt.pipeline.stream_program import stream_program, unet_rows

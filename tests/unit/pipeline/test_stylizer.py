@@ -17,7 +17,8 @@ from std_rt.core.errors import BundleError, UsageError
 from std_rt.core.schedule import add_noise, step, to_eps
 from std_rt.engines import Engine, GraphSpec, open_runner
 from std_rt.engines.fake import FakeEngine
-from std_rt.engines.program import HostRunner, Program, open_on_host
+from std_rt.engines.host import HostRunner, open_on_host
+from std_rt.engines.program import Program
 from std_rt.pipeline.conditioning import choose_guidance
 from std_rt.pipeline.denoise import Guidance
 from std_rt.pipeline.openers import Openers

@@ -17,7 +17,8 @@ from std_rt.core.bundle import Bundle, load_bundle
 from std_rt.core.errors import BackendError, BundleError, UsageError
 from std_rt.engines import GraphSpec
 from std_rt.engines.fake import FakeEngine
-from std_rt.engines.program import HostRunner, Program, open_on_host
+from std_rt.engines.host import HostRunner, open_on_host
+from std_rt.engines.program import Program
 from std_rt.pipeline.conditioning import EncodedStyle, blend
 from std_rt.pipeline.openers import Openers
 from std_rt.pipeline.runner_cache import Quality

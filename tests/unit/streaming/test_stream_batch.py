@@ -16,7 +16,8 @@ from std_rt.core.bundle import Bundle, load_bundle
 from std_rt.core.errors import BackendError, UsageError
 from std_rt.core.schedule import NoiseSchedule
 from std_rt.engines import GraphSpec
-from std_rt.engines.program import HostRunner, Program
+from std_rt.engines.host import HostRunner
+from std_rt.engines.program import Program
 from std_rt.pipeline.openers import Openers
 from std_rt.pipeline.runner_cache import Quality
 from std_rt.streaming.stream_batch import StreamBatch

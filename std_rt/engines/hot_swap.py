@@ -1,67 +1,61 @@
-"""Start on what is there, go over to what is faster when it is ready: between two frames, with no stop.
+"""The hot swap from a slow runner to a fast one: between two frames, when it is ready, without a pause.
 
-runner = SwitchingRunner(on_openvino, pool.submit(open_on_the_gpu), typer.echo)
+runner = HotSwapRunner(on_openvino, pool.submit(open_on_the_gpu), typer.echo)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from std_rt.core.errors import StdRtError
-from std_rt.engines.program import Mark, Runner, no_mark
+from std_rt.engines.program import Frame, Mark, Runner, no_mark
+from std_rt.engines.protocol import Array
 
-__all__ = ["SwitchingRunner"]
+__all__ = ["HotSwapRunner"]
 
-Array = NDArray[Any]
-Frame = NDArray[np.uint8]
-
-# What a backend that does not work raises, its bindings included; a mistake in the program is none of these.
+# What a backend that does not work raises, its bindings included; a bug in the program raises none of these.
 _FAILURES = (StdRtError, OSError, MemoryError, RuntimeError, ImportError)
 
 
-class SwitchingRunner:
-    """`program.Runner` over two runners of one program. Not for use from two threads at once.
+class HotSwapRunner:
+    """A `Runner` over two runners of one program. Use it from one thread at a time.
 
-    Frames run on ``slow`` until ``fast`` is there; then the feeds go over, and what is carried from run to
-    run, and with its first frame done ``slow`` is closed and ``said`` is told. Where ``fast`` does not open
-    or does not do that frame, ``said`` is told why, once, and ``slow`` goes on.
+    Frames run on ``slow`` until ``fast`` is ready; then it takes over the feeds and the carried buffers, and
+    once it has run its first frame ``slow`` is closed. ``report`` gets one line about the swap, or about why
+    ``fast`` does not open or cannot run that frame; ``slow`` then goes on.
     """
 
     def __init__(
         self,
         slow: Runner,
         fast: Future[Runner],
-        said: Callable[[str], None],
+        report: Callable[[str], None],
         names: tuple[str, str] = ("the first backend", "the faster one"),
     ) -> None:
-        """``names``: of the two backends, for what is said."""
+        """``names``: of the two backends, for the report."""
         self._now = slow
         self._coming: Future[Runner] | None = fast
-        self._said, self._names = said, names
+        self._report, self._names = report, names
         self._feeds: dict[str, Array] = {}
 
     @property
     def precision(self) -> str:
-        """Of the runner that the next frame runs on, as far as is known."""
+        """The precision of the runner in use."""
         return self._now.precision
 
     @property
     def switched(self) -> bool:
-        """True once nothing is waited for any more: ``fast`` runs, or has failed."""
+        """True once ``fast`` is in use, or has failed."""
         return self._coming is None
 
     def set(self, **feeds: Array) -> None:
-        """See `program.Runner`."""
+        """See `Runner`."""
         self._now.set(**feeds)
         self._feeds.update(feeds)
 
     def run(self, frame: Frame, mark: Mark = no_mark) -> Frame:
-        """See `program.Runner`; goes over first where the faster runner is ready."""
+        """See `Runner`; swaps first if the fast runner is ready."""
         if self._coming is not None and self._coming.done():
             styled = self._switch(self._coming, frame, mark)
             if styled is not None:
@@ -69,20 +63,20 @@ class SwitchingRunner:
         return self._now.run(frame, mark)
 
     def carried(self) -> dict[str, Array]:
-        """See `program.Runner`."""
+        """See `Runner`."""
         return self._now.carried()
 
     def carry(self, **buffers: Array) -> None:
-        """See `program.Runner`."""
+        """See `Runner`."""
         self._now.carry(**buffers)
 
     def close(self) -> None:
-        """Close the runner in use, and the other one as soon as it is there."""
+        """Close the runner in use, and the fast one as soon as it is open."""
         if self._coming is not None:
             if not self._coming.done():
-                self._said(
-                    f"{self._names[1]} was not ready in time; to build it ahead: std-rt engines build "
-                    f"--backend {self._names[1]}"
+                self._report(
+                    f"{self._names[1]} was not ready in time; to build its engines ahead: "
+                    f"std-rt engines build --backend {self._names[1]}"
                 )
             if not self._coming.cancel():
                 self._coming.add_done_callback(_close)
@@ -90,7 +84,7 @@ class SwitchingRunner:
         self._now.close()
 
     def _switch(self, coming: Future[Runner], frame: Frame, mark: Mark) -> Frame | None:
-        """The frame from the faster runner, in use from now on; None where it cannot be used."""
+        """The frame from the fast runner, in use from now on; None if it cannot be used."""
         self._coming = None
         slow, fast = self._names
         runner: Runner | None = None
@@ -103,11 +97,11 @@ class SwitchingRunner:
             if runner is not None:
                 runner.close()
             reason = " ".join(str(error).split()) or type(error).__name__
-            self._said(f"{fast} cannot be used, frames stay on {slow}: {reason}")
+            self._report(f"{fast} cannot be used, so frames stay on {slow}: {reason}")
             return None
         self._now.close()
         self._now = runner
-        self._said(f"{fast} is ready: frames run there now, in {runner.precision}, and no longer on {slow}")
+        self._report(f"{fast} is ready: frames now run there, in {runner.precision}, instead of on {slow}")
         return styled
 
 

@@ -11,17 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.fake_gpu import FakeDevice, FakeMaker, FakeTrt
+from support.fake_gpu import FakeBuilder, FakeDevice, FakeTrt
 
 from std_rt.core.errors import BackendError
 from std_rt.core.schedule import NoiseSchedule, trajectory_timesteps
-from std_rt.engines.cache import EngineStore
+from std_rt.engines.cache import EngineCache
 from std_rt.engines.fake import FakeEngine, float_ports
-from std_rt.engines.program import HostRunner, Program, Runner
-from std_rt.engines.registry import GraphSpec
-from std_rt.engines.switching import SwitchingRunner
-from std_rt.engines.tensorrt.build import RTX, TENSORRT
-from std_rt.engines.tensorrt.runner import DeviceRunner, Session
+from std_rt.engines.host import HostRunner
+from std_rt.engines.hot_swap import HotSwapRunner
+from std_rt.engines.program import Program, Runner
+from std_rt.engines.protocol import GraphSpec
+from std_rt.engines.tensorrt.gpu_runner import GpuRunner, Session
+from std_rt.engines.tensorrt.onnx_to_engine import RTX, TENSORRT
 from std_rt.pipeline.denoise import Guidance
 from std_rt.pipeline.program_builder import CONDITIONING, FrameNumbers, frame_program, graph_shapes
 from std_rt.pipeline.stream_program import stream_program
@@ -102,38 +103,38 @@ def _on_host(program: Program) -> HostRunner:
 
 @dataclass
 class Gpu:
-    """Everything that stands in for hardware, over one store."""
+    """Everything that stands in for hardware, over one cache."""
 
     device: FakeDevice
     trt: FakeTrt
-    maker: FakeMaker
+    builder: FakeBuilder
     folder: Path
     sessions: list[Session]
 
-    def open(self, program: Program, precision: str = "auto") -> DeviceRunner:
+    def open(self, program: Program, precision: str = "auto") -> GpuRunner:
         specs = _specs(program, self.folder)
         self.trt.teach(program, specs, FUNCTIONS)
         self.device.bind()
-        self.sessions.append(Session(self.trt, self.device, self.maker))
+        self.sessions.append(Session(self.trt, self.device, self.builder))
         return self.sessions[-1].open_runner(program, specs, precision)
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> EngineStore:
+def cache(tmp_path: Path) -> EngineCache:
     (tmp_path / "engines" / "locks").mkdir(parents=True)
-    return EngineStore(tmp_path / "engines", b"s" * 32)
+    return EngineCache(tmp_path / "engines", b"s" * 32)
 
 
 @pytest.fixture(params=["tensorrt", "rtx"])
-def gpu(request: pytest.FixtureRequest, store: EngineStore, tmp_path: Path) -> Gpu:
+def gpu(request: pytest.FixtureRequest, cache: EngineCache, tmp_path: Path) -> Gpu:
     product = RTX if request.param == "rtx" else TENSORRT
     device = FakeDevice()
     trt = FakeTrt(device, ahead=product.ahead)
-    maker = FakeMaker(trt, product, ("sm89",), driver=device.driver, store=store)
-    return Gpu(device, trt, maker, tmp_path, [])
+    builder = FakeBuilder(trt, product, ("sm89",), driver=device.driver, cache=cache)
+    return Gpu(device, trt, builder, tmp_path, [])
 
 
-def _test_equal(runner: DeviceRunner, program: Program, seed: int) -> None:
+def _test_equal(runner: GpuRunner, program: Program, seed: int) -> None:
     feeds, frame = _feeds(program, seed), _frame(program, seed)
     host = _on_host(program)
     host.set(**feeds)
@@ -181,7 +182,7 @@ def test_a_capture_in_the_middle_of_a_stream_and_none_at_all_lose_nothing(gpu: G
         if seed == 4:
             gpu.trt.capturable = False
             runner.set(**feeds | {"noise_0": feeds["noise_0"].copy()})
-            with pytest.warns(RuntimeWarning, match="no CUDA graph can hold"):
+            with pytest.warns(RuntimeWarning, match="cannot be captured in a CUDA graph"):
                 found = runner.run(_frame(program, seed))
         else:
             found = runner.run(_frame(program, seed))
@@ -191,7 +192,7 @@ def test_a_capture_in_the_middle_of_a_stream_and_none_at_all_lose_nothing(gpu: G
 def test_a_stream_goes_over_from_the_host_to_the_gpu(gpu: Gpu) -> None:
     program = _stream("residual")
     coming, said = Future[Runner](), list[str]()
-    runner, host = SwitchingRunner(_on_host(program), coming, said.append), _on_host(program)
+    runner, host = HotSwapRunner(_on_host(program), coming, said.append), _on_host(program)
     for each in (runner, host):
         each.set(**_feeds(program))
     for seed in range(7):
@@ -296,7 +297,7 @@ def test_too_little_memory_is_one_line_and_leaves_nothing_behind(gpu: Gpu) -> No
 
 def test_a_runner_opened_in_one_thread_runs_in_another(gpu: Gpu) -> None:
     program = _program()
-    opened: list[DeviceRunner] = []
+    opened: list[GpuRunner] = []
     thread = threading.Thread(target=lambda: opened.append(gpu.open(program)))
     thread.start()
     thread.join()
@@ -307,7 +308,7 @@ def test_frames_go_piece_by_piece_with_a_warning_where_no_graph_can_hold_them(gp
     program = _program()
     runner = gpu.open(program)
     gpu.trt.capturable = False
-    with pytest.warns(RuntimeWarning, match="no CUDA graph can hold 'glue.frame_in'"):
+    with pytest.warns(RuntimeWarning, match="'glue.frame_in' cannot be captured in a CUDA graph"):
         _test_equal(runner, program, 0)
     gpu.device.log.clear()
     _test_equal(runner, program, 1)  # no second warning: warnings are errors here
@@ -318,17 +319,17 @@ def test_frames_go_piece_by_piece_with_a_warning_where_no_graph_can_hold_them(gp
 def test_engines_are_built_once_and_then_come_from_the_store(gpu: Gpu) -> None:
     program = _program()
     gpu.open(program).close()
-    assert sorted(set(gpu.maker.made)) == sorted(gpu.maker.made)
-    assert {"unet", "vae_encoder", "vae_decoder", "glue.frame_in"} <= set(gpu.maker.made)
-    gpu.maker.made = []
+    assert sorted(set(gpu.builder.made)) == sorted(gpu.builder.made)
+    assert {"unet", "vae_encoder", "vae_decoder", "glue.frame_in"} <= set(gpu.builder.made)
+    gpu.builder.made = []
     gpu.open(program).close()
-    assert gpu.maker.made == []
+    assert gpu.builder.made == []
 
 
-def test_a_changed_engine_is_not_loaded(gpu: Gpu, store: EngineStore) -> None:
+def test_a_changed_engine_is_not_loaded(gpu: Gpu, cache: EngineCache) -> None:
     program = _program()
     gpu.open(program).close()
-    path = store.find(gpu.maker.key(_specs(program, gpu.folder)["unet"]))
+    path = cache.find(gpu.builder.key(_specs(program, gpu.folder)["unet"]))
     assert path is not None
     path.write_bytes(path.read_bytes() + b" ")
     with pytest.raises(BackendError, match=r"'unet' is not used: .* has changed .*; run: std-rt engines gc"):
@@ -336,7 +337,7 @@ def test_a_changed_engine_is_not_loaded(gpu: Gpu, store: EngineStore) -> None:
 
 
 def test_an_engine_that_does_not_load_is_one_line(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FakeMaker, "_make", lambda self, spec, path: path.write_bytes(b"?"))
+    monkeypatch.setattr(FakeBuilder, "_make", lambda self, spec, path: path.write_bytes(b"?"))
     with pytest.raises(BackendError, match=r"'glue.frame_in' does not load: not an engine; run: std-rt"):
         gpu.open(_program())
 
@@ -346,7 +347,7 @@ def test_kernels_compiled_here_are_kept_for_the_next_start(gpu: Gpu) -> None:
     runner = gpu.open(program)
     _test_equal(runner, program, 0)
     runner.close()
-    assert (gpu.trt.compiled > 0) is gpu.maker.product.ahead
+    assert (gpu.trt.compiled > 0) is gpu.builder.product.ahead
     gpu.trt.compiled = 0
     gpu.open(program).close()
     assert gpu.trt.compiled == 0
@@ -354,7 +355,7 @@ def test_kernels_compiled_here_are_kept_for_the_next_start(gpu: Gpu) -> None:
 
 def test_an_engine_for_another_gpu_is_refused_where_the_product_can_tell(gpu: Gpu) -> None:
     gpu.trt.invalid = True
-    if not gpu.maker.product.ahead:
+    if not gpu.builder.product.ahead:
         pytest.skip("TensorRT does not say")
     with pytest.raises(BackendError, match=r"is not for this machine \(\['WRONG_GPU'\]\)"):
         gpu.open(_program())
@@ -368,16 +369,16 @@ def test_engines_whose_ports_are_not_the_frames_are_refused(gpu: Gpu) -> None:
     gpu.trt.know(specs["vae_decoder"], _decode, ports, float_ports(image=(1, CHANNELS, *SIZE)))
     gpu.device.bind()
     with pytest.raises(BackendError, match=r"engine of 'vae_decoder' takes latents float32 \[1, 3, 9, 9\]"):
-        Session(gpu.trt, gpu.device, gpu.maker).open_runner(program, specs)
+        Session(gpu.trt, gpu.device, gpu.builder).open_runner(program, specs)
 
 
 def test_wrong_frames_and_feeds_are_refused(gpu: Gpu) -> None:
     program = _program()
     runner = gpu.open(program)
-    with pytest.raises(BackendError, match="cannot be run before"):
+    with pytest.raises(BackendError, match=r"set .* before the first frame"):
         runner.run(_frame(program))
     runner.set(**_feeds(program))
-    with pytest.raises(BackendError, match=r"a frame is uint8 \[1, 16, 24, 3\]"):
+    with pytest.raises(BackendError, match=r"the program takes frames uint8 \[1, 16, 24, 3\]"):
         runner.run(_frame(program)[:, :8])
     with pytest.raises(BackendError, match="there is no buffer 'image' to set"):
         runner.set(image=np.zeros((1, 3, *SIZE), np.float32))
@@ -395,7 +396,7 @@ def test_one_graph_alone_gives_what_its_function_gives(gpu: Gpu, tmp_path: Path)
     spec = replace(GraphSpec("vae_decoder", path, {"latents": (1, 3, 2, 3)}, "b1"), compute="fp16")
     gpu.trt.know(spec, _decode, float_ports(latents=(1, 3, 2, 3)), float_ports(image=(1, 3, 16, 24)))
     gpu.device.bind()
-    engine = Session(gpu.trt, gpu.device, gpu.maker).open_graph(spec)
+    engine = Session(gpu.trt, gpu.device, gpu.builder).open_graph(spec)
     assert engine.precision == "fp16"
     latents = np.random.default_rng(0).standard_normal((1, 3, 2, 3), np.float32)
     transposed = np.ascontiguousarray(latents.transpose(0, 1, 3, 2)).transpose(0, 1, 3, 2)
@@ -420,7 +421,7 @@ def test_outputs_that_nobody_reads_have_a_place_all_the_same(gpu: Gpu) -> None:
     inputs = float_ports(image=(1, CHANNELS, *SIZE))
     gpu.trt.know(specs["vae_encoder"], with_extra, inputs, float_ports(latents=(1, 3, 2, 3), extra=(1, 7)))
     gpu.device.bind()
-    runner = Session(gpu.trt, gpu.device, gpu.maker).open_runner(program, specs)
+    runner = Session(gpu.trt, gpu.device, gpu.builder).open_runner(program, specs)
     _test_equal(runner, program, 0)
 
 

@@ -1,7 +1,7 @@
-"""Building with the real TensorRT-RTX, which needs no GPU: parse, build for two GPUs, store, refuse.
+"""Building with the real TensorRT-RTX, which needs no GPU: parse, build for two GPUs, cache, refuse.
 
 The code is TensorRT's too, so what only that one does (timings of kernels) is run with this module as well.
-Running an engine needs a GPU; tests/engines/test_trt_run.py runs that code on a GPU made of NumPy.
+Running an engine needs a GPU; test_gpu_runner.py runs that code on a GPU made of NumPy.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ import tensorrt_rtx as trt
 from std_rt.core.bundle import Bundle, load_bundle
 from std_rt.core.errors import BackendError
 from std_rt.core.schedule import NoiseSchedule, trajectory_timesteps
-from std_rt.engines.cache import EngineStore
+from std_rt.engines.cache import EngineCache
 from std_rt.engines.cuda.driver import driver_problem
-from std_rt.engines.glue import GLUE_PORTS, glue_path
-from std_rt.engines.registry import GraphSpec
-from std_rt.engines.tensorrt import rtx
-from std_rt.engines.tensorrt.build import (
+from std_rt.engines.glue import GLUE, glue_path, glue_spec
+from std_rt.engines.program import launch_specs
+from std_rt.engines.protocol import GraphSpec
+from std_rt.engines.tensorrt.engine_builder import EngineBuilder, progress_to
+from std_rt.engines.tensorrt.gpu_runner import RTX_BACKEND
+from std_rt.engines.tensorrt.onnx_to_engine import (
     RTX,
     TENSORRT,
     BuildOptions,
@@ -36,7 +38,6 @@ from std_rt.engines.tensorrt.build import (
     build_engine,
     load_product,
 )
-from std_rt.engines.tensorrt.maker import EngineMaker, glue_spec, launch_specs, progress_to
 from std_rt.pipeline.denoise import Guidance
 from std_rt.pipeline.program_builder import FrameNumbers, frame_program, graph_shapes
 from std_rt.pipeline.stream_program import stream_program
@@ -53,15 +54,15 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def store() -> EngineStore:
-    opened = EngineStore.open()
+def cache() -> EngineCache:
+    opened = EngineCache.open()
     assert opened is not None
     return opened
 
 
 @pytest.fixture
-def maker(store: EngineStore) -> EngineMaker:
-    return EngineMaker(trt, RTX, TARGETS, store=store)
+def builder(cache: EngineCache) -> EngineBuilder:
+    return EngineBuilder(trt, RTX, TARGETS, cache=cache)
 
 
 @pytest.fixture
@@ -81,12 +82,12 @@ def encoder(handmade: Bundle) -> GraphSpec:
 
 
 def test_a_graph_with_weights_beside_it_is_built_for_two_gpus_once(
-    maker: EngineMaker, decoder: GraphSpec, store: EngineStore
+    builder: EngineBuilder, decoder: GraphSpec, cache: EngineCache
 ) -> None:
-    data = maker.data(decoder)
+    data = builder.data(decoder)
     weights = decoder.path.with_suffix(".safetensors").stat().st_size
     assert len(data) > weights  # they are inside
-    [entry] = store.entries()
+    [entry] = cache.entries()
     assert (entry.key.graph, entry.key.target, entry.key.version) == (
         "vae_decoder",
         "sm89+sm120",
@@ -95,60 +96,60 @@ def test_a_graph_with_weights_beside_it_is_built_for_two_gpus_once(
     assert entry.key.shapes == decoder.shapes
     assert entry.key.driver == ""
     assert Path(entry.origin) == decoder.path.parent.resolve()
-    before = (store.folder / "manifest.json").read_bytes()
-    assert maker.data(decoder) == data
-    assert (store.folder / "manifest.json").read_bytes() == before
+    before = (cache.folder / "manifest.json").read_bytes()
+    assert builder.data(decoder) == data
+    assert (cache.folder / "manifest.json").read_bytes() == before
     for target in TARGETS:
-        assert EngineMaker(trt, RTX, (target,), store=store).find(decoder) is not None
-    assert EngineMaker(trt, RTX, ("sm86",), store=store).find(decoder) is None
+        assert EngineBuilder(trt, RTX, (target,), cache=cache).find(decoder) is not None
+    assert EngineBuilder(trt, RTX, ("sm86",), cache=cache).find(decoder) is None
 
 
 def test_a_tampered_engine_is_refused_and_comes_back_after_gc(
-    maker: EngineMaker, encoder: GraphSpec, store: EngineStore
+    builder: EngineBuilder, encoder: GraphSpec, cache: EngineCache
 ) -> None:
-    path = maker.ensure(encoder)
+    path = builder.ensure(encoder)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    for ask in (maker.data, maker.find, maker.ensure):
+    for ask in (builder.data, builder.find, builder.ensure):
         with pytest.raises(
             BackendError, match=r"tensorrt_rtx engine of 'vae_encoder' is not used.*engines gc"
         ):
             ask(encoder)
-    store.gc()
-    assert maker.ensure(encoder).read_bytes() != bytes(data)
+    cache.gc()
+    assert builder.ensure(encoder).read_bytes() != bytes(data)
 
 
 def test_another_bundle_shape_option_or_file_is_another_engine(
-    maker: EngineMaker, encoder: GraphSpec, store: EngineStore, tmp_path: Path
+    builder: EngineBuilder, encoder: GraphSpec, cache: EngineCache, tmp_path: Path
 ) -> None:
-    known = maker.key(encoder).digest
+    known = builder.key(encoder).digest
     others = [
-        maker.key(replace(encoder, key="another bundle")),
-        maker.key(replace(encoder, shapes={"image": (2, 3, 32, 32)})),
-        EngineMaker(trt, RTX, TARGETS, store=store, options=BuildOptions(tf32=False)).key(encoder),
-        EngineMaker(trt, RTX, ("sm89",), store=store).key(encoder),
-        maker.key(replace(encoder, key="")),
+        builder.key(replace(encoder, key="another bundle")),
+        builder.key(replace(encoder, shapes={"image": (2, 3, 32, 32)})),
+        EngineBuilder(trt, RTX, TARGETS, cache=cache, options=BuildOptions(tf32=False)).key(encoder),
+        EngineBuilder(trt, RTX, ("sm89",), cache=cache).key(encoder),
+        builder.key(replace(encoder, key="")),
     ]
     changed = tmp_path / "changed.onnx"
     changed.write_bytes(encoder.path.read_bytes() + b"\x00")
-    others.append(maker.key(replace(encoder, key="", path=changed)))
+    others.append(builder.key(replace(encoder, key="", path=changed)))
     assert len({known, *(key.digest for key in others)}) == 1 + len(others)
 
 
-@pytest.mark.parametrize("op", GLUE_PORTS)
-def test_every_operation_between_graphs_is_built(maker: EngineMaker, op: str) -> None:
+@pytest.mark.parametrize("op", GLUE)
+def test_every_operation_between_graphs_is_built(builder: EngineBuilder, op: str) -> None:
     shapes = {"frame": (1, 16, 24, 3), "image": (1, 3, 16, 24)}
     shapes |= dict.fromkeys(("x", "y", "z"), (2, 4, 2, 3)) | dict.fromkeys(("a", "b", "c"), (2, 1, 1, 1))
-    spec = glue_spec(op, {port: shapes[port] for port in GLUE_PORTS[op][0]})
+    spec = glue_spec(op, {port: shapes[port] for port in GLUE[op].inputs})
     assert spec.path == glue_path(op)
-    assert maker.data(spec)
+    assert builder.data(spec)
 
 
 @pytest.mark.parametrize("mode", ["none", "full", "residual"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_every_launch_of_a_frame_has_an_engine_with_its_ports(
-    maker: EngineMaker, handmade: Bundle, mode: str, stream: bool
+    builder: EngineBuilder, handmade: Bundle, mode: str, stream: bool
 ) -> None:
     conditioning = {
         "encoder_hidden_states": (3, 5),
@@ -168,41 +169,41 @@ def test_every_launch_of_a_frame_has_an_engine_with_its_ports(
     wanted = launch_specs(program, specs)
     assert len(wanted) == len(program.launches)
     for spec in wanted:
-        maker.ensure(spec)
-    assert maker.store is not None
-    assert len(maker.store.entries()) == len({id(spec) for spec in wanted}) <= len(wanted)
+        builder.ensure(spec)
+    assert builder.cache is not None
+    assert len(builder.cache.entries()) == len({id(spec) for spec in wanted}) <= len(wanted)
     [batch] = {spec.shapes["sample"][0] for spec in wanted if spec.name == "unet"}
     alone = {"none": 1, "full": 2, "residual": 1}
     assert batch == ({"none": 2, "full": 4, "residual": 3} if stream else alone)[mode]
 
 
 def test_progress_rises_to_the_end_and_is_heard_by_whoever_listens(
-    encoder: GraphSpec, store: EngineStore
+    encoder: GraphSpec, cache: EngineCache
 ) -> None:
     heard: list[tuple[str, float]] = []
     with progress_to(lambda name, share: heard.append((name, share))):
-        EngineMaker(trt, RTX, TARGETS, store=store).ensure(encoder)
+        EngineBuilder(trt, RTX, TARGETS, cache=cache).ensure(encoder)
     assert {name for name, _ in heard} == {"vae_encoder"}
     shares = [share for _, share in heard]
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
     heard.clear()
-    EngineMaker(trt, RTX, ("sm89",), store=store).ensure(encoder)
+    EngineBuilder(trt, RTX, ("sm89",), cache=cache).ensure(encoder)
     assert heard == []
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, ZeroDivisionError])
 def test_a_build_stopped_from_its_progress_leaves_nothing(
-    decoder: GraphSpec, store: EngineStore, stop: type[BaseException]
+    decoder: GraphSpec, cache: EngineCache, stop: type[BaseException]
 ) -> None:
     def progress(name: str, share: float) -> None:
         if share > 0.1:
             raise stop
 
     with pytest.raises(stop):
-        EngineMaker(trt, RTX, TARGETS, store=store, progress=progress).ensure(decoder)
-    assert store.entries() == []
-    assert [path for path in store.folder.iterdir() if path.is_file()] == []
+        EngineBuilder(trt, RTX, TARGETS, cache=cache, progress=progress).ensure(decoder)
+    assert cache.entries() == []
+    assert [path for path in cache.folder.iterdir() if path.is_file()] == []
 
 
 def test_phases_inside_phases_make_one_share_that_never_falls() -> None:
@@ -224,23 +225,23 @@ def test_phases_inside_phases_make_one_share_that_never_falls() -> None:
     "location", ["../weights.bin", "/etc/passwd", "a/../../b", "C:\\weights", "\\\\host\\share", "..\\b", ""]
 )
 def test_weights_from_outside_the_folder_are_refused_before_parsing(
-    location: str, tmp_path: Path, maker: EngineMaker
+    location: str, tmp_path: Path, builder: EngineBuilder
 ) -> None:
     path = _graph(tmp_path, _external("w", location))
     with pytest.raises(BackendError, match=r"reads weights from .*, outside its folder; do not use it"):
-        maker.ensure(GraphSpec("unet", path, {"x": (4,)}, "b1"))
+        builder.ensure(GraphSpec("unet", path, {"x": (4,)}, "b1"))
 
 
-def test_a_file_that_is_no_graph_is_one_line(maker: EngineMaker, tmp_path: Path) -> None:
+def test_a_file_that_is_no_graph_is_one_line(builder: EngineBuilder, tmp_path: Path) -> None:
     path = tmp_path / "graph.onnx"
     for data in (b"", b"\xff" * 9, b"not onnx"):
         path.write_bytes(data)
         with pytest.raises(BackendError, match=r"'unet'") as caught:
-            maker.ensure(GraphSpec("unet", path, {"x": (4,)}, "b1"))
+            builder.ensure(GraphSpec("unet", path, {"x": (4,)}, "b1"))
         assert "\n" not in str(caught.value)
 
 
-def test_mixed_types_are_refused_with_the_node(maker: EngineMaker, tmp_path: Path) -> None:
+def test_mixed_types_are_refused_with_the_node(builder: EngineBuilder, tmp_path: Path) -> None:
     """The trap of SDXL's time embedding: half and single precision in one Concat."""
     onnx = pytest.importorskip("onnx")
     half = onnx.numpy_helper.from_array(np.ones(4, np.float16), "w")
@@ -248,33 +249,33 @@ def test_mixed_types_are_refused_with_the_node(maker: EngineMaker, tmp_path: Pat
     with pytest.raises(
         BackendError, match=r"TensorRT-RTX cannot build graph 'unet' at x \[4\]: .*; try"
     ) as caught:
-        maker.ensure(GraphSpec("unet", path, {"x": (4,)}, "b1"))
+        builder.ensure(GraphSpec("unet", path, {"x": (4,)}, "b1"))
     assert "\n" not in str(caught.value)
 
 
-def test_wrong_shapes_and_names_are_one_line(maker: EngineMaker, decoder: GraphSpec) -> None:
+def test_wrong_shapes_and_names_are_one_line(builder: EngineBuilder, decoder: GraphSpec) -> None:
     with pytest.raises(BackendError, match="takes latents; shapes were given for image"):
-        maker.ensure(replace(decoder, shapes={"image": (1, 8, 8, 8)}))
+        builder.ensure(replace(decoder, shapes={"image": (1, 8, 8, 8)}))
     with pytest.raises(BackendError, match=r"cannot build graph 'vae_decoder' at latents \[1, 7, 8, 8\]"):
-        maker.ensure(replace(decoder, shapes={"latents": (1, 7, 8, 8)}))
+        builder.ensure(replace(decoder, shapes={"latents": (1, 7, 8, 8)}))
 
 
-def test_a_gpu_that_the_product_has_no_code_for_is_refused(store: EngineStore) -> None:
+def test_a_gpu_that_the_product_has_no_code_for_is_refused(cache: EngineCache) -> None:
     for target in ("sm90", "sm1", "current", "none", ""):
         with pytest.raises(BackendError, match=rf"no code for {target}, only for .*sm89"):
-            EngineMaker(trt, RTX, (target,), store=store)
+            EngineBuilder(trt, RTX, (target,), cache=cache)
 
 
 def test_without_a_store_engines_are_made_every_time_and_left_nowhere(encoder: GraphSpec) -> None:
-    maker = EngineMaker(trt, RTX, TARGETS)
-    assert maker.data(encoder) == maker.data(encoder)
-    assert maker.find(encoder) is None
+    builder = EngineBuilder(trt, RTX, TARGETS)
+    assert builder.data(encoder) == builder.data(encoder)
+    assert builder.find(encoder) is None
     with pytest.raises(BackendError, match="STD_RT_CACHE"):
-        maker.ensure(encoder)
+        builder.ensure(encoder)
 
 
 def test_a_full_disk_while_the_engine_is_written_is_one_line(
-    maker: EngineMaker, encoder: GraphSpec, monkeypatch: pytest.MonkeyPatch
+    builder: EngineBuilder, encoder: GraphSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Full(io.BytesIO):
         def write(self, data: Any) -> int:
@@ -284,15 +285,15 @@ def test_a_full_disk_while_the_engine_is_written_is_one_line(
     monkeypatch.setattr(
         Path,
         "open",
-        lambda self, *how, **more: Full() if self.suffix == ".partial" else opened(self, *how, **more),
+        lambda self, *how, **more: Full() if ".part" in self.name else opened(self, *how, **more),
     )
     with pytest.raises(BackendError, match="the disk is full"):
-        maker.ensure(encoder)
+        builder.ensure(encoder)
 
 
 @pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops:DeprecationWarning")
 def test_timings_are_learned_and_given_to_the_next_build(
-    encoder: GraphSpec, tmp_path: Path, store: EngineStore
+    encoder: GraphSpec, tmp_path: Path, cache: EngineCache
 ) -> None:
     """TensorRT's path; for named GPUs, as there is none here to take timings on."""
     out = tmp_path / "engine"
@@ -305,7 +306,7 @@ def test_timings_are_learned_and_given_to_the_next_build(
 
 def test_engines_of_tensorrt_are_bound_to_the_driver_and_those_of_rtx_are_not(encoder: GraphSpec) -> None:
     both = [
-        EngineMaker(trt, p, ("sm89",), driver="cuda 13.0").key(encoder).driver for p in (AS_TENSORRT, RTX)
+        EngineBuilder(trt, p, ("sm89",), driver="cuda 13.0").key(encoder).driver for p in (AS_TENSORRT, RTX)
     ]
     assert both == ["cuda 13.0", ""]
 
@@ -332,15 +333,15 @@ def test_without_a_driver_a_frame_is_refused_before_the_runtime_is_touched(decod
     if not driver_problem():
         pytest.skip("there is a GPU here")
     with pytest.raises(BackendError, match=r"there is no GPU to run on: .*; use --backend openvino"):
-        rtx.open_graph(decoder, "auto")
-    assert rtx.devices() == driver_problem()
+        RTX_BACKEND.open_graph(decoder, "auto")
+    assert RTX_BACKEND.devices() == driver_problem()
 
 
-def test_a_moved_bundle_keeps_its_engines(maker: EngineMaker, decoder: GraphSpec, tmp_path: Path) -> None:
-    path = maker.ensure(decoder)
+def test_a_moved_bundle_keeps_its_engines(builder: EngineBuilder, decoder: GraphSpec, tmp_path: Path) -> None:
+    path = builder.ensure(decoder)
     moved = tmp_path / "moved"
     shutil.copytree(decoder.path.parent, moved)
-    assert maker.ensure(replace(decoder, path=moved / decoder.path.name)) == path
+    assert builder.ensure(replace(decoder, path=moved / decoder.path.name)) == path
 
 
 def _external(name: str, location: str) -> Any:

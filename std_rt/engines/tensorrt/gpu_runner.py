@@ -1,12 +1,12 @@
-"""A program on TensorRT or TensorRT-RTX with every buffer on the GPU and a frame as one CUDA graph.
+"""The runner on TensorRT and TensorRT-RTX: every buffer on the GPU, and a frame as one CUDA graph.
 
 A frame (uint8) lies in page-locked memory; one launch copies it to the GPU, runs every graph and every
 operation between them, and copies the picture (uint8) back. Nothing else crosses, and the host waits once.
 
-Engines come out of the machine's store and from nowhere else (`trt_maker`). They run one after the other on
-one stream, so they share one piece of working memory, as large as the largest of them needs.
+Engines come from this machine's cache and from nowhere else (`engine_builder`). They run one after the other
+on one stream, so they share one piece of working memory, as large as the largest of them needs.
 
-Not run on a GPU by us. Tests run all of this on tests/fake_gpu.py, a GPU and a TensorRT made of NumPy.
+Not run on a GPU by us. Tests run all of this on tests/support/fake_gpu.py, a GPU and a TensorRT in NumPy.
 """
 
 from __future__ import annotations
@@ -18,83 +18,118 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from std_rt.core.errors import BackendError
-from std_rt.engines.cache import EngineStore
-from std_rt.engines.cuda.driver import Device, cuda_device
-from std_rt.engines.program import FRAME, STYLED, Mark, Program, check_carried, check_feeds, no_mark
-from std_rt.engines.registry import GraphSpec, Ports, check_inputs
-from std_rt.engines.tensorrt.build import BuildOptions, Product, load_product, make_logger
-from std_rt.engines.tensorrt.maker import EngineMaker, launch_specs, same_engine
+from std_rt.engines.cache import EngineCache
+from std_rt.engines.cuda.driver import Device, cuda_device, driver_problem
+from std_rt.engines.program import (
+    FRAME,
+    STYLED,
+    Frame,
+    Mark,
+    Program,
+    check_carried,
+    check_feeds,
+    check_frame,
+    launch_specs,
+    no_mark,
+)
+from std_rt.engines.protocol import Array, GraphSpec, Ports, check_inputs
+from std_rt.engines.tensorrt.engine_builder import EngineBuilder
+from std_rt.engines.tensorrt.onnx_to_engine import (
+    RTX,
+    TENSORRT,
+    BuildOptions,
+    Product,
+    load_product,
+    make_logger,
+)
 
-__all__ = ["DeviceEngine", "DeviceRunner", "Session", "open_session"]
+__all__ = ["RTX_BACKEND", "TENSORRT_BACKEND", "Backend", "GpuEngine", "GpuRunner", "Session"]
 
-Array = NDArray[Any]
-Frame = NDArray[np.uint8]
-
-_PLACED = np.empty(0)  # stands for the array of a feed that came without one
+_PLACED = np.empty(0)  # stands for the array of a feed that is on the GPU already
 _WARM_UPS = 3  # the first runs load kernels and settle sizes, which must not happen inside a capture
 
 
-def open_session(product: Product, precision: str) -> Session:
-    """The product on this machine's GPU. Raises BackendError without a GPU, a driver or the product.
+@dataclass(frozen=True)
+class Backend:
+    """The backend of one product, as `std_rt.engines.registry` opens it.
 
-    ``precision`` fp32 turns TF32 off; all else about precision lies in the graphs.
+    Engines that the cache does not list are built first, which takes minutes for a large UNet.
     """
-    trt = load_product(product)
-    device = cuda_device()  # before the runtime: without a driver that one crashes at exit
-    options = BuildOptions(tf32=precision != "fp32")
-    store = EngineStore.open()
-    maker = EngineMaker(
-        trt, product, (f"sm{device.gpu.sm}",), driver=device.driver, options=options, store=store
-    )
-    return Session(trt, device, maker)
+
+    product: Product
+
+    def open_graph(self, spec: GraphSpec, precision: str) -> GpuEngine:
+        """Open one graph on the GPU. Raises BackendError."""
+        return self._session(precision).open_graph(spec)
+
+    def open_runner(self, program: Program, specs: Mapping[str, GraphSpec], precision: str) -> GpuRunner:
+        """Open a whole program on the GPU. Raises BackendError."""
+        return self._session(precision).open_runner(program, specs, precision)
+
+    def devices(self) -> str:
+        """The GPU, or why there is none, for `std-rt doctor`."""
+        return driver_problem() or f"{cuda_device().gpu}, {cuda_device().driver}"
+
+    def _session(self, precision: str) -> Session:
+        """``precision`` fp32 turns TF32 off; everything else about precision is in the graphs."""
+        trt = load_product(self.product)
+        device = cuda_device()  # before the runtime: without a driver that one crashes at exit
+        builder = EngineBuilder(
+            trt,
+            self.product,
+            (f"sm{device.gpu.sm}",),
+            driver=device.driver,
+            options=BuildOptions(tf32=precision != "fp32"),
+            cache=EngineCache.open(),
+        )
+        return Session(trt, device, builder)
+
+
+TENSORRT_BACKEND, RTX_BACKEND = Backend(TENSORRT), Backend(RTX)
 
 
 class Session:
-    """A module, a GPU and a maker of engines: what opens graphs and programs."""
+    """A TensorRT module, a GPU and a builder of engines: opens graphs and programs."""
 
-    def __init__(self, trt: Any, device: Device, maker: EngineMaker) -> None:
-        """Most callers want `open_session`."""
+    def __init__(self, trt: Any, device: Device, builder: EngineBuilder) -> None:
+        """Most callers want a `Backend`."""
         device.bind()
-        self._trt, self._device, self._maker = trt, device, maker
+        self._trt, self._device, self._builder = trt, device, builder
         self._logger = make_logger(trt)
         self._runtime = trt.Runtime(self._logger)
 
-    def open_graph(self, spec: GraphSpec) -> DeviceEngine:
+    def open_graph(self, spec: GraphSpec) -> GpuEngine:
         """One graph on its own. Raises BackendError."""
         self._device.bind()
         graph = self._load(spec)
         self._share_memory([graph])
-        return DeviceEngine(self._device, graph, spec.compute)
+        return GpuEngine(self._device, graph, spec.compute)
 
     def open_runner(
         self, program: Program, specs: Mapping[str, GraphSpec], precision: str = "auto"
-    ) -> DeviceRunner:
-        """A whole program; ``specs`` has one for each of the model's graphs. Raises BackendError."""
+    ) -> GpuRunner:
+        """A whole program; ``specs`` has one entry per graph of the model. Raises BackendError."""
         compute = specs["unet" if "unet" in specs else next(iter(specs))].compute
         if precision not in ("auto", compute):
             raise BackendError(
-                f"the bundle computes in {compute}, and {self._maker.product.label} runs what it says; "
+                f"the bundle computes in {compute}, and {self._builder.product.label} runs it as exported; "
                 f"export it again with --precision {precision}, or use --precision auto"
             )
         self._device.bind()
         wanted = launch_specs(program, specs)
-        loaded = {same_engine(spec): spec for spec in wanted}
-        graphs = {key: self._load(spec) for key, spec in loaded.items()}
+        graphs = {key: self._load(spec) for key, spec in {id(spec): spec for spec in wanted}.items()}
         self._share_memory(list(graphs.values()))
         try:
-            return DeviceRunner(
-                self._device, program, [graphs[same_engine(spec)] for spec in wanted], compute
-            )
+            return GpuRunner(self._device, program, [graphs[id(spec)] for spec in wanted], compute)
         except BackendError:
             for graph in graphs.values():
                 graph.close()
             raise
 
     def _load(self, spec: GraphSpec) -> LoadedGraph:
-        data = self._maker.data(spec)
+        data = self._builder.data(spec)
         self._check(spec, data)
         engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
@@ -105,7 +140,7 @@ class Session:
         return LoadedGraph(spec.name, engine, context, self._trt, self._logger, kernels)
 
     def _check(self, spec: GraphSpec, data: bytes) -> None:
-        """Where the product can tell, whether an engine is for this machine at all."""
+        """Refuse an engine that is not for this machine, if the product can tell."""
         if not hasattr(self._runtime, "get_engine_validity"):
             return
         validity, problems = self._runtime.get_engine_validity(data)
@@ -113,13 +148,13 @@ class Session:
             raise BackendError(self._failed(spec, f"is not for this machine ({problems})"))
 
     def _context(self, spec: GraphSpec, engine: Any) -> tuple[Any, Kernels | None]:
-        """A context without memory of its own; with TensorRT-RTX, what it compiled here before is kept."""
+        """A context without working memory; with TensorRT-RTX, also the kernels it compiled here before."""
         ours = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if not self._maker.product.ahead:
+        if not self._builder.product.ahead:
             return engine.create_execution_context(ours), None
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(ours)
-        kernels = Kernels.open(self._maker, spec, config, self._device)
+        kernels = Kernels.open(self._builder, spec, config, self._device)
         return engine.create_execution_context(config), kernels
 
     def _share_memory(self, graphs: Sequence[LoadedGraph]) -> None:
@@ -130,13 +165,13 @@ class Session:
             graph.use_memory(memory, address, size)
 
     def _failed(self, spec: GraphSpec, what: str) -> str:
-        label = self._maker.product.label
+        label = self._builder.product.label
         reason = self._logger.reason()
         return f"the {label} engine of '{spec.name}' {what}: {reason}; run: std-rt engines gc --all"
 
 
 class Memory:
-    """Device memory that is given back together, once."""
+    """Device memory that is freed together, once."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -147,46 +182,46 @@ class Memory:
         try:
             self._taken.append(self._device.allocate(size))
         except BackendError:
-            self.free()  # what was to use it will not come to be
+            self.free()  # nothing will be opened that uses it
             raise
         return self._taken[-1]
 
     def free(self) -> None:
-        """Give everything back."""
+        """Free everything."""
         while self._taken:
             self._device.free(self._taken.pop())
 
 
 @dataclass
 class Kernels:
-    """TensorRT-RTX compiles kernels where it runs; kept in the store, they are there at the next start."""
+    """The kernels that TensorRT-RTX compiles where it runs; kept in the cache for the next start."""
 
-    maker: EngineMaker
+    builder: EngineBuilder
     spec: GraphSpec
     cache: Any
     device: Device
     known: bytes
 
     @classmethod
-    def open(cls, maker: EngineMaker, spec: GraphSpec, config: Any, device: Device) -> Kernels:
-        """Give a runtime config its cache, filled with what the store has for this engine."""
+    def open(cls, builder: EngineBuilder, spec: GraphSpec, config: Any, device: Device) -> Kernels:
+        """Give a runtime config its kernel cache, filled with what the engine cache has for this engine."""
         cache = config.create_runtime_cache()
         known = b""
-        if maker.store is not None:
-            known = maker.store.read(maker.kernels_key(spec, device.driver)) or b""
+        if builder.cache is not None:
+            known = builder.cache.read(builder.kernels_key(spec, device.driver)) or b""
         if known and not cache.deserialize(known):
-            known = b""  # made for something else, as after an update: compiled and kept anew
+            known = b""  # made for something else, as after an update: compiled and kept again
         config.set_runtime_cache(cache)
-        return cls(maker, spec, cache, device, known)
+        return cls(builder, spec, cache, device, known)
 
     def keep(self) -> None:
-        """Put what was compiled into the store, where that is more than came from there."""
+        """Put what was compiled into the engine cache, if it is more than came from there."""
         blob = bytes(self.cache.serialize() or b"")
-        if self.maker.store is not None and blob and blob != self.known:
-            key = self.maker.kernels_key(self.spec, self.device.driver)
+        if self.builder.cache is not None and blob and blob != self.known:
+            key = self.builder.kernels_key(self.spec, self.device.driver)
             self.known = blob
             try:
-                self.maker.store.build(key, blob, replace=True, origin=self.spec.path.parent.resolve())
+                self.builder.cache.build(key, blob, replace=True, origin=self.spec.path.parent.resolve())
             except BackendError as error:  # the frame is good; only the next start is slower
                 logging.getLogger("std_rt").warning("%s", error)
 
@@ -214,13 +249,13 @@ class LoadedGraph:
         return int(self._engine.device_memory_size_v2)
 
     def use_memory(self, memory: Memory, address: int, size: int) -> None:
-        """Where a run keeps what is between inputs and outputs; ``memory`` lives as long as this."""
+        """Where a run keeps intermediate results; ``memory`` lives as long as this graph."""
         self._memory = memory
         if self.working_size:
             self._context.set_device_memory(address, size)
 
     def enqueue(self, addresses: Mapping[str, int], stream: int) -> None:
-        """One run on ``stream`` with these addresses. Raises BackendError where TensorRT refuses."""
+        """One run on ``stream`` with these addresses. Raises BackendError if TensorRT refuses."""
         for port, address in addresses.items():
             if not self._context.set_tensor_address(port, address):
                 raise BackendError(self._refused(f"an address for {port}"))
@@ -228,7 +263,7 @@ class LoadedGraph:
             raise BackendError(self._refused("a run"))
 
     def capturable(self, stream: int) -> bool:
-        """False where the module says that a CUDA graph cannot hold this engine."""
+        """False if TensorRT says that this engine cannot be captured in a CUDA graph."""
         asks = getattr(self._context, "is_stream_capturable", None)
         return asks is None or bool(asks(stream))
 
@@ -247,8 +282,8 @@ class LoadedGraph:
         return f"graph '{self.name}' was refused {what}: {self._logger.reason()}; see std-rt doctor"
 
 
-class DeviceEngine:
-    """One graph, called with arrays of the host: the style encoder's engine. One thread at a time."""
+class GpuEngine:
+    """An `Engine` on the GPU, such as the style encoder's. Use it from one thread at a time."""
 
     def __init__(self, device: Device, graph: LoadedGraph, precision: str) -> None:
         """Most callers want `Session.open_graph`."""
@@ -261,7 +296,7 @@ class DeviceEngine:
         self._addresses = {name: self._memory.take(_size(*port)) for name, port in ports.items()}
 
     def __call__(self, **inputs: Array) -> dict[str, Array]:
-        """See `base.Engine`."""
+        """See `Engine`."""
         if self._graph is None:
             raise BackendError(f"graph '{self._name}' was closed; open it again")
         check_inputs(self._name, self.inputs, inputs)
@@ -288,13 +323,13 @@ class DeviceEngine:
             self._device.drop_stream(self._stream)
 
 
-class DeviceRunner:
-    """`program.Runner` on a GPU. Not for use from two threads at once."""
+class GpuRunner:
+    """A `Runner` on a GPU. Use it from one thread at a time."""
 
     def __init__(
         self, device: Device, program: Program, graphs: Sequence[LoadedGraph], precision: str
     ) -> None:
-        """Most callers want `Session.open_runner`. ``graphs`` has what each launch runs, in their order."""
+        """Most callers want `Session.open_runner`. ``graphs`` has the graph of each launch, in order."""
         self.precision = precision
         self._device, self._program, self._graphs = device, program, list(graphs)
         self._check_ports()
@@ -313,7 +348,7 @@ class DeviceRunner:
         self._upload({name: np.zeros(*program.buffers[name]) for name in program.carried})
 
     def set(self, **feeds: Array) -> None:
-        """See `program.Runner`. What is the same array as before is not copied again."""
+        """See `Runner`. The same array as before is not copied again."""
         check_feeds(self._program, feeds)
         self._begin()
         fresh = {name: array for name, array in feeds.items() if self._fed.get(name) is not array}
@@ -322,10 +357,10 @@ class DeviceRunner:
         self._fed.update(fresh)
 
     def place(self, feed: str, address: int) -> None:
-        """Read a feed from ``address`` on the device, the caller's, until it is `set` again.
+        """Read a feed from the caller's ``address`` on the device until it is `set` again.
 
-        For values that are on the GPU already. The next frame is captured anew. Raises BackendError where
-        there is no such feed.
+        For values that are on the GPU already. The next frame is captured again. Raises BackendError if there
+        is no such feed.
         """
         if feed not in self._program.feeds:
             raise BackendError(f"there is no feed '{feed}'; there are {', '.join(self._program.feeds)}")
@@ -333,7 +368,7 @@ class DeviceRunner:
         self._fed[feed] = _PLACED
 
     def carried(self) -> dict[str, Array]:
-        """See `program.Runner`."""
+        """See `Runner`."""
         self._begin()
         found = {name: np.empty(*self._program.buffers[name]) for name in self._program.carried}
         for name, array in found.items():
@@ -343,14 +378,14 @@ class DeviceRunner:
         return found
 
     def carry(self, **buffers: Array) -> None:
-        """See `program.Runner`."""
+        """See `Runner`."""
         check_carried(self._program, buffers)
         self._begin()
         self._upload(buffers)
 
     def run(self, frame: Frame, mark: Mark = no_mark) -> Frame:
-        """See `program.Runner`. The whole frame is one stage for ``mark``: "frame"."""
-        self._check_frame(frame)
+        """See `Runner`. The whole frame is one stage for ``mark``: "frame"."""
+        check_frame(self._program, frame, self._fed)
         self._begin()
         np.copyto(self._frame, frame)
         graph = self._captured_graph()
@@ -384,9 +419,9 @@ class DeviceRunner:
         self._device.bind()
 
     def _captured_graph(self) -> int | None:
-        """The frame as a CUDA graph, captured first where there is none for the buffers' addresses.
+        """The frame as a CUDA graph, captured first if there is none for the buffers' addresses.
 
-        None where the module says that no graph can hold an engine; a warning has said so.
+        None if TensorRT says that an engine cannot be captured; a warning has said so.
         """
         if self._captured is not None and self._captured[1] == self._addresses:
             return self._captured[0]
@@ -401,7 +436,7 @@ class DeviceRunner:
         return self._captured[0]
 
     def _warm_up(self) -> None:
-        """Runs that count for nothing: what is carried is afterwards what it was before."""
+        """Runs without effect: the carried buffers are restored afterwards."""
         carried = self.carried()
         for _ in range(_WARM_UPS):
             self._enqueue()
@@ -413,7 +448,7 @@ class DeviceRunner:
         self._capturable = not refused
         if refused:
             warnings.warn(
-                f"no CUDA graph can hold '{refused[0]}', so frames are launched piece by piece: slower",
+                f"'{refused[0]}' cannot be captured in a CUDA graph, so frames run launch by launch: slower",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -436,32 +471,22 @@ class DeviceRunner:
         self._device.synchronize(self._stream)  # the arrays may go away now
 
     def _check_ports(self) -> None:
-        """Engines must have exactly the ports that launches name, with the buffers' shapes and types."""
+        """Raise BackendError unless engines have the launches' ports, with the buffers' shapes and types."""
         for launch, graph in zip(self._program.launches, self._graphs, strict=True):
             inputs = {port: self._program.buffers[buffer] for port, buffer in launch.inputs.items()}
             outputs = {port: self._program.buffers[buffer] for port, buffer in launch.outputs.items()}
             if graph.inputs != inputs or not outputs.items() <= graph.outputs.items():
                 raise BackendError(
-                    f"the engine of '{graph.name}' takes {_describe(graph.inputs)} and gives "
-                    f"{_describe(graph.outputs)}, where the frame has {_describe(inputs)} and "
+                    f"the engine of '{graph.name}' takes {_describe(graph.inputs)} and returns "
+                    f"{_describe(graph.outputs)}, but the program has {_describe(inputs)} and "
                     f"{_describe(outputs)}; export the bundle again"
                 )
 
     def _scratch(self, index: int) -> dict[str, int]:
-        """Addresses for outputs that no launch reads: an engine writes them all the same."""
+        """Addresses for outputs that the launch does not name: the engine writes them all the same."""
         launch, graph = self._program.launches[index], self._graphs[index]
         unread = {port: spec for port, spec in graph.outputs.items() if port not in launch.outputs}
         return {port: self._memory.take(_size(*spec)) for port, spec in unread.items()}
-
-    def _check_frame(self, frame: Frame) -> None:
-        missing = [name for name in self._program.feeds if name not in self._fed]
-        if missing:
-            raise BackendError(f"the frame cannot be run before {', '.join(missing)} are set")
-        shape, dtype = self._program.buffers[FRAME]
-        if frame.shape != shape or frame.dtype != dtype:
-            raise BackendError(
-                f"a frame is {dtype} {list(shape)}; it was given {frame.dtype} {list(frame.shape)}"
-            )
 
     def _drop_captured(self) -> None:
         if self._captured is not None:

@@ -1,40 +1,37 @@
-"""A program on ONNX Runtime with every buffer on one device: a frame goes in, a frame comes out.
+"""The runner on ONNX Runtime with every buffer on one device: a frame goes in, a frame comes out.
 
 Buffers are allocated once, constants copied there once, and every launch is bound once to the buffers it
-reads and writes (IO binding). So graphs hand their results on without a copy, and addresses never change,
-which CUDA graphs need. The same code runs on the CPU, where tests hold it against `program.HostRunner`.
+reads and writes (IO binding). So graphs pass their results on without a copy, and addresses never change,
+which CUDA graphs need. The same code runs on the CPU, where tests hold it against `HostRunner`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 
 from std_rt.core.errors import BackendError
-from std_rt.engines.glue import glue_path
 from std_rt.engines.onnxruntime.session import failures, one_line
 from std_rt.engines.program import (
     FRAME,
-    GLUE,
     STYLED,
+    Frame,
     Launch,
     Mark,
     Program,
     check_carried,
     check_feeds,
+    check_frame,
+    launch_specs,
     no_mark,
 )
-from std_rt.engines.registry import GraphSpec, Ports
+from std_rt.engines.protocol import Array, GraphSpec, Ports
 
-__all__ = ["OrtRunner", "launch_spec"]
+__all__ = ["OrtRunner"]
 
-Array = NDArray[Any]
-Frame = NDArray[np.uint8]
 Opener = Callable[[GraphSpec], ort.InferenceSession]
 Options = Callable[[int, Launch], ort.RunOptions | None]
 
@@ -50,20 +47,8 @@ class _Call:
     stage: str
 
 
-def launch_spec(
-    launch: Launch, buffers: Ports, specs: Mapping[str, GraphSpec]
-) -> tuple[GraphSpec, tuple[tuple[int, ...], ...]]:
-    """What to open for a launch, and the shapes that tell it from others of the same graph."""
-    shapes = {port: buffers[buffer][0] for port, buffer in launch.inputs.items()}
-    if launch.graph in GLUE:
-        spec = GraphSpec(launch.graph, glue_path(launch.graph), shapes, key="")
-    else:
-        spec = replace(specs[launch.graph], shapes=shapes)
-    return spec, tuple(shapes.values())
-
-
 class OrtRunner:
-    """A `program.Runner` over sessions that share one device. Not for use from two threads at once."""
+    """A `Runner` over sessions that share one device. Use it from one thread at a time."""
 
     def __init__(
         self,
@@ -78,7 +63,7 @@ class OrtRunner:
     ) -> None:
         """``open_session`` opens a graph on that device; ``options`` gives a launch its run options.
 
-        Raises BackendError where a graph does not open, or its ports are not those of a launch.
+        Raises BackendError if a graph does not open, or its ports are not those of a launch.
         """
         self.precision = precision
         self._program, self._device = program, device
@@ -91,7 +76,7 @@ class OrtRunner:
         self._calls = self._bind(specs, open_session, options)
 
     def set(self, **feeds: Array) -> None:
-        """Copy to the device, an array that is set already excepted."""
+        """Copy to the device; the same array as before is not copied again."""
         self._check_open()
         check_feeds(self._program, feeds)
         for name, array in feeds.items():
@@ -100,26 +85,26 @@ class OrtRunner:
         self._fed.update(feeds)
 
     def run(self, frame: Frame, mark: Mark = no_mark) -> Frame:
-        """Launch after launch, each complete when ``mark(stage)`` follows it."""
+        """See `Runner`; each launch is complete when ``mark(stage)`` follows it."""
         self._check_open()
-        self._check_frame(frame)
+        check_frame(self._program, frame, self._fed)
         self._fill(FRAME, frame)
         for call in self._calls:
             try:
                 call.session.run_with_iobinding(call.binding, call.options)
             except failures() as error:
-                raise BackendError(one_line(call.spec.name, call.spec.shapes, error)) from error
+                raise BackendError(one_line(call.spec, error)) from error
             mark(call.stage)
         styled: Frame = self._values[STYLED].numpy()
-        return styled.copy() if self._device == "cpu" else styled  # there it is the buffer itself
+        return styled.copy() if self._device == "cpu" else styled  # where it is the buffer itself
 
     def carried(self) -> dict[str, Array]:
-        """See `program.Runner`."""
+        """See `Runner`."""
         self._check_open()
         return {name: self._values[name].numpy().copy() for name in self._program.carried}
 
     def carry(self, **buffers: Array) -> None:
-        """See `program.Runner`."""
+        """See `Runner`."""
         self._check_open()
         check_carried(self._program, buffers)
         for name, array in buffers.items():
@@ -135,15 +120,15 @@ class OrtRunner:
         self._values[name].update_inplace(np.ascontiguousarray(array))
 
     def _bind(self, specs: Mapping[str, GraphSpec], open_session: Opener, options: Options) -> list[_Call]:
-        sessions: dict[tuple[Any, ...], ort.InferenceSession] = {}
+        sessions: dict[int, ort.InferenceSession] = {}
+        wanted = launch_specs(self._program, specs)
         calls = []
-        for index, launch in enumerate(self._program.launches):
-            spec, shapes = launch_spec(launch, self._program.buffers, specs)
-            key = (launch.graph, shapes)
-            if key not in sessions:
-                sessions[key] = open_session(spec)
-            binding = self._binding(launch, sessions[key])
-            calls.append(_Call(spec, sessions[key], binding, options(index, launch), launch.stage))
+        for index, (launch, spec) in enumerate(zip(self._program.launches, wanted, strict=True)):
+            if id(spec) not in sessions:
+                sessions[id(spec)] = open_session(spec)
+            session = sessions[id(spec)]
+            binding = self._binding(launch, session)
+            calls.append(_Call(spec, session, binding, options(index, launch), launch.stage))
         return calls
 
     def _binding(self, launch: Launch, session: ort.InferenceSession) -> ort.IOBinding:
@@ -158,18 +143,6 @@ class OrtRunner:
     def _check_open(self) -> None:
         if not self._values:
             raise BackendError("the runner was closed; open it again")
-
-    def _check_frame(self, frame: Frame) -> None:
-        """A device's buffers would be read, or written over, as if they fitted."""
-        missing = [name for name in self._program.feeds if name not in self._fed]
-        if missing:
-            raise BackendError(f"set {', '.join(missing)} before the first frame")
-        shape, dtype = self._program.buffers[FRAME]
-        if frame.shape != shape or frame.dtype != dtype:
-            raise BackendError(
-                f"the program takes frames {dtype} {list(shape)}; it was given {frame.dtype} "
-                f"{list(frame.shape)}"
-            )
 
 
 def _allocate(buffers: Ports, device: str, device_id: int) -> dict[str, ort.OrtValue]:

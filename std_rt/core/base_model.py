@@ -1,4 +1,4 @@
-"""Names made of content: of a file, and of an architecture, by which a LoRA and its base are compared."""
+"""The base model of a LoRA or bundle: its licence, and a digest of its architecture."""
 
 from __future__ import annotations
 
@@ -7,16 +7,22 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["file_digest", "unet_digest"]
+__all__ = ["licence", "unet_digest"]
 
 # What stands beside the UNet's own weights: the image branch of an IP-Adapter, and LoRAs.
 _BESIDE = re.compile(r"(^|\.)(encoder_hid_proj|processor|to_[kv]_ip|lora_\w+)(\.|$)")
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file in hex. Raises OSError."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def licence(folder: Path) -> str:
+    """``license:`` (or ``licence:``) in the front matter of a folder's README.md; empty if there is none."""
+    readme = folder / "README.md"
+    if not readme.is_file():
+        return ""
+    for line in readme.read_text(encoding="utf-8", errors="replace").splitlines()[:60]:
+        key, _, value = line.partition(":")
+        if key.strip() in ("license", "licence") and value.strip():
+            return value.strip()
+    return ""
 
 
 def unet_digest(state: Mapping[str, Sequence[int]]) -> str:

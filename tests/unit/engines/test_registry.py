@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from std_rt.core.errors import BackendError
+from std_rt.core.files import cache_root
 from std_rt.engines import GraphSpec, backends, choose_backend, open_engine
 from std_rt.engines import registry as base
 from std_rt.engines.cuda import probe as cuda_probe
 from std_rt.engines.cuda.probe import Gpu, Report
 from std_rt.engines.fake import FakeEngine, float_ports
-from std_rt.engines.registry import cache_root, check_inputs
+from std_rt.engines.protocol import check_inputs
 
 Installs = Callable[..., None]
 GPU_MODULES = ("tensorrt", "tensorrt_rtx")
@@ -115,8 +116,8 @@ def test_rtx_is_passed_on_a_gpu_that_it_does_not_know(
     installed("tensorrt_rtx", "onnxruntime", "openvino", cuda=True)
     name, reason = choose_backend()
     assert name == "cuda"
-    assert "rtx is installed, but a datacentre GPU (SM90, 80 GB) is none of" in reason
-    with pytest.raises(BackendError, match=r"'rtx' is installed and cannot be used here: .*SM75, SM80"):
+    assert "rtx is installed, but a datacentre GPU (SM90, 80 GB) is not among the GPUs it supports" in reason
+    with pytest.raises(BackendError, match=r"'rtx' is installed but cannot be used here: .*SM75, SM80"):
         choose_backend("rtx")
 
 

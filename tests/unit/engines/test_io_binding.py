@@ -16,15 +16,15 @@ import onnxruntime as ort
 from std_rt.core.bundle import Bundle, load_bundle
 from std_rt.core.errors import BackendError
 from std_rt.engines import GraphSpec, open_engine
-from std_rt.engines.glue import GLUE_PORTS
-from std_rt.engines.onnxruntime.runner import OrtRunner, launch_spec
-from std_rt.engines.onnxruntime.session import open_session
-from std_rt.engines.program import FRAME, GLUE, STYLED, HostRunner, Launch, Program
+from std_rt.engines.glue import GLUE
+from std_rt.engines.host import HostRunner
+from std_rt.engines.onnxruntime.io_binding import OrtRunner
+from std_rt.engines.onnxruntime.session import CPU, open_session
+from std_rt.engines.program import FRAME, STYLED, Launch, Program, launch_specs
 from std_rt.pipeline.denoise import Guidance
 from std_rt.pipeline.program_builder import FrameNumbers, frame_program, graph_shapes
 from std_rt.pipeline.stream_program import stream_program
 
-CPU = ["CPUExecutionProvider"]
 SIZE = (32, 48)
 
 
@@ -285,12 +285,14 @@ def test_one_operation_at_two_shapes_is_two_graphs() -> None:
     ]
     launches = []
     for op, reads, writes in plan:
-        takes, gives = GLUE_PORTS[op]
+        takes, gives = GLUE[op].inputs, GLUE[op].outputs
         ins, outs = dict(zip(takes, reads, strict=True)), dict(zip(gives, writes, strict=True))
         launches.append(Launch(op, ins, outs, "convert"))
     program = Program(tuple(launches), buffers)
     assert {x.graph for x in launches} <= set(GLUE)
-    assert launch_spec(launches[1], buffers, {})[1] != launch_spec(launches[2], buffers, {})[1]
+    wanted = launch_specs(program, {})
+    assert wanted[1].name == wanted[2].name == "glue.double"
+    assert wanted[1].identity != wanted[2].identity
     frame = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), np.uint8)
     assert np.array_equal(on_device(program, {}).run(frame), frame)
 

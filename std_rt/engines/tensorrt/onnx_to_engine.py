@@ -1,11 +1,11 @@
-"""ONNX graphs -> engines of TensorRT or TensorRT-RTX: one code base over both modules.
+"""The build of TensorRT and TensorRT-RTX engines from ONNX graphs: one code base over both modules.
 
     trt = load_product(RTX)
     build_engine(trt, RTX, spec, Path("unet.engine"), targets=("sm89", "sm120"))
 
 Networks are strongly typed (the arithmetic is what the ONNX file says) and every shape is fixed. Nothing
-here touches a GPU's runtime: TensorRT-RTX builds for named GPUs on a machine without one. Of the two,
-TensorRT-RTX is what our tests run; TensorRT itself is not run by us.
+here touches the CUDA runtime: TensorRT-RTX builds for named GPUs on a machine without one. Our tests run
+TensorRT-RTX; TensorRT itself, whose vendor keeps it on another package index, has not been run by us.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from std_rt.core.errors import BackendError
-from std_rt.core.external_data import external_locations
-from std_rt.engines.registry import GraphSpec
+from std_rt.core.onnx_file import external_locations
+from std_rt.engines.protocol import GraphSpec
 
 __all__ = [
+    "PRODUCTS",
     "RTX",
     "TENSORRT",
     "BuildOptions",
@@ -40,7 +41,9 @@ Progress = Callable[[str, float], None]  # (what is being built, share done in 0
 
 @dataclass(frozen=True)
 class Product:
-    """``ahead``: builds for named GPUs without one (and compiles the last stretch where it runs)."""
+    """TensorRT or TensorRT-RTX; ``ahead``: it builds for named GPUs without having one, and compiles the last
+    stretch where the engine runs.
+    """
 
     backend: str
     module: str
@@ -50,20 +53,21 @@ class Product:
 
     @property
     def install(self) -> str:
-        """The command that adds it."""
+        """The command that installs it."""
         return f"pip install --upgrade 'std-rt[{self.backend}]'"
 
 
 TENSORRT = Product("tensorrt", "tensorrt", "TensorRT", (10, 12), ahead=False)
 RTX = Product("rtx", "tensorrt_rtx", "TensorRT-RTX", (1, 2), ahead=True)
+PRODUCTS = {product.backend: product for product in (RTX, TENSORRT)}
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """``level`` 0..5: how long to search for faster kernels (None: the product's own choice).
+    """``level`` 0..5: how long to search for faster kernels (None: the product's default).
 
-    ``workspace_mb`` bounds the memory that one operation may use (None: all there is). ``tf32`` lets matrix
-    products of float32 round their inputs to 10 bits of mantissa, several times faster.
+    ``workspace_mb`` limits the memory that one operation may use (None: no limit). ``tf32`` lets matrix
+    products of float32 round their inputs to 10 bits of mantissa, which is several times faster.
     """
 
     level: int | None = None
@@ -75,7 +79,7 @@ class BuildOptions:
 
 
 def load_product(product: Product) -> Any:
-    """Its module. Raises BackendError where it is missing, broken or too old."""
+    """Its Python module. Raises BackendError if it is missing, broken or too old."""
     if find_spec(product.module) is None:
         raise BackendError(f"{product.label} is not installed; run: {product.install}")
     try:
@@ -105,9 +109,9 @@ def build_engine(
 ) -> bytes | None:
     """Build ``spec`` into the file ``path``; returns the timings learned where ``timings`` were given.
 
-    ``targets`` are GPUs to build ahead for (none: the one in this machine). Raises BackendError where the
-    graph reads weights from elsewhere, cannot be parsed or cannot be built; OSError where ``path`` cannot
-    be written.
+    ``targets`` are GPUs to build ahead for (none: the one in this machine). Raises BackendError if the graph
+    reads weights from outside its folder, cannot be parsed or cannot be built; OSError if ``path`` cannot be
+    written.
     """
     _check_weights(spec)
     logger = make_logger(trt)
@@ -134,7 +138,7 @@ def build_engine(
 
 
 def make_logger(trt: Any) -> Any:
-    """A logger that prints nothing; ``reason()`` is the first error since it was last asked."""
+    """A logger that prints nothing; ``reason()`` returns the first error since its last call."""
 
     class Log(trt.ILogger):  # type: ignore[misc]  # the module is not known before it runs
         def __init__(self) -> None:
@@ -154,7 +158,7 @@ def make_logger(trt: Any) -> Any:
 
 
 class Phases:
-    """Nested phases of a build as one share done, which never falls. Safe in several threads."""
+    """The nested phases of a build as one share done, which never falls. Safe in several threads."""
 
     def __init__(self) -> None:
         self._open: list[tuple[str, int, int]] = []  # (name, steps, steps done), outermost first
@@ -199,7 +203,7 @@ class Phases:
 
 
 def _attach_monitor(trt: Any, config: Any, name: str, progress: Progress | None) -> Any:
-    """Report a build's progress; the monitor must live as long as the config. None where there is none."""
+    """Report a build's progress; the monitor returned (or None) must live as long as the config."""
     if progress is None or not hasattr(trt, "IProgressMonitor"):
         return None
     config.progress_monitor = monitor = _monitor_class(trt)(name, progress)
@@ -266,7 +270,7 @@ def _serialize(trt: Any, builder: Any, network: Any, config: Any, path: Path) ->
 
 
 def _check_weights(spec: GraphSpec) -> None:
-    """The parser follows whatever path a graph names, so look first."""
+    """Refuse weights outside the graph's folder: the parser follows whatever path the graph names."""
     try:
         locations = external_locations(spec.path)
     except (OSError, ValueError) as error:
@@ -281,7 +285,7 @@ def _check_weights(spec: GraphSpec) -> None:
 
 
 def _fix_shapes(product: Product, spec: GraphSpec, network: Any, logger: Any) -> None:
-    """Give every input its one shape; all others must follow from them."""
+    """Give every input its one shape, from which all others must follow."""
     inputs = {port.name: port for port in (network.get_input(i) for i in range(network.num_inputs))}
     if inputs.keys() != spec.shapes.keys():
         raise BackendError(
@@ -319,7 +323,7 @@ def _set_targets(trt: Any, product: Product, config: Any, targets: Sequence[str]
 
 
 def capability(trt: Any, product: Product, target: str) -> Any:
-    """The module's name for a target such as ``sm89``. Raises BackendError where it has no code for it."""
+    """The module's constant for a target such as ``sm89``. Raises BackendError if it has no code for it."""
     known = {name.lower(): value for name, value in trt.ComputeCapability.__members__.items()}
     if target not in known or not target.startswith("sm"):
         names = ", ".join(name for name in known if name.startswith("sm"))
@@ -339,8 +343,7 @@ def _parser_error(parser: Any, logger: Any) -> str:
 
 
 def _refusal(product: Product, spec: GraphSpec, reason: str) -> str:
-    shapes = ", ".join(f"{name} {list(shape)}" for name, shape in spec.shapes.items())
     return (
-        f"{product.label} cannot build graph '{spec.name}' at {shapes}: {reason}; "
+        f"{product.label} cannot build graph '{spec.name}' at {spec.describe_shapes()}: {reason}; "
         "try another --size or --backend openvino"
     )

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from std_rt.core.errors import BackendError
+from std_rt.engines.hot_swap import HotSwapRunner
 from std_rt.engines.program import Mark, Runner, no_mark
-from std_rt.engines.switching import SwitchingRunner
 
 FRAME = np.zeros((1, 2, 2, 3), np.uint8)
 
@@ -51,8 +51,8 @@ def said() -> list[str]:
     return []
 
 
-def _switching(slow: Adds, fast: Future[Runner], said: list[str]) -> SwitchingRunner:
-    return SwitchingRunner(slow, fast, said.append, ("openvino", "rtx"))
+def _switching(slow: Adds, fast: Future[Runner], said: list[str]) -> HotSwapRunner:
+    return HotSwapRunner(slow, fast, said.append, ("openvino", "rtx"))
 
 
 def test_frames_go_over_when_the_fast_runner_is_ready_with_feeds_and_what_is_carried(said: list[str]) -> None:
@@ -71,7 +71,7 @@ def test_frames_go_over_when_the_fast_runner_is_ready_with_feeds_and_what_is_car
     runner.set(x=np.array(7))
     assert runner.run(FRAME, marks.append).max() == 7
     assert marks == ["bf16", "fp16", "fp16"]
-    assert said == ["rtx is ready: frames run there now, in fp16, and no longer on openvino"]
+    assert said == ["rtx is ready: frames now run there, in fp16, instead of on openvino"]
     runner.close()
     assert (slow.closed, fast.closed) == (1, 1)
 
@@ -82,7 +82,7 @@ def test_a_fast_runner_that_does_not_open_is_reported_once(said: list[str]) -> N
     coming.set_exception(BackendError("no room\non the GPU"))
     for _ in range(3):
         runner.run(FRAME)
-    assert said == ["rtx cannot be used, frames stay on openvino: no room on the GPU"]
+    assert said == ["rtx cannot be used, so frames stay on openvino: no room on the GPU"]
     assert (slow.frames, slow.closed, runner.switched) == (3, 0, True)
 
 
@@ -95,7 +95,7 @@ def test_one_that_fails_at_its_first_frame_costs_no_frame(said: list[str], at: s
     assert runner.run(FRAME).max() == 5
     assert runner.run(FRAME).max() == 5
     assert (slow.frames, slow.closed, fast.closed) == (2, 0, 1)
-    assert said == ["rtx cannot be used, frames stay on openvino: it broke"]
+    assert said == ["rtx cannot be used, so frames stay on openvino: it broke"]
 
 
 def test_a_mistake_in_the_program_is_not_hidden(said: list[str]) -> None:
@@ -114,7 +114,8 @@ def test_closing_early_closes_the_fast_runner_when_it_comes(said: list[str]) -> 
     assert (slow.closed, fast.closed) == (1, 0)
     coming.set_result(fast)
     assert fast.closed == 1
-    assert said == ["rtx was not ready in time; to build it ahead: std-rt engines build --backend rtx"]
+    [line] = said
+    assert line == "rtx was not ready in time; to build its engines ahead: std-rt engines build --backend rtx"
 
 
 def test_closing_early_cancels_what_has_not_begun(said: list[str]) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from std_rt.core.errors import BackendError
 from std_rt.engines.fake import FakeEngine, float_ports
-from std_rt.engines.registry import GraphSpec
-from std_rt.engines.sharing import SharedEngines
+from std_rt.engines.host import SharedEngines
+from std_rt.engines.protocol import GraphSpec
 
 SPEC = GraphSpec("unet", Path("unet.onnx"), {"x": (1, 2)}, "bundle")
 

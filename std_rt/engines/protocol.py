@@ -1,0 +1,89 @@
+"""The engine protocol: the one boundary to hardware. An engine runs one graph at fixed shapes.
+
+spec = GraphSpec("unet", path, {"sample": (1, 8, 32, 32), ...}, key=bundle.digest)
+engine = open_engine("openvino", spec)
+noise_pred = engine(sample=..., timestep=...)["noise_pred"]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from std_rt.core.errors import BackendError
+
+__all__ = ["STEADY_INPUTS", "Array", "Engine", "GraphSpec", "Ports", "check_array", "check_inputs"]
+
+Array = NDArray[Any]
+Ports = dict[str, tuple[tuple[int, ...], "np.dtype[Any]"]]
+# UNet inputs that stay the same from frame to frame; what depends on them alone is computed once.
+STEADY_INPUTS = frozenset(
+    {"timestep", "encoder_hidden_states", "text_embeds", "time_ids", "style_tokens", "style_strength"}
+)
+
+
+class Engine(Protocol):
+    """One graph, opened at static shapes."""
+
+    inputs: Ports
+    outputs: Ports
+    precision: str
+
+    def __call__(self, **inputs: Array) -> dict[str, Array]:
+        """Run once. The arrays returned are valid until the next call; copy what must live longer.
+
+        Raises BackendError on a missing or unknown input, or a wrong shape or dtype.
+        """
+
+    def close(self) -> None:
+        """Free what the backend holds; the engine must not be called afterwards."""
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One graph to open: the ONNX file, a static shape for every input, a key for caches (empty: no cache).
+
+    ``steady`` names inputs that rarely change. Engines may keep what depends on them alone for as long as
+    their values (compared at every call) stay the same; results do not depend on it. ``compute`` is the
+    precision that the file's arithmetic is written in, as the bundle's manifest says: fp32, fp16, bf16 or
+    int8.
+    """
+
+    name: str
+    path: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    key: str
+    steady: frozenset[str] = STEADY_INPUTS
+    compute: str = "fp32"
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """Equal for specs that one engine can serve; hashable."""
+        return self.name, str(self.path), tuple(sorted(self.shapes.items())), self.steady, self.compute
+
+    def describe_shapes(self) -> str:
+        """The shapes for an error message: ``sample [1, 4, 8, 8], timestep [1]``."""
+        return ", ".join(f"{name} {list(shape)}" for name, shape in self.shapes.items())
+
+
+def check_inputs(name: str, ports: Ports, inputs: Mapping[str, Array]) -> None:
+    """Raise BackendError unless ``inputs`` fit ``ports``; backends report this unreadably or not at all."""
+    if inputs.keys() != ports.keys():
+        found = ", ".join(inputs) or "nothing"
+        raise BackendError(f"graph '{name}' takes {', '.join(ports)}; it was given {found}")
+    for key, port in ports.items():
+        check_array(f"graph '{name}' takes {key} as", port, inputs[key])
+
+
+def check_array(expected: str, port: tuple[tuple[int, ...], np.dtype[Any]], array: Array) -> None:
+    """Raise BackendError unless ``array`` has the port's shape and dtype; ``expected`` begins the message."""
+    shape, dtype = port
+    if array.shape != shape or array.dtype != dtype:
+        raise BackendError(
+            f"{expected} {dtype} {list(shape)}; it was given {array.dtype} {list(array.shape)}"
+        )

@@ -1,0 +1,133 @@
+"""The builder of TensorRT and TensorRT-RTX engines: from the cache, or built if the cache does not list them.
+
+builder = EngineBuilder(trt, RTX, ("sm89", "sm120"), cache=EngineCache.open())
+data = builder.data(spec)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from std_rt.core.errors import BackendError
+from std_rt.core.onnx_file import external_locations
+from std_rt.engines.cache import EngineCache, EngineKey
+from std_rt.engines.protocol import GraphSpec
+from std_rt.engines.tensorrt.onnx_to_engine import BuildOptions, Product, Progress, build_engine, capability
+
+__all__ = ["EngineBuilder", "progress_to"]
+
+
+class EngineBuilder:
+    """Engines of one product for given GPUs, from the cache or built. Safe in several threads."""
+
+    def __init__(
+        self,
+        trt: Any,
+        product: Product,
+        targets: Sequence[str],
+        *,
+        driver: str = "",
+        options: BuildOptions | None = None,
+        cache: EngineCache | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """``targets`` as ``sm89``: this machine's GPU or, if the product builds ahead, any it knows.
+
+        Engines of TensorRT depend on the ``driver``, those of TensorRT-RTX do not. Without a cache, engines
+        are built every time. Raises BackendError on a target that the product has no code for.
+        """
+        self.product, self.cache = product, cache
+        self.targets = tuple(dict.fromkeys(targets))
+        self._trt, self._options, self._progress = trt, options or BuildOptions(), progress
+        self._driver = "" if product.ahead else driver
+        if product.ahead:
+            for target in self.targets:
+                capability(trt, product, target)
+
+    def key(self, spec: GraphSpec) -> EngineKey:
+        """The cache key of ``spec``. A graph that belongs to no bundle is identified by its file's sha256."""
+        file = "" if spec.key else f" file={hashlib.sha256(spec.path.read_bytes()).hexdigest()}"
+        return EngineKey(
+            bundle=spec.key,
+            graph=spec.name,
+            shapes=spec.shapes,
+            product=self.product.module,
+            version=self._trt.__version__,
+            target="+".join(self.targets),
+            driver=self._driver,
+            flags=f"{self._options}{file}",
+        )
+
+    def kernels_key(self, spec: GraphSpec, driver: str) -> EngineKey:
+        """The cache key of the kernels that TensorRT-RTX compiles on this GPU for the engine of ``spec``."""
+        return replace(self.key(spec), graph=f"{spec.name}.kernels", driver=driver)
+
+    def find(self, spec: GraphSpec) -> Path | None:
+        """The engine's file if it is in the cache already. Raises BackendError as `EngineCache.find` does."""
+        return None if self.cache is None else self.cache.find(self.key(spec))
+
+    def ensure(self, spec: GraphSpec) -> Path:
+        """The engine's file, built if it is not in the cache. Raises BackendError; needs a cache."""
+        if self.cache is None:
+            raise BackendError("there is no writable folder for engines; set STD_RT_CACHE to one")
+        return self.cache.build(
+            self.key(spec), lambda path: self._make(spec, path), origin=spec.path.parent.resolve()
+        )
+
+    def data(self, spec: GraphSpec) -> bytes:
+        """The engine's bytes: checked ones from the cache, or just built. Raises BackendError."""
+        if self.cache is None or (not spec.key and external_locations(spec.path)):
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "engine"
+                self._make(spec, path)
+                return path.read_bytes()
+        data = self.cache.read(self.key(spec))
+        if data is None:
+            self.ensure(spec)
+            data = self.cache.read(self.key(spec))
+        if data is None:
+            raise BackendError(f"the engine of '{spec.name}' was removed while it was built; run again")
+        return data
+
+    def _make(self, spec: GraphSpec, path: Path) -> None:
+        timings = self._timings_key()
+        known = self.cache.read(timings) if self.cache is not None and timings is not None else None
+        learned = build_engine(
+            self._trt,
+            self.product,
+            spec,
+            path,
+            targets=self.targets if self.product.ahead else (),
+            options=self._options,
+            timings=None if timings is None else known or b"",
+            progress=self._progress or next(reversed(_progress), None),
+        )
+        if learned and self.cache is not None and timings is not None:
+            self.cache.build(timings, learned, replace=True)
+
+    def _timings_key(self) -> EngineKey | None:
+        """The cache key of kernel timings; None for TensorRT-RTX, which measures none when it builds."""
+        if self.product.ahead:
+            return None
+        target = "+".join(self.targets)
+        version = self._trt.__version__
+        return EngineKey("", "kernel timings", {}, self.product.module, version, target, self._driver)
+
+
+_progress: list[Progress] = []  # of `progress_to`, the innermost last
+
+
+@contextmanager
+def progress_to(progress: Progress) -> Iterator[None]:
+    """Inside, builds without a ``progress`` of their own report to this one, from whatever thread."""
+    _progress.append(progress)
+    try:
+        yield
+    finally:
+        _progress.remove(progress)
