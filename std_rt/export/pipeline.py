@@ -19,7 +19,16 @@ from std_rt.core.digest import file_digest
 from std_rt.core.errors import ExportError
 from std_rt.core.model_card import licence
 from std_rt.core.schedule import NoiseSchedule
-from std_rt.export.components import Network, load_part, plain_config, read_config, read_json, resolve
+from std_rt.export.components import (
+    Network,
+    load_part,
+    plain_config,
+    quiet,
+    read_config,
+    read_json,
+    resolve,
+    text_roles,
+)
 from std_rt.export.ip_adapter import (
     Branches,
     check_encoder,
@@ -33,7 +42,6 @@ from std_rt.export.ip_adapter import (
 from std_rt.export.lora import check_lora, fuse_lora
 from std_rt.export.modules import CLIP_MEAN, CLIP_STD, ClipStyleEncoder
 from std_rt.export.options import ExportOptions
-from std_rt.export.quiet import quiet
 
 __all__ = ["Source", "Style", "check_text", "read_source"]
 
@@ -160,9 +168,9 @@ def read_source(options: ExportOptions) -> Source:
     config = read_config("unet", folder / "unet")
     _check_unet(config)
     with torch.device("meta"), quiet("diffusers"):
-        unet = resolve("unet", config["_class_name"]).from_config(config)  # type: ignore[attr-defined]
+        unet = resolve("unet", config["_class_name"]).from_config(config)
     vae_config = read_config("vae", options.vae or folder / "vae")
-    roles = _text_roles(folder)
+    roles = text_roles(folder)
     for path, _ in options.lora:
         check_lora({"unet": unet}, path, elsewhere=roles)
     adapter = _adapter_path(options)
@@ -221,11 +229,6 @@ def check_text(text: Mapping[str, Any], unet: Network) -> None:
             f"the text encoders give vectors of {found[0]} and {found[1]}, "
             f"the UNet takes {wanted[0]} and {wanted[1]}"
         )
-
-
-def _text_roles(source: Path) -> tuple[str, ...]:
-    roles = ("text_encoder", "text_encoder_2")
-    return tuple(role for role in roles if (source / role / "config.json").is_file())
 
 
 def _adapter_path(options: ExportOptions) -> Path:
