@@ -29,7 +29,7 @@ from std_rt.export.lora import read_metadata, source_digest
 from std_rt.export.modules import ClipStyleEncoder, prepare_attention
 from std_rt.export.options import ExportOptions
 from std_rt.export.parity import check_graph, lint
-from std_rt.export.pipeline import Source, Style, check_text, read_source
+from std_rt.export.pipeline import Source, Style, read_source
 from std_rt.export.precision import half_dtype, to_half, vae_compute, within_range
 from std_rt.export.text import TextConstants, TextParts
 from std_rt.export.trajectory import (
@@ -48,17 +48,8 @@ __all__ = ["export_pipeline"]
 Progress = Callable[[str], None]
 _SMALLEST_PX, _LARGEST_PX = 64, 2048
 _LARGE = 500_000_000  # parameters of a UNet
-_PACKAGES = (
-    "std-rt",
-    "torch",
-    "diffusers",
-    "transformers",
-    "peft",
-    "onnx",
-    "onnxscript",
-    "onnxruntime",
-    "openvino",
-)
+_PACKAGES = ("std-rt", "torch", "diffusers", "transformers", "peft", "onnx", "onnxscript", "onnxruntime",
+             "openvino")  # fmt: skip
 
 
 def export_pipeline(
@@ -149,7 +140,14 @@ class Build:
         style = replace(style, module=torch.nn.Identity())
         text = self._text(style)
         self._unet(style, branches, text)
-        _write_reference(self._folder, self._reference)
+        # The smaller example: enough for a self-check, and small enough to ship.
+        reference = {
+            f"{name}/{side}/{key}": value
+            for name, example in self._reference.items()
+            for side, arrays in (("in", example.inputs), ("out", example.outputs))
+            for key, value in arrays.items()
+        }
+        np.savez_compressed(self._folder / "reference.npz", allow_pickle=False, **reference)
         self._progress("hashing")
         return self._manifest(style, branches)
 
@@ -198,7 +196,7 @@ class Build:
         if open_prompts:
             parts.write_tokenizers(self._folder)
         text = parts.constants(source.text_dims)
-        check_text(text.arrays, source.unet)
+        source.check_text(text.arrays)
         constants = {**text.arrays, "negative_style_tokens": style.negative.numpy()}
         np.savez(self._folder / "conditioning.npz", allow_pickle=False, **constants)
         self._text_section = {
@@ -304,15 +302,6 @@ def _other_size(size: tuple[int, int], multiple: int) -> tuple[int, int]:
     """Another, smaller and not square size, to catch a graph that only works at one."""
     low = -(-_SMALLEST_PX // multiple) * multiple
     return low, low + multiple if size != (low, low + multiple) else low + 2 * multiple
-
-
-def _write_reference(folder: Path, examples: dict[str, Example]) -> None:
-    """The smaller example: enough for a self-check, and small enough to ship."""
-    arrays = {f"{name}/in/{key}": value for name, ex in examples.items() for key, value in ex.inputs.items()}
-    arrays |= {
-        f"{name}/out/{key}": value for name, ex in examples.items() for key, value in ex.outputs.items()
-    }
-    np.savez_compressed(folder / "reference.npz", allow_pickle=False, **arrays)
 
 
 def _versions() -> dict[str, str]:

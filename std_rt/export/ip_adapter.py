@@ -282,16 +282,9 @@ def projection_config(module: Network) -> dict[str, Any]:
             "ffn_ratio": first.ff[1].net[0].proj.weight.shape[0] / hidden,
         }
         return {"class": "IPAdapterPlusImageProjection", "arguments": arguments}
-    tokens, dim = module.num_image_text_embeds, module.norm.weight.shape[0]
     arguments = {
         "image_embed_dim": module.image_embeds.weight.shape[1],
-        "cross_attention_dim": dim,
-        "num_image_text_embeds": tokens,
+        "cross_attention_dim": module.norm.weight.shape[0],
+        "num_image_text_embeds": module.num_image_text_embeds,
     }
     return {"class": "ImageProjection", "arguments": arguments}
-
-
-def projection_tokens(module: Network) -> int:
-    """How many style tokens the projection gives."""
-    plus = isinstance(module, IPAdapterPlusImageProjection)
-    return int(module.latents.shape[1] if plus else module.num_image_text_embeds)

@@ -1,4 +1,4 @@
-"""Fuse LoRAs into the UNet (and text encoders) in fp32, before anything is traced.
+"""LoRA fusing, into the UNet (and text encoders) in fp32, before anything is traced.
 
 Key names of diffusers (three generations), PEFT and kohya are read, for the UNet in diffusers' or in the
 original model's terms. Layers are merged one at a time straight from the file: beside the model itself no
@@ -153,11 +153,13 @@ def _read_layers(path: Path, shapes: Shapes) -> list[_Layer]:
                 found[match[1]] = key
                 break
         else:
-            known = [kind for mark, kind in _OTHER_KINDS if mark in key]
+            for mark, kind in _OTHER_KINDS:
+                if mark in key:
+                    raise ExportError(
+                        f"LoRA {path} is {kind} (it has {key}), which std-rt does not fuse; use a plain LoRA"
+                    )
             raise ExportError(
-                f"LoRA {path} is {known[0]} (it has {key}), which std-rt does not fuse; use a plain LoRA"
-                if known
-                else f"LoRA {path} has unknown key names ({key}); std-rt reads those of diffusers, PEFT and kohya"
+                f"LoRA {path} has unknown key names ({key}); std-rt reads those of diffusers, PEFT and kohya"
             )
     if not down:
         raise ExportError(f"LoRA {path} has no LoRA weights in it")

@@ -1,4 +1,4 @@
-"""Tensor-only modules around the pipeline's networks: what is traced, with the graph's names as arguments.
+"""Tensor-only modules around the pipeline's networks, to be traced: their arguments are the graphs' inputs.
 
 Each wrapper holds the network it wraps as ``module``, so the names in a weights file are those of that
 network's ``state_dict``. Attention is written out as two matrix products and a softmax: runtimes fuse

@@ -156,7 +156,8 @@ def load_recipe(path: Path) -> dict[str, Any]:
         msgspec.convert(found, _Recipe)
         check_choices(found)
     except msgspec.ValidationError as error:
-        raise ExportError(f"recipe {path}: {str(error).replace(' - at `$.', ', in `')}") from error
+        reason = str(error).replace(" | null", "").replace(" - at `$.", ", in `")
+        raise ExportError(f"recipe {path}: {reason}") from error
     except ExportError as error:
         raise ExportError(f"recipe {path}: {error}") from error
     return found

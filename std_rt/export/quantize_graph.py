@@ -1,4 +1,4 @@
-"""One ONNX graph in int8: NNCF's post-training quantization, written so that every runtime reads it.
+"""Quantization of one ONNX graph to int8, by NNCF after training, written so that every runtime reads it.
 
 The result is an ordinary ONNX graph with QuantizeLinear and DequantizeLinear around convolutions and matrix
 products, weights stored as int8 in a safetensors file: a quarter of fp32. Sizes and batch stay open.
@@ -171,7 +171,7 @@ def _write(proto: onnx.ModelProto, graph: Path, weights: Path, *, half: bool) ->
         for name, value in model.graph.initializers.items()
         if value.const_value is not None and value.const_value.size > INLINE_ELEMENTS
     }
-    arrays = {name: _stored(value.const_value.numpy(), half) for name, value in large.items()}
+    arrays = {name: _stored(value.const_value, half) for name, value in large.items()}
     weights.write_bytes(save(arrays, {"format": "pt"}))
     places = read_places(weights)
     for name, value in large.items():
@@ -180,8 +180,8 @@ def _write(proto: onnx.ModelProto, graph: Path, weights: Path, *, half: bool) ->
     ir.save(model, graph)
 
 
-def _stored(found: NDArray[Any], half: bool) -> NDArray[Any]:
+def _stored(tensor: Any, half: bool) -> NDArray[Any]:
     """Float matrices as fp16 where ``half`` says so and they fit; everything else as it is."""
-    array = np.ascontiguousarray(found)
+    array = np.ascontiguousarray(tensor.numpy())
     fits = array.dtype == np.float32 and np.abs(array).max() < np.finfo(np.float16).max
     return array.astype(np.float16) if half and fits and array.ndim > 1 else array

@@ -1,4 +1,4 @@
-"""The text side of a bundle: prompts baked into constants, and for open prompts the encoders themselves.
+"""Text in a bundle: prompts baked into constants, and for open prompts the encoders themselves.
 
     parts = TextParts(source, prompt, negative)
     for role in parts.roles:

@@ -83,7 +83,7 @@ def externalize(
 def _array(value: Tensor) -> Array:
     """The tensor's own memory as an array, where it is contiguous."""
     plain = value.detach().cpu().contiguous()
-    if plain.dtype == torch.bfloat16:  # NumPy has no such type of its own
+    if plain.dtype == torch.bfloat16:  # NumPy has no such type
         return plain.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return np.asarray((plain if plain.dtype == torch.float16 else plain.float()).numpy())
 
@@ -102,7 +102,7 @@ def _rounded(key: str, array: Array, dtype: np.dtype[Any]) -> Array:
 
 
 def _match_all(model: ir.Model, arrays: dict[str, Array]) -> dict[str, _Match]:
-    """Initializer name -> match. Constants that are no weights are added to ``arrays``."""
+    """Initializer name -> match. Constants that are not weights are added to ``arrays``."""
     by_size: dict[int, list[str]] = {}
     for key, array in arrays.items():
         by_size.setdefault(array.size, []).append(key)

@@ -1,7 +1,7 @@
 """Files from the hub: listed first, announced with their size, fetched with resume, used from its cache.
 
-huggingface_hub keeps the cache and makes the requests. Version 2 starts an interrupted file again from nothing,
-so the transfer is done here: into ``blobs/ETAG.incomplete``, to be continued by the next run.
+huggingface_hub keeps the cache and makes the requests. Its version 2 starts an interrupted file again from
+nothing, so the transfer is done here: into ``blobs/ETAG.incomplete``, where the next run resumes.
 HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN mean what they mean there.
 """
 
@@ -115,11 +115,6 @@ class Fetch:
         """Those that are not in the cache."""
         return [self.listing.files[name] for name in self.names if not self.listing.is_cached(name)]
 
-    @property
-    def total_bytes(self) -> int:
-        """Of all files, cached or not."""
-        return sum(self.listing.files[name].size for name in self.names)
-
 
 def parse_ref(text: str) -> HubRef | None:
     """``owner/name[@revision][:path]`` or ``owner/name/file.safetensors``; None where it is neither."""
@@ -136,7 +131,7 @@ def parse_ref(text: str) -> HubRef | None:
 
 
 def list_files(ref: HubRef, say: Say) -> Listing:
-    """What the repository holds. Where the hub cannot be reached, what the cache holds, and says so.
+    """What the repository holds; where the hub cannot be reached, what the cache holds, with a line about it.
 
     Raises ExportError where there is no such repository or revision, or neither hub nor cache has it.
     """
@@ -163,14 +158,14 @@ def list_files(ref: HubRef, say: Say) -> Listing:
 
 
 def read_small(listing: Listing, name: str) -> Path:
-    """Fetch one small file at once and without a word: what is needed to choose the others."""
+    """Fetch one small file at once, without an announcement: it is needed to choose the others."""
     _check_there(listing, name)
     _fetch_file(listing, listing.files[name])
     return listing.folder / name
 
 
 def choose_configs(listing: Listing) -> tuple[str, ...]:
-    """Everything but weights: configs, tokenizers, licence. Raises ExportError where it is no pipeline."""
+    """Everything but weights: configs, tokenizers, licence. Raises ExportError where it is not a pipeline."""
     if "model_index.json" not in listing.files:
         checkpoints = [name for name in listing.files if "/" not in name and name.endswith(".safetensors")]
         hint = f"; give one of its files, such as {listing.ref.repo}:{checkpoints[0]}" if checkpoints else ""
@@ -186,7 +181,7 @@ def choose_configs(listing: Listing) -> tuple[str, ...]:
 
 
 def choose_file(listing: Listing, name: str) -> tuple[str, ...]:
-    """One file, and the licence. Raises ExportError where it is not there, and says what is."""
+    """One file, and the licence. Raises ExportError where it is not there, naming files that are."""
     _check_there(listing, name)
     return (name, *_readme(listing))
 
@@ -212,13 +207,34 @@ def choose_weights(listing: Listing, folder: str) -> tuple[str, ...]:
 
 
 def fetch_all(wanted: Sequence[Fetch], say: Say, confirm: Callable[[str], bool]) -> None:
-    """Say what is fetched and how large it is, look at the disk, ask, and fetch what is not here yet."""
+    """Announce files and sizes, check the disk, ask, and fetch what is not in the cache."""
     missing = [file for fetch in wanted for file in fetch.missing]
     for fetch in wanted:
-        say(_describe(fetch))
-    if not missing:
-        _note_revisions(wanted)
-        return
+        listing, left = fetch.listing, sum(file.size for file in fetch.missing)
+        size = sum(listing.files[name].size for name in fetch.names)
+        state = f"{_size(left)} to fetch" if fetch.missing else "cached"
+        say(f"{listing.ref} ({listing.commit[:12]}): {_files(fetch.names)}, {_size(size)}, {state}")
+    if missing:
+        _announce(wanted, missing, say, confirm)
+    for fetch in wanted:
+        for file in fetch.missing:
+            _fetch_file(fetch.listing, file, say)
+        # Remember which commit a branch stood at, as the hub's client does: offline use starts there.
+        ref, commit = fetch.listing.ref, fetch.listing.commit
+        note = _storage(ref.repo) / "refs" / ref.revision
+        if ref.revision != commit and fetch.listing.online:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(commit, encoding="utf-8")
+
+
+class HubDownError(ExportError):
+    """The hub cannot be reached; what the cache has may do."""
+
+
+def _announce(
+    wanted: Sequence[Fetch], missing: Sequence[HubFile], say: Say, confirm: Callable[[str], bool]
+) -> None:
+    """Say how much is to be fetched, and ask. Raises ExportError where it cannot or shall not be."""
     total = sum(file.size for file in missing)
     summary = f"to fetch: {_files(missing)}, {_size(total)}, into {constants.HF_HUB_CACHE}"
     say(summary)
@@ -228,17 +244,23 @@ def fetch_all(wanted: Sequence[Fetch], say: Say, confirm: Callable[[str], bool])
             f"{offline.listing.ref.repo} is cached without {offline.missing[0].name}, and the hub cannot be "
             f"reached; {_by_hand(offline.listing.ref)}"
         )
-    _check_disk(total)
+    free = int(free_disk_gb(Path(constants.HF_HUB_CACHE)) * 2**30)
+    if free < total + _SPARE_BYTES:
+        raise ExportError(
+            f"the download is {_size(total)} and {constants.HF_HUB_CACHE} has {_size(free)} free; "
+            "make room, or set HF_HOME to a folder on another disk"
+        )
     if not confirm(summary):
         raise ExportError("nothing was fetched, as you chose")
-    for fetch in wanted:
-        for file in fetch.missing:
-            _fetch_file(fetch.listing, file, say)
-    _note_revisions(wanted)
 
 
-class HubDownError(ExportError):
-    """The hub cannot be reached; what the cache has may do."""
+def _files(found: Sequence[object]) -> str:
+    return f"{len(found)} file" + ("" if len(found) == 1 else "s")
+
+
+def _size(count: int) -> str:
+    """As the hub's pages count: 1 GB is 10**9 bytes."""
+    return decimal(count, precision=2)
 
 
 def _storage(repo: str) -> Path:
@@ -284,32 +306,6 @@ def _complete_sets(listing: Listing, prefix: str, variant: str) -> Iterator[tupl
         index = f"{prefix}{stem}.safetensors.index{variant}.json"
         if shards and index in listing.files and len(shards) == int(next(iter(shards.values()))[1]):
             yield (index, *sorted(shards))
-
-
-def _describe(fetch: Fetch) -> str:
-    listing = fetch.listing
-    left = sum(file.size for file in fetch.missing)
-    state = "cached" if not fetch.missing else f"{_size(left)} to fetch"
-    what = f"{_files(fetch.names)}, {_size(fetch.total_bytes)}"
-    return f"{listing.ref} ({listing.commit[:12]}): {what}, {state}"
-
-
-def _files(found: Sequence[object]) -> str:
-    return f"{len(found)} file" + ("" if len(found) == 1 else "s")
-
-
-def _size(count: int) -> str:
-    """As the hub's pages count: 1 GB is 10**9 bytes."""
-    return decimal(count, precision=2)
-
-
-def _check_disk(needed: int) -> None:
-    free = int(free_disk_gb(Path(constants.HF_HUB_CACHE)) * 2**30)
-    if free < needed + _SPARE_BYTES:
-        raise ExportError(
-            f"the download is {_size(needed)} and {constants.HF_HUB_CACHE} has {_size(free)} free; "
-            "make room, or set HF_HOME to a folder on another disk"
-        )
 
 
 def _fetch_file(listing: Listing, file: HubFile, say: Say = lambda line: None) -> None:
@@ -378,16 +374,6 @@ def _check_digest(partial: Path, file: HubFile) -> None:
         raise ExportError(
             f"{file.name} arrived damaged (its sha256 is not the hub's); run the same command again"
         )
-
-
-def _note_revisions(wanted: Sequence[Fetch]) -> None:
-    """Remember which commit a branch stood at, as the hub's client does: offline use starts there."""
-    for fetch in wanted:
-        ref, commit = fetch.listing.ref, fetch.listing.commit
-        note = _storage(ref.repo) / "refs" / ref.revision
-        if ref.revision != commit and fetch.listing.online:
-            note.parent.mkdir(parents=True, exist_ok=True)
-            note.write_text(commit, encoding="utf-8")
 
 
 class _NoBar(HubBar):

@@ -105,7 +105,7 @@ def resolve_sources(
     ``base`` is a hub id (``owner/name[@revision]``), a diffusers folder or a ``.safetensors`` checkpoint;
     None is the published recipe, in which every flag given replaces its part. ``loras`` are files or
     ``owner/name:file``, each with ``:scale`` or without. ``config`` is the pipeline whose configs a
-    checkpoint takes. ``say`` is told what is fetched, ``confirm`` asked once before (False ends it).
+    checkpoint takes. ``say`` gets a line on what is fetched, ``confirm`` is asked once before (False ends it).
     Raises ExportError with one line.
     """
     if profile:
@@ -182,10 +182,12 @@ class _Resolver:
         base, configs = self._base()
         loras = [self._file(text, "--lora") for text, _ in asked.loras]
         short = IP_ADAPTERS.get(asked.ip_adapter or "")
-        adapter = self._optional(self._file, short[0] if short else asked.ip_adapter, "--ip-adapter")
+        file = short[0] if short else asked.ip_adapter
+        adapter = self._file(file, "--ip-adapter") if file else None
         named = asked.image_encoder or (short[1] if short else None)
-        encoder = self._optional(self._folder, named, "--image-encoder")
-        vae = self._optional(self._folder, VAES.get(asked.vae or "", asked.vae), "--vae")
+        encoder = self._folder(named, "--image-encoder") if named else None
+        named = VAES.get(asked.vae or "", asked.vae)
+        vae = self._folder(named, "--vae") if named else None
         self._fetch()
         encoder = encoder or self._fitting_encoder(base, adapter)
         folder = base.path
@@ -268,9 +270,6 @@ class _Resolver:
         self.wanted.append(Fetch(listing, choose_configs(listing)))
         return _Place(listing.folder, listing)
 
-    def _optional(self, find: Callable[[str, str], _Place], text: str | None, flag: str) -> _Place | None:
-        return None if text is None else find(text, flag)
-
     def _file(self, text: str, flag: str) -> _Place:
         """A file here or on the hub; a repository alone, where it has only one that will do."""
         path, ref = Path(text), parse_ref(text)
@@ -347,7 +346,7 @@ def _only_weights(listing: Listing, flag: str) -> str:
 
 
 def _check_all(folder: Path, adapter: _Place | None, encoder: _Place | None, vae: _Place | None) -> None:
-    """Whole files, in their place; and an encoder that the adapter can read."""
+    """Raise ExportError where a file is damaged or missing, or the adapter cannot read the encoder."""
     models = [folder / role for role in MODEL_ROLES] + [place.path for place in (encoder, vae) if place]
     for model in models:
         check_weights(model)

@@ -1,7 +1,7 @@
 """A single-file SDXL checkpoint in the original key layout -> a diffusers folder in the cache, in fp16.
 
 diffusers' ``from_single_file`` reads it, with the configs of a pipeline folder and so without the network.
-Checked before: what kind of file it is, from its header. Checked after: that every weight found its place, and
+Checked before: what kind of file it is, from its header. Checked after: that every weight found its place and
 that fp16 holds it. The pipeline is in memory once in fp16, 7 GB for SDXL, less than the export takes later.
 """
 
@@ -138,7 +138,7 @@ def _convert(path: Path, shapes: Shapes, configs: Path, work: Path) -> None:
             pipeline: Any = StableDiffusionXLPipeline.from_single_file(
                 str(path), config=str(configs), torch_dtype=torch.float16, local_files_only=True, **left_out
             )
-        # It has no error of its own: a missing weight is a KeyError, an unfilled one a NotImplementedError.
+        # A missing weight is a KeyError in there, one left empty a NotImplementedError, and so on.
         except (LookupError, ValueError, RuntimeError, AttributeError, TypeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ExportError(f"{path} cannot be read as SDXL ({reason}); {hint}") from error
@@ -166,7 +166,7 @@ def _check_weights(path: Path, role: str, part: Any, keys: Sequence[str], shapes
 
 
 def _copy_configs(configs: Path, work: Path) -> None:
-    """Texts only. Raises ExportError where ``configs`` is no pipeline."""
+    """Texts only. Raises ExportError where ``configs`` is not a pipeline."""
     read_json(configs / "model_index.json")
     for source in _config_files(configs):
         place = work / source.relative_to(configs)

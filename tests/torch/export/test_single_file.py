@@ -160,7 +160,7 @@ def test_a_value_beyond_fp16_is_refused(clip_source: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("keep", "message"), [(0.5, "is incomplete"), (0.0001, "is no readable safetensors")]
+    ("keep", "message"), [(0.5, "is incomplete"), (0.0001, "is not a readable safetensors")]
 )
 def test_a_truncated_checkpoint_is_named(keep: float, message: str, checkpoint: Path, tmp_path: Path) -> None:
     data = checkpoint.read_bytes()

@@ -301,7 +301,7 @@ def test_a_shard_that_is_missing_cut_or_swapped_is_named(shards: Path) -> None:
     with pytest.raises(ExportError, match=rf"{first.name} is missing, and {INDEX} names it"):
         check_weights(shards)
     (shards / INDEX).write_text("[]", encoding="utf-8")
-    with pytest.raises(ExportError, match=rf"{INDEX} is no readable index"):
+    with pytest.raises(ExportError, match=rf"{INDEX} is not a readable index"):
         check_weights(shards)
 
 

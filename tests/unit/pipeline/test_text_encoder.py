@@ -126,7 +126,7 @@ def test_without_the_package_the_error_names_it(monkeypatch: pytest.MonkeyPatch)
 def test_a_damaged_tokenizer_is_refused(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
     make_tokenizer("!").save(tmp_path / "tokenizer")
     damage(tmp_path / "tokenizer")
-    with pytest.raises(BundleError, match="cannot be read.*; export the bundle again") as caught:
+    with pytest.raises(BundleError, match=r"cannot be read.*; export the bundle again") as caught:
         ClipTokenizer.load(tmp_path / "tokenizer")
     assert "\n" not in str(caught.value)
 
