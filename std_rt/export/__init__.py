@@ -5,20 +5,26 @@ Importing this costs nothing; torch is loaded by the first call.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from std_rt.export.build import export_pipeline
-    from std_rt.export.restore import load_torch_components
+    from torch import nn
+
+    from std_rt.core.bundle import Bundle
 
 __all__ = ["export_pipeline", "load_torch_components"]
 
-_HOMES = {"export_pipeline": "build", "load_torch_components": "restore"}
+
+def export_pipeline(source: Path, output: Path, **options: Any) -> Bundle:
+    """See `std_rt.export.build.export_pipeline`."""
+    from std_rt.export import build
+
+    return build.export_pipeline(source, output, **options)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+def load_torch_components(bundle: Bundle) -> dict[str, nn.Module]:
+    """See `std_rt.export.restore.load_torch_components`."""
+    from std_rt.export import restore
 
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return restore.load_torch_components(bundle)

@@ -1,4 +1,4 @@
-"""Export from end to end: read, fuse, trace, write, compare, and only then give the bundle its name."""
+"""Export, end to end: read, fuse, trace, write, compare, and only then give the bundle its name."""
 
 from __future__ import annotations
 
@@ -14,44 +14,42 @@ import torch
 
 from std_rt.core.bundle import Bundle, write_bundle
 from std_rt.core.errors import ExportError
-from std_rt.core.schedule import GRID_POINTS, NoiseSchedule
 from std_rt.export.estimate import check_room, estimate_export
-from std_rt.export.graphs import Example, Graph, Walk, style_graph, unet_graph, vae_graphs
+from std_rt.export.graphs import (
+    Example,
+    Graph,
+    ReferenceRun,
+    style_graph,
+    trace,
+    unet_graph,
+    vae_graphs,
+)
 from std_rt.export.ip_adapter import Branches, attach_diffusers, detach_diffusers
 from std_rt.export.lora import read_metadata, source_digest
 from std_rt.export.modules import ClipStyleEncoder, prepare_attention
-from std_rt.export.notes import read_notes
-from std_rt.export.onnx_graph import Port, trace
-from std_rt.export.options import (
-    ExportOptions,
+from std_rt.export.options import ExportOptions
+from std_rt.export.parity import check_graph, lint
+from std_rt.export.pipeline import Source, Style, read_source
+from std_rt.export.precision import half_dtype, to_half, vae_compute, within_range
+from std_rt.export.text import TextConstants, TextParts
+from std_rt.export.trajectory import (
     Trajectory,
     check_base,
     choose_trajectory,
     guidance_mode,
+    read_notes,
     remarks,
+    schedule_section,
 )
-from std_rt.export.parity import check_graph, lint
-from std_rt.export.pipeline import Source, Style, check_text, read_source
-from std_rt.export.precision import half_dtype, to_half, vae_compute, within_range
-from std_rt.export.text import TextConstants, TextParts
 from std_rt.export.weights import externalize
 
-__all__ = ["export_pipeline", "schedule_section"]
+__all__ = ["export_pipeline"]
 
 Progress = Callable[[str], None]
 _SMALLEST_PX, _LARGEST_PX = 64, 2048
 _LARGE = 500_000_000  # parameters of a UNet
-_PACKAGES = (
-    "std-rt",
-    "torch",
-    "diffusers",
-    "transformers",
-    "peft",
-    "onnx",
-    "onnxscript",
-    "onnxruntime",
-    "openvino",
-)
+_PACKAGES = ("std-rt", "torch", "diffusers", "transformers", "peft", "onnx", "onnxscript", "onnxruntime",
+             "openvino")  # fmt: skip
 
 
 def export_pipeline(
@@ -66,7 +64,8 @@ def export_pipeline(
     """Export the SDXL-layout folder ``source`` to the bundle ``output``.
 
     ``choices`` are the fields of `ExportOptions`. Every graph is compared with torch before the bundle gets
-    its name. ``remark`` is told what is allowed and yet should be known. Raises ExportError or BundleError.
+    its name. ``remark`` gets a line on whatever is allowed and yet worth knowing. Raises ExportError or
+    BundleError.
     """
     options = ExportOptions(Path(source), Path(output), **choices)
     trajectory = _plan(options, remark)
@@ -75,7 +74,7 @@ def export_pipeline(
         try:
             return Build(folder, options, trajectory, progress).run()
         except (MemoryError, RuntimeError) as error:
-            # torch says it with a RuntimeError of its own.
+            # torch reports it as a RuntimeError.
             if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
                 raise
             raise ExportError(
@@ -89,7 +88,7 @@ def _plan(options: ExportOptions, remark: Progress) -> Trajectory:
     """The schedule, from flags and the LoRAs' notes; what does not fit is found before weights are read."""
     notes = [read_notes(path, read_metadata(path)) for path, _ in options.lora]
     trajectory = choose_trajectory(options, notes)
-    guidance_mode(options, trajectory)  # said before the work, where it does not fit
+    guidance_mode(options, trajectory)  # raises before the work, where it does not fit
     if any(note.base_digest for note in notes):
         check_base(options, notes, source_digest(options.source / "unet"))
     for line in remarks(options, trajectory, notes):
@@ -119,15 +118,14 @@ class Build:
         self._source = read_source(options)
         self._parts = TextParts(options.source, options.prompt, options.negative)
         if options.prompts == "encoder" and not self._parts.roles:
-            raise ExportError(f"{options.source} has no text encoders, so --prompts encoder is not for it")
+            raise ExportError(f"{options.source} has no text encoders; leave --prompts encoder out")
         self._size = options.working_size(self._source.parameters)
         self._multiple = _check_size(self._size, self._source)
         self._compute = options.compute(self._source.parameters)
         # A large graph is compared at the smaller size alone, and on one backend: a minute each.
         self._large = self._source.parameters > _LARGE
-        small = _other_size(self._size, self._multiple)
-        walks = [Walk(small, 0.5)] if self._large else [Walk(self._size, 1.0), Walk(small, 0.5)]
-        self._walks = walks
+        full = [] if self._large else [ReferenceRun(self._size, 1.0)]
+        self._runs = [*full, ReferenceRun(_other_size(self._size, self._multiple), 0.5)]
         self._reference: dict[str, Example] = {}
         self._graphs: dict[str, dict[str, Any]] = {}
         self._parity: dict[str, dict[str, Any]] = {}
@@ -142,7 +140,14 @@ class Build:
         style = replace(style, module=torch.nn.Identity())
         text = self._text(style)
         self._unet(style, branches, text)
-        _write_reference(self._folder, self._reference)
+        # The smaller example: enough for a self-check, and small enough to ship.
+        reference = {
+            f"{name}/{side}/{key}": value
+            for name, example in self._reference.items()
+            for side, arrays in (("in", example.inputs), ("out", example.outputs))
+            for key, value in arrays.items()
+        }
+        np.savez_compressed(self._folder / "reference.npz", allow_pickle=False, **reference)
         self._progress("hashing")
         return self._manifest(style, branches)
 
@@ -150,7 +155,7 @@ class Build:
         self._progress("style encoder: torch")
         style, branches = self._source.load_style()
         with within_range(style.module, self._compute, "style encoder"):
-            examples = [walk.style(style) for walk in self._walks]
+            examples = [run.style(style) for run in self._runs]
         compute = "fp32"
         dtype = half_dtype(self._compute)
         if dtype is not None and isinstance(style.module, ClipStyleEncoder):
@@ -165,7 +170,7 @@ class Build:
         vae = self._source.load_vae()
         compute = vae_compute(vae, self._compute)
         with within_range(vae, compute, "vae"):
-            examples = list(zip(*(walk.vae(vae) for walk in self._walks), strict=True))
+            examples = list(zip(*(run.vae(vae) for run in self._runs), strict=True))
         dtype = half_dtype(compute)
         if dtype is not None:
             to_half(vae, dtype)
@@ -191,7 +196,7 @@ class Build:
         if open_prompts:
             parts.write_tokenizers(self._folder)
         text = parts.constants(source.text_dims)
-        check_text(text.arrays, source.unet)
+        source.check_text(text.arrays)
         constants = {**text.arrays, "negative_style_tokens": style.negative.numpy()}
         np.savez(self._folder / "conditioning.npz", allow_pickle=False, **constants)
         self._text_section = {
@@ -201,7 +206,7 @@ class Build:
             "zero_negative": text.zero_negative,
             "chunks": text.chunks,
             "file": "conditioning.npz",
-        } | ({"tokenizers": parts.tokenizers} if open_prompts else {})
+        } | ({"tokenizers": parts.tokenizer_folders} if open_prompts else {})
         return text
 
     def _unet(self, style: Style, branches: Branches, text: TextConstants) -> None:
@@ -212,7 +217,7 @@ class Build:
         schedule = self._source.schedule
         start = self._trajectory.rows(schedule, self._trajectory.steps[0])[0].timestep
         with within_range(unet, self._compute, "unet"):
-            examples = [walk.unet(unet, schedule, start, text.arrays) for walk in self._walks]
+            examples = [run.unet(unet, schedule, start, text.arrays) for run in self._runs]
         detach_diffusers(unet)
         prepare_attention(unet, branches)
         dtype = half_dtype(self._compute)
@@ -230,7 +235,7 @@ class Build:
 
     def _write(self, graph: Graph, compute: str) -> None:
         """Trace and store."""
-        self._graphs[graph.name] = _graph_entry(graph)
+        self._graphs[graph.name] = graph.entry()
         weights = self._options.weights if compute == "fp32" else compute
         self._precision[graph.name] = {"compute": compute, "weights": weights}
         self._progress(f"{graph.name}: tracing")
@@ -297,52 +302,6 @@ def _other_size(size: tuple[int, int], multiple: int) -> tuple[int, int]:
     """Another, smaller and not square size, to catch a graph that only works at one."""
     low = -(-_SMALLEST_PX // multiple) * multiple
     return low, low + multiple if size != (low, low + multiple) else low + 2 * multiple
-
-
-def _write_reference(folder: Path, examples: dict[str, Example]) -> None:
-    """The smaller example: enough for a self-check, and small enough to ship."""
-    arrays = {f"{name}/in/{key}": value for name, ex in examples.items() for key, value in ex.inputs.items()}
-    arrays |= {
-        f"{name}/out/{key}": value for name, ex in examples.items() for key, value in ex.outputs.items()
-    }
-    np.savez_compressed(folder / "reference.npz", allow_pickle=False, **arrays)
-
-
-def schedule_section(schedule: NoiseSchedule, trajectory: Trajectory) -> dict[str, Any]:
-    """The manifest's ``schedule``: every number a runtime needs to take the steps."""
-    steps: dict[str, dict[str, Any]] = {}
-    for count in sorted(trajectory.steps):
-        found = trajectory.rows(schedule, count)
-        rows = [[c.alpha_t, c.sigma_t, c.alpha_s, c.sigma_s, c.noise] for c in found]
-        steps[str(count)] = {"timesteps": [c.timestep for c in found], "coefficients": rows}
-    first = steps[str(trajectory.steps[0])]["timesteps"]
-    return {
-        "prediction_type": schedule.prediction_type,
-        "betas": schedule.betas().tolist(),  # not for running: so that a bundle can be trained on again
-        "kind": trajectory.kind,
-        "eta": trajectory.eta,
-        "tau": first[0],
-        "grid": GRID_POINTS,
-        "gamma": trajectory.gamma,
-        "default_steps": trajectory.steps[0],
-        "steps": steps,
-    }
-
-
-def _graph_entry(graph: Graph) -> dict[str, Any]:
-    return {
-        "file": f"{graph.name}.onnx",
-        "weights": graph.weights,
-        "renamed": dict(graph.renamed),
-        "class": graph.class_name,
-        "config": graph.config,
-        "inputs": [_port_entry(port) for port in graph.plan.inputs],
-        "outputs": [_port_entry(port) for port in graph.plan.outputs],
-    }
-
-
-def _port_entry(port: Port) -> dict[str, Any]:
-    return {"name": port.name, "shape": list(port.shape), "dtype": port.dtype, "meaning": port.meaning}
 
 
 def _versions() -> dict[str, str]:

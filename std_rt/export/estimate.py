@@ -1,4 +1,4 @@
-"""What an export would take of memory and disk, from the headers of its weight files, before work starts."""
+"""Memory and disk that an export takes, estimated from the headers of its weight files before work starts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from std_rt.export.sources.weight_files import read_shapes, weight_files
 
 __all__ = ["Need", "check_room", "estimate_export"]
 
-PARTS = ("unet", "vae", "image_encoder", "text_encoder", "text_encoder_2")
 _GB = 2**30
+_PARTS = ("unet", "vae", "image_encoder", "text_encoder", "text_encoder_2")
 _LOADED_BYTES = 4  # every part is read in fp32, one after the other
 _STORED_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 2}
-_INT8_BYTES = 1  # of the UNet, which alone is quantized
 _LARGE = 500_000_000  # parameters: from here on activations and traces take gigabytes
 _BESIDE_GB, _BESIDE_LARGE_GB = 1.0, 5.0  # Python, torch, activations; of SDXL 14.5 GB were measured
 _ON_DISK = 1.05  # graphs, reference pictures, the manifest
@@ -40,19 +39,22 @@ def estimate_export(
 ) -> Need:
     """What the export of a diffusers folder takes with weights stored in ``precision``.
 
-    fp32, fp16, bf16 or int8. ``parts`` are folders that take the place of the source's own (as
+    ``precision``: fp32, fp16, bf16 or int8. ``parts`` are folders used instead of the source's own (as
     ``{"vae": Path(...)}``), ``adapter`` an IP-Adapter file. ``text`` is False where prompts are baked in, so
-    that text encoders are loaded and not stored. Raises ExportError on an unreadable weight file or an
-    unknown precision.
+    that text encoders are loaded and not stored. Raises ExportError on an unreadable weight file.
     """
-    if precision not in _STORED_BYTES:
-        raise ExportError(f"there is no precision {precision!r}; use one of {', '.join(_STORED_BYTES)}")
-    folders = {part: source / part for part in PARTS} | (parts or {})
+    folders = {part: source / part for part in _PARTS} | (parts or {})
     sizes = {part: _parameters(folder) for part, folder in folders.items()}
-    stored = {part: size for part, size in sizes.items() if text or not part.startswith("text_")}
     adapter = adapter or source / "ip_adapter.safetensors"
     extra = _count(adapter) if adapter.suffix == ".safetensors" and adapter.is_file() else 0
-    return Need(_memory_gb(sizes, extra), _disk_gb(stored, extra, precision))
+    # The largest part in fp32; an adapter's weights join the UNet.
+    largest = max(sizes["unet"] + extra, *sizes.values())
+    beside = _BESIDE_LARGE_GB if largest >= _LARGE else _BESIDE_GB
+    stored = extra + sum(size for part, size in sizes.items() if text or not part.startswith("text_"))
+    stored_bytes = _STORED_BYTES[precision] * stored
+    if precision == "int8":  # the UNet alone is quantized
+        stored_bytes -= sizes["unet"]
+    return Need(_LOADED_BYTES * largest / _GB + beside, _ON_DISK * stored_bytes / _GB)
 
 
 def check_room(need: Need, output: Path) -> None:
@@ -69,20 +71,6 @@ def check_room(need: Need, output: Path) -> None:
             f"this export takes about {need.disk_gb:.1f} GB on disk and {disk:.1f} GB are free at {output}; "
             "delete something, give --output on another disk, or a smaller --precision"
         )
-
-
-def _memory_gb(sizes: dict[str, int], extra: int) -> float:
-    """The largest part in fp32; an adapter's weights join the UNet."""
-    largest = max(sizes["unet"] + extra, *sizes.values())
-    beside = _BESIDE_LARGE_GB if largest >= _LARGE else _BESIDE_GB
-    return _LOADED_BYTES * largest / _GB + beside
-
-
-def _disk_gb(stored: dict[str, int], extra: int, precision: str) -> float:
-    total = _STORED_BYTES[precision] * (sum(stored.values()) + extra)
-    if precision == "int8":
-        total -= (_STORED_BYTES[precision] - _INT8_BYTES) * stored["unet"]
-    return _ON_DISK * total / _GB
 
 
 def _parameters(folder: Path) -> int:

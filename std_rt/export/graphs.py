@@ -1,25 +1,149 @@
-"""The graphs of a bundle: their ports, what is traced, and torch's answers to seeded inputs."""
+"""The graphs of a bundle: their ports, how a module becomes ONNX, and torch's answers to seeded inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.fx import config as fx_config
 
 from std_rt.core.schedule import NoiseSchedule
-from std_rt.export.components import Network, plain_config
+from std_rt.export.components import Network, plain_config, quiet
 from std_rt.export.modules import UNet, VaeDecoder, VaeEncoder
-from std_rt.export.onnx_graph import Port, Trace
 from std_rt.export.pipeline import Source, Style
 
-__all__ = ["Example", "Graph", "Walk", "style_graph", "unet_graph", "vae_graphs"]
+__all__ = [
+    "Example",
+    "Graph",
+    "Port",
+    "ReferenceRun",
+    "Trace",
+    "style_graph",
+    "trace",
+    "unet_graph",
+    "vae_graphs",
+]
 
 Arrays = dict[str, NDArray[Any]]
-_CLEAN = "clean latents, scaled for the UNet"
+
+# 20 is the newest that ONNX Runtime, OpenVINO and TensorRT-RTX all take; OpenVINO executes the same
+# fused operations for 21 and 23.
+OPSET = 20
+_MAX_BATCH = 32  # 64 meets a limit of another axis, and torch then traces twice
+_MAX_UNITS = 1024
+_STACKS = "do_not_emit_stack_traces"
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of a graph: float32 or int64. In ``shape`` a name stands for an open axis."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    meaning: str
+    dtype: str = "float32"
+
+    @property
+    def open_axes(self) -> list[str]:
+        """Names of the axes whose sizes are left open."""
+        return [axis for axis in self.shape if isinstance(axis, str)]
+
+    def entry(self) -> dict[str, Any]:
+        """As the manifest lists it."""
+        return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype, "meaning": self.meaning}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What to trace: a module whose arguments are ``inputs`` and whose results are ``outputs``, in order.
+
+    ``multiples`` says of which number an open axis must be a multiple.
+    """
+
+    module: nn.Module
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    multiples: Mapping[str, int] = field(default_factory=dict)
+
+
+def trace(plan: Trace) -> ir.Model:
+    """Export ``plan`` at a made-up size; every axis given by name stays open, under that name."""
+    dims = {axis: _dim(axis, plan.multiples.get(axis, 1)) for port in plan.inputs for axis in port.open_axes}
+    shapes = {port.name: {i: dims[a] for i, a in enumerate(port.shape) if a in dims} for port in plan.inputs}
+    with quiet("torch.onnx", "torch.export", "onnxscript", "onnx_ir"), _without_stacks(), torch.no_grad():
+        program = torch.onnx.export(
+            plan.module.eval(),
+            (),
+            kwargs=_trace_inputs(plan),
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=shapes,
+            output_names=[port.name for port in plan.outputs],
+            verbose=False,
+        )
+    assert program is not None
+    return _tidy(program.model, plan)
+
+
+@contextmanager
+def _without_stacks() -> Iterator[None]:
+    """Tracing records the source line of each operation: a third of its time, and nobody reads it."""
+    before = getattr(fx_config, _STACKS, None)
+    if before is not None:
+        setattr(fx_config, _STACKS, True)
+    try:
+        yield
+    finally:
+        if before is not None:
+            setattr(fx_config, _STACKS, before)
+
+
+def _dim(axis: str, multiple: int) -> Dim:
+    if axis == "batch":
+        return Dim(axis, min=1, max=_MAX_BATCH)
+    unit = Dim(f"{axis}_units", min=1, max=_MAX_UNITS)
+    return unit if multiple == 1 else multiple * unit
+
+
+def _trace_inputs(plan: Trace) -> dict[str, Tensor]:
+    """Inputs whose sizes differ from each other and from 1, so that tracing confuses no two axes."""
+    sizes = {"batch": 2}
+    for port in plan.inputs:
+        for axis in port.open_axes:
+            sizes.setdefault(axis, plan.multiples.get(axis, 1) * (2 + len(sizes)))
+    shapes = {p.name: [sizes[a] if isinstance(a, str) else a for a in p.shape] for p in plan.inputs}
+    # Integers are token ids, and every vocabulary has a token 1.
+    fills = {"float32": 0.5, "int64": 1}
+    return {
+        port.name: torch.full(shapes[port.name], fills[port.dtype], dtype=getattr(torch, port.dtype))
+        for port in plan.inputs
+    }
+
+
+def _tidy(model: ir.Model, plan: Trace) -> ir.Model:
+    """Give open axes their plain names, drop what only a debugger reads."""
+    for value, port in zip(
+        [*model.graph.inputs, *model.graph.outputs], [*plan.inputs, *plan.outputs], strict=True
+    ):
+        value.shape = ir.Shape(port.shape)
+    ends = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            if id(value) not in ends:
+                value.shape = value.type = None
+            value.metadata_props.clear()
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    return model
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +155,8 @@ class Graph:
     state: Mapping[str, Tensor]
     class_name: str
     config: dict[str, Any]
-    # Where the weights lie, and how the names there become the module's: {"patchify.": "encoder."}.
+    # The graph whose weights file holds them, and how names there become the module's:
+    # {"patchify.": "encoder."}.
     weights_of: str = ""
     renamed: Mapping[str, str] = field(default_factory=dict)
 
@@ -39,6 +164,18 @@ class Graph:
     def weights(self) -> str:
         """Name of the weights file."""
         return f"{self.weights_of or self.name}.safetensors"
+
+    def entry(self) -> dict[str, Any]:
+        """As the manifest lists it."""
+        return {
+            "file": f"{self.name}.onnx",
+            "weights": self.weights,
+            "renamed": dict(self.renamed),
+            "class": self.class_name,
+            "config": self.config,
+            "inputs": [port.entry() for port in self.plan.inputs],
+            "outputs": [port.entry() for port in self.plan.outputs],
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,9 +201,9 @@ def style_graph(style: Style) -> Graph:
 def vae_graphs(source: Source, vae: Network, dtype: torch.dtype, style: Style) -> list[Graph]:
     """vae_encoder and vae_decoder of a VAE whose weights are of ``dtype``."""
     scale = source.vae_scale
-    image, z = _image("image", "RGB in [-1, 1]"), _latents("latents", source, _CLEAN)
+    image, z = _image("RGB in [-1, 1]"), _latents("latents", source, "clean latents, scaled for the UNet")
     encoder = Trace(VaeEncoder(vae, dtype), (image,), (z,), {"height": scale, "width": scale})
-    decoder = Trace(VaeDecoder(vae, dtype), (z,), (_image("image", "RGB, about [-1, 1], not clamped"),))
+    decoder = Trace(VaeDecoder(vae, dtype), (z,), (_image("RGB, about [-1, 1], not clamped"),))
     halves = (
         ("vae_encoder", encoder, ("encoder.", "quant_conv.")),
         ("vae_decoder", decoder, ("decoder.", "post_quant")),
@@ -115,19 +252,19 @@ def unet_graph(source: Source, unet: Network, dtype: torch.dtype, style: Style, 
     return Graph("unet", plan, unet.state_dict(), type(unet).__name__, plain_config(unet))
 
 
-def _image(name: str, meaning: str) -> Port:
-    return Port(name, ("batch", 3, "height", "width"), meaning)
+def _image(meaning: str) -> Port:
+    return Port("image", ("batch", 3, "height", "width"), meaning)
 
 
 def _latents(name: str, source: Source, meaning: str) -> Port:
     return Port(name, ("batch", source.unet.config.in_channels, "latent_height", "latent_width"), meaning)
 
 
-class Walk:
-    """One seeded picture and style on their way through the source's own modules, in fp32.
+class ReferenceRun:
+    """One seeded picture and style through the source's own modules, in fp32.
 
-    Called part by part, in the order below; each answers with the inputs that its graph will see and
-    torch's outputs. ``size`` is (H, W) in px.
+    Call the methods in the order below; each returns the inputs that its graph will get, and torch's outputs
+    for them. ``size`` is (H, W) in px, ``strength`` the factor of the style's attention.
     """
 
     def __init__(self, size: tuple[int, int], strength: float) -> None:
@@ -137,7 +274,8 @@ class Walk:
     def style(self, style: Style) -> Example:
         """A style picture through the style encoder."""
         picture = _picture((style.image_px,) * 2, self._rng)
-        self._tokens, self._pooled = _split(style.module(picture))
+        result = style.module(picture)
+        self._tokens, self._pooled = result if isinstance(result, tuple) else (result, None)
         outputs = {"style_tokens": self._tokens}
         if self._pooled is not None:
             outputs["text_embeds"] = self._pooled
@@ -168,24 +306,15 @@ class Walk:
         for processor in unet.attn_processors.values():
             if getattr(processor, "scale", [0.0]) != [0.0]:
                 processor.scale = [self.strength]
-        return _example(inputs, {"noise_pred": _diffusers_unet(unet, inputs)})
-
-
-def _diffusers_unet(unet: Network, inputs: Mapping[str, Tensor]) -> Tensor:
-    added = {key: inputs[key] for key in ("text_embeds", "time_ids")}
-    call: Callable[..., Any] = unet
-    output: Tensor = call(
-        inputs["sample"],
-        inputs["timestep"],
-        inputs["encoder_hidden_states"],
-        added_cond_kwargs={**added, "image_embeds": [inputs["style_tokens"]]},
-        return_dict=False,
-    )[0]
-    return output
-
-
-def _split(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
-    return result if isinstance(result, tuple) else (result, None)
+        added = {key: inputs[key] for key in ("text_embeds", "time_ids")}
+        output = unet(
+            inputs["sample"],
+            inputs["timestep"],
+            inputs["encoder_hidden_states"],
+            added_cond_kwargs={**added, "image_embeds": [inputs["style_tokens"]]},
+            return_dict=False,
+        )[0]
+        return _example(inputs, {"noise_pred": output})
 
 
 def _picture(size: tuple[int, int], rng: torch.Generator) -> Tensor:

@@ -17,8 +17,7 @@ from diffusers.models.embeddings import ImageProjection, IPAdapterPlusImageProje
 from torch import Tensor, nn
 
 from std_rt.core.errors import ExportError
-from std_rt.export.components import Network, read_config
-from std_rt.export.quiet import quiet
+from std_rt.export.components import Network, quiet, read_config
 from std_rt.export.sources.weight_files import open_weights
 
 __all__ = [
@@ -34,6 +33,11 @@ __all__ = [
 # Cross-attention layer -> (to_k_ip, to_v_ip), in fp32.
 Branches = Mapping[str, tuple[Tensor, Tensor]]
 
+# What an adapter reads -> (key of the encoder's config with its width, encoders of that width).
+_ENCODER_WIDTHS = {
+    "hidden": ("hidden_size", {1280: "ViT-H", 1664: "ViT-bigG"}),
+    "pooled": ("projection_dim", {1024: "ViT-H", 1280: "ViT-bigG"}),
+}
 # InstantStyle's choice (arXiv 2404.02733): the one block that carries style in SDXL.
 _PUBLISHED = "up_blocks.0.attentions.1."
 
@@ -46,7 +50,7 @@ def read_ip_adapter(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Tensor]
     for key, value in _read(path).items():
         prefix, _, rest = key.partition(".")
         if prefix not in parts:
-            raise ExportError(f"{path} is no IP-Adapter file: it has a key {key!r}")
+            raise ExportError(f"{path} is not an IP-Adapter file: it has a key {key!r}")
         parts[prefix][rest] = value
     _check_kind(path, parts["image_proj"], parts["ip_adapter"])
     return {key: value.float() for key, value in parts["image_proj"].items()}, parts["ip_adapter"]
@@ -64,21 +68,18 @@ def projection_reads(path: Path) -> tuple[str, int] | None:
 
 def check_encoder(path: Path, folder: Path) -> None:
     """Raise ExportError unless the CLIP encoder in ``folder`` gives vectors as wide as the adapter reads."""
-    reads, config = projection_reads(path), read_config("image_encoder", folder)
-    given = {"hidden": config.get("hidden_size"), "pooled": config.get("projection_dim")}
-    gives = None if reads is None else given[reads[0]]
-    if reads is None or gives in (None, reads[1]):
+    reads = projection_reads(path)
+    if reads is None:
         return
-    raise ExportError(
-        f"{path} reads {reads[0]} vectors of {_encoder_name(*reads)}, and the image encoder in {folder} "
-        f"gives {_encoder_name(reads[0], gives)}; give --image-encoder the one it was trained with"
-    )
-
-
-def _encoder_name(kind: str, width: Any) -> str:
-    names = {"hidden": {1280: "ViT-H", 1664: "ViT-bigG"}, "pooled": {1024: "ViT-H", 1280: "ViT-bigG"}}
-    known = names[kind].get(width)
-    return f"{width} ({known})" if known else str(width)
+    kind, width = reads
+    key, names = _ENCODER_WIDTHS[kind]
+    gives = read_config("image_encoder", folder).get(key)
+    if gives not in (None, width):
+        taken, given = (f"{side} ({names[side]})" if side in names else str(side) for side in (width, gives))
+        raise ExportError(
+            f"{path} reads {kind} vectors of {taken}, and the image encoder in {folder} gives {given}; "
+            "give --image-encoder the one it was trained with"
+        )
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -94,26 +95,24 @@ def _read(path: Path) -> dict[str, Tensor]:
 def _read_bin(path: Path) -> dict[str, Tensor]:
     """torch's format, by the reader that builds tensors and containers and runs nothing else."""
     try:
-        found = _load_bin(path)
+        with path.open("rb") as stream:
+            is_zip = (
+                stream.read(4) == b"PK\x03\x04"
+            )  # the present format can be mapped, the older is read whole
+        with quiet():
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise ExportError(
-            f"IP-Adapter weights {path} hold more than tensors, perhaps code, and nothing of them was run; "
+            f"IP-Adapter weights {path} hold more than tensors, perhaps code, and none of it was run; "
             "get the .safetensors of this adapter"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ExportError(f"IP-Adapter weights {path} cannot be read: {_line(error)}") from error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ExportError(f"IP-Adapter weights {path} cannot be read: {reason}") from error
     flat = dict(_flatten(found)) if isinstance(found, dict) else {}
     if not flat:
-        raise ExportError(f"{path} is no IP-Adapter file: it holds no named tensors")
+        raise ExportError(f"{path} is not an IP-Adapter file: it holds no named tensors")
     return flat
-
-
-def _load_bin(path: Path) -> Any:
-    """Mapped where the file is of the present format (a zip); the older one is read whole."""
-    with path.open("rb") as stream:
-        is_zip = stream.read(4) == b"PK\x03\x04"
-    with quiet():
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
 def _flatten(found: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -125,17 +124,13 @@ def _flatten(found: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _flatten(value, f"{prefix}{key}.")
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 def _check_kind(path: Path, projection: Mapping[str, Tensor], branches: Mapping[str, Tensor]) -> None:
     """Raises ExportError for adapters that are not of SDXL's two kinds."""
     if any("lora" in key for key in branches) or any(
         key.startswith(("perceiver_resampler.", "proj.0.", "id_encoder")) for key in projection
     ):
         raise ExportError(
-            f"{path} is a FaceID or full-face adapter, which reads a face's embedding and no style; "
+            f"{path} is a FaceID or full-face adapter, which reads a face's embedding and not a style; "
             "give IP-Adapter Plus or the plain one"
         )
     widths = {value.shape[1] for key, value in branches.items() if key.endswith("to_k_ip.weight")}
@@ -154,7 +149,7 @@ def cross_layers(unet: Network) -> list[str]:
 
 
 class _MappedBranches(Branches):
-    """Branches that are read, in fp32, when they are asked for."""
+    """Branches that are read, in fp32, when they are taken out."""
 
     def __init__(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         self._pairs = pairs
@@ -287,16 +282,9 @@ def projection_config(module: Network) -> dict[str, Any]:
             "ffn_ratio": first.ff[1].net[0].proj.weight.shape[0] / hidden,
         }
         return {"class": "IPAdapterPlusImageProjection", "arguments": arguments}
-    tokens, dim = module.num_image_text_embeds, module.norm.weight.shape[0]
     arguments = {
         "image_embed_dim": module.image_embeds.weight.shape[1],
-        "cross_attention_dim": dim,
-        "num_image_text_embeds": tokens,
+        "cross_attention_dim": module.norm.weight.shape[0],
+        "num_image_text_embeds": module.num_image_text_embeds,
     }
     return {"class": "ImageProjection", "arguments": arguments}
-
-
-def projection_tokens(module: Network) -> int:
-    """How many style tokens the projection gives."""
-    plus = isinstance(module, IPAdapterPlusImageProjection)
-    return int(module.latents.shape[1] if plus else module.num_image_text_embeds)

@@ -1,4 +1,4 @@
-"""Fuse LoRAs into the UNet (and text encoders) in fp32, before anything is traced.
+"""LoRA fusing, into the UNet (and text encoders) in fp32, before anything is traced.
 
 Key names of diffusers (three generations), PEFT and kohya are read, for the UNet in diffusers' or in the
 original model's terms. Layers are merged one at a time straight from the file: beside the model itself no
@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +93,17 @@ def fuse_lora(
     notes = _adapter_notes(path)
     with open_weights(path, "LoRA") as file:
         for layer, name, module in found:
-            _merge(module, file.get_tensor(layer.down), file.get_tensor(layer.up),
-                   scale * _strength(layer, name, notes, file, shapes))  # fmt: skip
+            rank, own = shapes[layer.down][0], notes.get(layer.role, {})
+            alpha = (
+                _noted_alpha(own, name, rank) if layer.alpha is None else float(file.get_tensor(layer.alpha))
+            )
+            strength = alpha / (math.sqrt(rank) if own.get("use_rslora") else rank)
+            # A convolution's kernel is a row of the same product.
+            delta = file.get_tensor(layer.up).float().flatten(1) @ file.get_tensor(
+                layer.down
+            ).float().flatten(1)
+            weight: Tensor = module.weight.data
+            weight.add_(delta.view_as(weight).to(weight.dtype), alpha=scale * strength)
 
 
 def check_lora(parts: Mapping[str, nn.Module], path: Path, *, elsewhere: Collection[str] = ()) -> None:
@@ -110,21 +119,16 @@ def _placed(
     for role in sorted({layer.role for layer in layers}):
         if role not in parts and role not in elsewhere:
             raise ExportError(f"LoRA {path} changes {role}, which this pipeline does not have")
-    return [
-        pair
-        for role, module in parts.items()
-        for pair in _place(role, module, [layer for layer in layers if layer.role == role], path, shapes)
-    ]
+    return [placed for role, module in parts.items() for placed in _place(role, module, layers, path, shapes)]
 
 
 def original_names(unet: Any) -> dict[str, str]:
     """Module of a diffusers UNet -> its name in the original SDXL code, for those with weights."""
-    per_block = unet.config.layers_per_block + 1
-    names = {}
-    for name, module in unet.named_modules():
-        if next(module.parameters(recurse=False), None) is not None:
-            names[name] = _original_name(name, per_block, unet)
-    return names
+    return {
+        name: _original_name(name, unet.config.layers_per_block + 1, unet)
+        for name, module in unet.named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+    }
 
 
 @dataclass(frozen=True)
@@ -138,63 +142,52 @@ class _Layer:
     alpha: str | None
 
 
-@dataclass
-class _Keys:
-    down: dict[str, str] = field(default_factory=dict)
-    up: dict[str, str] = field(default_factory=dict)
-    alpha: dict[str, str] = field(default_factory=dict)
-
-
 def _read_layers(path: Path, shapes: Shapes) -> list[_Layer]:
     """Sort the file's keys into layers. Raises ExportError where one is of another kind, or half there."""
-    keys = _Keys()
+    down: dict[str, str] = {}
+    up: dict[str, str] = {}
+    alpha: dict[str, str] = {}
     for key in shapes:
-        for pattern, found in ((_DOWN, keys.down), (_UP, keys.up), (_ALPHA, keys.alpha)):
+        for pattern, found in ((_DOWN, down), (_UP, up), (_ALPHA, alpha)):
             if match := pattern.fullmatch(key):
                 found[match[1]] = key
                 break
         else:
-            raise ExportError(f"LoRA {path} {_kind_of(key)}")
-    if not keys.down:
+            for mark, kind in _OTHER_KINDS:
+                if mark in key:
+                    raise ExportError(
+                        f"LoRA {path} is {kind} (it has {key}), which std-rt does not fuse; use a plain LoRA"
+                    )
+            raise ExportError(
+                f"LoRA {path} has unknown key names ({key}); std-rt reads those of diffusers, PEFT and kohya"
+            )
+    if not down:
         raise ExportError(f"LoRA {path} has no LoRA weights in it")
-    if odd := sorted((keys.down.keys() ^ keys.up.keys()) | (keys.alpha.keys() - keys.down.keys())):
+    if odd := sorted((down.keys() ^ up.keys()) | (alpha.keys() - down.keys())):
         raise ExportError(f"LoRA {path} has only a part of the layer {odd[0]}; download it again")
-    return [
-        _Layer(*_split_role(stem), keys.down[stem], keys.up[stem], keys.alpha.get(stem)) for stem in keys.down
-    ]
-
-
-def _kind_of(key: str) -> str:
-    for mark, kind in _OTHER_KINDS:
-        if mark in key:
-            return f"is {kind} (it has {key}), which std-rt does not fuse; use a plain LoRA"
-    return f"has unknown key names ({key}); std-rt reads those of diffusers, PEFT and kohya"
-
-
-def _split_role(stem: str) -> tuple[str, str]:
-    """(part, name within it); a name without a prefix is the UNet's."""
-    stem = stem.removeprefix("base_model.model.")
-    for prefix, role in _PREFIXES:
-        if stem.startswith(prefix):
-            return role, stem.removeprefix(prefix)
-    return "unet", stem
+    layers = []
+    for stem in down:
+        bare = stem.removeprefix("base_model.model.")
+        # A name without a prefix is the UNet's.
+        prefix, role = next((pair for pair in _PREFIXES if bare.startswith(pair[0])), ("", "unet"))
+        layers.append(_Layer(role, bare.removeprefix(prefix), down[stem], up[stem], alpha.get(stem)))
+    return layers
 
 
 def _place(
     role: str, module: nn.Module, layers: Sequence[_Layer], path: Path, shapes: Shapes
 ) -> Iterator[tuple[_Layer, str, nn.Module]]:
-    """(layer, name in the module, the module's layer) for all. Raises ExportError on the first misfit."""
-    known = _known_names(role, module) if layers else {}
-    names = [known.get(_flat(layer.name)) for layer in layers]
-    if None in names:
-        stranger = layers[names.index(None)]
-        fit = len(names) - names.count(None)
+    """(layer, name in the module, the module's layer) of a part. Raises ExportError on the first misfit."""
+    own = [layer for layer in layers if layer.role == role]
+    known = _known_names(role, module) if own else {}
+    strangers = [layer for layer in own if _flat(layer.name) not in known]
+    if strangers:
         raise ExportError(
-            f"LoRA {path} has weights for {len(names)} layers of the {role}, of which {fit} fit (not "
-            f"{stranger.name}); it was made for {_family(shapes)}"
+            f"LoRA {path} has weights for {len(own)} layers of the {role}, of which "
+            f"{len(own) - len(strangers)} fit (not {strangers[0].name}); it was made for {_family(shapes)}"
         )
-    for layer, name in zip(layers, names, strict=True):
-        assert name is not None
+    for layer in own:
+        name = known[_flat(layer.name)]
         target = module.get_submodule(name)
         _check_shape(role, name, target, layer, path, shapes)
         yield layer, name, target
@@ -248,24 +241,6 @@ def _family(shapes: Shapes) -> str:
     return "another model"
 
 
-def _merge(target: nn.Module, down: Tensor, up: Tensor, strength: float) -> None:
-    """``weight += strength up down``; a convolution's kernel is a row of the same product."""
-    weight: Tensor = target.weight.data  # type: ignore[assignment]
-    delta = up.float().flatten(1) @ down.float().flatten(1)
-    weight.add_(delta.view_as(weight).to(weight.dtype), alpha=strength)
-
-
-def _strength(layer: _Layer, name: str, notes: Mapping[str, Any], file: Any, shapes: Shapes) -> float:
-    """``alpha / rank`` (or ``alpha / sqrt(rank)`` where the notes say rsLoRA)."""
-    rank = shapes[layer.down][0]
-    own = notes.get(layer.role, {})
-    if layer.alpha is not None:
-        alpha = float(file.get_tensor(layer.alpha))
-    else:
-        alpha = _noted_alpha(own, name, rank)
-    return alpha / (math.sqrt(rank) if own.get("use_rslora") else rank)
-
-
 def _noted_alpha(notes: Mapping[str, Any], name: str, rank: int) -> float:
     for pattern, alpha in (notes.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):  # PEFT's rule
@@ -278,23 +253,19 @@ def _adapter_notes(path: Path) -> dict[str, dict[str, Any]]:
     """What diffusers (in the file) or PEFT (in a file beside it) says of rank and alpha, by part."""
     text = read_metadata(path).get("lora_adapter_metadata")
     beside = path.parent / "adapter_config.json"
-    if text is None and path.name == "adapter_model.safetensors" and beside.is_file():
-        return {"unet": _json(beside.read_text(encoding="utf-8"), beside)}
-    notes: dict[str, dict[str, Any]] = {}
-    for key, value in (_json(text, path) if text else {}).items():
-        role, _, name = key.partition(".")
-        notes.setdefault(role, {})[name] = value
-    return notes
-
-
-def _json(text: str, path: Path) -> dict[str, Any]:
+    is_peft = text is None and path.name == "adapter_model.safetensors" and beside.is_file()
     try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ExportError(f"LoRA {path} has damaged notes (lora_adapter_metadata: {error})") from error
-    if not isinstance(found, dict):
-        raise ExportError(f"LoRA {path} has damaged notes (lora_adapter_metadata is no JSON object)")
-    return found
+        found = json.loads(beside.read_text(encoding="utf-8") if is_peft else text or "{}")
+        if is_peft:
+            return {"unet": dict(found)}
+        notes: dict[str, dict[str, Any]] = {}
+        for key, value in found.items():
+            role, _, name = key.partition(".")
+            notes.setdefault(role, {})[name] = value
+    except (ValueError, TypeError, AttributeError) as error:
+        where = beside.name if is_peft else "lora_adapter_metadata"
+        raise ExportError(f"LoRA {path} has damaged notes ({where}: {error})") from error
+    return notes
 
 
 _ENDS = {

@@ -1,4 +1,4 @@
-"""One SDXL-layout folder: what its configs say, and its parts one at a time.
+"""The source of an export: one SDXL-layout folder, its configs read and checked, its parts loaded one by one.
 
 A 2.6 B-parameter UNet in fp32 is 10 GB, so no two large parts are ever in memory together.
 """
@@ -19,7 +19,16 @@ from std_rt.core.base_model import licence
 from std_rt.core.errors import ExportError
 from std_rt.core.files import file_digest
 from std_rt.core.schedule import NoiseSchedule
-from std_rt.export.components import Network, load_part, plain_config, read_config, read_json, resolve
+from std_rt.export.components import (
+    Network,
+    load_part,
+    plain_config,
+    quiet,
+    read_config,
+    read_json,
+    resolve,
+    text_roles,
+)
 from std_rt.export.ip_adapter import (
     Branches,
     check_encoder,
@@ -27,16 +36,14 @@ from std_rt.export.ip_adapter import (
     make_projection,
     pair_branches,
     projection_config,
-    projection_tokens,
     read_ip_adapter,
 )
 from std_rt.export.lora import check_lora, fuse_lora
 from std_rt.export.modules import CLIP_MEAN, CLIP_STD, ClipStyleEncoder
 from std_rt.export.options import ExportOptions
-from std_rt.export.quiet import quiet
+from std_rt.models.style_encoder import StyleEncoder
 
-__all__ = ["Source", "Style", "check_text", "read_source"]
-
+__all__ = ["Source", "Style", "read_source"]
 
 # Settings of UNet2DConditionModel that SDXL leaves off.
 _UNSUPPORTED = (
@@ -97,7 +104,8 @@ class Source:
     @property
     def vae_scale(self) -> int:
         """Image pixels per latent pixel; every class here has one level a factor of two."""
-        return 2 ** (_vae_levels(self.vae_config) - 1)
+        config = self.vae_config
+        return int(2 ** (len(config.get("block_out_channels") or config["encoder_block_out_channels"]) - 1))
 
     @property
     def latent_multiple(self) -> int:
@@ -107,7 +115,9 @@ class Source:
     @property
     def text_dims(self) -> tuple[int, int]:
         """(context tokens' width, pooled vector's width)."""
-        return _text_dims(self.unet)
+        config = self.unet.config
+        time_ids = 6 * config.addition_time_embed_dim
+        return config.cross_attention_dim, config.projection_class_embeddings_input_dim - time_ids
 
     @property
     def parameters(self) -> int:
@@ -121,7 +131,14 @@ class Source:
     def load_vae(self) -> Network:
         """Raises ExportError where it has latents that the UNet does not take."""
         vae = load_part("vae", self.vae_folder)
-        _check_vae(vae, self.unet)
+        given, taken = vae.config.latent_channels, self.unet.config.in_channels
+        if given != taken:
+            raise ExportError(
+                f"the VAE has {given} latent channels, the UNet {taken}; give the matching one with --vae"
+            )
+        for key in ("latents_mean", "latents_std"):
+            if getattr(vae.config, key, None) is not None:
+                raise ExportError(f"the VAE has {key}, which std-rt does not export")
         return vae
 
     def load_text_encoder(self, role: str) -> Network:
@@ -130,8 +147,31 @@ class Source:
 
     def load_style(self) -> tuple[Style, Branches]:
         """The style encoder, and the image branches of the layers that keep one."""
-        style, branches = _read_style(self.options, self.unet, self.adapter)
+        adapter, folder = self.adapter, _encoder_folder(self.options, self.adapter)
+        projection, weights = read_ip_adapter(adapter)
+        branches = pair_branches(self.unet, weights)
+        dim = next(iter(branches.values()))[0].shape[1]
+        encoder = load_part("image_encoder", folder)
+        own = isinstance(encoder, StyleEncoder)
+        if own and projection:
+            raise ExportError(
+                f"{adapter} has image_proj weights, and {folder} is a StyleEncoder, which has its own"
+            )
+        if not own and not projection:
+            raise ExportError(f"{adapter} has no image_proj weights, which the encoder in {folder} needs")
+        style = _own_style(encoder) if own else _clip_style(encoder, self.unet, projection, adapter, folder)
+        if style.dim != dim:
+            raise ExportError(f"style tokens are {style.dim} wide, the attention in {adapter} takes {dim}")
         return style, {layer: branches[layer] for layer in self.layers}
+
+    def check_text(self, text: Mapping[str, Any]) -> None:
+        """Raise ExportError where baked text does not fit the UNet."""
+        found = (text["encoder_hidden_states"].shape[2], text["text_embeds"].shape[1])
+        if found != self.text_dims:
+            raise ExportError(
+                f"the text encoders give vectors of {found[0]} and {found[1]}, "
+                f"the UNet takes {self.text_dims[0]} and {self.text_dims[1]}"
+            )
 
     def listed(self) -> list[dict[str, Any]]:
         """What the bundle is made of, for its manifest; reads every byte once to hash it."""
@@ -142,14 +182,14 @@ class Source:
         return found + ([self._entry("vae", self.vae_folder)] if options.vae else [])
 
     def _entry(self, role: str, path: Path) -> dict[str, Any]:
-        local = {"role": role, "id": path.resolve().name, "sha256": _digest(path), "licence": _licence(path)}
+        terms = licence(path if path.is_dir() else path.parent) or "unknown"
+        local = {"role": role, "id": path.resolve().name, "sha256": _digest(path), "licence": terms}
         origin = self.options.origins.get(path)
         return local if origin is None else local | origin.entry()
 
     def _fused(self, role: str, module: Network) -> Network:
         for path, scale in self.options.lora:
-            known = {"unet", *self.text_roles}
-            fuse_lora({role: module}, path, scale, elsewhere=known)
+            fuse_lora({role: module}, path, scale, elsewhere={"unet", *self.text_roles})
         return module
 
 
@@ -160,30 +200,24 @@ def read_source(options: ExportOptions) -> Source:
     config = read_config("unet", folder / "unet")
     _check_unet(config)
     with torch.device("meta"), quiet("diffusers"):
-        unet = resolve("unet", config["_class_name"]).from_config(config)  # type: ignore[attr-defined]
+        unet = resolve("unet", config["_class_name"]).from_config(config)
     vae_config = read_config("vae", options.vae or folder / "vae")
-    roles = _text_roles(folder)
+    roles = text_roles(folder)
     for path, _ in options.lora:
         check_lora({"unet": unet}, path, elsewhere=roles)
-    adapter = _adapter_path(options)
+    adapter = options.ip_adapter or folder / "ip_adapter.safetensors"
+    if not adapter.is_file():
+        raise ExportError(
+            f"no IP-Adapter weights at {adapter}, and a style needs them; "
+            "give --ip-adapter ip-adapter-plus_*.safetensors"
+        )
     encoder = _encoder_folder(options, adapter)
     own = read_config("image_encoder", encoder).get("_class_name") == "StyleEncoder"
     if not own:
         check_encoder(adapter, encoder)
     layout, layers = choose_layers(unet, options.style_layers, own_encoder=own)
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    schedule = NoiseSchedule.from_config(scheduler)
+    schedule = NoiseSchedule.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
     return Source(options, unet, vae_config, roles, adapter, layout, tuple(layers), schedule)
-
-
-def _vae_levels(config: Mapping[str, Any]) -> int:
-    return len(config.get("block_out_channels") or config["encoder_block_out_channels"])
-
-
-def _text_dims(unet: Network) -> tuple[int, int]:
-    config = unet.config
-    time_ids = 6 * config.addition_time_embed_dim
-    return config.cross_attention_dim, config.projection_class_embeddings_input_dim - time_ids
 
 
 def _check_unet(config: dict[str, Any]) -> None:
@@ -199,62 +233,6 @@ def _check_unet(config: dict[str, Any]) -> None:
     for key in _UNSUPPORTED:
         if np.any(config.get(key) or False):
             raise ExportError(f"the UNet has {key} {config[key]!r}, which std-rt does not export")
-
-
-def _check_vae(vae: Network, unet: Network) -> None:
-    if vae.config.latent_channels != unet.config.in_channels:
-        raise ExportError(
-            f"the VAE has {vae.config.latent_channels} latent channels, the UNet {unet.config.in_channels}; "
-            "give the matching one with --vae"
-        )
-    for key in ("latents_mean", "latents_std"):
-        if getattr(vae.config, key, None) is not None:
-            raise ExportError(f"the VAE has {key}, which std-rt does not export")
-
-
-def check_text(text: Mapping[str, Any], unet: Network) -> None:
-    """Raise ExportError where baked text does not fit the UNet."""
-    wanted = _text_dims(unet)
-    found = (text["encoder_hidden_states"].shape[2], text["text_embeds"].shape[1])
-    if found != wanted:
-        raise ExportError(
-            f"the text encoders give vectors of {found[0]} and {found[1]}, "
-            f"the UNet takes {wanted[0]} and {wanted[1]}"
-        )
-
-
-def _text_roles(source: Path) -> tuple[str, ...]:
-    roles = ("text_encoder", "text_encoder_2")
-    return tuple(role for role in roles if (source / role / "config.json").is_file())
-
-
-def _adapter_path(options: ExportOptions) -> Path:
-    path = options.ip_adapter or options.source / "ip_adapter.safetensors"
-    if not path.is_file():
-        raise ExportError(
-            f"no IP-Adapter weights at {path}, and a style needs them; "
-            "give --ip-adapter ip-adapter-plus_*.safetensors"
-        )
-    return path
-
-
-def _read_style(options: ExportOptions, unet: Network, adapter: Path) -> tuple[Style, Branches]:
-    projection, weights = read_ip_adapter(adapter)
-    branches = pair_branches(unet, weights)
-    dim = next(iter(branches.values()))[0].shape[1]
-    folder = _encoder_folder(options, adapter)
-    encoder = load_part("image_encoder", folder)
-    own = type(encoder).__name__ == "StyleEncoder"
-    if own and projection:
-        raise ExportError(
-            f"{adapter} has image_proj weights, and {folder} is a StyleEncoder, which has its own"
-        )
-    if not own and not projection:
-        raise ExportError(f"{adapter} has no image_proj weights, which the encoder in {folder} needs")
-    style = _own_style(encoder) if own else _clip_style(encoder, unet, projection, adapter, folder)
-    if style.dim != dim:
-        raise ExportError(f"style tokens are {style.dim} wide, the attention in {adapter} takes {dim}")
-    return style, branches
 
 
 def _encoder_folder(options: ExportOptions, adapter: Path) -> Path:
@@ -299,9 +277,8 @@ def _clip_style(
         "mean": list(mean),
         "std": list(std),
     }
-    assert tokens.shape[1] == projection_tokens(projection)
-    shape = (tokens.shape[1], tokens.shape[2])
-    return Style(module, "ClipStyleEncoder", config, encoder.config.image_size, *shape, None, tokens)
+    _, count, dim = tokens.shape
+    return Style(module, "ClipStyleEncoder", config, encoder.config.image_size, count, dim, None, tokens)
 
 
 def _statistics(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -321,8 +298,3 @@ def _digest(path: Path) -> str:
     listed = sorted(p for pattern in ("**/*.safetensors", "**/*.json") for p in path.glob(pattern))
     lines = [f"{p.relative_to(path).as_posix()} {_digest(p)}" for p in listed]
     return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()
-
-
-def _licence(path: Path) -> str:
-    """Of a folder, or of the folder that a file lies in; ``unknown`` where nothing says."""
-    return licence(path if path.is_dir() else path.parent) or "unknown"

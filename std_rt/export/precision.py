@@ -1,9 +1,8 @@
-"""What a graph computes in: fp32 as loaded, or halves with islands of fp32.
+"""Number formats that graphs compute in: fp32 as loaded, or halves with islands of fp32.
 
 The boundary of every graph stays float32, whatever it computes in. Inside a half-precision graph three
 things stay in fp32: norms (their sums of squares pass 65504), time embeddings (sines of large arguments)
-and what diffusers concatenates to them. TensorRT is strongly typed, so where a graph changes its type must
-stand in the graph.
+and what diffusers concatenates to them. TensorRT is strongly typed, so every change of type is in the graph.
 """
 
 from __future__ import annotations
@@ -13,15 +12,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from std_rt.core.errors import ExportError
 from std_rt.export.components import Network
 
-__all__ = ["COMPUTE", "half_dtype", "to_half", "vae_compute", "within_range"]
+__all__ = ["half_dtype", "to_half", "vae_compute", "within_range"]
 
-COMPUTE = ("fp32", "fp16", "bf16")
 _HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -30,71 +27,25 @@ def half_dtype(compute: str) -> torch.dtype | None:
     return _HALVES.get(compute)
 
 
-class _Float32Norm(nn.Module):
-    """A norm that computes in fp32 and answers in the type it was asked in; parameters keep their names."""
-
-    def __init__(self, norm: nn.GroupNorm | nn.LayerNorm) -> None:
-        super().__init__()
-        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
-
-    def extra_repr(self) -> str:
-        """As torch prints modules."""
-        return f"eps={self.eps}"
-
-
-class _Float32GroupNorm(_Float32Norm):
-    def __init__(self, norm: nn.GroupNorm) -> None:
-        super().__init__(norm)
-        self.num_groups = norm.num_groups
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, C, ...]``."""
-        return F.group_norm(x.float(), self.num_groups, self.weight, self.bias, self.eps).to(x.dtype)
-
-
-class _Float32LayerNorm(_Float32Norm):
-    def __init__(self, norm: nn.LayerNorm) -> None:
-        super().__init__(norm)
-        self.normalized_shape = norm.normalized_shape
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., C]``."""
-        return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
-
-
 def to_half(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """``module`` (in place) with weights in ``dtype`` and its norms as islands of fp32.
 
     One tensor at a time: the whole is never in memory twice. Raises ExportError where a weight does not
     fit the type.
     """
-    islands = _replace_norms(module)
+    norms = [part for part in module.modules() if isinstance(part, nn.GroupNorm | nn.LayerNorm)]
+    kept = {id(parameter) for norm in norms for parameter in norm.parameters()}
     for name, parameter in module.named_parameters():
-        if name not in islands and parameter.is_floating_point():
+        if id(parameter) not in kept and parameter.is_floating_point():
             parameter.data = _cast(name, parameter.data, dtype)
     for part in module.modules():
         for name, buffer in part.named_buffers(recurse=False):
             if buffer is not None and buffer.is_floating_point():
                 setattr(part, name, buffer.to(dtype))
+    for norm in norms:  # tracing follows hooks, so the casts end up in the graph
+        norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+        norm.register_forward_hook(lambda _, inputs, output: output.to(dtype))
     return module
-
-
-def _replace_norms(module: nn.Module, prefix: str = "") -> set[str]:
-    """Names of the parameters that stay in fp32."""
-    kept: set[str] = set()
-    for name, child in module.named_children():
-        path = f"{prefix}{name}"
-        island: _Float32Norm | None = None
-        if isinstance(child, nn.GroupNorm):
-            island = _Float32GroupNorm(child)
-        elif isinstance(child, nn.LayerNorm):
-            island = _Float32LayerNorm(child)
-        if island is None:
-            kept |= _replace_norms(child, f"{path}.")
-        else:
-            setattr(module, name, island.eval())
-            kept |= {f"{path}.{key}" for key, _ in island.named_parameters()}
-    return kept
 
 
 def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:

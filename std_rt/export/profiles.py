@@ -1,16 +1,16 @@
-"""How published SDXL LoRAs are sampled: they carry no notes of their own.
+"""Profiles of published SDXL LoRAs: how each is sampled, which their files do not say.
 
-Values are those of the model cards and of the authors' demos. Rank and alpha are not here: fusing reads them
-from the file. A LoRA distilled for N steps (``fixed_steps``) knows N timesteps; below eta 1 a bundle takes
-those of them that diffusers' img2img pipeline would: `Profile.evaluations` says how many that are.
+Values are those of the model cards and of the authors' demos. Rank and alpha are read from the file. A LoRA
+distilled for N steps (``fixed_steps``) knows N timesteps; below eta 1 a bundle takes those of them that
+diffusers' img2img pipeline would: `Profile.evaluations` says how many that are.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from std_rt.core.errors import ExportError
 from std_rt.core.samplers import evaluations
@@ -39,7 +39,6 @@ class Profile:
     gamma: float = 0.0
     guidance: tuple[float, float] = (1.0, 1.0)
     scale: float = 1.0
-    note: str = ""
 
     def evaluations(self, steps: int, eta: float | None = None) -> int:
         """Steps really taken of ``steps`` at ``eta`` (None: the profile's)."""
@@ -56,112 +55,87 @@ class Profile:
         return f"profile {self.name}: {taken} of {steps} steps are taken at eta {eta:g}, as diffusers does"
 
 
-def _std(eta: float, tau: int) -> Profile:
-    return Profile(
-        name=f"std-{eta}",
-        file=f"SecondComming/Single-Trajectory-Distillation: std_sdxl_i2i_eta{eta}.safetensors",
-        eta=eta,
-        tau=tau,
-        fixed=True,
-        steps=(8, 4, 6),
-        guidance=(2.0, 8.0),
-        scale=6.0,
-        note="starts two grid steps above 1000 eta's, where it was trained",
-    )
-
-
-def _trailing(
-    name: str,
-    file: str,
-    schedule: str,
-    steps: int,
-    guidance: tuple[float, float] = (1.0, 1.0),
-    note: str = "",
-) -> Profile:
+def _trailing(name: str, file: str, steps: int, schedule: str = "ddim_trailing", **values: Any) -> Profile:
     """Distilled for one count of steps on trailing timesteps, without noise."""
-    return Profile(
-        name=name,
-        file=file,
-        schedule=schedule,
-        in_diffusers=schedule,
-        steps=(steps,),
-        fixed_steps=True,
-        guidance=guidance,
-        scale=guidance[0],
-        note=note,
-    )
+    return Profile(name, file, schedule, in_diffusers=schedule, steps=(steps,), fixed_steps=True, **values)
 
 
-def _pcm() -> Iterator[Profile]:
-    for kind, counts, scale in (("smallcfg", (2, 4, 8, 16), 1.0), ("normalcfg", (4, 8, 16), 7.5)):
-        for steps in counts:
-            file = f"wangfuyun/PCM_Weights: sdxl/pcm_sdxl_{kind}_{steps}step_converted.safetensors"
-            note = "DDIM, trailing; one phase a step"
-            yield _trailing(f"pcm-{kind}-{steps}step", file, "ddim_trailing", steps, (scale, scale), note)
-
-
-def _hyper() -> Iterator[Profile]:
-    repo = "ByteDance/Hyper-SD: Hyper-SDXL"
-    for steps in (2, 4, 8):
-        file = f"{repo}-{steps}steps-lora.safetensors"
-        yield _trailing(f"hyper-sdxl-{steps}steps", file, "ddim_trailing", steps, note="DDIM, trailing")
-    for steps in (8, 12):
-        file = f"{repo}-{steps}steps-CFG-lora.safetensors"
-        yield _trailing(
-            f"hyper-sdxl-{steps}steps-cfg", file, "ddim_trailing", steps, (5.0, 8.0), "DDIM, trailing"
-        )
-
-
-def _lightning() -> Iterator[Profile]:
-    for steps in (2, 4, 8):
-        file = f"ByteDance/SDXL-Lightning: sdxl_lightning_{steps}step_lora.safetensors"
-        note = "Euler, trailing; rank 64 with alpha 8, which the file says"
-        yield _trailing(f"lightning-{steps}step", file, "euler_trailing", steps, note=note)
-
-
+_STD = "SecondComming/Single-Trajectory-Distillation: std_sdxl_i2i_eta"
+_PCM = "wangfuyun/PCM_Weights: sdxl/pcm_sdxl"
+_HYPER = "ByteDance/Hyper-SD: Hyper-SDXL"
+_LIGHTNING = "ByteDance/SDXL-Lightning: sdxl_lightning"
 _ALL = (
-    _std(0.65, 679),
-    _std(0.75, 779),
-    _std(0.85, 879),
-    _std(0.95, 979),
-    Profile(
-        name="tcd",
-        file="h1t/TCD-SDXL-LoRA",
-        schedule="tcd",
-        gamma=0.3,
-        note="TCDScheduler; more steps bear a higher gamma",
+    *(
+        # They start two grid steps above 1000 eta's, where they were trained.
+        Profile(
+            f"std-{eta}",
+            f"{_STD}{eta}.safetensors",
+            eta=eta,
+            tau=tau,
+            fixed=True,
+            steps=(8, 4, 6),
+            guidance=(2.0, 8.0),
+            scale=6.0,
+        )
+        for eta, tau in ((0.65, 679), (0.75, 779), (0.85, 879), (0.95, 979))
     ),
+    # TCDScheduler; more steps bear a higher gamma.
+    Profile("tcd", "h1t/TCD-SDXL-LoRA", schedule="tcd", gamma=0.3),
     Profile(
-        name="lcm",
-        file="latent-consistency/lcm-lora-sdxl",
+        "lcm",
+        "latent-consistency/lcm-lora-sdxl",
         schedule="lcm",
         in_diffusers="lcm_diffusers",
         gamma=1.0,
         guidance=(1.0, 2.0),
-        note="LCMScheduler: noise is drawn again in every step",
     ),
-    *_pcm(),
+    # DDIM, trailing; one phase a step.
+    *(
+        _trailing(
+            f"pcm-{kind}-{steps}step",
+            f"{_PCM}_{kind}_{steps}step_converted.safetensors",
+            steps,
+            guidance=(scale, scale),
+            scale=scale,
+        )
+        for kind, counts, scale in (("smallcfg", (2, 4, 8, 16), 1.0), ("normalcfg", (4, 8, 16), 7.5))
+        for steps in counts
+    ),
+    # TDDScheduler, without its optional special jumps.
     Profile(
-        name="tdd",
-        file="RED-AIGC/TDD: sdxl_tdd_lora_weights.safetensors",
+        "tdd",
+        "RED-AIGC/TDD: sdxl_tdd_lora_weights.safetensors",
         schedule="tdd",
         in_diffusers="tdd",
         steps=(4, 5, 6, 7, 8),
         gamma=0.2,
         guidance=(1.7, 1.7),
         scale=1.7,
-        note="TDDScheduler, without its optional special jumps",
     ),
+    # The unified LoRA, with TCDScheduler; a lower gamma gives more detail in several steps.
     Profile(
-        name="hyper-sdxl-1step",
-        file="ByteDance/Hyper-SD: Hyper-SDXL-1step-lora.safetensors",
+        "hyper-sdxl-1step",
+        f"{_HYPER}-1step-lora.safetensors",
         schedule="tcd",
         steps=(1, 2, 4, 8),
         gamma=1.0,
-        note="the unified LoRA, with TCDScheduler; a lower gamma gives more detail in several steps",
     ),
-    *_hyper(),
-    *_lightning(),
+    *(_trailing(f"hyper-sdxl-{n}steps", f"{_HYPER}-{n}steps-lora.safetensors", n) for n in (2, 4, 8)),
+    *(
+        _trailing(
+            f"hyper-sdxl-{n}steps-cfg",
+            f"{_HYPER}-{n}steps-CFG-lora.safetensors",
+            n,
+            guidance=(5.0, 8.0),
+            scale=5.0,
+        )
+        for n in (8, 12)
+    ),
+    # Rank 64 with alpha 8, which the file says.
+    *(
+        _trailing(f"lightning-{n}step", f"{_LIGHTNING}_{n}step_lora.safetensors", n, "euler_trailing")
+        for n in (2, 4, 8)
+    ),
 )
 PROFILES: dict[str, Profile] = {profile.name: profile for profile in _ALL}
 

@@ -1,8 +1,8 @@
-"""A bundle in int8, from a bundle in float: `std-rt export ... --precision int8`. Needs ``std-rt[int8]``.
+"""Quantization of a bundle to int8, from one in float: `std-rt export ... --precision int8`.
 
     quantize_bundle(load_bundle("std-tiny"), Path("engines/std-tiny-int8"))
 
-Activations are calibrated on what the graphs see in use: states on the bundle's own trajectory, from tau
+Needs ``std-rt[int8]``. Activations are calibrated on what the graphs see in use: states on the bundle's own trajectory, from tau
 down, of pictures under real style tokens, at every step count that the bundle allows. Then pictures and
 styles that calibration has not seen are stylized in float and in int8 and compared: layers that cost too
 much stay in float, and a bundle that still differs is not written.
@@ -169,7 +169,7 @@ def _record(bundle: Bundle, pairs: list[Pair]) -> Samples:
 
 
 class Recorder:
-    """An engine that notes what it is given."""
+    """An engine that records its inputs."""
 
     def __init__(self, engine: Engine, notes: list[dict[str, NDArray[Any]]]) -> None:
         self.inputs, self.outputs, self.precision = engine.inputs, engine.outputs, engine.precision
@@ -237,7 +237,7 @@ def _descend(
     gate: Gate,
     progress: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
-    """Quantize one graph, with more layers in float on every rung; {} where none will do."""
+    """Quantize one graph, with more layers in float on every rung; {} where no rung passes."""
     stored = bundle.manifest["precision"].get(graph, {}).get("weights", "fp32")
     path, found, best = folder / f"{graph}.onnx", [], None
     for rung, keep in enumerate(RUNGS):
@@ -262,16 +262,16 @@ def _descend(
     (folder / f"{graph}.safetensors").unlink()
     if graph == "unet":
         raise ExportError(
-            f"int8 changes the pictures of '{bundle.name}' too much: {', '.join(map(str, found))} where "
-            f"{FLOOR_MEAN_DB:.0f} dB (worst {FLOOR_WORST_DB:.0f} dB) is due; use --precision bf16, or give "
-            "pictures like those it is for to calibrate on"
+            f"int8 changes the pictures of '{bundle.name}' too much: {', '.join(map(str, found))}, and "
+            f"{FLOOR_MEAN_DB:.0f} dB (worst {FLOOR_WORST_DB:.0f} dB) are required; use --precision bf16, or "
+            "--calibrate with pictures like those you will stylize"
         )
     progress(f"{graph} stays in float: {found[-1]}")
     return {}
 
 
 def _copy_rest(bundle: Bundle, folder: Path, done: Mapping[str, Any]) -> None:
-    """Every file that int8 does not replace; weights that no remaining graph reads stay behind."""
+    """Copy every file that int8 does not replace, without weights that no remaining graph reads."""
     graphs = bundle.manifest["graphs"]
     replaced = {graphs[graph]["file"] for graph in done}
     weights = {entry["weights"] for entry in graphs.values()}

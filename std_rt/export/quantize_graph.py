@@ -1,4 +1,4 @@
-"""One ONNX graph in int8: NNCF's post-training quantization, written so that every runtime reads it.
+"""Quantization of one ONNX graph to int8, by NNCF after training, written so that every runtime reads it.
 
 The result is an ordinary ONNX graph with QuantizeLinear and DequantizeLinear around convolutions and matrix
 products, weights stored as int8 in a safetensors file: a quarter of fp32. Sizes and batch stay open.
@@ -21,8 +21,9 @@ from safetensors.numpy import save
 
 from std_rt.core.errors import ExportError
 from std_rt.engines.protocol import STEADY_INPUTS
-from std_rt.export.quiet import quiet
+from std_rt.export.components import quiet
 from std_rt.export.sources.weight_files import read_places
+from std_rt.export.weights import INLINE_ELEMENTS, StoredTensor, point_to_file
 
 __all__ = ["RUNGS", "quantize_graph"]
 
@@ -33,7 +34,6 @@ Sample = Mapping[str, NDArray[Any]]
 RUNGS: tuple[tuple[str, ...], ...] = ((), ("ends",), ("ends", "to_out", "proj_out", "proj_in", "upsamplers"))
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _RESHAPERS = ("Cast", "Reshape", "Slice", "Transpose")  # between a stored weight and the layer that reads it
-_INLINE_ELEMENTS = 32  # smaller tensors stay in the graph file
 _LARGEST_BYTES = 2**31 - 2**20  # of a protobuf message, as which NNCF handles a graph
 
 
@@ -166,44 +166,22 @@ def _write(proto: onnx.ModelProto, graph: Path, weights: Path, *, half: bool) ->
     """Large tensors into ``weights`` under their names, the rest into ``graph``."""
     del proto.graph.value_info[:]  # shapes that shape inference found; runtimes find their own
     model = ir.from_proto(proto)
-    large = [
-        value
-        for value in model.graph.initializers.values()
-        if value.const_value is not None and value.const_value.size > _INLINE_ELEMENTS
-    ]
-    arrays = {str(value.name): _stored(value, half) for value in large}
+    large = {
+        name: value
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None and value.const_value.size > INLINE_ELEMENTS
+    }
+    arrays = {name: _stored(value.const_value, half) for name, value in large.items()}
     weights.write_bytes(save(arrays, {"format": "pt"}))
     places = read_places(weights)
-    for value in large:
-        _point(model.graph, value, arrays[str(value.name)], weights, places[str(value.name)])
+    for name, value in large.items():
+        stored = StoredTensor(arrays[name].shape, arrays[name].dtype, places[name])
+        point_to_file(model.graph, value, stored, weights)
     ir.save(model, graph)
 
 
-def _stored(value: ir.Value, half: bool) -> NDArray[Any]:
+def _stored(tensor: Any, half: bool) -> NDArray[Any]:
     """Float matrices as fp16 where ``half`` says so and they fit; everything else as it is."""
-    assert value.const_value is not None
-    array = np.ascontiguousarray(value.const_value.numpy())
+    array = np.ascontiguousarray(tensor.numpy())
     fits = array.dtype == np.float32 and np.abs(array).max() < np.finfo(np.float16).max
     return array.astype(np.float16) if half and fits and array.ndim > 1 else array
-
-
-def _point(graph: ir.Graph, value: ir.Value, array: NDArray[Any], weights: Path, offset: int) -> None:
-    """Let ``value`` come from the file, through a Cast where the file has it in fp16."""
-    assert value.const_value is not None
-    casts = array.dtype == np.float16 and value.const_value.dtype == ir.DataType.FLOAT
-    dtype = ir.DataType.FLOAT16 if casts else value.const_value.dtype
-    name = f"{value.name}.stored" if casts else str(value.name)
-    shape = ir.Shape(array.shape)
-    tensor = ir.ExternalTensor(
-        weights.name, offset, array.nbytes, dtype, shape=shape, name=name, base_dir=weights.parent
-    )
-    if not casts:
-        value.const_value = tensor
-        return
-    graph.initializers.pop(str(value.name))
-    source = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=tensor)
-    graph.register_initializer(source)
-    cast = ir.node("Cast", [source], {"to": int(ir.DataType.FLOAT)})
-    cast.outputs[0].name = f"{value.name}.cast"
-    graph.insert_before(graph[0], [cast])
-    ir.convenience.replace_all_uses_with(value, cast.outputs[0])

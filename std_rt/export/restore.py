@@ -1,12 +1,14 @@
-"""A bundle back into torch: the same weights, in diffusers' own modules, for comparisons."""
+"""A bundle's weights in torch, in diffusers' own modules: for comparisons, and to train on."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from diffusers.models import embeddings
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from std_rt.core.bundle import Bundle
 from std_rt.core.errors import BundleError
@@ -28,19 +30,43 @@ def load_torch_components(bundle: Bundle) -> dict[str, nn.Module]:
     if "quantized" in bundle.manifest:
         origin = bundle.manifest["quantized"]["from"]["name"]
         raise BundleError(
-            f"bundle '{bundle.name}' is in int8 and has no torch weights; use the one it came from: {origin}"
+            f"bundle '{bundle.name}' is in int8 and has no torch weights; use the bundle it was made from: "
+            f"{origin}"
         )
-    parts = {"unet": _unet(bundle), "vae": _vae(bundle), "style_encoder": _style_encoder(bundle)}
+    graphs = bundle.manifest["graphs"]
+    unet = _build("unet", graphs["unet"])
+    state = _state(bundle, "unet")
+    branches = {
+        layer: (
+            state.pop(f"{layer}.processor.to_k_ip.0.weight"),
+            state.pop(f"{layer}.processor.to_v_ip.0.weight"),
+        )
+        for layer in bundle.style["layout"]["layers"]
+    }
+    _fill(bundle, "unet", unet, state)
+    attach_diffusers(unet, branches, int(bundle.style["tokens"]))
+
+    vae = _build("vae", graphs["vae_decoder"])
+    _fill(bundle, "vae", vae, _state(bundle, "vae_encoder") | _state(bundle, "vae_decoder"))
+
+    entry = graphs["style_encoder"]
+    is_clip = entry["class"] == "ClipStyleEncoder"
+    style = _clip(entry["config"]) if is_clip else _build("image_encoder", entry)
+    inner = style.module if isinstance(style, ClipStyleEncoder) else style
+    _fill(bundle, "style_encoder", inner, _state(bundle, "style_encoder"))
+    parts = {"unet": unet, "vae": vae, "style_encoder": style}
     return {name: part.float().eval().requires_grad_(False) for name, part in parts.items()}
+
+
+def _build(role: str, entry: dict[str, Any]) -> nn.Module:
+    made: nn.Module = resolve(role, entry["class"]).from_config(entry["config"])
+    return made
 
 
 def _state(bundle: Bundle, graph: str) -> dict[str, Tensor]:
     """The module's ``state_dict``; out of a shared file, only the keys that the manifest renames."""
-    state = {
-        key: value.float()
-        for key, value in load_file(bundle.weights_path(graph)).items()
-        if not key.startswith("constant.")
-    }
+    stored = load_file(bundle.weights_path(graph))
+    state = {key: value.float() for key, value in stored.items() if not key.startswith("constant.")}
     renamed = bundle.manifest["graphs"][graph].get("renamed")
     if not renamed:
         return state
@@ -52,51 +78,15 @@ def _state(bundle: Bundle, graph: str) -> dict[str, Tensor]:
     }
 
 
-def _build(role: str, entry: dict[str, Any]) -> nn.Module:
-    made: nn.Module = resolve(role, entry["class"]).from_config(entry["config"])  # type: ignore[attr-defined]
-    return made
-
-
-def _fill(bundle: Bundle, graph: str, module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+def _fill(bundle: Bundle, graph: str, module: nn.Module, state: dict[str, Tensor]) -> None:
     try:
         module.load_state_dict(state, strict=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise BundleError(f"bundle '{bundle.name}': weights of {graph} do not fit: {reason}") from error
-    return module
-
-
-def _unet(bundle: Bundle) -> nn.Module:
-    unet = _build("unet", bundle.manifest["graphs"]["unet"])
-    state = _state(bundle, "unet")
-    branches = {}
-    for layer in bundle.style["layout"]["layers"]:
-        names = [f"{layer}.processor.{kind}.0.weight" for kind in ("to_k_ip", "to_v_ip")]
-        branches[layer] = (state.pop(names[0]), state.pop(names[1]))
-    _fill(bundle, "unet", unet, state)
-    attach_diffusers(unet, branches, int(bundle.style["tokens"]))
-    return unet
-
-
-def _vae(bundle: Bundle) -> nn.Module:
-    vae = _build("vae", bundle.manifest["graphs"]["vae_decoder"])
-    return _fill(bundle, "vae", vae, _state(bundle, "vae_encoder") | _state(bundle, "vae_decoder"))
-
-
-def _style_encoder(bundle: Bundle) -> nn.Module:
-    entry = bundle.manifest["graphs"]["style_encoder"]
-    state = _state(bundle, "style_encoder")
-    if entry["class"] != "ClipStyleEncoder":
-        return _fill(bundle, "style_encoder", _build("image_encoder", entry), state)
-    wrapper = _clip(entry["config"])
-    _fill(bundle, "style_encoder", wrapper.module, state)
-    return wrapper
 
 
 def _clip(config: dict[str, Any]) -> ClipStyleEncoder:
-    from diffusers.models import embeddings
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
     kinds = {
         "IPAdapterPlusImageProjection": embeddings.IPAdapterPlusImageProjection,
         "ImageProjection": embeddings.ImageProjection,

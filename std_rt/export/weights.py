@@ -1,4 +1,4 @@
-"""An ONNX graph's weights in a safetensors file, under the names of the torch module, stored once.
+"""Weights of an ONNX graph in a safetensors file, under the names of the torch module, stored once.
 
 The exporter renames, transposes and reshapes weights as it likes. Here every large initializer is found
 again in the module's ``state_dict`` by its content; the file keeps torch's name and layout, the graph
@@ -26,20 +26,14 @@ from torch import Tensor
 from std_rt.core.errors import ExportError
 from std_rt.export.sources.weight_files import Slot, read_places, write_weights
 
-__all__ = ["WEIGHT_PRECISIONS", "externalize"]
+__all__ = ["INLINE_ELEMENTS", "StoredTensor", "externalize", "point_to_file"]
 
-WEIGHT_PRECISIONS = ("fp16", "fp32")
-# Smaller initializers stay in the graph: shapes, scales and the like.
-_INLINE_ELEMENTS = 32
+INLINE_ELEMENTS = 32  # initializers up to this size stay in the graph: shapes, scales and the like
 # Constants that tracing computed, which no state_dict holds, are stored under this prefix.
 _CONSTANT = "constant."
 
 Array = NDArray[Any]
-_FLOATS: dict[Any, tuple[str, ir.DataType]] = {
-    np.dtype(np.float32): ("F32", ir.DataType.FLOAT),
-    np.dtype(np.float16): ("F16", ir.DataType.FLOAT16),
-    np.dtype(ml_dtypes.bfloat16): ("BF16", ir.DataType.BFLOAT16),
-}
+_TYPES = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(ml_dtypes.bfloat16): "BF16"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +59,11 @@ def externalize(
     arrays = {key: _array(value) for key, value in state.items() if value.is_floating_point()}
     found = _match_all(model, arrays)
     if not weights.exists():
-        _write(weights, arrays, precision)
+        types = {key: _stored_type(key, array, precision) for key, array in arrays.items()}
+        # Wide types first, as safetensors orders them: every tensor then lies on a multiple of its own width.
+        order = sorted(arrays, key=lambda key: (-types[key].itemsize, key))
+        slots = {key: Slot(_TYPES[types[key]], arrays[key].shape) for key in order}
+        write_weights(weights, slots, (_rounded(key, arrays[key], types[key]) for key in order))
     places = read_places(weights)
     lacking = sorted(arrays.keys() - places.keys())
     if lacking:
@@ -77,15 +75,15 @@ def externalize(
         dtype = _stored_type(match.key, array, precision)
         row = dtype.itemsize * math.prod(array.shape[1:])
         shape = (match.stop - match.start, *array.shape[1:]) if array.ndim else ()
-        piece = _Piece(shape, dtype, places[match.key] + match.start * row, match.transposed)
-        _point(model.graph, model.graph.initializers[name], piece, weights)
+        stored = StoredTensor(shape, dtype, places[match.key] + match.start * row, match.transposed)
+        point_to_file(model.graph, model.graph.initializers[name], stored, weights)
     ir.save(model, graph)
 
 
 def _array(value: Tensor) -> Array:
     """The tensor's own memory as an array, where it is contiguous."""
     plain = value.detach().cpu().contiguous()
-    if plain.dtype == torch.bfloat16:  # NumPy has no such type of its own
+    if plain.dtype == torch.bfloat16:  # NumPy has no such type
         return plain.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return np.asarray((plain if plain.dtype == torch.float16 else plain.float()).numpy())
 
@@ -95,43 +93,32 @@ def _stored_type(key: str, array: Array, precision: str) -> np.dtype[Any]:
     return np.dtype(np.float16) if rounded and not key.startswith(_CONSTANT) else array.dtype
 
 
-def _write(path: Path, arrays: Mapping[str, Array], precision: str) -> None:
-    """Every array, rounded while it is written."""
-    types = {key: _stored_type(key, array, precision) for key, array in arrays.items()}
-    # Wide types first, as safetensors orders them: every tensor then lies on a multiple of its own width.
-    order = sorted(arrays, key=lambda key: (-types[key].itemsize, key))
-    slots = {key: Slot(_FLOATS[types[key]][0], arrays[key].shape) for key in order}
-    write_weights(path, slots, (_rounded(key, arrays[key], precision) for key in order))
-
-
-def _rounded(key: str, array: Array, precision: str) -> Array:
-    dtype = _stored_type(key, array, precision)
-    if dtype == array.dtype:
-        return array
+def _rounded(key: str, array: Array, dtype: np.dtype[Any]) -> Array:
     with np.errstate(over="ignore"):
-        half = array.astype(dtype)
-    if not np.isfinite(half).all():
+        rounded = array.astype(dtype, copy=False)
+    if rounded is not array and not np.isfinite(rounded).all():
         raise ExportError(f"weight {key} reaches {np.abs(array).max():.0f}, beyond fp16; use --weights fp32")
-    return half
-
-
-_TYPES = {dtype for _, dtype in _FLOATS.values()}
+    return rounded
 
 
 def _match_all(model: ir.Model, arrays: dict[str, Array]) -> dict[str, _Match]:
-    """Initializer name -> match. Constants that are no weights are added to ``arrays``."""
+    """Initializer name -> match. Constants that are not weights are added to ``arrays``."""
     by_size: dict[int, list[str]] = {}
     for key, array in arrays.items():
         by_size.setdefault(array.size, []).append(key)
     memory = _Memory(arrays)
+    types = {ir.DataType.from_numpy(dtype) for dtype in _TYPES}
     found: dict[str, _Match] = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
-        if tensor is None or value.dtype not in _TYPES or tensor.size <= _INLINE_ELEMENTS:
+        if tensor is None or value.dtype not in types or tensor.size <= INLINE_ELEMENTS:
             continue
         array = np.asarray(tensor.numpy())
         match = memory.find(array) or _look_up(name, array, arrays, by_size)
-        found[name] = match or _new(name, array, arrays)
+        if match is None:
+            arrays[_CONSTANT + name] = array
+            match = _Match(_CONSTANT + name, False, 0, array.shape[0])
+        found[name] = match
     return found
 
 
@@ -196,44 +183,39 @@ def _same(part: Array, array: Array) -> bool:
     return np.array_equal(part[corner], array[corner]) and np.array_equal(part, array)
 
 
-def _new(name: str, array: Array, arrays: dict[str, Array]) -> _Match:
-    arrays[_CONSTANT + name] = array
-    return _Match(_CONSTANT + name, False, 0, array.shape[0])
-
-
 @dataclass(frozen=True)
-class _Piece:
-    """Rows of a stored tensor: their shape and type, and where in the file they begin (bytes)."""
+class StoredTensor:
+    """A tensor in a weights file, or rows of one: where in the file it begins (bytes), and as what."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     offset: int
-    transposed: bool
+    transposed: bool = False
 
 
-def _point(graph: ir.Graph, value: ir.Value, piece: _Piece, weights: Path) -> None:
-    """Let ``value`` come from the file: the initializer itself, or Transpose and Cast of it."""
+def point_to_file(graph: ir.Graph, value: ir.Value, stored: StoredTensor, weights: Path) -> None:
+    """Make the initializer ``value`` come from the file: itself, or through Transpose and Cast."""
     assert value.name is not None
     assert value.const_value is not None
-    wanted, stored = value.const_value.dtype, _FLOATS[piece.dtype][1]
+    wanted, dtype = value.const_value.dtype, ir.DataType.from_numpy(stored.dtype)
     # Without a Transpose only the bytes count, so the graph may see them in its own shape.
-    shape = ir.Shape(piece.shape if piece.transposed else value.const_value.shape.numpy())
-    direct = stored == wanted and not piece.transposed
+    shape = ir.Shape(stored.shape if stored.transposed else value.const_value.shape.numpy())
+    direct = dtype == wanted and not stored.transposed
     name = value.name if direct else f"{value.name}.stored"
-    length = piece.dtype.itemsize * math.prod(piece.shape)
+    length = stored.dtype.itemsize * math.prod(stored.shape)
     tensor = ir.ExternalTensor(
-        weights.name, piece.offset, length, stored, shape=shape, name=name, base_dir=weights.parent
+        weights.name, stored.offset, length, dtype, shape=shape, name=name, base_dir=weights.parent
     )
     if direct:
         value.const_value = tensor
         return
     graph.initializers.pop(value.name)
-    source = ir.Value(name=name, shape=shape, type=ir.TensorType(stored), const_value=tensor)
+    source = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=tensor)
     graph.register_initializer(source)
     last, nodes = source, []
     for op, attributes, needed in (
-        ("Transpose", {"perm": [1, 0]}, piece.transposed),
-        ("Cast", {"to": int(wanted)}, stored != wanted),
+        ("Transpose", {"perm": [1, 0]}, stored.transposed),
+        ("Cast", {"to": int(wanted)}, dtype != wanted),
     ):
         if needed:
             nodes.append(ir.node(op, [last], attributes))

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,73 +22,50 @@ from std_rt.core.errors import BundleError, UsageError
 from std_rt.engines import Engine, GraphSpec
 from std_rt.pipeline.prompt import Encoding, Ids, RunEncoder, encode_pair
 
-if TYPE_CHECKING:
-    import tokenizers
-
-__all__ = ["ClipTokenizer", "TextEncoder", "Vocabulary", "read_vocabulary"]
+__all__ = ["ClipTokenizer", "TextEncoder"]
 
 Opener = Callable[[GraphSpec], Engine]
 
-INSTALL = "pip install 'std-rt[text]'"
-# How CLIP cuts text into words (github.com/openai/CLIP, simple_tokenizer.py).
-_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-_END_OF_WORD = "</w>"
-
-
-@dataclass(frozen=True, eq=False)
-class Vocabulary:
-    """What a CLIP tokenizer knows. ``words`` and ``merges`` are vocab.json and merges.txt.
-
-    ``length``: tokens the encoder takes at once. ``begin``, ``end``, ``pad``: ids. ``unknown``: the word
-    that stands for bytes that are not in ``words``. ``added``: words that are found in a text before it is
-    cut up, each as ``{"id", "content", "special", "normalized", "lstrip", "rstrip", "single_word"}``.
-    """
-
-    words: Mapping[str, int]
-    merges: Sequence[tuple[str, str]]
-    length: int
-    begin: int
-    end: int
-    pad: int
-    unknown: str
-    added: tuple[dict[str, Any], ...]
-
-    def config(self) -> dict[str, Any]:
-        """Everything but words and merges: what the bundle keeps in ``config.json``."""
-        names = ("length", "begin", "end", "pad", "unknown")
-        return {name: getattr(self, name) for name in names} | {"added": list(self.added)}
-
-
-def read_vocabulary(folder: Path) -> Vocabulary:
-    """A bundle's tokenizer: ``vocab.json``, ``merges.txt`` and ``config.json``. Raises BundleError."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        words = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-        merges = read_merges(folder / "merges.txt")
-        numbers = {key: int(config[key]) for key in ("length", "begin", "end", "pad")}
-        return Vocabulary(words, merges, **numbers, unknown=config["unknown"], added=(*config["added"],))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BundleError(f"the tokenizer in {folder} cannot be read ({error}); export it again") from error
-
-
-def read_merges(path: Path) -> list[tuple[str, str]]:
-    """The pairs of ``merges.txt``, best first. Raises ValueError on a line that is no pair."""
-    pairs = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        if line.strip() and not line.startswith("#version"):
-            first, second = line.split()
-            pairs.append((first, second))
-    return pairs
-
 
 class ClipTokenizer:
-    """Text -> ids as transformers' ``CLIPTokenizer`` gives them, without begin, end and padding."""
+    """Text -> ids as transformers' ``CLIPTokenizer`` gives them, without begin, end and padding.
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        """Raises UsageError where the package is missing, BundleError where words and merges do not fit."""
-        self.length, self.begin = vocabulary.length, vocabulary.begin
-        self.end, self.pad = vocabulary.end, vocabulary.pad
-        self._encode = _build(vocabulary).encode
+    ``length``: tokens the encoder takes at once. ``begin``, ``end``, ``pad``: ids. On disk it is a folder
+    with ``tokenizer.json`` (the format of the package ``tokenizers``) and these four in ``config.json``.
+    """
+
+    def __init__(self, rules: str, length: int, begin: int, end: int, pad: int) -> None:
+        """``rules`` is the text of ``tokenizer.json``. Raises UsageError where the package is missing."""
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise UsageError(
+                "prompts need the package tokenizers, which is not installed; run: pip install 'std-rt[text]'"
+            ) from error
+        self.rules, self.length, self.begin, self.end, self.pad = rules, length, begin, end, pad
+        try:
+            self._encode = Tokenizer.from_str(rules).encode
+        except Exception as error:  # the package raises Exception itself
+            raise ValueError(error) from error
+
+    @classmethod
+    def load(cls, folder: Path) -> ClipTokenizer:
+        """A bundle's tokenizer. Raises BundleError where it is damaged, UsageError without the package."""
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            numbers = [int(config[key]) for key in ("length", "begin", "end", "pad")]
+            return cls((folder / "tokenizer.json").read_text(encoding="utf-8"), *numbers)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BundleError(
+                f"the tokenizer in {folder} cannot be read ({error}); export the bundle again"
+            ) from error
+
+    def save(self, folder: Path) -> None:
+        """Write ``folder``, which must not exist."""
+        folder.mkdir(parents=True)
+        config = {key: getattr(self, key) for key in ("length", "begin", "end", "pad")}
+        for name, text in (("tokenizer.json", self.rules), ("config.json", json.dumps(config) + "\n")):
+            (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
     def __call__(self, text: str) -> list[int]:
         """Ids of ``text``, however long. Raises UsageError on half a surrogate pair, which is no text."""
@@ -97,40 +73,6 @@ class ClipTokenizer:
             return list(self._encode(text, add_special_tokens=False).ids)
         except (UnicodeEncodeError, TypeError) as error:
             raise UsageError(f"the prompt {text[:40]!a} is not valid Unicode; type it again") from error
-
-
-def _build(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
-    """Byte-level BPE over lower-case NFC text."""
-    try:
-        from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
-    except ImportError as error:
-        raise UsageError(
-            f"prompts need the package tokenizers, which is not installed; run: {INSTALL}"
-        ) from error
-    try:
-        model = models.BPE(
-            dict(vocabulary.words),
-            list(vocabulary.merges),
-            unk_token=vocabulary.unknown,
-            end_of_word_suffix=_END_OF_WORD,
-            continuing_subword_prefix="",
-            fuse_unk=False,
-        )
-    except Exception as error:  # the package raises Exception itself
-        raise BundleError(f"the tokenizer's words and merges do not fit: {error}; export it again") from error
-    tokenizer = Tokenizer(model)
-    spaces = normalizers.Replace(Regex(r"\s+"), " ")
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
-    cut = pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    for entry in sorted(vocabulary.added, key=lambda entry: int(entry["id"])):
-        options = {key: value for key, value in entry.items() if key not in ("id", "content")}
-        tokenizer.add_tokens([AddedToken(entry["content"], **options)])
-        if tokenizer.token_to_id(entry["content"]) != entry["id"]:
-            raise BundleError(
-                f"the tokenizer's word {entry['content']!r} has another number; export it again"
-            )
-    return tokenizer
 
 
 class TextEncoder:
@@ -152,7 +94,7 @@ class TextEncoder:
         self._bundle, self._open_graph, self._remember = bundle, open_graph, remember
         self._zero_negative = bool(text.get("zero_negative", True))
         folders = {role: bundle.path / folder for role, folder in text["tokenizers"].items()}
-        self._tokenizers = {role: ClipTokenizer(read_vocabulary(path)) for role, path in folders.items()}
+        self._tokenizers = {role: ClipTokenizer.load(path) for role, path in folders.items()}
         self._engines: dict[str, Engine] = {}
         self._known: OrderedDict[tuple[str, str | None], Encoding] = OrderedDict()
 

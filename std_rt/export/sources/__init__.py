@@ -1,1 +1,1 @@
-"""sources"""
+"""Sources of weights: folders, single files, the hub."""

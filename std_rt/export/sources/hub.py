@@ -1,14 +1,13 @@
 """Files from the hub: listed first, announced with their size, fetched with resume, used from its cache.
 
-huggingface_hub keeps the cache and the requests; it begins an interrupted file anew, so the transfer of a
-file is done here, into ``blobs/ETAG.incomplete``, and goes on where it stopped. HF_HOME, HF_HUB_CACHE,
-HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN mean what they mean there.
+huggingface_hub keeps the cache and makes the requests. Its version 2 starts an interrupted file again from
+nothing, so the transfer is done here: into ``blobs/ETAG.incomplete``, where the next run resumes.
+HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN mean what they mean there.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,9 +28,11 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import are_symlinks_supported, http_get, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]
 from huggingface_hub.utils import tqdm as HubBar  # type: ignore[attr-defined]
+from rich.filesize import decimal
 
 from std_rt.core.errors import ExportError, disk_is_full
 from std_rt.core.files import file_digest
+from std_rt.core.machine import free_disk_gb
 
 __all__ = [
     "Fetch",
@@ -41,7 +42,7 @@ __all__ = [
     "choose_configs",
     "choose_file",
     "choose_model",
-    "choose_pipeline",
+    "choose_weights",
     "fetch_all",
     "list_files",
     "parse_ref",
@@ -114,11 +115,6 @@ class Fetch:
         """Those that are not in the cache."""
         return [self.listing.files[name] for name in self.names if not self.listing.is_cached(name)]
 
-    @property
-    def total_bytes(self) -> int:
-        """Of all files, cached or not."""
-        return sum(self.listing.files[name].size for name in self.names)
-
 
 def parse_ref(text: str) -> HubRef | None:
     """``owner/name[@revision][:path]`` or ``owner/name/file.safetensors``; None where it is neither."""
@@ -135,7 +131,7 @@ def parse_ref(text: str) -> HubRef | None:
 
 
 def list_files(ref: HubRef, say: Say) -> Listing:
-    """What the repository holds. Where the hub cannot be reached, what the cache holds, and says so.
+    """What the repository holds; where the hub cannot be reached, what the cache holds, with a line about it.
 
     Raises ExportError where there is no such repository or revision, or neither hub nor cache has it.
     """
@@ -162,28 +158,18 @@ def list_files(ref: HubRef, say: Say) -> Listing:
 
 
 def read_small(listing: Listing, name: str) -> Path:
-    """Fetch one small file at once and without a word: what is needed to choose the others."""
+    """Fetch one small file at once, without an announcement: it is needed to choose the others."""
     _check_there(listing, name)
     _fetch_file(listing, listing.files[name])
     return listing.folder / name
 
 
-def choose_pipeline(listing: Listing, roles: Sequence[str]) -> tuple[str, ...]:
-    """What export reads of a diffusers repository: configs, tokenizers, and the weights of ``roles``, each
-    in one format and precision. Raises ExportError where a role has no safetensors weights."""
-    names = [*choose_configs(listing)]
-    for role in roles:
-        _check_there(listing, f"{role}/config.json")
-        names += choose_weights(listing, role)
-    return tuple(names)
-
-
 def choose_configs(listing: Listing) -> tuple[str, ...]:
-    """Everything but weights: configs, tokenizers, licence. Raises ExportError where it is no pipeline."""
+    """Everything but weights: configs, tokenizers, licence. Raises ExportError where it is not a pipeline."""
     if "model_index.json" not in listing.files:
         checkpoints = [name for name in listing.files if "/" not in name and name.endswith(".safetensors")]
         hint = f"; give one of its files, such as {listing.ref.repo}:{checkpoints[0]}" if checkpoints else ""
-        raise ExportError(f"{listing.ref} has no model_index.json, so it is no diffusers pipeline{hint}")
+        raise ExportError(f"{listing.ref} has no model_index.json, so it is not a diffusers pipeline{hint}")
     wanted = {"model_index.json", "README.md", *(f"{role}/config.json" for role in MODEL_ROLES)}
     wanted.add("image_encoder/preprocessor_config.json")
     texts = (".json", ".txt")
@@ -194,10 +180,10 @@ def choose_configs(listing: Listing) -> tuple[str, ...]:
     )
 
 
-def choose_file(listing: Listing, name: str) -> Fetch:
-    """One file, and the licence. Raises ExportError where it is not there, and says what is."""
+def choose_file(listing: Listing, name: str) -> tuple[str, ...]:
+    """One file, and the licence. Raises ExportError where it is not there, naming files that are."""
     _check_there(listing, name)
-    return Fetch(listing, tuple(dict.fromkeys([name, *_readme(listing)])))
+    return (name, *_readme(listing))
 
 
 def choose_model(listing: Listing, folder: str = "") -> tuple[str, ...]:
@@ -209,45 +195,72 @@ def choose_model(listing: Listing, folder: str = "") -> tuple[str, ...]:
 
 
 def choose_weights(listing: Listing, folder: str) -> tuple[str, ...]:
-    """One complete set of weights: what is cached before what is not, halves before full precision."""
+    """One complete set of weights: a cached one before others, fp16 before fp32. Raises ExportError."""
     prefix = f"{folder}/" if folder else ""
     found = [names for variant in (".fp16", "") for names in _complete_sets(listing, prefix, variant)]
     if not found:
         raise ExportError(
             f"{listing.ref.repo} has no .safetensors weights in {folder or 'its root'}; "
-            "std-rt reads no .bin or .ckpt: use another repository, or save it again with save_pretrained"
+            "std-rt does not read .bin or .ckpt: use another repository, or convert it with save_pretrained"
         )
     return next((names for names in found if all(map(listing.is_cached, names))), found[0])
 
 
 def fetch_all(wanted: Sequence[Fetch], say: Say, confirm: Callable[[str], bool]) -> None:
-    """Say what is fetched and how large it is, look at the disk, ask, and fetch what is not here yet."""
+    """Announce files and sizes, check the disk, ask, and fetch what is not in the cache."""
     missing = [file for fetch in wanted for file in fetch.missing]
     for fetch in wanted:
-        say(_describe(fetch))
-    if not missing:
-        _note_revisions(wanted)
-        return
-    total = sum(file.size for file in missing)
-    summary = f"to fetch: {_files(len(missing))}, {_size(total)}, into {constants.HF_HUB_CACHE}"
-    say(summary)
-    offline = next((fetch for fetch in wanted if fetch.missing and not fetch.listing.online), None)
-    if offline is not None:
-        raise ExportError(
-            f"{offline.listing.ref.repo} is cached without {offline.missing[0].name}, and the hub is out of "
-            f"reach; {_by_hand(offline.listing.ref)}"
-        )
-    _check_disk(total)
-    if not confirm(summary):
-        raise ExportError("nothing was fetched, as you asked")
+        listing, left = fetch.listing, sum(file.size for file in fetch.missing)
+        size = sum(listing.files[name].size for name in fetch.names)
+        state = f"{_size(left)} to fetch" if fetch.missing else "cached"
+        say(f"{listing.ref} ({listing.commit[:12]}): {_files(fetch.names)}, {_size(size)}, {state}")
+    if missing:
+        _announce(wanted, missing, say, confirm)
     for fetch in wanted:
         for file in fetch.missing:
             _fetch_file(fetch.listing, file, say)
-    _note_revisions(wanted)
+        # Remember which commit a branch stood at, as the hub's client does: offline use starts there.
+        ref, commit = fetch.listing.ref, fetch.listing.commit
+        note = _storage(ref.repo) / "refs" / ref.revision
+        if ref.revision != commit and fetch.listing.online:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(commit, encoding="utf-8")
 
 
 class HubDownError(ExportError):
     """The hub cannot be reached; what the cache has may do."""
+
+
+def _announce(
+    wanted: Sequence[Fetch], missing: Sequence[HubFile], say: Say, confirm: Callable[[str], bool]
+) -> None:
+    """Say how much is to be fetched, and ask. Raises ExportError where it cannot or shall not be."""
+    total = sum(file.size for file in missing)
+    summary = f"to fetch: {_files(missing)}, {_size(total)}, into {constants.HF_HUB_CACHE}"
+    say(summary)
+    offline = next((fetch for fetch in wanted if fetch.missing and not fetch.listing.online), None)
+    if offline is not None:
+        raise ExportError(
+            f"{offline.listing.ref.repo} is cached without {offline.missing[0].name}, and the hub cannot be "
+            f"reached; {_by_hand(offline.listing.ref)}"
+        )
+    free = int(free_disk_gb(Path(constants.HF_HUB_CACHE)) * 2**30)
+    if free < total + _SPARE_BYTES:
+        raise ExportError(
+            f"the download is {_size(total)} and {constants.HF_HUB_CACHE} has {_size(free)} free; "
+            "make room, or set HF_HOME to a folder on another disk"
+        )
+    if not confirm(summary):
+        raise ExportError("nothing was fetched, as you chose")
+
+
+def _files(found: Sequence[object]) -> str:
+    return f"{len(found)} file" + ("" if len(found) == 1 else "s")
+
+
+def _size(count: int) -> str:
+    """As the hub's pages count: 1 GB is 10**9 bytes."""
+    return decimal(count, precision=2)
 
 
 def _storage(repo: str) -> Path:
@@ -275,7 +288,7 @@ def _readme(listing: Listing) -> list[str]:
 def _check_there(listing: Listing, name: str) -> None:
     if name in listing.files:
         return
-    where = "" if listing.online else " in the cache, and the hub is out of reach"
+    where = "" if listing.online else " in the cache, and the hub cannot be reached"
     kind = PurePosixPath(name).suffix
     near = [other for other in listing.files if other.endswith(kind)][:5]
     hint = f"; it has {', '.join(near)}" if near else ""
@@ -295,38 +308,6 @@ def _complete_sets(listing: Listing, prefix: str, variant: str) -> Iterator[tupl
             yield (index, *sorted(shards))
 
 
-def _describe(fetch: Fetch) -> str:
-    listing = fetch.listing
-    left = sum(file.size for file in fetch.missing)
-    state = "cached" if not fetch.missing else f"{_size(left)} to fetch"
-    what = f"{_files(len(fetch.names))}, {_size(fetch.total_bytes)}"
-    return f"{listing.ref} ({listing.commit[:12]}): {what}, {state}"
-
-
-def _files(count: int) -> str:
-    return f"{count} file" + ("" if count == 1 else "s")
-
-
-def _size(count: int) -> str:
-    """As the hub's pages count: 1 GB is 10**9 bytes."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.2f} {unit}"
-    return f"{count} B"
-
-
-def _check_disk(needed: int) -> None:
-    folder = Path(constants.HF_HUB_CACHE).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < needed + _SPARE_BYTES:
-        raise ExportError(
-            f"{_size(needed)} are to be fetched and {folder} has {_size(free)} free; "
-            "make room, or set HF_HOME to a folder on another disk"
-        )
-
-
 def _fetch_file(listing: Listing, file: HubFile, say: Say = lambda line: None) -> None:
     """Bring one file into the cache, under the names and links that huggingface_hub gives it."""
     if listing.is_cached(file.name):
@@ -341,7 +322,7 @@ def _bring_blob(listing: Listing, file: HubFile, say: Say) -> None:
     url = hf_hub_url(listing.ref.repo, file.name, revision=listing.commit)
     found = get_hf_file_metadata(url)
     if found.etag is None:
-        raise ExportError(f"{url} has no ETag; HF_ENDPOINT ({constants.ENDPOINT}) is no hub")
+        raise ExportError(f"{url} has no ETag; HF_ENDPOINT ({constants.ENDPOINT}) is not a model hub")
     storage = _storage(listing.ref.repo)
     blob = storage / "blobs" / found.etag
     lock = Path(constants.HF_HUB_CACHE) / ".locks" / storage.name / f"{found.etag}.lock"
@@ -367,7 +348,7 @@ def _transfer(url: str, partial: Path, file: HubFile, size: int | None, say: Say
     with partial.open("ab") as stream:
         start = stream.tell()
         if start:
-            say(f"{file.name}: going on after {_size(start)} of {_size(file.size)}")
+            say(f"{file.name}: resuming after {_size(start)} of {_size(file.size)}")
         headers = build_hf_headers()
         bar = HubBar if file.size >= _BAR_BYTES else _NoBar
         try:
@@ -375,7 +356,7 @@ def _transfer(url: str, partial: Path, file: HubFile, size: int | None, say: Say
                      displayed_filename=file.name, tqdm_class=bar)  # fmt: skip
         except KeyboardInterrupt:
             say(
-                f"interrupted; {_size(stream.tell())} of {file.name} are kept: the same command goes on there"
+                f"interrupted; {_size(stream.tell())} of {file.name} are kept: the same command resumes there"
             )
             raise
         except _TRANSPORT as error:
@@ -383,24 +364,16 @@ def _transfer(url: str, partial: Path, file: HubFile, size: int | None, say: Say
                 raise
             raise ExportError(
                 f"the transfer of {file.name} broke off after {_size(stream.tell())} of {_size(file.size)} "
-                f"({_reason(error)}); type the same again: it goes on from there"
+                f"({_reason(error)}); run the same command again, and it resumes there"
             ) from error
 
 
 def _check_digest(partial: Path, file: HubFile) -> None:
     if file.sha256 is not None and file_digest(partial) != file.sha256:
         partial.unlink()
-        raise ExportError(f"{file.name} arrived damaged (its sha256 is not the hub's); type the same again")
-
-
-def _note_revisions(wanted: Sequence[Fetch]) -> None:
-    """Remember which commit a branch stood at, as the hub's client does: offline use starts there."""
-    for fetch in wanted:
-        ref, commit = fetch.listing.ref, fetch.listing.commit
-        note = _storage(ref.repo) / "refs" / ref.revision
-        if ref.revision != commit and fetch.listing.online:
-            note.parent.mkdir(parents=True, exist_ok=True)
-            note.write_text(commit, encoding="utf-8")
+        raise ExportError(
+            f"{file.name} arrived damaged (its sha256 is not the hub's); run the same command again"
+        )
 
 
 class _NoBar(HubBar):
@@ -424,7 +397,7 @@ def _explained(ref: HubRef, name: str = "") -> Iterator[None]:
     except OSError as error:
         if disk_is_full(error):
             raise ExportError(
-                f"the disk of {constants.HF_HUB_CACHE} is full; make room and type the same again"
+                f"the disk of {constants.HF_HUB_CACHE} is full; make room and run the same command again"
             ) from error
         raise ExportError(f"{name or ref} cannot be fetched: {_reason(error)}") from error
 
@@ -434,32 +407,28 @@ def _explain(error: Exception, ref: HubRef, name: str) -> ExportError:
     status = getattr(getattr(error, "response", None), "status_code", 0)
     match error:
         case GatedRepoError():
-            return ExportError(
+            text = (
                 f"{ref.repo} is gated: accept its licence at {page}, "
                 "then type: hf auth login (or set HF_TOKEN)"
             )
         case RepositoryNotFoundError():
-            return ExportError(
+            text = (
                 f"there is no {ref.repo} on the hub, and no such file or folder here; check the name "
                 "(a private repository needs: hf auth login)"
             )
         case RevisionNotFoundError():
-            return ExportError(
-                f"{ref.repo} has no revision {ref.revision!r}; its revisions are at {page}/commits"
-            )
+            text = f"{ref.repo} has no revision {ref.revision!r}; its revisions are at {page}/commits"
         case EntryNotFoundError():
-            return ExportError(
-                f"{ref.repo} has no file {name or ref.path}; its files are at {page}/tree/main"
-            )
+            text = f"{ref.repo} has no file {name or ref.path}; its files are at {page}/tree/main"
         case HFValidationError():
-            return ExportError(f"{ref.repo!r} is no hub id ({_reason(error)}); use owner/name")
-    if status in (401, 403):
-        return ExportError(
-            f"{page} refuses access ({status}); type: hf auth login (or set HF_TOKEN to a valid one)"
-        )
-    if status == 429 or status >= 500:
-        return HubDownError(f"{constants.ENDPOINT} answers {status}; try again later, or {_by_hand(ref)}")
-    return ExportError(f"{ref} cannot be fetched: {_reason(error)}")
+            text = f"{ref.repo!r} is not a hub id ({_reason(error)}); use owner/name"
+        case _ if status in (401, 403):
+            text = f"{page} refuses access ({status}); type: hf auth login (or set HF_TOKEN to a valid one)"
+        case _ if status == 429 or status >= 500:
+            return HubDownError(f"{constants.ENDPOINT} answers {status}; try again later, or {_by_hand(ref)}")
+        case _:
+            text = f"{ref} cannot be fetched: {_reason(error)}"
+    return ExportError(text)
 
 
 def _reason(error: BaseException) -> str:
@@ -472,4 +441,4 @@ def _by_hand(ref: HubRef) -> str:
     """What to type on a machine that is online."""
     revision = "" if ref.revision == constants.DEFAULT_REVISION else f" --revision {ref.revision}"
     what = f" {ref.path}" if PurePosixPath(ref.path).suffix else ""
-    return f"when online type: hf download {ref.repo}{what}{revision}, or give a file or folder of yours"
+    return f"when online type: hf download {ref.repo}{what}{revision}, or give a local file or folder"

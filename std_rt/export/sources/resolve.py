@@ -1,4 +1,4 @@
-"""What a user names -> local paths: hub ids, folders, single files and short names, fetched where need be.
+"""Local paths of what a user names: hub ids, folders, single files and short names, fetched where needed.
 
 Everything that is to be fetched is listed, added up and announced before the first large file is touched.
 """
@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from std_rt.core.base_model import licence
 from std_rt.core.errors import ExportError
@@ -25,7 +24,6 @@ from std_rt.export.sources.hub import (
     choose_configs,
     choose_file,
     choose_model,
-    choose_pipeline,
     fetch_all,
     list_files,
     parse_ref,
@@ -107,7 +105,7 @@ def resolve_sources(
     ``base`` is a hub id (``owner/name[@revision]``), a diffusers folder or a ``.safetensors`` checkpoint;
     None is the published recipe, in which every flag given replaces its part. ``loras`` are files or
     ``owner/name:file``, each with ``:scale`` or without. ``config`` is the pipeline whose configs a
-    checkpoint takes. ``say`` is told what is fetched, ``confirm`` asked once before (False ends it).
+    checkpoint takes. ``say`` gets a line on what is fetched, ``confirm`` is asked once before (False ends it).
     Raises ExportError with one line.
     """
     if profile:
@@ -130,30 +128,17 @@ class _Asked:
 
 def _published_recipe(asked: _Asked) -> _Asked:
     """SDXL base, the STD LoRA of this eta, IP-Adapter Plus and the VAE that stays in fp16's range."""
-    loras, profile = asked.loras, asked.profile
-    if not loras:
-        profile = profile or _std_profile(asked.eta)
-        loras = ((_published_file(profile, asked.eta), 1.0),)
-    return _Asked(
-        BASE,
-        loras,
-        asked.ip_adapter or "plus",
-        asked.image_encoder,
-        asked.vae or "fp16-fix",
-        asked.eta,
-        profile,
-    )
-
-
-def _std_profile(eta: float | None) -> str:
-    name = f"std-{DEFAULT_ETA if eta is None else eta:g}"
-    if name not in PROFILES:
+    asked = replace(asked, base=BASE, ip_adapter=asked.ip_adapter or "plus", vae=asked.vae or "fp16-fix")
+    if asked.loras:
+        return asked
+    profile = asked.profile or f"std-{DEFAULT_ETA if asked.eta is None else asked.eta:g}"
+    if profile not in PROFILES and not asked.profile:
         known = ", ".join(key.removeprefix("std-") for key in PROFILES if key.startswith("std-"))
         raise ExportError(
-            f"--eta {eta:g}: the published STD LoRAs are for {known}; "
+            f"--eta {asked.eta:g}: the published STD LoRAs are for {known}; "
             "give one of these, or --lora with a file trained for yours"
         )
-    return name
+    return replace(asked, profile=profile, loras=((_published_file(profile, asked.eta), 1.0),))
 
 
 def _published_file(profile: str, eta: float | None) -> str:
@@ -161,7 +146,7 @@ def _published_file(profile: str, eta: float | None) -> str:
     found = find_profile(profile)
     if found.fixed and eta is not None and eta != found.eta:
         raise ExportError(
-            f"--eta {eta:g} was asked, and profile {profile} is for {found.eta:g}; leave one out"
+            f"--eta {eta:g} does not go with --profile {profile}, which is for {found.eta:g}; leave one out"
         )
     return found.file.replace(": ", ":")
 
@@ -197,10 +182,12 @@ class _Resolver:
         base, configs = self._base()
         loras = [self._file(text, "--lora") for text, _ in asked.loras]
         short = IP_ADAPTERS.get(asked.ip_adapter or "")
-        adapter = self._optional(self._file, short[0] if short else asked.ip_adapter, "--ip-adapter")
+        file = short[0] if short else asked.ip_adapter
+        adapter = self._file(file, "--ip-adapter") if file else None
         named = asked.image_encoder or (short[1] if short else None)
-        encoder = self._optional(self._folder, named, "--image-encoder")
-        vae = self._optional(self._folder, VAES.get(asked.vae or "", asked.vae), "--vae")
+        encoder = self._folder(named, "--image-encoder") if named else None
+        named = VAES.get(asked.vae or "", asked.vae)
+        vae = self._folder(named, "--vae") if named else None
         self._fetch()
         encoder = encoder or self._fitting_encoder(base, adapter)
         folder = base.path
@@ -235,19 +222,19 @@ class _Resolver:
             return base, self._configs()
         if ref is None:
             raise ExportError(
-                f"{text} is no folder or file here, and no hub id (owner/name); "
-                "BASE is one of these three, or nothing for the published recipe"
+                f"{text} is neither a folder or file here nor a hub id (owner/name); "
+                "give one of these, or leave BASE out for the published SDXL recipe"
             )
         return self._hub_pipeline(ref), None
 
     def _refuse_config(self, base: str) -> None:
         if self.config is not None:
-            raise ExportError(f"--config is for single-file checkpoints, and {base} has configs of its own")
+            raise ExportError(f"--config is for single-file checkpoints, and {base} has its own configs")
 
     def _check_adapter(self, base: str, has_own: bool) -> None:
         if not has_own and self.asked.ip_adapter is None:
             raise ExportError(
-                f"{base} has no IP-Adapter of its own, and a style needs one; "
+                f"{base} has no IP-Adapter in it, and a style needs one; "
                 f"add --ip-adapter {' or '.join(IP_ADAPTERS)}, or a file"
             )
 
@@ -255,14 +242,20 @@ class _Resolver:
         self._refuse_config(str(ref))
         listing = self._list(ref)
         self._check_adapter(str(ref), "ip_adapter.safetensors" in listing.files)
-        names = choose_configs(listing)  # is it a pipeline at all?
+        names = [*choose_configs(listing)]  # raises where it is not a pipeline
         index = read_json(read_small(listing, "model_index.json"))
-        _check_pipeline(ref, index)
+        # Before gigabytes are fetched: SDXL pipelines have a second text encoder, or none as ours do.
+        if "StableDiffusionXL" not in str(index.get("_class_name")):
+            raise ExportError(
+                f"{ref} is a {index.get('_class_name')}; std-rt exports StableDiffusionXLPipeline and its kin"
+            )
         asked = self.asked
         replaced = {"vae": asked.vae, "image_encoder": asked.image_encoder or asked.ip_adapter}
-        roles = [role for role in MODEL_ROLES if _has(index, role) and not replaced.get(role)]
-        own = () if asked.ip_adapter else ("ip_adapter.safetensors",)
-        self.wanted.append(Fetch(listing, (*names, *choose_pipeline(listing, roles), *own)))
+        for role in MODEL_ROLES:
+            if (index.get(role) or [None])[0] is not None and not replaced.get(role):
+                names += choose_model(listing, role)
+        names += [] if asked.ip_adapter else ["ip_adapter.safetensors"]
+        self.wanted.append(Fetch(listing, tuple(names)))
         return _Place(listing.folder, listing)
 
     def _configs(self) -> _Place:
@@ -272,13 +265,10 @@ class _Resolver:
             return _Place(Path(text))
         ref = parse_ref(text)
         if ref is None or ref.path:
-            raise ExportError(f"--config {text} is no folder here and no hub id (owner/name)")
+            raise ExportError(f"--config {text} is neither a folder here nor a hub id (owner/name)")
         listing = self._list(ref)
         self.wanted.append(Fetch(listing, choose_configs(listing)))
         return _Place(listing.folder, listing)
-
-    def _optional(self, find: Callable[[str, str], _Place], text: str | None, flag: str) -> _Place | None:
-        return None if text is None else find(text, flag)
 
     def _file(self, text: str, flag: str) -> _Place:
         """A file here or on the hub; a repository alone, where it has only one that will do."""
@@ -288,10 +278,10 @@ class _Resolver:
         if path.is_dir():
             raise ExportError(f"{flag} {text} is a folder; give the file in it")
         if ref is None:
-            raise ExportError(f"{flag} {text} does not exist here, and is no hub name (owner/name:file)")
+            raise ExportError(f"{flag} {text} does not exist here, and is not a hub name (owner/name:file)")
         listing = self._list(ref)
         name = ref.path or _only_weights(listing, flag)
-        self.wanted.append(choose_file(listing, name))
+        self.wanted.append(Fetch(listing, choose_file(listing, name)))
         return _Place(listing.folder / name, listing)
 
     def _folder(self, text: str, flag: str) -> _Place:
@@ -301,7 +291,9 @@ class _Resolver:
             return _Place(path)
         if ref is None or path.is_file():
             names = f", or {' or '.join(VAES)}" if flag == "--vae" else ""
-            raise ExportError(f"{flag} {text} is no folder here and no hub id (owner/name[:folder]){names}")
+            raise ExportError(
+                f"{flag} {text} is neither a folder here nor a hub id (owner/name[:folder]){names}"
+            )
         listing = self._list(ref)
         inside = ref.path.rstrip("/")
         self.wanted.append(Fetch(listing, choose_model(listing, inside)))
@@ -316,17 +308,18 @@ class _Resolver:
 
     def _fetch(self) -> None:
         """Everything wanted so far: one line a repository, one sum."""
-        names: dict[str, list[str]] = {}
-        listings = {fetch.listing.folder.as_posix(): fetch.listing for fetch in self.wanted}
+        merged: dict[Path, Fetch] = {}
         for fetch in self.wanted:
-            names.setdefault(fetch.listing.folder.as_posix(), []).extend(fetch.names)
-        merged = [Fetch(listings[key], tuple(dict.fromkeys(listed))) for key, listed in names.items()]
-        fetch_all(merged, self.say, self.confirm)
+            before = merged.get(fetch.listing.folder, Fetch(fetch.listing, ()))
+            merged[fetch.listing.folder] = replace(
+                before, names=tuple(dict.fromkeys(before.names + fetch.names))
+            )
+        fetch_all([*merged.values()], self.say, self.confirm)
         self.wanted = []
 
     def _fitting_encoder(self, base: _Place, adapter: _Place | None) -> _Place | None:
-        """The published encoder that an adapter reads, where none was named and none lies in the base, nor
-        beside an adapter of the user's. None where there is one, or nobody knows which."""
+        """The published encoder that an adapter reads, where none was named and none is in the base or beside
+        the user's own adapter. None where there is one, or where it is not known which it needs."""
         if adapter is None or (base.path / "image_encoder" / "config.json").is_file():
             return None
         if adapter.listing is None and (adapter.path.parent / "image_encoder" / "config.json").is_file():
@@ -341,19 +334,6 @@ class _Resolver:
         return place
 
 
-def _has(index: Mapping[str, Any], role: str) -> bool:
-    """Whether a ``model_index.json`` has a part that is not null."""
-    entry = index.get(role)
-    return isinstance(entry, list) and bool(entry) and entry[0] is not None
-
-
-def _check_pipeline(ref: HubRef, index: Mapping[str, Any]) -> None:
-    """Before gigabytes are fetched: SDXL pipelines have a second text encoder, or none as ours do."""
-    name = str(index.get("_class_name"))
-    if "StableDiffusionXL" not in name:
-        raise ExportError(f"{ref} is a {name}; std-rt exports StableDiffusionXLPipeline and its kin")
-
-
 def _only_weights(listing: Listing, flag: str) -> str:
     found = [name for name in listing.files if name.endswith(".safetensors")]
     if len(found) == 1:
@@ -366,7 +346,7 @@ def _only_weights(listing: Listing, flag: str) -> str:
 
 
 def _check_all(folder: Path, adapter: _Place | None, encoder: _Place | None, vae: _Place | None) -> None:
-    """Whole files, in their place; and an encoder that the adapter can read."""
+    """Raise ExportError where a file is damaged or missing, or the adapter cannot read the encoder."""
     models = [folder / role for role in MODEL_ROLES] + [place.path for place in (encoder, vae) if place]
     for model in models:
         check_weights(model)

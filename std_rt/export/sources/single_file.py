@@ -1,8 +1,8 @@
 """A single-file SDXL checkpoint in the original key layout -> a diffusers folder in the cache, in fp16.
 
-diffusers knows the key names; its own loader would build every network in memory first, so only its
-renaming is used. Tensors are read from the file, rounded and written one after another: beside the page
-cache, no more than a text encoder's reshaped weights is in memory.
+diffusers' ``from_single_file`` reads it, with the configs of a pipeline folder and so without the network.
+Checked before: what kind of file it is, from its header. Checked after: that every weight found its place and
+that fp16 holds it. The pipeline is in memory once in fp16, 7 GB for SDXL, less than the export takes later.
 """
 
 from __future__ import annotations
@@ -14,26 +14,18 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers.loaders.single_file_utils import (
-    convert_ldm_clip_checkpoint,
-    convert_ldm_unet_checkpoint,
-    convert_ldm_vae_checkpoint,
-    convert_open_clip_checkpoint,
-)
+from diffusers import StableDiffusionXLPipeline
 from filelock import FileLock
-from numpy.typing import NDArray
-from torch import Tensor
+from safetensors import SafetensorError
 
 from std_rt.core.errors import ExportError
 from std_rt.core.files import cache_root, file_digest
-from std_rt.export.components import read_config, read_json, resolve
-from std_rt.export.quiet import quiet
-from std_rt.export.sources.weight_files import Slot, open_weights, read_shapes, write_weights
+from std_rt.core.machine import free_disk_gb
+from std_rt.export.components import quiet, read_config, read_json
+from std_rt.export.sources.weight_files import open_weights, read_shapes
 
 __all__ = ["check_single_file", "convert_single_file"]
 
@@ -47,7 +39,7 @@ _PREFIXES = {
     "text_encoder": "conditioner.embedders.0.transformer.",
     "text_encoder_2": "conditioner.embedders.1.model.",
 }
-_FILES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+_NOT_WEIGHTS = ("position_ids", "logit_scale")  # in a checkpoint, and of no use to the networks
 _FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 # A key's beginning that gives another kind of file away, and what that is.
 _OTHERS = (
@@ -62,7 +54,7 @@ _OTHERS = (
     ("unet.down_blocks.", "a LoRA (give it with --lora)"),
     ("image_proj.", "an IP-Adapter (give it with --ip-adapter)"),
     ("down_blocks.", "one part of a diffusers pipeline (give the folder of the whole)"),
-    ("encoder.", "one part of a pipeline"),
+    ("encoder.", "one part of a pipeline (give the whole)"),
 )
 
 
@@ -73,14 +65,14 @@ def check_single_file(path: Path) -> None:
         if any(key.startswith(start) for key in shapes):
             raise ExportError(f"{path} is {kind}; std-rt exports SDXL checkpoints")
     if _FIRST not in shapes:
-        raise ExportError(f"{path} is no SDXL checkpoint in the original layout: it has no {_FIRST}")
+        raise ExportError(f"{path} is not an SDXL checkpoint in the original layout: it has no {_FIRST}")
     channels = shapes[_FIRST][1]
     if channels != 4:
         raise ExportError(
-            f"{path} takes {channels} channels (inpainting, editing); std-rt exports those of 4"
+            f"{path} takes {channels} channels (inpainting, editing); std-rt exports those with 4"
         )
     for role in ("text_encoder", "text_encoder_2"):
-        if not _keys(shapes, role):
+        if not _has(shapes, role):
             raise ExportError(f"{path} has no {role} in it ({_PREFIXES[role]}*); give the whole checkpoint")
 
 
@@ -93,111 +85,87 @@ def convert_single_file(path: Path, configs: Path, say: Say, *, own_vae: bool = 
     """
     check_single_file(path)
     shapes = read_shapes(path)
-    if own_vae and not _keys(shapes, "vae"):
+    if own_vae and not _has(shapes, "vae"):
         raise ExportError(f"{path} has no VAE in it; add --vae fp16-fix")
-    root = _root()
+    cache = cache_root()
+    if cache is None:
+        raise ExportError("no cache folder can be written; set STD_RT_CACHE to one that can")
+    root = cache / "checkpoints"
+    root.mkdir(parents=True, exist_ok=True)
     say(f"hashing {path.name}")
     target = root / f"{file_digest(path)[:32]}-{_digest_configs(configs)[:8]}"
     with FileLock(root / f"{target.name}.lock"):
         if target.is_dir():
             say(f"{path.name} was converted before")
             return target
-        _check_disk(root, 2 * sum(map(math.prod, shapes.values())))
+        needed_gb = 2 * sum(map(math.prod, shapes.values())) / 2**30
+        if (free_gb := free_disk_gb(root)) < needed_gb * 1.02:
+            raise ExportError(
+                f"converting takes {needed_gb:.1f} GB and {root} has {free_gb:.1f} GB free; "
+                "make room, or set STD_RT_CACHE to a folder on another disk"
+            )
         try:
             with tempfile.TemporaryDirectory(prefix=".partial-", dir=root) as partial:
                 work = Path(partial) / "pipeline"
-                _convert(path, shapes, configs, work, say)
+                _copy_configs(configs, work)
+                _note_prediction(work, path, shapes)
+                say(f"converting {path.name}")
+                _convert(path, shapes, configs, work)
                 work.rename(target)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise ExportError(
                 f"{path} cannot be converted into {root}: {' '.join(str(error).split())}"
             ) from error
     return target
 
 
-def _convert(path: Path, shapes: Shapes, configs: Path, work: Path, say: Say) -> None:
-    _copy_configs(configs, work)
-    _note_prediction(work, path, shapes)
-    with open_weights(path) as file:
-        for role in _PREFIXES:
-            keys = _keys(shapes, role)
-            if not keys:
-                shutil.rmtree(work / role)
-                continue
-            say(f"converting {role} of {path.name}")
-            found = _renamed(role, {key: file.get_tensor(key) for key in keys}, work / role, path)
-            _check(role, found, work / role, path, configs)
-            _write_halves(work / role / f"{_FILES.get(role, 'model')}.safetensors", found, path)
+def _has(shapes: Shapes, role: str) -> bool:
+    return any(key.startswith(_PREFIXES[role]) for key in shapes)
 
 
-def _keys(shapes: Shapes, role: str) -> list[str]:
-    return [key for key in shapes if key.startswith(_PREFIXES[role])]
-
-
-def _renamed(role: str, state: dict[str, Tensor], folder: Path, path: Path) -> dict[str, Tensor]:
-    """Under diffusers' names; ``state`` are views of the file."""
-    config = read_config(role, folder)
-    try:
-        with quiet("diffusers"):
-            match role:
-                case "unet":
-                    found = convert_ldm_unet_checkpoint(state, config)
-                case "vae":
-                    found = convert_ldm_vae_checkpoint(state, config)
-                case "text_encoder":
-                    found = convert_ldm_clip_checkpoint(state)
-                case _:
-                    model = SimpleNamespace(config=SimpleNamespace(**config))
-                    found = convert_open_clip_checkpoint(model, state, prefix=_PREFIXES[role])
-    except (KeyError, IndexError) as error:
-        raise ExportError(f"{path} lacks {error} of its {role}, so it is no SDXL checkpoint") from error
-    return {key: value for key, value in found.items() if not key.endswith("position_ids")}
-
-
-def _check(role: str, found: Mapping[str, Tensor], folder: Path, path: Path, configs: Path) -> None:
-    """All weights of the architecture, each in its shape, and no others."""
-    wanted = _wanted_shapes(role, read_config(role, folder))
-    given = {_bare(key): list(value.shape) for key, value in found.items()}
+def _convert(path: Path, shapes: Shapes, configs: Path, work: Path) -> None:
+    """Write the weights of every part into ``work``, which has the configs."""
+    left_out = dict.fromkeys(
+        ("scheduler", "tokenizer", "tokenizer_2", "image_encoder", "feature_extractor", "safety_checker")
+    )
+    if not _has(shapes, "vae"):
+        left_out["vae"] = None
+        shutil.rmtree(work / "vae")
     hint = f"the configs in {configs} are not its own; give --config FOLDER or hub id of a pipeline like it"
-    for text, names in (("lacks", wanted.keys() - given.keys()), ("has", given.keys() - wanted.keys())):
-        if names:
-            first = min(names)
-            raise ExportError(f"{path} {text} {len(names)} weights of the {role}, such as {first}; {hint}")
-    for name, shape in given.items():
-        if shape != wanted[name]:
-            raise ExportError(f"{path} has {name} of the {role} as {shape}, not {wanted[name]}; {hint}")
+    with quiet("diffusers", "transformers"):
+        try:
+            pipeline: Any = StableDiffusionXLPipeline.from_single_file(
+                str(path), config=str(configs), torch_dtype=torch.float16, local_files_only=True, **left_out
+            )
+        # A missing weight is a KeyError in there, one left empty a NotImplementedError, and so on.
+        except (LookupError, ValueError, RuntimeError, AttributeError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ExportError(f"{path} cannot be read as SDXL ({reason}); {hint}") from error
+        for role, prefix in _PREFIXES.items():
+            if role in left_out:
+                continue
+            part = getattr(pipeline, role)
+            _check_weights(path, role, part, [key for key in shapes if key.startswith(prefix)], shapes, hint)
+            part.save_pretrained(work / role)
 
 
-def _wanted_shapes(role: str, config: dict[str, Any]) -> dict[str, list[int]]:
-    kind: Any = resolve(role, config.get("_class_name") or config["architectures"][0])
-    with torch.device("meta"), quiet("diffusers", "transformers"):
-        if role.startswith("text"):
-            module = kind(kind.config_class.from_dict(config))
-        else:
-            module = kind.from_config(config)
-    return {_bare(name): list(value.shape) for name, value in module.state_dict().items()}
-
-
-def _bare(name: str) -> str:
-    """transformers names CLIP's text model with and without this prefix, by version and class."""
-    return name.removeprefix("text_model.")
-
-
-def _write_halves(target: Path, state: Mapping[str, Tensor], path: Path) -> None:
-    """A safetensors file in fp16, tensor by tensor (the library would hold all of them)."""
-    slots = {name: Slot("F16", tuple(value.shape)) for name, value in state.items()}
-    write_weights(target, slots, (_half(name, value, path) for name, value in state.items()))
-
-
-def _half(name: str, value: Tensor, path: Path) -> NDArray[np.float16]:
-    half = value.to(torch.float16).contiguous().view(-1)
-    if not torch.isfinite(half).all():
-        raise ExportError(f"{path} has values in {name} that fp16 cannot hold; it cannot be exported")
-    return half.numpy()
+def _check_weights(path: Path, role: str, part: Any, keys: Sequence[str], shapes: Shapes, hint: str) -> None:
+    """Raise ExportError where a weight is missing or left over, which diffusers only logs, or beyond fp16."""
+    state = part.state_dict()
+    missing = [name for name, value in state.items() if value.is_meta]
+    if missing:
+        raise ExportError(f"{path} lacks {len(missing)} weights of the {role}, such as {missing[0]}; {hint}")
+    given = sum(math.prod(shapes[key]) for key in keys if not key.endswith(_NOT_WEIGHTS))
+    taken = sum(value.numel() for value in part.parameters())
+    if given != taken:
+        raise ExportError(f"{path} has {given} parameters in its {role}, not {taken}; {hint}")
+    for name, value in state.items():
+        if not torch.isfinite(value).all():
+            raise ExportError(f"{path} has values in {name} that fp16 cannot hold; it cannot be exported")
 
 
 def _copy_configs(configs: Path, work: Path) -> None:
-    """Texts only. Raises ExportError where ``configs`` is no pipeline."""
+    """Texts only. Raises ExportError where ``configs`` is not a pipeline."""
     read_json(configs / "model_index.json")
     for source in _config_files(configs):
         place = work / source.relative_to(configs)
@@ -209,12 +177,9 @@ def _copy_configs(configs: Path, work: Path) -> None:
 
 def _config_files(configs: Path) -> list[Path]:
     folders = (*_PREFIXES, "tokenizer", "tokenizer_2", "scheduler")
-    found = [path for folder in folders for path in (configs / folder).glob("*") if path.suffix in _TEXTS]
-    kept = [path for path in found if ".index" not in path.name]
+    found = [path for folder in folders for path in (configs / folder).glob("*")]
+    kept = [path for path in found if path.suffix in (".json", ".txt") and ".index" not in path.name]
     return [configs / "model_index.json", *sorted(kept)]
-
-
-_TEXTS = (".json", ".txt")
 
 
 def _note_prediction(work: Path, path: Path, shapes: Shapes) -> None:
@@ -230,27 +195,9 @@ def _note_prediction(work: Path, path: Path, shapes: Shapes) -> None:
     place.write_text(json.dumps(read_json(place) | changes, indent=2), encoding="utf-8")
 
 
-def _root() -> Path:
-    cache = cache_root()
-    if cache is None:
-        raise ExportError("no cache folder can be written; set STD_RT_CACHE to one that can")
-    root = cache / "checkpoints"
-    root.mkdir(parents=True, exist_ok=True)
-    return root
-
-
 def _digest_configs(configs: Path) -> str:
     found = hashlib.sha256()
     for path in _config_files(configs):
         if path.is_file():
             found.update(f"{path.relative_to(configs).as_posix()} {file_digest(path)}\n".encode())
     return found.hexdigest()
-
-
-def _check_disk(root: Path, needed: int) -> None:
-    free = shutil.disk_usage(root).free
-    if free < needed * 1.02:
-        raise ExportError(
-            f"converting takes {needed / 1e9:.1f} GB and {root} has {free / 1e9:.1f} GB free; "
-            "make room, or set STD_RT_CACHE to a folder on another disk"
-        )

@@ -1,7 +1,6 @@
-"""Weight files: written tensor by tensor, and looked at before anything loads them.
+"""Weight files: written tensor by tensor, and checked before anything loads them.
 
-diffusers and transformers follow whatever path an index names, and report a truncated file in words that
-do not name it.
+diffusers and transformers follow any path that an index names, and report a truncated file without its name.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _STEMS = ("diffusion_pytorch_model", "model")
 def open_weights(path: Path, what: str = "") -> Any:
     """A `safe_open` of the whole file, tensors unread. Raises ExportError that names a damaged file.
 
-    ``what`` it is for ("LoRA") stands before the name.
+    ``what`` it is ("LoRA") goes before the name in the message.
     """
     named = f"{what} {path}".lstrip()
     try:
@@ -105,7 +104,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_weights(folder: Path) -> None:
-    """Raise ExportError where a weight file of one model's folder is damaged, missing or outside of it."""
+    """Raise ExportError where a weight file of a model's folder is damaged, missing or outside the folder."""
     for index in sorted(folder.glob("*.safetensors.index*.json")):
         _check_index(index)
     for path in sorted(folder.glob("*.safetensors")):
@@ -116,16 +115,16 @@ def check_weights(folder: Path) -> None:
 def _damage(path: Path, error: Exception) -> str:
     """What is wrong, in words for the person who has the file."""
     if path.is_dir():
-        return "is a folder, and a .safetensors file was expected"
+        return "is a folder, not a .safetensors file"
     size = path.stat().st_size
     reason = " ".join(str(error).split())
     if "not fully covered" in reason:
-        return f"is incomplete or has bytes too many ({size} bytes do not match its header)"
-    return f"is no readable safetensors file ({size} bytes; {reason})"
+        return f"is incomplete or too long ({size} bytes do not match its header)"
+    return f"is not a readable safetensors file ({size} bytes; {reason})"
 
 
 def _check_index(index: Path) -> None:
-    """Every shard of an index lies beside it and holds the tensors that it is said to hold."""
+    """Raise ExportError unless every shard lies beside the index and holds the tensors the index says."""
     places = _weight_map(index)
     for name in sorted(set(places.values())):
         if not _is_plain(name):
@@ -146,7 +145,7 @@ def _weight_map(index: Path) -> Mapping[str, str]:
         found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return {str(key): str(name) for key, name in found.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ExportError(f"{index} is no readable index of weight files; download it again") from error
+        raise ExportError(f"{index} is not a readable index of weight files; download it again") from error
 
 
 def _is_plain(name: str) -> bool:

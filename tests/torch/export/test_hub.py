@@ -21,9 +21,9 @@ from std_rt.export.sources import hub as hub_module
 from std_rt.export.sources.hub import (
     Fetch,
     HubRef,
+    Listing,
     choose_configs,
     choose_model,
-    choose_pipeline,
     choose_weights,
     fetch_all,
     list_files,
@@ -74,6 +74,12 @@ def _many_formats() -> dict[str, bytes]:
 
 def ignore(line: str) -> None:
     """Say nothing."""
+
+
+def choose_pipeline(listing: Listing, roles: tuple[str, ...]) -> tuple[str, ...]:
+    """As a base is chosen: configs, and the weights of ``roles``."""
+    names = [*choose_configs(listing), *(name for role in roles for name in choose_model(listing, role))]
+    return tuple(dict.fromkeys(names))
 
 
 def everything(hub: FakeHub, names: tuple[str, ...] | None = None, say: object = ignore) -> Path:
@@ -149,7 +155,7 @@ def test_shards_are_taken_only_where_none_is_missing(hub: FakeHub) -> None:
     files = {"t/config.json": b"{}", index: b"{}", f"{stem}-00001-of-00002.safetensors": b"1"}
     hub.repos["me/parts"] = Repo(files)
     with pytest.raises(
-        ExportError, match=r"me/parts has no \.safetensors weights in t; .*no \.bin or \.ckpt"
+        ExportError, match=r"me/parts has no \.safetensors weights in t; .* not read \.bin or \.ckpt"
     ):
         choose_weights(list_files(HubRef("me/parts"), ignore), "t")
     hub.repos["me/parts"] = Repo(files | {f"{stem}-00002-of-00002.safetensors": b"2"})
@@ -211,7 +217,7 @@ def test_a_broken_transfer_goes_on_where_it_stopped(hub: FakeHub, monkeypatch: p
     data = hub.repos["me/xl"].files[name]
     hub.cuts[name] = 99
     with pytest.raises(
-        ExportError, match=rf"the transfer of {name} broke off after .* type the same again"
+        ExportError, match=rf"the transfer of {name} broke off after .* run the same command again"
     ) as caught:
         everything(hub, (name,))
     assert "\n" not in str(caught.value)
@@ -223,7 +229,7 @@ def test_a_broken_transfer_goes_on_where_it_stopped(hub: FakeHub, monkeypatch: p
     folder = everything(hub, (name,), said.append)
     assert (folder / name).read_bytes() == data
     assert hub.asked(name) == [f"bytes={had}-"]
-    assert any(line.startswith(f"{name}: going on after") for line in said)
+    assert any(line.startswith(f"{name}: resuming after") for line in said)
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.incomplete"))
 
 
@@ -244,7 +250,7 @@ def test_an_interrupted_transfer_is_kept(hub: FakeHub, monkeypatch: pytest.Monke
     said: list[str] = []
     with pytest.raises(KeyboardInterrupt):
         everything(hub, (name,), said.append)
-    assert said[-1].startswith("interrupted; 4 B of unet/")
+    assert said[-1].startswith("interrupted; 4 bytes of unet/")
     assert next(Path(constants.HF_HUB_CACHE).rglob("*.incomplete")).read_bytes() == b"some"
 
 
@@ -279,7 +285,7 @@ def test_offline_the_cache_will_do(hub: FakeHub, monkeypatch: pytest.MonkeyPatch
         list_files(HubRef("me/other"), ignore)
     listing = list_files(HubRef("me/xl"), ignore)
     with pytest.raises(
-        ExportError, match=r"has no file image_encoder/config\.json in the cache, and the hub is out"
+        ExportError, match=r"has no file image_encoder/config\.json in the cache, and the hub cannot be"
     ):
         choose_pipeline(listing, ("image_encoder",))
 
@@ -349,7 +355,7 @@ def test_too_small_a_disk_is_said_before_anything_is_fetched(
     monkeypatch.setattr(
         shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5000, 5000)
     )
-    with pytest.raises(ExportError, match=r"kB are to be fetched and .* has 5\.00 kB free; .*set HF_HOME"):
+    with pytest.raises(ExportError, match=r"download is .* kB and .* has 5\.00 kB free; .*set HF_HOME"):
         everything(hub)
     assert hub.downloads() == []
 

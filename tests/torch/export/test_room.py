@@ -92,9 +92,7 @@ def test_sdxl_takes_about_fifteen_gigabytes(monkeypatch: pytest.MonkeyPatch, tmp
     assert math.isclose(estimate_export(tmp_path, "fp32").disk_gb, 2 * need.disk_gb)
 
 
-def test_an_unknown_precision_and_a_damaged_file_are_one_line(source: Path) -> None:
-    with pytest.raises(ExportError, match="no precision 'fp8'; use one of fp32, fp16, bf16, int8"):
-        estimate_export(source, "fp8")
+def test_a_damaged_file_is_one_line(source: Path) -> None:
     (source / "vae" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"\x10")
     with pytest.raises(ExportError, match=r"vae.*cannot be read") as caught:
         estimate_export(source)

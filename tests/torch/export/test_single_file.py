@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from support.checkpoints import original_state, write_checkpoint
 from torch import Tensor
@@ -49,15 +48,12 @@ def test_every_tensor_is_the_pipelines_own_in_fp16(checkpoint: Path, clip_source
         assert (found / name).read_bytes() == (clip_source / name).read_bytes()
 
 
-@pytest.mark.parametrize(("kind", "role"), [(UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")])
-def test_diffusers_reads_the_checkpoint_as_we_do(
-    kind: type, role: str, checkpoint: Path, clip_source: Path
-) -> None:
-    """Two paths, one answer: its from_single_file, and ours."""
-    theirs = kind.from_single_file(str(checkpoint), config=str(clip_source), subfolder=role).state_dict()
-    ours = load_part(role, convert_single_file(checkpoint, clip_source, quietly) / role).state_dict()
-    assert theirs.keys() == ours.keys()
-    assert all(torch.equal(theirs[name].half().float(), ours[name]) for name in ours)
+def test_a_weight_that_is_left_over_is_named(clip_source: Path, tmp_path: Path) -> None:
+    """diffusers only logs it, and the picture would come out wrong."""
+    extra = {"model.diffusion_model.output_blocks.99.0.in_layers.0.bias": torch.zeros(5)}
+    path = write_checkpoint(tmp_path / "more.safetensors", clip_source, **extra)
+    with pytest.raises(ExportError, match=r"more\.safetensors .*the configs in .* are not its own"):
+        convert_single_file(path, clip_source, quietly)
 
 
 def test_a_checkpoint_is_converted_once(checkpoint: Path, clip_source: Path, tmp_path: Path) -> None:
@@ -75,7 +71,9 @@ def test_nothing_half_written_has_the_final_name(checkpoint: Path, clip_source: 
     state = load_file(checkpoint)
     del state["conditioner.embedders.1.model.ln_final.bias"]
     save_file(state, tmp_path / "short.safetensors")
-    with pytest.raises(ExportError, match=r"lacks 1 weights of the text_encoder_2, such as final_layer_norm"):
+    with pytest.raises(
+        ExportError, match=r"lacks 1 weights of the text_encoder_2, such as .*final_layer_norm"
+    ):
         convert_single_file(tmp_path / "short.safetensors", clip_source, quietly)
     assert [path.suffix for path in (tmp_path / "cache" / "checkpoints").iterdir()] == [".lock"]
 
@@ -120,7 +118,7 @@ SD15 = {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch
         ({"double_blocks.0.img_attn.proj.bias": torch.zeros(1)}, "is a FLUX checkpoint"),
         ({"lora_unet_x.lora_down.weight": torch.zeros(1)}, "is a LoRA .*--lora"),
         ({"down_blocks.0.resnets.0.conv1.bias": torch.zeros(1)}, "is one part of a diffusers pipeline"),
-        ({"anything": torch.zeros(1)}, "is no SDXL checkpoint in the original layout"),
+        ({"anything": torch.zeros(1)}, "is not an SDXL checkpoint in the original layout"),
         (
             {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 9, 3, 3)},
             r"takes 9 channels \(inpainting",
@@ -148,7 +146,7 @@ def test_configs_of_another_architecture_are_named(
     config = json.loads(place.read_text(encoding="utf-8"))
     place.write_text(json.dumps(config | {"block_out_channels": [16, 48]}), encoding="utf-8")
     with pytest.raises(
-        ExportError, match=r"of the unet as .*the configs in .*other are not its own; give --config"
+        ExportError, match=r"cannot be read as SDXL .*the configs in .*other are not its own; give --config"
     ):
         convert_single_file(checkpoint, other, quietly)
 
@@ -162,7 +160,7 @@ def test_a_value_beyond_fp16_is_refused(clip_source: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("keep", "message"), [(0.5, "is incomplete"), (0.0001, "is no readable safetensors")]
+    ("keep", "message"), [(0.5, "is incomplete"), (0.0001, "is not a readable safetensors")]
 )
 def test_a_truncated_checkpoint_is_named(keep: float, message: str, checkpoint: Path, tmp_path: Path) -> None:
     data = checkpoint.read_bytes()
@@ -185,7 +183,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing(
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(single_file, "_write_halves", full)
+    monkeypatch.setattr(single_file, "_convert", full)
     with pytest.raises(ExportError, match=r"mini\.safetensors cannot be converted into .*No space left"):
         convert_single_file(checkpoint, clip_source, quietly)
     assert [path.suffix for path in (tmp_path / "cache" / "checkpoints").iterdir()] == [".lock"]

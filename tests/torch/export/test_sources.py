@@ -101,7 +101,10 @@ def test_the_recipe_of_another_eta(hub: FakeHub) -> None:
             {"eta": 0.7},
             r"--eta 0\.7: the published STD LoRAs are for 0\.65, 0\.75, 0\.85, 0\.95; give one of",
         ),
-        ({"eta": 0.65, "profile": "std-0.75"}, r"--eta 0\.65 was asked, and profile std-0\.75 is for 0\.75"),
+        (
+            {"eta": 0.65, "profile": "std-0.75"},
+            r"--eta 0\.65 does not go with --profile std-0\.75, which is for 0\.75",
+        ),
         ({"profile": "sdt"}, "unknown --profile 'sdt'"),
     ],
 )
@@ -211,29 +214,29 @@ def test_a_checkpoint_takes_the_configs_of_the_base(hub: FakeHub, clip_source: P
 @pytest.mark.parametrize(
     ("base", "flags", "message"),
     [
-        ("nowhere", {}, r"nowhere is no folder or file here, and no hub id \(owner/name\); BASE is"),
+        ("nowhere", {}, r"nowhere is neither a folder or file here nor a hub id \(owner/name\); give"),
         (
             "me/none",
             {"ip_adapter": "plus"},
             "there is no me/none on the hub, and no such file or folder here",
         ),
-        (BASE, {}, rf"{BASE} has no IP-Adapter of its own.*; add --ip-adapter plus or base or base-bigg"),
+        (BASE, {}, rf"{BASE} has no IP-Adapter in it.*; add --ip-adapter plus or base or base-bigg"),
         (BASE, {"ip_adapter": "plus", "config": "x"}, "--config is for single-file checkpoints"),
         (
             ADAPTERS,
             {"ip_adapter": "plus"},
-            r"h94/IP-Adapter has no model_index\.json, so it is no diffusers pip",
+            r"h94/IP-Adapter has no model_index\.json, so it is not a diffusers pip",
         ),
         (
             "me/sd15",
             {"ip_adapter": "plus"},
             "me/sd15 is a StableDiffusionPipeline; std-rt exports StableDiffusionXL",
         ),
-        (BASE, {"ip_adapter": "plsu"}, "--ip-adapter plsu does not exist here, and is no hub name"),
+        (BASE, {"ip_adapter": "plsu"}, "--ip-adapter plsu does not exist here, and is not a hub name"),
         (
             BASE,
             {"ip_adapter": "plus", "vae": "fix"},
-            "--vae fix is no folder here and no hub id .* or fp16-fix or tiny",
+            "--vae fix is neither a folder here nor a hub id .* or fp16-fix or tiny",
         ),
         (
             BASE,
@@ -298,7 +301,7 @@ def test_a_shard_that_is_missing_cut_or_swapped_is_named(shards: Path) -> None:
     with pytest.raises(ExportError, match=rf"{first.name} is missing, and {INDEX} names it"):
         check_weights(shards)
     (shards / INDEX).write_text("[]", encoding="utf-8")
-    with pytest.raises(ExportError, match=rf"{INDEX} is no readable index"):
+    with pytest.raises(ExportError, match=rf"{INDEX} is not a readable index"):
         check_weights(shards)
 
 
@@ -321,5 +324,5 @@ def test_a_lora_for_another_checkpoint_is_not_mistaken_for_a_base(tmp_path: Path
     with pytest.raises(ExportError, match=r"ink\.safetensors is a LoRA \(give it with --lora\)"):
         resolve_sources(str(lora), ip_adapter="plus")
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
-    with pytest.raises(ExportError, match="is no SDXL checkpoint in the original layout"):
+    with pytest.raises(ExportError, match="is not an SDXL checkpoint in the original layout"):
         resolve_sources(str(tmp_path / "a.safetensors"), ip_adapter="plus")
