@@ -147,6 +147,7 @@ def run_train(recipe: Path, overrides: tuple[str, ...], given: dict[str, Any], *
 
     ``given`` are top-level values with flags of their own; None leaves the recipe's.
     """
+    require("std-rt train", "train", "msgspec")
     from std_rt.training.run.recipe import as_dict, load_recipe
 
     resolved = load_recipe(recipe, overrides, {k: v for k, v in given.items() if v is not None})
@@ -165,7 +166,7 @@ def _describe(resolved: Any) -> None:
     if resolved.stage != "distil":
         return
     require("std-rt train --dry-run", "train", "torch", "diffusers", "safetensors", "accelerate", "peft")
-    from std_rt.training.run.dry_run import describe_run
+    from std_rt.training.run.estimate import describe_run
 
     for line in describe_run(resolved):
         typer.echo(line)

@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from std_rt.core.errors import UsageError
-from std_rt.training.arrays import Frame
+from std_rt.training.data.picture_set import Frame
 from std_rt.training.run.sheet import to_tensor
 
 __all__ = ["Scorer", "VisionTower", "load_scorers"]

@@ -24,15 +24,9 @@ from std_rt.core.schedule import (
     trajectory_timesteps,
 )
 from std_rt.evaluation.candidates import Candidate, attached, label_of, read_candidate, teachers
-from std_rt.training.arrays import Frame
+from std_rt.evaluation.inpaint import Mask, composite, keep_outside, latent_mask, outside_difference
+from std_rt.training.data.picture_set import Frame
 from std_rt.training.distil.base import Base
-from std_rt.training.distil.inpaint import (
-    Mask,
-    composite,
-    keep_outside,
-    latent_mask,
-    outside_difference,
-)
 from std_rt.training.distil.sampling import (
     Scene,
     draw_noise,

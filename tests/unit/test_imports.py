@@ -47,7 +47,7 @@ HEAVY = {
     "psutil",
 }
 MAY_BE_HEAVY = {"export", "models", "training"}
-HEAVY_MODULES = {"diffusers_baseline", "students", "scorers", "candidates"}  # of evaluation
+HEAVY_MODULES = {"diffusers_baseline", "inpaint", "students", "scorers", "candidates"}  # of evaluation
 
 
 def _modules() -> list[Path]:

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 from std_rt.core.errors import RecipeError
-from std_rt.training.arrays import Frame
+from std_rt.training.data.picture_set import Frame
 
 __all__ = ["Placement", "Size", "bucket_sizes", "nearest_bucket", "place"]
 

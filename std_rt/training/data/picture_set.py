@@ -1,4 +1,8 @@
-"""Training pictures: read once into memory, drawn by weight, cropped at random."""
+"""Pictures of a folder, read once into memory, drawn by weight and cropped at random.
+
+OpenCV's stubs return an array of "integer or floating", which fits no precise type; so the array types here
+say what is meant, not what is checked.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import csv
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -13,7 +18,9 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from std_rt.core.errors import RecipeError
-from std_rt.training.arrays import Frame
+
+Frame = NDArray[Any]  # uint8 [H, W, 3] RGB
+Image = NDArray[Any]  # float32 in [0, 1]
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 

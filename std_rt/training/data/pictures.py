@@ -33,9 +33,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from rich.progress import track
 
 from std_rt.core.errors import RecipeError
-from std_rt.training.arrays import Frame
 from std_rt.training.data.buckets import Size
-from std_rt.training.data.picture_set import SUFFIXES
+from std_rt.training.data.picture_set import SUFFIXES, Frame
 from std_rt.training.run.recipe import PicturesConfig
 
 __all__ = [

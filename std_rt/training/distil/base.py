@@ -1,4 +1,4 @@
-"""The base (teacher) of a distillation: a UNet and what stands around it, all frozen.
+"""The base (teacher) of a distillation: a UNet with its autoencoder and encoders, all frozen.
 
 Two kinds of folders come in: SDXL in diffusers' layout (conditioned on text) and std-tiny's (conditioned
 on a style picture). After this module the rest of the training does not tell them apart.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from std_rt.core.schedule import NoiseSchedule
 from std_rt.models.style_encoder import StyleEncoder
 from std_rt.training.tiny.pipeline import load_tiny
 
-__all__ = ["Base", "Conditioning", "TextEncoders", "cat", "check_source", "load_base"]
+__all__ = ["Base", "Conditioning", "Fresh", "TextEncoders", "cat", "check_source", "load_base"]
 
 # diffusers' modules carry no types.
 Network = Any
@@ -29,7 +29,7 @@ Network = Any
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the UNet is told besides x and t, one row a sample."""
+    """The UNet's inputs besides x and t, one row a sample."""
 
     context: Tensor  # [B, L, D] text tokens; std-tiny: one zero token
     pooled: Tensor  # [B, P]
@@ -75,6 +75,17 @@ def cat(parts: Sequence[Conditioning]) -> Conditioning:
         torch.cat([p.time_ids for p in parts]),
         tokens,
     )
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """New samples, on the CPU; the three are one picture unless the base is std-tiny."""
+
+    z: Tensor  # [n, C, h, w] where trajectories end, as far as that is known
+    c: Tensor  # [n, C, h, w] the content that they start from
+    real: Tensor  # [n, C, h, w] real pictures for the discriminator
+    cond: Conditioning  # n rows
+    names: list[str] = field(default_factory=list)  # of the files
 
 
 class TextEncoders:
@@ -155,7 +166,7 @@ class Base:
 
     @torch.no_grad()
     def condition(self, captions: Sequence[str], styles: Tensor | None, time_ids: Tensor) -> Conditioning:
-        """Captions, style pictures ``[B, 3, S, S]`` in [-1, 1] and sizes -> what the UNet takes."""
+        """Conditioning from captions, style pictures ``[B, 3, S, S]`` in [-1, 1] and sizes."""
         if self.style_encoder is not None:
             assert styles is not None, "this base is conditioned on a style picture"
             tokens, pooled = self.style_encoder(styles)
@@ -198,7 +209,7 @@ def _sdxl(source: str) -> Base:
     # The picture encoder and the adapter belong to inference; the published recipe trains on text.
     p = StableDiffusionXLPipeline.from_pretrained(source, image_encoder=None, feature_extractor=None)
     if p.text_encoder_2 is None:
-        raise RecipeError(f"base = {source!r} has no text encoders, and no style encoder of ours either")
+        raise RecipeError(f"base = {source!r} has neither text encoders nor std-tiny's style encoder")
     for part in (p.vae, p.text_encoder, p.text_encoder_2):
         if part is not None:
             part.requires_grad_(False).eval()
@@ -220,11 +231,11 @@ def check_source(source: str | Path) -> Path:
 def load_base(source: str | Path) -> Base:
     """A folder in SDXL's layout (or a hub id), or one of std-tiny; fp32, frozen.
 
-    Raises RecipeError where it is missing or is no such pipeline.
+    Raises RecipeError where it is missing or another kind of pipeline.
     """
     folder = check_source(source)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise RecipeError(f"base = {str(source)!r} is no diffusers folder (it has no model_index.json)")
+        raise RecipeError(f"base = {str(source)!r} is not a diffusers folder (it has no model_index.json)")
     try:
         base = _tiny(folder) if _is_tiny(folder) else _sdxl(str(source))
     except (OSError, ValueError, RuntimeError, KeyError) as error:

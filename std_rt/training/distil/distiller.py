@@ -1,6 +1,6 @@
 """One distillation step in parts: draw states, ask the teacher, let the student jump, compare.
 
-Nothing here steps an optimizer or talks to other processes; ``distil.py`` does, and the tests call these
+Nothing here steps an optimizer or talks to other processes; ``loop.py`` does, and the tests call these
 parts by themselves.
 """
 
@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from std_rt.training.distil.bank import Shape, States, TrajectoryBank, join
-from std_rt.training.distil.base import Base, Conditioning, cat
+from std_rt.training.distil.base import Base, Fresh, cat
 from std_rt.training.distil.discriminator import draw_real_index, has_pair, renoise
 from std_rt.training.distil.lora import Average, adapters_off, functional
-from std_rt.training.distil.precision import precision_context
 from std_rt.training.distil.trajectory import (
     CLEAN,
     Levels,
@@ -34,25 +33,13 @@ from std_rt.training.distil.trajectory import (
     randint,
     to_x0_eps,
 )
+from std_rt.training.run.precision import precision_context
 from std_rt.training.run.recipe import DistilConfig, distil_tau, target_window
+from std_rt.training.run.training_run import random_state, restore_random_state
 
 __all__ = ["Distiller", "Source", "StepBatch"]
 
 Watch = Callable[[str], AbstractContextManager[Any]]
-
-
-class FreshSamples(Protocol):
-    """New samples; ``c`` is what a trajectory starts from, ``z`` where it ends as far as that is known,
-    ``real`` what the discriminator takes for real (all the same picture, unless the base is std-tiny)."""
-
-    @property
-    def z(self) -> Tensor: ...
-    @property
-    def c(self) -> Tensor: ...
-    @property
-    def real(self) -> Tensor: ...
-    @property
-    def cond(self) -> Conditioning: ...
 
 
 class Source(Protocol):
@@ -61,7 +48,7 @@ class Source(Protocol):
     shapes: list[Shape]
     weights: Any
 
-    def take(self, n: int, shape: Shape) -> FreshSamples: ...
+    def take(self, n: int, shape: Shape) -> Fresh: ...
     def state(self) -> dict[str, Any]: ...
     def load_state(self, state: dict[str, Any]) -> None: ...
     def close(self) -> None: ...
@@ -275,3 +262,19 @@ class Distiller:
     def consistency_loss(self, x_s: Tensor, batch: StepBatch) -> Tensor:
         """L_STD: pseudo-Huber distance of the student's and the target's x_s, mean over the batch."""
         return pseudo_huber(x_s, batch.target, self.config.huber_c).mean()
+
+    # --- resuming -----------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Bank, random states and place in the data: what each process has of its own."""
+        tensors, bank = self.bank.state()
+        random, meta = random_state(self.rng, self.generator)
+        named = {f"bank/{name}": value for name, value in tensors.items()}
+        return named | random, meta | {"bank": bank, "source": self.source.state()}
+
+    def restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """The reverse of `state`."""
+        bank = {k.removeprefix("bank/"): v for k, v in tensors.items() if k.startswith("bank/")}
+        self.bank.restore(bank, meta["bank"])
+        restore_random_state(self.rng, self.generator, tensors, meta)
+        self.source.load_state(meta["source"])

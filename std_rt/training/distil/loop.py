@@ -1,14 +1,14 @@
 """``stage = "distil"``: a few-step LoRA of a base, by STD, TCD, LCM or PCM. Read top to bottom.
 
 Single Trajectory Distillation: arXiv 2412.18945. Several processes go through Accelerate; each has its own
-data, noise and bank. Everything random and every tensor is in the checkpoint, so that a run that was killed
-and resumed equals an unbroken one, bit for bit on the CPU.
+data, noise and bank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,15 @@ from accelerate.state import AcceleratorState, GradientState
 from std_rt.core.errors import RecipeError
 from std_rt.training.distil.base import Base, load_base
 from std_rt.training.distil.discriminator import Adversary
-from std_rt.training.distil.distil_sheet import SheetMaker
 from std_rt.training.distil.distiller import Distiller, Source
 from std_rt.training.distil.features import DinoFeatures, Features, StyleFeatures, load_dino
 from std_rt.training.distil.lora import Average, add_lora, lora_parameters, make_notes, save_lora
-from std_rt.training.distil.precision import DTYPES, attention_kernels
-from std_rt.training.distil.state import DistilState, Logs, start_folder
+from std_rt.training.distil.sampling import SheetMaker
+from std_rt.training.run.precision import DTYPES, attention_kernels
 from std_rt.training.run.recipe import DistilConfig, distil_tau
-from std_rt.training.run.report import Report, Stopwatch
-from std_rt.training.run.stage_run import cosine_rate
-from std_rt.training.tiny.tiny_source import TripleSource
+from std_rt.training.run.report import Stopwatch
+from std_rt.training.run.training_run import Run, cosine_rate
+from std_rt.training.tiny.latents import TripleSource
 
 __all__ = ["train_distil"]
 
@@ -69,7 +68,7 @@ def _features(config: DistilConfig, base: Base) -> Features:
 
 def _source(config: DistilConfig, base: Base, rank: int, world: int) -> Source:
     if not config.latents.file:
-        from std_rt.training.data.source import PictureSource
+        from std_rt.training.data.picture_source import PictureSource
 
         return PictureSource(config.pictures, base, seed=config.seed, rank=rank, world=world)
     if base.style_encoder is None:
@@ -109,7 +108,7 @@ def write_card(folder: Path, config: DistilConfig, base: Base) -> None:
 def _rate(config: DistilConfig, step: int) -> float:
     if config.rate_schedule == "constant":
         return config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup))
-    return cosine_rate(config.learning_rate, step, config.steps, max(1, config.warmup), floor=0.0)
+    return cosine_rate(config.learning_rate, step, config.steps, config.warmup, floor=0.0)
 
 
 def train_distil(config: DistilConfig, stop_after: int | None = None, base: Base | None = None) -> Path:
@@ -130,10 +129,7 @@ def train_distil(config: DistilConfig, stop_after: int | None = None, base: Base
 def _train(  # noqa: C901
     config: DistilConfig, accelerator: Accelerator, base: Base, stop_after: int | None, stack: ExitStack
 ) -> Path:
-    folder, device, main = Path(config.output), accelerator.device, accelerator.is_main_process
-    start_folder(folder, config, write=main)
-    accelerator.wait_for_everyone()
-
+    device, main = accelerator.device, accelerator.is_main_process
     if str(accelerator.distributed_type).endswith(("FSDP", "DEEPSPEED")):
         raise RecipeError(
             "FSDP and DeepSpeed cut the LoRA in pieces, which its average and its file need whole; "
@@ -171,32 +167,27 @@ def _train(  # noqa: C901
         heads = accelerator.prepare(adversary.heads)
 
     # --- resume ------------------------------------------------------------------------------------------
-    optimizers = {"student": optimizer, "heads": heads_optimizer}
-    state = DistilState(folder, distiller, parameters, average, adversary, optimizers, accelerator)
-    start = state.restore()
-    title = f"{config.method} of {base.name}"
-    report = stack.enter_context(
-        Report(
-            folder,
-            total_steps=config.steps,
-            title=title,
-            log_every=config.log_every,
-            main=main,
-            resume_at=start,
-        )
+    parts: dict[str, Any] = {"lora": parameters, "average": average.tensors}
+    optimizers = {"student": optimizer}
+    if adversary is not None:
+        parts["heads"], optimizers["heads"] = adversary.heads, heads_optimizer
+    run = Run(
+        config,
+        parts,
+        optimizers,
+        distiller,
+        accelerator=accelerator,
+        title=f"{config.method} of {base.name}",
+        watch=watch,
     )
-    if start == 0 and distiller.uses_bank and config.bank.spread:
-        report.say("the teacher fills the trajectory bank")
+    stack.callback(run.close)
+    run.histogram = lambda: distiller.bank.visits[: distiller.levels.tau_index + 1]
+    if run.start == 0 and distiller.uses_bank and config.bank.spread:
+        run.report.say("the teacher fills the trajectory bank")
         distiller.spread_bank()
-    sheets = SheetMaker(config, base, distiller, folder) if main else None
-    end = min(config.steps, stop_after or config.steps)
-    logs = Logs(accelerator, config.accumulate)
+    sheets = SheetMaker(config, base, distiller) if main else None
 
-    for step in range(start, end):
-        rate = _rate(config, step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        watch.start()
+    for step in run.steps(partial(_rate, config), stop_after):
         for _ in range(config.accumulate):
             batch = distiller.draw()
             judge = adversary is not None and step >= config.adversarial.start_step
@@ -204,19 +195,19 @@ def _train(  # noqa: C901
                 # The student's step; the discriminator's heads are frozen in it.
                 x_s = distiller.student_jump(student, batch.states, batch.s)
                 loss = distiller.consistency_loss(x_s, batch)
-                logs.add(consistency=loss)
+                run.add(consistency=loss)
                 if judge and adversary:
                     with watch("adversarial"), distiller.judging():
                         maps = adversary.features(x_s)  # decoded and encoded once, for both networks
                         fooled = adversary.generator_loss(x_s, batch.states.cond.pooled, batch.pair, maps)
                     loss = loss + config.adversarial.weight * fooled
-                    logs.add(generator=fooled)
+                    run.add(generator=fooled)
                 with watch("student"):
                     accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm)
                     # fp16 overflows now and then by design; such a step is skipped, not an error.
-                    logs.add(gradient=norm if accelerator.scaler is None else norm.nan_to_num(0, 0, 0))
+                    run.add(gradient=norm if accelerator.scaler is None else norm.nan_to_num(0, 0, 0))
                 with watch("optimizer"):
                     optimizer.step()
                     optimizer.zero_grad()
@@ -236,35 +227,22 @@ def _train(  # noqa: C901
                         if accelerator.sync_gradients:
                             heads_optimizer.step()
                             heads_optimizer.zero_grad()
-                    logs.add(discriminator=judged, **parts)
+                    run.add(discriminator=judged, **parts)
         with watch("optimizer"):
             if not optimizer.step_was_skipped:  # fp16: the scaler found an overflow and halves its scale
                 average.update(config.ema_decay)
-        watch.stop()
-
-        due = (step + 1) % config.snapshot_every == 0 or step + 1 == config.steps
-        if due or (step + 1) % config.log_every == 0:
-            values = logs.means(step + 1)
-            report.log(step + 1, values | {"learning_rate": rate})
-            images = config.batch * config.accumulate * world
-            report.timing(step + 1, watch.summary(images_per_step=images))
-            report.progress(
-                step + 1, values, histogram=distiller.bank.visits[: distiller.levels.tau_index + 1]
-            )
-        if due:
-            state.save(step + 1)
+        run.seen += config.batch * config.accumulate * world
+        if run.due(step):
+            run.save(step)
             if main:
-                lora = folder / "loras" / f"{step + 1:06d}.safetensors"
+                lora = run.folder / "loras" / f"{step + 1:06d}.safetensors"
                 save_lora(lora, average.tensors, lora_notes(config, base, step + 1), config.lora)
-                sheet = sheets.make(step + 1) if sheets is not None else None
-                if sheet is not None:
-                    report.sheet(step + 1, sheet)
-                report.curves()
-                report.histogram()
+                if sheets is not None and sheets.make(run.sheet(step)):
+                    run.report.sheet(step + 1, run.sheet(step))
             accelerator.wait_for_everyone()
 
-    final = folder / "lora.safetensors"
-    if end == config.steps and main:
+    final = run.folder / "lora.safetensors"
+    if run.end == config.steps and main:
         save_lora(final, average.tensors, lora_notes(config, base, config.steps), config.lora)
-        write_card(folder, config, base)
+        write_card(run.folder, config, base)
     return final

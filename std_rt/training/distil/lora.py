@@ -33,7 +33,7 @@ __all__ = [
     "Average",
     "adapters_off",
     "add_lora",
-    "count",
+    "choose_layers",
     "functional",
     "lora_parameters",
     "make_notes",
@@ -56,7 +56,7 @@ def add_lora(unet: Network, config: LoraConfig, seed: int) -> list[str]:
     B starts at zero, so the student starts as the teacher, exactly; A depends on ``seed`` alone. Raises
     RecipeError where a target is the name of no layer.
     """
-    layers = _choose_layers(unet, config.targets)
+    layers = choose_layers(unet, config.targets)
     unet.requires_grad_(False)
     settings = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=layers)
     with torch.random.fork_rng(devices=[]):  # PEFT draws values of its own, which are replaced below
@@ -77,7 +77,7 @@ def _initial(name: str, value: Tensor, rng: torch.Generator) -> Tensor:
     return start.to(value.device)
 
 
-def _choose_layers(unet: nn.Module, targets: Sequence[str]) -> list[str]:
+def choose_layers(unet: nn.Module, targets: Sequence[str]) -> list[str]:
     """Linear and conv layers whose name is a target or ends in ``.target``, in the network's order."""
     names = [
         name
@@ -115,11 +115,6 @@ def _ending(name: str) -> str:
 def lora_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
     """The student's weights by name, in the network's order (the same in every process and run)."""
     return {name: p for name, p in unet.named_parameters() if ".lora_A." in name or ".lora_B." in name}
-
-
-def count(unet: nn.Module) -> int:
-    """How many numbers the LoRA has."""
-    return sum(value.numel() for value in lora_parameters(unet).values())
 
 
 @contextmanager
@@ -166,18 +161,6 @@ class Average:
     def update(self, decay: float) -> None:
         """One step towards the live weights; ``decay`` in [0, 1], 0 copies them."""
         get_ema_multi_avg_fn(decay)(list(self.tensors.values()), list(self._live.values()), None)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Copies, for a checkpoint."""
-        return {name: value.clone() for name, value in self.tensors.items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over ``state``. Raises RecipeError where names or shapes differ."""
-        shapes = {name: value.shape for name, value in state.items()}
-        if shapes != {name: value.shape for name, value in self.tensors.items()}:
-            raise RecipeError("the average in the checkpoint is of another LoRA; start a new output folder")
-        for name, value in self.tensors.items():
-            value.copy_(state[name])
 
 
 def make_notes(

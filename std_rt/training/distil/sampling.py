@@ -1,17 +1,20 @@
-"""Running a base or a student: pictures encoded once, then img2img along given timesteps."""
+"""Runs of a base or a student: pictures encoded once, img2img along given timesteps, periodic sheets."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from std_rt.core.errors import UsageError
+from std_rt.core.errors import RecipeError, UsageError
 from std_rt.core.schedule import (
     GRID_POINTS,
     NoiseSchedule,
@@ -19,13 +22,18 @@ from std_rt.core.schedule import (
     grid_timestep,
     trajectory_timesteps,
 )
-from std_rt.training.arrays import Frame
+from std_rt.pipeline.denoise import denoise
+from std_rt.training.data.picture_set import Frame
 from std_rt.training.distil.base import Base, Conditioning, cat
-from std_rt.training.distil.inpaint import After, Mask
-from std_rt.training.distil.trajectory import jump, to_x0_eps
-from std_rt.training.run.sheet import to_tensor
+from std_rt.training.distil.distiller import Distiller
+from std_rt.training.distil.lora import adapters_off, functional
+from std_rt.training.run.precision import precision_context
+from std_rt.training.run.recipe import DistilConfig
+from std_rt.training.run.sheet import save_sheet, spread_pairs, to_frames, to_tensor
 
-__all__ = ["Scene", "draw_noise", "encode_scene", "reference_timesteps", "sample_latents"]
+__all__ = ["Scene", "SheetMaker", "draw_noise", "encode_scene", "reference_timesteps", "sample_latents"]
+
+After = Callable[[Tensor, int], Tensor]  # (state, its timestep; -1: clean) -> state
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +48,7 @@ class Scene:
     z: Tensor
     cond: Conditioning
     noise: Tensor
-    mask: Mask | None = None
+    mask: NDArray[np.bool_] | None = None
 
 
 def draw_noise(seed: int, shape: tuple[int, ...]) -> Tensor:
@@ -57,12 +65,12 @@ def encode_scene(
     draws: int = 1,
     one_noise: bool = False,
     prompt: str = "",
-    mask: Mask | None = None,
+    mask: NDArray[np.bool_] | None = None,
     device: str = "cpu",
     batch: int = 4,
 ) -> Scene:
-    """Encode pairs of square frames. ``draws``: most steps of any stochastic run; ``one_noise``: as in a
-    stream, all rows share theirs; ``prompt``: for bases with text encoders.
+    """Encode pairs of square frames. ``draws``: most steps of any stochastic run; ``one_noise``: all rows
+    share theirs, as in a stream; ``prompt``: for bases with text encoders.
 
     Raises UsageError where the pictures' side does not suit the base.
     """
@@ -71,7 +79,7 @@ def encode_scene(
     if side % base.multiple:
         near = max(base.multiple, round(side / base.multiple) * base.multiple)
         raise UsageError(
-            f"--size {side} is no multiple of {base.multiple}, as this teacher needs; use {near}"
+            f"--size {side} is not a multiple of {base.multiple}, as this teacher needs; use {near}"
         )
     z, parts = [], []
     for i in range(0, len(pairs), batch):
@@ -122,27 +130,23 @@ def sample_latents(
     ``noise`` [K, B, C, h, w]: the start noise, then one for each stochastic step. ``guidance`` is
     diffusers' scale (1: no unconditional branch). ``after(x, timestep)`` follows each step.
     """
-    unet = base.unet if unet is None else unet
+    network = base.unet if unet is None else unet
     both = cond if guidance == 1 else cat([cond, cond.null()])
-    steps = _steps(base.schedule, timesteps, gamma)
-    x = steps[0].alpha_t * z + steps[0].sigma_t * noise[0]
-    drawn = 1
-    for c in steps:
+
+    def predict(x: Tensor, timestep: int, _: bool) -> Tensor:
         rows = x if guidance == 1 else torch.cat([x, x])
-        t = torch.full((len(rows),), c.timestep, device=x.device)
+        t = torch.full((len(rows),), timestep, device=x.device)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            output = base.predict(unet, rows, t, both).float()
-        if guidance != 1:
-            styled, free = output.chunk(2)
-            output = free + guidance * (styled - free)
-        alpha, sigma = x.new_tensor(c.alpha_t), x.new_tensor(c.sigma_t)
-        x_0, eps = to_x0_eps(output, x, alpha, sigma, base.schedule.prediction_type)
-        x = jump(x_0, eps, x.new_tensor(c.alpha_s), x.new_tensor(c.sigma_s))
-        if c.noise:
-            x = x + c.noise * noise[drawn]
-            drawn += 1
-        x = x if after is None else after(x, c.target)
-    return x
+            output = base.predict(network, rows, t, both).float()
+        if guidance == 1:
+            return output
+        styled, free = output.chunk(2)  # one batch of two: faster than two calls
+        return free + guidance * (styled - free)
+
+    steps = _steps(base.schedule, timesteps, gamma)
+    return denoise(
+        z, predict, noise=list(noise), steps=steps, prediction_type=base.schedule.prediction_type, after=after
+    )
 
 
 def reference_timesteps(tau: int, steps: int = GRID_POINTS) -> list[int]:
@@ -151,3 +155,59 @@ def reference_timesteps(tau: int, steps: int = GRID_POINTS) -> list[int]:
     if not 1 <= steps <= GRID_POINTS:
         raise UsageError(f"--reference-steps must be in 1..{GRID_POINTS}, got {steps}")
     return trajectory_timesteps(1.0, max(1, points * steps // GRID_POINTS), start=tau)
+
+
+class SheetMaker:
+    """The same unseen pairs and noise in every sheet; the teacher's pictures are made once."""
+
+    def __init__(self, config: DistilConfig, base: Base, distiller: Distiller) -> None:
+        self.config, self.base, self.distiller = config, base, distiller
+        self.scene = self._scene() if config.sheet.contents else None
+        self.left: list[list[Any]] = []  # content, style, teacher of each row
+
+    def make(self, path: Path) -> bool:
+        """Write a sheet to ``path``; False where the recipe names no held-out pictures."""
+        if self.scene is None:
+            return False
+        if not self.left:
+            with adapters_off(self.base.unet):
+                teacher = self._run(reference_timesteps(self.distiller.tau), sum(self.config.guidance) / 2)
+            self.left = [
+                list(row) for row in zip(self.scene.contents, self.scene.styles, teacher, strict=True)
+            ]
+        columns = [
+            self._run(trajectory_timesteps(self.config.eta, n, start=self.distiller.tau), 1.0, student=True)
+            for n in self.config.run_steps
+        ]
+        save_sheet(path, [[*left, *outs] for left, *outs in zip(self.left, *columns, strict=True)])
+        return True
+
+    def _scene(self) -> Scene:
+        sheet = self.config.sheet
+        for name, value in (("contents", sheet.contents), ("styles", sheet.styles)):
+            if value and not Path(value).is_dir():
+                raise RecipeError(
+                    f"sheet.{name} = {value!r} is not a folder; set it to one, or to '' for no sheets"
+                )
+        contents = Path(sheet.contents)
+        pairs = spread_pairs(contents, Path(sheet.styles or contents), sheet.pairs, sheet.size_px)
+        draws = max(self.config.run_steps)
+        return encode_scene(self.base, pairs, draws=draws, device=self.distiller.device)
+
+    @torch.no_grad()
+    def _run(self, timesteps: list[int], guidance: float, *, student: bool = False) -> list[Any]:
+        """Frames of all rows; LCM draws new noise between its steps, the others are deterministic."""
+        assert self.scene is not None
+        gamma = 1.0 if student and self.config.method == "lcm" else 0.0
+        averaged = partial(functional, self.base.unet, self.distiller.average.tensors)
+        unet: Any = averaged if student else self.base.unet
+        frames: list[Any] = []
+        for i in range(len(self.scene.z)):
+            row = slice(i, i + 1)
+            cond, noise = self.scene.cond.rows(row), self.scene.noise[:, row]
+            with precision_context(self.config.precision, torch.device(self.distiller.device).type):
+                z: Tensor = sample_latents(
+                    self.base, cond, self.scene.z[row], timesteps, guidance, noise, gamma, unet=unet
+                )
+            frames += to_frames(self.base.decode(z.float()))
+        return frames

@@ -1,7 +1,7 @@
-"""State files: everything a run needs to go on, written whole or not at all.
+"""State files: everything a run needs to continue, written whole or not at all.
 
-A state file is a safetensors file whose one note is the JSON of everything that is no tensor. It is written
-under another name, forced to the disk and only then renamed: a kill, a full disk or a power cut leaves the
+A state file is a safetensors file whose one note is the JSON of everything else. It is written under
+another name, forced to the disk and only then renamed: a kill, a full disk or a power cut leaves the
 file that was there before.
 """
 
@@ -15,7 +15,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -23,15 +22,7 @@ from torch import Tensor
 
 from std_rt.core.errors import RecipeError
 
-__all__ = [
-    "flatten_optimizer",
-    "load_checkpoint",
-    "load_state",
-    "restore_optimizer",
-    "save_checkpoint",
-    "save_state",
-    "unpacking",
-]
+__all__ = ["flatten_optimizer", "load_state", "restore_optimizer", "save_state", "unpacking"]
 
 # One note, not one a value: safetensors writes several in a random order, and equal runs' files would differ.
 NOTE = "std_rt_state"
@@ -41,12 +32,12 @@ NOTHING = "none"
 
 
 def save_state(
-    path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, last_good: Path | None = None
+    path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], last_good: Path | None = None
 ) -> None:
     """Write ``tensors`` (any device) and ``meta`` (JSON values) to ``path``; the folder is made.
 
-    Raises RecipeError where the disk is full or not writable. What was written before then stands:
-    ``last_good``, which the message names (by default the file that ``path`` was until now).
+    RecipeError where the disk is full or not writable. What was written before stands: ``last_good``, which
+    the message names (by default the file that ``path`` was until now).
     """
     # Copies: tensors that share memory cannot be stored, and training may go on meanwhile.
     own = {
@@ -78,12 +69,12 @@ def _unwritten(path: Path, last_good: Path, error: Exception) -> str:
     )
     return (
         f"checkpoint {path} could not be written: {_one_line(error)}; the disk may be full or not "
-        f"writable{room}, {stands}: free some room and run the same command again to go on"
+        f"writable{room}, {stands}: free some room and run the same command again to continue"
     )
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have the new name reach the disk too. The file has it already, so a system without this is no error."""
+    """Have the new name reach the disk too; not every system can, and the file has it already."""
     if os.name == "posix":
         with suppress(OSError):
             handle = os.open(folder, os.O_RDONLY)
@@ -107,35 +98,28 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             notes = file.metadata() or {}
             # Copies: the file stays mapped as long as its own tensors live, and Windows would not replace it.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        meta = _read_notes(notes)
+        meta = json.loads(notes[NOTE])
+        if not isinstance(meta, dict):
+            raise ValueError("its note is not a table")
     except FileNotFoundError:
         raise RecipeError(f"no checkpoint {path}; start the run with std-rt train") from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise RecipeError(
             f"checkpoint {path} cannot be read ({_one_line(error)}); delete it to start over"
         ) from None
     return tensors, meta
 
 
-def _read_notes(notes: dict[str, str]) -> dict[str, Any]:
-    """Meta of a state file; ValueError where the notes are not ours."""
-    # Before there was one note for all, every value had its own.
-    meta = json.loads(notes[NOTE]) if NOTE in notes else {k: json.loads(v) for k, v in notes.items()}
-    if not isinstance(meta, dict) or (not meta and NOTE not in notes):
-        raise ValueError("it has no notes of std-rt train")
-    return meta
-
-
 @contextmanager
 def unpacking(path: Path) -> Iterator[None]:
-    """Around code that takes a loaded state apart: what is missing or does not fit becomes a RecipeError."""
+    """Around code that reads a loaded state: whatever is missing or does not fit becomes a RecipeError."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise  # nothing is wrong with the file
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise RecipeError(
-            f"checkpoint {path} is not of this run ({type(error).__name__}: {_one_line(error)}); "
+            f"checkpoint {path} belongs to another run ({type(error).__name__}: {_one_line(error)}); "
             "delete it to start over"
         ) from None
 
@@ -203,7 +187,7 @@ def _put(entry: dict[str, Any], key: str, value: Tensor) -> None:
 def _undo_casts(
     optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Any]], ids: Iterable[int]
 ) -> None:
-    """Give tensors that ``load_state_dict`` cast to their parameter's type (torch does) their own back."""
+    """Restore the type of tensors that torch's ``load_state_dict`` cast to their parameter's."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, parameter in zip(ids, parameters, strict=True):
         _undo_cast(optimizer.state.get(parameter, {}), state.get(index, {}))
@@ -216,45 +200,3 @@ def _undo_cast(held: dict[str, Any], stored: Mapping[str, Any]) -> None:
             _undo_cast(now, value)
         elif isinstance(value, Tensor) and isinstance(now, Tensor) and now.dtype != value.dtype:
             held[key] = value.to(now.device)
-
-
-# --- the checkpoint of one module set, one optimizer, one process -----------------------------------------
-
-
-def save_checkpoint(
-    path: Path,
-    modules: dict[str, dict[str, Tensor]],
-    optimizer: torch.optim.Optimizer,
-    rng: np.random.Generator,
-    generator: torch.Generator,
-    progress: dict[str, Any],
-) -> None:
-    """Write modules, optimizer, random states and progress to ``path``; RecipeError as ``save_state``."""
-    optim, groups = flatten_optimizer("optimizer/", optimizer)
-    weights = {f"module/{m}/{k}": v for m, state in modules.items() for k, v in state.items()}
-    tensors = {**weights, **optim, "torch_rng": generator.get_state()}
-    meta = {"groups": groups, "numpy_rng": rng.bit_generator.state, "progress": progress}
-    save_state(path, tensors, meta)
-
-
-def load_checkpoint(
-    path: Path,
-    optimizer: torch.optim.Optimizer,
-    rng: np.random.Generator,
-    generator: torch.Generator,
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Restore optimizer and random states; return the modules' state dicts and the progress.
-
-    RecipeError where the file is missing, damaged, or of another run.
-    """
-    tensors, meta = load_state(path)
-    modules: dict[str, dict[str, Tensor]] = {}
-    with unpacking(path):
-        for name, value in tensors.items():
-            if name.startswith("module/"):
-                _, module, key = name.split("/", 2)
-                modules.setdefault(module, {})[key] = value
-        restore_optimizer("optimizer/", optimizer, tensors, meta["groups"])
-        rng.bit_generator.state = meta["numpy_rng"]
-        generator.set_state(tensors["torch_rng"])
-        return modules, dict(meta["progress"])

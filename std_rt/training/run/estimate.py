@@ -1,79 +1,89 @@
-"""What a distillation would take, before it starts: parameters, memory, time per step.
+"""The cost of a distillation, before it starts: parameters, memory by kind, rough time of a step.
 
 Networks are built on PyTorch's ``meta`` device, where tensors have shapes and no numbers: one forward pass
-there counts operations and what is kept for the backward pass, reads no weights and takes seconds for SDXL.
+there counts operations and the sizes of all layers' outputs, reads no weights and takes seconds for SDXL.
+What training keeps for the backward pass is about those outputs; all sums are for one process.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from std_rt.core.schedule import grid_timestep
+from std_rt.core.errors import RecipeError
+from std_rt.core.schedule import GRID_POINTS, grid_timestep
+from std_rt.models.autoencoder import AutoencoderPixelShuffle
 from std_rt.training.data.buckets import bucket_sizes
+from std_rt.training.distil.base import check_source
 from std_rt.training.distil.discriminator import Heads
-from std_rt.training.distil.precision import DTYPES
+from std_rt.training.distil.lora import choose_layers
 from std_rt.training.distil.trajectory import last_index
-from std_rt.training.run.meta_pass import (
-    TEXT_TOKENS,
-    Network,
-    Pass,
-    add_meta_lora,
-    build_unet,
-    build_vae,
-    count,
-    decode_pass,
-    pooled_dim,
-    token_dim,
-    unet_pass,
-)
+from std_rt.training.run.precision import DTYPES
 from std_rt.training.run.recipe import DistilConfig, distil_tau
+from std_rt.training.tiny.pipeline import add_style_attention
 
-__all__ = ["Estimate", "describe", "estimate", "measure_flops"]
+__all__ = ["Estimate", "describe", "describe_run", "estimate", "measure_flops"]
 
 GIB = 2**30
-# Convolutions and attention at training sizes reach about this share of a large matmul's speed.
-MATMUL_SHARE = 0.4
-# Of what the UNet keeps: kernels' working memory, copies that autocast makes, gradients on their way.
-ACTIVATION_MARGIN = 1.5
-# bitsandbytes: tensors from this size on take two bytes a number, and two scales a block.
-SMALLEST_8BIT, BLOCK_8BIT = 4096, 256
+MATMUL_SHARE = 0.4  # of a large matmul's speed that convolutions and attention reach at training sizes
+MARGIN = 1.5  # on kept outputs: working memory of kernels, copies that autocast makes, gradients on their way
+CHECKPOINTED = 0.1  # of the outputs that gradient checkpointing keeps, measured on SDXL
+TEXT_TOKENS = 77
 DINO_SIZES = {"small": (384, 12), "base": (768, 12), "large": (1024, 24), "giant": (1536, 40)}
 DINO_PATCH_PX = 14
+
+# The architecture of SDXL base 1.0, so that its cost can be told without a download.
+SDXL_NAME = "stabilityai/stable-diffusion-xl-base-1.0"
+SDXL_UNET: dict[str, Any] = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [320, 640, 1280],
+    "layers_per_block": 2,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+SDXL_VAE: dict[str, Any] = {
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+SDXL_TEXT_PARAMETERS = 817_720_320  # CLIP ViT-L's and OpenCLIP bigG's text towers with their projection
+
+# diffusers' modules carry no types.
+Network = Any
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one process of a distillation takes; memory in GiB on the device that trains."""
+    """What one process of a distillation takes."""
 
-    config: DistilConfig
-    lora_parameters: int
+    parameters: dict[str, int]  # lora, heads, unet, vae
     lora_layers: int
-    heads_parameters: int
-    unet_parameters: int
-    vae_parameters: int
-    latent: tuple[int, int, int]  # C, h, w
-    memory_gib: dict[str, float]  # by what it is for; activations as the recipe has them
-    activations_gib: float  # without gradient checkpointing
-    checkpointed_gib: float  # with it
-    bank_gib: float
-    forward_flops: float  # the bare UNet, one sample
+    memory_gib: dict[str, float]  # by kind, on the device that trains
+    bank_gib: float  # of the CPU's memory where it is not among these
     evaluations: dict[str, float]  # per sample, in forward passes of the bare UNet
-    samples: int  # per optimizer step
-    device: str
+    step_flops: float
     flops_per_s: float  # of a large matmul
-    uncounted: tuple[str, ...]  # what the time leaves out
-
-    @property
-    def total_gib(self) -> float:
-        return sum(self.memory_gib.values())
-
-    @property
-    def step_flops(self) -> float:
-        return self.samples * self.forward_flops * sum(self.evaluations.values())
+    device: str
 
     @property
     def step_s(self) -> float:
@@ -81,84 +91,170 @@ class Estimate:
         return self.step_flops / (MATMUL_SHARE * self.flops_per_s)
 
 
-def estimate(
-    config: DistilConfig,
-    unet_config: dict[str, Any],
-    vae_config: dict[str, Any] | None = None,
-    *,
-    style_tokens: int = 0,
-    encoder_parameters: int = 0,
-    heads: int | None = None,
-    device: str = "",
-    flops_per_s: float | None = None,
-) -> Estimate:
-    """What ``config`` takes on a base with these ``config.json`` files.
+def describe_run(config: DistilConfig) -> list[str]:
+    """An estimate of ``config`` as lines; RecipeError where the base's configs are missing or do not fit."""
+    return describe(config, estimate(config))
 
-    ``style_tokens``: of a base conditioned on a style picture (std-tiny); 0: on text. ``encoder_parameters``:
-    of frozen text or style encoders. ``heads``: the discriminator's parameters, where it does not read
-    DINOv2. ``flops_per_s`` takes the place of measuring ``device`` (the one training would choose).
-    RecipeError where the recipe does not fit the base.
+
+def estimate(config: DistilConfig, device: str = "", flops_per_s: float | None = None) -> Estimate:
+    """What ``config`` takes on ``device`` (by default the one that training would choose).
+
+    ``flops_per_s`` takes the place of measuring the device. RecipeError as `describe_run`.
     """
-    unet = build_unet(unet_config, style_tokens)
-    vae = None if vae_config is None else build_vae(vae_config)
-    frozen, where = count(unet), device or _device()
-    sizes = _latent_sizes(config, unet, _vae_scale(vae_config))
+    device = device or _device()
+    unet_config, vae_config, style, encoders = _configs(config.base)
+    tokens = int(style.get("tokens", 0))
+    unet, vae = _build_unet(unet_config, tokens), _build_vae(vae_config)
+    sizes = _latent_sizes(config, unet, len(vae_config.get("block_out_channels", (0,) * 4)))
     shape = (int(unet.config.in_channels), *sizes[len(sizes) // 2])
-    lora = add_meta_lora(unet, config.lora)
-    student = unet_pass(unet, shape, DTYPES[config.precision], style_tokens)
-    judge = _judge(config, vae, shape)
-    heads = _heads(config, unet) if heads is None else heads
-    others = count(vae) + encoder_parameters
-    memory = _weights(config, frozen, others, lora, heads, on_cpu=where == "cpu")
-    memory |= _activations(config, student, judge)
-    bank = _bank_bytes(config, unet, shape, len(sizes), style_tokens) / GIB
-    if config.bank.device != "cpu" or where == "cpu":
-        memory["bank"] = bank
+    pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+    inputs = _unet_inputs(unet, shape, pooled, tokens)
+    flops, outputs = _forward(unet, **inputs)
+    judge_flops, judged, dino = _judge(config, vae, shape)
+
+    modules = dict(unet.named_modules())
+    layers = [modules[name].weight for name in choose_layers(unet, config.lora.targets)]
+    # A and B of a linear layer; of a convolution, A has the kernel's size and B none.
+    lora = sum(config.lora.rank * (w.numel() // w.shape[0] + w.shape[0]) for w in layers)
+    counts = {"lora": lora, "heads": _heads(config, style, pooled), "unet": _count(unet), "vae": _count(vae)}
+
+    context = inputs["encoder_hidden_states"].shape[2] * (tokens + 1 if tokens else TEXT_TOKENS)
+    row = 2 * math.prod(shape) + context + pooled + 6 + 5  # of the bank, all fp32
+    with_bank = config.method == "std" and config.bank.enabled
+    bank = 4 * row * config.bank.capacity * len(sizes) / GIB if with_bank else 0.0
+    kept = outputs * DTYPES[config.precision].itemsize * config.batch * MARGIN
+    memory = _weights(config, counts, counts["vae"] + encoders + dino, on_cpu=device == "cpu") | {
+        "activations": kept * (CHECKPOINTED if config.gradient_checkpointing else 1) / GIB,
+        "decoder and DINOv2 activations": 4 * judged * config.batch / GIB,
+        "trajectory bank": bank if config.bank.device != "cpu" or device == "cpu" else 0.0,
+    }
+    work = _evaluations(config, lora / counts["unet"], judge_flops / flops)
     return Estimate(
-        lora_parameters=sum(lora),
-        lora_layers=len(lora) // 2,
-        heads_parameters=heads,
-        unet_parameters=frozen,
-        vae_parameters=count(vae),
-        latent=shape,
+        parameters=counts,
+        lora_layers=len(layers),
         memory_gib={name: gib for name, gib in memory.items() if gib},
-        activations_gib=_activation_gib(config, student.kept),
-        checkpointed_gib=_activation_gib(config, student.kept_checkpointed),
         bank_gib=bank,
-        forward_flops=student.bare,
-        evaluations=_evaluations(config, student, judge),
-        samples=config.batch * config.accumulate,
-        device=_device_name(where),
-        flops_per_s=flops_per_s or measure_flops(where, config.precision),
-        uncounted=_uncounted(config, vae),
-        config=config,
+        evaluations=work,
+        step_flops=config.batch * config.accumulate * flops * sum(work.values()),
+        flops_per_s=flops_per_s or measure_flops(device, config.precision),
+        device=device,
     )
 
 
-# --- sizes ----------------------------------------------------------------------------------------------
+# --- the base's networks ----------------------------------------------------------------------------------
 
 
-def _vae_scale(config: dict[str, Any] | None) -> int:
-    """Image pixels per latent pixel; SDXL's where there is no config."""
-    known = config or {}
-    levels = known.get("block_out_channels") or known.get("encoder_block_out_channels") or (0,) * 4
-    return int(2 ** (len(levels) - 1))
+def _configs(base: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]:
+    """Configs of (UNet, VAE, style encoder or {}), and how many parameters the encoders have."""
+    folder = check_source(base)
+    if folder.is_dir():
+        unet, vae = (_read(folder / part / "config.json") for part in ("unet", "vae"))
+        path = folder / "image_encoder" / "config.json"
+        style = _read(path) if path.is_file() else {}
+        if style.get("_class_name") == "StyleEncoder":
+            return unet, vae, style, _stored(folder / "image_encoder")
+        return unet, vae, {}, sum(_stored(folder / part) for part in ("text_encoder", "text_encoder_2"))
+    if base == SDXL_NAME:
+        return SDXL_UNET, SDXL_VAE, {}, SDXL_TEXT_PARAMETERS
+    try:
+        unet = diffusers.UNet2DConditionModel.load_config(base, subfolder="unet")
+        return unet, diffusers.AutoencoderKL.load_config(base, subfolder="vae"), {}, 0
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise RecipeError(f"base = {base!r} is not a folder, and cannot be fetched: {reason}") from None
 
 
-def _latent_sizes(config: DistilConfig, unet: Network, vae_scale: int) -> list[tuple[int, int]]:
-    """Latent heights and widths of the training, the square in the middle. RecipeError as the data's."""
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path} cannot be read ({error}); is base a diffusers folder?") from None
+
+
+def _stored(folder: Path) -> int:
+    """Numbers in the weights of a part, from the files' headers; one variant of several."""
+    files = sorted(folder.glob("*.safetensors"))
+    total = 0
+    for path in [p for p in files if "fp16" not in p.name] or files:
+        with safe_open(path, "pt") as file:
+            total += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    return total
+
+
+def _build_unet(config: dict[str, Any], style_tokens: int) -> Network:
+    """A UNet of SDXL's kind; with ``style_tokens`` as std-tiny's."""
+    try:
+        with torch.device("meta"):
+            unet = diffusers.UNet2DConditionModel.from_config(config)
+            if style_tokens:
+                add_style_attention(unet, style_tokens)
+    except (TypeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RecipeError(f"the base's unet/config.json does not describe a UNet: {reason}") from None
+    if unet.config.addition_embed_type != "text_time":
+        raise RecipeError("the base's UNet is not of SDXL's kind (no text_time embedding)")
+    return unet
+
+
+def _build_vae(config: dict[str, Any]) -> Network:
+    name = str(config.get("_class_name", "AutoencoderKL"))
+    ours = {AutoencoderPixelShuffle.__name__: AutoencoderPixelShuffle}
+    kind: Network = ours.get(name) or getattr(diffusers, name, None)
+    if not hasattr(kind, "from_config"):
+        raise RecipeError(f"the base's vae/config.json names {name}, which diffusers does not have")
+    with torch.device("meta"):
+        return kind.from_config(config)
+
+
+def _latent_sizes(config: DistilConfig, unet: Network, vae_levels: int) -> list[tuple[int, int]]:
+    """Latent heights and widths of the training, the square in the middle."""
     if config.latents.file:
         return [(config.latents.side, config.latents.side)]
-    multiple = vae_scale * 2 ** (len(unet.config.block_out_channels) - 1)
+    scale = 2 ** (vae_levels - 1)
+    multiple = scale * 2 ** (len(unet.config.block_out_channels) - 1)
     sizes = bucket_sizes(config.pictures.resolution_px, multiple, config.pictures.buckets)
-    return [(h // vae_scale, w // vae_scale) for h, w in sizes]
+    return [(h // scale, w // scale) for h, w in sizes]
 
 
-# --- the discriminator ----------------------------------------------------------------------------------
+def _unet_inputs(unet: Network, shape: tuple[int, ...], pooled: int, style_tokens: int) -> dict[str, Any]:
+    """One sample, without numbers."""
+    dims = unet.config.cross_attention_dim
+    dim = dims if isinstance(dims, int) else max(dims)
+    with torch.device("meta"):
+        added: dict[str, Any] = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
+        if style_tokens:
+            added["image_embeds"] = [torch.empty(1, 1, style_tokens, dim)]
+        return {
+            "sample": torch.empty(1, *shape),
+            "timestep": torch.empty(1, dtype=torch.long),
+            "encoder_hidden_states": torch.empty(1, 1 if style_tokens else TEXT_TOKENS, dim),
+            "added_cond_kwargs": added,
+        }
 
 
-def _uses_dino(config: DistilConfig) -> bool:
-    return config.adversarial.weight > 0 and config.adversarial.features == "dinov2"
+def _forward(call: Network, *args: Any, **kwargs: Any) -> tuple[float, int]:
+    """Operations of one forward pass, and the numbers in the outputs of all its layers."""
+    network: Network = getattr(call, "__self__", call)
+    sizes: list[int] = []
+
+    def note(_: nn.Module, __: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            sizes.append(output.numel())
+
+    leaves = [m for m in network.modules() if not list(m.children())]
+    hooks = [m.register_forward_hook(note) for m in leaves]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        call(*args, **kwargs)
+    for hook in hooks:
+        hook.remove()
+    return float(counter.get_total_flops()), sum(sizes)
+
+
+def _count(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+# --- the discriminator ------------------------------------------------------------------------------------
 
 
 def _dino(config: DistilConfig) -> tuple[int, int]:
@@ -167,57 +263,62 @@ def _dino(config: DistilConfig) -> tuple[int, int]:
     return next((size for kind, size in DINO_SIZES.items() if kind in name), DINO_SIZES["small"])
 
 
-def _dino_parameters(config: DistilConfig) -> int:
-    width, depth = _dino(config)
-    return 12 * width**2 * depth if _uses_dino(config) else 0
-
-
-def _judge(config: DistilConfig, vae: Network | None, shape: tuple[int, int, int]) -> Pass:
-    """One sample through decoder and DINOv2."""
-    if vae is None or not _uses_dino(config):
-        return Pass(0.0)
-    decoder = decode_pass(vae, shape)
+def _judge(config: DistilConfig, vae: Network, shape: tuple[int, ...]) -> tuple[float, float, int]:
+    """Operations and kept numbers of one sample through decoder and DINOv2, and DINOv2's parameters."""
+    if not config.adversarial.weight or config.adversarial.features != "dinov2":
+        return 0.0, 0.0, 0
+    flops, outputs = _forward(vae.decode, torch.empty(1, *shape, device="meta"))
     width, depth = _dino(config)
     tokens = (config.adversarial.size_px // DINO_PATCH_PX) ** 2 + 1
-    seen = depth * (24 * tokens * width**2 + 4 * tokens**2 * width)
+    flops += depth * (24 * tokens * width**2 + 4 * tokens**2 * width)
     # About twenty maps of the width a block, the multilayer perceptron's being four times as wide.
-    return Pass(decoder.forward + seen, kept=decoder.kept + 20 * 4.0 * depth * tokens * width)
+    return flops, outputs + 20.0 * depth * tokens * width, 12 * width**2 * depth
 
 
-def _heads(config: DistilConfig, unet: Network) -> int:
-    if not _uses_dino(config):
+def _heads(config: DistilConfig, style: dict[str, Any], pooled: int) -> int:
+    """Parameters of the discriminator's heads."""
+    if not config.adversarial.weight:
         return 0
+    channels = [_dino(config)[0]] * len(config.adversarial.blocks)
+    if config.adversarial.features == "style" and style:
+        channels = [style["latent_channels"], *style["widths"]]
     with torch.device("meta"):
-        return count(Heads([_dino(config)[0]] * len(config.adversarial.blocks), pooled_dim(unet)))
+        return _count(Heads(channels, pooled))
 
 
-# --- sums -----------------------------------------------------------------------------------------------
+# --- sums -------------------------------------------------------------------------------------------------
 
 
-def _evaluations(config: DistilConfig, student: Pass, judge: Pass) -> dict[str, float]:
-    """Work per sample, in forward passes of the bare UNet."""
+def _weights(config: DistilConfig, counts: dict[str, int], others: int, *, on_cpu: bool) -> dict[str, float]:
+    """Everything that lies in memory all the time, GiB; ``others`` are frozen networks in fp32."""
+    # On the CPU the base stays in fp32, and autocast holds its copy of it until the backward pass is done.
+    base_bytes = 4 if config.precision == "fp32" else 6 if on_cpu else 2
+    moments = 2 if config.optimizer == "adamw8bit" else 8  # Adam's two, bytes a number
+    trained = counts["lora"] + counts["heads"]
+    parts = {
+        "base weights": base_bytes * counts["unet"],
+        "autoencoder and encoders": 4 * others,
+        "LoRA and heads": 4 * trained,
+        "moving average": 4 * counts["lora"],
+        "gradients": 4 * trained,
+        "optimizer states": moments * counts["lora"] + 8 * counts["heads"],
+    }
+    return {name: size / GIB for name, size in parts.items()}
+
+
+def _evaluations(config: DistilConfig, lora: float, judge: float) -> dict[str, float]:
+    """Work per sample in forward passes of the bare UNet; ``lora`` and ``judge`` cost those shares of one."""
     guided = 1 if config.guidance == (1.0, 1.0) else 2
-    again = student.forward if config.gradient_checkpointing else 0.0
+    forward = 1 + lora
+    again = forward if config.gradient_checkpointing else 0.0
     parts = {
-        "teacher": guided * _teacher_steps(config) * student.bare,
-        "target": student.forward,
-        "student": student.forward + student.backward + again,
-        # The fake one forward and backward, the real one forward.
-        "adversarial": 3 * judge.forward,
+        "teacher": guided * _teacher_steps(config),
+        "target": forward,
+        # A frozen layer's backward is one forward (its input's gradient); the LoRA's are two.
+        "student": forward + again + 1 + 2 * lora,
+        "adversarial": 3 * judge,  # the fake one forward and backward, the real one forward
     }
-    return {name: flops / student.bare for name, flops in parts.items() if flops}
-
-
-def _uncounted(config: DistilConfig, vae: Network | None) -> tuple[str, ...]:
-    judged = config.adversarial.weight > 0
-    parts = {
-        "data loading": True,
-        "encoding of pictures and captions": not config.latents.file,
-        "the discriminator on the style encoder": judged and not _uses_dino(config),
-        "the discriminator (no autoencoder given)": _uses_dino(config) and vae is None,
-        "sheets": True,
-    }
-    return tuple(name for name, applies in parts.items() if applies)
+    return {name: units for name, units in parts.items() if units}
 
 
 def _teacher_steps(config: DistilConfig) -> float:
@@ -225,59 +326,11 @@ def _teacher_steps(config: DistilConfig) -> float:
     if config.method != "std" or config.bank.enabled:
         return 1.0
     tau = distil_tau(config)
-    grid_step = grid_timestep(1) - grid_timestep(0)
-    top = (tau - grid_timestep(0)) // grid_step
+    top = [grid_timestep(i) for i in range(GRID_POINTS)].index(tau)
     return 1.0 + (top - last_index(tau, config.run_steps)) / 2
 
 
-def _weights(
-    config: DistilConfig, unet: int, others: int, lora: list[int], heads: int, *, on_cpu: bool
-) -> dict[str, float]:
-    """Everything that lies in memory all the time, GiB; ``others`` are frozen networks in fp32."""
-    # On the CPU the base stays in fp32, and autocast holds its copy of it until the backward pass is done.
-    base_bytes = 4 if config.precision == "fp32" else 6 if on_cpu else 2
-    states = sum(_optimizer_bytes(n, config.optimizer) for n in lora) + 8 * heads
-    parts = {
-        "base": base_bytes * unet,
-        "encoders": 4 * (others + _dino_parameters(config)),
-        "lora": 4 * (sum(lora) + heads),
-        "average": 4 * sum(lora),
-        "gradients": 4 * (sum(lora) + heads),
-        "optimizer": states,
-    }
-    return {name: size / GIB for name, size in parts.items()}
-
-
-def _activations(config: DistilConfig, student: Pass, judge: Pass) -> dict[str, float]:
-    """What a micro-batch keeps for its backward pass, GiB."""
-    kept = student.kept_checkpointed if config.gradient_checkpointing else student.kept
-    return {"activations": _activation_gib(config, kept), "judging": judge.kept * config.batch / GIB}
-
-
-def _activation_gib(config: DistilConfig, kept: float) -> float:
-    return kept * config.batch * ACTIVATION_MARGIN / GIB
-
-
-def _optimizer_bytes(numbers: int, kind: str) -> int:
-    """Adam's two moments of a tensor of so many numbers."""
-    if kind != "adamw8bit" or numbers < SMALLEST_8BIT:
-        return 8 * numbers
-    return 2 * numbers + 2 * 4 * -(-numbers // BLOCK_8BIT)
-
-
-def _bank_bytes(
-    config: DistilConfig, unet: Network, shape: tuple[int, int, int], sizes: int, style_tokens: int
-) -> float:
-    """At most so many: every latent size has a bank of ``capacity`` trajectories, all in fp32."""
-    if config.method != "std" or not config.bank.enabled:
-        return 0.0
-    tokens = 1 + style_tokens if style_tokens else TEXT_TOKENS
-    latents = 2 * shape[0] * shape[1] * shape[2]
-    numbers = latents + tokens * token_dim(unet) + pooled_dim(unet) + 6 + 5
-    return 4.0 * numbers * config.bank.capacity * sizes
-
-
-# --- the machine ----------------------------------------------------------------------------------------
+# --- the machine ------------------------------------------------------------------------------------------
 
 
 def _device() -> str:
@@ -287,96 +340,39 @@ def _device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _device_name(device: str) -> str:
-    if device.startswith("cuda") and torch.cuda.is_available():
-        return torch.cuda.get_device_name(device)
-    return device if device != "cpu" else f"this CPU ({torch.get_num_threads()} threads)"
-
-
-def _synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    elif device == "mps":
-        torch.mps.synchronize()
-
-
 def measure_flops(device: str, precision: str, seconds: float = 0.3) -> float:
     """Operations per second of a large matmul in ``precision``, measured for about ``seconds``."""
     side = 512 if device == "cpu" else 4096
-    rng = torch.Generator().manual_seed(0)
-    a = torch.rand(side, side, generator=rng).to(device, DTYPES[precision])
-    a @ a
-    _synchronize(device)
+    a = torch.rand(side, side).to(device, DTYPES[precision])
     count, began = 0, time.perf_counter()
     while (spent := time.perf_counter() - began) < seconds:
         for _ in range(10):
-            a @ a
-        _synchronize(device)
+            product = a @ a
+        product[0, 0].item()  # waits for the device
         count += 10
     return 2.0 * side**3 * count / spent
 
 
-# --- for people -----------------------------------------------------------------------------------------
-
-MEANINGS = {
-    "base": "base weights",
-    "encoders": "autoencoder and encoders",
-    "lora": "LoRA and heads",
-    "average": "moving average",
-    "gradients": "gradients",
-    "optimizer": "optimizer states",
-    "activations": "activations",
-    "judging": "decoder and DINOv2 activations",
-    "bank": "trajectory bank",
-}
+# --- for people -------------------------------------------------------------------------------------------
 
 
-def describe(found: Estimate) -> list[str]:
-    """An estimate in a few lines for people, with what it assumes."""
-    return [*_size_lines(found), *_memory_lines(found), *_work_lines(found)]
-
-
-def _size_lines(found: Estimate) -> list[str]:
-    heads = f", and {found.heads_parameters:,} in the discriminator's heads" if found.heads_parameters else ""
-    return [
-        f"trains   {found.lora_parameters:,} parameters in a LoRA of rank {found.config.lora.rank} on "
-        f"{found.lora_layers} layers{heads}",
-        f"frozen   {found.unet_parameters:,} parameters in the UNet, {found.vae_parameters:,} in the "
-        "autoencoder",
-    ]
-
-
-def _memory_lines(found: Estimate) -> list[str]:
-    parts = ", ".join(f"{MEANINGS[name]} {gib:.2f}" for name, gib in found.memory_gib.items() if gib >= 0.005)
-    chosen = "with" if found.config.gradient_checkpointing else "without"
-    lines = [
-        f"memory   about {found.total_gib:.2f} GiB on {found.device}, PyTorch's own on top: {parts}",
-        f"         activations are rough: {found.activations_gib:.2f} GiB without gradient checkpointing, "
-        f"{found.checkpointed_gib:.2f} with it (this recipe: {chosen})",
-    ]
-    if "bank" not in found.memory_gib and found.bank_gib:
-        lines.append(f"         the trajectory bank takes up to {found.bank_gib:.2f} GiB of the CPU's memory")
-    return lines
-
-
-def _work_lines(found: Estimate) -> list[str]:
-    c, h, w = found.latent
+def describe(config: DistilConfig, found: Estimate) -> list[str]:
+    """An estimate as a table, with what it assumes."""
+    counts, samples = found.parameters, config.batch * config.accumulate
+    heads = f", {counts['heads']:,} in the discriminator's heads" if counts["heads"] else ""
     units = " + ".join(f"{name} {count:.1f}" for name, count in found.evaluations.items())
+    elsewhere = "" if "trajectory bank" in found.memory_gib or not found.bank_gib else (
+        f"; the trajectory bank takes {found.bank_gib:.2f} GiB of the CPU's memory"
+    )  # fmt: skip
     return [
-        f"work     a sample takes {sum(found.evaluations.values()):.1f} UNet evaluations ({units}; student: "
-        f"forward and backward) of {_amount(found.forward_flops)}FLOP at latents {c}x{h}x{w}",
-        f"time     about {_seconds(found.step_s)} a step of {found.samples} samples: an estimate, from "
-        f"{_amount(found.step_flops)}FLOP at {MATMUL_SHARE:.0%} of the {_amount(found.flops_per_s)}FLOP/s of "
-        f"a {found.config.precision} matmul on {found.device}; without {', '.join(found.uncounted)}",
+        f"trains   {counts['lora']:,} parameters in a LoRA of rank {config.lora.rank} on "
+        f"{found.lora_layers} layers{heads}",
+        f"frozen   {counts['unet']:,} parameters in the UNet, {counts['vae']:,} in the autoencoder",
+        f"memory   about {sum(found.memory_gib.values()):.2f} GiB on {found.device}, PyTorch's own on top"
+        f"{elsewhere}",
+        *(f"  {gib:8.2f} GiB  {name}" for name, gib in found.memory_gib.items() if gib >= 0.005),
+        f"work     {sum(found.evaluations.values()):.1f} UNet evaluations a sample ({units})",
+        f"time     about {found.step_s:.3g} s a step of {samples} samples, at {MATMUL_SHARE:.0%} of the "
+        f"{found.flops_per_s / 1e12:.3g} TFLOP/s of a {config.precision} matmul here; data loading, encoding "
+        "and sheets come on top",
     ]
-
-
-def _amount(value: float) -> str:
-    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value / 1e6:.3g} M"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.3g} s" if value < 600 else f"{value / 60:.0f} min"

@@ -1,4 +1,4 @@
-"""Recipes: TOML files that say all of a training run, read into frozen dataclasses."""
+"""Recipes: TOML files that describe a whole training run, read into frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -6,15 +6,26 @@ import difflib
 import json
 import math
 import tomllib
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import msgspec
+from msgspec import Meta
 
 from std_rt.core.errors import RecipeError
 from std_rt.core.schedule import GRID_POINTS, trajectory_timesteps
 from std_rt.models import STYLE_HEADS
 
-T = TypeVar("T")
+Count = Annotated[int, Meta(ge=1)]
+Whole = Annotated[int, Meta(ge=0)]
+Counts = Annotated[tuple[Count, ...], Meta(min_length=1)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+PositiveShare = Annotated[float, Meta(gt=0, le=1)]
+Amount = Annotated[float, Meta(ge=0, le=1e9)]  # the upper end keeps infinity out
+Positive = Annotated[float, Meta(gt=0, le=1e9)]
+Side = Annotated[int, Meta(ge=1, le=32)]  # in latent pixels: stored latents have at least this short side
+Sides = Annotated[tuple[Side, ...], Meta(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -35,33 +46,34 @@ class AutoencoderConfig:
     output: str
     data: DataConfig
     stage: str = "autoencoder"
-    seed: int = 0
-    steps: int = 10_000
-    batch: int = 16
-    crop_px: int = 96
-    learning_rate: float = 1e-3
-    latent_noise: float = 0.05  # of the latents' standard deviation
-    scale_equivariance: float = 0.25  # share of steps that decode half-size latents
-    high_pass: float = 1.0  # weight of the gradient loss against the plain L1
-    generated_share: float = 0.25
+    seed: Whole = 0
+    steps: Count = 10_000
+    batch: Count = 16
+    crop_px: Count = 96
+    learning_rate: Positive = 1e-3
+    latent_noise: Amount = 0.05  # of the latents' standard deviation
+    scale_equivariance: Share = 0.25  # share of steps that decode half-size latents
+    high_pass: Amount = 1.0  # weight of the gradient loss against the plain L1
+    generated_share: Share = 0.25
     bf16: bool = True
-    snapshot_every: int = 500
-    channels: tuple[int, ...] = (64, 128)
-    encoder_blocks: int = 2
-    decoder_blocks: int = 3
-    latent_channels: int = 8
+    snapshot_every: Count = 500
+    log_every: Count = 50
+    channels: Counts = (64, 128)
+    encoder_blocks: Count = 2
+    decoder_blocks: Count = 3
+    latent_channels: Count = 8
 
 
 @dataclass(frozen=True)
 class UNetConfig:
     """Size of the small SDXL-layout UNet and its style encoder."""
 
-    block_out_channels: tuple[int, ...] = (96, 128, 192)
-    layers_per_block: int = 1
-    cross_attention_dim: int = 192
-    attention_head_dim: int = 32
-    style_tokens: int = 16
-    pooled_dim: int = 256
+    block_out_channels: Counts = (96, 128, 192)
+    layers_per_block: Count = 1
+    cross_attention_dim: Count = 192
+    attention_head_dim: Count = 32
+    style_tokens: Count = 16
+    pooled_dim: Count = 256
 
 
 @dataclass(frozen=True)
@@ -73,22 +85,23 @@ class TeacherConfig:
     data: DataConfig
     stage: str = "teacher"
     start_from: str = ""  # a pipeline folder to go on from; empty: random weights
-    seed: int = 0
-    steps: int = 20_000
-    batch: int = 32
-    window: tuple[int, ...] = (16, 24)  # latent sizes of the training crops, drawn per step
-    learning_rate: float = 5e-4
-    warmup: int = 300
-    ema_decay: float = 0.999
-    drop_style: float = 0.12
-    snr_ratio: float = 4.0  # resolution ratio of the schedule shift: log-SNR + 2 ln(ratio)
-    start_eta: float = 0.95  # highest noise level trained
-    content_from_eta: float = 0.75  # level at and above which the input carries the content version only
-    share_art: float = 0.6
-    share_generated: float = 0.4
-    variants: int = 2  # content versions an artwork, generated stylizations a photo
+    seed: Whole = 0
+    steps: Count = 20_000
+    batch: Count = 32
+    window: Sides = (16, 24)  # latent sizes of the training crops, drawn per step
+    learning_rate: Positive = 5e-4
+    warmup: Whole = 300
+    ema_decay: Share = 0.999
+    drop_style: Share = 0.12
+    snr_ratio: Positive = 4.0  # resolution ratio of the schedule shift: log-SNR + 2 ln(ratio)
+    start_eta: Share = 0.95  # highest noise level trained
+    content_from_eta: Share = 0.75  # level at and above which the input carries the content version only
+    share_art: Share = 0.6
+    share_generated: Share = 0.4
+    variants: Count = 2  # content versions an artwork, generated stylizations a photo
     bf16: bool = True
-    snapshot_every: int = 500
+    snapshot_every: Count = 500
+    log_every: Count = 50
     model: UNetConfig = field(default_factory=UNetConfig)
 
 
@@ -99,22 +112,23 @@ class FinishConfig:
     output: str
     teacher: str  # the run folder of the teacher stage
     stage: str = "finish"
-    seed: int = 1
-    steps: int = 2_000
-    batch: int = 24
-    window: tuple[int, ...] = (24, 28)
-    learning_rate: float = 2e-4
-    warmup: int = 100
-    ema_decay: float = 0.998
-    eta: float = 0.75
-    run_steps: int = 4
-    guidance: float = 2.0  # of the frozen teacher that anchors content and colours
-    base_weight: float = 0.5
-    anchor_weight: float = 1.0
-    texture_weight: float = 0.5
-    detail_weight: float = 1.0
+    seed: Whole = 1
+    steps: Count = 2_000
+    batch: Count = 24
+    window: Sides = (24, 28)
+    learning_rate: Positive = 2e-4
+    warmup: Whole = 100
+    ema_decay: Share = 0.998
+    eta: PositiveShare = 0.75
+    run_steps: Count = 4
+    guidance: Amount = 2.0  # of the frozen teacher that anchors content and colours
+    base_weight: Amount = 0.5
+    anchor_weight: Amount = 1.0
+    texture_weight: Amount = 0.5
+    detail_weight: Amount = 1.0
     bf16: bool = True
-    snapshot_every: int = 250
+    snapshot_every: Count = 250
+    log_every: Count = 50
 
 
 LORA_TARGETS = (
@@ -127,9 +141,9 @@ LORA_TARGETS = (
 class LoraConfig:
     """The student: low-rank updates of the base's layers, by the ends of the layers' names."""
 
-    rank: int = 64
-    alpha: float = 64.0
-    targets: tuple[str, ...] = LORA_TARGETS
+    rank: Count = 64
+    alpha: Positive = 64.0
+    targets: Annotated[tuple[str, ...], Meta(min_length=1)] = LORA_TARGETS
 
 
 @dataclass(frozen=True)
@@ -137,25 +151,25 @@ class BankConfig:
     """The trajectory bank."""
 
     enabled: bool = True  # false: every state is solved by the teacher from tau (ablation, slow)
-    capacity: int = 64  # trajectories per latent size
-    stored_conditioning: bool = True  # false: another trajectory's, as the released code has it (ablation)
-    spread: bool = True  # begin with the bank's trajectories spread over t, so that no wave goes through
-    device: str = "auto"  # where its tensors lie: beside the networks; cpu saves their memory, costs copies
+    capacity: Count = 64  # trajectories per latent size
+    stored_conditioning: bool = True  # false: another trajectory's, as in the released code (ablation)
+    spread: bool = True  # start with trajectories at random t, so that they do not all go down together
+    device: Literal["auto", "cpu"] = "auto"  # beside the networks; cpu saves their memory and costs copies
 
 
 @dataclass(frozen=True)
 class AdversarialConfig:
     """The asymmetric adversarial loss; weight 0 leaves it out."""
 
-    weight: float = 0.0
-    features: str = "dinov2"  # or "style": std-tiny's style encoder on latents, which needs no download
+    weight: Amount = 0.0
+    features: Literal["dinov2", "style"] = "dinov2"  # style: std-tiny's style encoder, needs no download
     dino: str = "facebook/dinov2-small"  # hub id or folder
-    blocks: tuple[int, ...] = (2, 5, 8, 11)
-    size_px: int = 224
-    real: str = "below"  # real latents at r < s; "same": r = s (ablation)
-    learning_rate: float = 5e-5
-    r1: float = 1e-5
-    start_step: int = 0
+    blocks: Annotated[tuple[Whole, ...], Meta(min_length=1)] = (2, 5, 8, 11)
+    size_px: Count = 224
+    real: Literal["below", "same"] = "below"  # real latents at r < s; "same": r = s (ablation)
+    learning_rate: Positive = 5e-5
+    r1: Amount = 1e-5
+    start_step: Whole = 0
 
 
 @dataclass(frozen=True)
@@ -163,25 +177,25 @@ class PicturesConfig:
     """Training pictures or videos, with captions where there are any."""
 
     folder: str = ""
-    kind: str = "auto"  # pictures, videos, webdataset
-    resolution_px: int = 512
+    kind: Literal["auto", "pictures", "videos", "webdataset"] = "auto"
+    resolution_px: Count = 512
     buckets: bool = True  # sizes by aspect ratio; false: squares
     caption_key: str = "text"
     caption: str = ""  # for files without one
     flip: bool = True
     centre: bool = False
-    workers: int = 2
+    workers: Whole = 2
     cache: str = ""  # folder for latents and embeddings; empty: none
 
 
 @dataclass(frozen=True)
 class LatentsConfig:
-    """In the place of pictures: stored latents of a std-tiny teacher's run."""
+    """Stored latents of a std-tiny teacher's run, instead of pictures."""
 
     file: str = ""
-    side: int = 16  # of the crops, in latent pixels
-    paired: float = 1.0  # share with a known target; the others: a photo under an unrelated style, as in use
-    share_art: float = 0.6  # (artwork, its content version) among these; the others: generated styles
+    side: Side = 16  # of the crops, in latent pixels
+    paired: Share = 1.0  # share with a known target; the others: a photo under an unrelated style, as in use
+    share_art: Share = 0.6  # (artwork, its content version) among these; the others: generated styles
 
 
 @dataclass(frozen=True)
@@ -190,8 +204,8 @@ class SheetConfig:
 
     contents: str = ""
     styles: str = ""
-    pairs: int = 6
-    size_px: int = 256
+    pairs: Count = 6
+    size_px: Count = 256
 
 
 @dataclass(frozen=True)
@@ -201,32 +215,32 @@ class DistilConfig:
     output: str
     base: str
     stage: str = "distil"
-    method: str = "std"
-    seed: int = 0
-    steps: int = 10_000  # optimizer steps
-    batch: int = 1  # samples a micro-batch and process
-    accumulate: int = 16
-    learning_rate: float = 5e-6
-    rate_schedule: str = "cosine"  # or constant
-    warmup: int = 500
-    weight_decay: float = 0.0
-    max_grad_norm: float = 10.0
-    optimizer: str = "adamw"  # or adamw8bit (bitsandbytes)
-    eta: float = 0.75
-    tau: int = 0  # a grid timestep; 0: that of eta
-    run_steps: tuple[int, ...] = (2, 4, 6, 8)  # step counts the LoRA is for; the first is not special
-    stride: int = 1  # grid points of one teacher step: more spread what is learned faster, and coarser
-    window: float = 0.5  # s lies at most window * ceil(50 eta) grid points below t
-    phases: int = 4  # pcm only
-    guidance: tuple[float, ...] = (6.0, 16.0)  # range of the teacher's scale; w = scale - 1
-    drop_conditioning: float = 0.1
-    ema_decay: float = 0.95
+    method: Literal["std", "tcd", "lcm", "pcm"] = "std"
+    seed: Whole = 0
+    steps: Count = 10_000  # optimizer steps
+    batch: Count = 1  # samples a micro-batch and process
+    accumulate: Count = 16
+    learning_rate: Positive = 5e-6
+    rate_schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: Whole = 500
+    weight_decay: Amount = 0.0
+    max_grad_norm: Positive = 10.0
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit needs bitsandbytes
+    eta: PositiveShare = 0.75
+    tau: Whole = 0  # a grid timestep; 0: that of eta
+    run_steps: Counts = (2, 4, 6, 8)  # step counts the LoRA is for
+    stride: Count = 1  # grid points of one teacher step: more is faster and coarser
+    window: PositiveShare = 0.5  # s lies at most window * ceil(50 eta) grid points below t
+    phases: Count = 4  # pcm only
+    guidance: tuple[Amount, Amount] = (6.0, 16.0)  # range of the teacher's scale; w = scale - 1
+    drop_conditioning: Share = 0.1
+    ema_decay: Share = 0.95
     ema_target: bool = True  # false: the online weights are the target (ablation)
-    huber_c: float = 1e-3
-    precision: str = "bf16"  # fp16, fp32
+    huber_c: Positive = 1e-3
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     gradient_checkpointing: bool = False
-    snapshot_every: int = 500
-    log_every: int = 10
+    snapshot_every: Count = 500
+    log_every: Count = 10
     lora: LoraConfig = field(default_factory=LoraConfig)
     bank: BankConfig = field(default_factory=BankConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
@@ -245,46 +259,46 @@ STAGES: dict[str, type] = {
 # The published STD LoRAs start two grid points above the rule of eta.
 PUBLISHED_TAU = {0.65: 679, 0.75: 779, 0.85: 879, 0.95: 979}
 
-# Texts that are one of a few.
-CHOICES: dict[str, tuple[str, ...]] = {
-    "method": ("std", "tcd", "lcm", "pcm"),
-    "rate_schedule": ("cosine", "constant"),
-    "optimizer": ("adamw", "adamw8bit"),
-    "precision": ("bf16", "fp16", "fp32"),
-    "features": ("dinov2", "style"),
-    "real": ("below", "same"),
-    "device": ("auto", "cpu"),
-    "kind": ("auto", "pictures", "videos", "webdataset"),
-}
+
+def _build(kind: type, table: dict[str, Any]) -> Any:
+    """A dataclass from plain values; RecipeError names the first key or value that does not fit."""
+    _check_keys(kind, table)
+    try:
+        return msgspec.convert(table, kind)
+    except msgspec.ValidationError as error:
+        raise RecipeError(_explain(str(error), kind, table)) from None
 
 
-def _convert(value: Any, kind: Any, where: str) -> Any:
-    if isinstance(kind, type) and is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise RecipeError(f"{where} must be a table ([{where}])")
-        return _build(kind, value, where + ".")
-    if get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(_convert(v, get_args(kind)[0], where) for v in value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    plain = get_origin(kind) or kind
-    if not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
-        raise RecipeError(f"{where} = {value!r} must be of type {plain.__name__}")
-    return value
-
-
-def _build(kind: type[T], table: dict[str, Any], prefix: str = "") -> T:
+def _check_keys(kind: type, table: dict[str, Any], prefix: str = "") -> None:
     hints = get_type_hints(kind)
-    for key in table:
+    for key, value in table.items():
         if key not in hints:
             near = difflib.get_close_matches(key, hints, 1)
             hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(sorted(hints))}"
             raise RecipeError(f"unknown key {prefix}{key}{hint}")
-    values = {k: _convert(v, hints[k], prefix + k) for k, v in table.items()}
-    for f in fields(kind):  # type: ignore[arg-type]
-        if f.name not in table and f.default is MISSING and f.default_factory is MISSING:
-            raise RecipeError(f"the recipe lacks {prefix}{f.name}")
-    return kind(**values)
+        if isinstance(value, dict) and hasattr(hints[key], "__dataclass_fields__"):
+            _check_keys(hints[key], value, f"{prefix}{key}.")
+
+
+def _explain(message: str, kind: type, table: dict[str, Any]) -> str:
+    """msgspec's message (``Expected `int` >= 1 - at `$.lora.rank` ``) with the recipe's own words."""
+    what, _, path = message.replace("`", "").partition(" - at $.")
+    if what.startswith("Object missing required field "):
+        return f"the recipe lacks {path + '.' if path else ''}{what.split()[-1]}"
+    value: Any = table
+    hint: Any = kind
+    for part in path.replace("[", ".[").split("."):
+        if part.startswith("["):
+            value = value[int(part.strip("[]"))]
+        else:
+            value, hint = value[part], get_type_hints(hint)[part]
+    if what.startswith("Invalid enum value"):
+        near = difflib.get_close_matches(str(value), get_args(hint), 1)
+        suggestion = f"; did you mean {near[0]}?" if near else ""
+        return f"{path} = {value!r} must be one of {', '.join(get_args(hint))}{suggestion}"
+    for ours, theirs in (("object", f"a table ([{path}])"), ("array", "a list"), ("str", "text")):
+        what = what.replace(f"Expected {ours}", f"Expected {theirs}")
+    return f"{path} = {value!r}: {what[0].lower()}{what[1:]}"
 
 
 def _override(table: dict[str, Any], assignment: str) -> None:
@@ -303,49 +317,15 @@ def _override(table: dict[str, Any], assignment: str) -> None:
     table[name] = value
 
 
-# Floats that are shares or levels, and so lie in 0..1.
-_SHARES = {
-    "content_from_eta", "drop_conditioning", "drop_style", "ema_decay", "eta", "generated_share",
-    "paired", "scale_equivariance", "share_art", "share_generated", "start_eta", "window",
-}  # fmt: skip
-_FROM_ZERO = {"blocks", "seed", "start_step", "tau", "warmup", "workers"}  # whole numbers that may be 0
-_POSITIVE = {"eta", "huber_c", "alpha", "max_grad_norm", "learning_rate", "window"}
-_STORED_SIDE = 32  # stored latents have at least this short side
+def _check_teacher(recipe: TeacherConfig) -> None:
+    if recipe.share_art + recipe.share_generated <= 0:
+        raise RecipeError("share_art and share_generated are both 0, which leaves nothing to train on")
+    if recipe.model.cross_attention_dim % STYLE_HEADS:
+        raise RecipeError(f"model.cross_attention_dim must be a multiple of {STYLE_HEADS}")
 
 
-def _validate(recipe: Any, prefix: str = "") -> None:
-    """Ranges that hold for every stage; RecipeError names the first value outside."""
-    for f in fields(recipe):
-        value, name = getattr(recipe, f.name), prefix + f.name
-        if is_dataclass(value):
-            _validate(value, name + ".")
-        numbers = value if isinstance(value, tuple) else (value,)
-        if isinstance(value, tuple) and not value:
-            raise RecipeError(f"{name} is empty")
-        for number in numbers:
-            if isinstance(number, bool) or not isinstance(number, int | float):
-                continue
-            low = 0 if f.name in _FROM_ZERO or isinstance(number, float) else 1
-            share = f.name in _SHARES and isinstance(number, float)
-            high = 1 if share else _STORED_SIDE if f.name in ("window", "side") else math.inf
-            if not low <= number <= high or number == math.inf or (f.name in _POSITIVE and not number):
-                raise RecipeError(f"{name} = {number} is outside {low}..{high}")
-        if f.name in CHOICES and value not in CHOICES[f.name]:
-            near = difflib.get_close_matches(value, CHOICES[f.name], 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise RecipeError(f"{name} = {value!r} is none of {', '.join(CHOICES[f.name])}{hint}")
-
-
-def _validate_model(recipe: Any) -> None:
-    if isinstance(recipe, TeacherConfig):
-        if recipe.share_art + recipe.share_generated <= 0:
-            raise RecipeError("share_art and share_generated are both 0; there is nothing to train on")
-        if recipe.model.cross_attention_dim % STYLE_HEADS:
-            raise RecipeError(f"model.cross_attention_dim must divide by {STYLE_HEADS}")
-
-
-def _validate_distil(recipe: DistilConfig) -> None:
-    """What must fit together; RecipeError names the first that does not."""
+def _check_distil(recipe: DistilConfig) -> None:
+    """Values that must fit together; RecipeError names the first that does not."""
     try:
         tau = distil_tau(recipe)
         for count in (*recipe.run_steps, recipe.phases if recipe.method == "pcm" else 1):
@@ -356,20 +336,16 @@ def _validate_distil(recipe: DistilConfig) -> None:
     if recipe.stride > points:
         raise RecipeError(f"stride = {recipe.stride} is more than the window of {points} grid points")
     rule = trajectory_timesteps(recipe.eta, 1)[0]
-    known = (rule, PUBLISHED_TAU.get(recipe.eta, rule))
-    if tau not in known:
-        raise RecipeError(
-            f"tau = {tau} is not of eta {recipe.eta:g}: set tau = {known[1]} (published) or 0 for {rule}"
-            if known[1] != rule
-            else f"tau = {tau} is not of eta {recipe.eta:g}: set tau = 0 for {rule}"
-        )
-    low_high = recipe.guidance
-    if len(low_high) != 2 or low_high[0] > low_high[1]:
-        raise RecipeError(f"guidance = {list(low_high)} must be a range [low, high]")
+    published = PUBLISHED_TAU.get(recipe.eta, rule)
+    if tau not in (rule, published):
+        other = f"{published} (published) or " if published != rule else ""
+        raise RecipeError(f"tau = {tau} does not belong to eta {recipe.eta:g}; set {other}0 for {rule}")
+    if recipe.guidance[0] > recipe.guidance[1]:
+        raise RecipeError(f"guidance = {list(recipe.guidance)} must be a range [low, high]")
     if bool(recipe.pictures.folder) == bool(recipe.latents.file):
-        raise RecipeError("give either pictures.folder or latents.file: one of them is what is trained on")
+        raise RecipeError("set either pictures.folder or latents.file, the data to train on, and not both")
     if bool(recipe.sheet.contents) != bool(recipe.sheet.styles) and recipe.latents.file:
-        raise RecipeError("sheet.contents and sheet.styles belong together: give both or none")
+        raise RecipeError("set both sheet.contents and sheet.styles, or neither")
     if recipe.bank.enabled and recipe.method == "std" and recipe.bank.capacity < 2 * recipe.batch:
         raise RecipeError(
             f"bank.capacity = {recipe.bank.capacity} must be at least twice the batch of {recipe.batch}"
@@ -391,16 +367,8 @@ def distil_tau(recipe: DistilConfig) -> int:
     return trajectory_timesteps(recipe.eta, 1, start=recipe.tau or None)[0]
 
 
-def _checked(recipe: Any) -> Any:
-    _validate(recipe)
-    _validate_model(recipe)
-    if isinstance(recipe, DistilConfig):
-        _validate_distil(recipe)
-    return recipe
-
-
 def load_recipe(path: Path, overrides: tuple[str, ...] = (), given: dict[str, Any] | None = None) -> Any:
-    """Read a recipe; raise RecipeError on a missing file, a wrong key (naming the nearest) or type.
+    """Read a recipe; RecipeError on a missing file, a wrong key (naming the nearest) or a wrong value.
 
     ``overrides`` are ``section.key=value`` texts, ``given`` top-level values; they win in this order.
     """
@@ -416,16 +384,21 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = (), given: dict[str, An
     stage = table.get("stage", "")
     if not isinstance(stage, str) or stage not in STAGES:
         raise RecipeError(f"{path}: stage = {stage!r}; known stages: {', '.join(STAGES)}")
-    return _checked(_build(STAGES[stage], table))
+    recipe = _build(STAGES[stage], table)
+    if isinstance(recipe, TeacherConfig):
+        _check_teacher(recipe)
+    if isinstance(recipe, DistilConfig):
+        _check_distil(recipe)
+    return recipe
 
 
 def load_run_recipe(folder: Path) -> Any:
-    """The recipe that a run folder keeps; raise RecipeError where there is none."""
+    """The recipe stored in a run folder; RecipeError where there is none."""
     try:
         table = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(
-            f"{folder} is no run folder (it has no recipe.json); train that stage first"
+            f"{folder} is not a run folder (it has no recipe.json); train that stage first"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"{folder / 'recipe.json'} cannot be read: {error}") from None
@@ -459,7 +432,7 @@ def check_same_run(config: Any, folder: Path) -> None:
     )
     if changed:
         raise RecipeError(
-            f"{folder} holds a run with another {changed[0]}; choose another output, or delete the folder"
+            f"{folder} holds a run with another {changed[0]}; choose another output or delete the folder"
         )
 
 

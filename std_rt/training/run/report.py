@@ -379,7 +379,7 @@ class Stopwatch:
         self._step, self._open = _Step(self._since), []
 
     def stop(self) -> None:
-        """The step ends."""
+        """The step ends; without one, nothing happens."""
         if self._step is not None:
             self._step.ended = self.clock.mark()
             self._done.append(self._step)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from std_rt.core.errors import RecipeError
-from std_rt.training.arrays import Frame
-from std_rt.training.data.picture_set import picture_files, read_picture
+from std_rt.training.data.picture_set import Frame, picture_files, read_picture
 
 Pairs = list[tuple[Frame, Frame]]
 Series = tuple[Sequence[float], Sequence[float]]  # x, y

@@ -1,4 +1,4 @@
-"""The autoencoder stage: read top to bottom.
+"""The autoencoder stage of std-tiny: pictures to latents and back.
 
 Loss: L1 on three scales and L1 on image gradients (which keeps edges and fine texture that plain L1
 blurs away). Latents carry a little noise, so that the decoder forgives what the UNet gets slightly
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from std_rt.models.autoencoder import AutoencoderPixelShuffle
-from std_rt.training.arrays import Frame
 from std_rt.training.data.picture_set import (
+    Frame,
     PictureSet,
     load_pictures,
     picture_files,
@@ -26,7 +26,7 @@ from std_rt.training.data.picture_set import (
 )
 from std_rt.training.run.recipe import AutoencoderConfig
 from std_rt.training.run.sheet import centre_crop, save_sheet, to_frames, to_tensor
-from std_rt.training.run.stage_run import Run, cosine_rate
+from std_rt.training.run.training_run import ModuleRun, cosine_rate
 from std_rt.training.tiny.generated_styles import draw_style
 
 
@@ -88,7 +88,7 @@ def _sheet(model: AutoencoderPixelShuffle, frames: list[Frame], path: Path) -> f
 def train_autoencoder(config: AutoencoderConfig, stop_after: int | None = None) -> Path:
     """Train (or go on training) the autoencoder; returns the folder of the finished ``vae``.
 
-    ``stop_after`` ends the call at that step with a checkpoint written, as a kill would.
+    ``stop_after`` ends the call after that many steps, as a kill would.
     """
     torch.manual_seed(config.seed)
     photos = load_pictures(config.data.photos, config.data.sources, config.crop_px)
@@ -107,7 +107,7 @@ def train_autoencoder(config: AutoencoderConfig, stop_after: int | None = None) 
         config.encoder_blocks,
         config.decoder_blocks,
     ).to(memory_format=torch.channels_last)
-    run = Run(config, {"model": model}, list(model.parameters()), weight_decay=1e-4)
+    run = ModuleRun(config, {"model": model}, list(model.parameters()), weight_decay=1e-4)
 
     for step in run.steps(lambda i: cosine_rate(config.learning_rate, i, config.steps, 200), stop_after):
         images = draw_batch(photos, art, made, config, run.rng).to(memory_format=torch.channels_last)

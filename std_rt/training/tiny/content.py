@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from std_rt.training.arrays import Frame, Image
+from std_rt.training.data.picture_set import Frame, Image
 
 
 def smooth(frame: Frame, rng: np.random.Generator) -> Frame:

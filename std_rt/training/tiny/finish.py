@@ -1,13 +1,15 @@
-"""The finishing stage: few steps, guidance 1, with the style's texture. Read top to bottom.
+"""The finishing stage of std-tiny: few steps, guidance 1, with the style's texture.
 
 The teacher's squared error asks for the mean of all plausible pictures, so its few-step results have
 the right palette and soft strokes. Here the network runs its own 4-step trajectory from photos under
 unrelated artworks (the very use of the product, for which no target exists) and, at one random step
 of it, its clean estimate is asked for two things:
 
-* texture: the distribution of its latent patches should be the style's (``texture.py``),
-* anchor: what a blur leaves of it should be what the frozen, guided teacher says, which keeps the
-  content and the layout of colours.
+* texture: the distribution of its latent patches should be the style's. That is compared with no feature
+  network: project all patches on random directions, sort, and compare the sorted values (sliced
+  Wasserstein distance; for textures: Heitz et al., arXiv 2006.07229),
+* anchor: blurred, it should equal the frozen, guided teacher's, which keeps the content and the layout
+  of colours.
 
 The other half of every batch is the teacher's own loss, so that nothing learned is lost.
 """
@@ -23,21 +25,25 @@ from torch import Tensor
 
 from std_rt.core.errors import RecipeError
 from std_rt.core.schedule import StepCoefficients, trajectory_timesteps
-from std_rt.training.distil.precision import mixed_precision
+from std_rt.pipeline.denoise import denoise
+from std_rt.training.run.precision import mixed_precision
 from std_rt.training.run.recipe import FinishConfig, TeacherConfig, load_run_recipe
-from std_rt.training.run.stage_run import cosine_rate
+from std_rt.training.run.training_run import cosine_rate
 from std_rt.training.tiny.latents import STYLE_LATENTS, Triple, load_latents, random_crop_of
-from std_rt.training.tiny.pipeline import TinyPipeline, load_tiny, run_unet, save_tiny
+from std_rt.training.tiny.pipeline import (
+    TinyPipeline,
+    load_tiny,
+    random_time_ids,
+    run_unet,
+    save_tiny,
+)
 from std_rt.training.tiny.teacher import (
-    ddim,
     denoising_loss,
     ema_update,
     pipeline_run,
-    random_time_ids,
     teacher_sheet,
     watched_pairs,
 )
-from std_rt.training.tiny.texture import detail_distance, texture_distance
 
 
 def draw_unpaired(
@@ -86,14 +92,21 @@ def finish_pipeline(config: FinishConfig, stop_after: int | None = None) -> Path
         photo, style = draw_unpaired(latents, n, side, run.rng)
         at = int(run.rng.integers(len(coefficients)))
         ids = random_time_ids(n, run.rng)
-        first = coefficients[0]
-        x = first.alpha_t * photo + first.sigma_t * torch.randn(photo.shape, generator=run.generator)
+        noise = torch.randn(photo.shape, generator=run.generator)
+        c = coefficients[at]
         with torch.no_grad():
-            for c in coefficients[:at]:
-                x, _ = ddim(x, _predict(average, x, c, style, ids), c)
-            guided = _guided(teacher, x, coefficients[at], style, ids, config.guidance)
-        _, anchor = ddim(x, guided, coefficients[at])
-        _, x_0 = ddim(x, _predict(live, x, coefficients[at], style, ids).float(), coefficients[at])
+            x = c.alpha_t * photo + c.sigma_t * noise
+            if at:
+                x = denoise(
+                    photo,
+                    lambda x, t, _: _predict(average, x, t, style, ids),
+                    noise=[noise],
+                    steps=coefficients[:at],
+                    prediction_type="v_prediction",
+                )
+            guided = _guided(teacher, x, c, style, ids, config.guidance)
+        anchor = c.alpha_t * x - c.sigma_t * guided
+        x_0 = c.alpha_t * x - c.sigma_t * _predict(live, x, c.timestep, style, ids).float()
         with torch.autocast("cpu", enabled=False):
             texture = texture_distance(x_0, style, run.generator).mean()
             detail = detail_distance(x_0, style, run.generator).mean()
@@ -118,9 +131,9 @@ def finish_pipeline(config: FinishConfig, stop_after: int | None = None) -> Path
     return run.folder / "pipeline"
 
 
-def _predict(pipeline: TinyPipeline, x: Tensor, c: StepCoefficients, style: Tensor, ids: Tensor) -> Tensor:
+def _predict(pipeline: TinyPipeline, x: Tensor, timestep: int, style: Tensor, ids: Tensor) -> Tensor:
     tokens, pooled = pipeline.style_encoder.encode_latents(style)
-    return run_unet(pipeline.unet, x, torch.full((len(x),), c.timestep), tokens, pooled, ids)
+    return run_unet(pipeline.unet, x, torch.full((len(x),), timestep), tokens, pooled, ids)
 
 
 def _guided(
@@ -132,3 +145,47 @@ def _guided(
     both = torch.cat([tokens, torch.zeros_like(tokens)]), torch.cat([pooled, torch.zeros_like(pooled)])
     styled, free = run_unet(pipeline.unet, x.repeat(2, 1, 1, 1), t, *both, ids.repeat(2, 1)).float().chunk(2)
     return free + guidance * (styled - free)
+
+
+# --- texture ----------------------------------------------------------------------------------------------
+
+
+def _quantiles(values: Tensor, count: int) -> Tensor:
+    """Sorted ``values [B, D, N]`` resampled to ``count`` evenly spaced quantiles."""
+    ordered = values.sort(-1).values
+    at = torch.linspace(0, values.shape[-1] - 1, count)
+    low = at.floor().long()
+    high = (low + 1).clamp(max=values.shape[-1] - 1)
+    return torch.lerp(ordered[..., low], ordered[..., high], at - low)
+
+
+def sliced_wasserstein(
+    x: Tensor, y: Tensor, generator: torch.Generator, side: int, directions: int = 48
+) -> Tensor:
+    """Per-sample squared distance ``[B]`` of the ``side`` x ``side`` patch distributions of x and y.
+
+    ``x [B, C, h, w]`` and ``y [B, C, H, W]`` may differ in size. Directions have unit length, so the
+    value is in squared latent units.
+    """
+    filters = torch.randn((directions, x.shape[1], side, side), generator=generator)
+    filters = filters / filters.flatten(1).norm(dim=1)[:, None, None, None]
+    a, b = F.conv2d(x, filters).flatten(2), F.conv2d(y, filters).flatten(2)
+    count = min(a.shape[-1], b.shape[-1])
+    return (_quantiles(a, count) - _quantiles(b, count)).square().mean((1, 2))
+
+
+def texture_distance(x: Tensor, style: Tensor, generator: torch.Generator) -> Tensor:
+    """Per-sample distance ``[B]``: single latent pixels, 3x3 patches, and 3x3 patches at half size."""
+    total = sliced_wasserstein(x, style, generator, 1) + sliced_wasserstein(x, style, generator, 3)
+    return total + sliced_wasserstein(F.avg_pool2d(x, 2), F.avg_pool2d(style, 2), generator, 3)
+
+
+def detail_distance(x: Tensor, style: Tensor, generator: torch.Generator) -> Tensor:
+    """As ``texture_distance`` but of what a 5x5 blur removes, so that large areas of colour do not count."""
+
+    def detail(z: Tensor) -> Tensor:
+        return z - F.avg_pool2d(z, 5, 1, 2, count_include_pad=False)
+
+    return sliced_wasserstein(detail(x), detail(style), generator, 1) + sliced_wasserstein(
+        detail(x), detail(style), generator, 3
+    )

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from std_rt.training.arrays import Frame, Image
+from std_rt.training.data.picture_set import Frame, Image
 
 Style = Callable[[Frame, np.random.Generator], Frame]
 

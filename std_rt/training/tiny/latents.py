@@ -1,6 +1,6 @@
-"""All training pictures as latents, made once: artworks with content versions, photos with styles.
+"""Latents of all training pictures, made once: artworks with content versions, photos with styles.
 
-Two kinds of samples come out of it, each a triple of latents (target z, content version c, style s):
+There are two kinds of samples, each a triple of latents (target z, content version c, style s):
 
 * ``art``        z = an artwork, c = its content version, s = another variant of the same artwork
 * ``generated``  z = a photo in a generated style, c = the photo, s = another photo in that style
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -23,11 +24,14 @@ from torch import Tensor
 
 from std_rt.core.errors import RecipeError
 from std_rt.models.autoencoder import AutoencoderPixelShuffle
-from std_rt.training.arrays import Frame
-from std_rt.training.data.picture_set import PictureSet
+from std_rt.training.data.picture_set import Frame, PictureSet
+from std_rt.training.distil.bank import Shape
+from std_rt.training.distil.base import Base, Fresh
+from std_rt.training.run.recipe import LatentsConfig
 from std_rt.training.run.sheet import to_tensor
 from std_rt.training.tiny.content import content_version
 from std_rt.training.tiny.generated_styles import draw_style
+from std_rt.training.tiny.pipeline import random_time_ids
 
 STYLE_LATENTS = 28  # side of the style crops in latent pixels: 224 px
 
@@ -195,3 +199,58 @@ def draw_triples(
         rows.append((_crop(triple.z, y, x, side), _crop(triple.c, y, x, side), crop))
     z, c, s = (torch.stack(column).float() for column in zip(*rows, strict=True))
     return z, c, s
+
+
+class TripleSource:
+    """The data of a distillation of std-tiny: crops of stored latents, each process with its own share."""
+
+    def __init__(self, config: LatentsConfig, base: Base, seed: int, rank: int = 0, world: int = 1) -> None:
+        assert base.style_encoder is not None, "stored latents belong to a base with a style encoder"
+        self.config, self.base, self.style_encoder = config, base, base.style_encoder
+        stored = load_latents(Path(config.file))
+        self.latents = {kind: triples[rank::world] or triples for kind, triples in stored.items()}
+        self.rng = np.random.default_rng((seed, rank, 7))
+        self.shapes: list[Shape] = [(config.side, config.side)]
+        self.weights = np.ones(1)
+
+    @torch.no_grad()
+    def take(self, n: int, shape: Shape) -> Fresh:
+        """``n`` new samples; styles are encoded here, once a trajectory."""
+        rows = [self._one(shape[0]) for _ in range(n)]
+        z, c, real, s = (torch.stack(column) for column in zip(*rows, strict=True))
+        tokens, pooled = self.style_encoder.encode_latents(s.to(next(self.style_encoder.parameters())))
+        ids = random_time_ids(n, self.rng)
+        return Fresh(z, c, real, self.base.styled(tokens.float().cpu(), pooled.float().cpu(), ids))
+
+    def _one(self, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Target, content, real and style latents of one sample."""
+        if self.rng.random() < self.config.paired:
+            share = self.config.share_art
+            shares = {"art": share, "generated": 1 - share}
+            z, c, s = draw_triples(self.latents, shares, 1, side, self.rng)
+            return z[0], c[0], z[0], s[0]
+        return self._unpaired(side)
+
+    def _unpaired(self, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A photo under an unrelated style, as in use.
+
+        No target is known: the photo stands for it, and the style picture is the discriminator's real one.
+        """
+        photo = self._draw("generated").c
+        other = self._draw("art" if self.rng.random() < self.config.share_art else "generated").s[0]
+        style = random_crop_of(other, STYLE_LATENTS, self.rng)
+        content = random_crop_of(photo, side, self.rng)
+        return content, content, random_crop_of(style, side, self.rng), style
+
+    def _draw(self, kind: str) -> Triple:
+        triples = self.latents.get(kind) or next(iter(self.latents.values()))
+        return triples[int(self.rng.integers(len(triples)))]
+
+    def state(self) -> dict[str, Any]:
+        return {"rng": self.rng.bit_generator.state}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.rng.bit_generator.state = state["rng"]
+
+    def close(self) -> None:
+        """Nothing is open."""

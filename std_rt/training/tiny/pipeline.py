@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
@@ -82,6 +83,12 @@ def run_unet(
     null = x.new_zeros(x.shape[0], 1, unet.config.cross_attention_dim)
     added = {"text_embeds": pooled, "time_ids": time_ids, "image_embeds": [tokens[:, None]]}
     return unet(x, t, null, added_cond_kwargs=added, return_dict=False)[0]
+
+
+def random_time_ids(batch: int, rng: np.random.Generator) -> Tensor:
+    """``[B, 6]`` sizes at random: a crop says nothing of the true ones, so the model learns not to look."""
+    size = torch.from_numpy(rng.integers(8, 129, (batch, 2)) * 8).float()
+    return torch.cat([size, torch.zeros(batch, 2), size], 1)
 
 
 @dataclass

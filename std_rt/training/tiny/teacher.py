@@ -1,4 +1,4 @@
-"""The base (teacher) stage: UNet and style encoder together, on stored latents. Read top to bottom.
+"""The base (teacher) stage of std-tiny: UNet and style encoder together, on stored latents.
 
 The network learns the very trajectory that std-rt runs: img2img from a photo. Along one deterministic
 DDIM trajectory that starts at ``tau`` from content c and ends in the target z, the state at t is
@@ -25,18 +25,18 @@ from torch import Tensor
 from std_rt.core.errors import RecipeError
 from std_rt.core.schedule import (
     NoiseSchedule,
-    StepCoefficients,
     grid_timestep,
     start_index,
     trajectory_timesteps,
 )
 from std_rt.models.autoencoder import AutoencoderPixelShuffle
 from std_rt.models.style_encoder import StyleEncoder
+from std_rt.pipeline.denoise import Guidance, denoise
 from std_rt.training.data.picture_set import load_pictures
-from std_rt.training.distil.precision import mixed_precision
+from std_rt.training.run.precision import mixed_precision
 from std_rt.training.run.recipe import DataConfig, FinishConfig, TeacherConfig
 from std_rt.training.run.sheet import Pairs, save_sheet, spread_pairs, to_frames, to_tensor
-from std_rt.training.run.stage_run import Run, cosine_rate
+from std_rt.training.run.training_run import ModuleRun, cosine_rate
 from std_rt.training.tiny.latents import (
     Triple,
     build_latents,
@@ -45,7 +45,14 @@ from std_rt.training.tiny.latents import (
     load_latents,
     save_latents,
 )
-from std_rt.training.tiny.pipeline import TinyPipeline, build_unet, load_tiny, run_unet, save_tiny
+from std_rt.training.tiny.pipeline import (
+    TinyPipeline,
+    build_unet,
+    load_tiny,
+    random_time_ids,
+    run_unet,
+    save_tiny,
+)
 
 
 @dataclass(frozen=True)
@@ -111,18 +118,6 @@ def v_loss(v: Tensor, batch: NoisyBatch) -> Tensor:
     return (weight * (v - target).square()).mean()
 
 
-def random_time_ids(batch: int, rng: np.random.Generator) -> Tensor:
-    """``[B, 6]`` sizes at random: a crop says nothing of the true ones, so the model learns not to look."""
-    size = torch.from_numpy(rng.integers(8, 129, (batch, 2)) * 8).float()
-    return torch.cat([size, torch.zeros(batch, 2), size], 1)
-
-
-def ddim(x: Tensor, v: Tensor, c: StepCoefficients) -> tuple[Tensor, Tensor]:
-    """One step of a v-prediction: ``(x_s, x_0)``."""
-    x_0, eps = c.alpha_t * x - c.sigma_t * v, c.alpha_t * v + c.sigma_t * x
-    return c.alpha_s * x_0 + c.sigma_s * eps, x_0
-
-
 @torch.no_grad()
 def sample(
     pipeline: TinyPipeline,
@@ -139,16 +134,20 @@ def sample(
     ids = torch.tensor([[images.shape[2], images.shape[3], 0, 0, images.shape[2], images.shape[3]]]).float()
     ids = ids.expand(len(z), 6)
     noise = torch.randn(z.shape[1:], generator=torch.Generator().manual_seed(seed))
-    coefficients = pipeline.schedule.coefficients(trajectory_timesteps(eta, steps))
-    x = coefficients[0].alpha_t * z + coefficients[0].sigma_t * noise
-    for c in coefficients:
-        t = torch.full((len(z),), c.timestep)
-        v = run_unet(pipeline.unet, x, t, tokens, pooled, ids)
-        if guidance != 1:
-            free = run_unet(pipeline.unet, x, t, torch.zeros_like(tokens), torch.zeros_like(pooled), ids)
-            v = free + guidance * (v - free)
-        x, _ = ddim(x, v, c)
-    return pipeline.vae.decode(x).sample
+
+    def predict(x: Tensor, timestep: int, unstyled: bool) -> Tensor:
+        t, styled = torch.full((len(z),), timestep), 0 if unstyled else 1
+        return run_unet(pipeline.unet, x, t, styled * tokens, styled * pooled, ids)
+
+    z_0 = denoise(
+        z,
+        predict,
+        noise=[noise],
+        steps=pipeline.schedule.coefficients(trajectory_timesteps(eta, steps)),
+        prediction_type="v_prediction",
+        guidance=Guidance("none" if guidance == 1 else "full", guidance),
+    )
+    return pipeline.vae.decode(z_0).sample
 
 
 def watched_pairs(data: DataConfig) -> Pairs:
@@ -221,7 +220,9 @@ def _build(config: TeacherConfig, vae: AutoencoderPixelShuffle) -> TinyPipeline:
 def _copy_weights(folder: Path, pipeline: TinyPipeline) -> None:
     """UNet and style encoder of a pipeline folder; RecipeError where there is none or it does not fit."""
     if not (folder / "model_index.json").exists():
-        raise RecipeError(f"start_from = {str(folder)!r} is no pipeline folder (it has no model_index.json)")
+        raise RecipeError(
+            f"start_from = {str(folder)!r} is not a pipeline folder (it has no model_index.json)"
+        )
     source = load_tiny(folder)
     try:
         pipeline.unet.load_state_dict(source.unet.state_dict())
@@ -240,7 +241,9 @@ def ema_update(average: TinyPipeline, live: TinyPipeline, step: int, decay: floa
                 a.lerp_(b, 1 - decay)
 
 
-def pipeline_run(config: TeacherConfig | FinishConfig, live: TinyPipeline, average: TinyPipeline) -> Run:
+def pipeline_run(
+    config: TeacherConfig | FinishConfig, live: TinyPipeline, average: TinyPipeline
+) -> ModuleRun:
     """A run that trains UNet and style encoder of ``live`` and keeps their moving average."""
     modules = {
         "live_unet": live.unet,
@@ -249,14 +252,14 @@ def pipeline_run(config: TeacherConfig | FinishConfig, live: TinyPipeline, avera
         "average_style": average.style_encoder,
     }
     parameters = [p for m in (live.unet, live.style_encoder) for p in m.parameters() if p.requires_grad]
-    return Run(config, modules, parameters, weight_decay=1e-2)
+    return ModuleRun(config, modules, parameters, weight_decay=1e-2)
 
 
 def denoising_loss(
     live: TinyPipeline,
     latents: dict[str, list[Triple]],
     config: TeacherConfig,
-    run: Run,
+    run: ModuleRun,
     size: int,
     side: int,
 ) -> Tensor:
@@ -275,7 +278,7 @@ def denoising_loss(
 def train_teacher(config: TeacherConfig, stop_after: int | None = None) -> Path:
     """Train (or go on training) the teacher; returns the diffusers folder of its averaged weights.
 
-    ``stop_after`` ends the call at that step with a checkpoint written, as a kill would.
+    ``stop_after`` ends the call after that many steps, as a kill would.
     """
     vae = _load_vae(config)
     live, average = _build(config, vae), _build(config, vae)

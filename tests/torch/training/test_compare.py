@@ -20,6 +20,7 @@ from std_rt.core import schedule as runtime
 from std_rt.core.errors import UsageError
 from std_rt.core.schedule import NoiseSchedule, trajectory_timesteps
 from std_rt.evaluation.candidates import Candidate, attached, label_of, read_candidate, teachers
+from std_rt.evaluation.inpaint import composite, latent_mask, outside_difference
 from std_rt.evaluation.students import (
     Bench,
     Row,
@@ -33,9 +34,8 @@ from std_rt.evaluation.students import (
     sample_latents,
     timesteps_for,
 )
-from std_rt.training.arrays import Frame
+from std_rt.training.data.picture_set import Frame
 from std_rt.training.distil.base import Base, Conditioning, load_base
-from std_rt.training.distil.inpaint import composite, latent_mask, outside_difference
 from std_rt.training.distil.lora import add_lora, lora_parameters, make_notes, save_lora
 from std_rt.training.run.recipe import LoraConfig
 from std_rt.training.tiny.pipeline import load_tiny

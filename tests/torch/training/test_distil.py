@@ -32,8 +32,7 @@ from std_rt.training.run.recipe import (
     LoraConfig,
     as_dict,
 )
-from std_rt.training.tiny.latents import Triple, save_latents
-from std_rt.training.tiny.tiny_source import TripleSource
+from std_rt.training.tiny.latents import Triple, TripleSource, save_latents
 
 METHODS = ("std", "tcd", "lcm", "pcm")
 

@@ -13,6 +13,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig as PeftConfig
 from peft import inject_adapter_in_model
+from std_rt.training.run.meta_pass import Pass, add_meta_lora, build_unet, keeping, unet_pass
 from support.pipelines import write_clip_pipeline, write_own_pipeline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -36,7 +37,6 @@ from std_rt.training.run.estimate import (
     estimate,
     measure_flops,
 )
-from std_rt.training.run.meta_pass import Pass, add_meta_lora, build_unet, keeping, unet_pass
 from std_rt.training.run.recipe import (
     AdversarialConfig,
     BankConfig,

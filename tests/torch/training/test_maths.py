@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from std_rt.training.tiny.texture import sliced_wasserstein, texture_distance
 
 from std_rt.core.errors import RecipeError
 from std_rt.core.schedule import NoiseSchedule, trajectory_timesteps
@@ -14,7 +15,6 @@ from std_rt.training.run.recipe import TeacherConfig, load_recipe
 from std_rt.training.tiny.content import content_version, transfer_colours
 from std_rt.training.tiny.generated_styles import STYLES, draw_style
 from std_rt.training.tiny.teacher import NoisyBatch, ddim, make_noisy, v_loss
-from std_rt.training.tiny.texture import sliced_wasserstein, texture_distance
 
 SCHEDULE = NoiseSchedule(NoiseSchedule.scaled_linear().shifted(4.0).alphas_cumprod, "v_prediction")
 

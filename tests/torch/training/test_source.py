@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from std_rt.core.errors import RecipeError
 from std_rt.core.schedule import NoiseSchedule
-from std_rt.training.data.source import CLIP_FRAMES, Fresh, PictureSource
-from std_rt.training.distil.base import Base, Conditioning, TextEncoders
+from std_rt.training.data.picture_source import CLIP_FRAMES, PictureSource
+from std_rt.training.distil.base import Base, Conditioning, Fresh, TextEncoders
 from std_rt.training.run.recipe import PicturesConfig
 
 SQUARE = (8, 8)

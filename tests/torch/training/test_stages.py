@@ -25,13 +25,26 @@ def _same(a: Path, b: Path) -> None:
         assert torch.equal(value, right[key]), key
 
 
+def _checkpoint(output: str | Path) -> Path:
+    """The folder of a run's newest checkpoint."""
+    root = Path(output) / "checkpoints"
+    return root / (root / "newest").read_text(encoding="utf-8")
+
+
+def _same_checkpoints(a: str | Path, b: str | Path) -> None:
+    for name in ("shared", "rank0"):
+        _same(_checkpoint(a) / f"{name}.safetensors", _checkpoint(b) / f"{name}.safetensors")
+
+
 def test_autoencoder_resumes_bit_for_bit(
     autoencoder_config: AutoencoderConfig, vae_folder: Path, tmp_path: Path
 ) -> None:
     broken = replace(autoencoder_config, output=str(tmp_path))
     train_autoencoder(broken, stop_after=3)
     train_autoencoder(broken)
-    _same(tmp_path / "checkpoint.safetensors", Path(autoencoder_config.output) / "checkpoint.safetensors")
+    _same_checkpoints(tmp_path, autoencoder_config.output)
+    logs = [(Path(folder) / "log.jsonl").read_bytes() for folder in (tmp_path, autoencoder_config.output)]
+    assert logs[0] == logs[1]
     assert (vae_folder / "config.json").exists()
 
 
@@ -67,7 +80,7 @@ def test_teacher_resumes_bit_for_bit(
     broken = replace(teacher_config, output=str(tmp_path))
     train_teacher(broken, stop_after=2)
     train_teacher(broken)
-    _same(tmp_path / "checkpoint.safetensors", Path(teacher_config.output) / "checkpoint.safetensors")
+    _same_checkpoints(tmp_path, teacher_config.output)
     assert (Path(teacher_config.output) / "sheets" / "000004.png").exists()
 
 
@@ -94,7 +107,7 @@ def test_finish_resumes_bit_for_bit(finish_config: FinishConfig, tmp_path: Path)
     finish_pipeline(whole)
     finish_pipeline(broken, stop_after=1)
     finish_pipeline(broken)
-    _same(tmp_path / "whole/checkpoint.safetensors", tmp_path / "broken/checkpoint.safetensors")
+    _same_checkpoints(tmp_path / "whole", tmp_path / "broken")
 
 
 def test_missing_stage_names_the_command(teacher_config: TeacherConfig, tmp_path: Path) -> None:
@@ -107,14 +120,22 @@ def test_nan_loss_stops_and_keeps_the_checkpoint(
 ) -> None:
     config = replace(autoencoder_config, output=str(tmp_path), steps=6)
     train_autoencoder(config, stop_after=3)
-    good = (tmp_path / "checkpoint.safetensors").read_bytes()
+    good = (_checkpoint(tmp_path) / "shared.safetensors").read_bytes()
     monkeypatch.setattr(
         "std_rt.training.tiny.autoencoder_stage.reconstruction_loss",
         lambda output, *_: output.sum() * float("nan"),
     )
-    with pytest.raises(RecipeError, match="not a number at step 3"):
+    with pytest.raises(RecipeError, match="the loss is not a number at step 4; .* bf16 = false"):
         train_autoencoder(config)
-    assert (tmp_path / "checkpoint.safetensors").read_bytes() == good
+    assert (_checkpoint(tmp_path) / "shared.safetensors").read_bytes() == good
+
+
+def test_a_checkpoint_of_an_older_version_is_not_overwritten(
+    autoencoder_config: AutoencoderConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoint.safetensors").touch()
+    with pytest.raises(RecipeError, match="older std-rt"):
+        train_autoencoder(replace(autoencoder_config, output=str(tmp_path)))
 
 
 def test_another_recipe_does_not_go_on_with_a_run(
@@ -160,7 +181,7 @@ def test_a_teacher_can_start_from_another_pipeline(
     pipeline = _build(replace(teacher_config, start_from=str(teacher_folder)), vae)
     for name, value in load_tiny(teacher_folder).unet.state_dict().items():
         assert torch.equal(value, pipeline.unet.state_dict()[name])
-    with pytest.raises(RecipeError, match="is no pipeline folder"):
+    with pytest.raises(RecipeError, match="is not a pipeline folder"):
         _build(replace(teacher_config, start_from=str(tmp_path)), vae)
     wider = replace(teacher_config.model, style_tokens=6)
     with pytest.raises(RecipeError, match="does not fit the recipe's model"):

@@ -36,15 +36,14 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from std_rt.core.errors import RecipeError
-from std_rt.training.arrays import Frame
 from std_rt.training.data.buckets import Size, bucket_sizes, nearest_bucket, place
-from std_rt.training.data.picture_set import random_crop
+from std_rt.training.data.picture_set import Frame, random_crop
 from std_rt.training.data.pictures import BrokenFileError, Entry, draw_frame, index_pictures, read_frame
-from std_rt.training.distil.base import Base, Conditioning, cat
+from std_rt.training.distil.base import Base, Conditioning, Fresh, cat
 from std_rt.training.run.recipe import PicturesConfig
 from std_rt.training.run.sheet import to_tensor
 
-__all__ = ["CLIP_FRAMES", "Fresh", "PictureSource"]
+__all__ = ["CLIP_FRAMES", "PictureSource"]
 
 CLIP_FRAMES = 16  # of a clip that are used with a cache, evenly spaced
 
@@ -54,21 +53,6 @@ _LOG = logging.getLogger(__name__)
 
 Place = tuple[int, int]  # epoch, position in its order
 Encoded = tuple[Tensor, Conditioning]  # [n, C, h, w], n rows; on the CPU
-
-
-@dataclass(frozen=True)
-class Fresh:
-    """New samples: real latents, the content a trajectory starts from, and what it is conditioned on."""
-
-    z: Tensor  # [n, C, h, w] fp32, CPU
-    c: Tensor  # z itself: a picture is its own content
-    cond: Conditioning  # n rows, CPU
-    names: list[str]  # of the files, those that stood in for broken ones
-
-    @property
-    def real(self) -> Tensor:
-        """What the discriminator takes for real: the pictures themselves."""
-        return self.z
 
 
 @dataclass(frozen=True)
@@ -175,7 +159,7 @@ class PictureSource:
         bucket.epoch, bucket.taken = after
         # As many again as were just asked for is the best guess of the next call.
         self._read_ahead(bucket, bucket.ahead(max(n, self.config.workers), self.rank, self.world)[0])
-        return Fresh(z, z, cond, [sample.name for sample in samples])
+        return Fresh(z, z, z, cond, [sample.name for sample in samples])
 
     def _gather(self, bucket: _Bucket, places: list[Place]) -> list[_Sample]:
         if self._pool is None:

@@ -1,4 +1,4 @@
-"""Stylize inside a mask only: a masked run for any student or teacher, without training for it.
+"""Masked runs: any student or teacher stylizes inside a mask only, without training for it.
 
 After each step the latents outside are put back on the content's own trajectory (the content, noised to
 the level that was reached), so that inside and outside stay one picture; at the end the content's own
@@ -7,7 +7,6 @@ pixels return outside, exactly. Masks are bool [H, W], True = stylize.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,12 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from std_rt.core.schedule import NoiseSchedule
-from std_rt.training.arrays import Frame
+from std_rt.training.data.picture_set import Frame
+from std_rt.training.distil.sampling import After
 
 __all__ = ["composite", "keep_outside", "latent_mask", "outside_difference"]
 
 Mask = NDArray[np.bool_]
-After = Callable[[Tensor, int], Tensor]  # (state, its timestep; -1 = clean) -> state
 
 
 def latent_mask(mask: Mask, size: tuple[int, int]) -> Tensor:
@@ -35,7 +34,7 @@ def latent_mask(mask: Mask, size: tuple[int, int]) -> Tensor:
 
 
 def keep_outside(schedule: NoiseSchedule, z: Tensor, noise: Tensor, inside: Tensor) -> After:
-    """What to do after each step: outside becomes ``alpha z + sigma noise`` of the step's target.
+    """The hook after each step: outside becomes ``alpha z + sigma noise`` of the step's target.
 
     ``z``, ``noise`` [B, C, h, w]: the content's latents and the noise that the run started with;
     ``inside`` [1, 1, h, w].

@@ -1,0 +1,337 @@
+"""The run that every training stage goes through: folder, resuming, steps, log, checkpoints.
+
+The same call goes on where the last one stopped, and a run that was killed and resumed equals an unbroken
+one, bit for bit on the CPU: a stage hands over every tensor that training changes and every source of
+randomness. ``checkpoints/000300/`` holds one file that all processes share (weights, averages, optimizers)
+and one of each process (random states and what else is its own). A file named ``newest`` says which folder is
+whole; it is replaced last, so a folder that was being written when the power went is never read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from std_rt.core.errors import RecipeError
+from std_rt.training.run.checkpoint import (
+    flatten_optimizer,
+    load_state,
+    restore_optimizer,
+    save_state,
+    unpacking,
+)
+from std_rt.training.run.recipe import as_dict, check_same_run
+from std_rt.training.run.report import Report, Stopwatch
+
+__all__ = ["ModuleRun", "Run", "cosine_rate", "random_state", "restore_random_state"]
+
+State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and JSON values
+
+
+class Stateful(Protocol):
+    """What one process has of its own."""
+
+    def state(self) -> State: ...
+    def restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None: ...
+
+
+def random_state(rng: np.random.Generator, generator: torch.Generator) -> State:
+    """Both random states, for a checkpoint."""
+    return {"generator": generator.get_state()}, {"rng": rng.bit_generator.state}
+
+
+def restore_random_state(
+    rng: np.random.Generator, generator: torch.Generator, tensors: dict[str, Tensor], meta: dict[str, Any]
+) -> None:
+    """The reverse of `random_state`, in place."""
+    generator.set_state(tensors["generator"])
+    rng.bit_generator.state = meta["rng"]
+
+
+class OneProcess:
+    """The part of Accelerate's ``Accelerator`` that a run uses, for stages that train in one process."""
+
+    process_index, num_processes, is_main_process = 0, 1, True
+    device, scaler = torch.device("cpu"), None
+
+    def wait_for_everyone(self) -> None: ...
+
+    def gather(self, value: Tensor) -> Tensor:
+        return value
+
+    def reduce(self, value: Tensor, how: str) -> Tensor:
+        return value
+
+
+class Run:
+    """A resumable run in ``config.output``.
+
+    ``parts``: modules or named tensors that training changes. ``optimizers``: the first one gets the learning
+    rate of `steps`. ``own``: what is of this process alone. ``accelerator``: Accelerate's, or one process.
+    Raises RecipeError where the folder cannot be written or holds another run.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        parts: Mapping[str, nn.Module | Mapping[str, Tensor]],
+        optimizers: Mapping[str, Any],
+        own: Stateful,
+        *,
+        accelerator: Any = None,
+        title: str = "",
+        watch: Stopwatch | None = None,
+    ) -> None:
+        self.config, self.parts, self.optimizers, self.own = config, parts, optimizers, own
+        self.accelerator = accelerator or OneProcess()
+        self.watch = watch or Stopwatch()
+        self.folder = Path(config.output)
+        self.checkpoints = self.folder / "checkpoints"
+        self.end = config.steps
+        self.seen = 0  # samples since the last line of the log
+        self.histogram: Callable[[], Any] = lambda: None  # counts to show beside the losses
+        self._losses: dict[str, list[Tensor]] = {}
+        self._logged = 0
+        self._open_folder()
+        self.accelerator.wait_for_everyone()
+        self.start = self._logged = self._restore()
+        self.report = Report(
+            self.folder,
+            total_steps=config.steps,
+            title=title or config.stage,
+            log_every=config.log_every,
+            main=self.accelerator.is_main_process,
+            resume_at=self.start,
+        )
+
+    def close(self) -> None:
+        """End the progress bar and TensorBoard's file."""
+        self.report.close()
+
+    def _open_folder(self) -> None:
+        if (self.checkpoints / "newest").exists():
+            check_same_run(self.config, self.folder)
+        elif (self.folder / "checkpoint.safetensors").exists():
+            raise RecipeError(
+                f"{self.folder} holds a checkpoint of an older std-rt, which this version cannot continue; "
+                "choose another output or delete the folder"
+            )
+        if not self.accelerator.is_main_process:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            partial = self.folder / "recipe.partial"
+            partial.write_text(json.dumps(as_dict(self.config), indent=1), encoding="utf-8")
+            partial.replace(self.folder / "recipe.json")
+        except OSError as error:
+            raise RecipeError(
+                f"the run folder {self.folder} cannot be written: {error}; set --output"
+            ) from None
+
+    # --- steps ------------------------------------------------------------------------------------------
+
+    def steps(self, rate: Callable[[int], float], stop_after: int | None = None) -> Iterator[int]:
+        """Step numbers still to do, each with the learning rate ``rate(step)`` set; logs every so often.
+
+        ``stop_after`` ends after that many steps with the last due checkpoint standing, as a kill would.
+        """
+        self.end = min(self.config.steps, stop_after or self.config.steps)
+        try:
+            for step in range(self.start, self.end):
+                self.rate = rate(step)
+                for group in next(iter(self.optimizers.values())).param_groups:
+                    group["lr"] = self.rate
+                self.watch.start()
+                yield step
+                if not self.due(step) and (step + 1) % self.config.log_every == 0:
+                    self._log(step + 1, {})
+        finally:
+            self.close()
+
+    def add(self, **losses: Tensor) -> None:
+        """Note losses for the next line of the log; they stay on their device until then."""
+        for name, value in losses.items():
+            self._losses.setdefault(name, []).append(value.detach().float())
+
+    def due(self, step: int) -> bool:
+        """The step is done: whether a checkpoint and a sheet are due after it."""
+        self.watch.stop()
+        return (step + 1) % self.config.snapshot_every == 0 or step + 1 == self.config.steps
+
+    def sheet(self, step: int) -> Path:
+        """File of the sheet after this step."""
+        return self.folder / "sheets" / f"{step + 1:06d}.png"
+
+    def save(self, step: int, **figures: float) -> None:
+        """Write a line of the log (with ``figures``), the checkpoint and the curves.
+
+        RecipeError where a loss is not a number or the disk is full; the last good checkpoint stands.
+        """
+        self._log(step + 1, figures)
+        self._write(step + 1)
+        self.report.curves()
+        self.report.histogram()
+
+    def _log(self, done: int, figures: dict[str, float]) -> None:
+        values = self._means(done)
+        self.report.log(done, values | figures | {"learning_rate": self.rate})
+        images = self.seen // max(1, done - self._logged)
+        self.report.timing(done, self.watch.summary(images_per_step=images))
+        self.report.progress(done, values, histogram=self.histogram())
+        self.seen, self._logged = 0, done
+
+    def _means(self, done: int) -> dict[str, float]:
+        """Means over steps and processes; RecipeError names the first step with a wrong one."""
+        stacked = {name: torch.stack(values) for name, values in self._losses.items()}
+        self._losses = {}
+        means = {name: float(self.accelerator.reduce(v.mean(), "mean").item()) for name, v in stacked.items()}
+        wrong = [name for name, value in means.items() if not math.isfinite(value)]
+        if wrong:
+            self.close()
+            raise RecipeError(self._not_a_number(wrong[0], stacked[wrong[0]], done))
+        return means
+
+    def _not_a_number(self, name: str, values: Tensor, done: int) -> str:
+        bad = (~values.isfinite()).nonzero()
+        per_step = 1 if name == "gradient" else getattr(self.config, "accumulate", 1)
+        back = 0 if not len(bad) else (len(values) - 1 - int(bad[0])) // per_step
+        narrow = "precision = 'fp32'" if hasattr(self.config, "precision") else "bf16 = false"
+        return (
+            f"the {name} is not a number at step {done - back}; lower learning_rate or set {narrow}, "
+            "then run the same command to continue from the last checkpoint"
+        )
+
+    # --- checkpoints ------------------------------------------------------------------------------------
+
+    def _write(self, done: int) -> None:
+        """On an error the last good checkpoint stands, and the error says so."""
+        target = self.checkpoints / f"{done:06d}"
+        standing = self._newest() or self.checkpoints
+        save_state(target / f"rank{self.accelerator.process_index}.safetensors", *self.own.state(), standing)
+        if self.accelerator.is_main_process:
+            save_state(target / "shared.safetensors", *self._shared(done), standing)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self._publish(target)
+
+    def _publish(self, target: Path) -> None:
+        partial, newest = self.checkpoints / "newest.partial", self.checkpoints / "newest"
+        try:
+            partial.write_text(target.name, encoding="utf-8")
+            partial.replace(newest)
+        except OSError as error:
+            raise RecipeError(
+                f"{newest} cannot be written ({error}); the checkpoint before it stands"
+            ) from None
+        for old in self.checkpoints.iterdir():
+            if old.is_dir() and old != target:
+                shutil.rmtree(old)
+
+    def _newest(self) -> Path | None:
+        """The last whole checkpoint's folder."""
+        pointer = self.checkpoints / "newest"
+        return self.checkpoints / pointer.read_text(encoding="utf-8").strip() if pointer.exists() else None
+
+    def _shared(self, done: int) -> State:
+        tensors = {f"{part}/{name}": v for part, live in self._live() for name, v in live.items()}
+        groups = {}
+        for name, optimizer in self.optimizers.items():
+            flat, groups[name] = flatten_optimizer(f"{name}_optimizer", optimizer)
+            tensors |= flat
+        scaler = self.accelerator.scaler
+        meta = {"step": done, "world": self.accelerator.num_processes, "groups": groups}
+        return tensors, meta | {"scaler": None if scaler is None else scaler.state_dict()}
+
+    def _live(self) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+        for name, part in self.parts.items():
+            yield name, part.state_dict() if isinstance(part, nn.Module) else part
+
+    def _restore(self) -> int:
+        """Load the newest checkpoint; returns its step, 0 where there is none."""
+        folder = self._newest()
+        self._check_together(folder)
+        if folder is None:
+            return 0
+        shared = folder / "shared.safetensors"
+        tensors, meta = load_state(shared)
+        with unpacking(shared):
+            if meta["world"] != self.accelerator.num_processes:
+                raise RecipeError(
+                    f"{self.folder} was trained by {meta['world']} processes, now there are "
+                    f"{self.accelerator.num_processes}; start as many, or choose another output"
+                )
+            with torch.no_grad():
+                for part, live in self._live():
+                    for name, value in live.items():
+                        value.copy_(tensors[f"{part}/{name}"])
+            for name, optimizer in self.optimizers.items():
+                restore_optimizer(f"{name}_optimizer", optimizer, tensors, meta["groups"][name])
+            if self.accelerator.scaler is not None and meta["scaler"] is not None:
+                self.accelerator.scaler.load_state_dict(meta["scaler"])
+        own = folder / f"rank{self.accelerator.process_index}.safetensors"
+        state = load_state(own)
+        with unpacking(own):
+            self.own.restore(*state)
+        return int(meta["step"])
+
+    def _check_together(self, folder: Path | None) -> None:
+        """Every process must see the same checkpoint, or they would train different weights."""
+        step = torch.tensor([0 if folder is None else int(folder.name)], device=self.accelerator.device)
+        steps = set(self.accelerator.gather(step).tolist())
+        if len(steps) > 1:
+            raise RecipeError(
+                f"processes would continue from different steps {sorted(steps)} of {self.folder}; "
+                "the output must be one folder that all nodes share"
+            )
+
+
+class ModuleRun(Run):
+    """A run that trains whole modules with AdamW in one process.
+
+    Everything random must come from ``rng`` and ``generator``, which are part of the checkpoint.
+    """
+
+    def __init__(
+        self, config: Any, modules: dict[str, nn.Module], parameters: list[nn.Parameter], weight_decay: float
+    ) -> None:
+        self.parameters = parameters
+        self.rng = np.random.default_rng(config.seed)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay
+        )
+        super().__init__(config, modules, {"main": self.optimizer}, self)
+
+    def update(self, loss: Tensor, samples: int) -> None:
+        """One optimizer step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.add(loss=loss, gradient=norm)
+        self.seen += samples
+
+    def state(self) -> State:
+        """The random states."""
+        return random_state(self.rng, self.generator)
+
+    def restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """The reverse of `state`."""
+        restore_random_state(self.rng, self.generator, tensors, meta)
+
+
+def cosine_rate(
+    base: float, step: int, steps: int, warmup: int, flat: float = 0.0, floor: float = 0.02
+) -> float:
+    """Linear warm-up, ``base`` until the share ``flat`` of all steps, then a cosine to ``floor * base``."""
+    late = max(0.0, (step / steps - flat) / (1 - flat))
+    warm = min(1.0, (step + 1) / max(1, warmup))
+    return base * warm * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * late)))
