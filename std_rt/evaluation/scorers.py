@@ -1,7 +1,7 @@
-"""Scores that need weights, for who has them: CLIP, DINOv2, CSD and LAION's aesthetic predictor.
+"""Scores that need weights: CLIP, DINOv2, CSD and LAION's aesthetic predictor.
 
 Nothing is downloaded, and no file may run code: safetensors, or ``torch.load(weights_only=True)``. All are
-cosines in -1..1 but the aesthetic one, which lives on about 1..10.
+cosines in -1..1, except the aesthetic score, which is about 1..10.
 
 * CLIP: a transformers folder of a CLIPModel; output to content and output to style
 * DINOv2: a transformers folder of a Dinov2Model; class token of output to content
@@ -15,8 +15,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import pickle
+import re
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from std_rt.core.errors import UsageError
-from std_rt.training.arrays import Frame
+from std_rt.evaluation.measures import Frame
 from std_rt.training.run.sheet import to_tensor
 
 __all__ = ["Scorer", "VisionTower", "load_scorers"]
@@ -70,7 +70,7 @@ def load_scorers(
 
 
 class _Embedder:
-    """Frames -> unit vectors [D]; what was seen is remembered, since contents and styles come again."""
+    """Frames uint8 [S, S, 3] -> unit vectors [D]; remembered, since contents and styles come again."""
 
     def __init__(
         self, embed: Embed, side_px: int, mean: tuple[float, ...], std: tuple[float, ...], device: str
@@ -109,7 +109,7 @@ def _cosines(embedder: _Embedder, content: str = "", style: str = "") -> Scorer:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No list of the text encoder's weights, which are not wanted here, and no progress bar."""
+    """No progress bar, and no warning about the text encoder's weights, which are not used here."""
     from transformers.utils import logging
 
     before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -126,7 +126,7 @@ def _quiet() -> Iterator[None]:
 def _read_folder(option: str, folder: Path, kind: Any) -> Any:
     """A transformers model of class ``kind`` from a folder, never from the network."""
     if not (folder / "config.json").is_file():
-        raise UsageError(f"{option} {folder} is no transformers folder (it has no config.json)")
+        raise UsageError(f"{option} {folder} is not a transformers folder (it has no config.json)")
     try:
         with _quiet():
             model, report = kind.from_pretrained(
@@ -138,7 +138,7 @@ def _read_folder(option: str, folder: Path, kind: Any) -> Any:
         ) from None
     if report["missing_keys"]:
         lost = sorted(report["missing_keys"])[0]
-        raise UsageError(f"{option} {folder} holds no {kind.__name__} (it has no {lost})")
+        raise UsageError(f"{option} {folder} does not hold a {kind.__name__}: {lost} is missing")
     return model.eval().requires_grad_(False)
 
 
@@ -164,21 +164,16 @@ def _load_dino(folder: Path, device: str) -> _Embedder:
 
 
 def _load_state(option: str, path: Path) -> dict[str, Any]:
-    """A state dict, or a checkpoint that holds one. Raises UsageError; never runs what a file says."""
+    """A state dict, or a checkpoint that holds one; no code in the file is run. Raises UsageError."""
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         # The authors' CSD file keeps its training arguments and a NumPy number beside the weights: data only.
-        numpy_scalar = np.float64(0).__reduce__()[0]
-        harmless: list[Any] = [
-            argparse.Namespace,
-            np.dtype,
-            type(np.dtype(np.float64)),
-            (numpy_scalar, "numpy.core.multiarray.scalar"),
-            numpy_scalar,
-        ]
+        scalar = np.float64(0).__reduce__()[0]
+        harmless: list[Any] = [argparse.Namespace, np.dtype, type(np.dtype(np.float64)), scalar]
+        harmless.append((scalar, "numpy.core.multiarray.scalar"))  # its name in NumPy 1
         with torch.serialization.safe_globals(harmless), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on old pickles; what cannot be read raises
+            warnings.simplefilter("ignore")  # about old pickles; what cannot be read raises
             found = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:160]
@@ -188,29 +183,23 @@ def _load_state(option: str, path: Path) -> dict[str, Any]:
     return dict(found)
 
 
-class _QuickGelu(nn.Module):
+def _quick_gelu(x: Tensor) -> Tensor:
     """The approximation of GELU that OpenAI's CLIP was trained with."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
+    return x * torch.sigmoid(1.702 * x)
 
 
-class _Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.attn = nn.MultiheadAttention(width, max(1, width // _HEAD_WIDTH), batch_first=True)
-        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        layers = (nn.Linear(width, 4 * width), _QuickGelu(), nn.Linear(4 * width, width))
-        self.mlp = nn.Sequential(OrderedDict(zip(("c_fc", "gelu", "c_proj"), layers, strict=True)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.ln_1(x)
-        x = x + self.attn(y, y, y, need_weights=False)[0]
-        return x + self.mlp(self.ln_2(x))
+# Parts of a layer in OpenAI's files -> in torch.nn.TransformerEncoderLayer.
+_LAYER_PARTS = {
+    "attn": "self_attn",
+    "ln_1": "norm1",
+    "ln_2": "norm2",
+    "mlp.c_fc": "linear1",
+    "mlp.c_proj": "linear2",
+}
 
 
 class VisionTower(nn.Module):
-    """CLIP's picture encoder up to the class token ``[B, width]``, under the names of OpenAI's files."""
+    """CLIP's picture encoder up to the class token: images [B, 3, S, S] -> [B, width]."""
 
     def __init__(self, width: int, layers: int, patch_px: int, side_px: int) -> None:
         super().__init__()
@@ -219,15 +208,27 @@ class VisionTower(nn.Module):
         self.class_embedding = nn.Parameter(torch.zeros(width))
         self.positional_embedding = nn.Parameter(torch.zeros((side_px // patch_px) ** 2 + 1, width))
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.transformer: Any = nn.Module()
-        self.transformer.resblocks = nn.Sequential(*(_Block(width) for _ in range(layers)))
+        heads = max(1, width // _HEAD_WIDTH)
+        self.layers = nn.Sequential(
+            *(
+                nn.TransformerEncoderLayer(
+                    width, heads, 4 * width, 0.0, _quick_gelu, batch_first=True, norm_first=True
+                )
+                for _ in range(layers)
+            )
+        )
 
     @classmethod
-    def fitting(cls, state: Mapping[str, Tensor]) -> VisionTower:
-        """The tower whose weights these are, loaded. KeyError or RuntimeError where they are none."""
+    def fitting(cls, openai: Mapping[str, Tensor]) -> VisionTower:
+        """The tower of these weights, by OpenAI's names. KeyError or RuntimeError where they do not fit."""
+        parts = re.compile(r"transformer\.resblocks\.(\d+)\.(" + "|".join(_LAYER_PARTS) + r")(?=\.)")
+        state = {
+            parts.sub(lambda m: f"layers.{m[1]}.{_LAYER_PARTS[m[2]]}", name): value
+            for name, value in openai.items()
+        }
         width, _, patch, _ = state["conv1.weight"].shape
         grid = round((len(state["positional_embedding"]) - 1) ** 0.5)
-        layers = len({name.split(".")[2] for name in state if name.startswith("transformer.resblocks.")})
+        layers = len({name.split(".")[1] for name in state if name.startswith("layers.")})
         tower = cls(width, layers, patch, grid * patch)
         tower.load_state_dict(state)
         return tower.eval().requires_grad_(False)
@@ -236,7 +237,7 @@ class VisionTower(nn.Module):
         x = self.conv1(images).flatten(2).transpose(1, 2)
         first = self.class_embedding.expand(len(x), 1, -1)
         x = self.ln_pre(torch.cat([first, x], 1) + self.positional_embedding)
-        return self.ln_post(self.transformer.resblocks(x)[:, 0])
+        return self.ln_post(self.layers(x)[:, 0])
 
 
 def _load_csd(path: Path, device: str) -> _Embedder:
@@ -252,13 +253,13 @@ def _load_csd(path: Path, device: str) -> _Embedder:
     except (KeyError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UsageError(
-            f"--csd {path} is no CSD checkpoint (backbone.*, last_layer_style): {reason}"
+            f"--csd {path} is not a CSD checkpoint (backbone.*, last_layer_style): {reason}"
         ) from None
     return _Embedder(lambda x: tower(x) @ style, tower.side_px, _CLIP_MEAN, _CLIP_STD, device)
 
 
 def _load_aesthetic(path: Path, embedder: _Embedder, device: str) -> Scorer:
-    """Five linear layers, with nothing but dropout in between: over the unit CLIP vector, to one number."""
+    """Five linear layers with only dropout in between: from the unit CLIP vector to one number."""
     if "relu" in path.name.lower():
         raise UsageError(
             f"--aesthetic {path} is the variant with ReLU; give sac+logos+ava1-l14-linearMSE.pth"
@@ -271,15 +272,13 @@ def _load_aesthetic(path: Path, embedder: _Embedder, device: str) -> Scorer:
             for name in order
         ]
     except (KeyError, AttributeError) as error:
-        raise UsageError(f"--aesthetic {path} is no aesthetic predictor (it has no {error})") from None
+        raise UsageError(f"--aesthetic {path} is not an aesthetic predictor: {error} is missing") from None
 
     def scorer(output: Frame, content: Frame, style: Frame) -> dict[str, float]:
         x = embedder(output)
-        if x.shape[0] != layers[0][0].shape[1]:
-            wanted = layers[0][0].shape[1]
-            raise UsageError(
-                f"--aesthetic judges CLIP vectors of {wanted} numbers, --clip gives {x.shape[0]}"
-            )
+        wanted = layers[0][0].shape[1]
+        if len(x) != wanted:
+            raise UsageError(f"--aesthetic judges CLIP vectors of {wanted} numbers, --clip gives {len(x)}")
         for weight, bias in layers:
             x = F.linear(x, weight, bias)
         return {"aesthetic": float(x)}

@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 __all__ = ["moving", "scenes", "styles", "write_moving"]
 
@@ -32,9 +33,9 @@ def styles(size_px: int = _SIDE_PX) -> dict[str, Frame]:
 
 
 def _read(name: str, size_px: int) -> Frame:
-    data = np.frombuffer((_FOLDER / f"{name}.jpg").read_bytes(), np.uint8)
+    with Image.open(_FOLDER / f"{name}.jpg") as picture:
+        frame = np.asarray(picture.convert("RGB"))
     method = cv2.INTER_AREA if size_px < _SIDE_PX else cv2.INTER_CUBIC
-    frame = cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
     return np.asarray(cv2.resize(frame, (size_px, size_px), interpolation=method), np.uint8)
 
 
@@ -54,7 +55,7 @@ def moving(frames: int, width_px: int = 640, height_px: int = 480, *, seed: int 
         matrix[0, 2] += width_px / 2 - _SIDE_PX / 2 + drift * np.cos(phase)
         matrix[1, 2] += height_px / 2 - _SIDE_PX / 2 + drift * np.sin(2 * phase)
         view = cv2.warpAffine(picture, matrix, (width_px, height_px), borderMode=cv2.BORDER_REFLECT)
-        _draw_ball(view, phase)
+        _draw_ball(np.asarray(view, np.uint8), phase)
         y, x = rng.integers(0, _SHIFT_PX, 2)  # drawing new noise would take longer than all the rest
         noisy = view + grain[y : y + height_px, x : x + width_px]
         yield np.clip(noisy + 0.5, 0, 255).astype(np.uint8)

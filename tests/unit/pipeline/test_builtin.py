@@ -12,7 +12,7 @@ import pytest
 
 from std_rt import Stylizer
 from std_rt.core.bundle import Bundle, load_bundle, verify_bundle
-from std_rt.evaluation.bundles import score
+from std_rt.evaluation.measures import score
 from std_rt.examples import scenes, styles
 from std_rt.media.image import read_picture, write_picture
 

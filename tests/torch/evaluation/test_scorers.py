@@ -220,13 +220,13 @@ def test_what_does_not_hold_the_weights_is_one_clear_line(clip: Path, tmp_path: 
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     other, no_weights = tmp_path / "other.safetensors", tmp_path
     cases = [
-        ({"clip": tmp_path / "none"}, "--clip .* is no transformers folder"),
+        ({"clip": tmp_path / "none"}, "--clip .* is not a transformers folder"),
         ({"clip": no_weights}, "--clip .* cannot be loaded"),
-        ({"dino": clip}, "--dino .* (holds no Dinov2Model|cannot be loaded)"),
+        ({"dino": clip}, "--dino .* (does not hold a Dinov2Model|cannot be loaded)"),
         ({"csd": tmp_path / "none.bin"}, "--csd .* cannot be read"),
-        ({"csd": other}, "is no CSD checkpoint"),
+        ({"csd": other}, "is not a CSD checkpoint"),
         ({"csd": tmp_path / "list.pth"}, "holds a list"),
-        ({"clip": clip, "aesthetic": other}, "is no aesthetic predictor"),
+        ({"clip": clip, "aesthetic": other}, "is not an aesthetic predictor"),
         ({"clip": clip, "aesthetic": tmp_path / "reluMSE.pth"}, "variant with ReLU"),
         ({"aesthetic": other}, "add --clip"),
     ]
