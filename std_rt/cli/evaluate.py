@@ -6,7 +6,7 @@ Without ``--teacher`` it judges a bundle and needs no torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -240,25 +240,29 @@ def _judge_bundle(request: _Request) -> tuple[Found, Found]:
             "digest": stylizer.bundle.digest,
             "steps": stylizer.steps,
         }
-    _print("mean score", scores)
-    if warping:
-        _print("warping error", warping)
+    for title, rows in (("mean score", scores), ("warping error", warping)):
+        names = list(dict.fromkeys(name for row in rows.values() for name in row))
+        cells = ([f"{row[name]:.3f}" if name in row else "" for name in names] for row in rows.values())
+        if rows:
+            _print_table([title, *names], ([name, *row] for name, row in zip(rows, cells, strict=True)))
     typer.echo(f"sheet (content | style | std-rt | baselines): {request.sheet}")
     return {"scores": scores, "warping": warping, "pairs": len(pairs), "size_px": side, **described}, {}
 
 
-def _print(title: str, rows: dict[str, dict[str, float]]) -> None:
+def _print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """The first column is a name, the others are numbers."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    table.add_column(title)
-    names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    for name in names:
-        table.add_column(name, justify="right")
-    for row_title, row in rows.items():
-        table.add_row(row_title, *(f"{row[name]:.3f}" if name in row else "" for name in names))
-    Console().print(table)
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else "left", no_wrap=i > 0)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console.width = _WIDE  # a file or a pipe has no edge to wrap at
+    console.print(table)
 
 
 def _check_students(request: _Request) -> None:
@@ -402,21 +406,13 @@ def _write_sheet(path: Path, pairs: list[Pair], rows: list[Row]) -> None:
 
 def _print_groups(groups: list[Found]) -> None:
     """A table; ``scale`` is the guidance, ``evals`` counts UNet evaluations a picture."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("run")
     names = [name for name in _COLUMNS if name in groups[0]["mean"]]
-    for heading in ("steps", "scale", "evals", "seeds", *(_COLUMNS[name] for name in names)):
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = ["run", "steps", "scale", "evals", "seeds", *(_COLUMNS[name] for name in names)]
+    rows = []
     for group in groups:
         counts = (group["steps"], f"{group['guidance']:g}", group["evaluations"], len(group["seeds"]))
-        table.add_row(group["label"], *map(str, counts), *(_cell(group, name) for name in names))
-    console = Console()
-    if not console.is_terminal:
-        console.width = _WIDE  # a file or a pipe has no edge to wrap at
-    console.print(table)
+        rows.append([group["label"], *map(str, counts), *(_cell(group, name) for name in names)])
+    _print_table(headings, rows)
 
 
 def _cell(group: Found, name: str) -> str:

@@ -8,7 +8,7 @@ left out, and listed below the table with the reason.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -24,7 +24,7 @@ from std_rt.engines import backends
 from std_rt.evaluation.bench import STAGES, Settings, Timing, diffusers_step, measure, stream_step
 from std_rt.pipeline.stylizer import Stylizer
 
-__all__ = ["COLUMNS", "SIZES", "STEPS", "Cell", "Column", "columns_here", "run_table"]
+__all__ = ["COLUMNS", "SIZES", "STEPS", "Column", "columns_here", "run_table"]
 
 SIZES = (256, 384, 512)  # px
 STEPS = (1, 2, 4, 8)
@@ -53,27 +53,6 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One measured combination."""
-
-    size_px: int
-    steps: int
-    column: Column
-    timing: Timing
-
-    def as_dict(self) -> dict[str, Any]:
-        """Fields for the JSON line."""
-        return {
-            "size": self.size_px,
-            "steps": self.steps,
-            "backend": self.column.backend,
-            "precision": self.column.precision,
-            "fps": round(self.timing.fps, 2),
-            "stages_ms": {stage: round(self.timing.median_ms[stage], 3) for stage in STAGES},
-        }
-
-
 def run_table(settings: Settings) -> None:
     """Measure every combination that runs here; of ``settings``, ``bundle`` and ``frames`` apply."""
     typer.echo(str(describe_machine()))
@@ -83,15 +62,20 @@ def run_table(settings: Settings) -> None:
     steps = [count for count in STEPS if count in bundle.steps_allowed]
     plan = [(size, count, column) for size in SIZES for count in steps for column in columns]
     console = Console(stderr=True)
-    cells, frames = [], min(settings.frames, _MOST_FRAMES)
+    cells: list[dict[str, Any]] = []
+    frames = min(settings.frames, _MOST_FRAMES)
     for size, count, column in track(
         plan, "timing", console=console, transient=True, disable=not console.is_terminal
     ):
         used = quantized if column.precision == "int8" and quantized is not None else bundle
         try:
-            cells.append(Cell(size, count, column, _measure(used, size, count, column, frames)))
+            timing = _measure(used, size, count, column, frames)
         except BackendError as error:  # listed below: a table of what runs is what was asked for
             left_out[str(column)] = str(error)
+            continue
+        stages = {stage: round(timing.median_ms[stage], 3) for stage in STAGES}
+        cell = {"size": size, "steps": count, **asdict(column), "fps": round(timing.fps, 2)}
+        cells.append(cell | {"stages_ms": stages})
     _print(bundle, cells, left_out)
 
 
@@ -137,18 +121,21 @@ def _measure(bundle: Bundle, size_px: int, steps: int, column: Column, frames: i
         return measure({"": stream_step(stylizer, size)}, frames, _WARMUP, silent=True)[""]
 
 
-def _print(bundle: Bundle, cells: list[Cell], left_out: dict[str, str]) -> None:
-    columns = [column for column in COLUMNS if any(cell.column == column for cell in cells)]
-    found = {(cell.size_px, cell.steps, cell.column): f"{cell.timing.fps:.1f}" for cell in cells}
+def _print(bundle: Bundle, cells: list[dict[str, Any]], left_out: dict[str, str]) -> None:
+    found = {
+        (cell["size"], cell["steps"], Column(cell["backend"], cell["precision"])): f"{cell['fps']:.1f}"
+        for cell in cells
+    }
+    columns = list(dict.fromkeys(column for _, _, column in found))
     table = Table(title=f"{bundle.name}: frames a second, batch 1", box=None, pad_edge=False)
     table.add_column("px")
     for name in ("steps", *(f"{column.backend}\n{column.precision}" for column in columns)):
         table.add_column(name, justify="right")
-    for size, steps in dict.fromkeys((cell.size_px, cell.steps) for cell in cells):
+    for size, steps in dict.fromkeys((size, steps) for size, steps, _ in found):
         rates = [found.get((size, steps, column), "-") for column in columns]
         table.add_row(str(size), str(steps), *rates)
     Console().print(table)
     for name, reason in left_out.items():
         typer.echo(f"left out: {name}: {reason}")
     result = {"bundle": bundle.name, "digest": bundle.digest, "machine": str(describe_machine())}
-    typer.echo(json.dumps({**result, "table": [cell.as_dict() for cell in cells], "left_out": left_out}))
+    typer.echo(json.dumps({**result, "table": cells, "left_out": left_out}))

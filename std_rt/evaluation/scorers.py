@@ -15,10 +15,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import pickle
-import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +25,15 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Model
+from transformers.utils import logging
 
 from std_rt.core.errors import UsageError
 from std_rt.evaluation.measures import Frame
 from std_rt.training.run.sheet import to_tensor
 
-__all__ = ["Scorer", "VisionTower", "load_scorers"]
+__all__ = ["Scorer", "load_scorers"]
 
 Scorer = Callable[[Frame, Frame, Frame], dict[str, float]]  # (output, content, style) -> numbers by name
 Embed = Callable[[Tensor], Tensor]  # images [1, 3, S, S], normalised -> [1, D]
@@ -42,6 +42,20 @@ _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.2613
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _DINO_PX = 224
 _HEAD_WIDTH = 64  # of every CLIP that OpenAI published
+# Names in OpenAI's CLIP files, which CSD keeps -> in transformers' CLIPVisionModel.
+_FROM_OPENAI = {
+    "transformer.resblocks": "encoder.layers",
+    "class_embedding": "embeddings.class_embedding",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "conv1": "embeddings.patch_embedding",
+    "ln_pre": "pre_layrnorm",
+    "ln_post": "post_layernorm",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn": "self_attn",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
 _REMEMBERED = 256
 
 
@@ -107,31 +121,16 @@ def _cosines(embedder: _Embedder, content: str = "", style: str = "") -> Scorer:
     return scorer
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bar, and no warning about the text encoder's weights, which are not used here."""
-    from transformers.utils import logging
-
-    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bar:
-            logging.enable_progress_bar()
-
-
 def _read_folder(option: str, folder: Path, kind: Any) -> Any:
     """A transformers model of class ``kind`` from a folder, never from the network."""
     if not (folder / "config.json").is_file():
         raise UsageError(f"{option} {folder} is not a transformers folder (it has no config.json)")
+    logging.set_verbosity_error()  # nothing about the weights of the text encoder, which is not used here
+    logging.disable_progress_bar()
     try:
-        with _quiet():
-            model, report = kind.from_pretrained(
-                folder, local_files_only=True, weights_only=True, output_loading_info=True
-            )
+        model, report = kind.from_pretrained(
+            folder, local_files_only=True, weights_only=True, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
         raise UsageError(
             f"{option} {folder} cannot be loaded: {' '.join(str(error).split())[:200]}"
@@ -143,15 +142,11 @@ def _read_folder(option: str, folder: Path, kind: Any) -> Any:
 
 
 def _load_clip(folder: Path, device: str) -> _Embedder:
-    from transformers import CLIPVisionModelWithProjection
-
     model = _read_folder("--clip", folder, CLIPVisionModelWithProjection).to(device)
     return _Embedder(lambda x: model(x).image_embeds, model.config.image_size, _CLIP_MEAN, _CLIP_STD, device)
 
 
 def _load_dino(folder: Path, device: str) -> _Embedder:
-    from transformers import Dinov2Model
-
     model = _read_folder("--dino", folder, Dinov2Model).to(device)
     side = min(_DINO_PX, int(model.config.image_size))
     side -= side % int(model.config.patch_size)
@@ -183,61 +178,33 @@ def _load_state(option: str, path: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def _quick_gelu(x: Tensor) -> Tensor:
-    """The approximation of GELU that OpenAI's CLIP was trained with."""
-    return x * torch.sigmoid(1.702 * x)
+def _clip_from_openai(state: Mapping[str, Tensor], projection: Tensor) -> CLIPVisionModelWithProjection:
+    """CLIP's picture encoder from weights by OpenAI's names, and a projection [width, D] behind it.
 
-
-# Parts of a layer in OpenAI's files -> in torch.nn.TransformerEncoderLayer.
-_LAYER_PARTS = {
-    "attn": "self_attn",
-    "ln_1": "norm1",
-    "ln_2": "norm2",
-    "mlp.c_fc": "linear1",
-    "mlp.c_proj": "linear2",
-}
-
-
-class VisionTower(nn.Module):
-    """CLIP's picture encoder up to the class token: images [B, 3, S, S] -> [B, width]."""
-
-    def __init__(self, width: int, layers: int, patch_px: int, side_px: int) -> None:
-        super().__init__()
-        self.side_px = side_px
-        self.conv1 = nn.Conv2d(3, width, patch_px, patch_px, bias=False)
-        self.class_embedding = nn.Parameter(torch.zeros(width))
-        self.positional_embedding = nn.Parameter(torch.zeros((side_px // patch_px) ** 2 + 1, width))
-        self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
-        heads = max(1, width // _HEAD_WIDTH)
-        self.layers = nn.Sequential(
-            *(
-                nn.TransformerEncoderLayer(
-                    width, heads, 4 * width, 0.0, _quick_gelu, batch_first=True, norm_first=True
-                )
-                for _ in range(layers)
-            )
-        )
-
-    @classmethod
-    def fitting(cls, openai: Mapping[str, Tensor]) -> VisionTower:
-        """The tower of these weights, by OpenAI's names. KeyError or RuntimeError where they do not fit."""
-        parts = re.compile(r"transformer\.resblocks\.(\d+)\.(" + "|".join(_LAYER_PARTS) + r")(?=\.)")
-        state = {
-            parts.sub(lambda m: f"layers.{m[1]}.{_LAYER_PARTS[m[2]]}", name): value
-            for name, value in openai.items()
-        }
-        width, _, patch, _ = state["conv1.weight"].shape
-        grid = round((len(state["positional_embedding"]) - 1) ** 0.5)
-        layers = len({name.split(".")[1] for name in state if name.startswith("layers.")})
-        tower = cls(width, layers, patch, grid * patch)
-        tower.load_state_dict(state)
-        return tower.eval().requires_grad_(False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.conv1(images).flatten(2).transpose(1, 2)
-        first = self.class_embedding.expand(len(x), 1, -1)
-        x = self.ln_pre(torch.cat([first, x], 1) + self.positional_embedding)
-        return self.ln_post(self.layers(x)[:, 0])
+    Raises KeyError or RuntimeError where they do not fit together.
+    """
+    width, _, patch, _ = state["conv1.weight"].shape
+    grid = round((len(state["positional_embedding"]) - 1) ** 0.5)
+    config = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=len({name.split(".")[2] for name in state if "resblocks" in name}),
+        num_attention_heads=max(1, width // _HEAD_WIDTH),
+        image_size=grid * patch,
+        patch_size=patch,
+        projection_dim=projection.shape[1],
+        hidden_act="quick_gelu",
+    )
+    renamed = {"visual_projection.weight": projection.T}
+    for name, value in state.items():
+        for old, new in _FROM_OPENAI.items():
+            name = name.replace(old, new)
+        parts = value.chunk(3) if "in_proj_" in name else (value,)
+        for head, part in zip("qkv", parts, strict=False):
+            renamed[f"vision_model.{name.replace('in_proj_', f'{head}_proj.')}"] = part
+    model = CLIPVisionModelWithProjection(config)
+    model.load_state_dict(renamed)
+    return model.eval().requires_grad_(False)
 
 
 def _load_csd(path: Path, device: str) -> _Embedder:
@@ -248,14 +215,13 @@ def _load_csd(path: Path, device: str) -> _Embedder:
     backbone = {k.removeprefix("backbone."): v.float() for k, v in state.items() if k.startswith("backbone.")}
     backbone.pop("proj", None)  # moved out into the two last layers
     try:
-        style = state["last_layer_style"].float().to(device)
-        tower = VisionTower.fitting(backbone).to(device)
+        model: Any = _clip_from_openai(backbone, state["last_layer_style"].float()).to(device)
     except (KeyError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UsageError(
             f"--csd {path} is not a CSD checkpoint (backbone.*, last_layer_style): {reason}"
         ) from None
-    return _Embedder(lambda x: tower(x) @ style, tower.side_px, _CLIP_MEAN, _CLIP_STD, device)
+    return _Embedder(lambda x: model(x).image_embeds, model.config.image_size, _CLIP_MEAN, _CLIP_STD, device)
 
 
 def _load_aesthetic(path: Path, embedder: _Embedder, device: str) -> Scorer:

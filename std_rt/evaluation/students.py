@@ -198,7 +198,10 @@ class Comparison:
         return found
 
     def _clips_judged(self, candidate: Candidate, setting: Setting, timesteps: list[int]) -> dict[str, float]:
-        """Means over the clips that their judges have numbers for; a clip of nothing but cuts has none."""
+        """Means over the clips that their judges have numbers for: a clip of nothing but cuts has none.
+
+        Frames are judged as the networks give them, without the runtime's temporal filter.
+        """
         known = []
         for clip, judge in self.clips:
             images = self.decode(self.sample(clip, timesteps, setting.guidance, candidate.gamma))
