@@ -340,7 +340,7 @@ def demo(
     bundle: BundleOption = None,
     backend: BackendOption = "auto",
 ) -> None:
-    """Render example pictures and styles, stylize them, and lay out a contact sheet."""
+    """Stylize example pictures in example styles, and lay out a contact sheet."""
     from std_rt.cli.demo import run
 
     run(out, bundle, backend)

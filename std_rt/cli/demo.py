@@ -1,9 +1,9 @@
-"""`std-rt demo`: draw example pictures and styles, stylize every pair, lay out what a person wants to see."""
+"""`std-rt demo`: every example picture in every example style, and the sheets that show them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
-from std_rt.examples import SCENES, STYLES
-from std_rt.examples.moving import write_moving_scene
+from std_rt import examples
 from std_rt.media.image import write_picture
 from std_rt.media.video.transcode import transcode_stream
 from std_rt.pipeline.stylizer import Stylizer
@@ -27,7 +26,7 @@ T = TypeVar("T")
 Frame = NDArray[np.uint8]
 Outputs = dict[tuple[str, str], Frame]  # (scene, style) -> stylized
 
-EXAMPLE_PX = 512
+EXAMPLE_PX = 512  # of the inputs
 SIZES = (256, 512)
 CLIP_FRAMES, _CLIP_STYLE = 90, "stained_glass"
 _TILE, _GAP, _TITLE = 192, 6, 22
@@ -36,8 +35,8 @@ _TILE, _GAP, _TITLE = 192, 6, 22
 def run(out: Path, bundle: str | None, backend: str) -> None:
     """Write inputs, styles, a result for every pair and size, two sheets and a clip to ``out``."""
     console = Console(stderr=True)
-    scenes = _draw(SCENES, out / "inputs", "drawing pictures", console)
-    styles = _draw(STYLES, out / "styles", "drawing styles", console)
+    scenes = _write(examples.scenes(EXAMPLE_PX), out / "inputs")
+    styles = _write(examples.styles(EXAMPLE_PX), out / "styles")
     results = {size: _stylize(scenes, styles, size, out, bundle, backend, console) for size in SIZES}
     _clip(styles[_CLIP_STYLE], out, bundle, backend, console)
     write_picture(out / "sheet.png", contact_sheet(scenes, styles, results))
@@ -48,14 +47,10 @@ def run(out: Path, bundle: str | None, backend: str) -> None:
     )
 
 
-def _draw(
-    made: dict[str, Callable[[int], Frame]], folder: Path, title: str, console: Console
-) -> dict[str, Frame]:
+def _write(frames: dict[str, Frame], folder: Path) -> dict[str, Frame]:
     folder.mkdir(parents=True, exist_ok=True)
-    frames = {}
-    for name, draw in _shown(list(made.items()), title, console):
-        frames[name] = draw(EXAMPLE_PX)
-        write_picture(folder / f"{name}.png", frames[name])
+    for name, frame in frames.items():
+        write_picture(folder / f"{name}.png", frame)
     return frames
 
 
@@ -96,7 +91,7 @@ def _clip(style: Frame, out: Path, bundle: str | None, backend: str, console: Co
     """A moving example, ``inputs/moving.mp4``, and what becomes of it, ``moving_styled.mp4``."""
     source, sink = out / "inputs" / "moving.mp4", out / "moving_styled.mp4"
     with console.status("drawing and painting a clip"), Stylizer.load(bundle, backend=backend) as stylizer:
-        write_moving_scene(source, CLIP_FRAMES, width_px=EXAMPLE_PX, height_px=EXAMPLE_PX * 3 // 4)
+        examples.write_moving(source, CLIP_FRAMES, width_px=EXAMPLE_PX, height_px=EXAMPLE_PX * 3 // 4)
         stylizer.set_style(style)
         stream = FrameStream(stylizer, batching=GROUPED)
         report = transcode_stream(source, sink, stream.frames, overwrite=True)

@@ -1,8 +1,8 @@
 """`std-rt bench`: where the time of a frame goes.
 
-Frames of exactly the working size run through `Stylizer.step`, as a stream does. Warm-up frames are not
-counted; medians and 95th percentiles are over the rest; fps is 1000 / median of the whole step. What is
-compared runs in turn, a few frames each, so that a machine that is slower for a while is so for all.
+Frames of exactly the working size are painted one by one by a `FrameStream`, as a live stream is. Warm-up
+frames are not counted; medians and 95th percentiles are over the rest; fps is 1000 / median of the whole
+frame. Runs that are compared take turns, a few frames each, so that a slow spell of the machine hits all.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,19 +27,22 @@ from std_rt.core.bundle import Bundle, load_bundle
 from std_rt.core.errors import BundleError, UsageError
 from std_rt.core.machine import describe_machine, peak_memory_mb, require
 from std_rt.pipeline.stylizer import Stylizer
+from std_rt.streaming.frame_packet import FramePacket
+from std_rt.streaming.frame_stream import FrameStream
 
 __all__ = [
     "AGAINST",
     "STAGES",
     "Settings",
-    "StageClock",
     "Timing",
+    "diffusers_step",
     "load",
     "measure",
-    "measure_in_turn",
     "run",
     "run_first_frame",
     "sample_frame",
+    "stage_times",
+    "stream_step",
 ]
 
 STAGES = ("convert", "vae_encoder", "unet", "scheduler", "vae_decoder", "total")
@@ -49,11 +52,11 @@ AGAINST = {
     "diffusers": ("diffusers (eager fp32)", "fp32", False),
     "compile": ("diffusers (torch.compile bf16)", "bf16", True),
 }
-_TURN = 10  # frames in a row, of what is compared; one more before them is not counted
+_TURN = 10  # frames in a row, where several runs take turns; one more before them is not counted
 _STARTS = 3  # processes whose start is timed
 Frame = NDArray[np.uint8]
 Size = tuple[int, int]  # (H, W) in pixels
-Mark = Callable[[str], None]
+Step = Callable[[], Mapping[str, float]]  # paint one frame -> milliseconds by stage
 
 
 @dataclass(frozen=True)
@@ -70,32 +73,9 @@ class Settings:
     against: tuple[str, ...] = ()
 
 
-class StageClock:
-    """Called with a stage's name when it ends; `finish` ends a frame."""
-
-    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
-        self._now = now
-        self.frames: list[dict[str, float]] = []
-        self.start()
-
-    def start(self) -> None:
-        """Begin a frame."""
-        self._stages: dict[str, float] = defaultdict(float)
-        self._begun = self._last = self._now()
-
-    def __call__(self, stage: str) -> None:
-        now = self._now()
-        self._stages[stage] += (now - self._last) * 1000
-        self._last = now
-
-    def finish(self) -> None:
-        """End a frame: what each stage took, and the whole, in ms."""
-        self.frames.append({**self._stages, "total": (self._now() - self._begun) * 1000})
-
-
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds a frame, by stage; ``outside`` is the share of a frame that no engine takes."""
+    """Milliseconds a frame, by stage; ``outside`` is the share of a frame spent outside the engines, 0..1."""
 
     median_ms: dict[str, float]
     p95_ms: dict[str, float] = field(default_factory=dict)
@@ -117,7 +97,7 @@ class Timing:
 
 
 def sample_frame(height_px: int, width_px: int, seed: int = 0) -> Frame:
-    """A frame with soft shapes and some grain; content does not change the time."""
+    """A frame uint8 [H, W, 3] with soft shapes and some grain; content does not change the time."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height_px, :width_px]
     waves = [
@@ -127,19 +107,59 @@ def sample_frame(height_px: int, width_px: int, seed: int = 0) -> Frame:
     return np.clip(noisy, 0, 255).astype(np.uint8)
 
 
-Step = Callable[[Mark], Any]
+def stage_times(
+    paint: Callable[[Callable[[str], None]], object], now: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """Milliseconds by stage of ``paint(mark)``, which calls ``mark(stage)`` whenever a stage ends."""
+    stages: dict[str, float] = defaultdict(float)
+    last = now()
+
+    def mark(stage: str) -> None:
+        nonlocal last
+        before, last = last, now()
+        stages[stage] += (last - before) * 1000
+
+    paint(mark)
+    return stages
 
 
-def measure(step: Step, frames: int, warmup: int, *, silent: bool = False) -> Timing:
-    """Time ``step(mark)`` for ``frames`` calls after ``warmup`` uncounted ones; ``silent`` shows no bar."""
-    return measure_in_turn({"": step}, frames, warmup, silent=silent)[""]
+def stream_step(stylizer: Stylizer, size: Size) -> Step:
+    """Paints one frame of a stream at a working size (H, W)."""
+    stylizer.prepare(*size)
+    stylizer.set_style(sample_frame(stylizer.bundle.style_px, stylizer.bundle.style_px, seed=1))
+    frame, stream = sample_frame(*size), FrameStream(stylizer)
+
+    def step() -> Mapping[str, float]:
+        (packet,) = stream.run([FramePacket(frame)])
+        return packet.stages_ms
+
+    return step
 
 
-def measure_in_turn(
-    steps: dict[str, Step], frames: int, warmup: int, *, silent: bool = False
-) -> dict[str, Timing]:
-    """Time every step for ``frames`` calls after ``warmup`` uncounted ones, a few calls of each in turn."""
-    clocks = {title: StageClock() for title in steps}
+def diffusers_step(
+    bundle: Bundle,
+    steps: int,
+    size: Size,
+    guidance: float | None = None,
+    *,
+    precision: str = "fp32",
+    compiled: bool = False,
+) -> Step:
+    """The same frame, style and weights through `DiffusersLoop`, whose arguments these are."""
+    from std_rt.evaluation.diffusers_baseline import DiffusersLoop
+
+    loop = DiffusersLoop(bundle, steps, size, guidance, precision=precision, compiled=compiled)
+    loop.set_style(sample_frame(bundle.style_px, bundle.style_px, seed=1))
+    frame = sample_frame(*size)
+    return lambda: stage_times(lambda mark: loop.step(frame, mark=mark))
+
+
+def measure(steps: dict[str, Step], frames: int, warmup: int, *, silent: bool = False) -> dict[str, Timing]:
+    """Time ``frames`` calls of every step after ``warmup`` uncounted ones, a few calls of each in turn.
+
+    ``silent`` shows no progress bar.
+    """
+    taken: dict[str, list[dict[str, float]]] = {title: [] for title in steps}
     console = Console(stderr=True)
     turns = [warmup] + [min(_TURN, frames - done) for done in range(0, frames, _TURN)]
     rounds = [(title, count, i) for i, count in enumerate(turns) for title in steps]
@@ -148,11 +168,12 @@ def measure_in_turn(
     ):
         again = 1 if i and len(steps) > 1 else 0  # the others have filled the caches meanwhile
         for k in range(again + count):
-            clocks[title].start()
-            steps[title](clocks[title])
+            begun = time.perf_counter()
+            stages = steps[title]()
+            total = (time.perf_counter() - begun) * 1000
             if i and k >= again:
-                clocks[title].finish()
-    return {title: Timing.of(clock.frames) for title, clock in clocks.items()}
+                taken[title].append({**stages, "total": total})
+    return {title: Timing.of(rows) for title, rows in taken.items()}
 
 
 def run(settings: Settings) -> None:
@@ -163,12 +184,12 @@ def run(settings: Settings) -> None:
     typer.echo(str(describe_machine()))
     with load(settings) as stylizer:
         size = _size(stylizer)
-        steps = {"std-rt": _our_step(stylizer, size)}
-        steps["std-rt"](lambda stage: None)
+        steps = {"std-rt": stream_step(stylizer, size)}
+        steps["std-rt"]()
         peak_mb = peak_memory_mb()  # before torch adds its own
         for name in settings.against:
-            steps[AGAINST[name][0]] = _their_step(stylizer, size, name)
-        timings = measure_in_turn(steps, settings.frames, settings.warmup)
+            steps[AGAINST[name][0]] = _against(stylizer, size, name)
+        timings = measure(steps, settings.frames, settings.warmup)
         ours = timings.pop("std-rt")
         result = _result(stylizer, size, ours, peak_mb)
     if settings.against:
@@ -192,37 +213,23 @@ def load(settings: Settings) -> Stylizer:
 
 
 def _size(stylizer: Stylizer) -> Size:
-    asked = stylizer.size
-    height, width = (asked, asked) if isinstance(asked, int) else asked
-    return stylizer.working_size(height, width)
+    side = stylizer.size
+    return stylizer.working_size(*((side, side) if isinstance(side, int) else side))
 
 
-def _our_step(stylizer: Stylizer, size: Size) -> Step:
-    frame = sample_frame(*size)
-    stylizer.prepare(*size)
-    stylizer.set_style(sample_frame(stylizer.bundle.style_px, stylizer.bundle.style_px, seed=1))
-    state = stylizer.state(*size)
-    return lambda mark: stylizer.step(frame, state, mark=mark)
-
-
-def _their_step(stylizer: Stylizer, size: Size, name: str) -> Step:
-    from std_rt.evaluation.diffusers_baseline import DiffusersLoop
-
+def _against(stylizer: Stylizer, size: Size, name: str) -> Step:
+    """The step of one of `AGAINST`, compiled where it is to be."""
     title, precision, compiled = AGAINST[name]
-    bundle = _in_float(stylizer.bundle)
-    loop = DiffusersLoop(
-        bundle, stylizer.steps, size, stylizer.guidance.scale, precision=precision, compiled=compiled
-    )
-    frame = sample_frame(*size)
-    loop.set_style(sample_frame(bundle.style_px, bundle.style_px, seed=1))
-    console = Console(stderr=True)
-    with console.status(f"{title}: first frame" + (" (compiles for a minute or two)" if compiled else "")):
-        loop.step(frame)
-    return lambda mark: loop.step(frame, mark=mark)
+    bundle, scale = _in_float(stylizer.bundle), stylizer.guidance.scale
+    step = diffusers_step(bundle, stylizer.steps, size, scale, precision=precision, compiled=compiled)
+    slow = " (compiling takes a minute or two)" if compiled else ""
+    with Console(stderr=True).status(f"{title}: first frame{slow}"):
+        step()
+    return step
 
 
 def _in_float(bundle: Bundle) -> Bundle:
-    """The bundle itself, or the one that a bundle in int8 was made from: torch runs no int8 graphs."""
+    """The bundle itself, or the one that an int8 bundle was made from: torch runs no int8 graphs."""
     if "quantized" not in bundle.manifest:
         return bundle
     source = bundle.manifest["quantized"]["from"]
@@ -232,18 +239,18 @@ def _in_float(bundle: Bundle) -> Bundle:
         raise UsageError(f"--against needs the bundle that '{bundle.name}' was made from: {error}") from error
     if found.digest != source["digest"]:
         raise UsageError(
-            f"--against needs the bundle that '{bundle.name}' was made from, and {found.path} is another; "
-            f"give -b {found.path}, or quantize it again"
+            f"--against needs the bundle that '{bundle.name}' was made from, but {found.path} has changed "
+            f"since; give -b {found.path}, or quantize it again"
         )
     return found
 
 
 def run_first_frame(settings: Settings) -> None:
-    """Time from process start to the first frame, with a warm engine store, in new processes."""
+    """Time from process start to the first frame, in new processes with warm engine caches."""
     asked = {name: getattr(settings, name) for name in ("bundle", "size", "steps", "backend", "precision")}
     code = "import sys; from std_rt.evaluation.bench import first_frame; first_frame(sys.argv[1])"
     seconds = []
-    for _ in range(_STARTS + 1):  # the first one fills the store
+    for _ in range(_STARTS + 1):  # the first one fills the cache
         begun = time.time()
         command = [sys.executable, "-c", code, json.dumps(asked)]
         done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
@@ -256,12 +263,11 @@ def run_first_frame(settings: Settings) -> None:
 
 
 def first_frame(asked: str) -> None:
-    """In the process that is timed: stylize one frame, and print when it was there (seconds since 1970)."""
+    """In the process that is timed: paint one frame, and print when it was done (seconds since 1970)."""
     given = json.loads(asked)
     size = given.pop("size")
     with load(Settings(size=tuple(size) if isinstance(size, list) else size, **given)) as stylizer:
-        at = _size(stylizer)
-        _our_step(stylizer, at)(lambda stage: None)
+        stream_step(stylizer, _size(stylizer))()
         typer.echo(repr(time.time()))
 
 
@@ -297,15 +303,10 @@ def _print(result: dict[str, Any], timings: dict[str, Timing]) -> None:
         table.add_column(f"{name}\nmedian", justify="right")
         table.add_column("\np95", justify="right")
     for stage in STAGES:
-        cells = [
-            f"{values[stage]:.2f}"
-            for timing in timings.values()
-            for values in (timing.median_ms, timing.p95_ms)
-        ]
-        table.add_row(stage, *cells, style="bold" if stage == "total" else "")
-    table.add_row(
-        "fps", *[cell for timing in timings.values() for cell in (f"{timing.fps:.1f}", "")], style="bold"
-    )
+        both = [values[stage] for timing in timings.values() for values in (timing.median_ms, timing.p95_ms)]
+        table.add_row(stage, *(f"{ms:.2f}" for ms in both), style="bold" if stage == "total" else "")
+    rates = [cell for timing in timings.values() for cell in (f"{timing.fps:.1f}", "")]
+    table.add_row("fps", *rates, style="bold")
     Console().print(table)
     if result["peak_memory_mb"] is not None:
         typer.echo(f"peak memory {result['peak_memory_mb']:.0f} MB")

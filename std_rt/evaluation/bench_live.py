@@ -22,8 +22,7 @@ from rich.table import Table
 from std_rt.core.machine import describe_machine
 from std_rt.evaluation.bench import Settings as EngineSettings
 from std_rt.evaluation.bench import load
-from std_rt.examples import STYLES
-from std_rt.examples.moving import write_moving_scene
+from std_rt.examples import styles, write_moving
 from std_rt.live.session import Session, Settings
 from std_rt.live.style_mixer import StyleMixer
 from std_rt.media.camera.camera import open_source
@@ -57,13 +56,14 @@ def _play(engine: EngineSettings, live: Settings, plan: Plan) -> dict[str, Any]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
         clip = folder / "moving.mp4"
-        with console.status("drawing a clip"):
-            write_moving_scene(clip, _CLIP_FRAMES, fps=_CLIP_FPS)
+        with console.status("rendering a clip"):
+            write_moving(clip, _CLIP_FRAMES, fps=_CLIP_FPS)
         source = stack.enter_context(closing(open_source(str(clip))))
         stylizer = stack.enter_context(load(engine))
         deck = stack.enter_context(closing(StyleMixer(stylizer.encode_style, stylizer.bundle)))
+        pictures = styles(stylizer.bundle.style_px)
         for name in _STYLES:
-            deck.add(STYLES[name](stylizer.bundle.style_px), name)
+            deck.add(pictures[name], name)
         session = stack.enter_context(Session(stylizer, source, deck, live))
         with console.status(f"playing for {plan.seconds:g} s"):
             _present(session, deck, plan)

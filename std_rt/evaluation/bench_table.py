@@ -1,14 +1,15 @@
 """`std-rt bench --table`: frames a second by size, steps, backend and precision, in one run.
 
 Each cell is the median of a few frames. int8 needs a bundle in int8 (`std-rt export ... --precision int8`):
-the one named ``NAME-int8``, where there is one. What cannot run here is left out, and said.
+the one named ``NAME-int8``, where it was made from this bundle. Columns that cannot run on this machine are
+left out, and listed below the table with the reason.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import typer
@@ -20,10 +21,10 @@ from std_rt.core.bundle import Bundle, load_bundle
 from std_rt.core.errors import BackendError, BundleError
 from std_rt.core.machine import describe_machine
 from std_rt.engines import backends
-from std_rt.evaluation.bench import STAGES, Settings, Timing, measure, sample_frame
+from std_rt.evaluation.bench import STAGES, Settings, Timing, diffusers_step, measure, stream_step
 from std_rt.pipeline.stylizer import Stylizer
 
-__all__ = ["COLUMNS", "SIZES", "STEPS", "Cell", "Column", "columns_here", "run_table"]
+__all__ = ["COLUMNS", "SIZES", "STEPS", "Column", "columns_here", "run_table"]
 
 SIZES = (256, 384, 512)  # px
 STEPS = (1, 2, 4, 8)
@@ -52,27 +53,6 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One measured combination; ``outside_engines`` is a share of the frame's time."""
-
-    size_px: int
-    steps: int
-    column: Column
-    timing: Timing
-
-    def as_dict(self) -> dict[str, Any]:
-        """Fields for the JSON line."""
-        return {
-            "size": self.size_px,
-            "steps": self.steps,
-            "backend": self.column.backend,
-            "precision": self.column.precision,
-            "fps": round(self.timing.fps, 2),
-            "stages_ms": {stage: round(self.timing.median_ms[stage], 3) for stage in STAGES},
-        }
-
-
 def run_table(settings: Settings) -> None:
     """Measure every combination that runs here; of ``settings``, ``bundle`` and ``frames`` apply."""
     typer.echo(str(describe_machine()))
@@ -82,38 +62,36 @@ def run_table(settings: Settings) -> None:
     steps = [count for count in STEPS if count in bundle.steps_allowed]
     plan = [(size, count, column) for size in SIZES for count in steps for column in columns]
     console = Console(stderr=True)
-    cells, frames = [], min(settings.frames, _MOST_FRAMES)
+    cells: list[dict[str, Any]] = []
+    frames = min(settings.frames, _MOST_FRAMES)
     for size, count, column in track(
         plan, "timing", console=console, transient=True, disable=not console.is_terminal
     ):
         used = quantized if column.precision == "int8" and quantized is not None else bundle
         try:
-            cells.append(Cell(size, count, column, _measure(used, size, count, column, frames)))
-        except BackendError as error:  # said below: a table of what runs is what was asked for
+            timing = _measure(used, size, count, column, frames)
+        except BackendError as error:  # listed below: a table of what runs is what was asked for
             left_out[str(column)] = str(error)
+            continue
+        stages = {stage: round(timing.median_ms[stage], 3) for stage in STAGES}
+        cell = {"size": size, "steps": count, **asdict(column), "fps": round(timing.fps, 2)}
+        cells.append(cell | {"stages_ms": stages})
     _print(bundle, cells, left_out)
 
 
 def columns_here(has_int8: bool) -> tuple[list[Column], dict[str, str]]:
     """(columns that can be tried here, why each of the others cannot)."""
-    installed = {info.name: info for info in backends()}
-    found, left_out = [], {}
-    for column in COLUMNS:
-        reason = _obstacle(column, installed, has_int8)
-        if reason:
-            left_out[str(column)] = reason
-        else:
-            found.append(column)
-    return found, left_out
+    reasons = {column: _obstacle(column, has_int8) for column in COLUMNS}
+    left_out = {str(column): reason for column, reason in reasons.items() if reason}
+    return [column for column, reason in reasons.items() if not reason], left_out
 
 
-def _obstacle(column: Column, installed: dict[str, Any], has_int8: bool) -> str:
-    from importlib.util import find_spec
-
+def _obstacle(column: Column, has_int8: bool) -> str:
+    """Why a column cannot be measured here; empty where it can."""
     if column.backend == "torch":
         missing = [name for name in ("torch", "diffusers") if find_spec(name) is None]
         return f"{missing[0]} is not installed; run: pip install 'std-rt[export]'" if missing else ""
-    info = installed[column.backend]
+    info = next(info for info in backends() if info.name == column.backend)
     if not info.available:
         return f"not installed; run: {info.install}"
     if column.precision == "int8" and not has_int8:
@@ -122,7 +100,7 @@ def _obstacle(column: Column, installed: dict[str, Any], has_int8: bool) -> str:
 
 
 def _quantized(bundle: Bundle) -> Bundle | None:
-    """The bundle's int8 twin by name, made from this very bundle; None where there is none."""
+    """The int8 bundle ``NAME-int8`` if it was made from this very bundle."""
     try:
         found = load_bundle(f"{bundle.name}-int8")
     except BundleError:
@@ -132,40 +110,32 @@ def _quantized(bundle: Bundle) -> Bundle | None:
 
 
 def _measure(bundle: Bundle, size_px: int, steps: int, column: Column, frames: int) -> Timing:
-    frame = sample_frame(size_px, size_px)
-    style = sample_frame(bundle.style_px, bundle.style_px, seed=1)
+    size = (size_px, size_px)
     if column.backend == "torch":
-        from std_rt.evaluation.diffusers_baseline import DiffusersLoop
-
-        loop = DiffusersLoop(bundle, steps, (size_px, size_px), precision=column.precision)
-        loop.set_style(style)
-        return measure(lambda mark: loop.step(frame, mark=mark), frames, _WARMUP, silent=True)
+        theirs = diffusers_step(bundle, steps, size, precision=column.precision)
+        return measure({"": theirs}, frames, _WARMUP, silent=True)[""]
     precision = "auto" if column.precision == "int8" else column.precision
     with Stylizer.load(
-        bundle, backend=column.backend, size=(size_px, size_px), steps=steps, precision=precision
+        bundle, backend=column.backend, size=size, steps=steps, precision=precision
     ) as stylizer:
-        stylizer.set_style(style)
-        state = stylizer.state(size_px, size_px)
-        return measure(lambda mark: stylizer.step(frame, state, mark=mark), frames, _WARMUP, silent=True)
+        return measure({"": stream_step(stylizer, size)}, frames, _WARMUP, silent=True)[""]
 
 
-def _print(bundle: Bundle, cells: list[Cell], left_out: dict[str, str]) -> None:
-    columns = [column for column in COLUMNS if any(cell.column == column for cell in cells)]
+def _print(bundle: Bundle, cells: list[dict[str, Any]], left_out: dict[str, str]) -> None:
+    found = {
+        (cell["size"], cell["steps"], Column(cell["backend"], cell["precision"])): f"{cell['fps']:.1f}"
+        for cell in cells
+    }
+    columns = list(dict.fromkeys(column for _, _, column in found))
     table = Table(title=f"{bundle.name}: frames a second, batch 1", box=None, pad_edge=False)
     table.add_column("px")
-    table.add_column("steps", justify="right")
-    for column in columns:
-        table.add_column(f"{column.backend}\n{column.precision}", justify="right")
-    for row in _rows(cells, columns):
-        table.add_row(*row)
+    for name in ("steps", *(f"{column.backend}\n{column.precision}" for column in columns)):
+        table.add_column(name, justify="right")
+    for size, steps in dict.fromkeys((size, steps) for size, steps, _ in found):
+        rates = [found.get((size, steps, column), "-") for column in columns]
+        table.add_row(str(size), str(steps), *rates)
     Console().print(table)
     for name, reason in left_out.items():
         typer.echo(f"left out: {name}: {reason}")
     result = {"bundle": bundle.name, "digest": bundle.digest, "machine": str(describe_machine())}
-    typer.echo(json.dumps({**result, "table": [cell.as_dict() for cell in cells], "left_out": left_out}))
-
-
-def _rows(cells: list[Cell], columns: list[Column]) -> Iterator[list[str]]:
-    found = {(cell.size_px, cell.steps, cell.column): f"{cell.timing.fps:.1f}" for cell in cells}
-    for size, steps in dict.fromkeys((cell.size_px, cell.steps) for cell in cells):
-        yield [str(size), str(steps), *(found.get((size, steps, column), "-") for column in columns)]
+    typer.echo(json.dumps({**result, "table": cells, "left_out": left_out}))

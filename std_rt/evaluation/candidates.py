@@ -1,4 +1,4 @@
-"""What a comparison runs: the LoRAs of a run, read with their notes, and the bare teacher."""
+"""Candidates of a comparison: LoRAs, read with the notes of their training, and the bare teacher."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _NOTES = ("method", "eta", "tau", "base_digest")
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """What is run: a LoRA, or with ``tensors`` None the bare teacher.
+    """A LoRA, or with ``tensors`` None the bare teacher.
 
     ``label`` groups the seeds of one recipe; ``guidance`` is the range of scales the LoRA was trained for;
-    ``adapter`` what diffusers notes of rank and alpha.
+    ``adapter`` is diffusers' note of rank and alpha.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Candidate:
         return 1.0 if self.method == "lcm" else 0.0
 
     def reference_guidance(self, asked: float | None = None) -> float:
-        """The scale of its yardstick: as asked, else the middle of what it was trained for, else 2."""
+        """The scale of its reference: as asked, else the middle of what it was trained for, else 2."""
         if asked is not None:
             return asked
         return REFERENCE_GUIDANCE if self.guidance is None else sum(self.guidance) / 2
@@ -57,7 +57,14 @@ class Candidate:
 
 def read_candidate(path: Path, base: Base) -> Candidate:
     """A LoRA that std-rt has written. Raises UsageError: unreadable, without notes, or for another base."""
-    tensors, notes = _read(path)
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            notes = dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"--lora {path} cannot be read ({error}); give a .safetensors file") from None
+    if not any("lora" in key for key in tensors):
+        raise UsageError(f"--lora {path} holds no LoRA; give the lora.safetensors of a run")
     lost = [name for name in _NOTES if name not in notes]
     if lost:
         raise UsageError(
@@ -74,18 +81,6 @@ def read_candidate(path: Path, base: Base) -> Candidate:
         raise UsageError(
             f"--lora {path} has damaged notes ({error}); save it again with std-rt train"
         ) from None
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-            notes = dict(file.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"--lora {path} cannot be read ({error}); give a .safetensors file") from None
-    if not any("lora" in key for key in tensors):
-        raise UsageError(f"--lora {path} holds no LoRA; give the lora.safetensors of a run")
-    return tensors, notes
 
 
 def _from_notes(path: Path, tensors: dict[str, Tensor], notes: dict[str, str]) -> Candidate:
@@ -108,7 +103,7 @@ def _from_notes(path: Path, tensors: dict[str, Tensor], notes: dict[str, str]) -
 
 
 def label_of(path: Path, method: str) -> str:
-    """What the seeds of one recipe share: method and run folder less ``-SEED``.
+    """The name that seeds of one recipe share: method and run folder less ``-SEED``.
 
     ``runs/std-0/lora.safetensors`` -> ``std``; ``runs/no-bank-2/lora.safetensors`` -> ``std no-bank``;
     a snapshot ``runs/std-0/loras/001000.safetensors`` -> ``std 1000``; another file goes by its own name.
@@ -125,18 +120,18 @@ def label_of(path: Path, method: str) -> str:
 
 def teachers(candidates: Sequence[Candidate], eta: float) -> list[Candidate]:
     """The bare teacher, once for every (tau, trained guidance) among the LoRAs; without LoRAs, at ``eta``."""
-    starts = {(c.tau, c.guidance): c for c in candidates}
+    starts = {(c.tau, c.guidance): c.eta for c in candidates}
     if not starts:
         try:
-            tau = start_timestep(eta)
+            starts = {(start_timestep(eta), None): eta}
         except ValueError as error:
             raise UsageError(f"--eta cannot be used: {error}") from None
-        return [Candidate("teacher", None, eta, tau, "teacher", "teacher")]
     found = [
-        Candidate("teacher", None, c.eta, c.tau, "teacher", guidance=c.guidance) for c in starts.values()
+        Candidate("teacher", None, eta, tau, "teacher", "teacher", guidance=guidance)
+        for (tau, guidance), eta in starts.items()
     ]
     if len(found) == 1:
-        return [replace(found[0], label="teacher")]
+        return found
     return [replace(c, label=f"teacher from {c.tau}, reference {c.reference_guidance():g}") for c in found]
 
 
@@ -149,22 +144,18 @@ def attached(unet: Any, candidate: Candidate) -> Iterator[None]:
     if candidate.tensors is None:
         yield
         return
-    try:
-        _attach(unet, candidate, candidate.tensors)
-        yield
-    finally:
-        unet.unload_lora()
-
-
-def _attach(unet: Any, candidate: Candidate, tensors: dict[str, Tensor]) -> None:
     # a.to_q.lora_A.weight, a.to_q.lora.down.weight and a.to_q_lora.down.weight are one layer each.
-    named = {re.split(r"[._]lora", key)[0].removeprefix("unet.") for key in tensors}
+    named = {re.split(r"[._]lora", key)[0].removeprefix("unet.") for key in candidate.tensors}
     missing = sorted(named - {name for name, _ in unet.named_modules()})
     if missing:
         raise UsageError(f"--lora {candidate.name} has weights for {missing[0]}, which this teacher lacks")
+    state = {key: value.float() for key, value in candidate.tensors.items()}
     try:
-        state = {key: value.float() for key, value in tensors.items()}
-        XL.load_lora_into_unet(state, None, unet, adapter_name="candidate", metadata=candidate.adapter)
-    except (ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"--lora {candidate.name} does not fit this teacher: {reason}") from None
+        try:
+            XL.load_lora_into_unet(state, None, unet, adapter_name="candidate", metadata=candidate.adapter)
+        except (ValueError, RuntimeError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UsageError(f"--lora {candidate.name} does not fit this teacher: {reason}") from None
+        yield
+    finally:
+        unet.unload_lora()

@@ -1,9 +1,9 @@
-"""The same bundle through diffusers, for `std-rt bench --against`. Needs the extra [export].
+"""Baseline of `std-rt bench --against`: the same bundle through diffusers. Needs the extra [export].
 
 diffusers' own UNet with its IP-Adapter attention, and the VAE, rebuilt from the bundle's weights: one frame,
 the trajectory of the bundle; eager, in fp32 or bf16 autocast, or compiled by ``torch.compile`` as it comes.
-Guidance is the full one, at batch 2: diffusers has no other. Only the loop around them is ours, and shorter
-than that of a diffusers pipeline, which favours diffusers.
+Guidance is the full one, at batch 2: diffusers has no other. The loop around them is `denoise`, shorter than
+that of a diffusers pipeline, which favours diffusers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from std_rt.core.bundle import Bundle
-from std_rt.core.schedule import add_noise, step, to_eps
 from std_rt.export import load_torch_components
 from std_rt.export.modules import VaeDecoder, VaeEncoder
 from std_rt.pipeline.conditioning import (
@@ -28,6 +27,7 @@ from std_rt.pipeline.conditioning import (
     to_image,
     unet_inputs,
 )
+from std_rt.pipeline.denoise import denoise, noise_draws
 from std_rt.pipeline.stylizer import draw_noise
 
 __all__ = ["DiffusersLoop"]
@@ -36,7 +36,7 @@ Frame = NDArray[np.uint8]
 
 
 class DiffusersLoop:
-    """`Stylizer.step` in torch, at one working size (H, W) and style strength 1."""
+    """A `Stylizer` in torch, at one working size (H, W) and style strength 1."""
 
     def __init__(
         self,
@@ -52,20 +52,16 @@ class DiffusersLoop:
         self._bundle, self._size, self._autocast = bundle, size, precision == "bf16"
         self._scale = choose_guidance(bundle, guidance).scale
         parts = load_torch_components(bundle)
-        self._unet: Any = parts["unet"]
         self._style_encoder = parts["style_encoder"]
-        self._encode: Any = VaeEncoder(parts["vae"])
-        self._decode: Any = VaeDecoder(parts["vae"])
+        networks: list[Any] = [parts["unet"], VaeEncoder(parts["vae"]), VaeDecoder(parts["vae"])]
         if compiled:
-            self._unet, self._encode, self._decode = map(
-                torch.compile, (self._unet, self._encode, self._decode)
-            )
+            networks = [torch.compile(network) for network in networks]
+        self._unet, self._encode, self._decode = networks
         self._coefficients = bundle.coefficients(steps)
         self._image = np.empty((1, 3, *size), np.float32)
-        scale = bundle.vae_scale
-        draws = 1 + sum(1 for c in self._coefficients if c.noise)
-        shape = (draws, bundle.latent_channels, size[0] // scale, size[1] // scale)
-        self._noise: Any = torch.from_numpy(draw_noise(0, shape))
+        latent_size = (size[0] // bundle.vae_scale, size[1] // bundle.vae_scale)
+        shape = (noise_draws(self._coefficients), bundle.latent_channels, *latent_size)
+        self._noise = torch.from_numpy(draw_noise(0, shape)).split(1)
         self._text: dict[str, Any] = {}
 
     @torch.inference_mode()
@@ -88,31 +84,29 @@ class DiffusersLoop:
     @torch.inference_mode()
     def step(self, frame: Frame, *, mark: Callable[[str], None] = lambda stage: None) -> Frame:
         """Stylize a frame uint8 [H, W, 3] of the working size; ``mark(stage)`` follows each stage."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self._autocast):
-            return self._step(frame, mark)
 
-    def _step(self, frame: Frame, mark: Callable[[str], None]) -> Frame:
-        image = torch.from_numpy(to_image(frame, self._image))
-        mark("convert")
-        z: Any = self._encode(image)
-        mark("vae_encoder")
-        start, *later = self._noise.split(1)
-        x = add_noise(z, start, self._coefficients[0])
-        mark("scheduler")
-        for c in self._coefficients:
-            output = self._predict(x, c.timestep)
-            mark("unet")
-            x = step(
-                x, to_eps(output, x, c, self._bundle.prediction_type), c, later.pop(0) if c.noise else None
-            )
+        def predict(x: Any, timestep: int, negative: bool) -> Any:
             mark("scheduler")
-        image = self._decode(x)
-        mark("vae_decoder")
+            output = self._predict(x, timestep)
+            mark("unet")
+            return output
+
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._autocast):
+            image = torch.from_numpy(to_image(frame, self._image))
+            mark("convert")
+            z = self._encode(image)
+            mark("vae_encoder")
+            kind = self._bundle.prediction_type
+            z = denoise(z, predict, noise=self._noise, steps=self._coefficients, prediction_type=kind)
+            mark("scheduler")
+            image = self._decode(z)
+            mark("vae_decoder")
         styled = to_frame(image.float().numpy())
         mark("convert")
         return styled
 
     def _predict(self, x: Any, timestep: int) -> Any:
+        """The guided output: both branches in one call, as diffusers does."""
         t = torch.tensor(timestep)  # of an int, torch.compile would compile every value anew
         if self._scale == 1:
             return self._unet(x, t, **self._text, return_dict=False)[0]
@@ -121,7 +115,7 @@ class DiffusersLoop:
         return negative + self._scale * (positive - negative)
 
     def _run_style_encoder(self, style_image: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-        found: Tensor | tuple[Tensor, Tensor] = self._style_encoder(torch.from_numpy(style_image))
-        if isinstance(found, Tensor):
-            return {"style_tokens": found.numpy()}
-        return {"style_tokens": found[0].numpy(), "text_embeds": found[1].numpy()}
+        found: Tensor | tuple[Tensor, ...] = self._style_encoder(torch.from_numpy(style_image))
+        outputs = (found,) if isinstance(found, Tensor) else found
+        named = zip(("style_tokens", "text_embeds"), outputs, strict=False)
+        return {name: value.numpy() for name, value in named}

@@ -1,11 +1,11 @@
-"""Measures that need no network: palette, strokes, drawing, and steadiness from frame to frame.
+"""Measures without a network: palette, strokes, drawing, and steadiness from frame to frame.
 
 For one output beside its content and style (frames uint8 [H, W, 3] in RGB):
 
-* colour: sliced Wasserstein distance of the output's colours to the style's (0 = same palette)
+* colour: sliced Wasserstein distance of the output's colours to the style's, 0..1 (0 = same palette)
 * texture: the same of 5x5 patches less their local mean, at three scales (0 = same strokes and grain)
-* structure: correlation of blurred gradient strength with the content (1 = same drawing)
-* ssim: structural similarity of the grey picture to the content's (1 = same picture)
+* structure: correlation of blurred gradient strength with the content, -1..1 (1 = same drawing)
+* ssim: structural similarity of the grey picture to the content's, -1..1 (1 = same picture)
 
 With a mask (bool [H, W], True = judged) each looks only at the output's pixels inside.
 For clips, `WarpingError` follows the content's optical flow from frame to frame.
@@ -13,7 +13,7 @@ For clips, `WarpingError` follows the content's optical flow from frame to frame
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -28,6 +28,7 @@ __all__ = [
     "Mask",
     "Score",
     "WarpingError",
+    "means",
     "reinhard",
     "score",
     "sliced_wasserstein",
@@ -60,13 +61,18 @@ class Score:
 
 
 def score(frame: Frame, content: Frame, style: Frame, mask: Mask | None = None) -> Score:
-    """All four of one output; ``content`` and ``mask`` have its size."""
+    """All four of one output; ``content`` [H, W, 3] and ``mask`` [H, W] have its size, ``style`` any."""
     return Score(
         _colour_distance(frame, style, mask),
         texture_distance(frame, style, mask),
         structure_agreement(frame, content, mask),
         ssim(frame, content, mask),
     )
+
+
+def means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean of each number over rows of the same names."""
+    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
 
 
 def sliced_wasserstein(x: Array, y: Array, directions: int = 64, points: int = 512) -> float:
@@ -113,7 +119,7 @@ def _patches(frame: Frame, mask: Mask | None = None) -> Array:
 
 
 def texture_distance(frame: Frame, style: Frame, mask: Mask | None = None) -> float:
-    """Mean over full, half and quarter size of the patches' sliced Wasserstein distance."""
+    """Sliced Wasserstein distance of the patches, 0 and up: the mean over full, half and quarter size."""
     total = 0.0
     for _ in range(3):
         total += sliced_wasserstein(_patches(frame, mask), _patches(style))
@@ -172,7 +178,7 @@ def _window(x: Array) -> Array:
 
 
 def reinhard(content: Frame, style: Frame) -> Frame:
-    """A baseline: mean and standard deviation per Lab channel (Reinhard et al. 2001)."""
+    """A baseline: ``content`` with the style's mean and deviation per Lab channel (Reinhard et al. 2001)."""
     a, b = (cv2.cvtColor(f, cv2.COLOR_RGB2LAB).astype(np.float32) for f in (content, style))
     moved = (a - a.mean((0, 1))) / (a.std((0, 1)) + 1e-3) * b.std((0, 1)) + b.mean((0, 1))
     lab = np.clip(moved, 0, 255).astype(np.uint8)
@@ -203,8 +209,8 @@ class Flow:
     def difference(self, before: Frame, after: Frame) -> float:
         """Mean absolute difference, 0..1, of ``after`` from ``before`` carried along, where it is followed.
 
-        The frames are those the flow was found on, or what was made of them at their size. nan where nothing
-        is followed.
+        The frames are those the flow was found on, or stylized ones of their size. nan where nothing is
+        followed.
         """
         if not self.followed.any():
             return float("nan")
@@ -230,7 +236,7 @@ def warp(before: Array, source: Array) -> Array:
 
 
 class WarpingError:
-    """Flicker over a clip: what of an output does not move with its content.
+    """Flicker over a clip: the part of an output that does not move with its content.
 
     Mean absolute difference (0..1) between an output and the one before it, carried along the flow of the
     *content*, where that flow holds in both directions. The content's own value is the floor: its noise and

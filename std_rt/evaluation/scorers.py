@@ -1,7 +1,7 @@
-"""Scores that need weights, for who has them: CLIP, DINOv2, CSD and LAION's aesthetic predictor.
+"""Scores that need weights: CLIP, DINOv2, CSD and LAION's aesthetic predictor.
 
 Nothing is downloaded, and no file may run code: safetensors, or ``torch.load(weights_only=True)``. All are
-cosines in -1..1 but the aesthetic one, which lives on about 1..10.
+cosines in -1..1, except the aesthetic score, which is about 1..10.
 
 * CLIP: a transformers folder of a CLIPModel; output to content and output to style
 * DINOv2: a transformers folder of a Dinov2Model; class token of output to content
@@ -16,9 +16,7 @@ import argparse
 import hashlib
 import pickle
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +25,15 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Model
+from transformers.utils import logging
 
 from std_rt.core.errors import UsageError
-from std_rt.training.data.picture_set import Frame
+from std_rt.evaluation.measures import Frame
 from std_rt.training.run.sheet import to_tensor
 
-__all__ = ["Scorer", "VisionTower", "load_scorers"]
+__all__ = ["Scorer", "load_scorers"]
 
 Scorer = Callable[[Frame, Frame, Frame], dict[str, float]]  # (output, content, style) -> numbers by name
 Embed = Callable[[Tensor], Tensor]  # images [1, 3, S, S], normalised -> [1, D]
@@ -42,6 +42,20 @@ _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.2613
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _DINO_PX = 224
 _HEAD_WIDTH = 64  # of every CLIP that OpenAI published
+# Names in OpenAI's CLIP files, which CSD keeps -> in transformers' CLIPVisionModel.
+_FROM_OPENAI = {
+    "transformer.resblocks": "encoder.layers",
+    "class_embedding": "embeddings.class_embedding",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "conv1": "embeddings.patch_embedding",
+    "ln_pre": "pre_layrnorm",
+    "ln_post": "post_layernorm",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn": "self_attn",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
 _REMEMBERED = 256
 
 
@@ -70,7 +84,7 @@ def load_scorers(
 
 
 class _Embedder:
-    """Frames -> unit vectors [D]; what was seen is remembered, since contents and styles come again."""
+    """Frames uint8 [S, S, 3] -> unit vectors [D]; remembered, since contents and styles come again."""
 
     def __init__(
         self, embed: Embed, side_px: int, mean: tuple[float, ...], std: tuple[float, ...], device: str
@@ -107,51 +121,32 @@ def _cosines(embedder: _Embedder, content: str = "", style: str = "") -> Scorer:
     return scorer
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No list of the text encoder's weights, which are not wanted here, and no progress bar."""
-    from transformers.utils import logging
-
-    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bar:
-            logging.enable_progress_bar()
-
-
 def _read_folder(option: str, folder: Path, kind: Any) -> Any:
     """A transformers model of class ``kind`` from a folder, never from the network."""
     if not (folder / "config.json").is_file():
-        raise UsageError(f"{option} {folder} is no transformers folder (it has no config.json)")
+        raise UsageError(f"{option} {folder} is not a transformers folder (it has no config.json)")
+    logging.set_verbosity_error()  # nothing about the weights of the text encoder, which is not used here
+    logging.disable_progress_bar()
     try:
-        with _quiet():
-            model, report = kind.from_pretrained(
-                folder, local_files_only=True, weights_only=True, output_loading_info=True
-            )
+        model, report = kind.from_pretrained(
+            folder, local_files_only=True, weights_only=True, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
         raise UsageError(
             f"{option} {folder} cannot be loaded: {' '.join(str(error).split())[:200]}"
         ) from None
     if report["missing_keys"]:
         lost = sorted(report["missing_keys"])[0]
-        raise UsageError(f"{option} {folder} holds no {kind.__name__} (it has no {lost})")
+        raise UsageError(f"{option} {folder} does not hold a {kind.__name__}: {lost} is missing")
     return model.eval().requires_grad_(False)
 
 
 def _load_clip(folder: Path, device: str) -> _Embedder:
-    from transformers import CLIPVisionModelWithProjection
-
     model = _read_folder("--clip", folder, CLIPVisionModelWithProjection).to(device)
     return _Embedder(lambda x: model(x).image_embeds, model.config.image_size, _CLIP_MEAN, _CLIP_STD, device)
 
 
 def _load_dino(folder: Path, device: str) -> _Embedder:
-    from transformers import Dinov2Model
-
     model = _read_folder("--dino", folder, Dinov2Model).to(device)
     side = min(_DINO_PX, int(model.config.image_size))
     side -= side % int(model.config.patch_size)
@@ -164,21 +159,16 @@ def _load_dino(folder: Path, device: str) -> _Embedder:
 
 
 def _load_state(option: str, path: Path) -> dict[str, Any]:
-    """A state dict, or a checkpoint that holds one. Raises UsageError; never runs what a file says."""
+    """A state dict, or a checkpoint that holds one; no code in the file is run. Raises UsageError."""
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         # The authors' CSD file keeps its training arguments and a NumPy number beside the weights: data only.
-        numpy_scalar = np.float64(0).__reduce__()[0]
-        harmless: list[Any] = [
-            argparse.Namespace,
-            np.dtype,
-            type(np.dtype(np.float64)),
-            (numpy_scalar, "numpy.core.multiarray.scalar"),
-            numpy_scalar,
-        ]
+        scalar = np.float64(0).__reduce__()[0]
+        harmless: list[Any] = [argparse.Namespace, np.dtype, type(np.dtype(np.float64)), scalar]
+        harmless.append((scalar, "numpy.core.multiarray.scalar"))  # its name in NumPy 1
         with torch.serialization.safe_globals(harmless), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on old pickles; what cannot be read raises
+            warnings.simplefilter("ignore")  # about old pickles; what cannot be read raises
             found = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:160]
@@ -188,55 +178,33 @@ def _load_state(option: str, path: Path) -> dict[str, Any]:
     return dict(found)
 
 
-class _QuickGelu(nn.Module):
-    """The approximation of GELU that OpenAI's CLIP was trained with."""
+def _clip_from_openai(state: Mapping[str, Tensor], projection: Tensor) -> CLIPVisionModelWithProjection:
+    """CLIP's picture encoder from weights by OpenAI's names, and a projection [width, D] behind it.
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
-
-
-class _Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.attn = nn.MultiheadAttention(width, max(1, width // _HEAD_WIDTH), batch_first=True)
-        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        layers = (nn.Linear(width, 4 * width), _QuickGelu(), nn.Linear(4 * width, width))
-        self.mlp = nn.Sequential(OrderedDict(zip(("c_fc", "gelu", "c_proj"), layers, strict=True)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.ln_1(x)
-        x = x + self.attn(y, y, y, need_weights=False)[0]
-        return x + self.mlp(self.ln_2(x))
-
-
-class VisionTower(nn.Module):
-    """CLIP's picture encoder up to the class token ``[B, width]``, under the names of OpenAI's files."""
-
-    def __init__(self, width: int, layers: int, patch_px: int, side_px: int) -> None:
-        super().__init__()
-        self.side_px = side_px
-        self.conv1 = nn.Conv2d(3, width, patch_px, patch_px, bias=False)
-        self.class_embedding = nn.Parameter(torch.zeros(width))
-        self.positional_embedding = nn.Parameter(torch.zeros((side_px // patch_px) ** 2 + 1, width))
-        self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.transformer: Any = nn.Module()
-        self.transformer.resblocks = nn.Sequential(*(_Block(width) for _ in range(layers)))
-
-    @classmethod
-    def fitting(cls, state: Mapping[str, Tensor]) -> VisionTower:
-        """The tower whose weights these are, loaded. KeyError or RuntimeError where they are none."""
-        width, _, patch, _ = state["conv1.weight"].shape
-        grid = round((len(state["positional_embedding"]) - 1) ** 0.5)
-        layers = len({name.split(".")[2] for name in state if name.startswith("transformer.resblocks.")})
-        tower = cls(width, layers, patch, grid * patch)
-        tower.load_state_dict(state)
-        return tower.eval().requires_grad_(False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.conv1(images).flatten(2).transpose(1, 2)
-        first = self.class_embedding.expand(len(x), 1, -1)
-        x = self.ln_pre(torch.cat([first, x], 1) + self.positional_embedding)
-        return self.ln_post(self.transformer.resblocks(x)[:, 0])
+    Raises KeyError or RuntimeError where they do not fit together.
+    """
+    width, _, patch, _ = state["conv1.weight"].shape
+    grid = round((len(state["positional_embedding"]) - 1) ** 0.5)
+    config = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=len({name.split(".")[2] for name in state if "resblocks" in name}),
+        num_attention_heads=max(1, width // _HEAD_WIDTH),
+        image_size=grid * patch,
+        patch_size=patch,
+        projection_dim=projection.shape[1],
+        hidden_act="quick_gelu",
+    )
+    renamed = {"visual_projection.weight": projection.T}
+    for name, value in state.items():
+        for old, new in _FROM_OPENAI.items():
+            name = name.replace(old, new)
+        parts = value.chunk(3) if "in_proj_" in name else (value,)
+        for head, part in zip("qkv", parts, strict=False):
+            renamed[f"vision_model.{name.replace('in_proj_', f'{head}_proj.')}"] = part
+    model = CLIPVisionModelWithProjection(config)
+    model.load_state_dict(renamed)
+    return model.eval().requires_grad_(False)
 
 
 def _load_csd(path: Path, device: str) -> _Embedder:
@@ -247,18 +215,17 @@ def _load_csd(path: Path, device: str) -> _Embedder:
     backbone = {k.removeprefix("backbone."): v.float() for k, v in state.items() if k.startswith("backbone.")}
     backbone.pop("proj", None)  # moved out into the two last layers
     try:
-        style = state["last_layer_style"].float().to(device)
-        tower = VisionTower.fitting(backbone).to(device)
+        model: Any = _clip_from_openai(backbone, state["last_layer_style"].float()).to(device)
     except (KeyError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UsageError(
-            f"--csd {path} is no CSD checkpoint (backbone.*, last_layer_style): {reason}"
+            f"--csd {path} is not a CSD checkpoint (backbone.*, last_layer_style): {reason}"
         ) from None
-    return _Embedder(lambda x: tower(x) @ style, tower.side_px, _CLIP_MEAN, _CLIP_STD, device)
+    return _Embedder(lambda x: model(x).image_embeds, model.config.image_size, _CLIP_MEAN, _CLIP_STD, device)
 
 
 def _load_aesthetic(path: Path, embedder: _Embedder, device: str) -> Scorer:
-    """Five linear layers, with nothing but dropout in between: over the unit CLIP vector, to one number."""
+    """Five linear layers with only dropout in between: from the unit CLIP vector to one number."""
     if "relu" in path.name.lower():
         raise UsageError(
             f"--aesthetic {path} is the variant with ReLU; give sac+logos+ava1-l14-linearMSE.pth"
@@ -271,15 +238,13 @@ def _load_aesthetic(path: Path, embedder: _Embedder, device: str) -> Scorer:
             for name in order
         ]
     except (KeyError, AttributeError) as error:
-        raise UsageError(f"--aesthetic {path} is no aesthetic predictor (it has no {error})") from None
+        raise UsageError(f"--aesthetic {path} is not an aesthetic predictor: {error} is missing") from None
 
     def scorer(output: Frame, content: Frame, style: Frame) -> dict[str, float]:
         x = embedder(output)
-        if x.shape[0] != layers[0][0].shape[1]:
-            wanted = layers[0][0].shape[1]
-            raise UsageError(
-                f"--aesthetic judges CLIP vectors of {wanted} numbers, --clip gives {x.shape[0]}"
-            )
+        wanted = layers[0][0].shape[1]
+        if len(x) != wanted:
+            raise UsageError(f"--aesthetic judges CLIP vectors of {wanted} numbers, --clip gives {len(x)}")
         for weight, bias in layers:
             x = F.linear(x, weight, bias)
         return {"aesthetic": float(x)}

@@ -1,16 +1,15 @@
 """Students beside their teacher, on the same pictures and noise: how far from its 50-step result?
 
 Every candidate (a LoRA, or the bare teacher) runs from the same content latents and the same noise, along
-the schedule that starts exactly at its ``tau``. The yardstick is the teacher's deterministic run over all
+the schedule that starts exactly at its ``tau``. The reference is the teacher's deterministic run over all
 grid points from that ``tau`` down. A run is counted in UNet evaluations, since guidance other than 1 costs
-two a step: tables compare at equal evaluations. How good a single picture is, a ``judge`` says, which the
-caller hands in.
+two a step: tables compare at equal evaluations. How good a single picture is, the caller's ``judge`` says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,42 +17,23 @@ import torch
 from torch import Tensor
 
 from std_rt.core.errors import UsageError
-from std_rt.core.schedule import (
-    GRID_POINTS,
-    img2img_timesteps,
-    trajectory_timesteps,
-)
-from std_rt.evaluation.candidates import Candidate, attached, label_of, read_candidate, teachers
-from std_rt.evaluation.inpaint import Mask, composite, keep_outside, latent_mask, outside_difference
-from std_rt.training.data.picture_set import Frame
+from std_rt.core.schedule import GRID_POINTS, img2img_timesteps, trajectory_timesteps
+from std_rt.evaluation.candidates import Candidate, attached
+from std_rt.evaluation.inpaint import composite, keep_outside, latent_mask, outside_difference
+from std_rt.evaluation.measures import Frame, Mask, means
 from std_rt.training.distil.base import Base
-from std_rt.training.distil.sampling import (
-    Scene,
-    draw_noise,
-    encode_scene,
-    reference_timesteps,
-    sample_latents,
-)
+from std_rt.training.distil.sampling import Scene, reference_timesteps, sample_latents
 from std_rt.training.run.sheet import to_frames
 
 __all__ = [
     "SCHEDULES",
-    "Candidate",
+    "Comparison",
     "Reference",
     "Row",
-    "Scene",
     "Setting",
     "aggregate",
-    "attached",
     "choose_device",
     "compare",
-    "draw_noise",
-    "encode_scene",
-    "label_of",
-    "read_candidate",
-    "reference",
-    "sample_latents",
-    "teachers",
     "timesteps_for",
 ]
 
@@ -98,9 +78,7 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: everything but the frames."""
-        return asdict(
-            replace(self, frames=[]), dict_factory=lambda items: {k: v for k, v in items if k != "frames"}
-        )
+        return {name: value for name, value in vars(self).items() if name != "frames"}
 
 
 def choose_device(name: str) -> str:
@@ -116,103 +94,26 @@ def choose_device(name: str) -> str:
 
 def timesteps_for(candidate: Candidate, setting: Setting) -> list[int]:
     """The timesteps of a run. Raises UsageError where the trajectory has fewer points than steps."""
+    eta, steps = candidate.eta, setting.steps
     try:
         if setting.schedule == "aligned":
-            return trajectory_timesteps(candidate.eta, setting.steps, start=candidate.tau)
-        return _img2img_cut(candidate.eta, setting.steps)
+            return trajectory_timesteps(eta, steps, start=candidate.tau)
+        # diffusers cuts the head of a longer schedule: ask for the length that leaves exactly ``steps``.
+        asked = next((n for n in range(steps, GRID_POINTS + 1) if int(n * eta) == steps), None)
+        if asked is None:
+            raise ValueError(f"no diffusers schedule at eta {eta:g} runs {steps} steps")
+        return img2img_timesteps(eta, asked)
     except ValueError as error:
-        raise UsageError(f"--steps {setting.steps} cannot be run: {error}") from None
-
-
-def _img2img_cut(eta: float, steps: int) -> list[int]:
-    """diffusers' img2img schedule of exactly ``steps`` evaluations: it is asked for more, and cuts."""
-    asked = next((n for n in range(steps, GRID_POINTS + 1) if int(n * eta) == steps), None)
-    if asked is None:
-        raise ValueError(f"no diffusers schedule at eta {eta:g} runs {steps} steps")
-    return img2img_timesteps(eta, asked)
-
-
-def _run(
-    base: Base, scene: Scene, timesteps: list[int], guidance: float, gamma: float, batch: int, bf16: bool
-) -> Tensor:
-    """`sample_latents` over a scene, ``batch`` rows at a time, inside its mask where it has one."""
-    done = []
-    for i in range(0, len(scene.z), batch):
-        rows = slice(i, i + batch)
-        z, noise = scene.z[rows], scene.noise[:, rows]
-        after = None
-        if scene.mask is not None:
-            after = keep_outside(base.schedule, z, noise[0], _inside(scene))
-        cond = scene.cond.rows(rows)
-        done.append(sample_latents(base, cond, z, timesteps, guidance, noise, gamma, after=after, bf16=bf16))
-    return torch.cat(done)
-
-
-def _inside(scene: Scene) -> Tensor:
-    assert scene.mask is not None
-    return latent_mask(scene.mask, (scene.z.shape[2], scene.z.shape[3])).to(scene.z)
-
-
-@torch.no_grad()
-def _decode(base: Base, z: Tensor, batch: int) -> Tensor:
-    """Latents -> images [N, 3, H, W] in [0, 1]."""
-    parts = [base.decode(z[i : i + batch]) for i in range(0, len(z), batch)]
-    return (torch.cat(parts).clamp(-1, 1) + 1) / 2
-
-
-def reference(
-    base: Base,
-    scene: Scene,
-    tau: int,
-    guidance: float,
-    steps: int = GRID_POINTS,
-    *,
-    batch: int = 4,
-    bf16: bool = False,
-) -> Reference:
-    """The yardstick: the bare teacher over the grid from ``tau``, deterministic, at ``guidance``."""
-    timesteps = reference_timesteps(tau, steps)
-    z = _run(base, scene, timesteps, guidance, 0.0, batch, bf16)
-    return Reference(z, _decode(base, z, batch))
-
-
-def _evaluations(timesteps: list[int], guidance: float) -> int:
-    return len(timesteps) * (1 if guidance == 1 else 2)
-
-
-def _rmse(a: Tensor, b: Tensor, inside: Tensor | None) -> Tensor:
-    """Per row [N], over what is inside ([H, W] of 0/1, None: all)."""
-    square = (a - b).square()
-    if inside is None:
-        return square.flatten(1).mean(1).sqrt()
-    share = inside.expand_as(square)
-    return ((square * share).flatten(1).sum(1) / share.flatten(1).sum(1)).sqrt()
-
-
-def _distances(base_z: Reference, z: Tensor, images: Tensor, scene: Scene) -> list[dict[str, float]]:
-    """Distance to the reference, per pair: of latents, of images in 0..1, and as PSNR (at most 100 dB)."""
-    pixels = None if scene.mask is None else torch.from_numpy(scene.mask).to(images)
-    latents = None if scene.mask is None else _inside(scene)
-    off_z, off = _rmse(z, base_z.z, latents), _rmse(images, base_z.images, pixels)
-    decibel = (-20 * off.clamp(min=1e-5).log10()).tolist()  # JSON knows no infinity
-    named = zip(off_z.tolist(), off.tolist(), decibel, strict=True)
-    return [{"latent_rmse": a, "image_rmse": b, "psnr_db": c} for a, b, c in named]
-
-
-def _frames(images: Tensor, scene: Scene) -> list[Frame]:
-    frames = to_frames(images * 2 - 1)
-    if scene.mask is None:
-        return frames
-    return [composite(f, content, scene.mask) for f, content in zip(frames, scene.contents, strict=True)]
-
-
-def _mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+        raise UsageError(f"--steps {steps} cannot be run: {error}") from None
 
 
 @dataclass(eq=False)
-class Bench:
-    """Everything that stays the same over a comparison."""
+class Comparison:
+    """Everything that stays the same over a comparison; references are filled in by `compare`.
+
+    ``clips`` are scenes of one clip each, with what judges their frames. ``reference_guidance`` None is each
+    candidate's own. ``batch`` rows are run at a time.
+    """
 
     base: Base
     scene: Scene
@@ -224,43 +125,56 @@ class Bench:
     bf16: bool = False
     references: dict[tuple[int, float], Reference] = field(default_factory=dict)
 
-    def reference(self, candidate: Candidate) -> Reference:
-        """The yardstick of a candidate; made before any LoRA is attached."""
-        return self.references[candidate.tau, candidate.reference_guidance(self.reference_guidance)]
-
     def add_reference(self, candidate: Candidate) -> Row | None:
-        """Run a candidate's yardstick unless it is there; its own row, at distance 0."""
+        """Run a candidate's reference, before any LoRA is attached: its row, at distance 0.
+
+        None where another candidate had the same reference.
+        """
         scale = candidate.reference_guidance(self.reference_guidance)
         if (candidate.tau, scale) in self.references:
             return None
-        made = reference(
-            self.base,
-            self.scene,
-            candidate.tau,
-            scale,
-            self.reference_steps,
-            batch=self.batch,
-            bf16=self.bf16,
-        )
-        self.references[candidate.tau, scale] = made
-        timesteps = reference_timesteps(candidate.tau, self.reference_steps)
         bare = replace(
             candidate, name="reference", label="reference", tensors=None, method="teacher", seed=None
         )
-        return self._row(bare, Setting(len(timesteps), scale), timesteps, made.z, made)
+        timesteps = reference_timesteps(candidate.tau, self.reference_steps)
+        z = self.sample(self.scene, timesteps, scale)
+        self.references[candidate.tau, scale] = Reference(z, self.decode(z))
+        return self._row(bare, Setting(len(timesteps), scale), timesteps, z)
 
     def run(self, candidate: Candidate, setting: Setting) -> Row:
         """One row of the table; the candidate is attached already."""
         timesteps = timesteps_for(candidate, setting)
-        z = _run(self.base, self.scene, timesteps, setting.guidance, candidate.gamma, self.batch, self.bf16)
-        return self._row(candidate, setting, timesteps, z, self.reference(candidate))
+        z = self.sample(self.scene, timesteps, setting.guidance, candidate.gamma)
+        return self._row(candidate, setting, timesteps, z)
 
-    def _row(
-        self, candidate: Candidate, setting: Setting, timesteps: list[int], z: Tensor, against: Reference
-    ) -> Row:
-        images = _decode(self.base, z, self.batch)
-        frames = _frames(images, self.scene)
-        measures = _mean(_distances(against, z, images, self.scene)) | self._judged(frames)
+    def sample(self, scene: Scene, timesteps: list[int], guidance: float, gamma: float = 0.0) -> Tensor:
+        """`sample_latents` over a scene, inside its mask where it has one: latents [N, C, h, w]."""
+        done = []
+        for i in range(0, len(scene.z), self.batch):
+            rows = slice(i, i + self.batch)
+            z, noise, cond = scene.z[rows], scene.noise[:, rows], scene.cond.rows(rows)
+            inside = _inside(scene)
+            after = None if inside is None else keep_outside(self.base.schedule, z, noise[0], inside)
+            done.append(
+                sample_latents(
+                    self.base, cond, z, timesteps, guidance, noise, gamma, after=after, bf16=self.bf16
+                )
+            )
+        return torch.cat(done)
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents -> images [N, 3, H, W] in [0, 1]."""
+        parts = [self.base.decode(z[i : i + self.batch]) for i in range(0, len(z), self.batch)]
+        return (torch.cat(parts).clamp(-1, 1) + 1) / 2
+
+    def _row(self, candidate: Candidate, setting: Setting, timesteps: list[int], z: Tensor) -> Row:
+        scene, images = self.scene, self.decode(z)
+        frames = to_frames(images * 2 - 1)
+        if scene.mask is not None:
+            frames = [composite(f, c, scene.mask) for f, c in zip(frames, scene.contents, strict=True)]
+        target = self.references[candidate.tau, candidate.reference_guidance(self.reference_guidance)]
+        measures = means(_distances(target, z, images, scene)) | self._judged(frames)
         return Row(
             name=candidate.name,
             label=candidate.label,
@@ -270,43 +184,73 @@ class Bench:
             steps=setting.steps,
             guidance=setting.guidance,
             timesteps=timesteps,
-            evaluations=_evaluations(timesteps, setting.guidance),
-            measures=measures | self._warping(candidate, setting, timesteps),
+            evaluations=len(timesteps) * (1 if setting.guidance == 1 else 2),
+            measures=measures | self._clips_judged(candidate, setting, timesteps),
             frames=frames,
         )
 
     def _judged(self, frames: list[Frame]) -> dict[str, float]:
         scene = self.scene
-        sets = zip(frames, scene.contents, scene.styles, strict=True)
-        found = _mean([self.judge(frame, content, style, scene.mask) for frame, content, style in sets])
-        if scene.mask is None:
-            return found
-        off = [outside_difference(f, c, scene.mask) for f, c in zip(frames, scene.contents, strict=True)]
-        return found | {"outside_max": float(max(off))}
+        sets = list(zip(frames, scene.contents, scene.styles, strict=True))
+        found = means([self.judge(frame, content, style, scene.mask) for frame, content, style in sets])
+        if scene.mask is not None:
+            found["outside_max"] = float(max(outside_difference(f, c, scene.mask) for f, c, _ in sets))
+        return found
 
-    def _warping(self, candidate: Candidate, setting: Setting, timesteps: list[int]) -> dict[str, float]:
-        """What the clips' judges say of the candidate, as a mean over clips; {} where they say nothing."""
-        found = []
+    def _clips_judged(self, candidate: Candidate, setting: Setting, timesteps: list[int]) -> dict[str, float]:
+        """Means over the clips that their judges have numbers for: a clip of nothing but cuts has none.
+
+        Frames are judged as the networks give them, without the runtime's temporal filter.
+        """
+        known = []
         for clip, judge in self.clips:
-            z = _run(self.base, clip, timesteps, setting.guidance, candidate.gamma, self.batch, self.bf16)
-            found.append(judge(to_frames(_decode(self.base, z, self.batch) * 2 - 1)))
-        known = [each for each in found if each]  # a clip of nothing but cuts says nothing
-        return _mean(known) if known else {}
+            images = self.decode(self.sample(clip, timesteps, setting.guidance, candidate.gamma))
+            found = judge(to_frames(images * 2 - 1))
+            known += [found] if found else []
+        return means(known) if known else {}
 
 
-def compare(bench: Bench, candidates: Sequence[Candidate], settings: Sequence[Setting]) -> Iterator[Row]:
-    """One row for each yardstick (label ``reference``), then one for each candidate at each setting."""
+def _inside(scene: Scene) -> Tensor | None:
+    """The scene's mask over its latents [1, 1, h, w]; None where it has none."""
+    if scene.mask is None:
+        return None
+    return latent_mask(scene.mask, (scene.z.shape[2], scene.z.shape[3])).to(scene.z)
+
+
+def _rmse(a: Tensor, b: Tensor, inside: Tensor | None) -> Tensor:
+    """Per row [N], over what is inside ([H, W] of 0/1, None: all)."""
+    square = (a - b).square()
+    share = torch.ones_like(square) if inside is None else inside.expand_as(square)
+    return ((square * share).flatten(1).sum(1) / share.flatten(1).sum(1)).sqrt()
+
+
+def _distances(target: Reference, z: Tensor, images: Tensor, scene: Scene) -> list[dict[str, float]]:
+    """Distance to the reference, per pair: of latents, of images in 0..1, and as PSNR (at most 100 dB)."""
+    pixels = None if scene.mask is None else torch.from_numpy(scene.mask).to(images)
+    off_z, off = _rmse(z, target.z, _inside(scene)), _rmse(images, target.images, pixels)
+    decibel = (-20 * off.clamp(min=1e-5).log10()).tolist()  # JSON knows no infinity
+    named = zip(off_z.tolist(), off.tolist(), decibel, strict=True)
+    return [{"latent_rmse": a, "image_rmse": b, "psnr_db": c} for a, b, c in named]
+
+
+def compare(
+    comparison: Comparison, candidates: Sequence[Candidate], settings: Sequence[Setting]
+) -> Iterator[Row]:
+    """One row for each reference (label ``reference``), then one for each candidate at each setting.
+
+    Raises UsageError, before anything is run, where a setting has too many steps for a candidate.
+    """
     for candidate in candidates:
         for setting in settings:
-            timesteps_for(candidate, setting)  # what cannot be run is refused before anything is
+            timesteps_for(candidate, setting)
     for candidate in candidates:
-        row = bench.add_reference(candidate)
+        row = comparison.add_reference(candidate)
         if row is not None:
             yield row
     for candidate in candidates:
-        with attached(bench.base.unet, candidate):
+        with attached(comparison.base.unet, candidate):
             for setting in settings:
-                yield bench.run(candidate, setting)
+                yield comparison.run(candidate, setting)
 
 
 def aggregate(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -317,16 +261,12 @@ def aggregate(rows: Sequence[Row]) -> list[dict[str, Any]]:
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.label, row.tau, row.steps, row.guidance), []).append(row)
+    shared = ("label", "method", "tau", "steps", "guidance", "evaluations")
     return [
-        {
-            "label": each[0].label,
-            "method": each[0].method,
-            "tau": each[0].tau,
-            "steps": each[0].steps,
-            "guidance": each[0].guidance,
-            "evaluations": each[0].evaluations,
+        {name: getattr(each[0], name) for name in shared}
+        | {
             "seeds": [row.seed for row in each],
-            "mean": _mean([row.measures for row in each]),
+            "mean": means([row.measures for row in each]),
             "spread": _spread([row.measures for row in each]),
         }
         for each in groups.values()

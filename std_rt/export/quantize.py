@@ -2,10 +2,10 @@
 
     quantize_bundle(load_bundle("std-tiny"), Path("engines/std-tiny-int8"))
 
-Needs ``std-rt[int8]``. Activations are calibrated on what the graphs see in use: states on the bundle's own trajectory, from tau
-down, of pictures under real style tokens, at every step count that the bundle allows. Then pictures and
-styles that calibration has not seen are stylized in float and in int8 and compared: layers that cost too
-much stay in float, and a bundle that still differs is not written.
+Needs the extra ``[int8]``. Activations are calibrated on what the graphs see in use: states on the bundle's
+own trajectory, from tau down, of pictures under real style tokens, at every step count that the bundle
+allows. Then pictures and styles that calibration has not seen are stylized in float and in int8 and compared:
+layers that cost too much stay in float, and a bundle that still differs is not written.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from std_rt.core.bundle import Bundle, write_bundle
 from std_rt.core.errors import ExportError
 from std_rt.engines import Engine, GraphSpec, choose_backend, open_engine
-from std_rt.examples import SCENES, STYLES
+from std_rt.examples import scenes, styles
 from std_rt.export.parity import lint
 from std_rt.export.quantize_graph import RUNGS, quantize_graph
 from std_rt.pipeline.stylizer import Stylizer
@@ -45,8 +45,7 @@ FLOOR_MEAN_DB, FLOOR_WORST_DB = 34.0, 28.0
 
 _PAIRS = 18  # (picture, style) to calibrate on, about
 _HELD_OUT = 6  # pairs to judge on
-_PICTURES = 4  # fewer than these are filled up with rendered ones
-_RENDER_PX = 512
+_PICTURES = 4  # fewer than these are filled up with the example pictures
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def quantize_bundle(
     """Write ``output``: ``bundle`` with UNet and VAE in int8, as far as pictures stay what they are.
 
     ``calibration`` are pictures uint8 [H, W, 3], of the kind that will be stylized; fewer than four are
-    filled up with rendered ones. A VAE graph that does not pass stays in float. Raises ExportError where
+    filled up with example pictures. A VAE graph that does not pass stays in float. Raises ExportError where
     the UNet does not pass, the bundle does not compute in fp32, or NNCF is not installed.
     """
     _check(bundle)
@@ -92,14 +91,14 @@ def quantize_bundle(
 def make_pairs(pictures: Sequence[Frame]) -> tuple[list[Pair], list[Pair]]:
     """(pairs to calibrate on, pairs to judge on); no picture is in both, be it as content or as style.
 
-    Every fourth picture and every third rendered style is kept for the judgement; every picture is stylized
+    Every fourth picture and every third example style is kept for the judgement; every picture is stylized
     by others. What a range of activations does not cover is most often a style unlike the others.
     """
     contents = list(pictures)
     if len(contents) < _PICTURES:
-        contents += [draw(_RENDER_PX) for draw in SCENES.values()]
+        contents += scenes().values()
     used, held = _split(contents, _PICTURES)
-    used_styles, held_styles = _split([draw(_RENDER_PX) for draw in STYLES.values()], 3)
+    used_styles, held_styles = _split(list(styles().values()), 3)
     return (
         _combine(used + used_styles, max(_PAIRS, len(used))),
         _combine(held + held_styles, max(_HELD_OUT, len(held))),

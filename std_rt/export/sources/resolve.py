@@ -105,7 +105,8 @@ def resolve_sources(
     ``base`` is a hub id (``owner/name[@revision]``), a diffusers folder or a ``.safetensors`` checkpoint;
     None is the published recipe, in which every flag given replaces its part. ``loras`` are files or
     ``owner/name:file``, each with ``:scale`` or without. ``config`` is the pipeline whose configs a
-    checkpoint takes. ``say`` gets a line on what is fetched, ``confirm`` is asked once before (False ends it).
+    checkpoint takes. ``say`` gets a line on what is fetched, ``confirm`` is asked once before it (False ends
+    the export).
     Raises ExportError with one line.
     """
     if profile:

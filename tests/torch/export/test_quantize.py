@@ -29,15 +29,15 @@ from std_rt.pipeline.stylizer import Stylizer
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_renders() -> Iterator[None]:
-    """Waves of several colours in the place of rendered pictures, which take a second each."""
+    """Waves of several colours in place of the example pictures: smaller, so they are stylized sooner."""
     with pytest.MonkeyPatch.context() as patch:
-        for group, count in (("SCENES", 4), ("STYLES", 6)):
-            draws = {f"{group}{i}": partial(_waves, 100 * count + i) for i in range(count)}
-            patch.setattr(quantize, group, draws)
+        for group, count in (("scenes", 4), ("styles", 6)):
+            waves = {f"{group}{i}": _waves(100 * count + i) for i in range(count)}
+            patch.setattr(quantize, group, lambda waves=waves: waves)
         yield
 
 
-def _waves(seed: int, side_px: int) -> np.ndarray[Any, Any]:
+def _waves(seed: int) -> np.ndarray[Any, Any]:
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:64, :64]
     parts = [np.sin(x / rng.uniform(2, 20)) * np.cos(y / rng.uniform(2, 20)) for _ in range(3)]

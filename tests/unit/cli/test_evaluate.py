@@ -27,8 +27,10 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pipelines = pytest.importorskip("pipelines")
-    return Path(pipelines.write_own_pipeline(tmp_path_factory.mktemp("teacher")))
+    pytest.importorskip("torch")
+    from support.pipelines import write_own_pipeline
+
+    return write_own_pipeline(tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,18 @@ def test_the_old_name_still_works(cli: Cli) -> None:
     assert ["eval"] not in listed
 
 
+@pytest.mark.parametrize("size", ["100", "128x64", "64"])
+def test_pictures_are_scored_at_any_size(
+    cli: Cli, bundle: Path, folders: tuple[Path, Path], tmp_path: Path, size: str
+) -> None:
+    sheet = tmp_path / "sheet.png"
+    flags = ("--pairs", 2, "--size", size, "--bundle", bundle, "-o", sheet)
+    scores = _last(cli("evaluate", *folders, *flags))["scores"]
+    assert scores.keys() == {"std-rt", "reinhard", "cv2.stylization"}
+    assert all(0 <= value["colour"] < 1 for value in scores.values())
+    assert sheet.exists()
+
+
 def test_a_clip_is_judged_for_flicker(
     cli: Cli, bundle: Path, folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -68,7 +82,7 @@ def test_a_clip_is_judged_for_flicker(
     found = _last(cli("evaluate", *folders, *flags, "-o", tmp_path / "sheet.png", "--table", table))
     assert found["warping"].keys() == {str(clip), str(other)}
     for errors in found["warping"].values():
-        assert errors.keys() == {"source", "std-rt", "reinhard", "cv2.stylization"}
+        assert errors.keys() == {"source", "std-rt", "std-rt, temporal off", "reinhard", "cv2.stylization"}
         assert 0 <= errors["source"] < 0.1
     assert found["scores"]["reinhard"].keys() == {"colour", "texture", "structure", "ssim"}
     assert json.loads(table.read_text(encoding="utf-8")) == found
@@ -84,7 +98,7 @@ def test_students_beside_their_teacher(
         cli("evaluate", *folders, "--teacher", teacher, *files, *flags, "-o", sheet, "--table", table)
     )
     rows = {(row["label"], row["steps"], row["guidance"]): row for row in found["table"]}
-    assert len(rows) == 1 + 3 * 4  # the yardstick; teacher, std and std no-bank at four settings
+    assert len(rows) == 1 + 3 * 4  # the reference; teacher, std and std no-bank at four settings
     assert rows["reference", 37, 3.0]["mean"]["latent_rmse"] == 0
     assert rows["reference", 37, 3.0]["evaluations"] == 74
     std = rows["std", 4, 2.0]
@@ -96,7 +110,7 @@ def test_students_beside_their_teacher(
     assert len(whole["rows"]) == 1 + 4 * 4
     assert whole["rows"][1]["timesteps"] == [739, 379]
     height, width = read_picture(sheet).frame.shape[:2]
-    assert (width, height) == (6 * 68, 2 * 68 + 18)  # content, style, yardstick, teacher, std, std no-bank
+    assert (width, height) == (6 * 68, 2 * 68 + 18)  # content, style, reference, teacher, std, std no-bank
 
 
 def test_same_command_same_numbers(

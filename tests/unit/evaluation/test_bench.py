@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,26 +16,26 @@ from std_rt.evaluation import bench_table
 from std_rt.evaluation.bench import (
     STAGES,
     Settings,
-    StageClock,
     Timing,
     _in_float,
     measure,
-    measure_in_turn,
     run_first_frame,
     sample_frame,
+    stage_times,
+    stream_step,
 )
-from std_rt.evaluation.bench_table import Cell, Column, columns_here, run_table
+from std_rt.evaluation.bench_table import Column, columns_here, run_table
+from std_rt.pipeline.stylizer import Stylizer
 
 
 def test_the_clock_gives_every_millisecond_to_one_stage() -> None:
-    times = iter([0.0, 0.0, 0.010, 0.030, 0.035, 0.040])
-    clock = StageClock(lambda: next(times))
-    clock.start()
-    clock("unet")
-    clock("scheduler")
-    clock("unet")
-    clock.finish()
-    assert clock.frames[0] == pytest.approx({"unet": 15.0, "scheduler": 20.0, "total": 40.0})
+    times = iter([0.0, 0.010, 0.030, 0.035])
+
+    def paint(mark: Callable[[str], None]) -> None:
+        for stage in ("unet", "scheduler", "unet"):
+            mark(stage)
+
+    assert stage_times(paint, lambda: next(times)) == pytest.approx({"unet": 15.0, "scheduler": 20.0})
 
 
 def test_medians_percentiles_and_fps() -> None:
@@ -49,15 +48,26 @@ def test_medians_percentiles_and_fps() -> None:
     assert set(timing.median_ms) == set(STAGES)
 
 
-def test_warm_up_frames_are_run_and_not_counted() -> None:
-    calls = []
+def test_warm_up_frames_are_run_and_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    counted: list[dict[str, float]] = []
+    monkeypatch.setattr(Timing, "of", counted.extend)
 
-    def step(mark: object) -> None:
-        calls.append(mark)
+    def step() -> dict[str, float]:
+        calls.append(len(calls))
+        return {"unet": float(calls[-1])}
 
-    timing = measure(step, frames=5, warmup=3)
+    measure({"": step}, frames=5, warmup=3)
     assert len(calls) == 8
-    assert timing.median_ms["total"] >= 0
+    assert [frame["unet"] for frame in counted] == [3, 4, 5, 6, 7]
+    assert all(frame["total"] >= 0 for frame in counted)
+
+
+def test_a_step_is_a_frame_of_a_stream(handmade: Bundle) -> None:
+    with Stylizer.load(handmade, backend="openvino", precision="fp32", steps=2) as stylizer:
+        step = stream_step(stylizer, (32, 64))
+        first, second = step(), step()
+    assert set(STAGES) - {"total"} <= first.keys() == second.keys()
 
 
 def test_the_test_frame_is_the_same_every_time() -> None:
@@ -68,10 +78,10 @@ def test_the_test_frame_is_the_same_every_time() -> None:
 def test_what_is_compared_takes_turns_and_the_first_frame_of_a_turn_is_not_counted() -> None:
     order: list[str] = []
 
-    def noted(name: str) -> Callable[[Any], None]:
-        return lambda mark: order.append(name)
+    def noted(name: str) -> Callable[[], dict[str, float]]:
+        return lambda: order.append(name) or {}  # type: ignore[func-returns-value]
 
-    timings = measure_in_turn({"a": noted("a"), "b": noted("b")}, frames=12, warmup=2)
+    timings = measure({"a": noted("a"), "b": noted("b")}, frames=12, warmup=2)
     assert "".join(order) == "aabb" + "a" * 11 + "b" * 11 + "aaa" + "bbb"
     assert set(timings) == {"a", "b"}
 
@@ -79,8 +89,8 @@ def test_what_is_compared_takes_turns_and_the_first_frame_of_a_turn_is_not_count
 def test_only_counted_frames_reach_the_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[int] = []
     monkeypatch.setattr(Timing, "of", lambda frames: counted.append(len(frames)))
-    measure_in_turn({"a": lambda mark: None, "b": lambda mark: None}, frames=12, warmup=2)
-    measure_in_turn({"a": lambda mark: None}, frames=25, warmup=0)
+    measure({"a": dict, "b": dict}, frames=12, warmup=2)
+    measure({"a": dict}, frames=25, warmup=0)
     assert counted == [12, 12, 25]
 
 
@@ -134,13 +144,14 @@ def test_a_combination_that_cannot_run_is_left_out_and_said(
     def failing(bundle: Bundle, size_px: int, *_: object) -> Timing:
         if size_px == 64:
             raise BackendError("too little memory")
-        return Timing(dict.fromkeys(STAGES, 1.0))
+        return Timing(dict.fromkeys(STAGES, 8.0))
 
     monkeypatch.setattr(bench_table, "_measure", failing)
     run_table(quick_table)
     out = capsys.readouterr().out
     assert "left out: openvino fp32: too little memory" in out
-    assert {row["size"] for row in json.loads(out.splitlines()[-1])["table"]} == {32}
+    rows = json.loads(out.splitlines()[-1])["table"]
+    assert [(row["size"], row["steps"], row["fps"]) for row in rows] == [(32, n, 125) for n in (1, 2, 4)]
 
 
 def test_int8_is_that_of_this_very_bundle(handmade: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +180,7 @@ def test_a_bundle_in_int8_is_compared_with_the_one_it_was_made_from(
         _in_float(made_from("any"))
     monkeypatch.setattr("std_rt.evaluation.bench.load_bundle", lambda name: handmade)
     assert _in_float(made_from(handmade.digest)) is handmade
-    with pytest.raises(UsageError, match="is another; give -b"):
+    with pytest.raises(UsageError, match="has changed since; give -b"):
         _in_float(made_from("other"))
 
 
@@ -184,10 +195,3 @@ def test_backends_that_are_not_installed_are_left_out_with_the_command(
     found, left_out = columns_here(has_int8=True)
     assert Column("openvino", "int8") in found
     assert left_out["onnxruntime fp32"] == "not installed; run: pip install 'std-rt[onnx]'"
-
-
-def test_a_cell_as_json() -> None:
-    timing = Timing(dict.fromkeys(STAGES, 8.0))
-    row = Cell(256, 4, Column("openvino", "bf16"), timing).as_dict()
-    assert row["fps"] == 125
-    assert (row["size"], row["steps"], row["backend"], row["precision"]) == (256, 4, "openvino", "bf16")

@@ -14,7 +14,7 @@ from support.live_support import NotedWindow, ScriptedSource
 from support.media_samples import frame_times
 
 from std_rt.core.bundle import Bundle
-from std_rt.examples.moving import moving_scene
+from std_rt.examples import moving
 from std_rt.live.keys import Action, Command
 from std_rt.live.presenter import Outputs, Presenter
 from std_rt.live.session import Session, Settings
@@ -27,7 +27,7 @@ from std_rt.streaming.frame_packet import FramePacket
 
 Frame = NDArray[np.uint8]
 SOON_S = 20.0
-FRAMES = list(moving_scene(8, 72, 48))
+FRAMES = list(moving(8, 72, 48))
 
 
 @pytest.fixture

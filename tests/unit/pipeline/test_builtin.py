@@ -12,8 +12,8 @@ import pytest
 
 from std_rt import Stylizer
 from std_rt.core.bundle import Bundle, load_bundle, verify_bundle
-from std_rt.evaluation.bundles import score
-from std_rt.examples import SCENES, STYLES
+from std_rt.evaluation.measures import score
+from std_rt.examples import scenes, styles
 from std_rt.media.image import read_picture, write_picture
 
 MB = 1_000_000
@@ -49,7 +49,7 @@ def test_the_manifest_names_no_place_on_a_machine(bundle: Bundle) -> None:
 def test_torch_gives_the_same_picture(bundle: Bundle) -> None:
     from std_rt.evaluation.diffusers_baseline import DiffusersLoop
 
-    frame, style = SCENES["lake"](128), STYLES["swirls"](256)
+    frame, style = scenes(128)["lake"], styles(256)["swirls"]
     loop = DiffusersLoop(bundle, 4, (128, 128))
     loop.set_style(style)
     theirs = loop.step(frame)
@@ -63,10 +63,9 @@ def test_torch_gives_the_same_picture(bundle: Bundle) -> None:
 def test_it_moves_pictures_towards_the_style_and_keeps_the_drawing(stylizer: Stylizer) -> None:
     """Over twelve example pairs the palette and the texture come nearer to the style; nobody is lost."""
     before, after = [], []
-    styles = [paint(256) for paint in STYLES.values()]
-    for i, render in enumerate(SCENES.values()):
-        frame = render(256)
-        for style in styles[i % 2 :: 2]:  # every scene in three styles, every style in two scenes
+    looks = list(styles(256).values())
+    for i, frame in enumerate(scenes(256).values()):
+        for style in looks[i % 2 :: 2]:  # every scene in three styles, every style in two scenes
             stylizer.set_style(style)
             before.append(score(frame, frame, style))
             after.append(score(stylizer.stylize(frame), frame, style))
@@ -76,17 +75,17 @@ def test_it_moves_pictures_towards_the_style_and_keeps_the_drawing(stylizer: Sty
 
 
 def test_style_strength_zero_leaves_the_style_out(stylizer: Stylizer) -> None:
-    frame = SCENES["cat"](256)
+    frame = scenes(256)["cat"]
     outputs = []
     for name in ("swirls", "ink"):
-        stylizer.set_style(STYLES[name](256), strength=0.0)
+        stylizer.set_style(styles(256)[name], strength=0.0)
         outputs.append(stylizer.stylize(frame))
     assert np.array_equal(*outputs)
 
 
 def test_the_command_paints_a_picture_in_a_process_of_its_own(tmp_path: Path) -> None:
-    write_picture(tmp_path / "in.png", SCENES["street"](300)[:200])
-    write_picture(tmp_path / "style.png", STYLES["wave"](256))
+    write_picture(tmp_path / "in.png", scenes(300)["street"][:200])
+    write_picture(tmp_path / "style.png", styles(256)["wave"])
     command = [sys.executable, "-m", "std_rt", "stylize", "in.png", "--style", "style.png"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

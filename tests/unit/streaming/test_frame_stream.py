@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from std_rt.core.bundle import Bundle
-from std_rt.examples.moving import moving_scene
+from std_rt.examples import moving
 from std_rt.live.pacing import SimilarityFilter
 from std_rt.pipeline.conditioning import EncodedStyle
 from std_rt.pipeline.stylizer import Quality, Stylizer
@@ -31,7 +31,7 @@ def _flat(value: int) -> Frame:
 
 
 def _frames(count: int, width: int = 72, height: int = 48) -> list[Frame]:
-    return list(moving_scene(count, width, height))
+    return list(moving(count, width, height))
 
 
 def _packets(frames: list[Frame]) -> list[FramePacket]:

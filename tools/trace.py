@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from std_rt.examples.canvas import Array, dot, grid, normalize
+from tools.canvas import Array, dot, grid, normalize
 
 __all__ = ["Ray", "Solid", "ball", "camera", "ellipsoid", "render_solids", "round_cone", "smooth_union"]
 

@@ -1,4 +1,4 @@
-"""Students beside their teacher: the runs, the yardstick, the LoRAs that are put on and taken off."""
+"""Students beside their teacher: runs, the reference, LoRAs attached and detached."""
 
 from __future__ import annotations
 
@@ -21,22 +21,17 @@ from std_rt.core.errors import UsageError
 from std_rt.core.schedule import NoiseSchedule, trajectory_timesteps
 from std_rt.evaluation.candidates import Candidate, attached, label_of, read_candidate, teachers
 from std_rt.evaluation.inpaint import composite, latent_mask, outside_difference
-from std_rt.evaluation.students import (
-    Bench,
-    Row,
-    Scene,
-    Setting,
-    aggregate,
-    compare,
-    draw_noise,
-    encode_scene,
-    reference,
-    sample_latents,
-    timesteps_for,
-)
-from std_rt.training.data.picture_set import Frame
+from std_rt.evaluation.measures import Frame
+from std_rt.evaluation.students import Comparison, Row, Setting, aggregate, compare, timesteps_for
 from std_rt.training.distil.base import Base, Conditioning, load_base
 from std_rt.training.distil.lora import add_lora, lora_parameters, make_notes, save_lora
+from std_rt.training.distil.sampling import (
+    Scene,
+    draw_noise,
+    encode_scene,
+    reference_timesteps,
+    sample_latents,
+)
 from std_rt.training.run.recipe import LoraConfig
 from std_rt.training.tiny.pipeline import load_tiny
 from std_rt.training.tiny.teacher import sample
@@ -82,6 +77,11 @@ def _lora(base: Base, path: Path, seed: int = 0, **notes: str) -> Path:
 
 def _teacher(method: str = "teacher") -> Candidate:
     return Candidate("teacher", None, 0.75, TAU, method, "teacher")
+
+
+def _reference(base: Base, scene: Scene, guidance: float, steps: int, batch: int = 4) -> Tensor:
+    comparison = Comparison(base, scene, _brightness, batch=batch)
+    return comparison.sample(scene, reference_timesteps(TAU, steps), guidance)
 
 
 def _brightness(frame: Frame, *_: object) -> dict[str, float]:
@@ -157,7 +157,7 @@ def test_rows_do_not_depend_on_the_batch(base: Base) -> None:
     pairs = list(zip(_pictures(3, 0), _pictures(3, 1), strict=True))
     scenes = [encode_scene(base, pairs, batch=n) for n in (1, 3)]
     assert torch.equal(scenes[0].noise, scenes[1].noise)
-    found = [reference(base, s, TAU, 2.0, 5, batch=n).z for s, n in zip(scenes, (1, 3), strict=True)]
+    found = [_reference(base, s, 2.0, 5, batch=n) for s, n in zip(scenes, (1, 3), strict=True)]
     assert torch.allclose(*found, atol=1e-4 * float(found[0].abs().max()))
 
 
@@ -168,10 +168,10 @@ def test_frames_of_a_stream_share_their_noise(base: Base) -> None:
     assert not torch.equal(single.noise[:, 0], single.noise[:, 1])
 
 
-def test_the_yardstick_is_the_teacher_over_the_whole_grid(base: Base, scene: Scene) -> None:
-    bench = Bench(base, scene, _brightness, reference_guidance=2.0)
+def test_the_reference_is_the_teacher_over_the_whole_grid(base: Base, scene: Scene) -> None:
+    comparison = Comparison(base, scene, _brightness, reference_guidance=2.0)
     settings = [Setting(37, 2.0), Setting(4, 2.0), Setting(2, 1.0)]
-    first, same, four, two = compare(bench, [_teacher()], settings)
+    first, same, four, two = compare(comparison, [_teacher()], settings)
     assert first.label == "reference"
     assert first.timesteps == list(range(739, 0, -20))
     assert first.evaluations == same.evaluations == 74
@@ -183,9 +183,9 @@ def test_the_yardstick_is_the_teacher_over_the_whole_grid(base: Base, scene: Sce
 
 
 def test_distances_are_means_over_the_pairs(base: Base, scene: Scene) -> None:
-    bench = Bench(base, scene, _brightness, reference_guidance=1.0, reference_steps=10)
-    _, row = compare(bench, [_teacher()], [Setting(1, 1.0)])
-    target = bench.references[TAU, 1.0]
+    comparison = Comparison(base, scene, _brightness, reference_guidance=1.0, reference_steps=10)
+    _, row = compare(comparison, [_teacher()], [Setting(1, 1.0)])
+    target = comparison.references[TAU, 1.0]
     z = sample_latents(base, scene.cond, scene.z, [TAU], 1.0, scene.noise)
     off = [float(((z[i] - target.z[i]) ** 2).mean() ** 0.5) for i in range(3)]
     images = (base.decode(z).clamp(-1, 1) + 1) / 2
@@ -245,8 +245,8 @@ def test_candidates_do_not_change_each_other(base: Base, scene: Scene, tmp_path:
     loras = [read_candidate(_lora(base, tmp_path / f"std-{i}" / "lora.safetensors", i), base) for i in (0, 1)]
 
     def run(candidates: list[Candidate]) -> dict[str, dict[str, float]]:
-        bench = Bench(base, scene, _brightness, reference_steps=10)
-        return {row.name: row.measures for row in compare(bench, candidates, [Setting(2, 1.0)])}
+        comparison = Comparison(base, scene, _brightness, reference_steps=10)
+        return {row.name: row.measures for row in compare(comparison, candidates, [Setting(2, 1.0)])}
 
     together = run(loras)
     assert together[loras[1].name] == run(loras[1:])[loras[1].name]
@@ -305,7 +305,7 @@ def test_the_diffusers_cut_costs_the_same_and_starts_elsewhere() -> None:
 
 def test_more_steps_than_grid_points_are_refused(base: Base, scene: Scene) -> None:
     with pytest.raises(UsageError, match="--steps 38 cannot be run"):
-        next(compare(Bench(base, scene, _brightness), [_teacher()], [Setting(38, 1.0)]))
+        next(compare(Comparison(base, scene, _brightness), [_teacher()], [Setting(38, 1.0)]))
 
 
 def _broken(base: Base, tmp_path: Path) -> Iterator[tuple[Path, str]]:
@@ -367,8 +367,8 @@ def _mask() -> np.ndarray:
 
 
 def test_a_masked_run_changes_nothing_outside(base: Base, scene: Scene) -> None:
-    bench = Bench(base, replace(scene, mask=_mask()), _brightness, reference_steps=10)
-    _, row = compare(bench, [_teacher()], [Setting(4, 2.0)])
+    comparison = Comparison(base, replace(scene, mask=_mask()), _brightness, reference_steps=10)
+    _, row = compare(comparison, [_teacher()], [Setting(4, 2.0)])
     assert row.measures["outside_max"] == 0
     for frame, content in zip(row.frames, scene.contents, strict=True):
         assert np.array_equal(frame[~_mask()], content[~_mask()])
@@ -377,20 +377,20 @@ def test_a_masked_run_changes_nothing_outside(base: Base, scene: Scene) -> None:
 
 def test_a_masked_run_keeps_the_content_on_its_trajectory_outside(base: Base, scene: Scene) -> None:
     recorder, masked = _Recorder(base), replace(scene, mask=_mask())
-    found = reference(recorder, masked, TAU, 1.0, 4, batch=3)
+    found = _reference(recorder, masked, 1.0, 4)
     inside = latent_mask(_mask(), (8, 8)).expand_as(scene.z).bool()
     for x, t in zip(recorder.states, recorder.timesteps, strict=True):
         alpha, sigma = base.schedule.alpha_sigma(t)
         kept = alpha * scene.z + sigma * scene.noise[0]
         assert torch.allclose(x[~inside], kept[~inside], atol=1e-5)
-    assert torch.equal(found.z[~inside], scene.z[~inside])
-    assert torch.allclose(found.z[inside], torch.tensor(0.5))
+    assert torch.equal(found[~inside], scene.z[~inside])
+    assert torch.allclose(found[inside], torch.tensor(0.5))
 
 
 def test_a_white_mask_is_no_mask(base: Base, scene: Scene) -> None:
     white = replace(scene, mask=np.ones((64, 64), np.bool_))
     rows = [
-        list(compare(Bench(base, s, _brightness, reference_steps=10), [_teacher()], [Setting(2, 1.0)]))
+        list(compare(Comparison(base, s, _brightness, reference_steps=10), [_teacher()], [Setting(2, 1.0)]))
         for s in (scene, white)
     ]
     for plain, masked in zip(*rows, strict=True):
@@ -425,15 +425,15 @@ def test_clips_are_judged_by_their_own_measure(base: Base, scene: Scene) -> None
         return {"warping": 0.25}
 
     clips = [(clip, judge), (clip, lambda _: {})]
-    bench = Bench(base, scene, _brightness, clips, reference_steps=2)
-    rows = list(compare(bench, [_teacher()], [Setting(1, 1.0)]))
+    comparison = Comparison(base, scene, _brightness, clips, reference_steps=2)
+    rows = list(compare(comparison, [_teacher()], [Setting(1, 1.0)]))
     assert [row.measures["warping"] for row in rows] == [0.25, 0.25]
     assert seen == [3, 3]
 
 
 def test_rows_are_json_without_their_pictures(base: Base, scene: Scene) -> None:
-    bench = Bench(base, scene, _brightness, reference_steps=2)
-    rows = list(compare(bench, [_teacher()], [Setting(1, 1.0)]))
+    comparison = Comparison(base, scene, _brightness, reference_steps=2)
+    rows = list(compare(comparison, [_teacher()], [Setting(1, 1.0)]))
     found = json.loads(json.dumps([row.as_dict() for row in rows]))
     assert found[1]["timesteps"] == [TAU]
     assert "frames" not in found[1]
@@ -445,7 +445,7 @@ def test_a_base_with_text_runs_on_a_prompt(tmp_path: Path) -> None:
     frames = _pictures(2, 0, 32)
     plain, prompted = (encode_scene(text, [(frames[0], frames[1])], prompt=p) for p in ("", "ink"))
     assert plain.cond.tokens is None
-    ends = [reference(text, s, TAU, 2.0, 4).z for s in (plain, prompted)]
+    ends = [_reference(text, s, 2.0, 4) for s in (plain, prompted)]
     assert ends[0].shape == (1, 4, 8, 8)
     assert not torch.allclose(*ends)
 

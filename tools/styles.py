@@ -7,7 +7,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from std_rt.examples.canvas import (
+from tools.canvas import (
     Array,
     Frame,
     blur,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from std_rt.examples.canvas import (
+from tools.canvas import (
     Array,
     Frame,
     blur,
@@ -22,7 +22,7 @@ from std_rt.examples.canvas import (
     ramp,
     smoothstep,
 )
-from std_rt.examples.trace import Solid, ball, camera, ellipsoid, render_solids, round_cone, smooth_union
+from tools.trace import Solid, ball, camera, ellipsoid, render_solids, round_cone, smooth_union
 
 __all__ = ["SCENES", "cat", "lake", "still_life", "street"]
 
