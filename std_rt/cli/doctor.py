@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,6 +89,8 @@ def _backends(found: Sequence[BackendInfo]) -> Iterator[Row]:
 
 def _packages() -> Iterator[Row]:
     """Libraries that onnxruntime-gpu lacks, and packages that overwrite each other."""
+    from importlib import metadata
+
     from std_rt.engines.cuda.libraries import missing_libraries
 
     missing = missing_libraries()

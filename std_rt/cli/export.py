@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -36,6 +34,8 @@ def _base_of(context: typer.Context, base: str | None) -> str | None:
     """``base``, or that of a recipe, whose other values become the defaults of this run's flags."""
     if base is None or not base.endswith(".toml"):
         return base
+    from difflib import get_close_matches
+
     from std_rt.export.recipe import load_recipe
 
     values: dict[str, Any] = load_recipe(Path(base))
@@ -60,7 +60,7 @@ class ExportRequest:
     base: Annotated[
         str | None,
         Argument(
-            metavar="[BASE|RECIPE.toml]",
+            metavar="BASE|RECIPE.toml",
             help="Hub id, diffusers folder, .safetensors checkpoint, or a recipe; default: SDXL with STD.",
             callback=_base_of,
             is_eager=True,
@@ -193,6 +193,8 @@ def _export(
 
     if options["precision"] != "int8":
         return export_pipeline(folder, output, progress=progress, **options)
+    from tempfile import TemporaryDirectory
+
     from std_rt.export.quantize import quantize_bundle
 
     overwrite, name = options.pop("overwrite"), options.pop("name") or output.resolve().name

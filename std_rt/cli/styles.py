@@ -14,7 +14,6 @@ from typer import Argument, Option
 from std_rt.cli.options import BackendOption, BundleOption, OverwriteOption, parse_style, split_number
 from std_rt.cli.terminal import print_table
 from std_rt.core.errors import UsageError
-from std_rt.core.files import check_input
 
 if TYPE_CHECKING:
     from std_rt.pipeline.style_file import StyleFile
@@ -44,6 +43,7 @@ def save(
 
     std-rt styles save ink.png:0.7 waves.png:0.3 -o mine.safetensors --name "ink and waves"
     """
+    from std_rt.core.files import check_input
     from std_rt.pipeline.style_file import blend_files, check_style_output, read_style, save_style
     from std_rt.pipeline.stylizer import Stylizer
 
@@ -121,6 +121,7 @@ def expand_styles(texts: list[str]) -> list[tuple[Path, float | None]]:
 
 def _files(path: Path, weight: float | None) -> list[Path]:
     """A folder's styles, or the file itself."""
+    from std_rt.core.files import check_input
     from std_rt.pipeline.style_file import style_paths
 
     if weight is not None and not 0 <= weight < math.inf:

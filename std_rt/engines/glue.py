@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from std_rt.core.errors import BackendError
+from std_rt.core.machine import install_hint
 from std_rt.engines.program import GLUE
 
 __all__ = ["GLUE_PORTS", "glue_folder", "glue_path"]
@@ -42,6 +43,6 @@ def glue_path(op: str) -> Path:
         known = ", ".join(GLUE)
         raise BackendError(
             f"there is no graph of the operation '{op}' (there are {known}); "
-            "install std-rt again: pip install --force-reinstall --no-deps std-rt"
+            f"install std-rt again: {install_hint()} --force-reinstall --no-deps"
         )
     return path

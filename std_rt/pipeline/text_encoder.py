@@ -3,7 +3,7 @@
     encoder = TextEncoder(bundle, open_graph)
     encoder.encode("ink on paper, (bold lines:1.2)", "photo")  # the UNet's text inputs
 
-Needs the ``tokenizers`` package (``pip install 'std-rt[text]'``). A bundle whose prompt is baked in needs
+Needs the ``tokenizers`` package (``pip install '.[text]'``). A bundle whose prompt is baked in needs
 none of this.
 """
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from std_rt.core.bundle import Bundle
 from std_rt.core.errors import BundleError, UsageError
+from std_rt.core.machine import install_hint
 from std_rt.engines import Engine, GraphSpec
 from std_rt.pipeline.prompt import Encoding, Ids, RunEncoder, encode_pair
 
@@ -31,7 +32,7 @@ __all__ = ["ClipTokenizer", "TextEncoder", "Vocabulary", "read_vocabulary"]
 
 Opener = Callable[[GraphSpec], Engine]
 
-INSTALL = "pip install 'std-rt[text]'"
+INSTALL = install_hint("text")
 # How CLIP cuts text into words (github.com/openai/CLIP, simple_tokenizer.py).
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _END_OF_WORD = "</w>"

@@ -19,6 +19,7 @@ from io import StringIO
 import onnxruntime as ort
 
 from std_rt.core.errors import BackendError
+from std_rt.core.machine import install_hint
 from std_rt.engines.onnxruntime.runner import OrtRunner
 from std_rt.engines.onnxruntime.session import OnnxRuntimeEngine, open_session, session_options
 from std_rt.engines.program import GLUE, Launch, Program
@@ -27,7 +28,7 @@ from std_rt.engines.registry import GraphSpec
 __all__ = ["devices", "open_graph", "open_runner", "provider_options"]
 
 _PROVIDER = "CUDAExecutionProvider"
-_INSTALL = "pip install 'std-rt[cuda]'"
+_INSTALL = install_hint("cuda")
 _LOG = logging.getLogger(__name__)
 
 

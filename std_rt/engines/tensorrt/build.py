@@ -20,6 +20,7 @@ from typing import Any
 
 from std_rt.core.errors import BackendError
 from std_rt.core.external_data import external_locations
+from std_rt.core.machine import install_hint
 from std_rt.engines.registry import GraphSpec
 
 __all__ = [
@@ -51,7 +52,7 @@ class Product:
     @property
     def install(self) -> str:
         """The command that adds it."""
-        return f"pip install --upgrade 'std-rt[{self.backend}]'"
+        return f"{install_hint(self.backend)} --upgrade"
 
 
 TENSORRT = Product("tensorrt", "tensorrt", "TensorRT", (10, 12), ahead=False)
