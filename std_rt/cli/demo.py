@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from statistics import median
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["demo"]
 
-T = TypeVar("T")
-
 EXAMPLE_PX = 512
 SIZES = (256, 512)
 CLIP_FRAMES, _CLIP_STYLE = 90, "stained_glass"
@@ -36,11 +35,13 @@ def demo(
     backend: BackendOption = "auto",
 ) -> None:
     """Stylize example pictures in example styles, and lay out the results on two sheets."""
+    import numpy as np
+
     from std_rt.evaluation.bundles import write_sheet
     from std_rt.examples import SCENES, STYLES
 
-    scenes = _draw(SCENES, output / "inputs", "drawing pictures")
-    styles = _draw(STYLES, output / "styles", "drawing styles")
+    scenes = _draw(SCENES, output / "inputs")
+    styles = _draw(STYLES, output / "styles")
     results = {size: _stylize(scenes, styles, size, output / str(size), bundle, backend) for size in SIZES}
     _clip(styles[_CLIP_STYLE], output, bundle, backend)
     # Each scene in three styles, each style twice; then everything in everything.
@@ -52,55 +53,48 @@ def demo(
     ]
     titles = ["input", "style", *(f"{size} px" for size in SIZES)]
     write_sheet(output / "sheet.png", rows, columns=2, names=dict(enumerate(titles * 2)))
-    largest = results[SIZES[-1]]
-    grid = [_tiles(None, *styles.values())]
+    largest, white = results[SIZES[-1]], np.full((1, 1, 3), 255, np.uint8)
+    grid = [_tiles(white, *styles.values())]
     grid += [_tiles(scenes[scene], *(largest[f"{scene}_{style}"] for style in styles)) for scene in scenes]
     write_sheet(output / "grid.png", grid)
     typer.echo(f"every pair: {output / 'grid.png'}")
     typer.echo(f"contact sheet ({' | '.join(titles)}): {output / 'sheet.png'}")
 
 
-def _draw(renderers: dict[str, Callable[[int], Frame]], folder: Path, title: str) -> Pictures:
+def _draw(renderers: dict[str, Callable[[int], Frame]], folder: Path) -> Pictures:
     from std_rt.media.image import write_picture
 
     folder.mkdir(parents=True, exist_ok=True)
-    frames = {}
-    for name, render in _progress(renderers.items(), title):
-        frames[name] = render(EXAMPLE_PX)
-        write_picture(folder / f"{name}.png", frames[name])
+    frames = {name: render(EXAMPLE_PX) for name, render in renderers.items()}
+    for name, frame in frames.items():
+        write_picture(folder / f"{name}.png", frame)
     return frames
-
-
-def _progress(items: Iterable[T], title: str) -> Iterable[T]:
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    items = list(items)
-    return track(items, title, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _stylize(
     scenes: Pictures, styles: Pictures, size: int, folder: Path, bundle: str | None, backend: str
 ) -> Pictures:
     """Every pair at a working size, by the name SCENE_STYLE, and as files in ``folder``."""
-    import numpy as np
+    from rich.progress import track
 
     from std_rt.media.image import write_picture
     from std_rt.pipeline.stylizer import Stylizer
 
+    console = Console(stderr=True)
     folder.mkdir(exist_ok=True)
     results, seconds = {}, []
     pairs = [(scene, style) for style in styles for scene in scenes]
     with Stylizer.load(bundle, backend=backend, size=size) as stylizer:
         stylizer.prepare(EXAMPLE_PX, EXAMPLE_PX)
-        for scene, style in _progress(pairs, f"{size} px"):
+        hidden = not console.is_terminal
+        for scene, style in track(pairs, f"{size} px", console=console, transient=True, disable=hidden):
             stylizer.set_style(styles[style])
             begun = time.perf_counter()
             results[f"{scene}_{style}"] = stylizer.stylize(scenes[scene])
             seconds.append(time.perf_counter() - begun)
             write_picture(folder / f"{scene}_{style}.png", results[f"{scene}_{style}"])
         typer.echo(
-            f"{size} px: {len(pairs)} pictures, {1000 * float(np.median(seconds)):.0f} ms each "
+            f"{size} px: {len(pairs)} pictures, {1000 * median(seconds):.0f} ms each "
             f"({stylizer.bundle.name}, {stylizer.steps} steps, {stylizer.backend} {stylizer.precision})"
         )
     return results
@@ -124,14 +118,10 @@ def _clip(style: Frame, output: Path, bundle: str | None, backend: str) -> None:
     typer.echo(f"live without a camera: std-rt live --style {output / 'styles'} --camera {source}")
 
 
-def _tiles(*frames: Frame | None) -> list[Frame]:
-    """Frames at the size they have on a sheet; None is a white one."""
+def _tiles(*frames: Frame) -> list[Frame]:
+    """Frames at the size they have on a sheet."""
     import cv2
     import numpy as np
 
-    white = np.full((_TILE_PX, _TILE_PX, 3), 255, np.uint8)
-    area: dict[str, Any] = {"interpolation": cv2.INTER_AREA}
-    return [
-        white if frame is None else np.asarray(cv2.resize(frame, (_TILE_PX, _TILE_PX), **area), np.uint8)
-        for frame in frames
-    ]
+    side = (_TILE_PX, _TILE_PX)
+    return [np.asarray(cv2.resize(frame, side, interpolation=cv2.INTER_AREA), np.uint8) for frame in frames]

@@ -14,7 +14,7 @@ from typer import Argument, Option
 
 from std_rt.cli.options import OverwriteOption, parse_frame_size
 from std_rt.cli.terminal import note
-from std_rt.core.errors import RecipeError, UsageError
+from std_rt.core.errors import UsageError
 from std_rt.core.machine import require
 
 if TYPE_CHECKING:
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 __all__ = ["ExportRequest", "export"]
 
-_MODULES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "safetensors", "huggingface_hub")
+_MODULES = (
+    *("torch", "diffusers", "transformers", "safetensors", "huggingface_hub"),
+    *("onnx", "onnxscript", "msgspec"),
+)
 # Flags that export_pipeline takes as they are.
 _OPTIONS = (
     *("tau", "schedule", "guidance", "guidance_mode", "precision", "weights"),
@@ -30,26 +33,15 @@ _OPTIONS = (
 )
 
 
-def _base_of(context: typer.Context, base: str | None) -> str | None:
-    """``base``, or that of a recipe, whose other values become the defaults of this run's flags."""
-    if base is None or not base.endswith(".toml"):
-        return base
-    from difflib import get_close_matches
+def _read_recipe(context: typer.Context, source: str | None) -> str | None:
+    """``source`` itself, or that of a recipe, whose other values become the defaults of the flags."""
+    if source is None or not source.endswith(".toml"):
+        return source
+    require("std-rt export", "export", *_MODULES)
+    from std_rt.export.options import load_recipe
 
-    from std_rt.export.recipe import load_recipe
-
-    values: dict[str, Any] = load_recipe(Path(base))
-    flags = {str(flag.name): flag for flag in context.command.params}
-    for name in values.keys() - flags.keys():
-        near = get_close_matches(name, flags, n=1)
-        hint = f"did you mean {near[0]}?" if near else "keys are the flags of `std-rt export --help`"
-        raise RecipeError(f"{base}: std-rt export has no flag for {name!r}; {hint}")
-    several = {name for name, flag in flags.items() if getattr(flag, "multiple", False)}
-    base = values.pop("base", None)
-    context.default_map = {
-        name: [value] if name in several and not isinstance(value, list) else value
-        for name, value in values.items()
-    }
+    context.default_map = load_recipe(Path(source))
+    base: str | None = context.default_map.pop("source", None)
     return base
 
 
@@ -57,12 +49,12 @@ def _base_of(context: typer.Context, base: str | None) -> str | None:
 class ExportRequest:
     """What ``std-rt export`` was asked to do."""
 
-    base: Annotated[
+    source: Annotated[
         str | None,
         Argument(
             metavar="BASE|RECIPE.toml",
             help="Hub id, diffusers folder, .safetensors checkpoint, or a recipe; default: SDXL with STD.",
-            callback=_base_of,
+            callback=_read_recipe,
             is_eager=True,
         ),
     ] = None
@@ -126,7 +118,7 @@ def export(request: ExportRequest) -> None:
         return request.yes or not console.is_terminal or typer.confirm("download it?", default=True)
 
     sources = resolve_sources(
-        request.base,
+        request.source,
         loras=tuple(request.lora or ()),
         ip_adapter=request.ip_adapter,
         image_encoder=request.image_encoder,
@@ -153,13 +145,13 @@ def export(request: ExportRequest) -> None:
 
 
 def _bundle_name(request: ExportRequest) -> str:
-    """``sdxl-std-0.75`` for the published recipe, else the last part of the base's name and the profile."""
-    base, profile = request.base, request.profile
-    if base is None:
+    """``sdxl-std-0.75`` for the published recipe, else the last part of the source's name and the profile."""
+    source, profile = request.source, request.profile
+    if source is None:
         return f"sdxl-{profile or f'std-{0.75 if request.eta is None else request.eta:g}'}"
     # A folder by its own name, a hub id without its revision, a file without its suffix.
-    path = Path(base)
-    name = path.resolve().name if path.is_dir() else re.split(r"[/:\\]", base.partition("@")[0])[-1]
+    path = Path(source)
+    name = path.resolve().name if path.is_dir() else re.split(r"[/:\\]", source.partition("@")[0])[-1]
     name = name.removesuffix(".safetensors") or "bundle"
     return f"{name}-{profile}" if profile else name
 

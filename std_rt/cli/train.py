@@ -32,6 +32,7 @@ def train(
 
     std-rt train training/std_tiny.toml --set method=tcd --output runs/tcd --seed 1
     """
+    require("std-rt train", "train", "msgspec")
     from std_rt.training.run.recipe import as_dict, load_recipe
 
     flags = {"output": output, "steps": max_steps, "seed": seed}
