@@ -1,59 +1,63 @@
-"""`std-rt bundles list | info | verify`."""
+"""`std-rt bundles list | info | verify | unpack`: the models in reach."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from typer import Option
 
-from std_rt.core.bundle import Bundle, list_bundles, load_bundle, search_paths, verify_bundle
+from std_rt.cli.options import BundleArgument
+from std_rt.cli.terminal import print_table
+from std_rt.core.errors import UsageError
+from std_rt.core.machine import require
 
-__all__ = ["show_info", "show_list", "verify"]
+if TYPE_CHECKING:
+    from std_rt.core.bundle import Bundle
+
+__all__ = ["bundles_app"]
+
+bundles_app = typer.Typer(
+    help="List, describe, verify and unpack bundles (exported models).", no_args_is_help=True
+)
 
 
-def show_list() -> None:
-    """One row a bundle; a broken one is named with what is wrong."""
+@bundles_app.command("list")
+def list_all() -> None:
+    """List the bundles that std-rt finds, broken ones with what is wrong."""
+    from std_rt.core.bundle import list_bundles, search_paths
+
     found = list_bundles()
     if not found:
         places = ", ".join(str(path) for path in search_paths())
         typer.echo(f"no bundles; looked inside std-rt and in {places}")
         return
-    table = Table(box=None, pad_edge=False)
-    for title in ("name", "size", "steps", "style", "MB", "where"):
-        table.add_column(title, overflow="fold")
-    for item in found:
-        table.add_row(*_row(item))
-    Console().print(table)
+    print_table(map(_row, found), ("name", "size", "steps", "style", "MB", "where"))
 
 
 def _row(item: Bundle | tuple[str, Exception]) -> tuple[str, ...]:
     if isinstance(item, tuple):
         return item[0], "", "", "", "", f"[red]{escape(str(item[1]))}[/]"
     height, width = item.size_default
-    steps = ", ".join(str(n) for n in item.steps_allowed)
-    megabytes = f"{item.total_bytes / 2**20:.1f}"
     return (
         item.name,
         f"{width}x{height}",
-        steps,
+        ", ".join(map(str, item.steps_allowed)),
         f"{item.style['tokens']} tokens",
-        megabytes,
+        f"{item.total_bytes / 2**20:.1f}",
         escape(str(item.path)),
     )
 
 
-def show_info(source: str | None) -> None:
-    """Everything in the manifest that a person asks about."""
-    bundle = load_bundle(source, verify=False)
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for key, value in _facts(bundle):
-        table.add_row(key, escape(value))
-    Console().print(table)
+@bundles_app.command("info")
+def info(bundle: BundleArgument = None) -> None:
+    """Describe a bundle: sizes, schedule, graphs, sources, parity."""
+    from std_rt.core.bundle import load_bundle
+
+    print_table((key, escape(value)) for key, value in _facts(load_bundle(bundle, verify=False)))
 
 
 def _facts(bundle: Bundle) -> Iterator[tuple[str, str]]:
@@ -63,10 +67,8 @@ def _facts(bundle: Bundle) -> Iterator[tuple[str, str]]:
     yield "name", bundle.name
     yield "folder", str(bundle.path)
     yield "digest", bundle.digest
-    yield (
-        "size",
-        f"{width}x{height} px by default, {low} to {high} px a side, multiples of {bundle.size_multiple}",
-    )
+    sides = f"{low} to {high} px a side, multiples of {bundle.size_multiple}"
+    yield "size", f"{width}x{height} px by default, {sides}"
     yield "schedule", f"{bundle.prediction_type}, eta {bundle.eta:g}, tau {bundle.tau}"
     for steps in bundle.steps_allowed:
         default = " (default)" if steps == bundle.default_steps else ""
@@ -75,26 +77,54 @@ def _facts(bundle: Bundle) -> Iterator[tuple[str, str]]:
     yield "style", f"{bundle.style['tokens']} tokens from {bundle.style_px} px"
     yield "text", str(manifest["text"]["mode"])
     for name in bundle.graph_names:
-        yield f"graph {name}", _graph(bundle, name)
+        precision = manifest.get("precision", {}).get(name, {})
+        parity = manifest.get("parity", {}).get(name)
+        megabytes = bundle.weights_path(name).stat().st_size / 2**20
+        checked = f", {parity['psnr_db']:.1f} dB against {parity['against']}" if parity else ""
+        yield f"graph {name}", f"{megabytes:.1f} MB, weights {precision.get('weights', '?')}{checked}"
     for source in manifest.get("sources", []):
-        yield (
-            f"source {source['role']}",
-            f"{source['id']} ({source['licence']}) sha256 {source['sha256'][:16]}",
-        )
+        origin = f"{source['id']} ({source['licence']}) sha256 {source['sha256'][:16]}"
+        yield f"source {source['role']}", origin
     yield "made with", ", ".join(f"{key} {value}" for key, value in manifest.get("created_with", {}).items())
 
 
-def _graph(bundle: Bundle, name: str) -> str:
-    precision = bundle.manifest.get("precision", {}).get(name, {})
-    parity = bundle.manifest.get("parity", {}).get(name)
-    megabytes = bundle.weights_path(name).stat().st_size / 2**20
-    line = f"{megabytes:.1f} MB, weights {precision.get('weights', '?')}"
-    return f"{line}, {parity['psnr_db']:.1f} dB against {parity['against']}" if parity else line
+@bundles_app.command("verify")
+def verify(bundle: BundleArgument = None) -> None:
+    """Hash every file of a bundle; exit 2 and name the first that is not as exported."""
+    from std_rt.core.bundle import load_bundle, verify_bundle
+
+    found = load_bundle(bundle, verify=False)
+    verify_bundle(found)
+    count = len(found.manifest["files"])
+    typer.echo(f"{found.name}: {count} files, {found.total_bytes / 2**20:.1f} MB, all as exported")
 
 
-def verify(source: str | None) -> None:
-    """Hash all files; BundleError names the one that has changed."""
-    bundle = load_bundle(source, verify=False)
-    verify_bundle(bundle)
-    count = len(bundle.manifest["files"])
-    typer.echo(f"{bundle.name}: {count} files, {bundle.total_bytes / 2**20:.1f} MB, all as exported")
+@bundles_app.command("unpack")
+def unpack(
+    output: Annotated[
+        Path, Option("--output", "-o", metavar="FOLDER", help="The diffusers folder to write.")
+    ],
+    bundle: BundleArgument = None,
+) -> None:
+    """Turn a bundle back into a diffusers folder, to train on. Needs: pip install '.\\[export]'"""
+    require("std-rt bundles unpack", "export", "torch", "diffusers", "safetensors")
+    from std_rt.core.bundle import load_bundle
+    from std_rt.core.schedule import NoiseSchedule
+    from std_rt.export import load_torch_components
+    from std_rt.models.style_encoder import StyleEncoder
+    from std_rt.training.tiny.pipeline import TinyPipeline, save_tiny
+
+    if output.exists():
+        raise UsageError(f"{output} exists; choose another folder with -o")
+    found = load_bundle(bundle)
+    parts = load_torch_components(found)
+    if not isinstance(parts["style_encoder"], StyleEncoder):
+        raise UsageError(f"{found.name} was exported from a diffusers folder; train on that folder instead")
+    if "betas" not in found.manifest["schedule"]:
+        raise UsageError(
+            f"{found.name} does not contain its noise schedule; export it again with this std-rt"
+        )
+    noise = {"trained_betas": found.manifest["schedule"]["betas"], "prediction_type": found.prediction_type}
+    schedule = NoiseSchedule.from_config(noise)
+    save_tiny(TinyPipeline(parts["unet"], parts["style_encoder"], parts["vae"], schedule), output)  # type: ignore[arg-type]
+    typer.echo(output)

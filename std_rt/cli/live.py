@@ -1,149 +1,264 @@
-"""`std-rt live`: its options. Everything heavy is imported when it runs (`live_run`)."""
+"""`std-rt live`: a camera, or a clip in its place, stylized in a window until someone quits.
+
+The last line on stdout is the report, as JSON. However a session is ended, the exit code is 0.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+import time
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from typer import Option
 
-from std_rt.cli.options import (
-    BackendOption,
-    BundleOption,
-    GuidanceModeOption,
-    GuidanceOption,
-    OverwriteOption,
-    PrecisionOption,
-    SizeOption,
-    StepsOption,
-    TemporalOption,
-    check_temporal,
-    parse_size,
-)
+from std_rt.cli.options import StylizerFlags, parse_frame_size
 from std_rt.cli.styles import expand_styles
+from std_rt.cli.stylize import describe, open_stylizer
+from std_rt.cli.terminal import builds_shown, interruptible, note
+from std_rt.core.errors import MediaError, UsageError
+from std_rt.core.machine import install_hint
 
-__all__ = ["live"]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from std_rt.live.presenter import Outputs, Presenter
+    from std_rt.live.session import Session
+    from std_rt.media.camera.camera import Source
+    from std_rt.media.video.record import Recorder
+    from std_rt.pipeline.stylizer import Stylizer
+
+    Frame = NDArray[np.uint8]
+
+__all__ = ["LiveRequest", "live"]
+
+_TICK_S = 0.02
+_USUAL_FPS = 30.0
+_CYCLE_S = 10.0  # of a folder of styles
 
 
-def live(
+@dataclass(frozen=True, kw_only=True)
+class LiveRequest(StylizerFlags):
+    """What ``std-rt live`` was asked to do. Raises UsageError for flags that do not fit together."""
+
     style: Annotated[
         list[str],
-        typer.Option(
-            "--style",
-            "-s",
-            metavar="PICTURE[:WEIGHT]|FOLDER",
-            help="Picture, style file, or folder of them; repeatable. Weights begin with a blend.",
-        ),
-    ],
+        Option("--style", "-s", metavar="PICTURE[:WEIGHT]|FOLDER", help="Repeatable; weights make a blend."),
+    ]
     camera: Annotated[
-        str, typer.Option("--camera", "-c", metavar="N|DEVICE|FILE", help="A clip can stand in for a camera.")
-    ] = "0",
-    bundle: BundleOption = None,
-    size: SizeOption = None,
-    steps: StepsOption = None,
-    strength: Annotated[float, typer.Option("--style-strength", help="0 none, 1 as trained.")] = 1.0,
-    crossfade: Annotated[
-        float, typer.Option("--crossfade", metavar="SECONDS", min=0, help="Of a change of style.")
-    ] = 1.0,
+        str, Option("--camera", "-c", metavar="N|DEVICE|FILE", help="A clip can stand in for a camera.")
+    ] = "0"
+    crossfade: Annotated[float, Option(metavar="SECONDS", help="From one style to the next.")] = 1.0
     cycle: Annotated[
-        float | None,
-        typer.Option("--cycle", metavar="SECONDS", help="Next style by itself; 10 for a folder, 0 never."),
-    ] = None,
-    stream_batch: Annotated[
-        bool, typer.Option("--stream-batch", help="More frames a second, some frames later.")
-    ] = False,
-    temporal: TemporalOption = None,
-    similar: Annotated[
-        float | None,
-        typer.Option("--skip-similar", metavar="0..1", help="Skip frames more similar than this: 0.98."),
-    ] = None,
-    target_fps: Annotated[
-        float | None, typer.Option("--target-fps", help="Hold it with fewer steps or a smaller size.")
-    ] = None,
-    mirror: Annotated[bool | None, typer.Option("--mirror/--no-mirror", help="Default: cameras.")] = None,
-    window: Annotated[bool, typer.Option("--window/--no-window", help="Show a window.")] = True,
-    fullscreen: Annotated[bool, typer.Option("--fullscreen", help="Begin in full screen.")] = False,
-    record: Annotated[
-        Path | None, typer.Option("--record", metavar="CLIP", help="Record from the start; key R: any time.")
-    ] = None,
+        float | None, Option(metavar="SECONDS", help="Until the next style, 0 for never; 10 for a folder.")
+    ] = None
+    stream_batch: Annotated[bool, Option("--stream-batch", help="More frames a second, some later.")] = False
+    skip_similar: Annotated[
+        float | None, Option(metavar="0..1", help="Skip frames more similar than this, such as 0.98.")
+    ] = None
+    target_fps: Annotated[float | None, Option(help="Keep it, with fewer steps or a smaller size.")] = None
+    mirror: Annotated[bool | None, Option(help="Default: cameras are mirrored, files are not.")] = None
+    window: Annotated[bool, Option(help="Show a window.")] = True
+    fullscreen: Annotated[bool, Option("--fullscreen", help="Start in full screen.")] = False
+    record: Annotated[Path | None, Option(metavar="CLIP", help="From the start; key R: at any time.")] = None
     virtual_camera: Annotated[
-        bool, typer.Option("--virtual-camera", help="For calls. Needs: pip install 'std-rt\\[live]'")
-    ] = False,
-    virtual_device: Annotated[
-        str | None, typer.Option("--virtual-device", metavar="DEVICE", help="Which one; default: the first.")
-    ] = None,
-    snapshots: Annotated[
-        Path, typer.Option("--snapshots", metavar="FOLDER", help="Where key S puts pictures.")
-    ] = Path(),
-    metrics: Annotated[
-        Path | None, typer.Option("--metrics", metavar="FILE", help="Figures every second, as JSON lines.")
-    ] = None,
-    duration: Annotated[
-        float | None, typer.Option("--duration", metavar="SECONDS", help="End after so long.")
-    ] = None,
-    camera_size: Annotated[
-        str | None, typer.Option("--camera-size", metavar="WxH", help="Asked of the camera.")
-    ] = None,
-    camera_fps: Annotated[float | None, typer.Option("--camera-fps", help="Asked of the camera.")] = None,
-    loop: Annotated[bool, typer.Option("--loop/--once", help="A clip as camera plays again.")] = True,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same noise.")] = 0,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", help="Words, for a bundle exported with --prompts encoder.")
-    ] = None,
-    negative: Annotated[
-        str | None, typer.Option("--negative-prompt", help="What not to paint; counts with guidance.")
-    ] = None,
-    guidance: GuidanceOption = None,
-    guidance_mode: GuidanceModeOption = None,
-    backend: BackendOption = "auto",
-    precision: PrecisionOption = "auto",
-    build_in_background: Annotated[
-        bool, typer.Option("--build-in-background", help="Begin on the CPU while GPU engines are built.")
-    ] = False,
-    overwrite: OverwriteOption = False,
-) -> None:
-    """Paint a camera live in the style of a picture. In the window, H shows the keys.
+        bool, Option("--virtual-camera", help="A camera for calls. Needs: pip install '.\\[live]'")
+    ] = False
+    virtual_device: Annotated[str | None, Option(metavar="DEVICE", help="Default: the first.")] = None
+    snapshots: Annotated[Path, Option(metavar="FOLDER", help="Where key S saves pictures.")] = Path()
+    metrics: Annotated[Path | None, Option(metavar="FILE", help="JSON lines, one a second.")] = None
+    duration: Annotated[float | None, Option(metavar="SECONDS", help="End after this long.")] = None
+    camera_size: Annotated[str | None, Option(metavar="WxH", help="What to ask the camera for.")] = None
+    camera_fps: Annotated[float | None, Option(help="What to ask the camera for.")] = None
+    loop: Annotated[bool, Option("--loop/--once", help="Whether a clip starts again at its end.")] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_frame_size(self.camera_size)
+        if self.duration is not None and not 0 < self.duration < math.inf:
+            raise UsageError(f"--duration must be above 0 seconds, got {self.duration:g}")
+        if self.skip_similar is not None and not 0 <= self.skip_similar < 1:
+            raise UsageError(f"--skip-similar must be 0 to below 1, such as 0.98, got {self.skip_similar:g}")
+        if self.target_fps is not None and not 0 < self.target_fps <= 1000:
+            raise UsageError(f"--target-fps must be a rate above 0, such as 15, got {self.target_fps:g}")
+        if self.fullscreen and not self.window:
+            raise UsageError("--fullscreen needs the window; leave out --no-window")
+        if not (0 <= self.crossfade < math.inf and 0 <= self.cycle_s < math.inf):
+            raise UsageError("--crossfade and --cycle must be 0 seconds or more")
+        if 0 < self.cycle_s < self.crossfade:
+            times = f"--crossfade {self.crossfade:g} does not fit into --cycle {self.cycle_s:g}"
+            raise UsageError(f"{times}; make the crossfade shorter")
+        if self.skip_similar is not None and self.stream_batch:
+            raise UsageError("--skip-similar does not work with --stream-batch; leave one out")
+
+    @property
+    def wants_virtual_camera(self) -> bool:
+        """To name a device is to ask for it."""
+        return self.virtual_camera or self.virtual_device is not None
+
+    @property
+    def cycle_s(self) -> float:
+        """Seconds until the next style; 0 for never."""
+        if self.cycle is not None:
+            return self.cycle
+        return _CYCLE_S if any(Path(text).is_dir() for text in self.style) else 0.0
+
+
+def live(request: LiveRequest) -> None:
+    """Stylize a camera live. In the window, H shows the keys.
 
     std-rt live --style art.png
 
     std-rt live -s paintings/ --camera clip.mp4 --stream-batch --record out.mp4
     """
-    styles = expand_styles(style)
-    has_folder = any(Path(text).is_dir() for text in style)
-    working, asked = parse_size(size), parse_size(camera_size)
-    from std_rt.cli.live_run import Request, run
+    from std_rt.live.presenter import Presenter
+    from std_rt.live.session import Session, Settings
+    from std_rt.live.style_mixer import StyleMixer
+    from std_rt.media.camera.camera import Camera
 
-    request = Request(
-        styles=styles,
-        camera=camera,
-        camera_size=(asked, asked) if isinstance(asked, int) else asked,
-        camera_fps=camera_fps,
-        loop=loop,
-        mirror=mirror,
-        bundle=bundle,
-        size=working,
-        steps=steps,
-        backend=backend,
-        precision=precision,
-        prompts=(prompt, negative),
-        guidance=(guidance, guidance_mode),
-        build_in_background=build_in_background,
-        strength=strength,
-        crossfade_s=crossfade,
-        cycle_s=(10.0 if has_folder else 0.0) if cycle is None else cycle,
-        stream_batch=stream_batch,
-        temporal=check_temporal(temporal, "live"),
-        similar=similar,
-        target_fps=target_fps,
-        seed=seed,
-        window=window,
-        fullscreen=fullscreen,
-        record=record,
-        virtual=virtual_camera or virtual_device is not None,
-        virtual_device=virtual_device,
-        snapshots=snapshots,
-        metrics=metrics,
-        duration_s=duration,
-        overwrite=overwrite,
+    styles = expand_styles(request.style)
+    _check_places(request, [path for path, _ in styles])
+    settings = Settings(
+        stream_batch=request.stream_batch,
+        temporal=request.temporal,
+        similar=request.skip_similar,
+        target_fps=request.target_fps,
+        crossfade_s=request.crossfade,
+        seed=request.seed,
     )
-    raise typer.Exit(run(request))
+    console = Console(stderr=True)
+    with ExitStack() as stack:
+        source = stack.enter_context(closing(_open_source(request)))
+        first = _first_frame(request, source)
+        stylizer = stack.enter_context(open_stylizer(request, console))
+        if request.prompt is not None:
+            stylizer.set_prompt(request.prompt, request.negative_prompt)
+        deck = StyleMixer(stylizer.encode_style, stylizer.bundle, strength=request.style_strength)
+        stack.enter_context(closing(deck))
+        deck.cycle(request.cycle_s, request.crossfade)
+        with builds_shown(console, stylizer.backend):
+            quality = stylizer.quality(first.shape[0], first.shape[1])
+            stylizer.prepare_qualities([quality], stream_batch=request.stream_batch)
+            deck.fill(styles)
+            # Not with the first frame: a camera that runs meanwhile would only lose frames.
+            while not stylizer.ready(quality, stream_batch=request.stream_batch):
+                time.sleep(_TICK_S)
+        is_mirror = isinstance(source, Camera) if request.mirror is None else request.mirror
+        session = Session(stylizer, source, deck, settings, mirror=is_mirror)
+        outputs = _outputs(request, session, stylizer, first)
+        show = Presenter(session, outputs, first, say=lambda line: note(console, line))
+        stack.enter_context(session)
+        stack.callback(show.close)  # closed first, so that nothing can prevent the end of a recording
+        note(console, f"{describe(stylizer)}, {source.name}")
+        _present(show, outputs, request.duration, console)
+        session.meter.pause("end")  # the time that closing takes does not count
+        session.report()
+    typer.echo(json.dumps(session.report()))
+
+
+def _check_places(request: LiveRequest, styles: list[Path]) -> None:
+    """Raise StdRtError where an output cannot be written, or names an input or the other output."""
+    from std_rt.core.files import check_output
+    from std_rt.media.video.encoder import Encoder
+
+    if not request.snapshots.is_dir():
+        raise MediaError(f"{request.snapshots} is not a folder; give --snapshots one that exists")
+    named = {"--record": request.record, "--metrics": request.metrics}
+    outputs = {flag: path for flag, path in named.items() if path is not None}
+    for flag, path in outputs.items():
+        for source in (Path(request.camera.strip()).expanduser(), *styles):
+            check_output(path, source=source, overwrite=request.overwrite, flag=flag)
+    if len({path.resolve() for path in outputs.values()}) < len(outputs):
+        raise UsageError(f"--record and --metrics both name {request.record}; give two files")
+    if request.record is not None:
+        Encoder.for_file(request.record, None, 18, live=True)
+    if request.wants_virtual_camera and find_spec("pyvirtualcam") is None:
+        raise MediaError(f"the virtual camera needs pyvirtualcam; run: {install_hint('live')}")
+
+
+def _open_source(request: LiveRequest) -> Source:
+    """The camera, or what stands in for it. Raises UsageError where camera flags are given for a file."""
+    from std_rt.media.camera.camera import Camera, open_source
+
+    size, fps = parse_frame_size(request.camera_size), request.camera_fps
+    source = open_source(request.camera, size=size, fps=fps, loop=request.loop)
+    if not isinstance(source, Camera) and (size or fps):
+        source.close()
+        raise UsageError(
+            f"--camera-size and --camera-fps are for cameras, and {source.name} is a file; leave them out"
+        )
+    return source
+
+
+def _first_frame(request: LiveRequest, source: Source) -> Frame:
+    """The first frame, which decides the size of everything after it.
+
+    A file is opened a second time for it, because it starts to play with the first frame that is read.
+    """
+    from std_rt.media.camera.camera import Camera, open_source
+
+    if isinstance(source, Camera):
+        taken = source.read()
+    else:
+        with closing(open_source(request.camera)) as other:
+            taken = other.read()
+    if taken is None:
+        raise MediaError(f"{source.name} delivers no frames; name another camera with --camera")
+    return taken.frame
+
+
+def _present(show: Presenter, outputs: Outputs, seconds: float | None, console: Console) -> None:
+    """Until the session is over; without a window, the figures are shown on the terminal."""
+    with interruptible("SIGINT", "SIGTERM", "SIGHUP") as interrupted:
+        if outputs.window is not None or not console.is_terminal:
+            show.run(interrupted, seconds)
+            return
+        with console.status("opening the engines") as status:
+            outputs.status = lambda text: status.update(text)
+            show.run(interrupted, seconds)
+
+
+def _outputs(request: LiveRequest, session: Session, stylizer: Stylizer, first: Frame) -> Outputs:
+    """Everything that was asked for; what makes a file comes last, so that a refusal leaves none behind."""
+    from std_rt.live.keys import help_lines
+    from std_rt.live.metrics_file import MetricsWriter
+    from std_rt.live.presenter import Outputs
+    from std_rt.media import fit
+    from std_rt.media.camera.virtual_camera import VirtualCamera
+    from std_rt.media.video.record import Recorder
+    from std_rt.media.window.window import Window
+
+    height, width = first.shape[:2]
+    fps = session.source.fps or _USUAL_FPS
+
+    def new_recorder(path: Path) -> Recorder:
+        return Recorder(path, fps=fps, overwrite=request.overwrite)
+
+    outputs = Outputs(
+        snapshots=request.snapshots,
+        record_to=request.record or Path(f"std-rt-{datetime.now():%Y%m%d-%H%M%S}.mp4"),
+        new_recorder=new_recorder,
+    )
+    with ExitStack() as undo:
+        if request.window:
+            size = fit.result_size((height, width), stylizer.working_size(height, width))
+            title = f"std-rt - {session.source.name}"
+            window = Window(title, size=size, fullscreen=request.fullscreen, help_lines=help_lines())
+            outputs.window = undo.enter_context(closing(window))
+        if request.wants_virtual_camera:
+            virtual = VirtualCamera((height, width), fps, request.virtual_device)
+            outputs.virtual = undo.enter_context(closing(virtual))
+        if request.record is not None:
+            outputs.recorder = undo.enter_context(closing(new_recorder(request.record)))
+        if request.metrics is not None:
+            outputs.metrics = MetricsWriter(request.metrics, session.meter, overwrite=request.overwrite)
+        undo.pop_all()
+    return outputs

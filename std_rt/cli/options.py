@@ -1,27 +1,31 @@
-"""What flags mean: sizes, weighted styles, and the options that several commands share."""
+"""The options that several commands share: their names, what their values mean, and how they are checked."""
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer import BadParameter, Option
 
 from std_rt.core.errors import UsageError
 
 __all__ = [
-    "TEMPORAL_MODES",
     "BackendOption",
+    "BundleArgument",
     "BundleOption",
-    "GuidanceModeOption",
-    "GuidanceOption",
+    "EngineFlags",
     "OverwriteOption",
-    "PrecisionOption",
     "SizeOption",
     "StepsOption",
+    "StylizerFlags",
     "TemporalOption",
-    "check_temporal",
+    "command_of",
+    "parse_frame_size",
     "parse_size",
     "parse_style",
     "split_number",
@@ -29,11 +33,90 @@ __all__ = [
 
 Size = tuple[int, int]  # (H, W) in pixels
 
-TEMPORAL_MODES = ("off", "noise", "full")
-# By the trade-off in docs/results.md: a file can wait for steadiness, a camera has frames to lose.
-_TEMPORAL = {"live": "off", "file": "full"}
-
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+
+BundleArgument = Annotated[
+    str | None, typer.Argument(metavar="NAME|FOLDER", help="Default: the built-in model.")
+]
+BundleOption = Annotated[
+    str | None,
+    Option("--bundle", "-b", metavar="NAME|FOLDER", help="The model; `std-rt bundles list` shows them."),
+]
+SizeOption = Annotated[
+    str | None,
+    Option(metavar="PX|WxH", help="Working size: 512 for about 512 x 512 px in any aspect, or WIDTHxHEIGHT."),
+]
+StepsOption = Annotated[int | None, Option(help="Denoising steps, one of those that the bundle offers.")]
+BackendOption = Annotated[
+    str, Option(help="auto, cpu, or one that `std-rt doctor` lists: rtx, openvino, ...")
+]
+TemporalOption = Annotated[
+    str, Option(metavar="off|noise|full", help="How strongly frames are held to the previous ones.")
+]
+OverwriteOption = Annotated[bool, Option("--overwrite", help="Replace files that exist.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineFlags:
+    """Which model a command runs, and on what. Raises BadParameter on values that cannot be."""
+
+    bundle: BundleOption = None
+    size: SizeOption = None
+    steps: StepsOption = None
+    backend: BackendOption = "auto"
+    precision: Annotated[str, Option(help="auto, fp32 or bf16.")] = "auto"
+    temporal: TemporalOption = "off"
+
+    def __post_init__(self) -> None:
+        parse_size(self.size)
+        if self.temporal not in ("off", "noise", "full"):
+            raise BadParameter(f"--temporal must be off, noise or full, got {self.temporal!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StylizerFlags(EngineFlags):
+    """How a command stylizes. Raises UsageError where flags do not fit together."""
+
+    style_strength: Annotated[float, Option(help="0 for none, 1 as trained.")] = 1.0
+    seed: Annotated[int, Option(min=0, help="The same seed draws the same noise.")] = 0
+    prompt: Annotated[str | None, Option(help="For bundles exported with --prompts encoder.")] = None
+    negative_prompt: Annotated[str | None, Option(help="What to avoid; needs --prompt and guidance.")] = None
+    guidance: Annotated[float | None, Option(help="Scale, 1 for none; default: the bundle's.")] = None
+    guidance_mode: Annotated[
+        str | None, Option(help="full (twice the work) or residual (one more UNet call a frame).")
+    ] = None
+    build_in_background: Annotated[
+        bool, Option("--build-in-background", help="Start on the CPU while GPU engines are being built.")
+    ] = False
+    overwrite: OverwriteOption = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.negative_prompt is not None and self.prompt is None:
+            raise UsageError("--negative-prompt needs --prompt; give both")
+
+
+def command_of(run: Callable[[Any], int | None]) -> Callable[..., None]:
+    """The Typer command of ``run(request)``, whose options are the fields of the request, a dataclass.
+
+    In --help the class's own fields come before those it inherits. What ``run`` returns is the exit code.
+    """
+    (argument,) = inspect.signature(run, eval_str=True).parameters.values()
+    request = argument.annotation
+
+    def command(**values: Any) -> None:
+        raise typer.Exit(run(request(**values)) or 0)
+
+    hints = get_type_hints(request, include_extras=True)
+    ordered = sorted(fields(request), key=lambda field: field.name not in request.__annotations__)
+    signature = inspect.signature(request)
+    command.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[
+            signature.parameters[field.name].replace(annotation=hints[field.name]) for field in ordered
+        ]
+    )
+    command.__annotations__, command.__doc__ = hints, run.__doc__
+    return command
 
 
 def parse_size(text: str | None) -> int | Size | None:
@@ -42,17 +125,21 @@ def parse_size(text: str | None) -> int | Size | None:
         return None
     match = re.fullmatch(r"(\d{1,6})(?:[xX](\d{1,6}))?", text.strip())
     if match is None or int(match[1]) == 0 or (match[2] and int(match[2]) == 0):
-        raise typer.BadParameter(
-            f"{text!r} is no size; use pixels such as 512 or WIDTHxHEIGHT such as 512x384"
-        )
+        raise BadParameter(f"{text!r} is not a size; use pixels such as 512, or WIDTHxHEIGHT such as 512x384")
     return (int(match[2]), int(match[1])) if match[2] else int(match[1])
+
+
+def parse_frame_size(text: str | None) -> Size | None:
+    """``640x480`` -> (480, 640); one number is the side of a square. Raises BadParameter."""
+    size = parse_size(text)
+    return (size, size) if isinstance(size, int) else size
 
 
 def split_number(text: str) -> tuple[str, float | None]:
     """``name:0.7`` -> ("name", 0.7); ("name", None) without a number.
 
-    A colon in a file name or a drive letter is no separator: only a number behind the last colon counts,
-    and only if no file has the whole text as its name.
+    Colons in file names and drive letters stay: only a number after the last colon counts, and only where no
+    file is named like the whole text.
     """
     head, colon, tail = text.rpartition(":")
     if not colon or not head or not _NUMBER.fullmatch(tail) or Path(text).exists():
@@ -61,52 +148,10 @@ def split_number(text: str) -> tuple[str, float | None]:
 
 
 def parse_style(text: str) -> tuple[Path, float]:
-    """``art.png`` or ``art.png:0.7`` -> (path, weight). Raises UsageError where the weight is not above 0."""
+    """``art.png`` or ``art.png:0.7`` -> (path, weight). Raises UsageError unless the weight is above 0."""
     head, weight = split_number(text)
-    if weight is None:
-        return Path(head), 1.0
-    if not 0 < weight < float("inf"):
+    if weight is not None and not 0 < weight < float("inf"):
         raise UsageError(
-            f"the weight of style {head} must be above 0, got {weight:g}; leave a style out instead"
+            f"the weight of style {head} must be above 0, got {weight:g}; or leave that style out"
         )
-    return Path(head), weight
-
-
-def check_temporal(asked: str | None, where: str) -> str:
-    """``asked`` itself, or the default of ``where`` (live, file). Raises BadParameter on an unknown mode."""
-    if asked is None:
-        return _TEMPORAL[where]
-    if asked not in TEMPORAL_MODES:
-        raise typer.BadParameter(f"--temporal knows {', '.join(TEMPORAL_MODES)}, not {asked!r}")
-    return asked
-
-
-BundleOption = Annotated[
-    str | None,
-    typer.Option("--bundle", "-b", metavar="NAME|FOLDER", help="The model; see `std-rt bundles list`."),
-]
-SizeOption = Annotated[
-    str | None,
-    typer.Option(
-        "--size", metavar="PX|WxH", help="Working size: the side of a square, or WIDTHxHEIGHT, of that area."
-    ),
-]
-StepsOption = Annotated[
-    int | None, typer.Option("--steps", help="Denoising steps, among those the bundle allows.")
-]
-BackendOption = Annotated[
-    str, typer.Option("--backend", help="auto, cpu, or one that `std-rt doctor` lists: rtx, openvino, ...")
-]
-GuidanceOption = Annotated[
-    float | None, typer.Option("--guidance", help="Scale, 1 is none; default: the bundle's.")
-]
-GuidanceModeOption = Annotated[
-    str | None,
-    typer.Option("--guidance-mode", help="full (twice the work) or residual (a call more a frame)."),
-]
-TemporalOption = Annotated[
-    str | None,
-    typer.Option("--temporal", metavar="off|noise|full", help="How much frames hold on to the last ones."),
-]
-PrecisionOption = Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")]
+    return Path(head), 1.0 if weight is None else weight

@@ -1,212 +1,180 @@
-"""`std-rt stylize`: check everything, open, work through the jobs, say what was done."""
+"""`std-rt stylize`: pictures, clips and folders, in the style of a picture.
+
+Exit code 2 where an input failed (the others are done), 130 where Ctrl-C ended a clip early, which plays.
+"""
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
+from typer import Argument, Option
 
+from std_rt.cli.options import StylizerFlags, TemporalOption, parse_size, parse_style
+from std_rt.cli.terminal import builds_shown, interruptible, note
 from std_rt.core.errors import MediaError, StdRtError, UsageError
-from std_rt.media import fit
-from std_rt.media.image import Picture, read_picture, write_picture
-from std_rt.media.sources import Job, plan_outputs
-from std_rt.pipeline.style_file import encode_styles, open_styles
-from std_rt.pipeline.stylizer import Stylizer
 
-__all__ = ["Request", "run"]
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
-INTERRUPTED = 130
+    from std_rt.media.image import Picture
+    from std_rt.media.sources import Job
+    from std_rt.pipeline.stylizer import Stylizer
 
+__all__ = ["StylizeRequest", "check_size", "describe", "open_stylizer", "stylize"]
 
-@dataclass(frozen=True)
-class Request:
-    """The command as parsed; ``size`` is a side or (H, W) in pixels, ``styles`` are (path, weight)."""
-
-    inputs: list[Path]
-    styles: list[tuple[Path, float]]
-    out: Path | None
-    overwrite: bool
-    strength: float
-    seed: int
-    bundle: str | None
-    size: int | tuple[int, int] | None
-    steps: int | None
-    backend: str
-    precision: str
-    prompts: tuple[str | None, str | None] = (None, None)  # prompt, negative prompt
-    guidance: tuple[float | None, str | None] = (None, None)  # scale, mode
-    build_in_background: bool = False
-    temporal: str = "off"
+_INTERRUPTED = 130
 
 
-class RateColumn(ProgressColumn):
-    """Finished items a second: fps of a clip."""
+@dataclass(frozen=True, kw_only=True)
+class StylizeRequest(StylizerFlags):
+    """What ``std-rt stylize`` was asked to do."""
 
-    def render(self, task: Task) -> Text:
-        """``12.3 fps``, or nothing before the first item."""
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:5.1f} {task.fields['unit']}" if speed else "")
+    inputs: Annotated[list[Path], Argument(metavar="INPUT...", help="Pictures, clips or folders.")]
+    style: Annotated[
+        list[str],
+        Option(
+            "--style", "-s", metavar="PICTURE[:WEIGHT]", help="Picture or style file; several are blended."
+        ),
+    ]
+    output: Annotated[
+        Path | None,
+        Option("--output", "-o", metavar="FILE|FOLDER", help="Default: NAME_styled beside each input."),
+    ] = None
+    temporal: TemporalOption = "full"  # a file can wait for steadiness: docs/results.md
 
 
-def run(request: Request) -> int:
-    """Do it; returns the exit code: 0, 2 where an input failed, 130 where Ctrl-C ended a clip early.
+def stylize(request: StylizeRequest) -> int:
+    """Stylize pictures, folders and clips.
 
-    Everything that can be known before is checked before any work: inputs, outputs, styles, bundle,
-    backend. An input that fails later is reported, the others are done.
+    std-rt stylize photo.jpg --style art.png
+
+    std-rt stylize clip.mp4 -s art.png:0.7 -s ink.png:0.3 -o styled.mp4 --size 512
     """
-    jobs = plan_outputs(request.inputs, request.out, overwrite=request.overwrite)
-    prompt, negative = request.prompts
-    if negative is not None and prompt is None:
-        raise UsageError("--negative-prompt goes with --prompt; give both")
+    from std_rt.media.sources import plan_outputs
+    from std_rt.pipeline.style_file import encode_styles, open_styles
+
+    weights = [parse_style(text) for text in request.style]
+    jobs = plan_outputs(request.inputs, request.output, overwrite=request.overwrite)
     console = Console(stderr=True)
-
-    def said(line: str) -> None:
-        console.print(f"note: {line}", style="dim", markup=False, highlight=False)
-
-    loaded = Stylizer.load(
-        request.bundle,
-        backend=request.backend,
-        size=request.size,
-        steps=request.steps,
-        precision=request.precision,
-        guidance=request.guidance[0],
-        guidance_mode=request.guidance[1],
-        meanwhile=said if request.build_in_background else None,
-    )
-    with loaded as stylizer:
-        check_size(stylizer, request.size)
-        styles = open_styles(request.styles, stylizer.bundle)
-        if prompt is not None:
-            stylizer.set_prompt(prompt, negative)
-        work = Work(stylizer, request, console)
+    with open_stylizer(request, console) as stylizer:
+        styles = open_styles(weights, stylizer.bundle)
+        if request.prompt is not None:
+            stylizer.set_prompt(request.prompt, request.negative_prompt)
+        work = _Work(stylizer, request, console)
         with builds_shown(console, stylizer.backend):
-            work.look_ahead(jobs)
+            work.prepare(jobs)
             style = encode_styles(stylizer.encode_style, styles, stylizer.bundle)
-            stylizer.use_style(style, request.strength)
-            console.print(f"[dim]{describe(stylizer)}[/]", highlight=False)
-            return work.all(jobs)
+            stylizer.use_style(style, request.style_strength)
+            note(console, describe(stylizer))
+            return work.run(jobs)
 
 
 @contextmanager
-def builds_shown(console: Console, backend: str) -> Iterator[None]:
-    """Say, at every tenth, how far engines are that TensorRT builds: minutes, the first time."""
-    if backend not in ("tensorrt", "rtx"):
-        yield
-        return
-    from std_rt.engines.tensorrt.engine_builder import progress_to
+def open_stylizer(flags: StylizerFlags, console: Console) -> Iterator[Stylizer]:
+    """The stylizer that the flags describe. Raises StdRtError where the bundle cannot do what they ask."""
+    from std_rt.pipeline.stylizer import Stylizer
 
-    said: dict[str, int] = {}
-
-    def show(graph: str, share: float) -> None:
-        tenths = int(share * 10)
-        if tenths > said.get(graph, -1):
-            said[graph] = tenths
-            console.print(f"building the engine of {graph}: {10 * tenths} %", style="dim", highlight=False)
-
-    with progress_to(show):
-        yield
+    size = parse_size(flags.size)
+    with Stylizer.load(
+        flags.bundle,
+        backend=flags.backend,
+        size=size,
+        steps=flags.steps,
+        precision=flags.precision,
+        guidance=flags.guidance,
+        guidance_mode=flags.guidance_mode,
+        meanwhile=(lambda line: note(console, f"note: {line}")) if flags.build_in_background else None,
+    ) as stylizer:
+        check_size(stylizer, size)
+        yield stylizer
 
 
 def check_size(stylizer: Stylizer, size: int | tuple[int, int] | None) -> None:
-    """Raise UsageError where ``size`` is outside what the bundle can do."""
+    """Raise UsageError where the bundle cannot work at ``size``, a side or (H, W) in px."""
     low, high = stylizer.bundle.size_range
     sides = (size, size) if isinstance(size, int) else size
     if sides is not None and not all(low <= side <= high for side in sides):
-        asked = f"{sides[1]}x{sides[0]}"
         raise UsageError(
-            f"bundle '{stylizer.bundle.name}' works at {low} to {high} px a side, not {asked}; change --size"
+            f"bundle '{stylizer.bundle.name}' works at {low} to {high} px a side, not at "
+            f"{sides[1]}x{sides[0]}; change --size"
         )
 
 
 def describe(stylizer: Stylizer) -> str:
-    """One line: bundle, steps, backend and why."""
-    bundle = stylizer.bundle
-    return f"{bundle.name}, {stylizer.steps} steps, {stylizer.backend} ({stylizer.reason})"
+    """One line: bundle, steps, backend and why that one."""
+    return f"{stylizer.bundle.name}, {stylizer.steps} steps, {stylizer.backend} ({stylizer.reason})"
 
 
-class Work:
+class _Work:
     """The jobs of one command on one stylizer."""
 
-    def __init__(self, stylizer: Stylizer, request: Request, console: Console) -> None:
+    def __init__(self, stylizer: Stylizer, request: StylizeRequest, console: Console) -> None:
         self._stylizer, self._request, self._console = stylizer, request, console
-        self._stopped = False
-        self._read_ahead: dict[Path, Picture] = {}
+        self._interrupted = False
+        self._first: Picture | None = None
 
-    def look_ahead(self, jobs: list[Job]) -> None:
-        """Begin to open, while the style is encoded, the engines that the first input will need."""
-        job = jobs[0]
-        try:
-            if job.is_video:
-                from std_rt.media.video.clip import probe
+    def prepare(self, jobs: Sequence[Job]) -> None:
+        """Start opening the engines that the first input needs, while the style is encoded."""
+        from std_rt.media.image import read_picture
+        from std_rt.media.video.clip import probe
 
-                info = probe(job.source)
+        # An unreadable input among many is reported when its turn comes.
+        with suppress(MediaError) if len(jobs) > 1 else nullcontext():
+            if jobs[0].is_video:
+                info = probe(jobs[0].source)
                 self._stylizer.prepare(info.height, info.width)
-                return
-            picture = self._read_ahead[job.source] = read_picture(job.source)
-            self._stylizer.prepare(*picture.frame.shape[:2])
-        except MediaError:
-            if len(jobs) == 1:
-                raise
-            # Among many, it is read again and reported when its turn comes.
+            else:
+                self._first = read_picture(jobs[0].source)
+                self._stylizer.prepare(*self._first.frame.shape[:2])
 
-    def all(self, jobs: list[Job]) -> int:
-        """Every job; an input that fails is reported and the next one begun."""
-        failed: list[StdRtError] = []
-        with self._progress() as bar:
-            pictures = [job for job in jobs if not job.is_video]
-            whole = bar.add_task("pictures", total=len(pictures), unit="/s", visible=len(pictures) > 1)
+    def run(self, jobs: Sequence[Job]) -> int:
+        """Do every job and return the exit code; among several, one that fails is reported and skipped."""
+        failed, pictures = 0, sum(not job.is_video for job in jobs)
+        with _progress(self._console) as bar:
+            whole = bar.add_task("pictures", total=pictures, unit="/s", visible=pictures > 1)
             for job in jobs:
-                if self._stopped:
-                    break
                 try:
-                    self._one(job, bar)
+                    if job.is_video:
+                        self._clip(job, bar)
+                    else:
+                        self._picture(job)
                 except StdRtError as error:
                     if len(jobs) == 1:
                         raise
-                    failed.append(error)
+                    failed += 1
                     self._console.print(
                         f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
                     )
                 bar.advance(whole, 0 if job.is_video else 1)
+                if self._interrupted:
+                    break
         if failed:
-            done = len(jobs) - len(failed)
-            self._console.print(
-                f"{len(failed)} of {len(jobs)} inputs failed (above); {done} done", style="red"
-            )
-        return INTERRUPTED if self._stopped else 2 if failed else 0
+            summary = f"{failed} of {len(jobs)} inputs failed (above); {len(jobs) - failed} done"
+            self._console.print(summary, style="red")
+        return _INTERRUPTED if self._interrupted else 2 if failed else 0
 
-    def _one(self, job: Job, bar: Progress) -> None:
+    def _picture(self, job: Job) -> None:
+        import numpy as np
+
+        from std_rt.media import fit
+        from std_rt.media.image import read_picture, write_picture
+
         started = time.perf_counter()
-        if job.is_video:
-            self._clip(job, bar)
-        else:
-            height, width = self._picture(job)
-            _say(f"{job.sink} ({width}x{height}, {time.perf_counter() - started:.2f} s)")
-
-    def _picture(self, job: Job) -> tuple[int, int]:
-        picture = self._read_ahead.pop(job.source, None) or read_picture(job.source)
+        picture, self._first = self._first or read_picture(job.source), None
         styled = self._stylizer.stylize(picture.frame, self._request.seed)
-        write_picture(job.sink, styled, _alpha(picture, styled.shape[:2]))
-        return styled.shape[0], styled.shape[1]
+        height, width = styled.shape[:2]
+        alpha = picture.alpha
+        if alpha is not None and alpha.shape != (height, width):
+            alpha = np.ascontiguousarray(fit.resize(alpha, (height, width)))
+        write_picture(job.sink, styled, alpha)
+        typer.echo(f"{job.sink} ({width}x{height}, {time.perf_counter() - started:.2f} s)")
 
     def _clip(self, job: Job, bar: Progress) -> None:
         from std_rt.media.video.transcode import transcode_stream
@@ -217,67 +185,48 @@ class Work:
         stream = FrameStream(self._stylizer, batching=GROUPED, temporal=temporal, seed=self._request.seed)
         task = bar.add_task(job.source.name, total=None, unit="fps")
 
-        def shown(done: int, total: int | None) -> None:
+        def show(done: int, total: int | None) -> None:
             bar.update(task, completed=done, total=None if total is None else max(total, done))
 
-        with _interruptible() as interrupted:
+        with interruptible("SIGINT") as interrupted:
             report = transcode_stream(
                 job.source,
                 job.sink,
                 stream.frames,
                 overwrite=self._request.overwrite,
-                progress=shown,
+                progress=show,
                 should_stop=interrupted,
             )
-        self._stopped = report.stopped
-        for note in report.notes:
-            self._console.print(
-                f"note: {job.source.name}: {note}", style="dim", markup=False, highlight=False
-            )
+        self._interrupted = report.stopped
+        for line in report.notes:
+            note(self._console, f"note: {job.source.name}: {line}")
         if report.stopped and not report.frames:
             return
         fps = report.frames / report.seconds if report.seconds else 0.0
         early = ", stopped early, playable" if report.stopped else ""
-        _say(
+        typer.echo(
             f"{report.output} ({report.width}x{report.height}, {report.frames} frames, {fps:.1f} fps{early})"
         )
 
-    def _progress(self) -> Progress:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            RateColumn(),
-            TimeRemainingColumn(),
-        )
-        return Progress(
-            *columns, console=self._console, transient=True, disable=not self._console.is_terminal
-        )
 
+def _progress(console: Console) -> Progress:
+    """Bars with a rate: frames a second of a clip, or pictures a second."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
 
-def _alpha(picture: Picture, size: tuple[int, ...]) -> Any:
-    """The picture's alpha at the size of the result."""
-    if picture.alpha is None or picture.alpha.shape == size:
-        return picture.alpha
-    return np.ascontiguousarray(fit.resize(picture.alpha, (size[0], size[1])))
+    class Rate(TextColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text(f"{speed:5.1f} {task.fields['unit']}" if speed else "")
 
-
-def _say(line: str) -> None:
-    typer.echo(line)
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C asks the clip to end well, a second one ends at once."""
-    asked = False
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(""))
+    return Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+    )

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from std_rt.core.errors import BundleError
 from std_rt.core.files import file_digest, writing
+from std_rt.core.machine import install_hint
 from std_rt.core.onnx_file import external_locations
 from std_rt.core.schedule import StepCoefficients
 
@@ -352,7 +353,7 @@ def _unknown(asked: str, known: list[str]) -> str:
 
 def _mend(folder: Path) -> str:
     if folder.parent == _built_in_folder():
-        return "install std-rt again: pip install --force-reinstall --no-deps std-rt"
+        return f"install std-rt again: {install_hint()} --force-reinstall --no-deps"
     return f"export it again: std-rt export ... --output {folder} --overwrite"
 
 
@@ -369,7 +370,7 @@ def _read_manifest(folder: Path) -> Manifest:
     if manifest["schema"] > SCHEMA:
         raise BundleError(
             f"bundle {folder} has schema {manifest['schema']} and this std-rt reads up to {SCHEMA}; "
-            "upgrade std-rt: pip install --upgrade std-rt"
+            f"upgrade std-rt: git pull, then {install_hint()}"
         )
     if manifest.get("manifest_sha256") != manifest_digest(manifest):
         raise BundleError(f"{path} has changed since export (its hash does not match); {_mend(folder)}")

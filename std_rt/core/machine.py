@@ -18,6 +18,7 @@ __all__ = [
     "available_memory_gb",
     "describe_machine",
     "free_disk_gb",
+    "install_hint",
     "peak_memory_mb",
     "require",
 ]
@@ -100,7 +101,12 @@ def require(what: str, extra: str, *modules: str) -> None:
     """Raise UsageError with the command that adds them where ``modules`` are not installed."""
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
-        raise UsageError(f"{what} needs {', '.join(missing)}; run: pip install 'std-rt[{extra}]'")
+        raise UsageError(f"{what} needs {', '.join(missing)}; run: {install_hint(extra)}")
+
+
+def install_hint(extra: str = "") -> str:
+    """The command that installs std-rt with ``extra``, in the folder of its repository: it is on no index."""
+    return f"pip install '.[{extra}]'" if extra else "pip install ."
 
 
 def _usable_cores() -> int:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from std_rt.core.errors import BackendError
+from std_rt.core.machine import install_hint
 from std_rt.engines.protocol import Array, GraphSpec
 
 __all__ = ["GLUE", "Glue", "glue_folder", "glue_path", "glue_spec"]
@@ -121,7 +122,7 @@ def glue_path(op: str) -> Path:
     if op not in GLUE or not path.is_file():
         raise BackendError(
             f"there is no graph for the operation '{op}' (known are {', '.join(GLUE)}); "
-            "install std-rt again: pip install --force-reinstall --no-deps std-rt"
+            f"install std-rt again: {install_hint()} --force-reinstall --no-deps"
         )
     return path
 

@@ -14,6 +14,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from std_rt.core.errors import BackendError
+from std_rt.core.machine import install_hint
 from std_rt.engines.protocol import Engine, GraphSpec
 
 if TYPE_CHECKING:
@@ -52,19 +53,19 @@ BACKENDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "tensorrt": (
         "tensorrt",
         ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
-        "pip install 'std-rt[tensorrt]'",
+        install_hint("tensorrt"),
     ),
     "rtx": (
         "tensorrt_rtx",
         ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
-        "pip install 'std-rt[rtx]'",
+        install_hint("rtx"),
     ),
-    "cuda": ("onnxruntime", ("onnxruntime-gpu",), "pip install 'std-rt[cuda]'"),
-    "openvino": ("openvino", ("openvino",), "pip install std-rt"),
+    "cuda": ("onnxruntime", ("onnxruntime-gpu",), install_hint("cuda")),
+    "openvino": ("openvino", ("openvino",), install_hint()),
     "onnxruntime": (
         "onnxruntime",
         ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml"),
-        "pip install 'std-rt[onnx]'",
+        install_hint("onnx"),
     ),
 }
 # Backend -> what opens graphs on it (a module or an object), imported for the first engine that needs it.

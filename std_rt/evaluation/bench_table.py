@@ -19,7 +19,7 @@ from rich.table import Table
 
 from std_rt.core.bundle import Bundle, load_bundle
 from std_rt.core.errors import BackendError, BundleError
-from std_rt.core.machine import describe_machine
+from std_rt.core.machine import describe_machine, install_hint
 from std_rt.engines import backends
 from std_rt.evaluation.bench import STAGES, Settings, Timing, diffusers_step, measure, stream_step
 from std_rt.pipeline.stylizer import Stylizer
@@ -90,7 +90,7 @@ def _obstacle(column: Column, has_int8: bool) -> str:
     """Why a column cannot be measured here; empty where it can."""
     if column.backend == "torch":
         missing = [name for name in ("torch", "diffusers") if find_spec(name) is None]
-        return f"{missing[0]} is not installed; run: pip install 'std-rt[export]'" if missing else ""
+        return f"{missing[0]} is not installed; run: {install_hint('export')}" if missing else ""
     info = next(info for info in backends() if info.name == column.backend)
     if not info.available:
         return f"not installed; run: {info.install}"

@@ -1,4 +1,4 @@
-"""Export: an SDXL-layout diffusers folder (and a LoRA) -> a bundle. Needs ``pip install 'std-rt[export]'``.
+"""Export: an SDXL-layout diffusers folder (and a LoRA) -> a bundle. Needs ``pip install '.[export]'``.
 
 Importing this costs nothing; torch is loaded by the first call.
 """

@@ -11,6 +11,7 @@ import onnx
 from numpy.typing import NDArray
 
 from std_rt.core.errors import BackendError, ExportError
+from std_rt.core.machine import install_hint
 from std_rt.engines import GraphSpec, backends, open_engine
 from std_rt.export.graphs import Example
 
@@ -44,7 +45,7 @@ def check_graph(
         found = [backend for backend in found if backend != "onnxruntime"]  # has no bf16 on a CPU
     found = found[-1:] if lean else found
     if not found:
-        raise ExportError("no backend is installed to check the export with; run: pip install 'std-rt[onnx]'")
+        raise ExportError(f"no backend is installed to check the export with; run: {install_hint('onnx')}")
     rows = [_compare(name, path, example, backend) for backend in found for example in examples]
     worst = min(rows, key=lambda row: float(row["psnr_db"]))
     if worst["psnr_db"] < FLOOR_DB[precision]:

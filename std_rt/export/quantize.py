@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from std_rt.core.bundle import Bundle, write_bundle
 from std_rt.core.errors import ExportError
+from std_rt.core.machine import install_hint
 from std_rt.engines import Engine, GraphSpec, choose_backend, open_engine
 from std_rt.examples import scenes, styles
 from std_rt.export.parity import lint
@@ -122,7 +123,7 @@ def _check(bundle: Bundle) -> None:
     try:
         metadata.version("nncf")
     except metadata.PackageNotFoundError as error:
-        raise ExportError("int8 needs nncf; run: pip install 'std-rt[int8]'") from error
+        raise ExportError(f"int8 needs nncf; run: {install_hint('int8')}") from error
     for graph in QUANTIZED:
         compute = bundle.manifest["precision"].get(graph, {}).get("compute", "fp32")
         if compute != "fp32":

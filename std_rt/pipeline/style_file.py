@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from std_rt.core.bundle import Bundle
 from std_rt.core.errors import MediaError, UsageError
 from std_rt.core.files import check_input, check_output, reason, write_bytes, writing
+from std_rt.core.machine import install_hint
 from std_rt.media.image import PICTURE_SUFFIXES, read_picture
 from std_rt.pipeline.conditioning import EncodedStyle, blend, square
 
@@ -330,7 +331,7 @@ def _read_notes(path: Path, file: Any) -> dict[str, Any]:
     if version > FORMAT_VERSION:
         raise MediaError(
             f"{path} is a style file of version {version} and this std-rt reads up to {FORMAT_VERSION}; "
-            "upgrade std-rt: pip install --upgrade std-rt"
+            f"upgrade std-rt: git pull, then {install_hint()}"
         )
     return dict(notes)
 

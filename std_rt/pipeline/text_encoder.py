@@ -19,6 +19,7 @@ import numpy as np
 
 from std_rt.core.bundle import Bundle
 from std_rt.core.errors import BundleError, UsageError
+from std_rt.core.machine import install_hint
 from std_rt.engines import Engine, GraphSpec
 from std_rt.pipeline.prompt import Encoding, Ids, RunEncoder, encode_pair
 
@@ -40,7 +41,7 @@ class ClipTokenizer:
             from tokenizers import Tokenizer
         except ImportError as error:
             raise UsageError(
-                "prompts need the package tokenizers, which is not installed; run: pip install 'std-rt[text]'"
+                f"prompts need the package tokenizers, which is not installed; run: {install_hint('text')}"
             ) from error
         self.rules, self.length, self.begin, self.end, self.pad = rules, length, begin, end, pad
         try:

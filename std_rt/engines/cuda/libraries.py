@@ -1,6 +1,6 @@
 """Which CUDA and cuDNN libraries the installed onnxruntime-gpu needs and does not find.
 
-They come with ``pip install 'std-rt[cuda]'`` (in pip's ``nvidia`` packages) or with an installed CUDA
+They come with ``pip install '.[cuda]'`` (in pip's ``nvidia`` packages) or with an installed CUDA
 toolkit. ONNX Runtime says "failed to create provider" and goes on with the CPU where one is missing.
 """
 

@@ -19,6 +19,7 @@ from io import StringIO
 import onnxruntime as ort
 
 from std_rt.core.errors import BackendError
+from std_rt.core.machine import install_hint
 from std_rt.engines.cuda.probe import probe
 from std_rt.engines.glue import GLUE
 from std_rt.engines.onnxruntime.io_binding import OrtRunner
@@ -29,7 +30,7 @@ from std_rt.engines.protocol import GraphSpec
 __all__ = ["devices", "open_graph", "open_runner", "provider_options"]
 
 _PROVIDER = "CUDAExecutionProvider"
-_INSTALL = "pip install 'std-rt[cuda]'"
+_INSTALL = install_hint("cuda")
 _LOG = logging.getLogger(__name__)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from std_rt.core.errors import BackendError
+from std_rt.core.machine import install_hint
 from std_rt.core.onnx_file import external_locations
 from std_rt.engines.protocol import GraphSpec
 
@@ -54,7 +55,7 @@ class Product:
     @property
     def install(self) -> str:
         """The command that installs it."""
-        return f"pip install --upgrade 'std-rt[{self.backend}]'"
+        return f"{install_hint(self.backend)} --upgrade"
 
 
 TENSORRT = Product("tensorrt", "tensorrt", "TensorRT", (10, 12), ahead=False)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from std_rt.core.errors import MediaError
 from std_rt.core.files import reason
+from std_rt.core.machine import install_hint
 from std_rt.media.fit import resize
 
 __all__ = ["VirtualCamera", "letterbox"]
@@ -70,10 +71,10 @@ def _open(size: Size, fps: float, device: str | None) -> Any:
     try:
         import pyvirtualcam
     except ModuleNotFoundError:
-        raise MediaError("the virtual camera needs pyvirtualcam; run: pip install 'std-rt[live]'") from None
+        raise MediaError(f"the virtual camera needs pyvirtualcam; run: {install_hint('live')}") from None
     except ImportError as error:
         raise MediaError(
-            f"pyvirtualcam cannot be loaded ({reason(error)}); reinstall it: pip install -U 'std-rt[live]'"
+            f"pyvirtualcam cannot be loaded ({reason(error)}); reinstall it: {install_hint('live')} -U"
         ) from error
     h, w = size
     try:

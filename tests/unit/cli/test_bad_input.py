@@ -159,8 +159,8 @@ def test_a_bundle_with_a_file_missing(cli: Cli, own_bundle: Path, photo: Path, a
 def test_a_backend_that_is_not_installed(stylize: Cli, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from std_rt.engines import registry as base
 
-    monkeypatch.setitem(base.BACKENDS, "onnxruntime", ("no_such_module", (), "pip install 'std-rt[onnx]'"))
-    assert "pip install 'std-rt[onnx]'" in stylize(photo, "--backend", "onnxruntime").error
+    monkeypatch.setitem(base.BACKENDS, "onnxruntime", ("no_such_module", (), "pip install '.[onnx]'"))
+    assert "pip install '.[onnx]'" in stylize(photo, "--backend", "onnxruntime").error
 
 
 def test_a_backend_that_nobody_knows(stylize: Cli, photo: Path) -> None:

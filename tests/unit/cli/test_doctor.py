@@ -7,12 +7,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import typer
 
 from std_rt.cli import doctor
 from std_rt.engines import BackendInfo
 from std_rt.engines import registry as base
 from std_rt.engines.cache import EngineCache, EngineKey
 from std_rt.engines.cuda import libraries as cuda_libraries
+from std_rt.engines.cuda import probe as cuda_probe
 from std_rt.engines.cuda.libraries import cuda_version, library_names, missing_libraries
 from std_rt.engines.cuda.probe import Gpu, Report
 
@@ -36,8 +38,8 @@ def lines(rows: object) -> list[str]:
             Report(None, "13.0", (ADA, HOPPER)),
             False,
             [
-                "gpu: GeForce RTX 4090 (SM89, 24 GB); for tensorrt, rtx, cuda; its driver serves CUDA 13.0",
-                "gpu: H100 (SM90, 80 GB); for tensorrt, cuda (not rtx); its driver serves CUDA 13.0",
+                "gpu: GeForce RTX 4090 (SM89, 24 GB); for tensorrt, rtx, cuda; the driver supports CUDA 13.0",
+                "gpu: H100 (SM90, 80 GB); for tensorrt, cuda (not rtx); the driver supports CUDA 13.0",
             ],
         ),
     ],
@@ -45,7 +47,7 @@ def lines(rows: object) -> list[str]:
 def test_gpus_and_what_runs_on_them(
     report: Report, installed: bool, wanted: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "probe", lambda: report)
+    monkeypatch.setattr(cuda_probe, "probe", lambda: report)
     monkeypatch.setattr(doctor, "find_spec", lambda name: object() if installed else None)
     assert lines(doctor._gpus()) == wanted
 
@@ -55,12 +57,12 @@ def test_a_backend_that_is_installed_and_not_usable_is_not_to_be_installed() -> 
         BackendInfo(
             "rtx", False, "tensorrt-rtx 1.7; no NVIDIA driver found", "pip", "no NVIDIA driver found"
         ),
-        BackendInfo("cuda", False, "not installed", "pip install 'std-rt[cuda]'"),
+        BackendInfo("cuda", False, "not installed", "pip install '.[cuda]'"),
         BackendInfo("openvino", True, "openvino 2026", "pip"),
     ]
     assert lines(doctor._backends(found)) == [
         "-- rtx: tensorrt-rtx 1.7; no NVIDIA driver found",
-        "-- cuda: not installed; to add it: pip install 'std-rt[cuda]'",
+        "-- cuda: not installed; to add it: pip install '.[cuda]'",
         "openvino: openvino 2026",
     ]
 
@@ -102,8 +104,8 @@ def test_missing_cuda_libraries_are_named(cuda_build: Callable[[str, list[str]],
     here = [name for name in library_names("13.0") if "cudnn" not in name]
     cuda_build("13.0", here)
     assert cuda_version() == "13.0"
-    assert lines(doctor._libraries()) == [
-        f"!! cuda: onnxruntime-gpu does not find {library_names('13.0')[-1]}; run: pip install 'std-rt[cuda]'"
+    assert lines(doctor._packages()) == [
+        f"!! cuda: onnxruntime-gpu does not find {library_names('13.0')[-1]}; run: pip install '.[cuda]'"
     ]
 
 
@@ -117,7 +119,7 @@ def test_nothing_is_missing_where_all_is_there_or_no_cuda_is_wanted(
 def test_a_build_without_cuda_needs_no_libraries(cuda_build: Callable[[str, list[str]], None]) -> None:
     cuda_build("", [])
     assert cuda_version() is None
-    assert list(doctor._libraries()) == []
+    assert list(doctor._packages()) == []
 
 
 def test_library_names_follow_the_cuda_version_and_the_system() -> None:
@@ -131,23 +133,26 @@ def test_compiled_engines_are_counted_and_damage_is_said(
 ) -> None:
     monkeypatch.setenv("STD_RT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("STD_RT_DATA", str(tmp_path / "data"))
-    assert list(doctor._engines()) == []
+    assert [name for _, name, _ in doctor._cache()] == ["cache"]
     assert not (tmp_path / "data").exists()  # looking makes nothing
     store = EngineCache.open()
     assert store is not None
     key = EngineKey("b" * 64, "unet", {"sample": (1, 4, 8, 8)}, "tensorrt_rtx", "1.7", "sm89")
     store.build(key, bytes(3 * 2**20))
-    assert lines(doctor._engines()) == [
-        "engines: 1 compiled (3 MB) for tensorrt_rtx 1.7; check: std-rt engines verify"
-    ]
+    assert (
+        lines(doctor._cache())[1]
+        == "engines: 1 compiled (3 MB) for tensorrt_rtx 1.7; check: std-rt engines verify"
+    )
     (tmp_path / "cache" / "engines" / "manifest.json").write_text("{")
-    assert lines(doctor._engines())[0].startswith("!! engines: the list of engines")
+    assert lines(doctor._cache())[1].startswith("!! engines: the list of engines")
 
 
 def test_the_report_has_it_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(doctor, "probe", lambda: Report("no NVIDIA driver found"))
+    monkeypatch.setattr(cuda_probe, "probe", lambda: Report("no NVIDIA driver found"))
     monkeypatch.setattr(base, "find_spec", lambda name: None)
-    assert doctor.run() == 1  # no backend
+    with pytest.raises(typer.Exit) as ended:
+        doctor.doctor()
+    assert ended.value.exit_code == 1  # no backend
     said = capsys.readouterr().out
     for name in ("memory", "disk", "gpu", "tensorrt", "rtx", "cuda", "openvino", "backends", "cache"):
         assert f"  {name} " in said

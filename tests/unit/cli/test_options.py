@@ -20,7 +20,7 @@ def test_sizes(text: str | None, size: object) -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "x64", "64x", "64x0", "-64", "1e3", "64 64", "9999999", "large"])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(typer.BadParameter, match="no size"):
+    with pytest.raises(typer.BadParameter, match="not a size"):
         parse_size(text)
 
 

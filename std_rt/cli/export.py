@@ -1,0 +1,195 @@
+"""`std-rt export`: a diffusers pipeline, with LoRAs and an IP-Adapter, becomes a bundle. Needs torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from typer import Argument, Option
+
+from std_rt.cli.options import OverwriteOption, parse_frame_size
+from std_rt.cli.terminal import note
+from std_rt.core.errors import UsageError
+from std_rt.core.machine import require
+
+if TYPE_CHECKING:
+    from std_rt.core.bundle import Bundle
+
+__all__ = ["ExportRequest", "export"]
+
+_MODULES = (
+    *("torch", "diffusers", "transformers", "safetensors", "huggingface_hub"),
+    *("onnx", "onnxscript", "msgspec"),
+)
+# Flags that export_pipeline takes as they are.
+_OPTIONS = (
+    *("tau", "schedule", "guidance", "guidance_mode", "precision", "weights"),
+    *("prompt", "prompts", "style_layers", "name", "overwrite"),
+)
+
+
+def _read_recipe(context: typer.Context, source: str | None) -> str | None:
+    """``source`` itself, or that of a recipe, whose other values become the defaults of the flags."""
+    if source is None or not source.endswith(".toml"):
+        return source
+    require("std-rt export", "export", *_MODULES)
+    from std_rt.export.options import load_recipe
+
+    context.default_map = load_recipe(Path(source))
+    base: str | None = context.default_map.pop("source", None)
+    return base
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """What ``std-rt export`` was asked to do."""
+
+    source: Annotated[
+        str | None,
+        Argument(
+            metavar="BASE|RECIPE.toml",
+            help="Hub id, diffusers folder, .safetensors checkpoint, or a recipe; default: SDXL with STD.",
+            callback=_read_recipe,
+            is_eager=True,
+        ),
+    ] = None
+    output: Annotated[
+        Path | None, Option("--output", "-o", metavar="FOLDER", help="The bundle; default: engines/NAME.")
+    ] = None
+    lora: Annotated[list[str] | None, Option(metavar="FILE|HUB[:SCALE]", help="Repeatable.")] = None
+    ip_adapter: Annotated[str | None, Option(metavar="FILE|HUB", help="Or plus, base, base-bigg.")] = None
+    image_encoder: Annotated[str | None, Option(metavar="FOLDER|HUB", help="The IP-Adapter's CLIP.")] = None
+    vae: Annotated[str | None, Option(help="Folder, hub id, fp16-fix or tiny.")] = None
+    config: Annotated[str | None, Option(help="Pipeline with the configs of a checkpoint file.")] = None
+    profile: Annotated[str, Option(help="Of a published LoRA: std-0.75, tcd, lightning-4step, ...")] = ""
+    eta: Annotated[float | None, Option(help="Start of trajectories; default: the LoRA's, or 0.75.")] = None
+    tau: Annotated[int | None, Option(help="The start as a timestep; default: that of eta.")] = None
+    steps: Annotated[list[int] | None, Option(help="Repeatable; the first is the default.")] = None
+    schedule: Annotated[str, Option(help="auto, or diffusers: that of its img2img pipeline.")] = "auto"
+    guidance: Annotated[float | None, Option(help="Scale, 1 for none; default: the profile's, or 1.")] = None
+    guidance_mode: Annotated[
+        str, Option(help="auto, none, full (twice the work) or residual (one more UNet call a frame).")
+    ] = "auto"
+    size: Annotated[str | None, Option(metavar="PX|WxH", help="Default size; 512, or 256 if small.")] = None
+    precision: Annotated[str, Option(help="auto, fp32, fp16, bf16 or int8: see docs/export.md.")] = "auto"
+    weights: Annotated[str, Option(help="How fp32 graphs store weights: fp16 or fp32.")] = "fp16"
+    calibrate: Annotated[Path | None, Option(metavar="FOLDER", help="Pictures to calibrate int8.")] = None
+    prompt: Annotated[str, Option(help="Baked in, if the pipeline has text encoders.")] = ""
+    negative_prompt: Annotated[str | None, Option(help="For guidance; default: the model's own.")] = None
+    prompts: Annotated[str, Option(help="baked, or encoder: the bundle takes any prompt.")] = "baked"
+    style_layers: Annotated[str, Option(help="auto, all, published, or prefixes of layers.")] = "auto"
+    name: Annotated[str, Option(help="The bundle's name; default: the folder's.")] = ""
+    yes: Annotated[bool, Option("--yes", "-y", help="Download without asking.")] = False
+    overwrite: OverwriteOption = False
+
+
+def export(request: ExportRequest) -> None:
+    """Turn a diffusers pipeline (and a LoRA) into a bundle. Needs: pip install '.\\[export]'
+
+    std-rt export --eta 0.75 --steps 4
+
+    std-rt export export/RECIPE.toml --precision int8
+
+    std-rt export my-sdxl.safetensors --lora tcd.safetensors --profile tcd --ip-adapter plus
+    """
+    parse_frame_size(request.size)
+    require("std-rt export", "export", *_MODULES)
+    from std_rt.core.bundle import check_target
+    from std_rt.export.options import check_choices
+    from std_rt.export.sources.resolve import resolve_sources
+
+    console = Console(stderr=True)
+    output = request.output or Path("engines") / _bundle_name(request)
+    options: dict[str, Any] = {name: getattr(request, name) for name in _OPTIONS}
+    # Before gigabytes are downloaded.
+    check_target(output, request.overwrite)
+    check_choices(options)
+    pictures = _calibration_pictures(request)
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def confirm(summary: str) -> bool:
+        return request.yes or not console.is_terminal or typer.confirm("download it?", default=True)
+
+    sources = resolve_sources(
+        request.source,
+        loras=tuple(request.lora or ()),
+        ip_adapter=request.ip_adapter,
+        image_encoder=request.image_encoder,
+        vae=request.vae,
+        eta=request.eta,
+        profile=request.profile,
+        config=request.config,
+        say=say,
+        confirm=confirm,
+    )
+    options |= {
+        **vars(sources),
+        "steps": tuple(request.steps or ()),
+        "size": parse_frame_size(request.size),
+        "negative": request.negative_prompt,
+        "remark": lambda line: note(console, f"note: {line}"),
+    }
+    folder = options.pop("folder")
+    with console.status("exporting") as status:
+        bundle = _export(folder, output, options, pictures, lambda line: status.update(line))
+    typer.echo(f"{bundle.path} ({bundle.name}, {bundle.total_bytes / 2**20:.1f} MB)")
+    for graph, parity in bundle.manifest["parity"].items():
+        typer.echo(f"  {graph}: {parity['psnr_db']:.1f} dB against {parity['against']} ({parity['runtime']})")
+
+
+def _bundle_name(request: ExportRequest) -> str:
+    """``sdxl-std-0.75`` for the published recipe, else the last part of the source's name and the profile."""
+    source, profile = request.source, request.profile
+    if source is None:
+        return f"sdxl-{profile or f'std-{0.75 if request.eta is None else request.eta:g}'}"
+    # A folder by its own name, a hub id without its revision, a file without its suffix.
+    path = Path(source)
+    name = path.resolve().name if path.is_dir() else re.split(r"[/:\\]", source.partition("@")[0])[-1]
+    name = name.removesuffix(".safetensors") or "bundle"
+    return f"{name}-{profile}" if profile else name
+
+
+def _calibration_pictures(request: ExportRequest) -> list[Any]:
+    """The user's pictures to calibrate int8 on; none where rendered ones are used."""
+    folder = request.calibrate
+    if request.precision == "int8":
+        require("--precision int8", "int8", "nncf")
+    elif folder is not None:
+        raise UsageError("--calibrate needs --precision int8; give both or neither")
+    if folder is None:
+        return []
+    from std_rt.media.image import read_picture
+    from std_rt.media.sources import expand_inputs, is_video
+
+    pictures = [read_picture(path).frame for path in expand_inputs([folder]) if not is_video(path)]
+    if not pictures:
+        raise UsageError(
+            f"--calibrate {folder} holds no pictures; give a folder of pictures like those you will stylize"
+        )
+    return pictures
+
+
+def _export(
+    folder: Path, output: Path, options: dict[str, Any], pictures: list[Any], progress: Callable[[str], None]
+) -> Bundle:
+    """Write the bundle; int8 is made from a whole fp32 bundle, which is deleted afterwards."""
+    from std_rt.export import export_pipeline
+
+    if options["precision"] != "int8":
+        return export_pipeline(folder, output, progress=progress, **options)
+    from tempfile import TemporaryDirectory
+
+    from std_rt.export.quantize import quantize_bundle
+
+    overwrite, name = options.pop("overwrite"), options.pop("name") or output.resolve().name
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
+        exact = export_pipeline(folder, Path(scratch) / "exact", progress=progress, name=name, **options)
+        return quantize_bundle(exact, output, pictures, progress=progress, overwrite=overwrite, name=name)

@@ -1,0 +1,76 @@
+"""The terminal as commands use it: tables, notes, progress of engine builds, and Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from rich.console import Console
+
+__all__ = ["builds_shown", "interruptible", "note", "print_table"]
+
+
+def note(console: Console, line: str) -> None:
+    """Print a line in grey, exactly as it is."""
+    console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_table(rows: Iterable[Sequence[str]], titles: Sequence[str] = ()) -> None:
+    """Print rows of rich markup to stdout; long cells fold. Without ``titles`` the first column is bold."""
+    from rich.table import Table
+
+    cells = list(rows)
+    table = Table(box=None, pad_edge=False, show_header=bool(titles))
+    for index, title in enumerate(titles or [""] * max(map(len, cells), default=0)):
+        table.add_column(title, overflow="fold", style="" if titles or index else "bold")
+    for row in cells:
+        table.add_row(*row)
+    Console().print(table)
+
+
+@contextmanager
+def builds_shown(console: Console, backend: str) -> Iterator[None]:
+    """Inside, say at every tenth how far TensorRT is with building engines: minutes, the first time."""
+    if backend not in ("tensorrt", "rtx"):
+        yield
+        return
+    from std_rt.engines.tensorrt.engine_builder import progress_to
+
+    shown: dict[str, int] = {}
+
+    def show(graph: str, share: float) -> None:
+        tenths = int(share * 10)
+        if tenths > shown.get(graph, -1):
+            shown[graph] = tenths
+            note(console, f"building the engine of {graph}: {10 * tenths} %")
+
+    with progress_to(show):
+        yield
+
+
+@contextmanager
+def interruptible(*names: str) -> Iterator[Callable[[], bool]]:
+    """Yields a function that says whether a signal asked the command to end; a second one ends it at once.
+
+    ``names`` are signals such as "SIGINT". Signals that are ignored (as under nohup) stay ignored.
+    """
+    asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(number, before[number])
+
+    known = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    found = {kind: signal.getsignal(kind) for kind in known}
+    # None: a handler that was not installed from Python, and cannot be put back.
+    before = {kind: handler for kind, handler in found.items() if handler not in (signal.SIG_IGN, None)}
+    for kind in before:
+        signal.signal(kind, ask)
+    try:
+        yield lambda: asked
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)

@@ -1,0 +1,54 @@
+"""`std-rt train`: run a training recipe, or show what it would cost. Needs torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from std_rt.core.machine import require
+
+__all__ = ["train"]
+
+
+def train(
+    recipe: Annotated[Path, Argument(metavar="RECIPE.toml")],
+    output: Annotated[
+        str | None, Option("--output", "-o", metavar="FOLDER", help="The run's folder.")
+    ] = None,
+    max_steps: Annotated[int | None, Option(metavar="N", help="Optimizer steps.")] = None,
+    seed: Annotated[int | None, Option(metavar="N", help="Seed of everything that is random.")] = None,
+    overrides: Annotated[
+        list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a recipe value; repeatable.")
+    ] = None,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Print the recipe, parameters, memory and time; train nothing.")
+    ] = False,
+) -> None:
+    """Run a training recipe; an interrupted run continues where it stopped. Needs: pip install '.\\[train]'
+
+    std-rt train training/std_tiny.toml --set method=tcd --output runs/tcd --seed 1
+    """
+    require("std-rt train", "train", "msgspec")
+    from std_rt.training.run.recipe import as_dict, load_recipe
+
+    flags = {"output": output, "steps": max_steps, "seed": seed}
+    given = {name: value for name, value in flags.items() if value is not None}
+    resolved = load_recipe(recipe, tuple(overrides or ()), given)  # a wrong one, before torch is loaded
+    if dry_run:
+        typer.echo(json.dumps(as_dict(resolved), indent=2))
+        if resolved.stage != "distil":
+            return  # only the cost of a distillation can be estimated
+    require("std-rt train", "train", "torch", "diffusers", "safetensors", "accelerate", "peft")
+    if dry_run:
+        from std_rt.training.run.estimate import describe_run
+
+        for line in describe_run(resolved):
+            typer.echo(line)
+        return
+    from std_rt.training.stages import run_recipe
+
+    typer.echo(run_recipe(resolved))

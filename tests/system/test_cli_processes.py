@@ -1,0 +1,93 @@
+"""`std-rt` as processes: how soon it answers, and sessions that a signal ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.cli_support import picture
+from support.media_samples import Spec, frame_times, make_clip
+
+from std_rt.core.bundle import Bundle
+
+
+@pytest.fixture
+def command(handmade: Bundle, tmp_path: Path) -> list[str]:
+    """``std-rt live`` on a clip of ten frames that plays again and again, with ``tmp_path / art.png``."""
+    clip = make_clip(tmp_path / "clip.mp4", Spec(pts=tuple(range(0, 10 * 512, 512))))
+    art = picture(tmp_path / "art.png", 32, 32, seed=1)
+    flags = ("--style", art, "--camera", clip, "--no-window", "--bundle", handmade.path, "--size", "64x48")
+    return [sys.executable, "-m", "std_rt", "live", *map(str, flags)]
+
+
+def _report(out: str) -> dict[str, Any]:
+    return dict(json.loads(out.splitlines()[-1]))
+
+
+def test_help_takes_little_time() -> None:
+    """0.3 s on a quiet machine; processor time, which a busy one inflates, but not without bound."""
+
+    def children() -> float:
+        spent = os.times()
+        return spent.children_user + spent.children_system
+
+    took = []
+    for _ in range(3):
+        begun = children()
+        subprocess.run([sys.executable, "-m", "std_rt", "--help"], check=True, capture_output=True)
+        took.append(children() - begun)
+    assert min(took) < 0.6
+
+
+def _when_it_runs(process: subprocess.Popen[str], metrics: Path) -> None:
+    """Until frames are presented."""
+    end = time.monotonic() + 60
+    while '"frames": ' not in (text := metrics.read_text(encoding="utf-8") if metrics.exists() else "") or (
+        '"frames": 0,' in text.splitlines()[-1]
+    ):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_however_it_ends_the_recording_plays(
+    command: list[str], tmp_path: Path, kind: signal.Signals
+) -> None:
+    metrics, recording = tmp_path / "m.jsonl", tmp_path / "out.mp4"
+    command += ["--metrics", str(metrics), "--record", str(recording)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        _when_it_runs(process, metrics)
+        (tmp_path / "art.png").unlink()  # it was read, and is not needed any more
+        time.sleep(1.5)  # more than one piece of the recording
+        process.send_signal(kind)
+        out, err = process.communicate(timeout=60)
+    assert len(frame_times(recording)) > 5
+    if kind == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+        return
+    assert process.returncode == 0, err
+    if "Exception ignored" not in err:  # the signal may meet a library's own hook, which Python only reports
+        assert "Traceback" not in err
+    assert _report(out)["frames"] == len(frame_times(recording))
+
+
+def test_two_sessions_at_once(command: list[str]) -> None:
+    command += ["--duration", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    both = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        for _ in range(2)
+    ]
+    for process in both:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert _report(out)["frames"] > 0
