@@ -147,18 +147,18 @@ def live(request: LiveRequest) -> None:
         stylizer = stack.enter_context(open_stylizer(request, console))
         if request.prompt is not None:
             stylizer.set_prompt(request.prompt, request.negative_prompt)
-        mixer = StyleMixer(stylizer.encode_style, stylizer.bundle, strength=request.style_strength)
-        stack.enter_context(closing(mixer))
-        mixer.cycle(request.cycle_s, request.crossfade)
+        deck = StyleMixer(stylizer.encode_style, stylizer.bundle, strength=request.style_strength)
+        stack.enter_context(closing(deck))
+        deck.cycle(request.cycle_s, request.crossfade)
         with builds_shown(console, stylizer.backend):
             level = stylizer.level(first.shape[0], first.shape[1])
             stylizer.prepare_levels([level], stream_batch=request.stream_batch)
-            mixer.fill(styles)
+            deck.fill(styles)
             # Not with the first frame: a camera that runs meanwhile would only lose frames.
             while not stylizer.ready(level, stream_batch=request.stream_batch):
                 time.sleep(_TICK_S)
         is_mirror = isinstance(source, Camera) if request.mirror is None else request.mirror
-        session = Session(stylizer, source, mixer, settings, mirror=is_mirror)
+        session = Session(stylizer, source, deck, settings, mirror=is_mirror)
         outputs = _outputs(request, session, stylizer, first)
         presenter = Presenter(session, outputs, first, say=lambda line: note(console, line))
         stack.enter_context(session)
