@@ -1,11 +1,13 @@
-"""What all tests share: threads and garbage, a cache of their own, and a bundle made by hand."""
+"""What all tests share: threads and garbage, a cache of their own, a bundle made by hand, and `std-rt`."""
 
 from __future__ import annotations
 
 import gc
 import os
+import sys
 
 import pytest
+from support.cli_support import Cli, Result
 from support.handmade import write_handmade
 
 from std_rt.core.bundle import Bundle
@@ -34,3 +36,21 @@ def handmade(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The bundle of `handmade.py`; tests that change it make their own copy."""
     pytest.importorskip("onnx")
     return write_handmade(tmp_path_factory.mktemp("bundles") / "handmade")
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """``cli("stylize", path, ...)`` runs `std-rt` in this process, through its entry point -> `Result`."""
+    from std_rt.cli.app import main
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["std-rt", *(str(argument) for argument in arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        caught = capfd.readouterr()
+        code = exit_.value.code
+        return Result(code if isinstance(code, int) else int(code is not None), caught.out, caught.err)
+
+    return run

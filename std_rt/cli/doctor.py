@@ -43,6 +43,7 @@ def doctor() -> None:
 
     found, known = backends(probe=True), list_bundles()
     rows = [*_system(), *_gpus(), *_backends(found), *_packages(), *_cache(), *_bundles(known), *_cameras()]
+    rows.append((_NOTE, "install", "run `pip install .` commands in the folder of the std-rt repository"))
     print_table((mark, f"[bold]{name}[/]", escape(detail)) for mark, name, detail in rows)
     built_in = any(isinstance(item, Bundle) and item.name == BUILT_IN for item in known)
     raise typer.Exit(0 if built_in and any(info.available for info in found) else 1)
@@ -111,8 +112,8 @@ def _cache() -> Iterator[Row]:
 
     root = cache_root()
     if root is None:
-        detail = "no writable folder, so every start compiles again; set STD_RT_CACHE to a folder"
-        yield _BAD, "cache", detail
+        problem = "no writable folder, so every start compiles again"
+        yield _BAD, "cache", f"{problem}; set STD_RT_CACHE to a folder"
         return
     size = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
     yield _GOOD, "cache", f"{root} ({size / 2**20:.0f} MB; safe to delete)"
@@ -126,25 +127,20 @@ def _cache() -> Iterator[Row]:
         return
     megabytes = sum(entry.size for entry in entries) / 2**20
     products = ", ".join(sorted({f"{entry.key.product} {entry.key.version}" for entry in entries}))
-    made_for = f" for {products}" if products else ""
-    detail = f"{len(entries)} compiled ({megabytes:.0f} MB){made_for}; check: std-rt engines verify"
-    yield _GOOD, "engines", detail
+    found = f"{len(entries)} compiled ({megabytes:.0f} MB)" + (f" for {products}" if products else "")
+    yield _GOOD, "engines", f"{found}; check: std-rt engines verify"
 
 
 def _bundles(known: Sequence[Bundle | tuple[str, Exception]]) -> Iterator[Row]:
     from std_rt.core.bundle import BUILT_IN, search_paths
 
-    names = set()
     for item in known:
         if isinstance(item, tuple):
-            names.add(item[0])
             yield _BAD, "bundle", f"{item[0]}: {item[1]}"
         else:
-            names.add(item.name)
             yield _GOOD, "bundle", f"{item.name} ({item.total_bytes / 2**20:.1f} MB) in {item.path}"
-    if BUILT_IN not in names:
-        again = f"{install_hint()} --force-reinstall --no-deps"
-        yield _BAD, "bundle", f"{BUILT_IN} is missing; run: {again}"
+    if BUILT_IN not in [item[0] if isinstance(item, tuple) else item.name for item in known]:
+        yield _BAD, "bundle", f"{BUILT_IN} is missing; run: {install_hint()} --force-reinstall --no-deps"
     yield _NOTE, "bundles", f"also looked in {', '.join(str(path) for path in search_paths())}"
 
 
@@ -152,12 +148,10 @@ def _cameras() -> Iterator[Row]:
     from std_rt.media.camera.device import list_cameras
 
     found = list_cameras()
-    unlisted = (
-        "none found" if sys.platform == "linux" else "not listed here; `std-rt live` tries the first one"
-    )
-    yield _GOOD if found else _NOTE, "cameras", ", ".join(found) or unlisted
-    if find_spec("pyvirtualcam") is not None:
-        yield _GOOD, "virtual camera", "pyvirtualcam is installed"
+    none = "none found" if sys.platform == "linux" else "not listed here; `std-rt live` tries the first one"
+    yield _GOOD if found else _NOTE, "cameras", ", ".join(found) or none
+    if find_spec("pyvirtualcam") is None:
+        add = f"to add it: {install_hint('live')}"
+        yield _NOTE, "virtual camera", f"pyvirtualcam is not installed; {add}"
     else:
-        missing = f"pyvirtualcam is not installed; to add it: {install_hint('live')}"
-        yield _NOTE, "virtual camera", missing
+        yield _GOOD, "virtual camera", "pyvirtualcam is installed"

@@ -61,24 +61,28 @@ class ExportRequest:
     output: Annotated[
         Path | None, Option("--output", "-o", metavar="FOLDER", help="The bundle; default: engines/NAME.")
     ] = None
-    lora: Annotated[list[str] | None, Option(metavar="FILE|HUB[:SCALE]", help="Repeatable.")] = None
+    lora: Annotated[list[str] | None, Option(metavar="FILE|HUB[:SCALE]", help="Fused in; repeatable.")] = None
     ip_adapter: Annotated[str | None, Option(metavar="FILE|HUB", help="Or plus, base, base-bigg.")] = None
-    image_encoder: Annotated[str | None, Option(metavar="FOLDER|HUB", help="The IP-Adapter's CLIP.")] = None
+    image_encoder: Annotated[str | None, Option(metavar="FOLDER|HUB", help="CLIP of the IP-Adapter.")] = None
     vae: Annotated[str | None, Option(help="Folder, hub id, fp16-fix or tiny.")] = None
     config: Annotated[str | None, Option(help="Pipeline with the configs of a checkpoint file.")] = None
-    profile: Annotated[str, Option(help="Of a published LoRA: std-0.75, tcd, lightning-4step, ...")] = ""
+    profile: Annotated[str, Option(help="A published LoRA: std-0.75, tcd, lightning-4step, ...")] = ""
     eta: Annotated[float | None, Option(help="Start of trajectories; default: the LoRA's, or 0.75.")] = None
     tau: Annotated[int | None, Option(help="The start as a timestep; default: that of eta.")] = None
-    steps: Annotated[list[int] | None, Option(help="Repeatable; the first is the default.")] = None
+    steps: Annotated[list[int] | None, Option(help="Step count; repeatable, the first is the default.")] = (
+        None
+    )
     schedule: Annotated[str, Option(help="auto, or diffusers: that of its img2img pipeline.")] = "auto"
     guidance: Annotated[float | None, Option(help="Scale, 1 for none; default: the profile's, or 1.")] = None
     guidance_mode: Annotated[
         str, Option(help="auto, none, full (twice the work) or residual (one more UNet call a frame).")
     ] = "auto"
-    size: Annotated[str | None, Option(metavar="PX|WxH", help="Default size; 512, or 256 if small.")] = None
+    size: Annotated[
+        str | None, Option(metavar="PX|WxH", help="Working size; default: 512, or 256 for a small model.")
+    ] = None
     precision: Annotated[str, Option(help="auto, fp32, fp16, bf16 or int8: see docs/export.md.")] = "auto"
     weights: Annotated[str, Option(help="How fp32 graphs store weights: fp16 or fp32.")] = "fp16"
-    calibrate: Annotated[Path | None, Option(metavar="FOLDER", help="Pictures to calibrate int8.")] = None
+    calibrate: Annotated[Path | None, Option(metavar="FOLDER", help="Pictures to calibrate int8 on.")] = None
     prompt: Annotated[str, Option(help="Baked in, if the pipeline has text encoders.")] = ""
     negative_prompt: Annotated[str | None, Option(help="For guidance; default: the model's own.")] = None
     prompts: Annotated[str, Option(help="baked, or encoder: the bundle takes any prompt.")] = "baked"
@@ -93,7 +97,7 @@ def export(request: ExportRequest) -> None:
 
     std-rt export --eta 0.75 --steps 4
 
-    std-rt export export/RECIPE.toml --precision int8
+    std-rt export export/sdxl_std_0.75.toml --precision int8
 
     std-rt export my-sdxl.safetensors --lora tcd.safetensors --profile tcd --ip-adapter plus
     """

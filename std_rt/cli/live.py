@@ -51,30 +51,36 @@ class LiveRequest(StylizerFlags):
 
     style: Annotated[
         list[str],
-        Option("--style", "-s", metavar="PICTURE[:WEIGHT]|FOLDER", help="Repeatable; weights make a blend."),
+        Option(
+            "--style",
+            "-s",
+            metavar="PICTURE[:WEIGHT]|FOLDER",
+            help="Picture, style file, or a folder of them; repeatable. With weights, starts with a blend.",
+        ),
     ]
     camera: Annotated[
         str, Option("--camera", "-c", metavar="N|DEVICE|FILE", help="A clip can stand in for a camera.")
     ] = "0"
     crossfade: Annotated[float, Option(metavar="SECONDS", help="From one style to the next.")] = 1.0
     cycle: Annotated[
-        float | None, Option(metavar="SECONDS", help="Until the next style, 0 for never; 10 for a folder.")
+        float | None,
+        Option(metavar="SECONDS", help="Time each style stays; 0 for no changes; default: 10 for a folder."),
     ] = None
-    stream_batch: Annotated[bool, Option("--stream-batch", help="More frames a second, some later.")] = False
+    stream_batch: Annotated[bool, Option("--stream-batch", help="Higher frame rate and latency.")] = False
     skip_similar: Annotated[
         float | None, Option(metavar="0..1", help="Skip frames more similar than this, such as 0.98.")
     ] = None
-    target_fps: Annotated[float | None, Option(help="Keep it, with fewer steps or a smaller size.")] = None
+    target_fps: Annotated[float | None, Option(help="Rate to hold, with fewer steps or pixels.")] = None
     mirror: Annotated[bool | None, Option(help="Default: cameras are mirrored, files are not.")] = None
     window: Annotated[bool, Option(help="Show a window.")] = True
     fullscreen: Annotated[bool, Option("--fullscreen", help="Start in full screen.")] = False
-    record: Annotated[Path | None, Option(metavar="CLIP", help="From the start; key R: at any time.")] = None
+    record: Annotated[Path | None, Option(metavar="CLIP", help="Record from the start, like key R.")] = None
     virtual_camera: Annotated[
         bool, Option("--virtual-camera", help="A camera for calls. Needs: pip install '.\\[live]'")
     ] = False
-    virtual_device: Annotated[str | None, Option(metavar="DEVICE", help="Default: the first.")] = None
+    virtual_device: Annotated[str | None, Option(metavar="DEVICE", help="Default: the first one.")] = None
     snapshots: Annotated[Path, Option(metavar="FOLDER", help="Where key S saves pictures.")] = Path()
-    metrics: Annotated[Path | None, Option(metavar="FILE", help="JSON lines, one a second.")] = None
+    metrics: Annotated[Path | None, Option(metavar="FILE", help="Figures each second, as JSON.")] = None
     duration: Annotated[float | None, Option(metavar="SECONDS", help="End after this long.")] = None
     camera_size: Annotated[str | None, Option(metavar="WxH", help="What to ask the camera for.")] = None
     camera_fps: Annotated[float | None, Option(help="What to ask the camera for.")] = None
@@ -154,11 +160,11 @@ def live(request: LiveRequest) -> None:
         is_mirror = isinstance(source, Camera) if request.mirror is None else request.mirror
         session = Session(stylizer, source, deck, settings, mirror=is_mirror)
         outputs = _outputs(request, session, stylizer, first)
-        show = Presenter(session, outputs, first, say=lambda line: note(console, line))
+        presenter = Presenter(session, outputs, first, say=lambda line: note(console, line))
         stack.enter_context(session)
-        stack.callback(show.close)  # closed first, so that nothing can prevent the end of a recording
+        stack.callback(presenter.close)  # closed first, so that nothing can prevent the end of a recording
         note(console, f"{describe(stylizer)}, {source.name}")
-        _present(show, outputs, request.duration, console)
+        _present(presenter, outputs, request.duration, console)
         session.meter.pause("end")  # the time that closing takes does not count
         session.report()
     typer.echo(json.dumps(session.report()))
@@ -215,15 +221,15 @@ def _first_frame(request: LiveRequest, source: Source) -> Frame:
     return taken.frame
 
 
-def _present(show: Presenter, outputs: Outputs, seconds: float | None, console: Console) -> None:
+def _present(presenter: Presenter, outputs: Outputs, seconds: float | None, console: Console) -> None:
     """Until the session is over; without a window, the figures are shown on the terminal."""
     with interruptible("SIGINT", "SIGTERM", "SIGHUP") as interrupted:
         if outputs.window is not None or not console.is_terminal:
-            show.run(interrupted, seconds)
+            presenter.run(interrupted, seconds)
             return
         with console.status("opening the engines") as status:
             outputs.status = lambda text: status.update(text)
-            show.run(interrupted, seconds)
+            presenter.run(interrupted, seconds)
 
 
 def _outputs(request: LiveRequest, session: Session, stylizer: Stylizer, first: Frame) -> Outputs:

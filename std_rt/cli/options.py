@@ -108,13 +108,10 @@ def command_of(run: Callable[[Any], int | None]) -> Callable[..., None]:
         raise typer.Exit(run(request(**values)) or 0)
 
     hints = get_type_hints(request, include_extras=True)
-    ordered = sorted(fields(request), key=lambda field: field.name not in request.__annotations__)
+    names = dict.fromkeys([*request.__annotations__, *(field.name for field in fields(request))])
     signature = inspect.signature(request)
-    command.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[
-            signature.parameters[field.name].replace(annotation=hints[field.name]) for field in ordered
-        ]
-    )
+    parameters = [signature.parameters[name].replace(annotation=hints[name]) for name in names]
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     command.__annotations__, command.__doc__ = hints, run.__doc__
     return command
 

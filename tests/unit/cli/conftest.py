@@ -1,33 +1,14 @@
-"""Runs `std-rt` through its entry point, in this process, and keeps what it printed."""
+"""What tests of commands run on: a bundle, a picture and a style."""
 
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 from support.cli_support import Cli, Result, picture
 
-from std_rt.cli.app import main
 from std_rt.core.bundle import Bundle
-
-
-@pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """``cli("stylize", path, ...)`` -> `Result`."""
-
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["std-rt", *(str(argument) for argument in arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        caught = capfd.readouterr()
-        code = exit_.value.code
-        return Result(code if isinstance(code, int) else int(code is not None), caught.out, caught.err)
-
-    return run
 
 
 @pytest.fixture

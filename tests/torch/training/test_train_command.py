@@ -15,7 +15,7 @@ from std_rt.training.distil.base import load_base
 from std_rt.training.run.recipe import load_recipe
 from std_rt.training.tiny.latents import Triple, save_latents
 
-RECIPES = Path(__file__).parents[2] / "training"
+RECIPES = Path(__file__).parents[3] / "training"
 
 
 @pytest.fixture
