@@ -16,8 +16,8 @@ import pytest
 from support.media_samples import (
     SAMPLE_RATE,
     Array,
+    ClipSpec,
     Sound,
-    Spec,
     frame_times,
     make_clip,
     moving_bar,
@@ -71,7 +71,7 @@ def linux_only(test: Any) -> Any:
 @linux_only
 def test_a_long_clip_takes_no_more_memory_than_a_short_one(tmp_path: Path) -> None:
     # An MP4 keeps an index, of some 100 bytes a packet, until its end; Matroska writes as it goes.
-    spec = Spec(
+    spec = ClipSpec(
         codec="mpeg4",
         options={},
         pts=range(400),
@@ -160,7 +160,7 @@ def test_full_disk_is_one_line_and_no_half_file(tmp_path: Path, sound: str, name
     noise = np.random.default_rng(1).integers(0, 256, (8, 48, 64, 3), dtype=np.uint8)
     source = make_clip(
         tmp_path / "a.mkv",
-        Spec(
+        ClipSpec(
             pts=range(0, 40 * 512, 512),
             sounds=[Sound(sound)],
             picture=lambda index: np.asarray(noise[index % 8]),
@@ -191,7 +191,7 @@ def test_slow_disk_drops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return encode_frame(*args, **options)
 
     monkeypatch.setattr(VideoTrack, "encode", slow)
-    source = make_clip(tmp_path / "a.mp4", Spec(pts=range(0, 60 * 512, 512), audio="aac"))
+    source = make_clip(tmp_path / "a.mp4", ClipSpec(pts=range(0, 60 * 512, 512), audio="aac"))
     transcode(source, tmp_path / "out.mp4", _same)
     assert frame_times(tmp_path / "out.mp4") == frame_times(source)
     assert sound_packets(tmp_path / "out.mp4") == sound_packets(source)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.fake_camera import FakeDevice
-from support.media_samples import Spec, make_clip, moving_bar, rgb_frames
+from support.media_samples import ClipSpec, make_clip, moving_bar, rgb_frames
 
 from std_rt.core.errors import MediaError
 from std_rt.media.camera import camera as camera_module
@@ -544,7 +544,9 @@ def test_without_wishes_the_camera_keeps_its_own(monkeypatch: pytest.MonkeyPatch
 
 
 def test_opencv_itself_behind_a_camera_that_ends_and_comes_back(tmp_path: Path) -> None:
-    clip = make_clip(tmp_path / "two.avi", Spec(pts=(0, 512), codec="mjpeg", pix_fmt="yuvj420p", options={}))
+    clip = make_clip(
+        tmp_path / "two.avi", ClipSpec(pts=(0, 512), codec="mjpeg", pix_fmt="yuvj420p", options={})
+    )
     clock = Clock()
     device = CvDevice(str(clip), backends=[cv2.CAP_ANY])  # a file plays the camera
     source = Camera("camera 0", device, now=clock.now, sleep=clock.sleep)
@@ -574,7 +576,7 @@ VARIABLE = (1024, 1536, 3072, 3584, 7168)  # of 12800 a second, not from 0
 
 
 def test_a_clip_plays_by_its_own_times_round_after_round(tmp_path: Path) -> None:
-    clip = make_clip(tmp_path / "clip.mkv", Spec(pts=VARIABLE))
+    clip = make_clip(tmp_path / "clip.mkv", ClipSpec(pts=VARIABLE))
     clock = Clock()
     source = open_source(str(clip), now=clock.now, sleep=clock.sleep)
     frames = played(source, 13)
@@ -623,7 +625,7 @@ def test_a_clip_that_does_not_loop_ends(tmp_path: Path) -> None:
 
 
 def test_a_turned_clip_stands_upright(tmp_path: Path) -> None:
-    clip = make_clip(tmp_path / "turned.mp4", Spec(rotate=(90.0, False, False)))
+    clip = make_clip(tmp_path / "turned.mp4", ClipSpec(rotate=(90.0, False, False)))
     source = open_source(str(clip))
     [captured] = played(source, 1)
     source.close()
@@ -632,7 +634,7 @@ def test_a_turned_clip_stands_upright(tmp_path: Path) -> None:
 
 
 def test_close_cuts_a_long_wait_short(tmp_path: Path) -> None:
-    clip = make_clip(tmp_path / "slow.mkv", Spec(pts=(0, 9 * 12_800, 18 * 12_800)))
+    clip = make_clip(tmp_path / "slow.mkv", ClipSpec(pts=(0, 9 * 12_800, 18 * 12_800)))
     source = open_source(str(clip))  # in real time: nine seconds between frames
     played(source, 1)
     ended: list[Captured | None] = []
@@ -733,7 +735,7 @@ def test_a_reader_that_paused_goes_on_at_once_and_in_step() -> None:
 
 def test_behind_time_frames_that_no_other_needs_are_left_out(tmp_path: Path) -> None:
     options = {"crf": "20", "preset": "medium", "x264-params": "bframes=3:b-adapt=0:scenecut=0"}
-    clip = make_clip(tmp_path / "b.mp4", Spec(pts=tuple(range(0, 60 * 512, 512)), options=options))
+    clip = make_clip(tmp_path / "b.mp4", ClipSpec(pts=tuple(range(0, 60 * 512, 512)), options=options))
     on_time = list(clip_camera._play_clip(clip, lambda: False))
     behind = list(clip_camera._play_clip(clip, lambda: True))
     assert len(on_time) == 60
@@ -747,7 +749,7 @@ def test_behind_time_frames_that_no_other_needs_are_left_out(tmp_path: Path) -> 
 
 def test_absurd_times_hold_nothing_up(tmp_path: Path) -> None:
     hours = 3600 * 12_800
-    clip = make_clip(tmp_path / "jump.mkv", Spec(pts=(0, 512, 26 * hours, 26 * hours + 512)))
+    clip = make_clip(tmp_path / "jump.mkv", ClipSpec(pts=(0, 512, 26 * hours, 26 * hours + 512)))
     at_s = [frame.at_s for frame in clip_camera._play_clip(clip, lambda: False)]
     assert at_s == pytest.approx([0, 0.04, 10.04, 10.08], abs=2e-3)
 
