@@ -31,6 +31,7 @@ _WARM_UP_S = 3.0  # how long reads may fail before the first frame
 _GIVE_UP_S = 0.5  # and between frames, until the camera counts as lost
 _RETRY_S = 0.02  # after a read that failed
 _REOPEN_S, _REOPEN_MAX_S = 0.2, 2.0  # between attempts to open a lost camera: doubled each time
+_CLOSE_S = 0.25  # enough for a camera that works, so that it can be opened again at once
 _STALL_S = 1.0
 _DARK_S = 2.0
 _DARK = 6.0  # mean of 0..255; a covered lens gives some noise
@@ -151,8 +152,7 @@ class Camera:
     def close(self) -> None:
         """End ``read()`` at once. The device is released as soon as its own read returns."""
         self._pause.end()
-        # Long enough for a camera that works, so that it can be opened again at once.
-        self._frames.close(0.25)
+        self._frames.close(_CLOSE_S)
 
     def _wait_for_first(self) -> None:
         """Wait for the first frame, or raise the reason why there is none."""
@@ -173,10 +173,7 @@ class Camera:
         wait_s = _REOPEN_S
         while not self._pause.is_over:
             last_s = self._at_s
-            problem = MediaError(
-                f"{self.name} opens but gives no frames; close other programs that use it,"
-                f" or {camera_choices()}"
-            )
+            problem: MediaError | None = None
             try:
                 if not is_open:
                     self._device.open()
@@ -192,7 +189,10 @@ class Camera:
             if self._pause.is_over:
                 return
             if self._at_s == -math.inf:  # Not even a first frame: raised in the constructor.
-                raise problem
+                raise problem or MediaError(
+                    f"{self.name} opens but gives no frames; close other programs that use it,"
+                    f" or {camera_choices()}"
+                )
             if self._at_s > last_s:
                 self._count("lost")
                 wait_s = _REOPEN_S
@@ -212,12 +212,12 @@ class Camera:
                     return
                 self._pause.wait(_RETRY_S)
                 continue
-            self._check(frame, raw, at_s)
+            self._inspect(frame, raw, at_s)
             self._at_s = after(at_s, self._at_s)
             yield frame, self._at_s
             last_s, patience_s = self._now(), _GIVE_UP_S
 
-    def _check(self, frame: Frame, raw: object, at_s: float) -> None:
+    def _inspect(self, frame: Frame, raw: object, at_s: float) -> None:
         """Count what is odd about a frame."""
         self._count("converted", isinstance(raw, np.ndarray) and raw.shape != frame.shape)
         self._count("resized", self._shape is not None and self._shape != frame.shape)

@@ -84,6 +84,12 @@ class Rig:
         return captured
 
 
+@pytest.fixture(autouse=True)
+def _quick_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`close()` waits less for a device whose read does not come back."""
+    monkeypatch.setattr(camera_module, "_CLOSE_S", 0.01)
+
+
 @pytest.fixture
 def rig() -> Iterator[Rig]:
     made = Rig()
