@@ -74,11 +74,6 @@ class Overlay:
         self._card = lru_cache(_CACHED)(self._make_card)
         self._pictures: dict[tuple[int, int], tuple[Frame, pygame.Surface]] = {}
 
-    @property
-    def has_help(self) -> bool:
-        """Whether there is a list of keys to show."""
-        return bool(self._help)
-
     def draw(self, canvas: pygame.Surface, scene: Scene) -> None:
         """Draw over what is already on ``canvas``."""
         w, h = canvas.get_size()
@@ -88,14 +83,14 @@ class Overlay:
         if scene.recording is not None:
             pill = self._pill(scene.recording, px, w // 2, dot=True)
             canvas.blit(pill, (w - px - pill.get_width(), px))
-        helping = scene.help_shown and self.has_help
-        if scene.lines and not helping:
-            canvas.blit(self._panel(tuple(scene.lines), px, room), (px, px))
-        if scene.thumbnails and not helping:
-            bottom = self._strip(canvas, scene.thumbnails, px, bottom) - px // 2
-        if helping:
+        if scene.help_shown:
             card = self._card(px, w, h)
             canvas.blit(card, card.get_rect(center=(w // 2, h // 2)))
+        else:
+            if scene.lines:
+                canvas.blit(self._panel(tuple(scene.lines), px, room), (px, px))
+            if scene.thumbnails:
+                bottom = self._strip(canvas, scene.thumbnails, px, bottom) - px // 2
         if scene.banner:
             pill = self._pill(scene.banner, px, room)
             canvas.blit(pill, ((w - pill.get_width()) // 2, bottom - pill.get_height()))
