@@ -95,8 +95,8 @@ class Camera:
         now: Callable[[], float] = time.perf_counter,
         sleep: Sleep | None = None,
     ) -> None:
-        self.name, self.properties = name, Properties(None, None)
-        self._device, self._now = device, now
+        self.name, self._device, self._now = name, device, now
+        self.properties = device.open() if _OPEN_HERE else Properties(None, None)
         self._pause = Pause(sleep)
         self._returned = 0  # by read()
         # Written by the camera's thread only.
@@ -106,8 +106,6 @@ class Camera:
         self._at_s = -math.inf  # the time of the last frame
         self._received_s = -math.inf  # when it came; the same unless the clock repeated a time
         self._dark_since_s: float | None = None
-        if _OPEN_HERE:
-            device.open()
         self._frames = Prefetcher(self._capture(_OPEN_HERE), room=1, latest=True, name=name)
         self._wait_for_first()
 
@@ -176,12 +174,11 @@ class Camera:
             problem: MediaError | None = None
             try:
                 if not is_open:
-                    self._device.open()
+                    self.properties = self._device.open()
             except MediaError as error:
                 problem = error
             else:
                 try:
-                    self.properties = self._device.properties()
                     yield from self._read_device()
                 finally:
                     self._device.close()

@@ -25,7 +25,7 @@ from std_rt.media.camera import clip_camera
 from std_rt.media.camera import device as camera_device
 from std_rt.media.camera.camera import Camera, open_source, to_frame
 from std_rt.media.camera.clip_camera import FileCamera, PlaybackFrame
-from std_rt.media.camera.device import CvDevice, list_cameras
+from std_rt.media.camera.device import CvDevice, Properties, list_cameras
 from std_rt.media.camera.frame_source import Captured, Pause, Source, after
 
 LINUX = sys.platform == "linux"
@@ -336,9 +336,9 @@ def test_macos_opens_in_the_callers_thread(monkeypatch: pytest.MonkeyPatch) -> N
     opened_in: list[threading.Thread] = []
 
     class Asking(FakeDevice):
-        def open(self) -> None:
+        def open(self) -> Properties:
             opened_in.append(threading.current_thread())
-            super().open()
+            return super().open()
 
     device = Asking()
     device.give(GREY)
@@ -522,7 +522,7 @@ def test_opencv_is_asked_for_format_size_rate_and_few_buffers(monkeypatch: pytes
     monkeypatch.setattr(cv2, "VideoCapture", _Capture)
     monkeypatch.setattr(CvDevice, "_check_node", lambda self: None)
     device = CvDevice("4", (720, 1280), 60.0, backends=[1, 2, 3])
-    device.open()
+    properties = device.open()
     refused, taken = made
     assert (refused.released, taken.source, taken.backend) == (True, 4, 2)
     assert taken.asked == {
@@ -533,7 +533,7 @@ def test_opencv_is_asked_for_format_size_rate_and_few_buffers(monkeypatch: pytes
         cv2.CAP_PROP_BUFFERSIZE: 2,
     }
     assert next(iter(taken.asked)) == cv2.CAP_PROP_FOURCC
-    assert device.properties() == camera_device.Properties((720, 1280), None)
+    assert properties == Properties((720, 1280), None)
     assert device.read() is None  # its exception does not come out
     device.close()
     device.close()
