@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from math import sqrt
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from std_rt.media.fit import resize
 from std_rt.media.window.sdl import pygame
 
 __all__ = ["HelpLine", "Overlay", "Scene", "Thumbnail", "icon", "text_px"]
@@ -115,12 +117,17 @@ class Overlay:
 
     def _picture(self, frame: Frame, side: int, radius: int) -> pygame.Surface:
         """The middle square of a picture at ``side`` px, with round corners."""
-        # The array is kept with its surface, so that its id is not given to another one meanwhile.
         key = (id(frame), side)
         if key not in self._pictures:
             if len(self._pictures) > _CACHED:
                 self._pictures.clear()
-            self._pictures[key] = (frame, _square(frame, side, radius))
+            h, w = frame.shape[:2]
+            edge = min(h, w)
+            middle = frame[(h - edge) // 2 :, (w - edge) // 2 :][:edge, :edge]
+            alpha = np.rint(_coverage(side, side, radius) * 255)
+            surface = _surface(resize(middle, (side, side)), alpha)
+            # The array is kept with its surface, so that its id is not given to another one meanwhile.
+            self._pictures[key] = (frame, surface)
         return self._pictures[key][1]
 
     def _make_panel(self, lines: tuple[str, ...], px: int, room: int) -> pygame.Surface:
@@ -294,10 +301,7 @@ def _coverage(h: int, w: int, radius: int) -> NDArray[np.float32]:
 
 def _shape(w: int, h: int, radius: int, colour: Colour, opacity: int = 255) -> pygame.Surface:
     """A rectangle of ``w`` x ``h`` px with round, smooth corners; opacity 0..255."""
-    pixels = np.empty((h, w, 4), np.uint8)
-    pixels[..., :3] = colour
-    pixels[..., 3] = np.rint(_coverage(h, w, radius) * opacity)
-    return _surface(pixels)
+    return _surface(colour, np.rint(_coverage(h, w, radius) * opacity))
 
 
 def _arrow(towards: str, px: int, colour: Colour) -> pygame.Surface:
@@ -309,25 +313,13 @@ def _arrow(towards: str, px: int, colour: Colour) -> pygame.Surface:
     corners = np.array([[far // 8, 0], [far - far // 8, far // 2], [far // 8, far]], np.int32)
     cv2.fillConvexPoly(large, corners, 255)
     small = cv2.resize(large, (side, side), interpolation=cv2.INTER_AREA)
-    pixels = np.empty((side, side, 4), np.uint8)
-    pixels[..., :3] = colour
-    pixels[..., 3] = np.rot90(small, "→↑←↓".index(towards))
-    return _surface(pixels)
+    return _surface(colour, np.rot90(small, "→↑←↓".index(towards)))
 
 
-def _square(frame: Frame, side: int, radius: int) -> pygame.Surface:
-    h, w = frame.shape[:2]
-    edge = min(h, w)
-    middle = frame[(h - edge) // 2 :, (w - edge) // 2 :][:edge, :edge]
-    method = cv2.INTER_AREA if edge > side else cv2.INTER_CUBIC
-    pixels = np.empty((side, side, 4), np.uint8)
-    pixels[..., :3] = cv2.resize(np.ascontiguousarray(middle), (side, side), interpolation=method)
-    pixels[..., 3] = np.rint(_coverage(side, side, radius) * 255)
-    return _surface(pixels)
-
-
-def _surface(pixels: NDArray[np.uint8]) -> pygame.Surface:
-    """A copy of RGBA pixels [h, w, 4] as a surface."""
-    h, w = pixels.shape[:2]
+def _surface(rgb: Frame | Colour, alpha: NDArray[Any]) -> pygame.Surface:
+    """A surface of one colour or of pixels [h, w, 3], with the opacity ``alpha`` [h, w], 0..255."""
+    h, w = alpha.shape
     # In the order of the window's bytes, for which SDL has fast ways to blend.
-    return pygame.image.frombytes(pixels[..., [2, 1, 0, 3]].tobytes(), (w, h), "BGRA")
+    bgra = np.empty((h, w, 4), np.uint8)
+    bgra[..., 2::-1], bgra[..., 3] = rgb, alpha
+    return pygame.image.frombytes(bgra.tobytes(), (w, h), "BGRA")
