@@ -378,9 +378,9 @@ def test_open_source_hands_the_wishes_to_the_device() -> None:
     ],
 )
 def test_what_is_no_source_is_told_in_one_line(spec: str, line: str) -> None:
-    with pytest.raises(MediaError, match=line) as told:
+    with pytest.raises(MediaError, match=line) as raised:
         open_source(spec)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_files_that_are_no_source(tmp_path: Path) -> None:
@@ -405,9 +405,9 @@ def test_wishes_that_no_camera_can_meet(size: Any, fps: Any) -> None:
 
 
 def test_a_camera_that_is_not_there_gives_our_line_alone(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(MediaError, match=r"camera 99 (does not exist|cannot be opened); ") as told:
+    with pytest.raises(MediaError, match=r"camera 99 (does not exist|cannot be opened); ") as raised:
         open_source("99")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
     assert capfd.readouterr() == ("", "")
 
 
@@ -415,9 +415,9 @@ def test_a_camera_that_is_not_there_gives_our_line_alone(capfd: pytest.CaptureFi
 def test_a_node_that_does_not_open_is_busy_or_no_camera(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(
         MediaError, match="camera /dev/null is busy or not a camera; close the program"
-    ) as told:
+    ) as raised:
         open_source("/dev/null")
-    assert "`fuser -v /dev/null`" in str(told.value)
+    assert "`fuser -v /dev/null`" in str(raised.value)
     assert capfd.readouterr() == ("", "")
 
 
@@ -466,9 +466,9 @@ def test_cameras_are_listed_with_their_names_and_in_errors(nodes: Path) -> None:
     found = ["0 (HD Webcam)", "2 (no name)", "10 (Capture Card)"]
     assert list_cameras() == found
     line = f"camera 7 does not exist; give one of the cameras found: {', '.join(found)}, or a video file"
-    with pytest.raises(MediaError) as told:
+    with pytest.raises(MediaError) as raised:
         open_source("7")
-    assert str(told.value) == line
+    assert str(raised.value) == line
 
 
 @pytest.mark.skipif(not LINUX, reason="the nodes of Linux")
