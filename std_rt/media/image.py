@@ -35,34 +35,18 @@ __all__ = [
 
 MAX_PIXELS = 200_000_000
 """Largest picture that is decoded (200 megapixels: 600 MB as RGB); a larger one is refused unread."""
-PICTURE_SUFFIXES = frozenset(
-    (
-        *(
-            ".jpg",
-            ".jpeg",
-            ".jpe",
-            ".jfif",
-            ".mpo",
-            ".png",
-            ".apng",
-            ".gif",
-            ".webp",
-            ".avif",
-            ".tif",
-            ".tiff",
-        ),
-        *(".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".ico", ".psd", ".qoi", ".tga"),
-    )
+WRITABLE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif", ".ppm"}
 )
-WRITABLE_SUFFIXES = PICTURE_SUFFIXES - {
-    *(".mpo", ".apng", ".dib", ".pgm", ".pbm", ".pnm", ".jp2", ".ico", ".psd", ".qoi", ".tga")
-}
+PICTURE_SUFFIXES = WRITABLE_SUFFIXES.union(
+    {".mpo", ".apng", ".dib", ".pgm", ".pbm", ".pnm", ".jp2", ".ico", ".psd", ".qoi", ".tga"}
+)
 
 Frame = NDArray[np.uint8]  # [H, W, 3] RGB
 
 # Formats whose first bytes identify them; Pillow knows more, some of which claim any file.
-_FORMATS = (
-    *("JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000", "ICO", "PSD", "QOI"),
+_FORMATS = frozenset(
+    {"JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000", "ICO", "PSD", "QOI"}
 )
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"subsampling": 0},
@@ -138,12 +122,13 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
     Raises MediaError if it is not a known picture.
     """
     check_input(path)
-    # TGA has no signature: it is believed only under its own name.
-    formats = [*_FORMATS, "TGA"] if path.suffix.lower() == ".tga" else _FORMATS
     with _quiet_pillow():
         Image.init()  # Asked for some formats by name, Pillow would not load all of their readers.
+        formats = [name for name in Image.ID if name in _FORMATS]
+        if path.suffix.lower() == ".tga":  # It has no signature: it is believed only under its own name.
+            formats.append("TGA")
         try:
-            picture = Image.open(path, formats=[name for name in formats if name in Image.OPEN])
+            picture = Image.open(path, formats=formats)
         except _DAMAGE as error:
             raise MediaError(
                 f"{path} is not a picture that can be read (damaged, or not what its name says);"

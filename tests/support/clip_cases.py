@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from support.media_samples import Array, Sound, Spec, make_clip, moving_bar
+from support.media_samples import Array, ClipSpec, Sound, make_clip, moving_bar
 
 SUITE = 200  # cases of one seed that the suite runs
 _T = TypeVar("_T")
@@ -125,7 +125,7 @@ class Case:
     suffix: str
     video: str
     rate: str
-    spec: Spec
+    spec: ClipSpec
     turn: int
     edit: str  # none, hidden (frames before time zero), late (a start after zero)
     sounds: tuple[str, ...]
@@ -200,7 +200,7 @@ def _spec(
     names: Sequence[str],
     turn: int,
     fragmented: bool,
-) -> Spec:
+) -> ClipSpec:
     options, pix_fmt = dict(codec.options), _one(rng, codec.formats)
     if codec.reorders:
         options["bf"] = str(_one(rng, (0, 1, 2, 3)) if suffix not in (".flv",) else 0)
@@ -221,7 +221,7 @@ def _spec(
     flags = {"movflags": "frag_keyframe+delay_moov"} if fragmented else {}
     if suffix in MP4S and not fragmented and rng.integers(2):
         flags = {"movflags": "+faststart"}
-    return Spec(
+    return ClipSpec(
         pts=pts,
         time_base=time_base,
         rate=RATES[rate],

@@ -37,14 +37,15 @@ class FakeDevice:
         """It can be opened again."""
         self.is_there = True
 
-    def open(self) -> None:
-        """Raises MediaError while it is unplugged, or open already."""
+    def open(self) -> Properties:
+        """As the constructor was told. Raises MediaError while it is unplugged, or open already."""
         self.tries += 1
         if not self.is_there:
             raise MediaError("the fake camera is not there; plug it in")
         if self.is_open:
             raise MediaError("the fake camera is busy; close the source that has it")
         self.is_open = True
+        return self._properties
 
     def read(self) -> object:
         """The next of what was given; waits for it."""
@@ -55,7 +56,3 @@ class FakeDevice:
     def close(self) -> None:
         """Another source may open it."""
         self.is_open = False
-
-    def properties(self) -> Properties:
-        """As the constructor was told."""
-        return self._properties

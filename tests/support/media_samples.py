@@ -30,7 +30,7 @@ class Sound:
 
 
 @dataclass(frozen=True)
-class Spec:
+class ClipSpec:
     """How a sample clip is made; ``pts`` are in units of ``time_base``."""
 
     pts: Sequence[int] = tuple(range(0, 12 * 512, 512))
@@ -60,9 +60,9 @@ def moving_bar(index: int, width: int = 64, height: int = 48) -> Array:
     return frame
 
 
-def make_clip(path: Path, spec: Spec | None = None) -> Path:
+def make_clip(path: Path, spec: ClipSpec | None = None) -> Path:
     """Encode a sample clip; its sound (``spec.audio`` names the encoder) lasts as long as its frames."""
-    spec = spec or Spec()
+    spec = spec or ClipSpec()
     with av.open(str(path), "w", container_options=spec.container_options) as container:
         stream: Any = container.add_stream(spec.codec, rate=spec.rate, options=spec.options)
         stream.width, stream.height, stream.pix_fmt = spec.width, spec.height, spec.pix_fmt
@@ -83,7 +83,7 @@ def make_clip(path: Path, spec: Spec | None = None) -> Path:
     return path
 
 
-def _frame(spec: Spec, index: int, pts: int) -> av.VideoFrame:
+def _frame(spec: ClipSpec, index: int, pts: int) -> av.VideoFrame:
     if spec.picture is None:
         array, given = moving_bar(index, spec.width, spec.height), "rgb24"
     else:
@@ -98,7 +98,7 @@ def _frame(spec: Spec, index: int, pts: int) -> av.VideoFrame:
     return frame
 
 
-def _sounds(spec: Spec) -> list[Sound]:
+def _sounds(spec: ClipSpec) -> list[Sound]:
     plain = [] if spec.audio is None else [Sound(spec.audio, start=spec.audio_start)]
     return [*plain, *spec.sounds]
 
@@ -109,7 +109,7 @@ def _add_sound(container: Any, sound: Sound) -> Any:
     return encoder
 
 
-def _write_sound(container: Any, encoder: Any, sound: Sound, spec: Spec) -> None:
+def _write_sound(container: Any, encoder: Any, sound: Sound, spec: ClipSpec) -> None:
     """Noise, as long as the frames."""
     rng = np.random.default_rng(7)
     context = encoder.codec_context

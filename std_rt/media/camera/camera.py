@@ -31,6 +31,7 @@ _WARM_UP_S = 3.0  # how long reads may fail before the first frame
 _GIVE_UP_S = 0.5  # and between frames, until the camera counts as lost
 _RETRY_S = 0.02  # after a read that failed
 _REOPEN_S, _REOPEN_MAX_S = 0.2, 2.0  # between attempts to open a lost camera: doubled each time
+_CLOSE_S = 0.25  # enough for a camera that works, so that it can be opened again at once
 _STALL_S = 1.0
 _DARK_S = 2.0
 _DARK = 6.0  # mean of 0..255; a covered lens gives some noise
@@ -94,8 +95,8 @@ class Camera:
         now: Callable[[], float] = time.perf_counter,
         sleep: Sleep | None = None,
     ) -> None:
-        self.name, self.properties = name, Properties(None, None)
-        self._device, self._now = device, now
+        self.name, self._device, self._now = name, device, now
+        self.properties = device.open() if _OPEN_HERE else Properties(None, None)
         self._pause = Pause(sleep)
         self._returned = 0  # by read()
         # Written by the camera's thread only.
@@ -105,8 +106,6 @@ class Camera:
         self._at_s = -math.inf  # the time of the last frame
         self._received_s = -math.inf  # when it came; the same unless the clock repeated a time
         self._dark_since_s: float | None = None
-        if _OPEN_HERE:
-            device.open()
         self._frames = Prefetcher(self._capture(_OPEN_HERE), room=1, latest=True, name=name)
         self._wait_for_first()
 
@@ -151,8 +150,7 @@ class Camera:
     def close(self) -> None:
         """End ``read()`` at once. The device is released as soon as its own read returns."""
         self._pause.end()
-        # Long enough for a camera that works, so that it can be opened again at once.
-        self._frames.close(0.25)
+        self._frames.close(_CLOSE_S)
 
     def _wait_for_first(self) -> None:
         """Wait for the first frame, or raise the reason why there is none."""
@@ -173,18 +171,14 @@ class Camera:
         wait_s = _REOPEN_S
         while not self._pause.is_over:
             last_s = self._at_s
-            problem = MediaError(
-                f"{self.name} opens but gives no frames; close other programs that use it,"
-                f" or {camera_choices()}"
-            )
+            problem: MediaError | None = None
             try:
                 if not is_open:
-                    self._device.open()
+                    self.properties = self._device.open()
             except MediaError as error:
                 problem = error
             else:
                 try:
-                    self.properties = self._device.properties()
                     yield from self._read_device()
                 finally:
                     self._device.close()
@@ -192,7 +186,10 @@ class Camera:
             if self._pause.is_over:
                 return
             if self._at_s == -math.inf:  # Not even a first frame: raised in the constructor.
-                raise problem
+                raise problem or MediaError(
+                    f"{self.name} opens but gives no frames; close other programs that use it,"
+                    f" or {camera_choices()}"
+                )
             if self._at_s > last_s:
                 self._count("lost")
                 wait_s = _REOPEN_S
@@ -212,12 +209,12 @@ class Camera:
                     return
                 self._pause.wait(_RETRY_S)
                 continue
-            self._check(frame, raw, at_s)
+            self._inspect(frame, raw, at_s)
             self._at_s = after(at_s, self._at_s)
             yield frame, self._at_s
             last_s, patience_s = self._now(), _GIVE_UP_S
 
-    def _check(self, frame: Frame, raw: object, at_s: float) -> None:
+    def _inspect(self, frame: Frame, raw: object, at_s: float) -> None:
         """Count what is odd about a frame."""
         self._count("converted", isinstance(raw, np.ndarray) and raw.shape != frame.shape)
         self._count("resized", self._shape is not None and self._shape != frame.shape)

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import av
@@ -36,25 +36,17 @@ _CAMERA_PX = 3840 * 2160
 
 @dataclass(frozen=True, eq=False)
 class PlaybackFrame:
-    """A frame of one pass through a file: at_s, from the start of the pass, and lasts_s are in seconds.
+    """A frame of a file that is played: when it is due and how long it lasts, in seconds.
 
-    skipped: frames before it that were not decoded.
+    at_s: from the start of the pass, or, once it is scheduled, of the first pass. ready_s: when it was
+    decoded, by the source's clock. skipped: frames before it that were not decoded.
     """
 
     frame: Frame
     at_s: float
     lasts_s: float
     skipped: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class _Scheduled:
-    """A frame on the clock of all passes: due_s from the first frame, ready_s by the source's clock."""
-
-    frame: Frame
-    due_s: float
-    ready_s: float
-    skipped: int
+    ready_s: float = 0.0
 
 
 Play = Callable[[Callable[[], bool]], Generator[PlaybackFrame, None, None]]
@@ -88,7 +80,7 @@ class FileCamera:
         self._start_s: float | None = None
         self._at_s = -math.inf
         self._returned = self._late = 0
-        self._next: _Scheduled | None = None  # looked at, not yet returned
+        self._next: PlaybackFrame | None = None  # looked at, not yet returned
         self._frames = Prefetcher(self._decode(), room=_AHEAD, name=name)
 
     @property
@@ -110,7 +102,7 @@ class FileCamera:
             if frame is None:
                 return None
             due_s, self._next = self._due_s(frame), self._frames.get(0)
-            if self._next is not None and due_s + self._next.due_s - frame.due_s <= self._now():
+            if self._next is not None and due_s + self._next.at_s - frame.at_s <= self._now():
                 self._late += 1
                 continue
             while (left_s := due_s - self._now()) > 0:
@@ -126,20 +118,20 @@ class FileCamera:
         self._pause.end()
         self._frames.close(0.25)
 
-    def _due_s(self, frame: _Scheduled) -> float:
+    def _due_s(self, frame: PlaybackFrame) -> float:
         """When the frame is due by the source's clock, which is moved if it is too far behind."""
         now_s = self._now()
         if self._start_s is None:
-            self._start_s = now_s - frame.due_s
-        lag_s = now_s - self._start_s - frame.due_s
+            self._start_s = now_s - frame.at_s
+        lag_s = now_s - self._start_s - frame.at_s
         self._late += frame.skipped
         self._is_behind = lag_s > _BEHIND_S
         if lag_s > _MOVE_S:
             self._late += round(lag_s * (self.fps or 25.0))
             self._start_s += lag_s
-        return self._start_s + frame.due_s
+        return self._start_s + frame.at_s
 
-    def _decode(self) -> Iterator[_Scheduled]:
+    def _decode(self) -> Iterator[PlaybackFrame]:
         """Pass after pass, in the decoding thread."""
         start_s, wait_s = 0.0, _REOPEN_S
         while not self._pause.is_over:
@@ -148,10 +140,10 @@ class FileCamera:
                 with closing(self._play(lambda: self._is_behind)) as frames:
                     for item in frames:
                         self._is_lost = False
-                        due_s = start_s + item.at_s
-                        end_s = max(end_s, due_s + max(item.lasts_s, _SHORTEST_S))
-                        yield _Scheduled(item.frame, due_s, self._now(), item.skipped)
-                start_s, wait_s = end_s, _REOPEN_S
+                        at_s = start_s + item.at_s
+                        end_s = max(end_s, at_s + max(item.lasts_s, _SHORTEST_S))
+                        yield replace(item, at_s=at_s, ready_s=self._now())
+                wait_s = _REOPEN_S
             except (MediaError, av.FFmpegError):
                 self._losses += not self._is_lost
                 self._is_lost = True
@@ -159,6 +151,7 @@ class FileCamera:
                 wait_s = min(2 * wait_s, _REOPEN_MAX_S)
             if not self._loop:
                 return
+            start_s = end_s
 
 
 def clip_playback(path: Path) -> tuple[float | None, Play]:

@@ -43,17 +43,14 @@ class Properties:
 class Device(Protocol):
     """A camera. All calls come from one thread, except that the first ``open()`` may come from another."""
 
-    def open(self) -> None:
-        """Start it. Raises MediaError, one line: not there, not allowed, in use."""
+    def open(self) -> Properties:
+        """Start it; what it reports. Raises MediaError, one line: not there, not allowed, in use."""
 
     def read(self) -> object:
         """Wait for a frame: an array as it came (BGR, BGRA or grey, uint8), or anything else for none."""
 
     def close(self) -> None:
         """Release it; also when it was never opened."""
-
-    def properties(self) -> Properties:
-        """Of the open camera."""
 
 
 class CvDevice:
@@ -75,7 +72,7 @@ class CvDevice:
         self._backends = _BACKENDS.get(sys.platform, [cv2.CAP_ANY]) if backends is None else backends
         self._capture: cv2.VideoCapture | None = None
 
-    def open(self) -> None:
+    def open(self) -> Properties:
         """Start the camera with the first backend that works. Raises MediaError."""
         if "OPENCV_LOG_LEVEL" not in os.environ:
             # No log lines of OpenCV on stderr. What a system's own library prints (AVFoundation, libjpeg) is
@@ -94,7 +91,11 @@ class CvDevice:
             if capture.isOpened():
                 self._configure(capture)
                 self._capture = capture
-                return
+                h, w = (
+                    int(capture.get(side)) for side in (cv2.CAP_PROP_FRAME_HEIGHT, cv2.CAP_PROP_FRAME_WIDTH)
+                )
+                fps = capture.get(cv2.CAP_PROP_FPS)
+                return Properties((h, w) if min(h, w) > 0 else None, fps if 0 < fps < 1000 else None)
             capture.release()
         raise MediaError(_cannot_open(self._target))
 
@@ -111,15 +112,6 @@ class CvDevice:
         if self._capture is not None:
             self._capture.release()
         self._capture = None
-
-    def properties(self) -> Properties:
-        """Size and rate as the driver reports them."""
-        if self._capture is None:
-            return Properties(None, None)
-        get = self._capture.get
-        h, w = int(get(cv2.CAP_PROP_FRAME_HEIGHT)), int(get(cv2.CAP_PROP_FRAME_WIDTH))
-        fps = get(cv2.CAP_PROP_FPS)
-        return Properties((h, w) if min(h, w) > 0 else None, fps if 0 < fps < 1000 else None)
 
     def _check_node(self) -> None:
         node, name = _node(self._target), camera_name(self._target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 import av
@@ -55,23 +56,27 @@ class Encoder:
             av.Codec(name, "w")
         except ValueError as error:
             raise MediaError(f"this FFmpeg has no video encoder {name!r}; use {usual}") from error
-        options = _options(name, crf)
-        encoder = Encoder(name, options | _live_options(name), 1) if live else Encoder(name, options)
         try:
-            encoder._encode_trial(suffix)
+            return _tried(name, crf, live, suffix)
         except (ValueError, OSError, av.FFmpegError) as error:
             raise MediaError(
                 f"video encoder {name!r} does not work for {suffix} here ({reason(error)}); use {usual}"
             ) from error
-        return encoder
 
-    def _encode_trial(self, suffix: str) -> None:
-        """Encoders for other machines' hardware, and codecs foreign to a container, fail only when used."""
-        black, colour = np.zeros((_TRIAL_PX, _TRIAL_PX, 3), np.uint8), Colour(1, False, 1, 1)
-        with av.open(io.BytesIO(), "w", format=MUXERS[suffix]) as container:
-            shape = (_TRIAL_PX, _TRIAL_PX)
-            track = VideoTrack(container, self, shape, Fraction(25), Fraction(1, 25), colour)
-            container.mux([*track.encode(black, 0, 1), *track.flush()])
+
+@cache
+def _tried(name: str, crf: int, live: bool, suffix: str) -> Encoder:
+    """An encoder that has encoded a trial frame. Raises what PyAV raises.
+
+    One for other hardware, or whose codec the container cannot hold, would fail only when used.
+    """
+    options = _options(name, crf)
+    encoder = Encoder(name, options | _live_options(name), 1) if live else Encoder(name, options)
+    black, shape = np.zeros((_TRIAL_PX, _TRIAL_PX, 3), np.uint8), (_TRIAL_PX, _TRIAL_PX)
+    with av.open(io.BytesIO(), "w", format=MUXERS[suffix]) as container:
+        track = VideoTrack(container, encoder, shape, Fraction(25), Fraction(1, 25), Colour(1, False, 1, 1))
+        container.mux([*track.encode(black, 0, 1), *track.flush()])
+    return encoder
 
 
 def _options(codec: str, crf: int) -> dict[str, str]:

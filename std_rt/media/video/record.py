@@ -95,7 +95,8 @@ class Recorder:
         self._queue: Queue[tuple[Frame, float] | None] = Queue(room)  # None: the end
         self._file: _FragmentedFile | None = None
         self._given = self._missed = self._refused = 0
-        self._problem, self._ended = "", False  # ended: no more frames are taken
+        self.problem = ""  # one line on what ended the recording
+        self._ended = False  # no more frames are taken
         self._result: Recording | None = None
         self._thread = Thread(target=self._run, name="std-rt-record", daemon=True)
         self._thread.start()
@@ -114,11 +115,6 @@ class Recorder:
     def dropped(self) -> int:
         """Frames so far that will not be in the file: no room, after its end, or not frames at all."""
         return self._missed + self._refused
-
-    @property
-    def problem(self) -> str:
-        """What ended the recording, one line; "" while it continues."""
-        return self._problem
 
     def write(self, frame: Frame, at_s: float) -> None:
         """Record ``frame`` (uint8 [H, W, 3] RGB) as shown from ``at_s`` seconds on (any clock that rises).
@@ -161,7 +157,7 @@ class Recorder:
             if self._file is not None:
                 self._file.finish()
         except _FAILURES as error:
-            self._problem = (
+            self.problem = (
                 f"recording to {self.path} stopped early, everything before is kept: {write_failure(error)}"
             )
             if self._file is not None:
@@ -170,7 +166,7 @@ class Recorder:
             self._ended = True
 
     def _finish(self) -> Recording:
-        file, problem = self._file, self._problem
+        file, problem = self._file, self.problem
         if file is None:
             return Recording(self._sink, 0, self._given, 0.0, problem)
         frames, seconds = (file.frames, file.seconds) if not problem else _readable(file.path)

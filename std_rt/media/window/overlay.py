@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from math import sqrt
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from std_rt.media.fit import resize
 from std_rt.media.window.sdl import pygame
 
 __all__ = ["HelpLine", "Overlay", "Scene", "Thumbnail", "icon", "text_px"]
@@ -74,11 +76,6 @@ class Overlay:
         self._card = lru_cache(_CACHED)(self._make_card)
         self._pictures: dict[tuple[int, int], tuple[Frame, pygame.Surface]] = {}
 
-    @property
-    def has_help(self) -> bool:
-        """Whether there is a list of keys to show."""
-        return bool(self._help)
-
     def draw(self, canvas: pygame.Surface, scene: Scene) -> None:
         """Draw over what is already on ``canvas``."""
         w, h = canvas.get_size()
@@ -88,14 +85,14 @@ class Overlay:
         if scene.recording is not None:
             pill = self._pill(scene.recording, px, w // 2, dot=True)
             canvas.blit(pill, (w - px - pill.get_width(), px))
-        helping = scene.help_shown and self.has_help
-        if scene.lines and not helping:
-            canvas.blit(self._panel(tuple(scene.lines), px, room), (px, px))
-        if scene.thumbnails and not helping:
-            bottom = self._strip(canvas, scene.thumbnails, px, bottom) - px // 2
-        if helping:
+        if scene.help_shown:
             card = self._card(px, w, h)
             canvas.blit(card, card.get_rect(center=(w // 2, h // 2)))
+        else:
+            if scene.lines:
+                canvas.blit(self._panel(tuple(scene.lines), px, room), (px, px))
+            if scene.thumbnails:
+                bottom = self._strip(canvas, scene.thumbnails, px, bottom) - px // 2
         if scene.banner:
             pill = self._pill(scene.banner, px, room)
             canvas.blit(pill, ((w - pill.get_width()) // 2, bottom - pill.get_height()))
@@ -120,12 +117,17 @@ class Overlay:
 
     def _picture(self, frame: Frame, side: int, radius: int) -> pygame.Surface:
         """The middle square of a picture at ``side`` px, with round corners."""
-        # The array is kept with its surface, so that its id is not given to another one meanwhile.
         key = (id(frame), side)
         if key not in self._pictures:
             if len(self._pictures) > _CACHED:
                 self._pictures.clear()
-            self._pictures[key] = (frame, _square(frame, side, radius))
+            h, w = frame.shape[:2]
+            edge = min(h, w)
+            middle = frame[(h - edge) // 2 :, (w - edge) // 2 :][:edge, :edge]
+            alpha = np.rint(_coverage(side, side, radius) * 255)
+            surface = _surface(resize(middle, (side, side)), alpha)
+            # The array is kept with its surface, so that its id is not given to another one meanwhile.
+            self._pictures[key] = (frame, surface)
         return self._pictures[key][1]
 
     def _make_panel(self, lines: tuple[str, ...], px: int, room: int) -> pygame.Surface:
@@ -299,10 +301,7 @@ def _coverage(h: int, w: int, radius: int) -> NDArray[np.float32]:
 
 def _shape(w: int, h: int, radius: int, colour: Colour, opacity: int = 255) -> pygame.Surface:
     """A rectangle of ``w`` x ``h`` px with round, smooth corners; opacity 0..255."""
-    pixels = np.empty((h, w, 4), np.uint8)
-    pixels[..., :3] = colour
-    pixels[..., 3] = np.rint(_coverage(h, w, radius) * opacity)
-    return _surface(pixels)
+    return _surface(colour, np.rint(_coverage(h, w, radius) * opacity))
 
 
 def _arrow(towards: str, px: int, colour: Colour) -> pygame.Surface:
@@ -314,25 +313,13 @@ def _arrow(towards: str, px: int, colour: Colour) -> pygame.Surface:
     corners = np.array([[far // 8, 0], [far - far // 8, far // 2], [far // 8, far]], np.int32)
     cv2.fillConvexPoly(large, corners, 255)
     small = cv2.resize(large, (side, side), interpolation=cv2.INTER_AREA)
-    pixels = np.empty((side, side, 4), np.uint8)
-    pixels[..., :3] = colour
-    pixels[..., 3] = np.rot90(small, "→↑←↓".index(towards))
-    return _surface(pixels)
+    return _surface(colour, np.rot90(small, "→↑←↓".index(towards)))
 
 
-def _square(frame: Frame, side: int, radius: int) -> pygame.Surface:
-    h, w = frame.shape[:2]
-    edge = min(h, w)
-    middle = frame[(h - edge) // 2 :, (w - edge) // 2 :][:edge, :edge]
-    method = cv2.INTER_AREA if edge > side else cv2.INTER_CUBIC
-    pixels = np.empty((side, side, 4), np.uint8)
-    pixels[..., :3] = cv2.resize(np.ascontiguousarray(middle), (side, side), interpolation=method)
-    pixels[..., 3] = np.rint(_coverage(side, side, radius) * 255)
-    return _surface(pixels)
-
-
-def _surface(pixels: NDArray[np.uint8]) -> pygame.Surface:
-    """A copy of RGBA pixels [h, w, 4] as a surface."""
-    h, w = pixels.shape[:2]
+def _surface(rgb: Frame | Colour, alpha: NDArray[Any]) -> pygame.Surface:
+    """A surface of one colour or of pixels [h, w, 3], with the opacity ``alpha`` [h, w], 0..255."""
+    h, w = alpha.shape
     # In the order of the window's bytes, for which SDL has fast ways to blend.
-    return pygame.image.frombytes(pixels[..., [2, 1, 0, 3]].tobytes(), (w, h), "BGRA")
+    bgra = np.empty((h, w, 4), np.uint8)
+    bgra[..., 2::-1], bgra[..., 3] = rgb, alpha
+    return pygame.image.frombytes(bgra.tobytes(), (w, h), "BGRA")

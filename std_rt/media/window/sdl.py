@@ -10,8 +10,6 @@ import ctypes
 import os
 import string
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 # SDL and pygame read these from the environment, some at import; what the user set there stays.
@@ -53,13 +51,17 @@ def open_screen() -> None:
     if not asked and not places and sys.platform not in _ALWAYS_A_SCREEN:
         raise _no_screen("neither DISPLAY nor WAYLAND_DISPLAY is set")
     found = " ".join(f"{name}={os.environ[name]}" for name in places)
-    try:
+    if not asked and places == ["DISPLAY"]:
         # Asked for X only, SDL does not go on to Wayland, whose library complains on stderr.
-        with _driver("x11" if not asked and places == ["DISPLAY"] else asked):
-            pygame.display.init()
+        os.environ["SDL_VIDEODRIVER"] = "x11"
+    try:
+        pygame.display.init()
     except pygame.error as error:
         answer = f"{found} does not answer" if found else str(error)
         raise _no_screen(f"SDL_VIDEODRIVER={asked}: {error}" if asked else answer) from error
+    finally:
+        if not asked:
+            os.environ.pop("SDL_VIDEODRIVER", None)
     driver = str(pygame.display.get_driver())
     if driver in _SCREENLESS and driver not in asked.lower().split(","):
         pygame.display.quit()
@@ -72,21 +74,6 @@ def open_screen() -> None:
 
 def _no_screen(found: str) -> MediaError:
     return MediaError(f"no screen to show a window on ({found}); use --no-window, or --record out.mp4")
-
-
-@contextmanager
-def _driver(name: str) -> Iterator[None]:
-    """``SDL_VIDEODRIVER`` set to ``name`` (if any) while SDL reads it."""
-    before = os.environ.get("SDL_VIDEODRIVER")
-    if name:
-        os.environ["SDL_VIDEODRIVER"] = name
-    try:
-        yield
-    finally:
-        if name and before is None:
-            os.environ.pop("SDL_VIDEODRIVER")
-        elif before is not None:
-            os.environ["SDL_VIDEODRIVER"] = before
 
 
 # X11: where the server ends or cuts the connection (xkill), or someone else destroys the window, Xlib calls

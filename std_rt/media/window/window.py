@@ -67,6 +67,7 @@ class Window:
 
     ``title`` is shown by the system, ``size`` is (H, W) of the frames to come: the window opens with their
     aspect, enlarged. ``help_lines`` is the list of keys, shown while :attr:`help_shown` is set.
+    :attr:`fullscreen` says whether it covers its whole screen.
     Raises MediaError where there is no screen, RuntimeError outside the main thread.
     """
 
@@ -83,12 +84,12 @@ class Window:
             raise RuntimeError("a Window belongs to the main thread")
         self.help_shown = False
         self._now, self._pointer_s = now, now()
-        self._open, self._stale, self._fullscreen = True, False, fullscreen
+        self._open, self._stale, self.fullscreen = True, False, fullscreen
         self._lost, self._failures = "", 0  # why nothing can be shown any more; draws that failed in a row
         self._pictures: list[Frame] = []
         self._scene = Scene()
         self._held: set[int] = set()
-        self._overlay = Overlay(help_lines)
+        self._overlay, self._has_help = Overlay(help_lines), bool(help_lines)
         self._window = _open_window(title, size, fullscreen)
         self._own_size = None if fullscreen else self._window.size
 
@@ -117,7 +118,7 @@ class Window:
             self._make_room(pictures)
         self._pictures = pictures
         self._scene = Scene(tuple(lines), banner, recording, tuple(thumbnails))
-        if self._fullscreen and self._now() - self._pointer_s > _HIDE_POINTER_S:
+        if self.fullscreen and self._now() - self._pointer_s > _HIDE_POINTER_S:
             pygame.mouse.set_visible(False)
         self._draw()
 
@@ -139,18 +140,13 @@ class Window:
             self._draw()
         return happened
 
-    @property
-    def fullscreen(self) -> bool:
-        """Whether the window covers its whole screen."""
-        return self._fullscreen
-
     def toggle_fullscreen(self) -> None:
         """Cover the whole screen, or be a window again."""
         if not self._alive():
             return
-        self._fullscreen = not self._fullscreen
+        self.fullscreen = not self.fullscreen
         self._pointer_s = self._now()
-        if self._fullscreen:
+        if self.fullscreen:
             self._window.set_fullscreen(desktop=True)
         else:
             self._window.set_windowed()
@@ -163,7 +159,7 @@ class Window:
         """Close the list of keys, else leave full screen; False where there was neither."""
         if self.help_shown:
             self.help_shown = False
-        elif self._fullscreen:
+        elif self.fullscreen:
             self.toggle_fullscreen()
         else:
             return False
@@ -231,7 +227,7 @@ class Window:
             screen = self._window.get_surface()
             is_bgrx = sys.byteorder == "little" and screen.get_masks() == _BGRX
             canvas = screen if is_bgrx else pygame.Surface(screen.get_size(), depth=32, masks=_BGRX)
-            helping = self.help_shown and self._overlay.has_help
+            helping = self.help_shown and self._has_help
             _paste(canvas, self._pictures, _DIMMED if helping else 1.0)
             self._overlay.draw(canvas, replace(self._scene, help_shown=helping))
             if canvas is not screen:
@@ -245,7 +241,7 @@ class Window:
 
     def _make_room(self, pictures: Sequence[Frame]) -> None:
         """Resize to fit the pictures, around the same centre, unless the user gave the window a size."""
-        if not self._fullscreen and self._window.size == self._own_size:
+        if not self.fullscreen and self._window.size == self._own_size:
             (x, y), (was_w, was_h) = self._window.position, self._window.size
             self._window.size = w, h = _window_size([_hw(picture) for picture in pictures])
             self._own_size = w, h

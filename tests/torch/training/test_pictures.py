@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
-from support.media_samples import Spec, make_clip, moving_bar
+from support.media_samples import ClipSpec, make_clip, moving_bar
 
 from std_rt.core.errors import RecipeError
 from std_rt.training.data.buckets import bucket_sizes, nearest_bucket, place
@@ -324,7 +324,7 @@ def test_shards_that_are_cut_off_or_no_tar(tmp_path: Path) -> None:
 
 
 def test_clips_give_the_frame_that_is_asked_for(tmp_path: Path) -> None:
-    make_clip(tmp_path / "a.mp4", Spec(options={"crf": "1", "g": "5", "bf": "2", "preset": "ultrafast"}))
+    make_clip(tmp_path / "a.mp4", ClipSpec(options={"crf": "1", "g": "5", "bf": "2", "preset": "ultrafast"}))
     (tmp_path / "a.txt").write_text("a bar", encoding="utf-8")
     (entry,) = index(tmp_path).entries
     assert (entry.size, entry.frames, entry.caption) == ((48, 64), 12, "a bar")
@@ -342,7 +342,7 @@ def test_clips_are_upright(tmp_path: Path, degrees: int) -> None:
         return np.ascontiguousarray(np.rot90(corners(48, 64), -degrees // 90))
 
     h, w = turned(0).shape[:2]
-    make_clip(tmp_path / "a.mp4", Spec(width=w, height=h, rotate=(degrees, False, False), picture=turned))
+    make_clip(tmp_path / "a.mp4", ClipSpec(width=w, height=h, rotate=(degrees, False, False), picture=turned))
     (entry,) = index(tmp_path).entries
     assert entry.size == (48, 64)
     middle = read(entry, RNG)[12::24, 16::32].astype(int)

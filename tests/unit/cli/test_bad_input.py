@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.cli_support import Cli, files_in, picture
-from support.media_samples import SAMPLE_RATE, Spec, make_clip
+from support.media_samples import SAMPLE_RATE, ClipSpec, make_clip
 
 from std_rt.core.bundle import MANIFEST, manifest_digest
 
@@ -189,7 +189,7 @@ def test_a_failing_clip_leaves_nothing(stylize: Cli, tmp_path: Path, monkeypatch
     from std_rt import Stylizer
     from std_rt.core.errors import BackendError
 
-    clip = make_clip(tmp_path / "clip.mp4", Spec())
+    clip = make_clip(tmp_path / "clip.mp4", ClipSpec())
 
     def broken(*_: object, **__: object) -> object:
         raise BackendError("the engine gave up")

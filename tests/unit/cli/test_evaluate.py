@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.cli_support import Cli, Result, picture
-from support.media_samples import Spec, make_clip
+from support.media_samples import ClipSpec, make_clip
 
 from std_rt.media import read_picture, write_picture
 
@@ -76,7 +76,10 @@ def test_pictures_are_scored_at_any_size(
 def test_a_clip_is_judged_for_flicker(
     cli: Cli, bundle: Path, folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    clip, other = make_clip(folders[0] / "clip.mp4"), make_clip(tmp_path / "named.mp4", Spec(pts=(0, 512)))
+    clip, other = (
+        make_clip(folders[0] / "clip.mp4"),
+        make_clip(tmp_path / "named.mp4", ClipSpec(pts=(0, 512))),
+    )
     table = tmp_path / "found.json"
     flags = ("--pairs", 3, "--size", 64, "--bundle", bundle, "--video", other, "--frames", 4)
     found = _last(cli("evaluate", *folders, *flags, "-o", tmp_path / "sheet.png", "--table", table))

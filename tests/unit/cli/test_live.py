@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from support.cli_support import Cli, files_in, picture
-from support.media_samples import Spec, frame_times, make_clip
+from support.media_samples import ClipSpec, frame_times, make_clip
 
 from std_rt.live.metrics import SCHEMA
 
@@ -30,7 +30,7 @@ CONTRACT = {
     "settings",
 }
 FRAMES = 10  # of the clip
-SPEC = Spec(pts=tuple(range(0, FRAMES * 512, 512)))
+SPEC = ClipSpec(pts=tuple(range(0, FRAMES * 512, 512)))
 
 
 @pytest.fixture

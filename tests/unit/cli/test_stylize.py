@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.cli_support import Cli, files_in, picture
-from support.media_samples import Spec, frame_times, make_clip, sound_packets
+from support.media_samples import ClipSpec, frame_times, make_clip, sound_packets
 
 from std_rt import Stylizer
 from std_rt.core.bundle import Bundle
@@ -121,7 +121,7 @@ def test_an_input_that_fails_late_does_not_stop_the_others(stylize: Cli, tmp_pat
 
 
 def test_a_clip_keeps_its_frames_times_and_sound(stylize: Cli, tmp_path: Path) -> None:
-    uneven = Spec(pts=(0, 512, 1024, 2560, 2816, 5120), audio="aac")
+    uneven = ClipSpec(pts=(0, 512, 1024, 2560, 2816, 5120), audio="aac")
     clip = make_clip(tmp_path / "clip.mp4", uneven)
     result = stylize(clip)
     assert result.code == 0
@@ -132,7 +132,7 @@ def test_a_clip_keeps_its_frames_times_and_sound(stylize: Cli, tmp_path: Path) -
 
 
 def test_a_clip_has_one_noise(stylize: Cli, tmp_path: Path) -> None:
-    still = Spec(picture=lambda index: np.full((48, 64, 3), 120, np.uint8), options={"crf": "0"})
+    still = ClipSpec(picture=lambda index: np.full((48, 64, 3), 120, np.uint8), options={"crf": "0"})
     clip = make_clip(tmp_path / "clip.mkv", still)
     assert stylize(clip).code == 0
     import av
@@ -143,7 +143,7 @@ def test_a_clip_has_one_noise(stylize: Cli, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_leaves_a_playable_clip(stylize: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clip = make_clip(tmp_path / "clip.mp4", Spec(pts=tuple(range(0, 60 * 512, 512))))
+    clip = make_clip(tmp_path / "clip.mp4", ClipSpec(pts=tuple(range(0, 60 * 512, 512))))
     calls = 0
     run_many = Stylizer.run_many
 
@@ -194,14 +194,14 @@ def test_odd_sizes_stay_odd(stylize: Cli, tmp_path: Path) -> None:
 
 
 def test_a_rotated_clip_comes_out_upright(stylize: Cli, tmp_path: Path) -> None:
-    clip = make_clip(tmp_path / "clip.mp4", Spec(rotate=(90, False, False)))
+    clip = make_clip(tmp_path / "clip.mp4", ClipSpec(rotate=(90, False, False)))
     assert stylize(clip).code == 0
     info = probe(tmp_path / "clip_styled.mp4")
     assert (info.width, info.height, info.rotation) == (48, 64, 0)
 
 
 def test_a_truncated_clip_is_done_as_far_as_it_goes(stylize: Cli, tmp_path: Path) -> None:
-    whole = make_clip(tmp_path / "clip.mkv", Spec(pts=tuple(range(0, 60 * 512, 512))))
+    whole = make_clip(tmp_path / "clip.mkv", ClipSpec(pts=tuple(range(0, 60 * 512, 512))))
     whole.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     result = stylize(whole)
     assert result.code == 0

@@ -7,7 +7,6 @@ from collections import Counter
 import pytest
 
 from std_rt.live.keys import BINDINGS, Action, Command, command_for, help_lines, markdown_table
-from std_rt.media.window.overlay import Overlay
 from std_rt.media.window.sdl import key_name, pygame
 
 
@@ -66,7 +65,6 @@ def test_the_help_has_every_binding_below_its_groups_name() -> None:
     assert [text for keys, text in lines if keys] == [binding.help for binding in BINDINGS]
     groups = [text for keys, text in lines if not keys]
     assert groups == list(dict.fromkeys(binding.group for binding in BINDINGS))
-    assert Overlay(lines).has_help
 
 
 def test_the_markdown_table_has_a_row_for_every_binding() -> None:

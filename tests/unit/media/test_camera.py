@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.fake_camera import FakeDevice
-from support.media_samples import Spec, make_clip, moving_bar, rgb_frames
+from support.media_samples import ClipSpec, make_clip, moving_bar, rgb_frames
 
 from std_rt.core.errors import MediaError
 from std_rt.media.camera import camera as camera_module
@@ -25,7 +25,7 @@ from std_rt.media.camera import clip_camera
 from std_rt.media.camera import device as camera_device
 from std_rt.media.camera.camera import Camera, open_source, to_frame
 from std_rt.media.camera.clip_camera import FileCamera, PlaybackFrame
-from std_rt.media.camera.device import CvDevice, list_cameras
+from std_rt.media.camera.device import CvDevice, Properties, list_cameras
 from std_rt.media.camera.frame_source import Captured, Pause, Source, after
 
 LINUX = sys.platform == "linux"
@@ -82,6 +82,12 @@ class Rig:
         captured = self.camera.read()
         assert captured is not None
         return captured
+
+
+@pytest.fixture(autouse=True)
+def _quick_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`close()` waits less for a device whose read does not come back."""
+    monkeypatch.setattr(camera_module, "_CLOSE_S", 0.01)
 
 
 @pytest.fixture
@@ -330,9 +336,9 @@ def test_macos_opens_in_the_callers_thread(monkeypatch: pytest.MonkeyPatch) -> N
     opened_in: list[threading.Thread] = []
 
     class Asking(FakeDevice):
-        def open(self) -> None:
+        def open(self) -> Properties:
             opened_in.append(threading.current_thread())
-            super().open()
+            return super().open()
 
     device = Asking()
     device.give(GREY)
@@ -372,9 +378,9 @@ def test_open_source_hands_the_wishes_to_the_device() -> None:
     ],
 )
 def test_what_is_no_source_is_told_in_one_line(spec: str, line: str) -> None:
-    with pytest.raises(MediaError, match=line) as told:
+    with pytest.raises(MediaError, match=line) as raised:
         open_source(spec)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_files_that_are_no_source(tmp_path: Path) -> None:
@@ -399,9 +405,9 @@ def test_wishes_that_no_camera_can_meet(size: Any, fps: Any) -> None:
 
 
 def test_a_camera_that_is_not_there_gives_our_line_alone(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(MediaError, match=r"camera 99 (does not exist|cannot be opened); ") as told:
+    with pytest.raises(MediaError, match=r"camera 99 (does not exist|cannot be opened); ") as raised:
         open_source("99")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
     assert capfd.readouterr() == ("", "")
 
 
@@ -409,9 +415,9 @@ def test_a_camera_that_is_not_there_gives_our_line_alone(capfd: pytest.CaptureFi
 def test_a_node_that_does_not_open_is_busy_or_no_camera(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(
         MediaError, match="camera /dev/null is busy or not a camera; close the program"
-    ) as told:
+    ) as raised:
         open_source("/dev/null")
-    assert "`fuser -v /dev/null`" in str(told.value)
+    assert "`fuser -v /dev/null`" in str(raised.value)
     assert capfd.readouterr() == ("", "")
 
 
@@ -460,9 +466,9 @@ def test_cameras_are_listed_with_their_names_and_in_errors(nodes: Path) -> None:
     found = ["0 (HD Webcam)", "2 (no name)", "10 (Capture Card)"]
     assert list_cameras() == found
     line = f"camera 7 does not exist; give one of the cameras found: {', '.join(found)}, or a video file"
-    with pytest.raises(MediaError) as told:
+    with pytest.raises(MediaError) as raised:
         open_source("7")
-    assert str(told.value) == line
+    assert str(raised.value) == line
 
 
 @pytest.mark.skipif(not LINUX, reason="the nodes of Linux")
@@ -516,7 +522,7 @@ def test_opencv_is_asked_for_format_size_rate_and_few_buffers(monkeypatch: pytes
     monkeypatch.setattr(cv2, "VideoCapture", _Capture)
     monkeypatch.setattr(CvDevice, "_check_node", lambda self: None)
     device = CvDevice("4", (720, 1280), 60.0, backends=[1, 2, 3])
-    device.open()
+    properties = device.open()
     refused, taken = made
     assert (refused.released, taken.source, taken.backend) == (True, 4, 2)
     assert taken.asked == {
@@ -527,7 +533,7 @@ def test_opencv_is_asked_for_format_size_rate_and_few_buffers(monkeypatch: pytes
         cv2.CAP_PROP_BUFFERSIZE: 2,
     }
     assert next(iter(taken.asked)) == cv2.CAP_PROP_FOURCC
-    assert device.properties() == camera_device.Properties((720, 1280), None)
+    assert properties == Properties((720, 1280), None)
     assert device.read() is None  # its exception does not come out
     device.close()
     device.close()
@@ -544,7 +550,9 @@ def test_without_wishes_the_camera_keeps_its_own(monkeypatch: pytest.MonkeyPatch
 
 
 def test_opencv_itself_behind_a_camera_that_ends_and_comes_back(tmp_path: Path) -> None:
-    clip = make_clip(tmp_path / "two.avi", Spec(pts=(0, 512), codec="mjpeg", pix_fmt="yuvj420p", options={}))
+    clip = make_clip(
+        tmp_path / "two.avi", ClipSpec(pts=(0, 512), codec="mjpeg", pix_fmt="yuvj420p", options={})
+    )
     clock = Clock()
     device = CvDevice(str(clip), backends=[cv2.CAP_ANY])  # a file plays the camera
     source = Camera("camera 0", device, now=clock.now, sleep=clock.sleep)
@@ -574,7 +582,7 @@ VARIABLE = (1024, 1536, 3072, 3584, 7168)  # of 12800 a second, not from 0
 
 
 def test_a_clip_plays_by_its_own_times_round_after_round(tmp_path: Path) -> None:
-    clip = make_clip(tmp_path / "clip.mkv", Spec(pts=VARIABLE))
+    clip = make_clip(tmp_path / "clip.mkv", ClipSpec(pts=VARIABLE))
     clock = Clock()
     source = open_source(str(clip), now=clock.now, sleep=clock.sleep)
     frames = played(source, 13)
@@ -623,7 +631,7 @@ def test_a_clip_that_does_not_loop_ends(tmp_path: Path) -> None:
 
 
 def test_a_turned_clip_stands_upright(tmp_path: Path) -> None:
-    clip = make_clip(tmp_path / "turned.mp4", Spec(rotate=(90.0, False, False)))
+    clip = make_clip(tmp_path / "turned.mp4", ClipSpec(rotate=(90.0, False, False)))
     source = open_source(str(clip))
     [captured] = played(source, 1)
     source.close()
@@ -632,7 +640,7 @@ def test_a_turned_clip_stands_upright(tmp_path: Path) -> None:
 
 
 def test_close_cuts_a_long_wait_short(tmp_path: Path) -> None:
-    clip = make_clip(tmp_path / "slow.mkv", Spec(pts=(0, 9 * 12_800, 18 * 12_800)))
+    clip = make_clip(tmp_path / "slow.mkv", ClipSpec(pts=(0, 9 * 12_800, 18 * 12_800)))
     source = open_source(str(clip))  # in real time: nine seconds between frames
     played(source, 1)
     ended: list[Captured | None] = []
@@ -733,7 +741,7 @@ def test_a_reader_that_paused_goes_on_at_once_and_in_step() -> None:
 
 def test_behind_time_frames_that_no_other_needs_are_left_out(tmp_path: Path) -> None:
     options = {"crf": "20", "preset": "medium", "x264-params": "bframes=3:b-adapt=0:scenecut=0"}
-    clip = make_clip(tmp_path / "b.mp4", Spec(pts=tuple(range(0, 60 * 512, 512)), options=options))
+    clip = make_clip(tmp_path / "b.mp4", ClipSpec(pts=tuple(range(0, 60 * 512, 512)), options=options))
     on_time = list(clip_camera._play_clip(clip, lambda: False))
     behind = list(clip_camera._play_clip(clip, lambda: True))
     assert len(on_time) == 60
@@ -747,7 +755,7 @@ def test_behind_time_frames_that_no_other_needs_are_left_out(tmp_path: Path) -> 
 
 def test_absurd_times_hold_nothing_up(tmp_path: Path) -> None:
     hours = 3600 * 12_800
-    clip = make_clip(tmp_path / "jump.mkv", Spec(pts=(0, 512, 26 * hours, 26 * hours + 512)))
+    clip = make_clip(tmp_path / "jump.mkv", ClipSpec(pts=(0, 512, 26 * hours, 26 * hours + 512)))
     at_s = [frame.at_s for frame in clip_camera._play_clip(clip, lambda: False)]
     assert at_s == pytest.approx([0, 0.04, 10.04, 10.08], abs=2e-3)
 

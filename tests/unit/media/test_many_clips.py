@@ -32,7 +32,7 @@ from support.clip_cases import (
     Case,
     draw,
 )
-from support.media_samples import Array, Sound, Spec, frame_times, make_clip, sound_packets
+from support.media_samples import Array, ClipSpec, Sound, frame_times, make_clip, sound_packets
 
 from std_rt.core.errors import MediaError
 from std_rt.media import VideoReport, transcode
@@ -284,7 +284,7 @@ def same(frame: Array) -> Array:
 def clip_of(path: Path, codec: str, count: int = 12, **options: Any) -> Path:
     """``count`` frames of this codec at 25 a second."""
     given: dict[str, Any] = {"options": {}, "pts": range(count), "time_base": Fraction(1, 25)} | options
-    return make_clip(path, Spec(codec=codec, **given))
+    return make_clip(path, ClipSpec(codec=codec, **given))
 
 
 @pytest.mark.parametrize("codec", ["flac", "libopus"])

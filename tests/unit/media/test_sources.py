@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.media_samples import Spec, make_clip
+from support.media_samples import ClipSpec, make_clip
 
 from std_rt.core.errors import MediaError
 from std_rt.media import write_picture
@@ -24,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
     write_picture(tmp_path / "a.jpg", GREY)
     write_picture(tmp_path / "still.gif", GREY)
     _animate(tmp_path / "animated.gif")
-    make_clip(tmp_path / "clip.mp4", Spec(pts=(0, 512)))
+    make_clip(tmp_path / "clip.mp4", ClipSpec(pts=(0, 512)))
     (tmp_path / "notes.txt").write_text("text", encoding="utf-8")
     (tmp_path / ".hidden.png").write_bytes(b"x")
     (tmp_path / "inner.png").mkdir()
@@ -114,7 +114,7 @@ def test_animated_gif_becomes_mp4(folder: Path) -> None:
 def test_sound_that_mp4_cannot_hold_goes_to_mkv(tmp_path: Path) -> None:
     path = make_clip(
         tmp_path / "a.avi",
-        Spec(codec="mpeg4", options={}, audio="pcm_mulaw", time_base=Fraction(1, 25), pts=(0, 1)),
+        ClipSpec(codec="mpeg4", options={}, audio="pcm_mulaw", time_base=Fraction(1, 25), pts=(0, 1)),
     )
     assert output_path(path, None, many=False, is_video=True).suffix == ".mkv"
 
@@ -143,7 +143,7 @@ def test_plan_refuses_one_name_for_many(folder: Path) -> None:
 
 
 def test_plan_refuses_two_results_of_one_name(folder: Path) -> None:
-    make_clip(folder / "animated.mp4", Spec(pts=(0, 512)))
+    make_clip(folder / "animated.mp4", ClipSpec(pts=(0, 512)))
     with pytest.raises(MediaError, match="both become"):
         plan_outputs([folder], None)
 

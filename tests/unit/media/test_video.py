@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from support.media_samples import (
     Array,
-    Spec,
+    ClipSpec,
     frame_spans,
     frame_times,
     make_clip,
@@ -60,32 +60,36 @@ def left_over(folder: Path, *known: str) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "out", "spec"),
     [
-        ("b_frames.mp4", "out.mp4", Spec()),
-        ("variable.mp4", "out.mp4", Spec(pts=VARIABLE, time_base=MS)),
-        ("variable.mkv", "out.mkv", Spec(pts=VARIABLE, time_base=MS)),
-        ("variable.mkv", "out.mp4", Spec(pts=VARIABLE, time_base=MS)),
-        ("late.mp4", "out.mp4", Spec(pts=tuple(range(5000, 5000 + 10 * 512, 512)))),
-        ("late.mkv", "out.mkv", Spec(pts=tuple(range(1234, 1234 + 400, 40)), time_base=MS)),
-        ("ntsc.mov", "out.mov", Spec(pts=tuple(range(0, 12 * 1001, 1001)), time_base=Fraction(1, 30_000))),
+        ("b_frames.mp4", "out.mp4", ClipSpec()),
+        ("variable.mp4", "out.mp4", ClipSpec(pts=VARIABLE, time_base=MS)),
+        ("variable.mkv", "out.mkv", ClipSpec(pts=VARIABLE, time_base=MS)),
+        ("variable.mkv", "out.mp4", ClipSpec(pts=VARIABLE, time_base=MS)),
+        ("late.mp4", "out.mp4", ClipSpec(pts=tuple(range(5000, 5000 + 10 * 512, 512)))),
+        ("late.mkv", "out.mkv", ClipSpec(pts=tuple(range(1234, 1234 + 400, 40)), time_base=MS)),
+        (
+            "ntsc.mov",
+            "out.mov",
+            ClipSpec(pts=tuple(range(0, 12 * 1001, 1001)), time_base=Fraction(1, 30_000)),
+        ),
         (
             "late_ntsc.mp4",
             "out.mp4",
-            Spec(pts=tuple(range(1001, 12_012, 1001)), time_base=Fraction(1, 30_000)),
+            ClipSpec(pts=tuple(range(1001, 12_012, 1001)), time_base=Fraction(1, 30_000)),
         ),
         (
             "vp9.webm",
             "out.webm",
-            Spec(pts=VARIABLE, time_base=MS, codec="libvpx-vp9", options={"cpu-used": "8"}),
+            ClipSpec(pts=VARIABLE, time_base=MS, codec="libvpx-vp9", options={"cpu-used": "8"}),
         ),
         (
             "mpeg4.avi",
             "out.mp4",
-            Spec(codec="mpeg4", pts=tuple(range(10)), time_base=Fraction(1, 25), options={}),
+            ClipSpec(codec="mpeg4", pts=tuple(range(10)), time_base=Fraction(1, 25), options={}),
         ),
-        ("broadcast.ts", "out.mp4", Spec()),
+        ("broadcast.ts", "out.mp4", ClipSpec()),
     ],
 )
-def test_frames_keep_their_number_and_times(tmp_path: Path, name: str, out: str, spec: Spec) -> None:
+def test_frames_keep_their_number_and_times(tmp_path: Path, name: str, out: str, spec: ClipSpec) -> None:
     source = make_clip(tmp_path / name, spec)
     report = transcode(source, tmp_path / out if out != name else tmp_path / f"x{out}", same)
     expected = frame_times(source)
@@ -118,7 +122,7 @@ def test_animated_pictures_go_the_video_way(tmp_path: Path, name: str) -> None:
 
 def test_edit_list_hides_what_it_hides(tmp_path: Path) -> None:
     # Frames before time zero: MP4 keeps them for decoding and an edit list skips them.
-    source = make_clip(tmp_path / "a.mp4", Spec(pts=tuple(range(-4 * 512, 8 * 512, 512))))
+    source = make_clip(tmp_path / "a.mp4", ClipSpec(pts=tuple(range(-4 * 512, 8 * 512, 512))))
     expected = frame_times(source)
     report = transcode(source, tmp_path / "out.mp4", same)
     assert report.frames == len(expected)
@@ -141,9 +145,9 @@ def test_edit_list_hides_what_it_hides(tmp_path: Path) -> None:
 )
 def test_sound_is_copied_bit_by_bit(tmp_path: Path, name: str, out: str, audio: str) -> None:
     spec = (
-        Spec(audio=audio, codec="libvpx-vp9", options={"cpu-used": "8"})
+        ClipSpec(audio=audio, codec="libvpx-vp9", options={"cpu-used": "8"})
         if audio == "libopus"
-        else Spec(audio=audio)
+        else ClipSpec(audio=audio)
     )
     source = make_clip(tmp_path / name, spec)
     report = transcode(source, tmp_path / out, same)
@@ -156,13 +160,13 @@ def test_sound_is_copied_bit_by_bit(tmp_path: Path, name: str, out: str, audio: 
 
 
 def test_late_sound_stays_late(tmp_path: Path) -> None:
-    source = make_clip(tmp_path / "a.mp4", Spec(audio="aac", audio_start=9600))
+    source = make_clip(tmp_path / "a.mp4", ClipSpec(audio="aac", audio_start=9600))
     transcode(source, tmp_path / "out.mp4", same)
     assert sound_packets(tmp_path / "out.mp4") == sound_packets(source)
 
 
 def test_sound_that_does_not_fit_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    source = make_clip(tmp_path / "a.mp4", Spec(audio="aac"))
+    source = make_clip(tmp_path / "a.mp4", ClipSpec(audio="aac"))
     with pytest.raises(MediaError, match=r"aac sound .* out\.mkv"):
         transcode(source, tmp_path / "out.webm", same)
     assert left_over(tmp_path, "a.mp4") == []
@@ -208,7 +212,7 @@ def _sound_file(path: Path, cover: bool) -> Path:
 @pytest.mark.parametrize("flip", [False, True])
 def test_rotation_is_applied_to_the_pixels(tmp_path: Path, degrees: int, flip: bool) -> None:
     source = make_clip(
-        tmp_path / "a.mp4", Spec(rotate=(degrees, flip, False), picture=lambda _: moving_bar(2))
+        tmp_path / "a.mp4", ClipSpec(rotate=(degrees, flip, False), picture=lambda _: moving_bar(2))
     )
     # FFmpeg turns by `degrees` counter-clockwise, then mirrors.
     upright = np.rot90(moving_bar(2), degrees // 90)
@@ -234,7 +238,7 @@ def test_odd_sides_get_their_last_line_repeated(tmp_path: Path, size: tuple[int,
 
 @pytest.mark.parametrize(("degrees", "expected"), [(0, Fraction(4, 3)), (90, Fraction(3, 4))])
 def test_oblong_pixels_stay_oblong(tmp_path: Path, degrees: int, expected: Fraction) -> None:
-    source = make_clip(tmp_path / "a.mp4", Spec(aspect=Fraction(4, 3), rotate=(degrees, False, False)))
+    source = make_clip(tmp_path / "a.mp4", ClipSpec(aspect=Fraction(4, 3), rotate=(degrees, False, False)))
     transcode(source, tmp_path / "out.mp4", same)
     with av.open(str(tmp_path / "out.mp4")) as container:
         assert container.streams.video[0].sample_aspect_ratio == expected
@@ -268,7 +272,7 @@ INSIDE.reshape(6, 8, 8, 8)[:, 3:5, :, 3:5] = True  # away from edges, where 4:2:
 def test_colours_come_through_and_are_tagged(tmp_path: Path, matrix: int, full: bool) -> None:
     tags = (matrix, 2 if full else 1, matrix, matrix)
     options = {"qp": "0", "preset": "ultrafast"}
-    spec = Spec(tags=tags, options=options, picture=lambda _: rgb_to_yuv420(CHART, matrix, full))
+    spec = ClipSpec(tags=tags, options=options, picture=lambda _: rgb_to_yuv420(CHART, matrix, full))
     source = make_clip(tmp_path / "a.mp4", spec)
     seen: list[Array] = []
     transcode(source, tmp_path / "out.mp4", keeping(seen), crf=1)
@@ -282,7 +286,9 @@ def test_colours_come_through_and_are_tagged(tmp_path: Path, matrix: int, full: 
 
 def test_grey_clip_keeps_black_and_white(tmp_path: Path) -> None:
     grey = CHART[..., 0]
-    spec = Spec(codec="ffv1", pix_fmt="gray", options={}, picture=lambda _: grey, pts=(0, 40), time_base=MS)
+    spec = ClipSpec(
+        codec="ffv1", pix_fmt="gray", options={}, picture=lambda _: grey, pts=(0, 40), time_base=MS
+    )
     seen: list[Array] = []
     transcode(make_clip(tmp_path / "a.mkv", spec), tmp_path / "out.mp4", keeping(seen))
     assert np.abs(seen[0].astype(int) - grey[..., None]).max() <= 1
@@ -294,7 +300,9 @@ def test_untagged_clips_are_read_as_players_do(tmp_path: Path, height: int, matr
     flat = rgb_to_yuv420(chart, matrix, full=False)
     size = {"height": height, "width": chart.shape[1]}
     options = {"qp": "0", "preset": "ultrafast"}
-    source = make_clip(tmp_path / "a.mp4", Spec(pts=(0,), options=options, picture=lambda _: flat, **size))
+    source = make_clip(
+        tmp_path / "a.mp4", ClipSpec(pts=(0,), options=options, picture=lambda _: flat, **size)
+    )
     seen: list[Array] = []
     transcode(source, tmp_path / "out.mp4", keeping(seen))
     cell = height // 6
@@ -316,7 +324,7 @@ def test_damaged_index_is_refused(tmp_path: Path) -> None:
 def test_missing_end_is_done_as_far_as_it_goes(tmp_path: Path, flags: str) -> None:
     noise = np.random.default_rng(2).integers(0, 256, (20, 48, 64, 3), dtype=np.uint8)
     options = {"crf": "20", "g": "4", "bf": "0", "preset": "ultrafast"}
-    spec = Spec(
+    spec = ClipSpec(
         pts=tuple(range(0, 20 * 512, 512)),
         options=options,
         container_options={"movflags": flags},
@@ -333,7 +341,7 @@ def test_missing_end_is_done_as_far_as_it_goes(tmp_path: Path, flags: str) -> No
 
 @pytest.mark.parametrize("audio", [None, "aac"])
 def test_matroska_without_its_end_is_told_too(tmp_path: Path, audio: str | None) -> None:
-    source = make_clip(tmp_path / "a.mkv", Spec(pts=tuple(range(0, 60 * 512, 512)), audio=audio))
+    source = make_clip(tmp_path / "a.mkv", ClipSpec(pts=tuple(range(0, 60 * 512, 512)), audio=audio))
     data = source.read_bytes()
     source.write_bytes(data[: len(data) // 3])
     report = transcode(source, tmp_path / "out.mkv", same)
@@ -361,7 +369,7 @@ def test_playlists_and_text_are_not_opened_as_video(tmp_path: Path) -> None:
 
 
 def test_stopping_leaves_a_playable_file(tmp_path: Path) -> None:
-    source = make_clip(tmp_path / "a.mp4", Spec(pts=tuple(range(0, 40 * 512, 512)), audio="aac"))
+    source = make_clip(tmp_path / "a.mp4", ClipSpec(pts=tuple(range(0, 40 * 512, 512)), audio="aac"))
     done: list[tuple[int, int | None]] = []
     report = transcode(
         source,
@@ -390,7 +398,7 @@ def test_stopping_at_once_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_failing_stylizer_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
-    source = make_clip(tmp_path / "a.mp4", Spec(audio="aac"))
+    source = make_clip(tmp_path / "a.mp4", ClipSpec(audio="aac"))
     calls: list[int] = []
 
     def fail(frame: Array) -> Array:
@@ -440,13 +448,13 @@ def test_output_that_cannot_be_is_refused_before_any_work(tmp_path: Path, out: s
 def test_odd_names_are_only_names(tmp_path: Path, name: str) -> None:
     if sys.platform == "win32" and ":" in name:
         pytest.skip("not a name on Windows")
-    source = make_clip(tmp_path / "plain.mp4", Spec(pts=(0, 512)))
+    source = make_clip(tmp_path / "plain.mp4", ClipSpec(pts=(0, 512)))
     named = source.rename(tmp_path / name)
     assert transcode(named, tmp_path / "out" / name, same).frames == 2
 
 
 def test_name_that_is_too_long_is_one_line(tmp_path: Path) -> None:
-    source = make_clip(tmp_path / "a.mp4", Spec(pts=(0, 512)))
+    source = make_clip(tmp_path / "a.mp4", ClipSpec(pts=(0, 512)))
     with pytest.raises(MediaError, match="cannot be written"):
         transcode(source, tmp_path / ("x" * 300 + ".mp4"), _never)
 
@@ -460,7 +468,7 @@ def test_unknown_encoder_is_refused(tmp_path: Path) -> None:
 
 
 def test_memory_stays_flat(tmp_path: Path) -> None:
-    source = make_clip(tmp_path / "a.mp4", Spec(pts=tuple(range(0, 60 * 512, 512)), audio="aac"))
+    source = make_clip(tmp_path / "a.mp4", ClipSpec(pts=tuple(range(0, 60 * 512, 512)), audio="aac"))
     given: list[weakref.ref[Array]] = []
     results: list[weakref.ref[Array]] = []
     most = 0
@@ -478,7 +486,7 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
 
 
 def test_probe_tells_what_is_in_a_clip(tmp_path: Path) -> None:
-    info = probe(make_clip(tmp_path / "a.mp4", Spec(audio="aac")))
+    info = probe(make_clip(tmp_path / "a.mp4", ClipSpec(audio="aac")))
     assert (info.width, info.height, info.rotation, info.frames, info.has_audio) == (64, 48, 0, 12, True)
     assert info.time_base == Fraction(1, 12_800)
     assert info.average_rate == 25

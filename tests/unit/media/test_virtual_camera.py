@@ -150,9 +150,9 @@ def test_two_at_once_where_the_driver_allows_one(backends: list[Recording]) -> N
 
     pyvirtualcam.camera.register_backend("recording", Single)
     first = VirtualCamera((48, 64), 30)
-    with pytest.raises(MediaError, match="Device or resource busy") as told:
+    with pytest.raises(MediaError, match="Device or resource busy") as raised:
         VirtualCamera((48, 64), 30)
-    assert "close the program that sends to it" in str(told.value) or sys.platform != "linux"
+    assert "close the program that sends to it" in str(raised.value) or sys.platform != "linux"
     first.close()
     VirtualCamera((48, 64), 30).close()
 
@@ -162,9 +162,9 @@ def test_two_at_once_where_the_driver_allows_one(backends: list[Recording]) -> N
 
 def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyvirtualcam", None)
-    with pytest.raises(MediaError) as told:
+    with pytest.raises(MediaError) as raised:
         VirtualCamera((48, 64), 30)
-    assert str(told.value) == "the virtual camera needs pyvirtualcam; run: pip install '.[live]'"
+    assert str(raised.value) == "the virtual camera needs pyvirtualcam; run: pip install '.[live]'"
 
 
 def test_a_package_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,9 +220,9 @@ def test_a_missing_driver_is_one_line_for_each_system(
     fake = types.SimpleNamespace(Camera=_refusing(cause), PixelFormat=pyvirtualcam.PixelFormat)
     monkeypatch.setitem(sys.modules, "pyvirtualcam", fake)
     monkeypatch.setattr(sys, "platform", platform)
-    with pytest.raises(MediaError) as told:
+    with pytest.raises(MediaError) as raised:
         VirtualCamera((48, 64), 30)
-    assert str(told.value) == line
+    assert str(raised.value) == line
 
 
 def test_the_real_package_without_its_device() -> None:
