@@ -254,9 +254,8 @@ def judge_with(files: ScorerFiles, device: str = "cpu") -> Judge:
 
 def write_table(path: Path | None, found: Mapping[str, Any]) -> None:
     """Everything that was measured, as JSON for people to keep; nothing where ``path`` is None."""
-    from std_rt.core.files import partial_file
+    from std_rt.core.files import write_text, writing
 
-    if path is None:
-        return
-    with partial_file(path) as partial:
-        partial.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    if path is not None:
+        with writing(path):
+            write_text(path, json.dumps(found, indent=2) + "\n")

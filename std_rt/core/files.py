@@ -8,22 +8,25 @@ A half-written file never has the final name: it is written beside it and rename
 
 from __future__ import annotations
 
+import errno
+import glob
 import hashlib
 import os
 import secrets
+import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from std_rt.core.errors import MediaError, StdRtError, disk_is_full
+from std_rt.core.errors import MediaError, StdRtError
 
 __all__ = [
     "atomic_file",
     "cache_root",
     "check_input",
     "check_output",
+    "disk_is_full",
     "file_digest",
-    "partial_file",
     "reason",
     "user_folder",
     "write_bytes",
@@ -32,6 +35,7 @@ __all__ = [
 ]
 
 _ANOTHER_PLACE = "choose another place with -o"
+_LEFT_BEHIND_S = 24 * 3600  # nobody writes a file for as long without a pause
 _CLOSE_IT = "close the program that has it open, or choose another place with -o"  # Windows refuses then
 
 
@@ -46,6 +50,13 @@ def reason(error: BaseException) -> str:
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     full = isinstance(error, OSError) and disk_is_full(error)
     return "the disk is full" if full else " ".join(str(text).split())
+
+
+def disk_is_full(error: OSError) -> bool:
+    """Whether a write failed for want of room: a full disk, a quota, or a limit on file sizes."""
+    known = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+    # NumPy's tofile gives no number, only how much was written.
+    return error.errno in known or (error.errno is None and "requested and" in str(error))
 
 
 @contextmanager
@@ -100,11 +111,6 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
     write_bytes(path, text.encode("utf-8"), durable=durable)
 
 
-def partial_file(sink: Path) -> AbstractContextManager[Path]:
-    """`atomic_file` with a MediaError."""
-    return atomic_file(sink, error=MediaError)
-
-
 def check_input(path: Path) -> None:
     """Raise MediaError unless ``path`` is a readable file with at least one byte."""
     try:
@@ -153,8 +159,17 @@ def _refuse_taken(sink: Path, source: Path | None, overwrite: bool, flag: str) -
 
 
 def _new_partial(path: Path, mode: int = 0o666) -> Path:
-    """Create it here, with the user's umask (a mkstemp file would keep its private mode)."""
-    partial = path.with_name(f".{path.stem[:40]}.{secrets.token_hex(4)}.part{path.suffix}")
+    """Create it here, with the user's umask (a mkstemp file would keep its private mode).
+
+    What killed processes left here of the same file is removed after a day, or gigabytes would gather.
+    """
+    name = ".{}.{}.part{}"
+    left = name.format(glob.escape(path.stem[:40]), "????????", glob.escape(path.suffix))
+    with suppress(OSError):
+        for old in path.parent.glob(left):
+            if time.time() - old.stat().st_mtime > _LEFT_BEHIND_S:
+                old.unlink()
+    partial = path.with_name(name.format(path.stem[:40], secrets.token_hex(4), path.suffix))
     partial.touch(mode, exist_ok=False)
     return partial
 

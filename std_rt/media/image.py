@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms
 
 from std_rt.core.errors import MediaError
-from std_rt.core.files import check_input, partial_file, reason
+from std_rt.core.files import atomic_file, check_input, reason
 from std_rt.media.fit import Turn
 from std_rt.media.float_tiff import float_tiff_size, read_float_tiff
 
@@ -265,7 +265,7 @@ def write_picture(
     options = dict(_SAVE_OPTIONS.get(file_format, {}))
     if file_format in _WITH_QUALITY:
         options["quality"] = quality
-    with partial_file(path) as partial:
+    with atomic_file(path, error=MediaError) as partial:
         try:
             picture.save(partial, format=file_format, **options)
         except DAMAGE as error:

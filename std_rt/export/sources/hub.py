@@ -30,8 +30,8 @@ from huggingface_hub.file_download import are_symlinks_supported, http_get, repo
 from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]
 from huggingface_hub.utils import tqdm as HubBar  # type: ignore[attr-defined]
 
-from std_rt.core.errors import ExportError, disk_is_full
-from std_rt.core.files import file_digest
+from std_rt.core.errors import ExportError
+from std_rt.core.files import disk_is_full, file_digest
 
 __all__ = [
     "Fetch",

@@ -16,10 +16,11 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from std_rt.core.errors import MediaError
+from std_rt.core.files import reason
 from std_rt.media.video.clip import Clip, TimedFrame, open_clip
 from std_rt.media.video.colour import Colour
 from std_rt.media.video.sound import SoundReader, SoundTrack, sound_fits
-from std_rt.media.video.track import CLIP_SUFFIXES, MUXERS, Encoder, VideoTrack, even_size, write_failure
+from std_rt.media.video.track import CLIP_SUFFIXES, MUXERS, Encoder, VideoTrack, even_size
 
 __all__ = ["CLIP_SUFFIXES", "ClipWriter", "sound_fits"]
 
@@ -167,7 +168,7 @@ class ClipWriter:
                 raise MediaError(
                     f"{name}: its sound is damaged and cannot be copied; remove it first"
                 ) from error
-            raise MediaError(f"{self._sink} cannot be written: {write_failure(error)}") from error
+            raise MediaError(f"{self._sink} cannot be written: {reason(error)}") from error
 
     def notes(self) -> list[str]:
         """What went other than plain into the output."""

@@ -25,9 +25,9 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from std_rt.core.errors import MediaError
-from std_rt.core.files import check_output, partial_file
+from std_rt.core.files import atomic_file, check_output, reason
 from std_rt.media.video.colour import Colour
-from std_rt.media.video.track import MUXERS, Encoder, VideoTrack, even_size, write_failure
+from std_rt.media.video.track import MUXERS, Encoder, VideoTrack, even_size
 
 __all__ = ["Recorder", "Recording", "numbered"]
 
@@ -162,9 +162,7 @@ class Recorder:
             if self._take is not None:
                 self._take.finish()
         except _FAILURES as error:
-            self._problem = (
-                f"recording into {self.path} ended early, kept up to there: {write_failure(error)}"
-            )
+            self._problem = f"recording into {self.path} ended early, kept up to there: {reason(error)}"
             if self._take is not None:
                 self._take.abandon()
         finally:
@@ -296,14 +294,12 @@ def _make_plain(path: Path, frames: int) -> str:
     try:
         if shutil.disk_usage(path.parent).free < path.stat().st_size + _SPARE_BYTES:
             raise MediaError("the disk has no room for the copy that this takes")
-        with partial_file(path) as partial:
+        with atomic_file(path, error=MediaError) as partial:
             copied = _copy_plain(path, partial)
             if copied != frames:
                 raise MediaError(f"{copied} of its {frames} frames were read back")
     except _FAILURES as error:
-        return (
-            f"{path} is whole but stays in fragments, where some players cannot seek: {write_failure(error)}"
-        )
+        return f"{path} is whole but stays in fragments, where some players cannot seek: {reason(error)}"
     return ""
 
 

@@ -21,7 +21,7 @@ from std_rt.core.files import reason
 from std_rt.media.fit import from_working
 from std_rt.media.video.colour import Colour, tag_stream, to_yuv
 
-__all__ = ["CLIP_SUFFIXES", "MUXERS", "Encoder", "VideoTrack", "even_size", "write_failure"]
+__all__ = ["CLIP_SUFFIXES", "MUXERS", "Encoder", "VideoTrack", "even_size"]
 
 MUXERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm"}
 CLIP_SUFFIXES = frozenset(MUXERS)
@@ -169,8 +169,3 @@ class VideoTrack:
     def _video(self) -> VideoStream:
         assert isinstance(self.stream, VideoStream)
         return self.stream
-
-
-def write_failure(error: BaseException) -> str:
-    """Why a clip could not be written, in a few words without its path."""
-    return reason(error)

@@ -15,7 +15,7 @@ from av.container import InputContainer
 from numpy.typing import NDArray
 
 from std_rt.core.errors import MediaError
-from std_rt.core.files import check_output, partial_file
+from std_rt.core.files import atomic_file, check_output
 from std_rt.core.prefetcher import Prefetcher
 from std_rt.media.video.clip import Clip, TimedFrame, first_video_stream, is_cover, open_clip
 from std_rt.media.video.encode import CLIP_SUFFIXES, ClipWriter, sound_fits
@@ -176,7 +176,7 @@ def transcode_stream(
         clip = Clip(container, first_video_stream(container, source))
         writer = ClipWriter(sink, clip, codec, crf)
         try:
-            with partial_file(sink) as partial:
+            with atomic_file(sink, error=MediaError) as partial:
                 stopped = _pump(clip, writer, partial, stream, progress, should_stop)
                 if not writer.frames:
                     raise _StoppedAtOnceError if stopped else _nothing_decoded(source)

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from std_rt.core.errors import RecipeError
+from std_rt.core.files import write_text
 from std_rt.training.distil.discriminator import Adversary
 from std_rt.training.distil.distiller import Distiller
 from std_rt.training.distil.lora import Average
@@ -41,9 +42,7 @@ def start_folder(folder: Path, config: DistilConfig, *, write: bool) -> None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / "recipe.partial"
-        partial.write_text(json.dumps(as_dict(config), indent=1), encoding="utf-8")
-        partial.replace(folder / "recipe.json")
+        write_text(folder / "recipe.json", json.dumps(as_dict(config), indent=1))
     except OSError as error:
         raise RecipeError(f"the run folder {folder} cannot be written: {error}; set --output") from None
 
@@ -117,10 +116,8 @@ class DistilState:
             self._publish(target)
 
     def _publish(self, target: Path) -> None:
-        partial = self.root / "newest.partial"
         try:
-            partial.write_text(target.name, encoding="utf-8")
-            partial.replace(self.root / "newest")
+            write_text(self.root / "newest", target.name, durable=True)
         except OSError as error:
             raise RecipeError(
                 f"{self.root / 'newest'} cannot be written ({error}); the checkpoint before it stands"

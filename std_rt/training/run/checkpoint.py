@@ -8,10 +8,9 @@ file that was there before.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from std_rt.core.errors import RecipeError
+from std_rt.core.files import atomic_file
 
 __all__ = [
     "flatten_optimizer",
@@ -54,18 +54,12 @@ def save_state(
         for name, value in tensors.items()
     }
     note = json.dumps(meta, sort_keys=True)
-    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(own, partial, {NOTE: note})
-        with partial.open("r+b") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with atomic_file(path, durable=True) as partial:
+            save_file(own, partial, {NOTE: note})
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise RecipeError(_unwritten(path, last_good or path, error)) from None
-    _sync_folder(path.parent)
 
 
 def _unwritten(path: Path, last_good: Path, error: Exception) -> str:
@@ -80,17 +74,6 @@ def _unwritten(path: Path, last_good: Path, error: Exception) -> str:
         f"checkpoint {path} could not be written: {_one_line(error)}; the disk may be full or not "
         f"writable{room}, {stands}: free some room and run the same command again to go on"
     )
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have the new name reach the disk too. The file has it already, so a system without this is no error."""
-    if os.name == "posix":
-        with suppress(OSError):
-            handle = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
 
 
 def _one_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from std_rt.core.errors import RecipeError
+from std_rt.core.files import write_text
 from std_rt.training.run.checkpoint import load_checkpoint, save_checkpoint
 from std_rt.training.run.recipe import as_dict, check_same_run
 from std_rt.training.run.sheet import save_curve
@@ -43,9 +44,7 @@ class Run:
         self.start, self.seen = 0, 0
         self.losses: list[float] = []
         self._restore()
-        partial = self.folder / "recipe.partial"
-        partial.write_text(json.dumps(as_dict(config), indent=1), encoding="utf-8")
-        partial.replace(self.folder / "recipe.json")
+        write_text(self.folder / "recipe.json", json.dumps(as_dict(config), indent=1))
 
     @property
     def checkpoint(self) -> Path:

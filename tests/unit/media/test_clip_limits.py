@@ -130,7 +130,7 @@ def _mostly_sound(path: Path, seconds: int, late: bool) -> Path:
 FULL = """
 import resource, sys
 from pathlib import Path
-from std_rt.errors import MediaError
+from std_rt.core.errors import MediaError
 from std_rt.media import transcode
 
 for limit in sys.argv[3:]:

@@ -237,7 +237,7 @@ SESSION = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from std_rt.media.record import Recorder
+from std_rt.media.video.record import Recorder
 
 recorder = Recorder(Path(sys.argv[1]), fps=25, room=500)
 noise = np.random.default_rng(1).integers(0, 256, (8, 48, 64, 3), dtype=np.uint8)
@@ -287,7 +287,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from std_rt.media.record import Recorder
+from std_rt.media.video.record import Recorder
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))
 recorder = Recorder(Path(sys.argv[1]), fps=25, room=500)
