@@ -87,7 +87,7 @@ def _gpus() -> Iterator[Row]:
             yield _GOOD, "gpu", f"{gpu}; {_serves(gpu.sm)}; its driver serves CUDA {found.cuda}"
     else:
         # Worth a mark only to those who installed something that needs it.
-        wanted = any(find_spec(BACKENDS[name][0]) for name in GPU_BACKENDS if name != "cuda")
+        wanted = any(find_spec(BACKENDS[name].package) for name in GPU_BACKENDS if name != "cuda")
         yield _BAD if wanted and _is_broken(found) else _NOTE, "gpu", found.problem
 
 
@@ -106,7 +106,7 @@ def _is_broken(found: Report) -> bool:
 def _libraries() -> Iterator[Row]:
     missing = missing_libraries()
     if missing:
-        command = BACKENDS["cuda"][2]
+        command = BACKENDS["cuda"].install
         yield _BAD, "cuda", f"onnxruntime-gpu does not find {', '.join(missing)}; run: {command}"
 
 
