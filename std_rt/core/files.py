@@ -78,11 +78,14 @@ def atomic_file(
 
     If the block raises (Ctrl-C included) the new file is removed and ``path`` is left as it was. ``durable``
     forces content and name to the disk, so that a power cut leaves the old file or the new one, never an
-    empty one. ``mode`` (less the umask) is the new file's.
+    empty one; it also removes what killed processes left of the same file. ``mode`` (less the umask) is the
+    new file's.
 
     Raises OSError, or ``error`` where one is given, if the file cannot be created or renamed; what the block
     raises passes through unchanged (to turn its OSErrors into one line too, see `writing`).
     """
+    if durable:
+        _sweep(path)
     with writing(path, error) if error else nullcontext():
         partial = _new_partial(path, mode)
     try:
@@ -159,19 +162,19 @@ def _refuse_taken(sink: Path, source: Path | None, overwrite: bool, flag: str) -
 
 
 def _new_partial(path: Path, mode: int = 0o666) -> Path:
-    """Create it here, with the user's umask (a mkstemp file would keep its private mode).
+    """Create it here, with the user's umask (a mkstemp file would keep its private mode)."""
+    partial = path.with_name(f".{path.stem[:40]}.{secrets.token_hex(4)}.part{path.suffix}")
+    partial.touch(mode, exist_ok=False)
+    return partial
 
-    What killed processes left here of the same file is removed after a day, or gigabytes would gather.
-    """
-    name = ".{}.{}.part{}"
-    left = name.format(glob.escape(path.stem[:40]), "????????", glob.escape(path.suffix))
+
+def _sweep(path: Path) -> None:
+    """Remove what killed processes left of the same file more than a day ago: checkpoints are large."""
+    left = f".{glob.escape(path.stem[:40])}.????????.part{glob.escape(path.suffix)}"
     with suppress(OSError):
         for old in path.parent.glob(left):
             if time.time() - old.stat().st_mtime > _LEFT_BEHIND_S:
                 old.unlink()
-    partial = path.with_name(name.format(path.stem[:40], secrets.token_hex(4), path.suffix))
-    partial.touch(mode, exist_ok=False)
-    return partial
 
 
 def _sync(path: Path, flags: int) -> None:

@@ -67,7 +67,7 @@ def test_what_killed_writers_left_is_removed_after_a_day(tmp_path: Path) -> None
         path.touch()
     for path in (old, other):
         os.utime(path, (0, 0))
-    write_bytes(tmp_path / "a.bin", b"")
+    write_bytes(tmp_path / "a.bin", b"", durable=True)
     assert (old.exists(), new.exists(), other.exists()) == (False, True, True)
 
 
