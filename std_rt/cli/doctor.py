@@ -69,7 +69,7 @@ def _gpus() -> Iterator[Row]:
     found = probe()
     if found.problem is not None:
         # A driver that does not work is worth a mark, but only to someone who installed a backend for it.
-        wanted = any(find_spec(BACKENDS[name][0]) for name in GPU_BACKENDS if name != "cuda")
+        wanted = any(find_spec(BACKENDS[name].package) for name in GPU_BACKENDS if name != "cuda")
         broken = "no NVIDIA driver" not in found.problem
         yield _BAD if wanted and broken else _NOTE, "gpu", found.problem
         return

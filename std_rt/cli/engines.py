@@ -251,7 +251,7 @@ def _build_ahead(
     """For TensorRT and TensorRT-RTX; without targets, for the GPU here."""
     from std_rt.engines.cuda.driver import cuda_device, driver_problem
     from std_rt.engines.tensorrt.engine_builder import EngineBuilder
-    from std_rt.engines.tensorrt.onnx_to_engine import PRODUCTS, BuildOptions, load_product
+    from std_rt.engines.tensorrt.onnx_to_engine import PRODUCTS, load_product
 
     product = PRODUCTS[backend]
     trt = load_product(product)
@@ -263,11 +263,9 @@ def _build_ahead(
             advice = ahead if product.ahead else "build on the machine that has it"
             raise BackendError(f"there is no GPU here to build for: {problem}; {advice}")
         targets, driver = (f"sm{cuda_device().gpu.sm}",), cuda_device().driver
-    options = BuildOptions(tf32=precision != "fp32")
+    tf32 = precision != "fp32"
     with _bars() as (report, done):
-        builder = EngineBuilder(
-            trt, product, targets, driver=driver, options=options, cache=cache, progress=report
-        )
+        builder = EngineBuilder(trt, product, targets, driver=driver, tf32=tf32, cache=cache, progress=report)
         for spec in specs:
             started = time.perf_counter()
             found = builder.find(spec)

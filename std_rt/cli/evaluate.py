@@ -143,10 +143,10 @@ def evaluate(
 
     std-rt evaluate photos paintings --teacher FOLDER --lora runs/std-0/lora.safetensors --steps 2 --steps 4
 
-    --teacher and scores with weights need: pip install 'std-rt\\[train]'
+    --teacher and scores with weights need: pip install '.\\[train]'
     """
     request = _Request(**locals())
-    from std_rt.core.files import check_output, partial_file
+    from std_rt.core.files import check_output, write_text, writing
 
     (_check_bundle if teacher is None else _check_students)(request)
     for path in (sheet, table):
@@ -154,8 +154,8 @@ def evaluate(
             check_output(path, overwrite=overwrite)
     found, details = (_judge_bundle if teacher is None else _judge_students)(request)
     if table is not None:
-        with partial_file(table) as partial_table:
-            partial_table.write_text(json.dumps(found | details, indent=2) + "\n", encoding="utf-8")
+        with writing(table):
+            write_text(table, json.dumps(found | details, indent=2) + "\n")
     typer.echo(json.dumps(found))
 
 

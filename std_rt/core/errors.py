@@ -13,8 +13,6 @@ Each message says what was asked, what was found and what to type instead.
 
 from __future__ import annotations
 
-import errno
-
 __all__ = [
     "BackendError",
     "BundleError",
@@ -23,7 +21,6 @@ __all__ = [
     "RecipeError",
     "StdRtError",
     "UsageError",
-    "disk_is_full",
 ]
 
 
@@ -53,10 +50,3 @@ class ExportError(StdRtError):
 
 class RecipeError(StdRtError):
     """A recipe with a wrong key or value, or data it cannot find."""
-
-
-def disk_is_full(error: OSError) -> bool:
-    """Whether a write failed for want of room: a full disk, a quota, or a limit on file sizes."""
-    known = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
-    # NumPy's tofile gives no number, only how much was written.
-    return error.errno in known or (error.errno is None and "requested and" in str(error))

@@ -8,22 +8,25 @@ A half-written file never has the final name: it is written beside it and rename
 
 from __future__ import annotations
 
+import errno
+import glob
 import hashlib
 import os
 import secrets
+import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from std_rt.core.errors import MediaError, StdRtError, disk_is_full
+from std_rt.core.errors import MediaError, StdRtError
 
 __all__ = [
     "atomic_file",
     "cache_root",
     "check_input",
     "check_output",
+    "disk_is_full",
     "file_digest",
-    "partial_file",
     "reason",
     "user_folder",
     "write_bytes",
@@ -32,6 +35,7 @@ __all__ = [
 ]
 
 _ANOTHER_PLACE = "choose another place with -o"
+_LEFT_BEHIND_S = 24 * 3600  # nobody writes a file for as long without a pause
 _CLOSE_IT = "close the program that has it open, or choose another place with -o"  # Windows refuses then
 
 
@@ -46,6 +50,13 @@ def reason(error: BaseException) -> str:
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     full = isinstance(error, OSError) and disk_is_full(error)
     return "the disk is full" if full else " ".join(str(text).split())
+
+
+def disk_is_full(error: OSError) -> bool:
+    """Whether a write failed for want of room: a full disk, a quota, or a limit on file sizes."""
+    known = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+    # NumPy's tofile gives no number, only how much was written.
+    return error.errno in known or (error.errno is None and "requested and" in str(error))
 
 
 @contextmanager
@@ -67,11 +78,14 @@ def atomic_file(
 
     If the block raises (Ctrl-C included) the new file is removed and ``path`` is left as it was. ``durable``
     forces content and name to the disk, so that a power cut leaves the old file or the new one, never an
-    empty one. ``mode`` (less the umask) is the new file's.
+    empty one; it also removes what killed processes left of the same file. ``mode`` (less the umask) is the
+    new file's.
 
     Raises OSError, or ``error`` where one is given, if the file cannot be created or renamed; what the block
     raises passes through unchanged (to turn its OSErrors into one line too, see `writing`).
     """
+    if durable:
+        _sweep(path)
     with writing(path, error) if error else nullcontext():
         partial = _new_partial(path, mode)
     try:
@@ -98,11 +112,6 @@ def write_bytes(path: Path, data: bytes, *, durable: bool = False) -> None:
 def write_text(path: Path, text: str, *, durable: bool = False) -> None:
     """`write_bytes` of ``text`` in UTF-8, newlines as given."""
     write_bytes(path, text.encode("utf-8"), durable=durable)
-
-
-def partial_file(sink: Path) -> AbstractContextManager[Path]:
-    """`atomic_file` with a MediaError."""
-    return atomic_file(sink, error=MediaError)
 
 
 def check_input(path: Path) -> None:
@@ -157,6 +166,15 @@ def _new_partial(path: Path, mode: int = 0o666) -> Path:
     partial = path.with_name(f".{path.stem[:40]}.{secrets.token_hex(4)}.part{path.suffix}")
     partial.touch(mode, exist_ok=False)
     return partial
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed processes left of the same file more than a day ago: checkpoints are large."""
+    left = f".{glob.escape(path.stem[:40])}.????????.part{glob.escape(path.suffix)}"
+    with suppress(OSError):
+        for old in path.parent.glob(left):
+            if time.time() - old.stat().st_mtime > _LEFT_BEHIND_S:
+                old.unlink()
 
 
 def _sync(path: Path, flags: int) -> None:

@@ -211,7 +211,7 @@ class EngineCache:
     ) -> list[Removed]:
         """Remove what cannot be used any more: changed or unlisted files, left-overs, an unreadable manifest.
 
-        And every engine for which ``unused`` gives a reason. ``dry_run`` only says what would go.
+        Engines for which ``unused`` returns a reason go too. ``dry_run`` only reports what would go.
         """
         removed: list[Removed] = []
         listed = self._readable_manifest()
@@ -222,7 +222,7 @@ class EngineCache:
         for digest, entry in listed.items():
             why = self._load(entry, _hashed)[1] or unused(entry)
             if why:
-                gone[digest] = replace(self._remove(self.path(entry.key), why, dry_run=True), name=str(entry))
+                gone[digest] = Removed(str(entry), why, _size(self.path(entry.key)))
         if gone and not dry_run:
             with self._lock("manifest"):
                 for digest in gone:
@@ -292,10 +292,9 @@ class EngineCache:
 
     def _unlisted(self, listed: Mapping[str, Entry]) -> list[Path]:
         """Engines that are not listed, and what interrupted builds left."""
-        found = [
-            path for pattern in ("*.engine", ".*.part.*", "*.partial") for path in self.folder.glob(pattern)
-        ]
-        return sorted({path for path in found if path.suffix != ".engine" or path.stem not in listed})
+        kinds = ("*.engine", ".*.part.*", "*.partial")  # the last as std-rt 0.1 named them
+        found = {path for kind in kinds for path in self.folder.glob(kind)}
+        return sorted(path for path in found if path.suffix != ".engine" or path.stem not in listed)
 
     def _remove_unlisted(self, path: Path, dry_run: bool) -> list[Removed]:
         """Delete it, unless a build that is running right now owns it."""
@@ -311,7 +310,7 @@ class EngineCache:
             return []
 
     def _remove(self, path: Path, why: str, dry_run: bool) -> Removed:
-        removed = Removed(path.name, why, path.stat().st_size if path.is_file() else 0)
+        removed = Removed(path.name, why, _size(path))
         if not dry_run:
             path.unlink(missing_ok=True)
         return removed
@@ -332,6 +331,10 @@ def _read_secret(path: Path) -> bytes:
     if len(secret) != _SECRET_BYTES:
         raise BackendError(f"{path} is damaged ({len(secret)} bytes); delete it and run: {CLEAN_UP}")
     return secret
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _hashed(path: Path) -> tuple[Path, str]:

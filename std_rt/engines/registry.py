@@ -11,7 +11,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from std_rt.core.errors import BackendError
 from std_rt.core.machine import install_hint
@@ -48,42 +48,52 @@ class BackendInfo:
     problem: str = ""
 
 
-# name -> (importable module, distribution names, install command), in order of preference.
-BACKENDS: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "tensorrt": (
+class Backend(NamedTuple):
+    """How a backend is found and opened.
+
+    ``package`` is what it needs; ``implementation`` the module or object with its ``open_graph``, imported
+    for the first graph. ``gpus``: the compute capabilities of NVIDIA GPUs it supports (89 is 8.9), empty for
+    whatever the driver accepts; None for a backend that needs no GPU.
+    """
+
+    package: str
+    distributions: tuple[str, ...]
+    install: str
+    implementation: str
+    gpus: tuple[int, ...] | None = None
+
+
+BACKENDS: dict[str, Backend] = {  # in order of preference
+    "tensorrt": Backend(
         "tensorrt",
         ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
         install_hint("tensorrt"),
+        "std_rt.engines.tensorrt.gpu_runner:TENSORRT_BACKEND",
+        gpus=(),
     ),
-    "rtx": (
+    "rtx": Backend(
         "tensorrt_rtx",
         ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
         install_hint("rtx"),
+        "std_rt.engines.tensorrt.gpu_runner:RTX_BACKEND",
+        gpus=(75, 80, 86, 89, 120, 121),  # no data-centre GPUs
     ),
-    "cuda": ("onnxruntime", ("onnxruntime-gpu",), install_hint("cuda")),
-    "openvino": ("openvino", ("openvino",), install_hint()),
-    "onnxruntime": (
+    "cuda": Backend(
+        "onnxruntime",
+        ("onnxruntime-gpu",),
+        install_hint("cuda"),
+        "std_rt.engines.onnxruntime.cuda",
+        gpus=(),
+    ),
+    "openvino": Backend("openvino", ("openvino",), install_hint(), "std_rt.engines.openvino.engine"),
+    "onnxruntime": Backend(
         "onnxruntime",
         ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml"),
         install_hint("onnx"),
+        "std_rt.engines.onnxruntime.session",
     ),
 }
-# Backend -> what opens graphs on it (a module or an object), imported for the first engine that needs it.
-_IMPLEMENTATIONS = {
-    "tensorrt": "std_rt.engines.tensorrt.gpu_runner:TENSORRT_BACKEND",
-    "rtx": "std_rt.engines.tensorrt.gpu_runner:RTX_BACKEND",
-    "cuda": "std_rt.engines.onnxruntime.cuda",
-    "openvino": "std_rt.engines.openvino.engine",
-    "onnxruntime": "std_rt.engines.onnxruntime.session",
-}
-
-# Backends that need an NVIDIA GPU, and the compute capabilities they support (89 is 8.9); empty: whatever
-# the driver accepts. TensorRT-RTX leaves out data-centre GPUs.
-GPU_BACKENDS: dict[str, tuple[int, ...]] = {
-    "tensorrt": (),
-    "rtx": (75, 80, 86, 89, 120, 121),
-    "cuda": (),
-}
+GPU_BACKENDS = {name: backend.gpus for name, backend in BACKENDS.items() if backend.gpus is not None}
 
 
 def backends(*, probe: bool = False) -> list[BackendInfo]:
@@ -163,15 +173,15 @@ def _first_available(names: list[str]) -> tuple[str, str]:
             passed.append(f"{name} is installed, but {info.problem}")
         elif name not in GPU_BACKENDS:
             passed.append(f"{name} not installed")
-    commands = "  or  ".join(entry[2] for name, entry in BACKENDS.items() if name not in GPU_BACKENDS)
+    commands = "  or  ".join(backend.install for backend in BACKENDS.values() if backend.gpus is None)
     raise BackendError(f"no backend is installed; run: {commands}")
 
 
 def _info(name: str, probe: bool = False) -> BackendInfo:
-    _, distributions, install = BACKENDS[name]
+    install = BACKENDS[name].install
     if not _installed(name):
         return BackendInfo(name, False, "not installed", install)
-    detail = _version(distributions)
+    detail = _version(BACKENDS[name].distributions)
     problem = _gpu_problem(name) if name in GPU_BACKENDS else ""
     if problem:
         return BackendInfo(name, False, f"{detail}; {problem}", install, problem)
@@ -194,12 +204,12 @@ def _gpu_problem(name: str) -> str:
 
 
 def _implementation(name: str) -> Any:
-    return resolve_name(_IMPLEMENTATIONS[name])
+    return resolve_name(BACKENDS[name].implementation)
 
 
 def _installed(name: str) -> bool:
     """Whether its package is here; for ``cuda``, whether it is the ONNX Runtime build with CUDA."""
-    spec = find_spec(BACKENDS[name][0])
+    spec = find_spec(BACKENDS[name].package)
     if spec is None or spec.origin is None:  # no origin: just a folder of that name
         return False
     return name != "cuda" or any((Path(spec.origin).parent / "capi").glob("*onnxruntime_providers_cuda.*"))

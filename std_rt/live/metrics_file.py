@@ -17,7 +17,8 @@ from queue import Empty, Full, Queue
 from threading import Thread
 from typing import IO, Any
 
-from std_rt.core.errors import MediaError, disk_is_full
+from std_rt.core.errors import MediaError
+from std_rt.core.files import reason
 from std_rt.live.metrics import SCHEMA, Meter, Snapshot
 
 __all__ = ["MetricsWriter"]
@@ -98,8 +99,7 @@ class MetricsWriter:
                     file.write(line + "\n")
                     file.flush()
         except OSError as error:
-            why = "the disk is full" if disk_is_full(error) else error.strerror or str(error)
-            self.problem = f"{self.path} ends here: {why}; the session goes on"
+            self.problem = f"{self.path} ends here: {reason(error)}; the session goes on"
 
 
 def _open(path: Path, overwrite: bool) -> IO[str]:
@@ -111,5 +111,6 @@ def _open(path: Path, overwrite: bool) -> IO[str]:
             f"{path} exists already; add --overwrite to replace it or give another name"
         ) from None
     except OSError as error:
-        why = error.strerror or str(error)
-        raise MediaError(f"{path} cannot be written: {why}; give another place with --metrics") from error
+        raise MediaError(
+            f"{path} cannot be written: {reason(error)}; give another place with --metrics"
+        ) from error

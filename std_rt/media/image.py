@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, TiffImagePlugin
 
 from std_rt.core.errors import MediaError
-from std_rt.core.files import check_input, partial_file, reason
+from std_rt.core.files import atomic_file, check_input, reason
 from std_rt.media.fit import over_white
 
 __all__ = [
@@ -300,7 +300,7 @@ def write_picture(
     options = dict(_SAVE_OPTIONS.get(file_format, {}))
     if file_format in _WITH_QUALITY:
         options["quality"] = quality
-    with partial_file(path) as partial:
+    with atomic_file(path, error=MediaError) as partial:
         try:
             picture.save(partial, **options)
         except _DAMAGE as error:

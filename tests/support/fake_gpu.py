@@ -33,7 +33,7 @@ LEGACY = 0
 
 
 class FakeDevice:
-    """`cuda_driver.Device`. ``log`` has the names of what was called, in order."""
+    """Stands in for `CudaDevice`. ``log`` has the names of what was called, in order."""
 
     def __init__(self, memory: int = 2**30) -> None:
         self.gpu = Gpu("Fake 9000", (8, 9), memory)
@@ -224,7 +224,7 @@ class FakeTrt:
 
 
 class FakeBuilder(EngineBuilder):
-    """Writes `engine_bytes` for an engine. ``made`` has the names of what was not in the store."""
+    """Writes `engine_bytes` for an engine. ``made`` has the names of what was not in the cache."""
 
     made: list[str]
 

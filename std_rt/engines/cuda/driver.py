@@ -1,11 +1,10 @@
-"""The CUDA driver by ctypes: memory, copies, streams and graphs of one GPU, and no package to install.
+"""The CUDA driver through ctypes: memory, copies, streams and graphs of one GPU, with no package to install.
 
-    device = cuda_device()        # BackendError where no driver answers
+    device = cuda_device()        # BackendError if no driver answers
     address = device.allocate(1024)
 
-Everything takes and gives plain numbers: an address, a stream, a graph. The context is the device's primary
-one, which TensorRT's own CUDA runtime uses too. Not run on a GPU by us: it is written against the driver's
-documented interface, and what uses it is tested on `Device`'s other implementation, in tests/fake_gpu.py.
+The context is the device's primary one, which TensorRT's own CUDA runtime uses too. Not run on a GPU by us:
+it is written against the driver's documented interface; what uses it is tested on tests/support/fake_gpu.py.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import sys
 from collections.abc import Callable
 from ctypes import POINTER, byref, c_char, c_char_p, c_int, c_size_t, c_uint, c_ulonglong, c_void_p
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from std_rt.core.errors import BackendError
 from std_rt.engines.cuda.probe import Gpu, probe
 
-__all__ = ["CudaDevice", "Device", "cuda_device", "driver_problem"]
+__all__ = ["CudaDevice", "cuda_device", "driver_problem"]
 
 Array = NDArray[Any]
 
@@ -66,69 +65,17 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
 }
 
 
-class Device(Protocol):
-    """What a runner needs of a GPU. Addresses, streams and graphs are numbers; all calls may raise
-    BackendError. Work on a stream is done in its order, and on the host's side only `synchronize` waits.
-    """
-
-    gpu: Gpu
-    driver: str  # as ``cuda 13.0``: the newest CUDA that the driver serves
-
-    def bind(self) -> None:
-        """Make this the GPU that the calling thread works on; to be called first in every thread."""
-
-    def allocate(self, size: int) -> int:
-        """Memory of ``size`` bytes on the device."""
-
-    def free(self, address: int) -> None:
-        """Give memory of `allocate` back."""
-
-    def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """An array in page-locked memory of the host: copies of it do not wait for the host."""
-
-    def free_pinned(self, array: Array) -> None:
-        """Give an array of `pinned` back; it must not be used afterwards."""
-
-    def stream(self) -> int:
-        """A new stream, apart from the legacy one."""
-
-    def drop_stream(self, stream: int) -> None:
-        """Destroy a stream."""
-
-    def upload(self, address: int, array: Array, stream: int) -> None:
-        """Copy a contiguous array to the device."""
-
-    def download(self, array: Array, address: int, stream: int) -> None:
-        """Copy from the device into a contiguous array."""
-
-    def synchronize(self, stream: int) -> None:
-        """Wait until everything on the stream is done."""
-
-    def drain(self) -> None:
-        """Wait for the legacy stream, where libraries put what they do at first use."""
-
-    def capture(self, stream: int, record: Callable[[], None]) -> int:
-        """A graph of what ``record`` puts on the stream; nothing of it is done now."""
-
-    def launch(self, graph: int, stream: int) -> None:
-        """Do everything in a graph, with the addresses it was captured with."""
-
-    def drop_graph(self, graph: int) -> None:
-        """Destroy a graph."""
-
-
 def driver_problem() -> str:
     """Why no GPU can be used here, or "".
 
-    To be asked before anything of the driver or of TensorRT's runtime is touched: without a driver that
-    runtime crashes at exit.
+    Ask before touching the driver or TensorRT's runtime: without a driver that runtime crashes at exit.
     """
     return probe().problem or ""
 
 
 @cache
 def cuda_device(index: int = 0) -> CudaDevice:
-    """The GPU, opened once a process and kept to its end. Raises BackendError where there is none."""
+    """The GPU, opened once per process and kept until it ends. Raises BackendError if there is none."""
     problem = driver_problem()
     if problem:
         raise BackendError(f"there is no GPU to run on: {problem}; use --backend openvino")
@@ -136,10 +83,14 @@ def cuda_device(index: int = 0) -> CudaDevice:
 
 
 class CudaDevice:
-    """`Device` on the real driver. Not run on a GPU by us."""
+    """One GPU. Addresses, streams and graphs are plain numbers; every call may raise BackendError.
+
+    Work on a stream is done in order, and only `synchronize` and `drain` make the host wait. ``driver`` is
+    the newest CUDA that the driver serves, as ``cuda 13.0``.
+    """
 
     def __init__(self, index: int = 0) -> None:
-        """Most callers want `cuda_device`, which looks first whether the driver works."""
+        """Most callers want `cuda_device`, which first checks that the driver works."""
         self._lib = _load()
         self._call("cuInit", 0)
         handle, context = c_int(), c_void_p()
@@ -150,11 +101,11 @@ class CudaDevice:
         self.bind()
 
     def bind(self) -> None:
-        """See `Device`."""
+        """Make this the GPU that the calling thread works on; call it first in every thread."""
         self._call("cuCtxSetCurrent", self._context)
 
     def allocate(self, size: int) -> int:
-        """See `Device`. Says what is free where it does not fit."""
+        """Address of ``size`` new bytes on the device. BackendError says what is free if they do not fit."""
         address = _ADDRESS()
         code = self._lib.cuMemAlloc_v2(byref(address), max(size, 1))
         if code == _OUT_OF_MEMORY:
@@ -166,11 +117,11 @@ class CudaDevice:
         return int(address.value)
 
     def free(self, address: int) -> None:
-        """See `Device`."""
+        """Free memory of `allocate`."""
         self._call("cuMemFree_v2", address)
 
     def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """See `Device`."""
+        """An array in page-locked memory of the host: copies of it do not wait for the host."""
         size = int(np.prod(shape)) * dtype.itemsize
         pointer = c_void_p()
         self._call("cuMemAllocHost_v2", byref(pointer), max(size, 1))
@@ -178,37 +129,40 @@ class CudaDevice:
         return np.ctypeslib.as_array(memory).view(dtype).reshape(shape)
 
     def free_pinned(self, array: Array) -> None:
-        """See `Device`."""
+        """Free an array of `pinned`; it must not be used afterwards."""
         self._call("cuMemFreeHost", array.ctypes.data)
 
     def stream(self) -> int:
-        """See `Device`."""
+        """A new stream, apart from the legacy one."""
         stream = c_void_p()
         self._call("cuStreamCreate", byref(stream), _NON_BLOCKING)
         return int(stream.value or 0)
 
     def drop_stream(self, stream: int) -> None:
-        """See `Device`."""
+        """Destroy a stream."""
         self._call("cuStreamDestroy_v2", stream)
 
     def upload(self, address: int, array: Array, stream: int) -> None:
-        """See `Device`."""
+        """Copy a contiguous array to the device."""
         self._call("cuMemcpyHtoDAsync_v2", address, array.ctypes.data, array.nbytes, stream)
 
     def download(self, array: Array, address: int, stream: int) -> None:
-        """See `Device`."""
+        """Copy from the device into a contiguous array."""
         self._call("cuMemcpyDtoHAsync_v2", array.ctypes.data, address, array.nbytes, stream)
 
     def synchronize(self, stream: int) -> None:
-        """See `Device`."""
+        """Wait until everything on the stream is done."""
         self._call("cuStreamSynchronize", stream)
 
     def drain(self) -> None:
-        """See `Device`."""
+        """Wait for the legacy stream, where libraries put their work at first use."""
         self._call("cuStreamSynchronize", _LEGACY)
 
     def capture(self, stream: int, record: Callable[[], None]) -> int:
-        """See `Device`. Capture ends whatever happens: a stream left in it spoils all later work."""
+        """A graph of what ``record`` puts on the stream, none of which is done now.
+
+        Capture ends whatever happens: a stream left in it spoils all later work.
+        """
         graph = c_void_p()
         self._call("cuStreamBeginCapture_v2", stream, _THREAD_LOCAL)
         try:
@@ -222,11 +176,11 @@ class CudaDevice:
             self._call("cuGraphDestroy", graph)
 
     def launch(self, graph: int, stream: int) -> None:
-        """See `Device`."""
+        """Do everything in a graph, with the addresses it was captured with."""
         self._call("cuGraphLaunch", graph, stream)
 
     def drop_graph(self, graph: int) -> None:
-        """See `Device`."""
+        """Destroy a graph."""
         self._call("cuGraphExecDestroy", graph)
 
     def _instantiate(self, graph: c_void_p) -> int:

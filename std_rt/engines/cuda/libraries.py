@@ -1,7 +1,7 @@
-"""Which CUDA and cuDNN libraries the installed onnxruntime-gpu needs and does not find.
+"""The CUDA and cuDNN libraries that the installed onnxruntime-gpu needs and does not find.
 
 They come with ``pip install '.[cuda]'`` (in pip's ``nvidia`` packages) or with an installed CUDA
-toolkit. ONNX Runtime says "failed to create provider" and goes on with the CPU where one is missing.
+toolkit. If one is missing, ONNX Runtime says "failed to create provider" and goes on with the CPU.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def cuda_version() -> str | None:
 
 
 def library_names(cuda: str, system: str = sys.platform) -> list[str]:
-    """File names that a build for this CUDA loads, cuDNN 9 last."""
+    """The libraries that a build for this CUDA loads, cuDNN 9 last."""
     major = int(cuda.split(".")[0])
-    cufft = 12 if major >= 13 else 11  # numbered on its own
+    cufft = 12 if major >= 13 else 11  # numbered separately
     if system == "win32":
         names = [f"cublasLt64_{major}", f"cublas64_{major}", f"cufft64_{cufft}", f"cudart64_{major}"]
         return [f"{name}.dll" for name in (*names, "cudnn64_9")]
@@ -39,7 +39,7 @@ def library_names(cuda: str, system: str = sys.platform) -> list[str]:
 
 
 def missing_libraries() -> list[str]:
-    """Names neither in pip's packages nor where this system looks; empty for a build without CUDA."""
+    """Libraries neither in pip's packages nor where this system looks; empty for a build without CUDA."""
     cuda = cuda_version()
     if cuda is None:
         return []

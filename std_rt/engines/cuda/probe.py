@@ -1,12 +1,10 @@
-"""Is there an NVIDIA driver that answers, and which GPUs does it have? Asked from a process of its own.
+"""The probe for an NVIDIA driver and its GPUs, in a separate process.
 
-    python -I cuda_probe.py        prints one JSON object
+    python -I probe.py        prints one JSON object
 
-A driver that is broken, half installed or stuck can hang or end the process that asks it, so the question is
-put by another one, once. Where the driver's library is not there at all (most machines without a GPU) no
-process is started. Nothing here needs more than Python itself.
-
-Not run on a GPU by us.
+A driver that is broken, half installed or stuck can hang or kill the process that asks it, so another process
+asks, once. If the driver's library is missing (as on most machines without a GPU) none is started. The probe
+needs nothing but Python itself. Not run on a GPU by us.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ __all__ = ["Gpu", "Report", "probe"]
 
 TIMEOUT_S = 20.0
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
-# What cuInit answers where something is wrong: CUresult in the driver API's manual.
+# Error codes of cuInit: CUresult in the driver API's manual.
 _ERRORS = {
     34: "the library found is a stub without a driver",
     46: "the GPU is busy or closed to this process",
@@ -55,7 +53,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Report:
-    """``problem`` is None where a driver answers and has a GPU. ``cuda``: the newest it runs, as "13.0"."""
+    """``problem`` is None if a driver answers and has a GPU. ``cuda``: the newest it runs, as "13.0"."""
 
     problem: str | None
     cuda: str = ""
@@ -64,7 +62,7 @@ class Report:
 
 @cache
 def probe() -> Report:
-    """Ask once a process; at most `TIMEOUT_S`, without a driver no time at all."""
+    """Ask the driver, once per process; takes `TIMEOUT_S` at most, and no time without a driver."""
     if not _has_library():
         return Report("no NVIDIA driver found")
     command = [sys.executable, "-I", __file__]
@@ -75,12 +73,12 @@ def probe() -> Report:
     except OSError as error:
         return Report(f"the NVIDIA driver cannot be asked: {error}")
     if done.returncode:
-        return Report(f"the NVIDIA driver ended the process that asked it (exit {done.returncode})")
+        return Report(f"the NVIDIA driver crashed the process that asked it (exit {done.returncode})")
     return parse(done.stdout)
 
 
 def parse(answer: str) -> Report:
-    """The report that a JSON line of `ask` makes."""
+    """The report in the JSON that `ask` printed."""
     fields = json.loads(answer)
     code = int(fields["code"])
     if code:

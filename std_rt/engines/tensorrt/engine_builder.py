@@ -18,7 +18,7 @@ from std_rt.core.errors import BackendError
 from std_rt.core.onnx_file import external_locations
 from std_rt.engines.cache import EngineCache, EngineKey
 from std_rt.engines.protocol import GraphSpec
-from std_rt.engines.tensorrt.onnx_to_engine import BuildOptions, Product, Progress, build_engine, capability
+from std_rt.engines.tensorrt.onnx_to_engine import Product, Progress, build_engine, capability
 
 __all__ = ["EngineBuilder", "progress_to"]
 
@@ -33,18 +33,19 @@ class EngineBuilder:
         targets: Sequence[str],
         *,
         driver: str = "",
-        options: BuildOptions | None = None,
+        tf32: bool = True,
         cache: EngineCache | None = None,
         progress: Progress | None = None,
     ) -> None:
         """``targets`` as ``sm89``: this machine's GPU or, if the product builds ahead, any it knows.
 
         Engines of TensorRT depend on the ``driver``, those of TensorRT-RTX do not. Without a cache, engines
-        are built every time. Raises BackendError on a target that the product has no code for.
+        are built every time. ``tf32`` as in `build_engine`. Raises BackendError on a target that the product
+        has no code for.
         """
         self.product, self.cache = product, cache
         self.targets = tuple(dict.fromkeys(targets))
-        self._trt, self._options, self._progress = trt, options or BuildOptions(), progress
+        self._trt, self._tf32, self._progress = trt, tf32, progress
         self._driver = "" if product.ahead else driver
         if product.ahead:
             for target in self.targets:
@@ -61,7 +62,7 @@ class EngineBuilder:
             version=self._trt.__version__,
             target="+".join(self.targets),
             driver=self._driver,
-            flags=f"{self._options}{file}",
+            flags=f"tf32={self._tf32}{file}",
         )
 
     def kernels_key(self, spec: GraphSpec, driver: str) -> EngineKey:
@@ -104,7 +105,7 @@ class EngineBuilder:
             spec,
             path,
             targets=self.targets if self.product.ahead else (),
-            options=self._options,
+            tf32=self._tf32,
             timings=None if timings is None else known or b"",
             progress=self._progress or next(reversed(_progress), None),
         )

@@ -21,7 +21,7 @@ import numpy as np
 
 from std_rt.core.errors import BackendError
 from std_rt.engines.cache import EngineCache
-from std_rt.engines.cuda.driver import Device, cuda_device, driver_problem
+from std_rt.engines.cuda.driver import CudaDevice, cuda_device, driver_problem
 from std_rt.engines.program import (
     FRAME,
     STYLED,
@@ -39,7 +39,6 @@ from std_rt.engines.tensorrt.engine_builder import EngineBuilder
 from std_rt.engines.tensorrt.onnx_to_engine import (
     RTX,
     TENSORRT,
-    BuildOptions,
     Product,
     load_product,
     make_logger,
@@ -47,7 +46,6 @@ from std_rt.engines.tensorrt.onnx_to_engine import (
 
 __all__ = ["RTX_BACKEND", "TENSORRT_BACKEND", "Backend", "GpuEngine", "GpuRunner", "Session"]
 
-_PLACED = np.empty(0)  # stands for the array of a feed that is on the GPU already
 _WARM_UPS = 3  # the first runs load kernels and settle sizes, which must not happen inside a capture
 
 
@@ -81,7 +79,7 @@ class Backend:
             self.product,
             (f"sm{device.gpu.sm}",),
             driver=device.driver,
-            options=BuildOptions(tf32=precision != "fp32"),
+            tf32=precision != "fp32",
             cache=EngineCache.open(),
         )
         return Session(trt, device, builder)
@@ -93,7 +91,7 @@ TENSORRT_BACKEND, RTX_BACKEND = Backend(TENSORRT), Backend(RTX)
 class Session:
     """A TensorRT module, a GPU and a builder of engines: opens graphs and programs."""
 
-    def __init__(self, trt: Any, device: Device, builder: EngineBuilder) -> None:
+    def __init__(self, trt: Any, device: CudaDevice, builder: EngineBuilder) -> None:
         """Most callers want a `Backend`."""
         device.bind()
         self._trt, self._device, self._builder = trt, device, builder
@@ -173,7 +171,7 @@ class Session:
 class Memory:
     """Device memory that is freed together, once."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: CudaDevice) -> None:
         self._device = device
         self._taken: list[int] = []
 
@@ -199,11 +197,11 @@ class Kernels:
     builder: EngineBuilder
     spec: GraphSpec
     cache: Any
-    device: Device
+    device: CudaDevice
     known: bytes
 
     @classmethod
-    def open(cls, builder: EngineBuilder, spec: GraphSpec, config: Any, device: Device) -> Kernels:
+    def open(cls, builder: EngineBuilder, spec: GraphSpec, config: Any, device: CudaDevice) -> Kernels:
         """Give a runtime config its kernel cache, filled with what the engine cache has for this engine."""
         cache = config.create_runtime_cache()
         known = b""
@@ -285,7 +283,7 @@ class LoadedGraph:
 class GpuEngine:
     """An `Engine` on the GPU, such as the style encoder's. Use it from one thread at a time."""
 
-    def __init__(self, device: Device, graph: LoadedGraph, precision: str) -> None:
+    def __init__(self, device: CudaDevice, graph: LoadedGraph, precision: str) -> None:
         """Most callers want `Session.open_graph`."""
         self.inputs, self.outputs, self.precision = graph.inputs, graph.outputs, precision
         self._device, self._name = device, graph.name
@@ -327,7 +325,7 @@ class GpuRunner:
     """A `Runner` on a GPU. Use it from one thread at a time."""
 
     def __init__(
-        self, device: Device, program: Program, graphs: Sequence[LoadedGraph], precision: str
+        self, device: CudaDevice, program: Program, graphs: Sequence[LoadedGraph], precision: str
     ) -> None:
         """Most callers want `Session.open_runner`. ``graphs`` has the graph of each launch, in order."""
         self.precision = precision
@@ -335,13 +333,12 @@ class GpuRunner:
         self._check_ports()
         self._memory = Memory(device)
         self._stream = device.stream()
-        self._own = {name: self._memory.take(_size(*port)) for name, port in program.buffers.items()}
-        self._addresses = dict(self._own)
+        self._addresses = {name: self._memory.take(_size(*port)) for name, port in program.buffers.items()}
         self._unread = [self._scratch(i) for i in range(len(program.launches))]
         self._frame = device.pinned(*program.buffers[FRAME])
         self._styled = device.pinned(*program.buffers[STYLED])
         self._fed: dict[str, Array] = {}
-        self._captured: tuple[int, dict[str, int]] | None = None  # the graph, the addresses inside
+        self._captured: int | None = None
         self._capturable = True
         self._open = True
         self._upload(program.constants)
@@ -352,27 +349,15 @@ class GpuRunner:
         check_feeds(self._program, feeds)
         self._begin()
         fresh = {name: array for name, array in feeds.items() if self._fed.get(name) is not array}
-        self._addresses.update({name: self._own[name] for name in fresh})
         self._upload(fresh)
         self._fed.update(fresh)
-
-    def place(self, feed: str, address: int) -> None:
-        """Read a feed from the caller's ``address`` on the device until it is `set` again.
-
-        For values that are on the GPU already. The next frame is captured again. Raises BackendError if there
-        is no such feed.
-        """
-        if feed not in self._program.feeds:
-            raise BackendError(f"there is no feed '{feed}'; there are {', '.join(self._program.feeds)}")
-        self._addresses[feed] = address
-        self._fed[feed] = _PLACED
 
     def carried(self) -> dict[str, Array]:
         """See `Runner`."""
         self._begin()
         found = {name: np.empty(*self._program.buffers[name]) for name in self._program.carried}
         for name, array in found.items():
-            self._device.download(array, self._own[name], self._stream)
+            self._device.download(array, self._addresses[name], self._stream)
         if found:
             self._device.synchronize(self._stream)
         return found
@@ -404,7 +389,8 @@ class GpuRunner:
         self._open = False
         self._device.bind()
         self._device.synchronize(self._stream)
-        self._drop_captured()
+        if self._captured is not None:
+            self._device.drop_graph(self._captured)
         for graph in self._graphs:
             graph.close()
         self._graphs.clear()
@@ -419,21 +405,16 @@ class GpuRunner:
         self._device.bind()
 
     def _captured_graph(self) -> int | None:
-        """The frame as a CUDA graph, captured first if there is none for the buffers' addresses.
+        """The frame as a CUDA graph, captured at the first frame: the buffers' addresses never change.
 
         None if TensorRT says that an engine cannot be captured; a warning has said so.
         """
-        if self._captured is not None and self._captured[1] == self._addresses:
-            return self._captured[0]
-        self._drop_captured()
-        if not self._capturable:
-            return None
-        self._warm_up()
-        if not self._capturable:
-            return None
-        self._device.drain()
-        self._captured = (self._device.capture(self._stream, self._enqueue), dict(self._addresses))
-        return self._captured[0]
+        if self._captured is None and self._capturable:
+            self._warm_up()
+            if self._capturable:
+                self._device.drain()
+                self._captured = self._device.capture(self._stream, self._enqueue)
+        return self._captured
 
     def _warm_up(self) -> None:
         """Runs without effect: the carried buffers are restored afterwards."""
@@ -487,11 +468,6 @@ class GpuRunner:
         launch, graph = self._program.launches[index], self._graphs[index]
         unread = {port: spec for port, spec in graph.outputs.items() if port not in launch.outputs}
         return {port: self._memory.take(_size(*spec)) for port, spec in unread.items()}
-
-    def _drop_captured(self) -> None:
-        if self._captured is not None:
-            self._device.drop_graph(self._captured[0])
-            self._captured = None
 
 
 def _size(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:

@@ -27,7 +27,6 @@ __all__ = [
     "PRODUCTS",
     "RTX",
     "TENSORRT",
-    "BuildOptions",
     "Phases",
     "Product",
     "Progress",
@@ -63,22 +62,6 @@ RTX = Product("rtx", "tensorrt_rtx", "TensorRT-RTX", (1, 2), ahead=True)
 PRODUCTS = {product.backend: product for product in (RTX, TENSORRT)}
 
 
-@dataclass(frozen=True)
-class BuildOptions:
-    """``level`` 0..5: how long to search for faster kernels (None: the product's default).
-
-    ``workspace_mb`` limits the memory that one operation may use (None: no limit). ``tf32`` lets matrix
-    products of float32 round their inputs to 10 bits of mantissa, which is several times faster.
-    """
-
-    level: int | None = None
-    workspace_mb: int | None = None
-    tf32: bool = True
-
-    def __str__(self) -> str:
-        return f"level={self.level} workspace_mb={self.workspace_mb} tf32={self.tf32}"
-
-
 def load_product(product: Product) -> Any:
     """Its Python module. Raises BackendError if it is missing, broken or too old."""
     if find_spec(product.module) is None:
@@ -104,15 +87,17 @@ def build_engine(
     path: Path,
     *,
     targets: Sequence[str] = (),
-    options: BuildOptions | None = None,
+    tf32: bool = True,
     timings: bytes | None = None,
     progress: Progress | None = None,
 ) -> bytes | None:
-    """Build ``spec`` into the file ``path``; returns the timings learned where ``timings`` were given.
+    """Build ``spec`` into the file ``path``; returns the timings learned if ``timings`` were given.
 
-    ``targets`` are GPUs to build ahead for (none: the one in this machine). Raises BackendError if the graph
-    reads weights from outside its folder, cannot be parsed or cannot be built; OSError if ``path`` cannot be
-    written.
+    ``targets`` are GPUs to build ahead for (none: the one in this machine). ``tf32`` lets matrix products of
+    float32 round their inputs to 10 bits of mantissa, which is several times faster.
+
+    Raises BackendError if the graph reads weights from outside its folder, cannot be parsed or cannot be
+    built; OSError if ``path`` cannot be written.
     """
     _check_weights(spec)
     logger = make_logger(trt)
@@ -123,7 +108,7 @@ def build_engine(
         raise BackendError(_refusal(product, spec, _parser_error(parser, logger)))
     _fix_shapes(product, spec, network, logger)
     config = builder.create_builder_config()
-    _configure(trt, config, options or BuildOptions())
+    (config.set_flag if tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
     _set_targets(trt, product, config, targets)
     if timings is not None:
         config.set_timing_cache(config.create_timing_cache(timings), ignore_mismatch=False)
@@ -305,14 +290,6 @@ def _fix_shapes(product: Product, spec: GraphSpec, network: Any, logger: Any) ->
         if any(side < 0 for side in shape):
             reason = f"the shape of its output {name} depends on the data"
             raise BackendError(_refusal(product, spec, reason))
-
-
-def _configure(trt: Any, config: Any, options: BuildOptions) -> None:
-    if options.level is not None:
-        config.builder_optimization_level = options.level
-    if options.workspace_mb is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mb * 2**20)
-    (config.set_flag if options.tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
 
 
 def _set_targets(trt: Any, product: Product, config: Any, targets: Sequence[str]) -> None:

@@ -30,8 +30,8 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore
 from huggingface_hub.utils import tqdm as HubBar  # type: ignore[attr-defined]
 from rich.filesize import decimal
 
-from std_rt.core.errors import ExportError, disk_is_full
-from std_rt.core.files import file_digest
+from std_rt.core.errors import ExportError
+from std_rt.core.files import disk_is_full, file_digest
 from std_rt.core.machine import free_disk_gb
 
 __all__ = [

@@ -22,9 +22,10 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from std_rt.core.errors import MediaError
+from std_rt.core.files import reason
 from std_rt.media.video.clip import Clip, DecodedFrame, open_container, sound_streams
 from std_rt.media.video.colour import Colour
-from std_rt.media.video.encoder import MUXERS, Encoder, VideoTrack, even_size, write_failure
+from std_rt.media.video.encoder import MUXERS, Encoder, VideoTrack, even_size
 
 __all__ = ["ClipWriter", "sound_fits"]
 
@@ -179,7 +180,7 @@ class ClipWriter:
                 raise MediaError(
                     f"{name}: its sound is damaged and cannot be copied; remove it first"
                 ) from error
-            raise MediaError(f"{self._sink} cannot be written: {write_failure(error)}") from error
+            raise MediaError(f"{self._sink} cannot be written: {reason(error)}") from error
 
     def notes(self) -> list[str]:
         """One line each on what differs from the source."""

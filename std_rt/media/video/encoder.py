@@ -22,7 +22,7 @@ from std_rt.core.files import reason
 from std_rt.media.fit import resize
 from std_rt.media.video.colour import Colour, tag_stream, to_yuv
 
-__all__ = ["CLIP_SUFFIXES", "MUXERS", "Encoder", "VideoTrack", "even_size", "write_failure"]
+__all__ = ["CLIP_SUFFIXES", "MUXERS", "Encoder", "VideoTrack", "even_size"]
 
 MUXERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm"}
 CLIP_SUFFIXES = frozenset(MUXERS)
@@ -169,8 +169,3 @@ class VideoTrack:
     def flush(self) -> list[Packet[VideoStream]]:
         """The packets that the encoder still holds; the last call."""
         return self.stream.encode(None)
-
-
-def write_failure(error: BaseException) -> str:
-    """Why a clip could not be written, in a few words without its path."""
-    return reason(error)

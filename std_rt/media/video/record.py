@@ -25,9 +25,9 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from std_rt.core.errors import MediaError
-from std_rt.core.files import check_output, partial_file
+from std_rt.core.files import atomic_file, check_output, reason
 from std_rt.media.video.colour import Colour
-from std_rt.media.video.encoder import MUXERS, Encoder, VideoTrack, even_size, write_failure
+from std_rt.media.video.encoder import MUXERS, Encoder, VideoTrack, even_size
 
 __all__ = ["Recorder", "Recording", "numbered"]
 
@@ -158,7 +158,7 @@ class Recorder:
                 self._file.finish()
         except _FAILURES as error:
             self.problem = (
-                f"recording to {self.path} stopped early, everything before is kept: {write_failure(error)}"
+                f"recording to {self.path} stopped early, everything before is kept: {reason(error)}"
             )
             if self._file is not None:
                 self._file.abandon()
@@ -280,14 +280,12 @@ def _make_plain(path: Path, frames: int) -> str:
     try:
         if shutil.disk_usage(path.parent).free < path.stat().st_size + _SPARE_BYTES:
             raise MediaError("the disk has no room for the copy that this takes")
-        with partial_file(path) as partial:
+        with atomic_file(path, error=MediaError) as partial:
             copied = _copy_plain(path, partial)
             if copied != frames:
                 raise MediaError(f"{copied} of its {frames} frames were read back")
     except _FAILURES as error:
-        return (
-            f"{path} is whole but stays in fragments, where some players cannot seek: {write_failure(error)}"
-        )
+        return f"{path} is whole but stays in fragments, where some players cannot seek: {reason(error)}"
     return ""
 
 

@@ -13,7 +13,8 @@ from typing import TypedDict, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from std_rt.core.files import check_output, partial_file
+from std_rt.core.errors import MediaError
+from std_rt.core.files import atomic_file, check_output
 from std_rt.core.prefetcher import Prefetcher
 from std_rt.media.video.clip import Clip, DecodedFrame, nothing_decoded, open_clip, open_container
 from std_rt.media.video.clip_writer import ClipWriter, sound_fits
@@ -110,7 +111,7 @@ def transcode_stream(
     with open_clip(source) as clip:
         writer, total = ClipWriter(sink, clip, codec, crf), clip.frames
         try:
-            with partial_file(sink) as partial:
+            with atomic_file(sink, error=MediaError) as partial:
                 with writer.open(partial), _stylized(clip, stream) as frames:
                     for frame, styled in frames:
                         if should_stop is not None and should_stop():

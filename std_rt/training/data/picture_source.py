@@ -19,8 +19,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import threading
 import zlib
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,6 +34,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from std_rt.core.errors import RecipeError
+from std_rt.core.files import write_bytes
 from std_rt.training.data.buckets import Size, bucket_sizes, nearest_bucket, place
 from std_rt.training.data.picture_set import Frame, random_crop
 from std_rt.training.data.pictures import BrokenFileError, Entry, draw_frame, index_pictures, read_frame
@@ -361,12 +360,7 @@ def _write_whole(path: Path, tensors: dict[str, Tensor]) -> None:
     """A safetensors file that appears whole or not at all, whoever else writes the same one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = {k: v.contiguous() for k, v in tensors.items()}
-    partial = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.partial")
-    try:
-        partial.write_bytes(save(whole | {"crc32": torch.tensor(_crc32(whole))}))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_bytes(path, save(whole | {"crc32": torch.tensor(_crc32(whole))}))
 
 
 def _crc32(tensors: dict[str, Tensor]) -> int:

@@ -114,7 +114,7 @@ class Base:
     vae: Network
     schedule: NoiseSchedule
     name: str
-    digest: str  # std_rt.core.digest.unet_digest: tells architectures apart
+    digest: str  # std_rt.core.base_model.unet_digest: tells architectures apart
     style_encoder: StyleEncoder | None = None
     style_px: int = 0
     text: TextEncoders | None = None

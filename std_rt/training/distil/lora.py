@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from std_rt import __version__
 from std_rt.core.errors import RecipeError
+from std_rt.core.files import atomic_file
 from std_rt.core.schedule import GRID_POINTS, trajectory_timesteps
 from std_rt.training.run.recipe import LORA_TARGETS, LoraConfig
 
@@ -178,7 +179,7 @@ def make_notes(
     """What a LoRA's file says of itself: where it starts, for which step counts, on which base.
 
     ``tau`` is a grid timestep; ``guidance`` the range of the teacher's scale; ``base_digest`` that of
-    ``std_rt.core.digest.unet_digest``.
+    ``std_rt.core.base_model.unet_digest``.
     """
     timesteps = {str(count): trajectory_timesteps(eta, count, tau) for count in run_steps}
     return {
@@ -210,14 +211,11 @@ def save_lora(
     where the file cannot be written; an earlier one stands in both cases.
     """
     state = {_file_name(name): _stored(name, value, dtype) for name, value in tensors.items()}
-    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(state, partial, {**notes, **_adapter_notes(config)})
-        partial.replace(path)
+        with atomic_file(path) as partial:
+            save_file(state, partial, {**notes, **_adapter_notes(config)})
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
         reason = " ".join(str(error).split())
         raise RecipeError(
             f"{path} could not be written ({reason}); is the disk full? A file written before stands: "

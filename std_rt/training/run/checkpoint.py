@@ -8,10 +8,9 @@ file that was there before.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from std_rt.core.errors import RecipeError
+from std_rt.core.files import atomic_file
 
 __all__ = ["flatten_optimizer", "load_state", "restore_optimizer", "save_state", "unpacking"]
 
@@ -45,18 +45,12 @@ def save_state(
         for name, value in tensors.items()
     }
     note = json.dumps(meta, sort_keys=True)
-    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(own, partial, {NOTE: note})
-        with partial.open("r+b") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with atomic_file(path, durable=True) as partial:
+            save_file(own, partial, {NOTE: note})
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise RecipeError(_unwritten(path, last_good or path, error)) from None
-    _sync_folder(path.parent)
 
 
 def _unwritten(path: Path, last_good: Path, error: Exception) -> str:
@@ -71,17 +65,6 @@ def _unwritten(path: Path, last_good: Path, error: Exception) -> str:
         f"checkpoint {path} could not be written: {_one_line(error)}; the disk may be full or not "
         f"writable{room}, {stands}: free some room and run the same command again to continue"
     )
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have the new name reach the disk too; not every system can, and the file has it already."""
-    if os.name == "posix":
-        with suppress(OSError):
-            handle = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
 
 
 def _one_line(error: BaseException) -> str:

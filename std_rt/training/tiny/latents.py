@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from std_rt.core.errors import RecipeError
+from std_rt.core.files import atomic_file
 from std_rt.models.autoencoder import AutoencoderPixelShuffle
 from std_rt.training.data.picture_set import Frame, PictureSet
 from std_rt.training.distil.bank import Shape
@@ -136,9 +137,8 @@ def save_latents(latents: dict[str, list[Triple]], path: Path, made_from: str = 
                 *((f"s{j}", s) for j, s in enumerate(triple.s)),
             ):
                 flat[f"{kind}/{i:06d}/{name}"] = value.contiguous()
-    partial = path.with_suffix(".partial")
-    save_file(flat, partial, {"made_from": made_from})
-    partial.replace(path)
+    with atomic_file(path) as partial:
+        save_file(flat, partial, {"made_from": made_from})
 
 
 def latents_made_from(path: Path) -> str | None:

@@ -84,7 +84,9 @@ def test_what_is_written_is_the_state_at_the_call(tmp_path: Path) -> None:
 def test_a_partial_file_of_a_killed_run_does_not_matter(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     save_state(path, {"value": torch.ones(2)}, META)
-    (tmp_path / "state.safetensors.partial").write_bytes(b"\x99" * 1000)
+    left = tmp_path / ".state.0123abcd.part.safetensors"
+    left.write_bytes(b"\x99" * 1000)
+    os.utime(left, (0, 0))  # long ago
     assert torch.equal(load_state(path)[0]["value"], torch.ones(2))
     save_state(path, {"value": torch.zeros(2)}, META)
     assert torch.equal(load_state(path)[0]["value"], torch.zeros(2))
@@ -131,8 +133,8 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 import torch
-from std_rt.errors import RecipeError
-from std_rt.training.checkpoint import save_state
+from std_rt.core.errors import RecipeError
+from std_rt.training.run.checkpoint import save_state
 
 path = Path(sys.argv[1])
 save_state(path, {"value": torch.ones(10)}, {"step": 1})

@@ -305,7 +305,7 @@ def test_notes_and_weights_come_back(make: Make, tmp_path: Path) -> None:
     assert (adapter["unet.r"], adapter["unet.lora_alpha"]) == (4, 6)
     keys = load_file(path).keys()
     assert all(key.startswith("unet.") and ".default." not in key for key in keys)
-    assert not list(path.parent.glob("*.partial"))
+    assert not list(path.parent.glob(".*.part*"))
 
 
 def test_notes_say_where_the_trajectory_runs() -> None:

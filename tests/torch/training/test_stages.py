@@ -125,7 +125,7 @@ def test_nan_loss_stops_and_keeps_the_checkpoint(
         "std_rt.training.tiny.autoencoder_stage.reconstruction_loss",
         lambda output, *_: output.sum() * float("nan"),
     )
-    with pytest.raises(RecipeError, match="the loss is not a number at step 4; .* bf16 = false"):
+    with pytest.raises(RecipeError, match=r"the loss is not a number at step 4; .* bf16 = false"):
         train_autoencoder(config)
     assert (_checkpoint(tmp_path) / "shared.safetensors").read_bytes() == good
 

@@ -159,7 +159,8 @@ def test_a_bundle_with_a_file_missing(cli: Cli, own_bundle: Path, photo: Path, a
 def test_a_backend_that_is_not_installed(stylize: Cli, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from std_rt.engines import registry as base
 
-    monkeypatch.setitem(base.BACKENDS, "onnxruntime", ("no_such_module", (), "pip install '.[onnx]'"))
+    missing = base.BACKENDS["onnxruntime"]._replace(package="no_such_module")
+    monkeypatch.setitem(base.BACKENDS, "onnxruntime", missing)
     assert "pip install '.[onnx]'" in stylize(photo, "--backend", "onnxruntime").error
 
 

@@ -84,7 +84,8 @@ def test_doctor_shows_what_is_here_and_how_to_add_what_is_not(
 ) -> None:
     from std_rt.engines import registry as base
 
-    monkeypatch.setitem(base.BACKENDS, "onnxruntime", ("no_such_module", (), "pip install '.[onnx]'"))
+    missing = base.BACKENDS["onnxruntime"]._replace(package="no_such_module")
+    monkeypatch.setitem(base.BACKENDS, "onnxruntime", missing)
     result = cli("doctor")
     assert result.code in (0, 1)
     for words in (

@@ -61,6 +61,16 @@ def test_a_name_taken_by_a_folder_leaves_nothing_behind(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+def test_what_killed_writers_left_is_removed_after_a_day(tmp_path: Path) -> None:
+    old, new, other = (tmp_path / f".{name}.part.bin" for name in ("a.01234567", "a.89abcdef", "b.01234567"))
+    for path in (old, new, other):
+        path.touch()
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    write_bytes(tmp_path / "a.bin", b"", durable=True)
+    assert (old.exists(), new.exists(), other.exists()) == (False, True, True)
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, None])
 def test_a_full_disk_is_called_so(number: int | None) -> None:
     # NumPy's tofile gives no number.

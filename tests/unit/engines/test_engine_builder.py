@@ -32,7 +32,6 @@ from std_rt.engines.tensorrt.gpu_runner import RTX_BACKEND
 from std_rt.engines.tensorrt.onnx_to_engine import (
     RTX,
     TENSORRT,
-    BuildOptions,
     Phases,
     Product,
     build_engine,
@@ -127,7 +126,7 @@ def test_another_bundle_shape_option_or_file_is_another_engine(
     others = [
         builder.key(replace(encoder, key="another bundle")),
         builder.key(replace(encoder, shapes={"image": (2, 3, 32, 32)})),
-        EngineBuilder(trt, RTX, TARGETS, cache=cache, options=BuildOptions(tf32=False)).key(encoder),
+        EngineBuilder(trt, RTX, TARGETS, cache=cache, tf32=False).key(encoder),
         EngineBuilder(trt, RTX, ("sm89",), cache=cache).key(encoder),
         builder.key(replace(encoder, key="")),
     ]
@@ -311,10 +310,8 @@ def test_engines_of_tensorrt_are_bound_to_the_driver_and_those_of_rtx_are_not(en
     assert both == ["cuda 13.0", ""]
 
 
-def test_options_reach_the_builder(encoder: GraphSpec, tmp_path: Path) -> None:
-    options = BuildOptions(level=1, workspace_mb=64, tf32=False)
-    assert str(options) == "level=1 workspace_mb=64 tf32=False"
-    build_engine(trt, RTX, encoder, tmp_path / "engine", targets=TARGETS, options=options)
+def test_tf32_can_be_turned_off(encoder: GraphSpec, tmp_path: Path) -> None:
+    build_engine(trt, RTX, encoder, tmp_path / "engine", targets=TARGETS, tf32=False)
     assert (tmp_path / "engine").stat().st_size
 
 

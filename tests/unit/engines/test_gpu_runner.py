@@ -169,26 +169,6 @@ def test_a_stream_comes_out_as_from_the_host_from_its_first_run_on(gpu: Gpu, mod
             np.testing.assert_array_equal(carried[name], array)
 
 
-def test_a_capture_in_the_middle_of_a_stream_and_none_at_all_lose_nothing(gpu: Gpu) -> None:
-    program = _stream("residual")
-    runner, host, feeds = gpu.open(program), _on_host(program), _feeds(_stream("residual"))
-    runner.set(**feeds)
-    host.set(**feeds)
-    theirs = gpu.device.allocate(feeds["noise_0"].nbytes)
-    gpu.device.at(theirs, feeds["noise_0"].nbytes)[...] = feeds["noise_0"].reshape(-1).view(np.uint8)
-    for seed in range(6):
-        if seed == 2:
-            runner.place("noise_0", theirs)
-        if seed == 4:
-            gpu.trt.capturable = False
-            runner.set(**feeds | {"noise_0": feeds["noise_0"].copy()})
-            with pytest.warns(RuntimeWarning, match="cannot be captured in a CUDA graph"):
-                found = runner.run(_frame(program, seed))
-        else:
-            found = runner.run(_frame(program, seed))
-        np.testing.assert_array_equal(found, host.run(_frame(program, seed)))
-
-
 def test_a_stream_goes_over_from_the_host_to_the_gpu(gpu: Gpu) -> None:
     program = _stream("residual")
     coming, said = Future[Runner](), list[str]()
@@ -239,30 +219,6 @@ def test_new_feeds_are_seen_without_a_new_capture_and_the_same_array_is_not_copi
     assert "put" not in gpu.device.log
     _test_equal(runner, program, 1)
     assert "capture" not in gpu.device.log
-
-
-def test_another_address_is_captured_anew_and_given_up_by_set(gpu: Gpu) -> None:
-    program = _program()
-    runner = gpu.open(program)
-    feeds, other, frame = _feeds(program), _feeds(program, 1)["style_tokens"], _frame(program)
-    runner.set(**feeds)
-    before = runner.run(frame)
-    theirs = gpu.device.allocate(other.nbytes)
-    gpu.device.at(theirs, other.nbytes)[...] = other.reshape(-1).view(np.uint8)
-    runner.place("style_tokens", theirs)
-    gpu.device.log.clear()
-    placed = runner.run(frame)
-    assert gpu.device.log.count("capture") == gpu.device.log.count("drop_graph") == 1
-    assert len(gpu.device.graphs) == 1
-
-    host = _on_host(program)
-    host.set(**feeds | {"style_tokens": other})
-    np.testing.assert_array_equal(placed, host.run(frame))
-    runner.set(**feeds)
-    np.testing.assert_array_equal(runner.run(frame), before)
-    np.testing.assert_array_equal(gpu.device.at(theirs, other.nbytes), other.reshape(-1).view(np.uint8))
-    with pytest.raises(BackendError, match="no feed 'timestep_0'"):
-        runner.place("timestep_0", theirs)
 
 
 def test_engines_of_equal_shapes_are_one_and_all_share_the_largest_working_memory(gpu: Gpu) -> None:
