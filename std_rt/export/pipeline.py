@@ -21,6 +21,7 @@ from std_rt.core.model_card import licence
 from std_rt.core.schedule import NoiseSchedule
 from std_rt.export.components import (
     Network,
+    check_part,
     load_part,
     plain_config,
     quiet,
@@ -203,6 +204,9 @@ def read_source(options: ExportOptions) -> Source:
         unet = resolve("unet", config["_class_name"]).from_config(config)
     vae_config = read_config("vae", options.vae or folder / "vae")
     roles = text_roles(folder)
+    check_part("vae", options.vae or folder / "vae")
+    for role in ("unet", *roles):
+        check_part(role, folder / role)
     for path, _ in options.lora:
         check_lora({"unet": unet}, path, elsewhere=roles)
     adapter = options.ip_adapter or folder / "ip_adapter.safetensors"
@@ -212,7 +216,7 @@ def read_source(options: ExportOptions) -> Source:
             "give --ip-adapter ip-adapter-plus_*.safetensors"
         )
     encoder = _encoder_folder(options, adapter)
-    own = read_config("image_encoder", encoder).get("_class_name") == "StyleEncoder"
+    own = check_part("image_encoder", encoder) is StyleEncoder
     if not own:
         check_encoder(adapter, encoder)
     layout, layers = choose_layers(unet, options.style_layers, own_encoder=own)

@@ -2,10 +2,10 @@
 
     quantize_bundle(load_bundle("std-tiny"), Path("engines/std-tiny-int8"))
 
-Needs ``std-rt[int8]``. Activations are calibrated on what the graphs see in use: states on the bundle's own trajectory, from tau
-down, of pictures under real style tokens, at every step count that the bundle allows. Then pictures and
-styles that calibration has not seen are stylized in float and in int8 and compared: layers that cost too
-much stay in float, and a bundle that still differs is not written.
+Needs ``std-rt[int8]``. Activations are calibrated on what the graphs see in use: states on the bundle's own
+trajectory, from tau down, of pictures under real style tokens, at every step count that the bundle allows.
+Then pictures and styles that calibration has not seen are stylized in float and in int8 and compared: layers
+that cost too much stay in float, and a bundle that still differs is not written.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""Prompts at run time: CLIP's tokenizer and the bundle's text encoders, without transformers.
+"""The text encoder at run time: CLIP's tokenizer and the bundle's text encoders, without transformers.
 
     encoder = TextEncoder(bundle, open_graph)
     encoder.encode("ink on paper, (bold lines:1.2)", "photo")  # the UNet's text inputs
 
-Needs the ``tokenizers`` package (``pip install 'std-rt[text]'``). A bundle whose prompt is baked in needs
-none of this.
+Needs the ``tokenizers`` package (extra ``[text]``). A bundle with a baked-in prompt does not need it.
 """
 
 from __future__ import annotations

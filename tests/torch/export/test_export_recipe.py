@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import tomllib
 from pathlib import Path
 
 import pytest
+import typer
 
 pytest.importorskip("torch")
 
-from std_rt.cli.app import export
+from std_rt.cli.app import app
 from std_rt.core.bundle import load_bundle
 from std_rt.core.errors import ExportError
 from std_rt.export import options as options_module
@@ -42,8 +42,10 @@ def test_there_is_one_for_sdxl_and_one_for_the_built_in_model() -> None:
 
 def test_every_option_of_the_command_has_a_key() -> None:
     """But for those that are about one run: ``--yes`` and ``--overwrite``."""
-    flags = set(inspect.signature(export).parameters) - {"yes", "overwrite", "negative"}
-    assert set(options_module._Recipe.__struct_fields__) == flags | {"negative_prompt"}
+    command = typer.main.get_command(app).commands["export"]  # type: ignore[attr-defined]
+    names = {next((o for o in p.opts if o.startswith("--")), f"--{p.name}") for p in command.params}
+    flags = {name.removeprefix("--").replace("-", "_") for name in names} - {"yes", "overwrite", "help"}
+    assert set(options_module._Recipe.__struct_fields__) == flags
 
 
 def test_only_what_the_file_states_is_returned(tmp_path: Path) -> None:
