@@ -10,9 +10,12 @@ import typer
 
 pytest.importorskip("torch")
 
+from typer.testing import CliRunner
+
 from std_rt.cli.app import app
 from std_rt.core.bundle import load_bundle
 from std_rt.core.errors import ExportError
+from std_rt.export import export_pipeline
 from std_rt.export import options as options_module
 from std_rt.export.options import load_recipe
 from std_rt.export.profiles import PROFILES
@@ -95,3 +98,19 @@ def test_the_built_in_recipe_has_the_built_in_schedule() -> None:
     assert sorted(map(int, bundle.manifest["schedule"]["steps"])) == sorted(recipe["steps"])
     assert bundle.manifest["schedule"]["eta"] == recipe["eta"]
     assert bundle.manifest["size"]["default"] == [recipe["size"]] * 2
+
+
+@pytest.mark.long
+def test_the_built_in_bundle_is_made_again(tmp_path: Path) -> None:
+    """From what `std-rt bundles unpack` gives back: the same graphs and weights, byte for byte."""
+    built_in = load_bundle(None)
+    asked = ["bundles", "unpack", built_in.name, "-o", str(tmp_path / "pipeline")]
+    assert CliRunner().invoke(app, asked).exit_code == 0
+    recipe = load_recipe(RECIPES[1]) | {"source": tmp_path / "pipeline", "output": tmp_path / "out"}
+    made = export_pipeline(**recipe | {"size": (recipe["size"],) * 2, "steps": tuple(recipe["steps"])})
+    digests = [
+        {name: entry["sha256"] for name, entry in bundle.manifest["files"].items() if name != "reference.npz"}
+        for bundle in (made, built_in)
+    ]
+    assert digests[0] == digests[1]
+    assert made.manifest["schedule"] == built_in.manifest["schedule"]
