@@ -130,17 +130,8 @@ class Source:
         return self._fused("unet", load_part("unet", self.folder / "unet"))
 
     def load_vae(self) -> Network:
-        """Raises ExportError where it has latents that the UNet does not take."""
-        vae = load_part("vae", self.vae_folder)
-        given, taken = vae.config.latent_channels, self.unet.config.in_channels
-        if given != taken:
-            raise ExportError(
-                f"the VAE has {given} latent channels, the UNet {taken}; give the matching one with --vae"
-            )
-        for key in ("latents_mean", "latents_std"):
-            if getattr(vae.config, key, None) is not None:
-                raise ExportError(f"the VAE has {key}, which std-rt does not export")
-        return vae
+        """The VAE of `vae_folder`."""
+        return load_part("vae", self.vae_folder)
 
     def load_text_encoder(self, role: str) -> Network:
         """``text_encoder`` or ``text_encoder_2``, with LoRAs fused."""
@@ -203,8 +194,9 @@ def read_source(options: ExportOptions) -> Source:
     with torch.device("meta"), quiet("diffusers"):
         unet = resolve("unet", config["_class_name"]).from_config(config)
     vae_config = read_config("vae", options.vae or folder / "vae")
-    roles = text_roles(folder)
     check_part("vae", options.vae or folder / "vae")
+    _check_vae(vae_config, taken=unet.config.in_channels)
+    roles = text_roles(folder)
     for role in ("unet", *roles):
         check_part(role, folder / role)
     for path, _ in options.lora:
@@ -237,6 +229,18 @@ def _check_unet(config: dict[str, Any]) -> None:
     for key in _UNSUPPORTED:
         if np.any(config.get(key) or False):
             raise ExportError(f"the UNet has {key} {config[key]!r}, which std-rt does not export")
+
+
+def _check_vae(config: Mapping[str, Any], taken: int) -> None:
+    """Raise ExportError unless the VAE has the latents that the UNet takes: so many channels, scaled alike."""
+    given = config.get("latent_channels", 4)
+    if given != taken:
+        raise ExportError(
+            f"the VAE has {given} latent channels, the UNet {taken}; give the matching one with --vae"
+        )
+    for key in ("latents_mean", "latents_std"):
+        if config.get(key) is not None:
+            raise ExportError(f"the VAE has {key}, which std-rt does not export")
 
 
 def _encoder_folder(options: ExportOptions, adapter: Path) -> Path:
