@@ -195,7 +195,7 @@ def read_source(options: ExportOptions) -> Source:
         unet = resolve("unet", config["_class_name"]).from_config(config)
     vae_config = read_config("vae", options.vae or folder / "vae")
     check_part("vae", options.vae or folder / "vae")
-    _check_vae(vae_config, taken=unet.config.in_channels)
+    _check_vae(vae_config, taken=unet.config.out_channels)
     roles = text_roles(folder)
     for role in ("unet", *roles):
         check_part(role, folder / role)
@@ -232,7 +232,7 @@ def _check_unet(config: dict[str, Any]) -> None:
 
 
 def _check_vae(config: Mapping[str, Any], taken: int) -> None:
-    """Raise ExportError unless the VAE has the latents that the UNet takes: so many channels, scaled alike."""
+    """Raise ExportError unless the VAE's latents are those of the UNet: ``taken`` channels, one scale."""
     given = config.get("latent_channels", 4)
     if given != taken:
         raise ExportError(
