@@ -57,8 +57,11 @@ TEXT_ROLES = ("text_encoder", "text_encoder_2")
 def quiet(*loggers: str) -> Iterator[None]:
     """No warnings, no output, and nothing from the named loggers; exceptions pass.
 
-    For libraries that report to their developers what no user can act on.
+    For libraries that report to their developers what no user can act on. Their progress bars, over a few
+    milliseconds for each part, would bury ours, and stay off.
     """
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     found = [logging.getLogger(name) for name in loggers]
     before = [logger.level for logger in found]
     for logger in found:
@@ -127,11 +130,9 @@ def load_part(role: str, folder: Path) -> Network:
         options |= {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
     if all(".fp16" in path.name for path in folder.glob("*.safetensors")):  # as in many folders from the hub
         options["variant"] = "fp16"
-    # Bars over a few milliseconds, one for each part, would bury ours.
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
     try:
-        return kind.from_pretrained(folder, **options).float().eval().requires_grad_(False)
+        with quiet():
+            return kind.from_pretrained(folder, **options).float().eval().requires_grad_(False)
     except (OSError, ValueError, RuntimeError) as error:
         raise ExportError(
             f"{role} in {folder} cannot be loaded: {' '.join(str(error).split())[:300]}"
