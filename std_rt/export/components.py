@@ -29,6 +29,7 @@ __all__ = [
     "CLASSES",
     "TEXT_ROLES",
     "Network",
+    "check_part",
     "load_part",
     "plain_config",
     "quiet",
@@ -56,8 +57,11 @@ TEXT_ROLES = ("text_encoder", "text_encoder_2")
 def quiet(*loggers: str) -> Iterator[None]:
     """No warnings, no output, and nothing from the named loggers; exceptions pass.
 
-    For libraries that report to their developers what no user can act on.
+    For libraries that report to their developers what no user can act on. Their progress bars, over a few
+    milliseconds for each part, would bury ours, and stay off.
     """
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     found = [logging.getLogger(name) for name in loggers]
     before = [logger.level for logger in found]
     for logger in found:
@@ -104,29 +108,31 @@ def text_roles(pipeline: Path) -> tuple[str, ...]:
     return tuple(role for role in TEXT_ROLES if (pipeline / role / "config.json").is_file())
 
 
-def load_part(role: str, folder: Path) -> Network:
-    """One part in fp32, ready for inference. Raises ExportError."""
+def check_part(role: str, folder: Path) -> Any:
+    """The class of a part, whose weights are there and whole but not read. Raises ExportError."""
     config = read_config(role, folder)
-    name = config.get("_class_name") or (config.get("architectures") or ["none"])[0]
-    kind = resolve(role, name)
-    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
-    if name.startswith("CLIP"):
-        options |= {"dtype": torch.float32, "attn_implementation": "eager"}
-    else:
-        options |= {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+    kind = resolve(role, config.get("_class_name") or (config.get("architectures") or ["none"])[0])
     check_weights(folder)
-    files = list(folder.glob("*.safetensors"))
-    if not files:
+    if not list(folder.glob("*.safetensors")):
         raise ExportError(
             f"no .safetensors weights in {folder}; convert .bin weights with save_pretrained first"
         )
-    if all(".fp16" in path.name for path in files):  # as in many folders from the hub
+    return kind
+
+
+def load_part(role: str, folder: Path) -> Network:
+    """One part in fp32, ready for inference. Raises ExportError."""
+    kind = check_part(role, folder)
+    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
+    if kind.__name__.startswith("CLIP"):
+        options |= {"dtype": torch.float32, "attn_implementation": "eager"}
+    else:
+        options |= {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+    if all(".fp16" in path.name for path in folder.glob("*.safetensors")):  # as in many folders from the hub
         options["variant"] = "fp16"
-    # Bars over a few milliseconds, one for each part, would bury ours.
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
     try:
-        return kind.from_pretrained(folder, **options).float().eval().requires_grad_(False)
+        with quiet():
+            return kind.from_pretrained(folder, **options).float().eval().requires_grad_(False)
     except (OSError, ValueError, RuntimeError) as error:
         raise ExportError(
             f"{role} in {folder} cannot be loaded: {' '.join(str(error).split())[:300]}"

@@ -249,8 +249,8 @@ class ClipStyleEncoder(nn.Module):
     def forward(self, style_image: Tensor) -> Tensor:
         """``[B, 3, S, S]`` in [-1, 1] -> ``[B, T, D]``."""
         pixels = (style_image * self.gain + self.offset).to(self.dtype)
-        seen = self.module["image_encoder"](pixels, output_hidden_states=self.reads_hidden)
-        features = seen.hidden_states[-2] if self.reads_hidden else seen.image_embeds
+        encoded = self.module["image_encoder"](pixels, output_hidden_states=self.reads_hidden)
+        features = encoded.hidden_states[-2] if self.reads_hidden else encoded.image_embeds
         tokens: Tensor = self.module["image_proj"](features)
         return tokens.float()
 
@@ -260,15 +260,12 @@ class ClipStyleEncoder(nn.Module):
         The plain projection gets a zero embedding instead.
         """
         encoder: Network = self.module["image_encoder"]
-        projection = self.module["image_proj"]
-        if not self.reads_hidden:
-            zeros = torch.zeros(1, encoder.config.projection_dim)
-            found: Tensor = projection(zeros)
-            return found
-        side = encoder.config.image_size
-        hidden = encoder(torch.zeros(1, 3, side, side), output_hidden_states=True).hidden_states[-2]
-        found = projection(hidden)
-        return found
+        features, side = torch.zeros(1, encoder.config.projection_dim), encoder.config.image_size
+        if self.reads_hidden:
+            pixels = torch.zeros(1, 3, side, side)
+            features = encoder(pixels, output_hidden_states=True).hidden_states[-2]
+        tokens: Tensor = self.module["image_proj"](features)
+        return tokens
 
 
 class ClipText(nn.Module):
@@ -295,27 +292,19 @@ class ClipText(nn.Module):
         """See the class."""
         # CLIPTextModel has its layers itself in transformers 5 and one level down in 4.
         model: Network = getattr(self.module, "text_model", self.module)
-        hidden = _embed(model.embeddings, input_ids)
+        positions: Tensor = model.embeddings.position_embedding.weight[: input_ids.shape[1]]
+        hidden: Tensor = model.embeddings.token_embedding(input_ids) + positions
         mask = self.get_buffer("mask").to(hidden.dtype)
         for layer in model.encoder.layers[:-1]:
             hidden = _layer(layer, hidden, mask)
         if not self.projects:
             return hidden.float()
         last = model.final_layer_norm(_layer(model.encoder.layers[-1], hidden, mask))
-        pooled = self.module.text_projection(self._at_end(last, input_ids))
-        return hidden.float(), pooled.float()
-
-    def _at_end(self, last: Tensor, input_ids: Tensor) -> Tensor:
-        """``[B, L, D]`` -> ``[B, D]``. Ids are exact in float32; not every runtime has argmax of integers."""
+        # Ids are exact in float32, and not every runtime has argmax of integers.
         end = input_ids if self.end == _LEGACY_END else input_ids == self.end
-        position = end.float().argmax(1)[:, None, None]
-        return torch.gather(last, 1, position.expand(-1, 1, last.shape[2])).squeeze(1)
-
-
-def _embed(embeddings: Network, input_ids: Tensor) -> Tensor:
-    places: Tensor = embeddings.position_embedding.weight[: input_ids.shape[1]]
-    words: Tensor = embeddings.token_embedding(input_ids)
-    return words + places
+        position = end.float().argmax(1)[:, None, None].expand(-1, 1, last.shape[2])
+        pooled: Tensor = self.module.text_projection(torch.gather(last, 1, position).squeeze(1))
+        return hidden.float(), pooled.float()
 
 
 def _layer(layer: Network, hidden: Tensor, mask: Tensor) -> Tensor:

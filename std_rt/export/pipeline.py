@@ -21,6 +21,7 @@ from std_rt.core.files import file_digest
 from std_rt.core.schedule import NoiseSchedule
 from std_rt.export.components import (
     Network,
+    check_part,
     load_part,
     plain_config,
     quiet,
@@ -129,17 +130,8 @@ class Source:
         return self._fused("unet", load_part("unet", self.folder / "unet"))
 
     def load_vae(self) -> Network:
-        """Raises ExportError where it has latents that the UNet does not take."""
-        vae = load_part("vae", self.vae_folder)
-        given, taken = vae.config.latent_channels, self.unet.config.in_channels
-        if given != taken:
-            raise ExportError(
-                f"the VAE has {given} latent channels, the UNet {taken}; give the matching one with --vae"
-            )
-        for key in ("latents_mean", "latents_std"):
-            if getattr(vae.config, key, None) is not None:
-                raise ExportError(f"the VAE has {key}, which std-rt does not export")
-        return vae
+        """The VAE of `vae_folder`."""
+        return load_part("vae", self.vae_folder)
 
     def load_text_encoder(self, role: str) -> Network:
         """``text_encoder`` or ``text_encoder_2``, with LoRAs fused."""
@@ -202,7 +194,11 @@ def read_source(options: ExportOptions) -> Source:
     with torch.device("meta"), quiet("diffusers"):
         unet = resolve("unet", config["_class_name"]).from_config(config)
     vae_config = read_config("vae", options.vae or folder / "vae")
+    check_part("vae", options.vae or folder / "vae")
+    _check_vae(vae_config, taken=unet.config.out_channels)
     roles = text_roles(folder)
+    for role in ("unet", *roles):
+        check_part(role, folder / role)
     for path, _ in options.lora:
         check_lora({"unet": unet}, path, elsewhere=roles)
     adapter = options.ip_adapter or folder / "ip_adapter.safetensors"
@@ -212,7 +208,7 @@ def read_source(options: ExportOptions) -> Source:
             "give --ip-adapter ip-adapter-plus_*.safetensors"
         )
     encoder = _encoder_folder(options, adapter)
-    own = read_config("image_encoder", encoder).get("_class_name") == "StyleEncoder"
+    own = check_part("image_encoder", encoder) is StyleEncoder
     if not own:
         check_encoder(adapter, encoder)
     layout, layers = choose_layers(unet, options.style_layers, own_encoder=own)
@@ -233,6 +229,18 @@ def _check_unet(config: dict[str, Any]) -> None:
     for key in _UNSUPPORTED:
         if np.any(config.get(key) or False):
             raise ExportError(f"the UNet has {key} {config[key]!r}, which std-rt does not export")
+
+
+def _check_vae(config: Mapping[str, Any], taken: int) -> None:
+    """Raise ExportError unless the VAE's latents are those of the UNet: ``taken`` channels, one scale."""
+    given = config.get("latent_channels", 4)
+    if given != taken:
+        raise ExportError(
+            f"the VAE has {given} latent channels, the UNet {taken}; give the matching one with --vae"
+        )
+    for key in ("latents_mean", "latents_std"):
+        if config.get(key) is not None:
+            raise ExportError(f"the VAE has {key}, which std-rt does not export")
 
 
 def _encoder_folder(options: ExportOptions, adapter: Path) -> Path:

@@ -10,8 +10,7 @@ same. A graph that computes in halves reads its weights as they are.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,46 +105,19 @@ def _match_all(model: ir.Model, arrays: dict[str, Array]) -> dict[str, _Match]:
     by_size: dict[int, list[str]] = {}
     for key, array in arrays.items():
         by_size.setdefault(array.size, []).append(key)
-    memory = _Memory(arrays)
     types = {ir.DataType.from_numpy(dtype) for dtype in _TYPES}
     found: dict[str, _Match] = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if tensor is None or value.dtype not in types or tensor.size <= INLINE_ELEMENTS:
             continue
-        array = np.asarray(tensor.numpy())
-        match = memory.find(array) or _look_up(name, array, arrays, by_size)
+        array = np.ascontiguousarray(tensor.numpy())  # or every reshape below would copy
+        match = _look_up(name, array, arrays, by_size)
         if match is None:
             arrays[_CONSTANT + name] = array
             match = _Match(_CONSTANT + name, False, 0, array.shape[0])
         found[name] = match
     return found
-
-
-class _Memory:
-    """Whose memory an array lies in: the exporter hands on views of the module's own tensors.
-
-    Whole, transposed, or some rows of one: nearly always this answers, and nothing needs comparing.
-    """
-
-    def __init__(self, arrays: Mapping[str, Array]) -> None:
-        self._arrays = dict(arrays)
-        self._places = sorted((array.ctypes.data, key) for key, array in arrays.items() if array.ndim)
-
-    def find(self, array: Array) -> _Match | None:
-        """A match where ``array`` is a view of whole rows."""
-        transposed = array.ndim == 2 and not array.flags.c_contiguous
-        flat = array.T if transposed else array
-        at = bisect_right(self._places, (array.ctypes.data, chr(0x10FFFF))) - 1
-        if at < 0 or not flat.flags.c_contiguous:
-            return None
-        address, key = self._places[at]
-        owner = self._arrays[key]
-        row = owner.itemsize * math.prod(owner.shape[1:])
-        (start, rest), (rows, part) = divmod(array.ctypes.data - address, row), divmod(array.nbytes, row)
-        inside = not rest and not part and start + rows <= owner.shape[0] and owner.dtype == array.dtype
-        fits = not transposed or flat.shape[1:] == owner.shape[1:]
-        return _Match(key, transposed, start, start + rows) if inside and fits and rows else None
 
 
 def _look_up(
@@ -157,19 +129,14 @@ def _look_up(
         return _Match(own, False, 0, len(arrays[own]))
     for parts in (1, 2):
         for key in by_size.get(array.size * parts, []):
-            for start, part in _cut(arrays[key], parts):
+            rows, rest = divmod(arrays[key].shape[0] if arrays[key].ndim else 0, parts)
+            for start in range(0, rows * parts, rows) if rows and not rest else ():
+                part = arrays[key][start : start + rows]
                 if _same(part, array):
-                    return _Match(key, False, start, start + len(part))
+                    return _Match(key, False, start, start + rows)
                 if part.ndim == 2 and part.T.shape == array.shape and _same(part.T, array):
-                    return _Match(key, True, start, start + len(part))
+                    return _Match(key, True, start, start + rows)
     return None
-
-
-def _cut(array: Array, parts: int) -> Iterator[tuple[int, Array]]:
-    """(first row, rows) of each part along the first axis; nothing where it does not divide."""
-    rows, rest = divmod(array.shape[0] if array.ndim else 0, parts)
-    if rows and not rest:
-        yield from ((start, array[start : start + rows]) for start in range(0, rows * parts, rows))
 
 
 def _same(part: Array, array: Array) -> bool:

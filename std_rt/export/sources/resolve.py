@@ -14,7 +14,7 @@ from pathlib import Path
 from std_rt.core.base_model import licence
 from std_rt.core.errors import ExportError
 from std_rt.export.components import read_json
-from std_rt.export.ip_adapter import check_encoder, projection_reads
+from std_rt.export.ip_adapter import projection_reads
 from std_rt.export.profiles import PROFILES, find_profile
 from std_rt.export.sources.hub import (
     MODEL_ROLES,
@@ -30,7 +30,6 @@ from std_rt.export.sources.hub import (
     read_small,
 )
 from std_rt.export.sources.single_file import check_single_file, convert_single_file
-from std_rt.export.sources.weight_files import check_weights
 
 __all__ = ["Origin", "Sources", "resolve_sources"]
 
@@ -105,9 +104,8 @@ def resolve_sources(
     ``base`` is a hub id (``owner/name[@revision]``), a diffusers folder or a ``.safetensors`` checkpoint;
     None is the published recipe, in which every flag given replaces its part. ``loras`` are files or
     ``owner/name:file``, each with ``:scale`` or without. ``config`` is the pipeline whose configs a
-    checkpoint takes. ``say`` gets a line on what is fetched, ``confirm`` is asked once before it (False ends
-    the export).
-    Raises ExportError with one line.
+    checkpoint takes. ``say`` gets a line on what is fetched, ``confirm`` is asked once before (False ends
+    it). What is in the files is checked by the export itself. Raises ExportError with one line.
     """
     if profile:
         find_profile(profile)  # a wrong name is said before anything is fetched
@@ -194,7 +192,6 @@ class _Resolver:
         folder = base.path
         if configs is not None:
             folder = convert_single_file(base.path, configs.path, self.say, own_vae=asked.vae is None)
-        _check_all(folder, adapter, encoder, vae)
         return Sources(
             folder,
             tuple((place.path, scale) for place, (_, scale) in zip(loras, asked.loras, strict=True)),
@@ -344,23 +341,6 @@ def _only_weights(listing: Listing, flag: str) -> str:
     raise ExportError(
         f"{flag} {listing.ref.repo} has {len(found)} files; give one as {listing.ref.repo}:{found[0]}"
     )
-
-
-def _check_all(folder: Path, adapter: _Place | None, encoder: _Place | None, vae: _Place | None) -> None:
-    """Raise ExportError where a file is damaged or missing, or the adapter cannot read the encoder."""
-    models = [folder / role for role in MODEL_ROLES] + [place.path for place in (encoder, vae) if place]
-    for model in models:
-        check_weights(model)
-    if adapter is None:
-        return
-    for place in (
-        encoder.path if encoder else None,
-        folder / "image_encoder",
-        adapter.path.parent / "image_encoder",
-    ):
-        if place is not None and (place / "config.json").is_file():
-            check_encoder(adapter.path, place)
-            return
 
 
 def _origin(place: _Place) -> Origin:

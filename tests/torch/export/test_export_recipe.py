@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import tomllib
 from pathlib import Path
 
 import pytest
+import typer
 
 pytest.importorskip("torch")
 
-from std_rt.cli.app import export
+from typer.testing import CliRunner
+
+from std_rt.cli.app import app
 from std_rt.core.bundle import load_bundle
 from std_rt.core.errors import ExportError
+from std_rt.export import export_pipeline
 from std_rt.export import options as options_module
 from std_rt.export.options import load_recipe
 from std_rt.export.profiles import PROFILES
@@ -42,8 +45,10 @@ def test_there_is_one_for_sdxl_and_one_for_the_built_in_model() -> None:
 
 def test_every_option_of_the_command_has_a_key() -> None:
     """But for those that are about one run: ``--yes`` and ``--overwrite``."""
-    flags = set(inspect.signature(export).parameters) - {"yes", "overwrite", "negative"}
-    assert set(options_module._Recipe.__struct_fields__) == flags | {"negative_prompt"}
+    command = typer.main.get_command(app).commands["export"]  # type: ignore[attr-defined]
+    names = {next((o for o in p.opts if o.startswith("--")), f"--{p.name}") for p in command.params}
+    flags = {name.removeprefix("--").replace("-", "_") for name in names} - {"yes", "overwrite", "help"}
+    assert set(options_module._Recipe.__struct_fields__) == flags
 
 
 def test_only_what_the_file_states_is_returned(tmp_path: Path) -> None:
@@ -93,3 +98,19 @@ def test_the_built_in_recipe_has_the_built_in_schedule() -> None:
     assert sorted(map(int, bundle.manifest["schedule"]["steps"])) == sorted(recipe["steps"])
     assert bundle.manifest["schedule"]["eta"] == recipe["eta"]
     assert bundle.manifest["size"]["default"] == [recipe["size"]] * 2
+
+
+@pytest.mark.long
+def test_the_built_in_bundle_is_made_again(tmp_path: Path) -> None:
+    """From what `std-rt bundles unpack` gives back: the same graphs and weights, byte for byte."""
+    built_in = load_bundle(None)
+    asked = ["bundles", "unpack", built_in.name, "-o", str(tmp_path / "pipeline")]
+    assert CliRunner().invoke(app, asked).exit_code == 0
+    recipe = load_recipe(RECIPES[1]) | {"source": tmp_path / "pipeline", "output": tmp_path / "out"}
+    made = export_pipeline(**recipe | {"size": (recipe["size"],) * 2, "steps": tuple(recipe["steps"])})
+    digests = [
+        {name: entry["sha256"] for name, entry in bundle.manifest["files"].items() if name != "reference.npz"}
+        for bundle in (made, built_in)
+    ]
+    assert digests[0] == digests[1]
+    assert made.manifest["schedule"] == built_in.manifest["schedule"]

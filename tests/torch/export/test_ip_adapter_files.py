@@ -195,7 +195,7 @@ def _wide(state: dict[str, Tensor], width: int) -> dict[str, Tensor]:
         ),
         (
             lambda s: s | {"conv.weight": torch.zeros(2)},
-            r"is no IP-Adapter file: it has a key 'conv\.weight'",
+            r"is not an IP-Adapter file: it has a key 'conv\.weight'",
         ),
     ],
 )

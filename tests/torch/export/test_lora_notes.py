@@ -15,11 +15,11 @@ from support.pipelines import write_lora
 from std_rt.cli.app import main
 from std_rt.core.base_model import unet_digest
 from std_rt.core.errors import ExportError
-from std_rt.core.schedule import NoiseSchedule, trajectory_timesteps
+from std_rt.core.schedule import NoiseSchedule
 from std_rt.export import export_pipeline
 from std_rt.export.lora import fuse_lora, read_metadata, source_digest
 from std_rt.export.options import ExportOptions
-from std_rt.export.profiles import PROFILES, REFUSED, find_profile
+from std_rt.export.profiles import PROFILES
 from std_rt.export.trajectory import (
     LoraNotes,
     Trajectory,
@@ -184,16 +184,6 @@ def test_profiles_of_full_range_loras_take_any_eta(options: Any) -> None:
     trajectory, _ = chosen(options(profile="lcm", eta=0.5, steps=(2,)), {})
     assert trajectory == Trajectory(0.5, 499, (2,), 1.0, "lcm")
     assert chosen(options(profile="tcd"), {})[0].gamma == 0.3
-
-
-def test_every_profile_is_a_schedule_and_no_name_is_twice() -> None:
-    assert not set(PROFILES) & set(REFUSED)
-    for profile in PROFILES.values():
-        for count in profile.steps:
-            assert len(trajectory_timesteps(profile.eta, count, profile.tau)) == count
-    for name in REFUSED:
-        with pytest.raises(ExportError, match="cannot be exported: it "):
-            find_profile(name)
 
 
 def test_the_stochasticity_of_lcm_reaches_the_manifest(options: Any) -> None:

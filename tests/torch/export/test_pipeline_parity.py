@@ -123,7 +123,9 @@ def stylized(bundle: Bundle, noise: np.ndarray) -> Frame:
         return stylizer.step(CONTENT, State(0, 0, noise))[0]
 
 
-@pytest.mark.parametrize(("compute", "floor_db"), [("fp32", 60), ("fp16", 35), ("bf16", 28)])
+@pytest.mark.parametrize(
+    ("compute", "floor_db"), [("fp32", 60), ("fp16", 35), pytest.param("bf16", 28, marks=pytest.mark.long)]
+)
 def test_a_bundle_paints_what_diffusers_paints(
     compute: str,
     floor_db: float,

@@ -44,15 +44,6 @@ def test_asked_for_diffusers_it_is_the_img2img_pipeline(profile: Profile) -> Non
             compare(profile.in_diffusers, "epsilon", steps, profile.eta, profile.gamma)
 
 
-def test_published_std_loras_start_where_they_were_trained() -> None:
-    found = {
-        p.name: schedule_rows(SCHEDULE, p.schedule, p.eta, p.tau, 8)[0].timestep
-        for p in ALL
-        if p.name.startswith("std")
-    }
-    assert found == {"std-0.65": 679, "std-0.75": 779, "std-0.85": 879, "std-0.95": 979}
-
-
 @pytest.mark.parametrize(
     ("profile", "timesteps"),
     [

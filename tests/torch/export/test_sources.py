@@ -19,6 +19,7 @@ from support.pipelines import write_lora, write_tiny_vae
 
 from std_rt.core.errors import ExportError
 from std_rt.export.options import ExportOptions
+from std_rt.export.pipeline import read_source
 from std_rt.export.sources import resolve as sources_module
 from std_rt.export.sources.resolve import BASE, IP_ADAPTERS, VAES, Sources, resolve_sources
 from std_rt.export.sources.weight_files import check_weights
@@ -186,13 +187,13 @@ def test_an_encoder_of_another_width_is_named(hub: FakeHub, clip_source: Path, t
     shutil.copytree(clip_source / "image_encoder", other)
     config = json.loads((other / "config.json").read_text(encoding="utf-8"))
     (other / "config.json").write_text(json.dumps(config | {"hidden_size": 1664}), encoding="utf-8")
+    adapter = str(clip_source / "ip_adapter.safetensors")
+    found = resolve_sources(str(clip_source), ip_adapter=adapter, image_encoder=str(other))
     with pytest.raises(
         ExportError,
         match=r"ip_adapter.* reads hidden vectors of 24, .*bigg gives 1664 \(ViT-bigG\); give --image-enc",
     ):
-        resolve_sources(
-            str(clip_source), ip_adapter=str(clip_source / "ip_adapter.safetensors"), image_encoder=str(other)
-        )
+        read_source(options(found, tmp_path / "out"))
 
 
 def test_a_checkpoint_takes_the_configs_of_the_base(hub: FakeHub, clip_source: Path, tmp_path: Path) -> None:
@@ -314,7 +315,7 @@ def test_a_wrong_header_is_named_before_anything_is_loaded(
     with pytest.raises(
         ExportError, match=r"vae/diffusion_pytorch_model\.safetensors cannot be read: it is no"
     ) as caught:
-        resolve_sources(str(source))
+        read_source(options(resolve_sources(str(source)), tmp_path / "out"))
     assert "\n" not in str(caught.value)
 
 
