@@ -1,8 +1,8 @@
 """`std-rt bench --live`: the latency contract on a generated clip that stands in for a camera.
 
-A clip of 640 x 480 px and 30 fps plays in real time; frames are decoded, painted and presented to nobody,
-and a style is changed with a crossfade every few seconds. The last line printed is the report of
-`stream.meter`.
+A clip of 640 x 480 px and 30 fps plays in real time through a live session; its frames are decoded and
+painted but shown nowhere, and the style changes with a crossfade every few seconds. The last line printed
+is the report of `std_rt.live.metrics`.
 """
 
 from __future__ import annotations
@@ -54,51 +54,54 @@ def run(engine: EngineSettings, live: Settings, plan: Plan) -> None:
 def _play(engine: EngineSettings, live: Settings, plan: Plan) -> dict[str, Any]:
     console = Console(stderr=True)
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(TemporaryDirectory()))
-        clip = folder / "moving.mp4"
+        clip = Path(stack.enter_context(TemporaryDirectory())) / "moving.mp4"
         with console.status("rendering a clip"):
             write_moving(clip, _CLIP_FRAMES, fps=_CLIP_FPS)
         source = stack.enter_context(closing(open_source(str(clip))))
         stylizer = stack.enter_context(load(engine))
-        deck = stack.enter_context(closing(StyleMixer(stylizer.encode_style, stylizer.bundle)))
+        mixer = stack.enter_context(closing(StyleMixer(stylizer.encode_style, stylizer.bundle)))
         pictures = styles(stylizer.bundle.style_px)
         for name in _STYLES:
-            deck.add(pictures[name], name)
-        session = stack.enter_context(Session(stylizer, source, deck, live))
+            mixer.add(pictures[name], name)
+        session = stack.enter_context(Session(stylizer, source, mixer, live))
         with console.status(f"playing for {plan.seconds:g} s"):
-            _present(session, deck, plan)
+            _present(session, mixer, plan)
         return session.report() | {"precision": stylizer.precision}
 
 
-def _present(session: Session, deck: StyleMixer, plan: Plan) -> None:
-    """Until the time is over: take what comes, change the style when it is time."""
+def _present(session: Session, mixer: StyleMixer, plan: Plan) -> None:
+    """Take frames as they come, change the style when it is time, until the time is over."""
     end = switch = float("inf")
     while not session.over and time.perf_counter() < end:
-        shot = session.get(_TICK_S)
-        if shot is None:
+        packet = session.get(_TICK_S)
+        if packet is None:
             continue
-        session.presented(shot)
+        session.presented(packet)
         now = time.perf_counter()
         if end == float("inf"):
             end, switch = now + plan.seconds, now + (plan.switch_s or float("inf"))
         if now >= switch:
             switch += plan.switch_s
             session.meter.style_asked()
-            deck.next(plan.crossfade_s)
+            mixer.next(plan.crossfade_s)
 
 
 def _print(report: dict[str, Any]) -> None:
-    said = report["settings"]
-    width, height = said["size"]
-    way = "stream batch" if said["stream_batch"] else "one by one"
+    settings, switch = report["settings"], report["style_switch_ms"]
+    width, height = settings["size"]
+    batching = "stream batch" if settings["stream_batch"] else "one by one"
     typer.echo(
-        f"{said['bundle']}, {width}x{height}, {said['steps']} steps, {way}, temporal {said['temporal']}"
+        f"{settings['bundle']}, {width}x{height}, {settings['steps']} steps, {batching}, "
+        f"temporal {settings['temporal']}"
     )
-    latency, interval, switch = report["latency_ms"], report["interval_ms"], report["style_switch_ms"]
+    latency, interval = (
+        " / ".join(str(report[name][share]) for share in ("p50", "p95", "p99"))
+        for name in ("latency_ms", "interval_ms")
+    )
     rows = {
         "fps": report["fps"],
-        "latency p50 / p95 / p99 ms": _three(latency),
-        "interval p50 / p95 / p99 ms": _three(interval),
+        "latency p50 / p95 / p99 ms": latency,
+        "interval p50 / p95 / p99 ms": interval,
         "drops / skips / stalls": f"{report['drops']} / {report['skips']} / {report['stalls']}",
         "style switch p50 / worst ms": f"{switch['p50']} / {switch['worst']}",
         "warping error": report["warping_error"],
@@ -108,7 +111,3 @@ def _print(report: dict[str, Any]) -> None:
     for name, value in rows.items():
         table.add_row(name, "-" if value is None else str(value))
     Console().print(table)
-
-
-def _three(figures: dict[str, Any]) -> str:
-    return f"{figures['p50']} / {figures['p95']} / {figures['p99']}"
