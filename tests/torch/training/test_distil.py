@@ -420,8 +420,8 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from std_rt.training.distil import train_distil
-from std_rt.training.recipe import load_run_recipe
+from std_rt.training.distil.loop import train_distil
+from std_rt.training.run.recipe import load_run_recipe
 train_distil(load_run_recipe(Path(sys.argv[1])))
 """
 
@@ -466,9 +466,9 @@ import hashlib, json, sys
 from dataclasses import replace
 from pathlib import Path
 from accelerate import PartialState
-from std_rt.training import distil
-from std_rt.training.recipe import load_run_recipe
-from std_rt.training.tiny_source import TripleSource
+from std_rt.training.distil import loop as distil
+from std_rt.training.run.recipe import load_run_recipe
+from std_rt.training.tiny.latents import TripleSource
 
 state = PartialState(cpu=True)
 kept, pool = {}, []

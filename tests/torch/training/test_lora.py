@@ -27,7 +27,6 @@ from std_rt.training.distil.lora import (
     Average,
     adapters_off,
     add_lora,
-    count,
     functional,
     lora_parameters,
     make_notes,
@@ -129,7 +128,6 @@ def test_the_layers_of_the_method_are_adapted_and_the_image_branch_is_not(make: 
     assert {name.rsplit(".lora_", 1)[0] for name in lora_parameters(unet)} == set(layers)
     rows = sum(value.shape[0] for name, value in lora_parameters(unet).items() if ".lora_A." in name)
     assert rows == 4 * len(layers)
-    assert count(unet) == sum(value.numel() for value in lora_parameters(unet).values())
 
 
 def test_an_ip_adapters_projection_is_left_alone(make: Make) -> None:
@@ -246,15 +244,8 @@ def test_the_average_by_hand() -> None:
     torch.testing.assert_close(average.tensors["a"], torch.tensor([1.625, 2.625]))
     assert average.tensors["b"].item() == 4.0
     assert not average.tensors["a"].requires_grad
-    saved = average.state_dict()
     average.update(0.0)
     assert torch.equal(average.tensors["a"], live["a"])
-    average.load_state_dict(saved)
-    torch.testing.assert_close(average.tensors["a"], torch.tensor([1.625, 2.625]))
-    average.update(0.0)
-    torch.testing.assert_close(saved["a"], torch.tensor([1.625, 2.625]))
-    with pytest.raises(RecipeError, match="another LoRA"):
-        average.load_state_dict({"a": saved["a"]})
 
 
 @pytest.mark.parametrize("alpha", [4.0, 1.5])
