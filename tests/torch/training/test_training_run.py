@@ -1,4 +1,4 @@
-"""A run restores everything that training changes, stops at a loss that is not a number, and loses nothing."""
+"""A run restores all that training changes, stops at a loss that is not a number, and loses nothing."""
 
 from __future__ import annotations
 
