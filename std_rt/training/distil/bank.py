@@ -1,13 +1,13 @@
 """The trajectory bank: unfinished teacher trajectories, kept between training steps.
 
-Every slot is one trajectory that began at tau: its real latents, its present state, everything it was
-conditioned on, its guidance and its number. A training step takes some, the teacher moves them one grid
-point down, and they are written back, so that any state costs one teacher step instead of a solve from
-tau (Single Trajectory Distillation, arXiv 2412.18945, section 3.2).
+Every slot is one trajectory that began at tau: its real latents, its present state, its conditioning, its
+guidance and its number. A training step takes some, the teacher moves them one grid point down, and they are
+written back, so that any state costs one teacher step instead of a solve from tau (Single Trajectory
+Distillation, arXiv 2412.18945, section 3.2).
 
-Every trajectory is visited once at every grid point, so visits over t are uniform as long as what leaves
-is replaced. That is the rule here: a finished trajectory's slot is refilled at once, which makes the share
-of fresh starts 1/L by itself (L = grid points of a trajectory).
+Every trajectory is visited once at every grid point, so visits over t are uniform as long as finished ones are
+replaced. That is the rule here: a finished trajectory's slot is refilled at once, which makes the share of
+fresh starts 1/L by itself (L = grid points of a trajectory).
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class TrajectoryBank:
         assert len(self.slots[shape]) <= self.room(shape)
 
     def mixed(self, states: States, shape: Shape, rng: np.random.Generator) -> States:
-        """``states`` under conditioning of other trajectories of the bank: what the released code did.
+        """``states`` under the conditioning of other trajectories of the bank, as in the released code.
 
         For the ablation only (``bank.stored_conditioning = false``).
         """

@@ -1,4 +1,4 @@
-"""One distillation step in parts: draw states, ask the teacher, let the student jump, compare.
+"""One distillation step in parts: draw states, teacher step, student jump, compare.
 
 Nothing here steps an optimizer or talks to other processes; ``loop.py`` does, and the tests call these
 parts by themselves.
@@ -266,7 +266,7 @@ class Distiller:
     # --- resuming -----------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Bank, random states and place in the data: what each process has of its own."""
+        """Bank, random states and place in the data: the state of this process alone."""
         tensors, bank = self.bank.state()
         random, meta = random_state(self.rng, self.generator)
         named = {f"bank/{name}": value for name, value in tensors.items()}

@@ -1,8 +1,8 @@
-"""The student is the base plus a LoRA: inject it, switch it off (the teacher), average it, write and read it.
+"""The student, a LoRA on the base: inject it, switch it off (the teacher), average it, write and read it.
 
 Weights go by the names that ``named_parameters`` has (``<layer>.lora_A.default.weight``); files have
-diffusers' names (``unet.<layer>.lora_A.weight``) and carry flat text notes, so that what reads a LoRA knows
-where its trajectory starts and on which base.
+diffusers' names (``unet.<layer>.lora_A.weight``) and carry flat text notes that say where its trajectory
+starts and on which base.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def add_lora(unet: Network, config: LoraConfig, seed: int) -> list[str]:
     layers = choose_layers(unet, config.targets)
     unet.requires_grad_(False)
     settings = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=layers)
-    with torch.random.fork_rng(devices=[]):  # PEFT draws values of its own, which are replaced below
+    with torch.random.fork_rng(devices=[]):  # PEFT draws values that are replaced below
         unet.add_adapter(settings, _ADAPTER)
     rng = torch.Generator().manual_seed(seed)
     for name, value in lora_parameters(unet).items():
@@ -141,7 +141,7 @@ def functional(unet: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwa
     """``unet(*args, **kwargs)`` with ``tensors`` in the place of its LoRA, without gradients.
 
     The live weights are not written to: a graph made before may be differentiated after. ``unet`` is the
-    bare network, not what DDP wraps around it.
+    bare network, not its DDP wrapper.
     """
     # torch multiplies another way (rounding otherwise) with weights that want gradients, so these do too.
     weights = {name: value.detach().requires_grad_() for name, value in tensors.items()}
@@ -149,10 +149,7 @@ def functional(unet: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwa
 
 
 class Average:
-    """Exponential moving average of the LoRA: ``tensors = decay * tensors + (1 - decay) * live``.
-
-    Made of the live weights where they train: the average is on their device.
-    """
+    """Moving average of the LoRA, on its device: ``tensors = decay * tensors + (1 - decay) * live``."""
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self._live = dict(parameters)
@@ -175,7 +172,7 @@ def make_notes(
     step: int,
     seed: int,
 ) -> dict[str, str]:
-    """What a LoRA's file says of itself: where it starts, for which step counts, on which base.
+    """Metadata of a LoRA's file: where it starts, for which step counts, on which base.
 
     ``tau`` is a grid timestep; ``guidance`` the range of the teacher's scale; ``base_digest`` that of
     ``std_rt.core.digest.unet_digest``.
@@ -204,7 +201,7 @@ def save_lora(
     config: LoraConfig,
     dtype: torch.dtype = torch.float16,
 ) -> None:
-    """Write ``tensors`` (by the names of ``lora_parameters``) so that ``pipe.load_lora_weights`` takes them.
+    """Write ``tensors`` (named as by `lora_parameters`) in the form that ``pipe.load_lora_weights`` reads.
 
     The file appears whole or not at all. Raises RecipeError where a weight is not finite in ``dtype``, or
     where the file cannot be written; an earlier one stands in both cases.
@@ -234,7 +231,7 @@ def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     if not stored.isfinite().all():
         raise RecipeError(
             f"{name} is not finite as {str(dtype).removeprefix('torch.')}, so no LoRA is written; "
-            "go on from an earlier snapshot with a lower learning_rate"
+            "continue from an earlier snapshot with a lower learning_rate"
         )
     return stored
 
@@ -265,7 +262,7 @@ def read_notes(path: Path) -> dict[str, str]:
 
 
 def read_lora(path: Path) -> dict[str, Tensor]:
-    """What ``save_lora`` wrote, in fp32 by the names of ``lora_parameters``: for ``functional``.
+    """The tensors of a file by `save_lora`, in fp32 by the names of `lora_parameters`: for `functional`.
 
     Raises RecipeError where the file cannot be read or has other names.
     """

@@ -42,7 +42,7 @@ TEXT_TOKENS = 77
 DINO_SIZES = {"small": (384, 12), "base": (768, 12), "large": (1024, 24), "giant": (1536, 40)}
 DINO_PATCH_PX = 14
 
-# The architecture of SDXL base 1.0, so that its cost can be told without a download.
+# The architecture of SDXL base 1.0, so that its cost can be estimated without a download.
 SDXL_NAME = "stabilityai/stable-diffusion-xl-base-1.0"
 SDXL_UNET: dict[str, Any] = {
     "in_channels": 4,
@@ -99,7 +99,7 @@ def describe_run(config: DistilConfig) -> list[str]:
 def estimate(config: DistilConfig, device: str = "", flops_per_s: float | None = None) -> Estimate:
     """What ``config`` takes on ``device`` (by default the one that training would choose).
 
-    ``flops_per_s`` takes the place of measuring the device. RecipeError as `describe_run`.
+    ``flops_per_s``: instead of measuring the device. RecipeError as `describe_run`.
     """
     device = device or _device()
     unet_config, vae_config, style, encoders = _configs(config.base)

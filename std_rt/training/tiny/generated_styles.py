@@ -1,4 +1,4 @@
-"""Generated styles: exact (photo, style, stylized photo) triples that cost nothing.
+"""Generated styles: exact (photo, style, stylized photo) triples at no cost.
 
 A style is drawn once (``draw_style``) with its palette and parameters and can then be applied to any
 number of pictures, so two different photos in one style give the training a style picture that shares

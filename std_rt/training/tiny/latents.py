@@ -126,7 +126,7 @@ def build_latents(
 
 
 def save_latents(latents: dict[str, list[Triple]], path: Path, made_from: str = "") -> None:
-    """Write all triples to one safetensors file; ``made_from`` says of what, for ``latents_made_from``."""
+    """Write all triples to one safetensors file; ``made_from`` describes their sources."""
     flat = {}
     for kind, triples in latents.items():
         for i, triple in enumerate(triples):
@@ -142,7 +142,7 @@ def save_latents(latents: dict[str, list[Triple]], path: Path, made_from: str = 
 
 
 def latents_made_from(path: Path) -> str | None:
-    """The ``made_from`` of a file that ``save_latents`` wrote, None where there is none or it is damaged."""
+    """The ``made_from`` of a file by `save_latents`; None where it is missing or damaged."""
     try:
         with safe_open(path, "pt") as stored:
             return str((stored.metadata() or {}).get("made_from", ""))
@@ -151,7 +151,7 @@ def latents_made_from(path: Path) -> str | None:
 
 
 def load_latents(path: Path) -> dict[str, list[Triple]]:
-    """Read what ``save_latents`` wrote; RecipeError where it is missing or damaged."""
+    """Read a file by `save_latents`; RecipeError where it is missing or damaged."""
     if latents_made_from(path) is None:
         raise RecipeError(f"{path} is missing or damaged; delete it and run the teacher's recipe again")
     groups: dict[str, dict[str, dict[str, Tensor]]] = {}

@@ -247,8 +247,8 @@ def _distance(config: DistilConfig, tensors: dict[str, torch.Tensor] | None) -> 
 
 
 def test_training_brings_the_student_to_the_teacher(config: DistilConfig) -> None:
-    config = replace(config, steps=80, batch=4, snapshot_every=80, log_every=20, drop_conditioning=0.0)
-    config = replace(config, guidance=(3.0, 3.0), bank=BankConfig(capacity=16), learning_rate=5e-3)
+    config = replace(config, steps=30, batch=4, snapshot_every=30, log_every=20, drop_conditioning=0.0)
+    config = replace(config, guidance=(3.0, 3.0), bank=BankConfig(capacity=8), learning_rate=1e-2)
     trained = load_file(train_distil(config))
     assert _distance(config, trained) < 0.92 * _distance(config, None)
 
