@@ -1,4 +1,4 @@
-"""The student, a LoRA on the base: inject it, switch it off (the teacher), average it, write and read it.
+"""The student, a LoRA on the base: inject it, switch it off (the teacher), average it, write it.
 
 Weights go by the names that ``named_parameters`` has (``<layer>.lora_A.default.weight``); files have
 diffusers' names (``unet.<layer>.lora_A.weight``) and carry flat text notes that say where its trajectory
@@ -12,21 +12,21 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from std_rt import __version__
 from std_rt.core.errors import RecipeError
 from std_rt.core.schedule import GRID_POINTS, trajectory_timesteps
+from std_rt.training.run.checkpoint import whole_file
 from std_rt.training.run.recipe import LORA_TARGETS, LoraConfig
 
 __all__ = [
@@ -37,8 +37,6 @@ __all__ = [
     "functional",
     "lora_parameters",
     "make_notes",
-    "read_lora",
-    "read_notes",
     "save_lora",
 ]
 
@@ -207,19 +205,8 @@ def save_lora(
     where the file cannot be written; an earlier one stands in both cases.
     """
     state = {_file_name(name): _stored(name, value, dtype) for name, value in tensors.items()}
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial:
         save_file(state, partial, {**notes, **_adapter_notes(config)})
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        reason = " ".join(str(error).split())
-        raise RecipeError(
-            f"{path} could not be written ({reason}); is the disk full? A file written before stands: "
-            "free some room and run the same command again"
-        ) from error
 
 
 def _file_name(parameter: str) -> str:
@@ -250,29 +237,3 @@ def _adapter_notes(config: LoraConfig) -> dict[str, str]:
         "alpha": str(alpha),
         "lora_adapter_metadata": json.dumps(adapter),
     }
-
-
-def read_notes(path: Path) -> dict[str, str]:
-    """The notes of a LoRA file. Raises RecipeError where it cannot be read."""
-    try:
-        with safe_open(path, "pt") as file:
-            return dict(file.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise RecipeError(f"LoRA {path} cannot be read ({error}); give a .safetensors file") from error
-
-
-def read_lora(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by `save_lora`, in fp32 by the names of `lora_parameters`: for `functional`.
-
-    Raises RecipeError where the file cannot be read or has other names.
-    """
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise RecipeError(f"LoRA {path} cannot be read ({error}); give a .safetensors file") from error
-    pattern = re.compile(r"unet\.(.+\.lora_[AB])\.weight")
-    found = {name: pattern.fullmatch(name) for name in state}
-    lost = [name for name, match in found.items() if match is None]
-    if lost:
-        raise RecipeError(f"LoRA {path} was not written by std-rt train (it has {lost[0]})")
-    return {f"{m[1]}.{_ADAPTER}.weight": state[name].float() for name, m in found.items() if m}

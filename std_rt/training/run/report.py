@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from std_rt.core.errors import RecipeError
+from std_rt.training.run.checkpoint import whole_file
 from std_rt.training.run.sheet import Series, save_curve, save_histogram
 
 __all__ = ["Report", "Stopwatch", "histogram_bars"]
@@ -84,9 +85,8 @@ def _cut(path: Path, step: int) -> None:
     rows = ((line, _row(line)) for line in before.split(b"\n"))
     after = b"".join(line + b"\n" for line, row in rows if row is not None and row["step"] <= step)
     if after != before:
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(after)
-        partial.replace(path)
+        with whole_file(path) as partial:
+            partial.write_bytes(after)
 
 
 # --- progress -------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from std_rt.training.run.checkpoint import (
     restore_optimizer,
     save_state,
     unpacking,
+    whole_file,
 )
 from std_rt.training.run.recipe import as_dict, check_same_run
 from std_rt.training.run.report import Report, Stopwatch
@@ -126,15 +127,8 @@ class Run:
             )
         if not self.accelerator.is_main_process:
             return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            partial = self.folder / "recipe.partial"
+        with whole_file(self.folder / "recipe.json") as partial:
             partial.write_text(json.dumps(as_dict(self.config), indent=1), encoding="utf-8")
-            partial.replace(self.folder / "recipe.json")
-        except OSError as error:
-            raise RecipeError(
-                f"the run folder {self.folder} cannot be written: {error}; set --output"
-            ) from None
 
     # --- steps ------------------------------------------------------------------------------------------
 
@@ -223,14 +217,8 @@ class Run:
             self._publish(target)
 
     def _publish(self, target: Path) -> None:
-        partial, newest = self.checkpoints / "newest.partial", self.checkpoints / "newest"
-        try:
+        with whole_file(self.checkpoints / "newest", "the checkpoint before it stands") as partial:
             partial.write_text(target.name, encoding="utf-8")
-            partial.replace(newest)
-        except OSError as error:
-            raise RecipeError(
-                f"{newest} cannot be written ({error}); the checkpoint before it stands"
-            ) from None
         for old in self.checkpoints.iterdir():
             if old.is_dir() and old != target:
                 shutil.rmtree(old)

@@ -27,6 +27,7 @@ from std_rt.models.autoencoder import AutoencoderPixelShuffle
 from std_rt.training.data.picture_set import Frame, PictureSet
 from std_rt.training.distil.bank import Shape
 from std_rt.training.distil.base import Base, Fresh
+from std_rt.training.run.checkpoint import whole_file
 from std_rt.training.run.recipe import LatentsConfig
 from std_rt.training.run.sheet import to_tensor
 from std_rt.training.tiny.content import content_version
@@ -136,9 +137,8 @@ def save_latents(latents: dict[str, list[Triple]], path: Path, made_from: str = 
                 *((f"s{j}", s) for j, s in enumerate(triple.s)),
             ):
                 flat[f"{kind}/{i:06d}/{name}"] = value.contiguous()
-    partial = path.with_suffix(".partial")
-    save_file(flat, partial, {"made_from": made_from})
-    partial.replace(path)
+    with whole_file(path) as partial:
+        save_file(flat, partial, {"made_from": made_from})
 
 
 def latents_made_from(path: Path) -> str | None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, UNet2DConditionModel
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin as XL
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from support.pipelines import TEXT_DIMS, randomize, write_clip_pipeline, write_own_pipeline
 from torch import Tensor, nn
@@ -30,8 +30,6 @@ from std_rt.training.distil.lora import (
     functional,
     lora_parameters,
     make_notes,
-    read_lora,
-    read_notes,
     save_lora,
 )
 from std_rt.training.run.recipe import LORA_TARGETS, LoraConfig, UNetConfig
@@ -40,6 +38,19 @@ from std_rt.training.tiny.pipeline import build_unet
 SMALL = LoraConfig(rank=4, alpha=6.0)
 NOTES = {"method": "std", "eta": "0.75"}
 Make = Callable[[], UNet2DConditionModel]
+
+
+def read_lora(path: Path) -> dict[str, Tensor]:
+    """A file's tensors by the names that they train under."""
+    return {
+        key.removeprefix("unet.").replace(".weight", ".default.weight"): v
+        for key, v in load_file(path).items()
+    }
+
+
+def read_notes(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata())
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +334,7 @@ def test_a_full_disk_leaves_the_earlier_file(
         raise error
 
     monkeypatch.setattr(module, "save_file", full)
-    with pytest.raises(RecipeError, match=r"could not be written \(.*is the disk full\? A file written befo"):
+    with pytest.raises(RecipeError, match=r"could not be written: .*disk may be full.*written before stands"):
         save_lora(path, {"a.lora_A.default.weight": torch.zeros(2, 2)}, NOTES, SMALL)
     assert read_lora(path)["a.lora_A.default.weight"].sum() == 4
     assert [found.name for found in tmp_path.iterdir()] == ["l.safetensors"]
@@ -343,17 +354,6 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
                 tmp_path / "l.safetensors", {"a.lora_A.default.weight": torch.tensor([value])}, {}, SMALL
             )
     assert not list(tmp_path.iterdir())
-
-
-def test_files_that_are_no_lora_are_refused(clip_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "x.safetensors").write_bytes(b"nothing")
-    for read in (read_notes, read_lora):
-        with pytest.raises(RecipeError, match="cannot be read"):
-            read(tmp_path / "x.safetensors")
-        with pytest.raises(RecipeError, match="cannot be read"):
-            read(tmp_path / "missing.safetensors")
-    with pytest.raises(RecipeError, match="was not written by std-rt train"):
-        read_lora(clip_folder / "ip_adapter.safetensors")
 
 
 def test_the_digest_tells_architectures_apart_and_nothing_else(
