@@ -1,4 +1,4 @@
-"""``std-rt train``: hand a recipe to its stage."""
+"""The stages of ``std-rt train``, chosen by recipe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from std_rt.training.run.recipe import AutoencoderConfig, DistilConfig, FinishCo
 
 
 def run_recipe(recipe: Any) -> Path:
-    """Run the stage of a recipe to its end, going on from its checkpoint; returns what it made."""
+    """Run the stage of a recipe to its end, from its checkpoint if there is one; returns what it made."""
     # Each stage is imported when it runs: the first three need no Accelerate and no DINOv2.
     if isinstance(recipe, DistilConfig):
         from std_rt.training.distil.loop import train_distil

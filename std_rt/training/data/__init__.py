@@ -1,1 +1,1 @@
-"""data"""
+"""Training data: pictures, clips and shards."""

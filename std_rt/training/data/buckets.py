@@ -1,7 +1,7 @@
 """Sizes by aspect ratio, and how a picture is brought to one: resize to cover, crop, maybe mirror.
 
 As in SDXL's training (arXiv 2307.01952, section 2.2 and appendix I): all sizes have about the same area,
-and the UNet is told the picture's own size, where the crop lies in the resized picture, and the crop's
+and the UNet is conditioned on the picture's own size, the crop's place in the resized picture and the crop's
 size. All sizes here are (height, width) in px.
 """
 
@@ -34,8 +34,8 @@ def bucket_sizes(resolution_px: int, multiple: int, by_aspect: bool = True) -> l
     if resolution_px < multiple or resolution_px % multiple:
         nearest = max(1, round(resolution_px / multiple)) * multiple
         raise RecipeError(
-            f"pictures.resolution_px = {resolution_px} does not divide by {multiple}, as this base needs; "
-            f"set it to {nearest}"
+            f"pictures.resolution_px = {resolution_px} is not a multiple of {multiple}, as this base "
+            f"needs; set it to {nearest}"
         )
     square = (resolution_px, resolution_px)
     if not by_aspect:

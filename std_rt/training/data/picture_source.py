@@ -1,4 +1,4 @@
-"""What a distillation of pictures draws from: shuffled, sharded, cropped, encoded, and resumable.
+"""The data of a distillation of pictures: shuffled, sharded, cropped, encoded, and resumable.
 
 A sample is a function of (seed, bucket, epoch, position) and of the files, and of nothing else: the order
 in which threads finish, what was read ahead and when a run was killed do not change it.
@@ -7,11 +7,11 @@ in which threads finish, what was read ahead and when a run was killed do not ch
   ranks share; rank r takes positions r, r + world, ... So ranks are disjoint within an epoch and together
   see everything once. A bucket with fewer pictures than ranks wraps round: rank r then takes picture
   r modulo their number, cropped in its own way.
-- A file that breaks when it is read is counted and named, and the next one of its bucket takes its place.
-- With a cache, a sample's latents and embeddings are kept on disk. Crops are then centred (a mirror image is
-  a second file), the style crop of each file is fixed, a clip gives one of ``CLIP_FRAMES`` frames, and what
-  is missing is encoded one by one: results of a batch of another size differ in their last bits, and a
-  resumed run finds more files there than the unbroken one did.
+- A file that turns out broken is counted and named, and the next one of its bucket takes its place.
+- With a cache, latents and embeddings of samples are kept on disk. Crops are then centred (a mirror image is
+  a second file), the style crop of each file is fixed, a clip gives one of ``CLIP_FRAMES`` frames, and
+  missing samples are encoded one by one: batches of another size differ in their last bits, and a resumed
+  run finds more files there than the unbroken one did.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import hashlib
 import json
 import logging
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,15 +103,14 @@ class _Bucket:
 
     @property
     def digest(self) -> str:
-        """Tells apart what the positions count: the names, in order."""
+        """Identifies the list that positions refer to: the names, in order."""
         return hashlib.sha256("\n".join(e.name for e in self.entries).encode("utf-8")).hexdigest()[:16]
 
 
 class PictureSource:
     """Fresh samples from pictures, clips or shards, by latent size; its state is part of a checkpoint.
 
-    rank, world: this process among all; limit_shapes: use only these latent sizes. Raises RecipeError
-    where there is nothing to draw from.
+    rank, world: this process among all. RecipeError where there is nothing to draw from.
     """
 
     def __init__(
@@ -122,14 +121,9 @@ class PictureSource:
         seed: int,
         rank: int = 0,
         world: int = 1,
-        limit_shapes: Collection[Size] | None = None,
     ) -> None:
         self.config, self.base, self.rank, self.world = config, base, rank, world
         sizes = bucket_sizes(config.resolution_px, base.multiple, config.buckets)
-        if limit_shapes is not None:
-            sizes = [s for s in sizes if self._shape(s) in limit_shapes]
-            if not sizes:
-                raise RecipeError(f"no bucket has one of the latent sizes {sorted(limit_shapes)}")
         index = index_pictures(config, quiet=rank > 0)
         self.broken = dict(index.broken)  # name -> reason; those found while reading come to it
         self._named = 0  # of those, in the log
@@ -198,7 +192,7 @@ class PictureSource:
         h, w = bucket.size
         raise RecipeError(
             f"none of the {count} pictures near {h} x {w} px in {self.config.folder} can be read "
-            f"({entry.name}: {broken[entry.name]}); mend or remove them"
+            f"({entry.name}: {broken[entry.name]}); repair or remove them"
         )
 
     def _draw(self, entry: Entry, size: Size, rng: np.random.Generator, broken: dict[str, str]) -> _Sample:
@@ -261,10 +255,10 @@ class PictureSource:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from ``state()`` of this rank.
+        """Continue from ``state()`` of this rank.
 
-        A bucket whose pictures have changed since, or any if the number of ranks has, goes on with its next
-        epoch, which is said: its positions would count other pictures.
+        Where a bucket's pictures or the number of ranks have changed, positions would refer to other
+        pictures: the bucket starts its next epoch, with a warning.
         """
         changed = []
         for (h, w), bucket in self._buckets.items():
@@ -276,7 +270,7 @@ class PictureSource:
                 changed.append(f"{h}x{w}")
         if changed and self.rank == 0:
             _LOG.warning(
-                "pictures or processes are not those of the checkpoint; a new epoch begins for latents of %s",
+                "pictures or processes differ from the checkpoint's; a new epoch begins for latents of %s",
                 ", ".join(changed),
             )
         self.broken |= state["broken"]
@@ -327,7 +321,7 @@ class _Cache:
         return [self.folder / k[:2] / f"{k}.safetensors" for k in keys]
 
     def read(self, key: str, caption: str) -> Encoded | None:
-        """What ``write`` kept, None where it is missing or damaged."""
+        """The sample that `write` stored; None where it is missing or damaged."""
         tensors: dict[str, Tensor] = {}
         try:
             for path in self._files(key, caption):
@@ -352,12 +346,12 @@ class _Cache:
         except OSError as error:
             raise RecipeError(
                 f"pictures.cache = {str(self.folder)!r} cannot be written ({error.strerror or error}); "
-                "make room, or set another folder, or '' to go without"
+                "free some room, set another folder, or '' for no cache"
             ) from None
 
 
 def _write_whole(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file that appears whole or not at all, whoever else writes the same one."""
+    """A safetensors file that appears whole or not at all, even if two processes write the same one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = {k: v.contiguous() for k, v in tensors.items()}
     write_bytes(path, save(whole | {"crc32": torch.tensor(_crc32(whole))}))
@@ -376,7 +370,7 @@ def _sha256(*values: Any) -> str:
 
 
 def _identity(base: Base) -> str:
-    """Tells apart the networks that encode: shapes and a thousand values of each of their weights.
+    """Identifies the networks that encode: shapes and a thousand values of each of their weights.
 
     A sample of the values, because hashing gigabytes of text encoders would take longer than it saves.
     """

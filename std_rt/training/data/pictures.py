@@ -1,4 +1,4 @@
-"""Training pictures wherever they lie: what there is, how large, with which caption; and reading one.
+"""Index of training pictures (names, sizes, captions), and the reading of one.
 
 Folders of pictures and of clips, Hugging Face's imagefolder layout (``metadata.jsonl``), captions in
 ``NAME.txt``, and webdataset shards. Shards are read with the standard library and not with the webdataset
@@ -44,7 +44,6 @@ __all__ = [
     "draw_frame",
     "first_five",
     "index_pictures",
-    "read",
     "read_frame",
 ]
 
@@ -59,7 +58,7 @@ _OF_KIND = {
 # By content, not by name: collected pictures often have the suffix of another format. Nothing else, since
 # Pillow has readers that run other programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
-# What decoders throw on damaged files.
+# What decoders raise on damaged files.
 _DAMAGE = (
     OSError,
     SyntaxError,
@@ -109,7 +108,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Index:
-    """Everything usable of a folder, sorted by name, and what is not: name -> reason."""
+    """All usable entries of a folder, sorted by name, and the broken ones: name -> reason."""
 
     entries: list[Entry]
     broken: dict[str, str]
@@ -122,7 +121,7 @@ def first_five(broken: dict[str, str]) -> str:
 
 
 def index_pictures(config: PicturesConfig, quiet: bool = False) -> Index:
-    """What lies in ``config.folder`` (recursively), from file headers only; clips decode one frame.
+    """The contents of ``config.folder`` (recursively), from file headers; of clips, one frame is decoded.
 
     Broken files are left out, counted and named in one warning, unless ``quiet``. ``kind = "auto"`` takes
     pictures, clips and shards alike. Raises RecipeError where there is no folder or nothing usable in it.
@@ -170,8 +169,8 @@ class _Indexing:
         return path.relative_to(self.root).as_posix()
 
     @contextmanager
-    def _mending(self, name: str) -> Iterator[None]:
-        """Whatever is wrong with ``name`` inside is noted, and indexing goes on."""
+    def _noting(self, name: str) -> Iterator[None]:
+        """Errors inside are noted for ``name``, and indexing continues."""
         try:
             yield
         except (BrokenFileError, *_DAMAGE) as error:
@@ -180,10 +179,10 @@ class _Indexing:
     def read_metadata(self, path: Path) -> None:
         """Captions of an imagefolder: one JSON object a line, ``file_name`` relative to the file's folder."""
         name = self._name(path)
-        with self._mending(name):
+        with self._noting(name):
             for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
                 if line.strip():
-                    with self._mending(f"{name}:{number}"):
+                    with self._noting(f"{name}:{number}"):
                         self._read_row(path.parent, line)
 
     def _read_row(self, folder: Path, line: str) -> None:
@@ -206,15 +205,15 @@ class _Indexing:
             return None
         caption = row[self.config.caption_key]
         if caption is not None and not isinstance(caption, str):
-            raise BrokenFileError(f"{self.config.caption_key} is no text")
+            raise BrokenFileError(f"{self.config.caption_key} is not text")
         return caption
 
     def add(self, path: Path) -> None:
-        """Note one file, if it is of the kind that is asked for."""
+        """Note one file, if it is of the recipe's kind."""
         suffix = path.suffix.lower()
         if suffix not in _OF_KIND[self.config.kind]:
             return
-        with self._mending(self._name(path)):
+        with self._noting(self._name(path)):
             if suffix in SHARD_SUFFIXES:
                 self._add_shard(path)
             else:
@@ -243,7 +242,7 @@ class _Indexing:
         # "r:" is a plain tar: in a compressed one, members could not be reached without reading all before.
         with tarfile.open(path, "r:") as tar:
             # A shard that is cut off ends in an error, after whose whole members are used.
-            with self._mending(self._name(path)):
+            with self._noting(self._name(path)):
                 for member in tar:
                     match = _MEMBER.fullmatch(member.name) if member.isfile() else None
                     if match:
@@ -251,7 +250,7 @@ class _Indexing:
             for key, members in groups.items():
                 suffix = next((s for s in members if f".{s}" in SUFFIXES), None)
                 if suffix is not None:
-                    with self._mending(f"{self._name(path)}:{key}.{suffix}"):
+                    with self._noting(f"{self._name(path)}:{key}.{suffix}"):
                         self._add_member(path, tar, members, suffix)
 
     def _add_member(
@@ -291,7 +290,7 @@ class _Indexing:
 def _reason(error: BaseException) -> str:
     """One short line."""
     if isinstance(error, UnidentifiedImageError):
-        return "no picture"
+        return "not a picture"
     text = getattr(error, "strerror", None) or str(error)
     return " ".join(str(text).split())[:120] or type(error).__name__
 
@@ -299,7 +298,7 @@ def _reason(error: BaseException) -> str:
 def _json_object(text: str) -> dict[str, Any]:
     row = json.loads(text)
     if not isinstance(row, dict):
-        raise BrokenFileError("no JSON object")
+        raise BrokenFileError("not a JSON object")
     return row
 
 
@@ -366,14 +365,14 @@ def _decode_picture(data: bytes) -> Frame:
 
 @contextmanager
 def _open_clip(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    # Only files: what calls itself a clip may be a playlist of addresses.
+    # Only local files: a file named like a clip may be a playlist of addresses.
     options = {"protocol_whitelist": "file"}
     with av.open(str(path), container_options=options, metadata_errors="replace") as container:
         for stream in container.streams.video:
             if not stream.disposition & Disposition.attached_pic:  # album covers
                 yield container, stream
                 return
-        raise BrokenFileError("no video in it")
+        raise BrokenFileError("has no video stream")
 
 
 def _rate(stream: VideoStream) -> Fraction:
@@ -391,7 +390,7 @@ def _frame_count(container: InputContainer, stream: VideoStream) -> int:
 
 
 def _upright(frame: VideoFrame) -> Frame:
-    """RGB ``[H, W, 3]``, turned as the display matrix says."""
+    """RGB ``[H, W, 3]``, rotated by the display matrix."""
     # As players do: an untagged clip of 720 lines and more is BT.709, where FFmpeg would take BT.601.
     untagged = int(frame.colorspace) == _UNTAGGED and min(frame.height, frame.width) >= _HD_LINES
     rgb = frame.to_ndarray(format="rgb24", src_colorspace=_BT709 if untagged else None)
@@ -442,8 +441,3 @@ def read_frame(entry: Entry, index: int = 0) -> Frame:
             return _decode_picture(file.read(entry.length or -1))
     except _DAMAGE as error:
         raise BrokenFileError(_reason(error)) from error
-
-
-def read(entry: Entry, rng: np.random.Generator) -> Frame:
-    """The picture, or a random frame of the clip: uint8 ``[H, W, 3]`` RGB. Raises BrokenFileError."""
-    return read_frame(entry, draw_frame(entry, rng))

@@ -1,1 +1,1 @@
-"""distil"""
+"""Distillation: a slow base into a few-step LoRA."""

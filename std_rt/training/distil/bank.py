@@ -1,12 +1,12 @@
 """The trajectory bank: unfinished teacher trajectories, kept between training steps.
 
-Every slot is one trajectory that began at tau: its real latents, its present state, everything it was
-conditioned on, its guidance and its number. A training step takes some, the teacher moves them one grid
-point down, and they are written back, so that any state costs one teacher step instead of a solve from
-tau (Single Trajectory Distillation, arXiv 2412.18945, section 3.2).
+Every slot is one trajectory that began at tau: its real latents, its present state, its conditioning, its
+guidance and its number. A training step takes some, the teacher moves them one grid point down, and they are
+written back, so that any state costs one teacher step instead of a solve from tau (Single Trajectory
+Distillation, arXiv 2412.18945, section 3.2).
 
-Every trajectory is visited once at every grid point, so visits over t are uniform as long as what leaves
-is replaced. That is the rule here: a finished trajectory's slot is refilled at once, which makes the share
+Every trajectory is visited once at every grid point, so visits over t are uniform as long as finished ones
+are replaced. That is the rule here: a finished trajectory's slot is refilled at once, which makes the share
 of fresh starts 1/L by itself (L = grid points of a trajectory).
 """
 
@@ -21,15 +21,15 @@ from torch import Tensor
 
 from std_rt.core.errors import RecipeError
 from std_rt.core.schedule import GRID_POINTS
-from std_rt.training.distil.base import Conditioning, cat
+from std_rt.training.distil.base import Conditioning, Rows, cat
 
-__all__ = ["Shape", "States", "TrajectoryBank", "join"]
+__all__ = ["Shape", "States", "TrajectoryBank"]
 
 Shape = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class States:
+class States(Rows):
     """States on trajectories, one row a sample; latents fp32 ``[B, C, h, w]``."""
 
     z: Tensor  # the item's own real latents
@@ -42,13 +42,6 @@ class States:
     def __len__(self) -> int:
         return len(self.x)
 
-    def map(self, of: Any) -> States:
-        """``of`` applied to each tensor."""
-        return States(of(self.z), of(self.x), of(self.index), of(self.scale), of(self.id), self.cond.map(of))
-
-    def rows(self, index: Any) -> States:
-        return self.map(lambda x: x[index])
-
     def to(self, device: torch.device | str) -> States:
         """``index`` and ``id`` stay on the CPU: the loop decides by them, and must not wait for a GPU."""
         cond = self.cond.to(device)
@@ -56,11 +49,8 @@ class States:
 
     def tensors(self) -> dict[str, Tensor]:
         """By name, for a checkpoint."""
-        named = {"z": self.z, "x": self.x, "index": self.index, "scale": self.scale, "id": self.id}
-        cond = {"context": self.cond.context, "pooled": self.cond.pooled, "time_ids": self.cond.time_ids}
-        if self.cond.tokens is not None:
-            cond["tokens"] = self.cond.tokens
-        return named | {f"cond.{key}": value for key, value in cond.items()}
+        plain = {name: value for name, value in vars(self).items() if name != "cond"}
+        return plain | {f"cond.{name}": v for name, v in vars(self.cond).items() if v is not None}
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor]) -> States:
@@ -68,13 +58,6 @@ class States:
         cond = {key[5:]: value for key, value in tensors.items() if key.startswith("cond.")}
         plain = {key: value for key, value in tensors.items() if not key.startswith("cond.")}
         return cls(**plain, cond=Conditioning(**cond))
-
-
-def join(parts: list[States]) -> States:
-    """Rows of several, in order."""
-    names = ("z", "x", "index", "scale", "id")
-    joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in names}
-    return States(**joined, cond=cat([p.cond for p in parts]))
 
 
 class TrajectoryBank:
@@ -132,7 +115,7 @@ class TrajectoryBank:
 
     def get(self, shape: Shape, slots: list[int]) -> States:
         """The rows of these slots, as they were put, each with its own conditioning."""
-        return join([self.slots[shape][i] for i in slots])
+        return cat([self.slots[shape][i] for i in slots])
 
     def count(self, index: Tensor) -> None:
         """Note that these grid indices were trained at."""
@@ -155,7 +138,7 @@ class TrajectoryBank:
         assert len(self.slots[shape]) <= self.room(shape)
 
     def mixed(self, states: States, shape: Shape, rng: np.random.Generator) -> States:
-        """``states`` under conditioning of other trajectories of the bank: what the released code did.
+        """``states`` under the conditioning of other trajectories of the bank, as in the released code.
 
         For the ablation only (``bank.stored_conditioning = false``).
         """
@@ -169,7 +152,7 @@ class TrajectoryBank:
         tensors: dict[str, Tensor] = {}
         for shape, rows in self.slots.items():
             if rows:
-                named = join(rows).tensors().items()
+                named = cat(rows).tensors().items()
                 tensors |= {f"{shape[0]}x{shape[1]}/{name}": value for name, value in named}
         return tensors, {"visits": self.visits.tolist(), "born": self.born}
 

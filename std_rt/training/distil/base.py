@@ -7,10 +7,10 @@ on a style picture). After this module the rest of the training does not tell th
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,54 @@ from std_rt.core.schedule import NoiseSchedule
 from std_rt.models.style_encoder import StyleEncoder
 from std_rt.training.tiny.pipeline import load_tiny
 
-__all__ = ["Base", "Conditioning", "Fresh", "TextEncoders", "cat", "check_source", "load_base"]
+__all__ = [
+    "Base",
+    "Conditioning",
+    "Fresh",
+    "Rows",
+    "TextEncoders",
+    "cat",
+    "check_source",
+    "load_base",
+    "read_json",
+]
 
 # diffusers' modules carry no types.
 Network = Any
 
 
+class Rows:
+    """Base of frozen dataclasses of tensors, one row a sample; a field may be None or nested rows."""
+
+    def map(self, of: Callable[[Tensor], Tensor]) -> Self:
+        """``of`` applied to each tensor."""
+
+        def mapped(value: Any) -> Any:
+            return value.map(of) if isinstance(value, Rows) else None if value is None else of(value)
+
+        return type(self)(**{name: mapped(value) for name, value in vars(self).items()})
+
+    def rows(self, index: Any) -> Self:
+        """The rows of a slice or a LongTensor."""
+        return self.map(lambda x: x[index])
+
+
+R = TypeVar("R", bound=Rows)
+
+
+def cat(parts: Sequence[R]) -> R:
+    """Rows of several, in order; a field is None in all or in none."""
+
+    def joined(values: list[Any]) -> Any:
+        if values[0] is None:
+            return None
+        return cat(values) if isinstance(values[0], Rows) else torch.cat(values)
+
+    return type(parts[0])(**{name: joined([getattr(p, name) for p in parts]) for name in vars(parts[0])})
+
+
 @dataclass(frozen=True)
-class Conditioning:
+class Conditioning(Rows):
     """The UNet's inputs besides x and t, one row a sample."""
 
     context: Tensor  # [B, L, D] text tokens; std-tiny: one zero token
@@ -39,42 +79,17 @@ class Conditioning:
     def __len__(self) -> int:
         return len(self.context)
 
-    def map(self, of: Any) -> Conditioning:
-        """``of`` applied to each tensor."""
-        tokens = None if self.tokens is None else of(self.tokens)
-        return Conditioning(of(self.context), of(self.pooled), of(self.time_ids), tokens)
-
     def masked(self, keep: Tensor) -> Conditioning:
         """Rows where ``keep [B]`` is 0 become the unconditional branch: zeros, as SDXL's pipelines do."""
         k = keep.to(self.context)
-
-        def rows(x: Tensor) -> Tensor:
-            return x * k.view(-1, *[1] * (x.ndim - 1))
-
-        tokens = None if self.tokens is None else rows(self.tokens)
-        return Conditioning(rows(self.context), rows(self.pooled), self.time_ids, tokens)
+        return replace(self.map(lambda x: x * k.view(-1, *[1] * (x.ndim - 1))), time_ids=self.time_ids)
 
     def null(self) -> Conditioning:
         """The unconditional branch of every row; sizes stay."""
         return self.masked(torch.zeros(len(self)))
 
-    def rows(self, index: Any) -> Conditioning:
-        """The rows of a slice or a LongTensor."""
-        return self.map(lambda x: x[index])
-
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Conditioning:
         return self.map(lambda x: x.to(device=device, dtype=dtype))
-
-
-def cat(parts: Sequence[Conditioning]) -> Conditioning:
-    """Rows of several, in order; either all have style tokens or none."""
-    tokens = None if parts[0].tokens is None else torch.cat([cast(Tensor, p.tokens) for p in parts])
-    return Conditioning(
-        torch.cat([p.context for p in parts]),
-        torch.cat([p.pooled for p in parts]),
-        torch.cat([p.time_ids for p in parts]),
-        tokens,
-    )
 
 
 @dataclass(frozen=True)
@@ -181,7 +196,8 @@ class Base:
         return Conditioning(null, pooled, time_ids.float(), tokens)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON table; RecipeError where it cannot be read."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
@@ -190,7 +206,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _is_tiny(folder: Path) -> bool:
     encoder = folder / "image_encoder" / "config.json"
-    return encoder.is_file() and _read_json(encoder).get("_class_name") == "StyleEncoder"
+    return encoder.is_file() and read_json(encoder).get("_class_name") == "StyleEncoder"
 
 
 def _digest(unet: nn.Module) -> str:

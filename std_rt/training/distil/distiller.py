@@ -1,4 +1,4 @@
-"""One distillation step in parts: draw states, ask the teacher, let the student jump, compare.
+"""One distillation step in parts: draw states, teacher step, student jump, compare.
 
 Nothing here steps an optimizer or talks to other processes; ``loop.py`` does, and the tests call these
 parts by themselves.
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from std_rt.training.distil.bank import Shape, States, TrajectoryBank, join
+from std_rt.training.distil.bank import Shape, States, TrajectoryBank
 from std_rt.training.distil.base import Base, Fresh, cat
 from std_rt.training.distil.discriminator import draw_real_index, has_pair, renoise
 from std_rt.training.distil.lora import Average, adapters_off, functional
@@ -224,7 +224,7 @@ class Distiller:
         new, slots = self.bank.plan(count, shape, self.rng)
         parts = [self.bank.get(shape, slots).to(self.device)] if slots else []
         parts += [self.fresh(new, shape)] if new else []
-        return join(parts), slots, shape
+        return cat(parts), slots, shape
 
     def draw(self) -> StepBatch:
         """States, the teacher's step, the target and the real latents of one micro-batch."""
@@ -266,7 +266,7 @@ class Distiller:
     # --- resuming -----------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Bank, random states and place in the data: what each process has of its own."""
+        """Bank, random states and place in the data: the state of this process alone."""
         tensors, bank = self.bank.state()
         random, meta = random_state(self.rng, self.generator)
         named = {f"bank/{name}": value for name, value in tensors.items()}

@@ -24,7 +24,7 @@ __all__ = ["DinoFeatures", "Features", "StyleFeatures", "load_dino"]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 DINO_KINDS = ("dinov2", "dinov2_with_registers")
-# Of pretraining only: a checkpoint may lack it.
+# Used in pretraining only: a checkpoint may lack it.
 SPARE = {"embeddings.mask_token"}
 
 
@@ -78,7 +78,7 @@ class DinoFeatures:
         self._std = torch.tensor(IMAGENET_STD, device=model.device).view(1, 3, 1, 1)
 
     def to(self, device: torch.device | str) -> Self:
-        """The model; what ``decode`` uses is placed by whoever made it."""
+        """Move the model in place; the networks behind ``decode`` are the caller's."""
         self.model.to(device)
         self._mean, self._std = self._mean.to(device), self._std.to(device)
         return self
@@ -115,7 +115,7 @@ class StyleFeatures:
     def __init__(self, style_encoder: object) -> None:
         if not isinstance(style_encoder, StyleEncoder):
             raise RecipeError(
-                'adversarial.features = "style" reads std-tiny\'s style encoder, which this base has not; '
+                'adversarial.features = "style" reads std-tiny\'s style encoder, which this base lacks; '
                 'set adversarial.features = "dinov2"'
             )
         self.encoder = style_encoder.eval().requires_grad_(False)
@@ -142,11 +142,11 @@ def load_dino(source: str | Path) -> Any:
     # Not at the top: std-tiny trains without transformers.
     from transformers import AutoConfig, AutoModel
 
-    mend = "give a DINOv2 folder with adversarial.dino=FOLDER, or set adversarial.weight=0"
+    remedy = "give a DINOv2 folder with adversarial.dino=FOLDER, or set adversarial.weight=0"
     try:
         kind = AutoConfig.from_pretrained(source).model_type
         if kind not in DINO_KINDS:
-            raise ValueError(f"it is a model of kind {kind!r}")
+            raise ValueError(f"it is a {kind!r} model")
         # Safetensors only: the other format is pickle.
         model, found = AutoModel.from_pretrained(
             source, use_safetensors=True, attn_implementation="sdpa", output_loading_info=True
@@ -156,5 +156,7 @@ def load_dino(source: str | Path) -> Any:
             raise ValueError(f"it lacks {len(lacking)} weights, {lacking[0]!r} the first")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise RecipeError(f"adversarial.dino = {str(source)!r} cannot be loaded ({reason}); {mend}") from None
+        raise RecipeError(
+            f"adversarial.dino = {str(source)!r} cannot be loaded ({reason}); {remedy}"
+        ) from None
     return model.float().eval().requires_grad_(False)

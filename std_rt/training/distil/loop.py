@@ -1,4 +1,4 @@
-"""``stage = "distil"``: a few-step LoRA of a base, by STD, TCD, LCM or PCM. Read top to bottom.
+"""The distillation stage: a few-step LoRA of a base, by STD, TCD, LCM or PCM.
 
 Single Trajectory Distillation: arXiv 2412.18945. Several processes go through Accelerate; each has its own
 data, noise and bank.
@@ -34,7 +34,7 @@ __all__ = ["train_distil"]
 
 @contextmanager
 def _accelerator(config: DistilConfig) -> Iterator[Accelerator]:
-    """Accelerate for one run; its global state is given back, so that one process can train twice."""
+    """Accelerate for one run; its global state is reset after, so that one process can train twice."""
     # bf16 needs no gradient scaler and is switched on around the networks only (distiller.py).
     mixed = "fp16" if config.precision == "fp16" else "no"
     try:
@@ -72,12 +72,12 @@ def _source(config: DistilConfig, base: Base, rank: int, world: int) -> Source:
 
         return PictureSource(config.pictures, base, seed=config.seed, rank=rank, world=world)
     if base.style_encoder is None:
-        raise RecipeError("latents.file is for a base with a style encoder; set pictures.folder instead")
+        raise RecipeError("latents.file needs a base with a style encoder; set pictures.folder instead")
     return TripleSource(config.latents, base, config.seed, rank, world)
 
 
 def lora_notes(config: DistilConfig, base: Base, step: int) -> dict[str, str]:
-    """What this run's LoRA says of itself; ``std-rt export --lora`` reads its schedule from it."""
+    """Metadata of this run's LoRA; ``std-rt export --lora`` reads its schedule from it."""
     return make_notes(
         method=config.method,
         eta=config.eta,
@@ -112,10 +112,10 @@ def _rate(config: DistilConfig, step: int) -> float:
 
 
 def train_distil(config: DistilConfig, stop_after: int | None = None, base: Base | None = None) -> Path:
-    """Distil (or go on distilling); returns the LoRA file of the averaged student.
+    """Start or continue a distillation; returns the LoRA file of the averaged student.
 
     ``stop_after`` ends the call after that many optimizer steps with the last due checkpoint standing, as
-    a kill would. ``base`` takes the place of loading ``config.base``. Raises RecipeError.
+    a kill would. ``base``: instead of loading ``config.base``. Raises RecipeError.
     """
     with (
         _accelerator(config) as accelerator,
@@ -125,14 +125,14 @@ def train_distil(config: DistilConfig, stop_after: int | None = None, base: Base
         return _train(config, accelerator, base or load_base(config.base), stop_after, stack)
 
 
-# The one long function of this part: it is meant to be read from top to bottom.
+# One long function, to be read from top to bottom.
 def _train(  # noqa: C901
     config: DistilConfig, accelerator: Accelerator, base: Base, stop_after: int | None, stack: ExitStack
 ) -> Path:
     device, main = accelerator.device, accelerator.is_main_process
     if str(accelerator.distributed_type).endswith(("FSDP", "DEEPSPEED")):
         raise RecipeError(
-            "FSDP and DeepSpeed cut the LoRA in pieces, which its average and its file need whole; "
+            "FSDP and DeepSpeed shard the LoRA, whose average and file need it whole; "
             "use plain data parallelism: accelerate launch --multi_gpu -m std_rt train RECIPE"
         )
 

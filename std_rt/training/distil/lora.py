@@ -1,8 +1,8 @@
-"""The student is the base plus a LoRA: inject it, switch it off (the teacher), average it, write and read it.
+"""The student, a LoRA on the base: inject it, switch it off (the teacher), average it, write it.
 
 Weights go by the names that ``named_parameters`` has (``<layer>.lora_A.default.weight``); files have
-diffusers' names (``unet.<layer>.lora_A.weight``) and carry flat text notes, so that what reads a LoRA knows
-where its trajectory starts and on which base.
+diffusers' names (``unet.<layer>.lora_A.weight``) and carry flat text notes that say where its trajectory
+starts and on which base.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from typing import Any
 import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from std_rt import __version__
 from std_rt.core.errors import RecipeError
-from std_rt.core.files import atomic_file
 from std_rt.core.schedule import GRID_POINTS, trajectory_timesteps
+from std_rt.training.run.checkpoint import whole_file
 from std_rt.training.run.recipe import LORA_TARGETS, LoraConfig
 
 __all__ = [
@@ -38,8 +37,6 @@ __all__ = [
     "functional",
     "lora_parameters",
     "make_notes",
-    "read_lora",
-    "read_notes",
     "save_lora",
 ]
 
@@ -60,7 +57,7 @@ def add_lora(unet: Network, config: LoraConfig, seed: int) -> list[str]:
     layers = choose_layers(unet, config.targets)
     unet.requires_grad_(False)
     settings = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=layers)
-    with torch.random.fork_rng(devices=[]):  # PEFT draws values of its own, which are replaced below
+    with torch.random.fork_rng(devices=[]):  # PEFT draws values that are replaced below
         unet.add_adapter(settings, _ADAPTER)
     rng = torch.Generator().manual_seed(seed)
     for name, value in lora_parameters(unet).items():
@@ -142,7 +139,7 @@ def functional(unet: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwa
     """``unet(*args, **kwargs)`` with ``tensors`` in the place of its LoRA, without gradients.
 
     The live weights are not written to: a graph made before may be differentiated after. ``unet`` is the
-    bare network, not what DDP wraps around it.
+    bare network, not its DDP wrapper.
     """
     # torch multiplies another way (rounding otherwise) with weights that want gradients, so these do too.
     weights = {name: value.detach().requires_grad_() for name, value in tensors.items()}
@@ -150,10 +147,7 @@ def functional(unet: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwa
 
 
 class Average:
-    """Exponential moving average of the LoRA: ``tensors = decay * tensors + (1 - decay) * live``.
-
-    Made of the live weights where they train: the average is on their device.
-    """
+    """Moving average of the LoRA, on its device: ``tensors = decay * tensors + (1 - decay) * live``."""
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self._live = dict(parameters)
@@ -176,7 +170,7 @@ def make_notes(
     step: int,
     seed: int,
 ) -> dict[str, str]:
-    """What a LoRA's file says of itself: where it starts, for which step counts, on which base.
+    """Metadata of a LoRA's file: where it starts, for which step counts, on which base.
 
     ``tau`` is a grid timestep; ``guidance`` the range of the teacher's scale; ``base_digest`` that of
     ``std_rt.core.base_model.unet_digest``.
@@ -205,22 +199,14 @@ def save_lora(
     config: LoraConfig,
     dtype: torch.dtype = torch.float16,
 ) -> None:
-    """Write ``tensors`` (by the names of ``lora_parameters``) so that ``pipe.load_lora_weights`` takes them.
+    """Write ``tensors`` (named as by `lora_parameters`) in the form that ``pipe.load_lora_weights`` reads.
 
     The file appears whole or not at all. Raises RecipeError where a weight is not finite in ``dtype``, or
     where the file cannot be written; an earlier one stands in both cases.
     """
     state = {_file_name(name): _stored(name, value, dtype) for name, value in tensors.items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as partial:
-            save_file(state, partial, {**notes, **_adapter_notes(config)})
-    except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(
-            f"{path} could not be written ({reason}); is the disk full? A file written before stands: "
-            "free some room and run the same command again"
-        ) from error
+    with whole_file(path) as partial:
+        save_file(state, partial, {**notes, **_adapter_notes(config)})
 
 
 def _file_name(parameter: str) -> str:
@@ -232,7 +218,7 @@ def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     if not stored.isfinite().all():
         raise RecipeError(
             f"{name} is not finite as {str(dtype).removeprefix('torch.')}, so no LoRA is written; "
-            "go on from an earlier snapshot with a lower learning_rate"
+            "continue from an earlier snapshot with a lower learning_rate"
         )
     return stored
 
@@ -251,29 +237,3 @@ def _adapter_notes(config: LoraConfig) -> dict[str, str]:
         "alpha": str(alpha),
         "lora_adapter_metadata": json.dumps(adapter),
     }
-
-
-def read_notes(path: Path) -> dict[str, str]:
-    """The notes of a LoRA file. Raises RecipeError where it cannot be read."""
-    try:
-        with safe_open(path, "pt") as file:
-            return dict(file.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise RecipeError(f"LoRA {path} cannot be read ({error}); give a .safetensors file") from error
-
-
-def read_lora(path: Path) -> dict[str, Tensor]:
-    """What ``save_lora`` wrote, in fp32 by the names of ``lora_parameters``: for ``functional``.
-
-    Raises RecipeError where the file cannot be read or has other names.
-    """
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise RecipeError(f"LoRA {path} cannot be read ({error}); give a .safetensors file") from error
-    pattern = re.compile(r"unet\.(.+\.lora_[AB])\.weight")
-    found = {name: pattern.fullmatch(name) for name in state}
-    lost = [name for name, match in found.items() if match is None]
-    if lost:
-        raise RecipeError(f"LoRA {path} was not written by std-rt train (it has {lost[0]})")
-    return {f"{m[1]}.{_ADAPTER}.weight": state[name].float() for name, m in found.items() if m}

@@ -1,1 +1,1 @@
-"""run"""
+"""What all stages share: recipes, runs, checkpoints, reports."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ from torch import Tensor
 from std_rt.core.errors import RecipeError
 from std_rt.core.files import atomic_file
 
-__all__ = ["flatten_optimizer", "load_state", "restore_optimizer", "save_state", "unpacking"]
+__all__ = ["flatten_optimizer", "load_state", "restore_optimizer", "save_state", "unpacking", "whole_file"]
 
 # One note, not one a value: safetensors writes several in a random order, and equal runs' files would differ.
 NOTE = "std_rt_state"
 # Plain numbers of an optimizer's state become tensors of one entry, named so that the same type comes back.
 NUMBERS = {"bool": torch.bool, "int": torch.int64, "float": torch.float64}
 NOTHING = "none"
+STANDING = "what was written before stands"
 
 
 def save_state(
@@ -44,27 +45,30 @@ def save_state(
         name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, value in tensors.items()
     }
-    note = json.dumps(meta, sort_keys=True)
+    good = last_good or path
+    standing = f"the last good one, {good}, stands" if good.exists() else STANDING
+    with whole_file(path, standing) as partial:
+        save_file(own, partial, {NOTE: json.dumps(meta, sort_keys=True)})
+
+
+@contextmanager
+def whole_file(path: Path, standing: str = STANDING) -> Iterator[Path]:
+    """A partial file beside ``path`` that is forced to the disk and takes its name when the block ends well.
+
+    RecipeError where the disk is full or not writable; ``standing`` says what is left then.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path, durable=True) as partial:
-            save_file(own, partial, {NOTE: note})
+            yield partial
     except (OSError, SafetensorError) as error:
-        raise RecipeError(_unwritten(path, last_good or path, error)) from None
-
-
-def _unwritten(path: Path, last_good: Path, error: Exception) -> str:
-    try:
-        room = f" ({shutil.disk_usage(path.parent).free / 2**20:.0f} MB free)"
-    except OSError:
         room = ""
-    stands = (
-        f"the last good one, {last_good}, stands" if last_good.exists() else "what was written before stands"
-    )
-    return (
-        f"checkpoint {path} could not be written: {_one_line(error)}; the disk may be full or not "
-        f"writable{room}, {stands}: free some room and run the same command again to continue"
-    )
+        with suppress(OSError):
+            room = f" ({shutil.disk_usage(path.parent).free / 2**20:.0f} MB free)"
+        raise RecipeError(
+            f"{path} could not be written: {_one_line(error)}; the disk may be full or not writable{room}, "
+            f"{standing}: free some room and run the same command again to continue"
+        ) from None
 
 
 def _one_line(error: BaseException) -> str:

@@ -7,7 +7,6 @@ What training keeps for the backward pass is about those outputs; all sums are f
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -16,15 +15,13 @@ from typing import Any
 
 import diffusers
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from std_rt.core.errors import RecipeError
-from std_rt.core.schedule import GRID_POINTS, grid_timestep
 from std_rt.models.autoencoder import AutoencoderPixelShuffle
 from std_rt.training.data.buckets import bucket_sizes
-from std_rt.training.distil.base import check_source
+from std_rt.training.distil.base import check_source, read_json
 from std_rt.training.distil.discriminator import Heads
 from std_rt.training.distil.lora import choose_layers
 from std_rt.training.distil.trajectory import last_index
@@ -42,7 +39,7 @@ TEXT_TOKENS = 77
 DINO_SIZES = {"small": (384, 12), "base": (768, 12), "large": (1024, 24), "giant": (1536, 40)}
 DINO_PATCH_PX = 14
 
-# The architecture of SDXL base 1.0, so that its cost can be told without a download.
+# The architecture of SDXL base 1.0, so that its cost can be estimated without a download.
 SDXL_NAME = "stabilityai/stable-diffusion-xl-base-1.0"
 SDXL_UNET: dict[str, Any] = {
     "in_channels": 4,
@@ -99,9 +96,10 @@ def describe_run(config: DistilConfig) -> list[str]:
 def estimate(config: DistilConfig, device: str = "", flops_per_s: float | None = None) -> Estimate:
     """What ``config`` takes on ``device`` (by default the one that training would choose).
 
-    ``flops_per_s`` takes the place of measuring the device. RecipeError as `describe_run`.
+    ``flops_per_s``: instead of measuring the device. RecipeError as `describe_run`.
     """
-    device = device or _device()
+    chosen = torch.accelerator.current_accelerator(check_available=True)  # as Accelerate chooses
+    device = device or (chosen.type if chosen else "cpu")
     unet_config, vae_config, style, encoders = _configs(config.base)
     tokens = int(style.get("tokens", 0))
     unet, vae = _build_unet(unet_config, tokens), _build_vae(vae_config)
@@ -110,25 +108,25 @@ def estimate(config: DistilConfig, device: str = "", flops_per_s: float | None =
     pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
     inputs = _unet_inputs(unet, shape, pooled, tokens)
     flops, outputs = _forward(unet, **inputs)
-    judge_flops, judged, dino = _judge(config, vae, shape)
+    judge = _judge(config, style, vae, shape, pooled)
 
     modules = dict(unet.named_modules())
     layers = [modules[name].weight for name in choose_layers(unet, config.lora.targets)]
     # A and B of a linear layer; of a convolution, A has the kernel's size and B none.
     lora = sum(config.lora.rank * (w.numel() // w.shape[0] + w.shape[0]) for w in layers)
-    counts = {"lora": lora, "heads": _heads(config, style, pooled), "unet": _count(unet), "vae": _count(vae)}
+    counts = {"lora": lora, "heads": judge.heads, "unet": _count(unet), "vae": _count(vae)}
 
     context = inputs["encoder_hidden_states"].shape[2] * (tokens + 1 if tokens else TEXT_TOKENS)
     row = 2 * math.prod(shape) + context + pooled + 6 + 5  # of the bank, all fp32
     with_bank = config.method == "std" and config.bank.enabled
     bank = 4 * row * config.bank.capacity * len(sizes) / GIB if with_bank else 0.0
     kept = outputs * DTYPES[config.precision].itemsize * config.batch * MARGIN
-    memory = _weights(config, counts, counts["vae"] + encoders + dino, on_cpu=device == "cpu") | {
+    memory = _weights(config, counts, counts["vae"] + encoders + judge.frozen, on_cpu=device == "cpu") | {
         "activations": kept * (CHECKPOINTED if config.gradient_checkpointing else 1) / GIB,
-        "decoder and DINOv2 activations": 4 * judged * config.batch / GIB,
+        "decoder and DINOv2 activations": 4 * judge.kept * config.batch / GIB,
         "trajectory bank": bank if config.bank.device != "cpu" or device == "cpu" else 0.0,
     }
-    work = _evaluations(config, lora / counts["unet"], judge_flops / flops)
+    work = _evaluations(config, lora / counts["unet"], judge.flops / flops)
     return Estimate(
         parameters=counts,
         lora_layers=len(layers),
@@ -148,9 +146,9 @@ def _configs(base: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any],
     """Configs of (UNet, VAE, style encoder or {}), and how many parameters the encoders have."""
     folder = check_source(base)
     if folder.is_dir():
-        unet, vae = (_read(folder / part / "config.json") for part in ("unet", "vae"))
+        unet, vae = (read_json(folder / part / "config.json") for part in ("unet", "vae"))
         path = folder / "image_encoder" / "config.json"
-        style = _read(path) if path.is_file() else {}
+        style = read_json(path) if path.is_file() else {}
         if style.get("_class_name") == "StyleEncoder":
             return unet, vae, style, _stored(folder / "image_encoder")
         return unet, vae, {}, sum(_stored(folder / part) for part in ("text_encoder", "text_encoder_2"))
@@ -164,21 +162,10 @@ def _configs(base: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any],
         raise RecipeError(f"base = {base!r} is not a folder, and cannot be fetched: {reason}") from None
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path} cannot be read ({error}); is base a diffusers folder?") from None
-
-
 def _stored(folder: Path) -> int:
-    """Numbers in the weights of a part, from the files' headers; one variant of several."""
+    """Numbers in the weights of a part, by the size of its files; one variant of several, in fp32."""
     files = sorted(folder.glob("*.safetensors"))
-    total = 0
-    for path in [p for p in files if "fp16" not in p.name] or files:
-        with safe_open(path, "pt") as file:
-            total += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
-    return total
+    return sum(path.stat().st_size for path in [p for p in files if "fp16" not in p.name] or files) // 4
 
 
 def _build_unet(config: dict[str, Any], style_tokens: int) -> Network:
@@ -257,31 +244,39 @@ def _count(network: nn.Module) -> int:
 # --- the discriminator ------------------------------------------------------------------------------------
 
 
-def _dino(config: DistilConfig) -> tuple[int, int]:
-    """Width and depth of the DINOv2, by its name; the smallest one's for a name that does not say."""
-    name = config.adversarial.dino.lower()
-    return next((size for kind, size in DINO_SIZES.items() if kind in name), DINO_SIZES["small"])
+@dataclass(frozen=True)
+class _Judge:
+    """The discriminator's part, for one sample."""
+
+    heads: int = 0  # parameters that train
+    frozen: int = 0  # parameters of DINOv2
+    flops: float = 0.0  # of decoder and DINOv2
+    kept: float = 0.0  # numbers that they keep for the backward pass
 
 
-def _judge(config: DistilConfig, vae: Network, shape: tuple[int, ...]) -> tuple[float, float, int]:
-    """Operations and kept numbers of one sample through decoder and DINOv2, and DINOv2's parameters."""
-    if not config.adversarial.weight or config.adversarial.features != "dinov2":
-        return 0.0, 0.0, 0
+def _judge(
+    config: DistilConfig, style: dict[str, Any], vae: Network, shape: tuple[int, ...], pooled: int
+) -> _Judge:
+    chosen = config.adversarial
+    if not chosen.weight:
+        return _Judge()
+    if chosen.features == "style":
+        channels = [style["latent_channels"], *style["widths"]] if style else []
+        return _Judge(_count_heads(channels, pooled))
+    named = (size for kind, size in DINO_SIZES.items() if kind in chosen.dino.lower())
+    width, depth = next(named, DINO_SIZES["small"])
+    tokens = (chosen.size_px // DINO_PATCH_PX) ** 2 + 1
     flops, outputs = _forward(vae.decode, torch.empty(1, *shape, device="meta"))
-    width, depth = _dino(config)
-    tokens = (config.adversarial.size_px // DINO_PATCH_PX) ** 2 + 1
-    flops += depth * (24 * tokens * width**2 + 4 * tokens**2 * width)
-    # About twenty maps of the width a block, the multilayer perceptron's being four times as wide.
-    return flops, outputs + 20.0 * depth * tokens * width, 12 * width**2 * depth
+    return _Judge(
+        _count_heads([width] * len(chosen.blocks), pooled),
+        12 * width**2 * depth,
+        flops + depth * (24 * tokens * width**2 + 4 * tokens**2 * width),
+        # About twenty maps of the width a block, the multilayer perceptron's being four times as wide.
+        outputs + 20.0 * depth * tokens * width,
+    )
 
 
-def _heads(config: DistilConfig, style: dict[str, Any], pooled: int) -> int:
-    """Parameters of the discriminator's heads."""
-    if not config.adversarial.weight:
-        return 0
-    channels = [_dino(config)[0]] * len(config.adversarial.blocks)
-    if config.adversarial.features == "style" and style:
-        channels = [style["latent_channels"], *style["widths"]]
+def _count_heads(channels: list[int], pooled: int) -> int:
     with torch.device("meta"):
         return _count(Heads(channels, pooled))
 
@@ -311,8 +306,12 @@ def _evaluations(config: DistilConfig, lora: float, judge: float) -> dict[str, f
     guided = 1 if config.guidance == (1.0, 1.0) else 2
     forward = 1 + lora
     again = forward if config.gradient_checkpointing else 0.0
+    teacher_steps = 1.0
+    if config.method == "std" and not config.bank.enabled:  # from tau down to a state drawn uniformly
+        tau = distil_tau(config)
+        teacher_steps += ((tau + 1) // 20 - 1 - last_index(tau, config.run_steps)) / 2
     parts = {
-        "teacher": guided * _teacher_steps(config),
+        "teacher": guided * teacher_steps,
         "target": forward,
         # A frozen layer's backward is one forward (its input's gradient); the LoRA's are two.
         "student": forward + again + 1 + 2 * lora,
@@ -321,23 +320,7 @@ def _evaluations(config: DistilConfig, lora: float, judge: float) -> dict[str, f
     return {name: units for name, units in parts.items() if units}
 
 
-def _teacher_steps(config: DistilConfig) -> float:
-    """One; without the bank, all from tau down to a state drawn uniformly, and one more."""
-    if config.method != "std" or config.bank.enabled:
-        return 1.0
-    tau = distil_tau(config)
-    top = [grid_timestep(i) for i in range(GRID_POINTS)].index(tau)
-    return 1.0 + (top - last_index(tau, config.run_steps)) / 2
-
-
 # --- the machine ------------------------------------------------------------------------------------------
-
-
-def _device() -> str:
-    """The device that Accelerate would choose."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def measure_flops(device: str, precision: str, seconds: float = 0.3) -> float:

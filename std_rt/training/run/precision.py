@@ -1,4 +1,4 @@
-"""How networks are computed in training: number format and attention kernels."""
+"""Number format and attention kernels of the networks in training."""
 
 from __future__ import annotations
 

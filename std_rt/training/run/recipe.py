@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 import tomllib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -296,8 +297,8 @@ def _explain(message: str, kind: type, table: dict[str, Any]) -> str:
         near = difflib.get_close_matches(str(value), get_args(hint), 1)
         suggestion = f"; did you mean {near[0]}?" if near else ""
         return f"{path} = {value!r} must be one of {', '.join(get_args(hint))}{suggestion}"
-    for ours, theirs in (("object", f"a table ([{path}])"), ("array", "a list"), ("str", "text")):
-        what = what.replace(f"Expected {ours}", f"Expected {theirs}")
+    for theirs, ours in (("object", f"a table ([{path}])"), ("array", "a list"), ("str", "text")):
+        what = re.sub(rf"\b{theirs}\b", ours, what)
     return f"{path} = {value!r}: {what[0].lower()}{what[1:]}"
 
 

@@ -1,4 +1,4 @@
-"""What a run tells people: its log, progress, TensorBoard and curves, and where the time goes.
+"""Log, progress, TensorBoard and curves of a run, and where its time goes.
 
 ``log.jsonl`` holds what the run computed and nothing of the clock, so that equal runs have equal logs,
 byte for byte, however often one was killed; what the clock says is in ``timing.jsonl``.
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import cv2
 import numpy as np
@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from std_rt.core.errors import RecipeError
-from std_rt.core.files import write_bytes
+from std_rt.training.run.checkpoint import whole_file
 from std_rt.training.run.sheet import Series, save_curve, save_histogram
 
 __all__ = ["Report", "Stopwatch", "histogram_bars"]
@@ -36,7 +36,7 @@ Values = Mapping[str, float]
 Counts = Sequence[float] | npt.NDArray[Any]
 BARS = "·▁▂▃▄▅▆▇█"
 ASCII_BARS = "_.:-=+*%#"
-NO_CURVE = {"step", "learning_rate", "gradient"}
+NO_CURVE = {"step", "learning_rate", "gradient", "held_out_psnr_db"}
 PACE_POINTS = 20  # the pace is that between the last so many calls
 
 
@@ -44,7 +44,7 @@ PACE_POINTS = 20  # the pace is that between the last so many calls
 
 
 def _plain(value: float) -> float | int | None:
-    """6 significant digits; None where it is not finite, which JSON has no word for."""
+    """6 significant digits; None where it is not finite, which JSON cannot express."""
     if isinstance(value, numbers.Integral):
         return int(value)
     rounded = float(f"{float(value):.6g}")
@@ -78,14 +78,15 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 def _cut(path: Path, step: int) -> None:
-    """Drop lines of later steps than ``step``, and torn ones: the run goes on after ``step``."""
+    """Drop torn lines and those of steps after ``step``, where the run continues."""
     if not path.exists():
         return
     before = path.read_bytes()
     rows = ((line, _row(line)) for line in before.split(b"\n"))
     after = b"".join(line + b"\n" for line, row in rows if row is not None and row["step"] <= step)
     if after != before:
-        write_bytes(path, after)
+        with whole_file(path) as partial:
+            partial.write_bytes(after)
 
 
 # --- progress -------------------------------------------------------------------------------------------
@@ -106,9 +107,9 @@ def histogram_bars(counts: Counts, bins: int = 12, *, ascii_only: bool = False) 
 class Report:
     """Log, progress, TensorBoard and curves of one run in ``folder``; with ``main=False`` all do nothing.
 
-    Steps are counted from 1 and mean finished ones. ``resume_at`` is the step of the checkpoint that the
-    run goes on from: what was logged after it is dropped, since it is about to be logged again. Raises
-    RecipeError where something cannot be written.
+    Steps are counted from 1 and mean finished ones. ``resume_at``: the step of the checkpoint that the run
+    continues from; lines logged after it are dropped, since they are about to be logged again. RecipeError
+    where something cannot be written.
     """
 
     def __init__(
@@ -200,13 +201,13 @@ class Report:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def log(self, step: int, values: Values) -> None:
-        """A line of log.jsonl. ``values`` must follow from the recipe alone: nothing of the clock."""
+        """A line of log.jsonl. ``values`` must follow from the recipe alone, not from the clock."""
         if self.main:
             _append(self.log_file, step, values)
             self._scalars(step, values)
 
     def timing(self, step: int, values: Values) -> None:
-        """A line of timing.jsonl: what the clock says (``Stopwatch.summary``), with the time left."""
+        """A line of timing.jsonl: speeds and shares (`Stopwatch.summary`), with the time left."""
         if self.main:
             self._images_per_s = values.get("images_per_s", self._images_per_s)
             eta = self._eta_s(step)
@@ -228,7 +229,7 @@ class Report:
         return (now - began) / (last - first) * max(0, self.total - step) if last > first else None
 
     def progress(self, step: int, values: Values | None = None, histogram: Counts | None = None) -> None:
-        """Show where the run is; without a terminal a plain line every ``log_every`` steps and at the end.
+        """Show how far the run is; without a terminal a plain line every ``log_every`` steps and at the end.
 
         ``values`` and ``histogram`` (counts, such as visits per t) stay shown until there are new ones.
         """
@@ -256,76 +257,56 @@ class Report:
         """Show a sheet (an RGB picture that lies at ``path``) in TensorBoard."""
         if self._writer is not None:
             picture = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)
-            assert picture is not None, f"{path} is no picture"
+            assert picture is not None, f"{path} is not a picture"
             self._writer.add_image(name, picture[..., ::-1].copy(), step, dataformats="HWC")
             self._writer.flush()
 
-    def curves(self, names: Sequence[str] = ()) -> Path:
-        """Draw ``names`` of log.jsonl (else all losses) to loss.png."""
-        path = self.folder / "loss.png"
+    def curves(self) -> None:
+        """Draw all losses of log.jsonl to loss.png."""
         if self.main:
-            save_curve(path, _series(self.log_file, names), self.title)
-        return path
+            save_curve(self.folder / "loss.png", self._series(), self.title)
 
-    def histogram(self, counts: Counts | None = None, title: str = "visits per t") -> Path:
-        """Draw counts (by default those that ``progress`` had last) to visits.png, where there are any."""
-        path = self.folder / "visits.png"
-        shown = self._counts if counts is None else [float(count) for count in counts]
-        if self.main and len(shown):
-            save_histogram(path, shown, title)
-        return path
+    def _series(self) -> dict[str, Series]:
+        """The losses of the log by name, as (steps, values)."""
+        series: dict[str, tuple[list[float], list[float]]] = {}
+        for line in self.log_file.read_bytes().splitlines() if self.log_file.exists() else ():
+            row = _row(line) or {}
+            for name, value in row.items():
+                if isinstance(value, int | float) and name not in NO_CURVE:
+                    steps, values = series.setdefault(name, ([], []))
+                    steps.append(row["step"])
+                    values.append(value)
+        return {**series}
 
-
-def _series(path: Path, names: Sequence[str]) -> dict[str, Series]:
-    """The numbers of a log by name, as (steps, values)."""
-    series: dict[str, tuple[list[float], list[float]]] = {}
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        row = _row(line) or {}
-        for name, value in row.items():
-            wanted = name in names if names else name not in NO_CURVE
-            if wanted and isinstance(value, int | float):
-                steps, values = series.setdefault(name, ([], []))
-                steps.append(row["step"])
-                values.append(value)
-    return {**series}
+    def histogram(self) -> None:
+        """Draw the counts that `progress` was given last to visits.png, where there are any."""
+        if self.main and len(self._counts):
+            save_histogram(self.folder / "visits.png", self._counts, "visits per t")
 
 
 # --- where the time goes --------------------------------------------------------------------------------
 
 
-class Clock(Protocol):
-    """Something that marks moments and tells the time between two of them."""
+class HostClock:
+    """The time on the CPU: marks of moments, and the seconds between two of them."""
 
     def mark(self) -> Any:
         """This moment."""
+        return time.perf_counter()
 
     def seconds(self, a: Any, b: Any) -> float:
         """From mark ``a`` to mark ``b``; both are reached."""
+        return float(b - a)
 
     def reached(self, mark: Any) -> bool:
         """Whether the device has come to it; does not wait."""
+        return True
 
     def wait(self, mark: Any) -> None:
         """Until it is reached."""
 
 
-class HostClock:
-    """The time on the CPU."""
-
-    def mark(self) -> float:
-        return time.perf_counter()
-
-    def seconds(self, a: float, b: float) -> float:
-        return b - a
-
-    def reached(self, mark: float) -> bool:
-        return True
-
-    def wait(self, mark: float) -> None:
-        return
-
-
-class CudaClock:
+class CudaClock(HostClock):
     """The time on the GPU: events in its current stream, which cost the CPU no wait."""
 
     def mark(self) -> torch.cuda.Event:
@@ -364,9 +345,9 @@ class Stopwatch:
     On a GPU the time is the GPU's own, and nothing waits for it unless ``summary(wait=True)`` is asked.
     """
 
-    def __init__(self, device: torch.device | str = "cpu", *, clock: Clock | None = None) -> None:
+    def __init__(self, device: torch.device | str = "cpu", *, clock: Any = None) -> None:
         on_gpu = torch.device(device).type == "cuda"
-        self.clock: Clock = clock or (CudaClock() if on_gpu else HostClock())
+        self.clock = clock or (CudaClock() if on_gpu else HostClock())
         self._step: _Step | None = None
         self._open: list[str] = []
         self._since: Any = None

@@ -1,4 +1,4 @@
-"""Contact sheets and loss curves: what a person looks at instead of a log."""
+"""Contact sheets, loss curves and histograms: pictures of how a run is doing."""
 
 from __future__ import annotations
 
@@ -71,18 +71,16 @@ def save_sheet(path: Path, rows: list[list[Frame]], gap_px: int = 4) -> None:
 
 def save_curve(
     path: Path,
-    values: Sequence[float] | Mapping[str, Series],
+    curves: Mapping[str, Series],
     title: str,
     size_px: tuple[int, int] = (640, 280),
 ) -> None:
     """Write loss curves (running means) as a PNG.
 
-    ``values``: those of one curve in order, or several by name as (x, y). Positive curves stand on a log
-    scale; ones that are not get a panel with a linear scale below. RecipeError where it cannot be written.
+    ``curves``: (x, y) by name. Positive ones stand on a log scale; the others get a panel with a linear
+    scale below. RecipeError where it cannot be written.
     """
-    if not isinstance(values, Mapping):
-        values = {"": (range(1, len(values) + 1), np.maximum(values, 1e-9).tolist())}
-    drawn = {name: xy for name, xy in values.items() if len(xy[1]) >= 2}
+    drawn = {name: xy for name, xy in curves.items() if len(xy[1]) >= 2}
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(drawn)}
     positive = {name: xy for name, xy in drawn.items() if min(xy[1]) > 0}
     others = {name: xy for name, xy in drawn.items() if name not in positive}
@@ -104,7 +102,7 @@ def _panel(
     smooth = {
         name: _smooth(np.asarray(x, float), np.asarray(y, float), log) for name, (x, y) in curves.items()
     }
-    right = w - (LEGEND if any(curves) else 10)
+    right = w - LEGEND
     start, end = _ends(np.concatenate([x for x, _ in smooth.values()]))
     low, high = _ends(np.concatenate([y for _, y in smooth.values()]))
     for i, (name, (x, y)) in enumerate(smooth.items()):
@@ -112,8 +110,7 @@ def _panel(
         ys = h - 30 - (y - low) / (high - low) * (h - 60)
         points = np.stack([xs, ys], -1).astype(np.int32)
         cv2.polylines(canvas, [points], False, colours[name], 2, cv2.LINE_AA)
-        if name:
-            _write_text(canvas, f"{name} {curves[name][1][-1]:.4g}", (right + 8, 34 + 15 * i), colours[name])
+        _write_text(canvas, f"{name} {curves[name][1][-1]:.4g}", (right + 8, 34 + 15 * i), colours[name])
     for value, row in ((high, 30), (low, h - 30)):
         _write_text(canvas, f"{np.exp(value) if log else value:.4g}", (4, row))
     _write_text(canvas, f"{start:.0f}", (LEFT, h - 10))
@@ -163,7 +160,7 @@ def _write_text(
 
 
 def _write_png(path: Path, canvas: Frame) -> None:
-    """Through Python's own files: OpenCV fails silently, and on Windows takes no names but ASCII ones."""
+    """Through Python's own files: OpenCV fails silently, and on Windows only takes ASCII names."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(cv2.imencode(".png", canvas)[1].tobytes())

@@ -1,10 +1,10 @@
 """The run that every training stage goes through: folder, resuming, steps, log, checkpoints.
 
-The same call goes on where the last one stopped, and a run that was killed and resumed equals an unbroken
-one, bit for bit on the CPU: a stage hands over every tensor that training changes and every source of
+The same call continues where the last one stopped, and a run that was killed and resumed equals an unbroken
+one, bit for bit on the CPU: a stage registers every tensor that training changes and every source of
 randomness. ``checkpoints/000300/`` holds one file that all processes share (weights, averages, optimizers)
-and one of each process (random states and what else is its own). A file named ``newest`` says which folder is
-whole; it is replaced last, so a folder that was being written when the power went is never read.
+and one of each process (random states, trajectory bank, place in the data). A file named ``newest`` says
+which folder is whole; it is replaced last, so a half-written folder is never read.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from std_rt.training.run.checkpoint import (
     restore_optimizer,
     save_state,
     unpacking,
+    whole_file,
 )
 from std_rt.training.run.recipe import as_dict, check_same_run
 from std_rt.training.run.report import Report, Stopwatch
@@ -37,7 +38,7 @@ State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and JSON values
 
 
 class Stateful(Protocol):
-    """What one process has of its own."""
+    """The part of a run's state that differs by process."""
 
     def state(self) -> State: ...
     def restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None: ...
@@ -75,7 +76,7 @@ class Run:
     """A resumable run in ``config.output``.
 
     ``parts``: modules or named tensors that training changes. ``optimizers``: the first one gets the learning
-    rate of `steps`. ``own``: what is of this process alone. ``accelerator``: Accelerate's, or one process.
+    rate of `steps`. ``own``: the state of this process alone. ``accelerator``: Accelerate's, or one process.
     Raises RecipeError where the folder cannot be written or holds another run.
     """
 
@@ -126,15 +127,8 @@ class Run:
             )
         if not self.accelerator.is_main_process:
             return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            partial = self.folder / "recipe.partial"
+        with whole_file(self.folder / "recipe.json") as partial:
             partial.write_text(json.dumps(as_dict(self.config), indent=1), encoding="utf-8")
-            partial.replace(self.folder / "recipe.json")
-        except OSError as error:
-            raise RecipeError(
-                f"the run folder {self.folder} cannot be written: {error}; set --output"
-            ) from None
 
     # --- steps ------------------------------------------------------------------------------------------
 
@@ -223,14 +217,8 @@ class Run:
             self._publish(target)
 
     def _publish(self, target: Path) -> None:
-        partial, newest = self.checkpoints / "newest.partial", self.checkpoints / "newest"
-        try:
+        with whole_file(self.checkpoints / "newest", "the checkpoint before it stands") as partial:
             partial.write_text(target.name, encoding="utf-8")
-            partial.replace(newest)
-        except OSError as error:
-            raise RecipeError(
-                f"{newest} cannot be written ({error}); the checkpoint before it stands"
-            ) from None
         for old in self.checkpoints.iterdir():
             if old.is_dir() and old != target:
                 shutil.rmtree(old)

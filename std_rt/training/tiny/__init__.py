@@ -1,1 +1,1 @@
-"""tiny"""
+"""std-tiny, the built-in model: its three stages."""

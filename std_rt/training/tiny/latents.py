@@ -23,15 +23,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from std_rt.core.errors import RecipeError
-from std_rt.core.files import atomic_file
 from std_rt.models.autoencoder import AutoencoderPixelShuffle
 from std_rt.training.data.picture_set import Frame, PictureSet
 from std_rt.training.distil.bank import Shape
 from std_rt.training.distil.base import Base, Fresh
+from std_rt.training.run.checkpoint import whole_file
 from std_rt.training.run.recipe import LatentsConfig
 from std_rt.training.run.sheet import to_tensor
-from std_rt.training.tiny.content import content_version
-from std_rt.training.tiny.generated_styles import draw_style
+from std_rt.training.tiny.generated_styles import content_version, draw_style
 from std_rt.training.tiny.pipeline import random_time_ids
 
 STYLE_LATENTS = 28  # side of the style crops in latent pixels: 224 px
@@ -127,7 +126,7 @@ def build_latents(
 
 
 def save_latents(latents: dict[str, list[Triple]], path: Path, made_from: str = "") -> None:
-    """Write all triples to one safetensors file; ``made_from`` says of what, for ``latents_made_from``."""
+    """Write all triples to one safetensors file; ``made_from`` describes their sources."""
     flat = {}
     for kind, triples in latents.items():
         for i, triple in enumerate(triples):
@@ -137,12 +136,12 @@ def save_latents(latents: dict[str, list[Triple]], path: Path, made_from: str = 
                 *((f"s{j}", s) for j, s in enumerate(triple.s)),
             ):
                 flat[f"{kind}/{i:06d}/{name}"] = value.contiguous()
-    with atomic_file(path) as partial:
+    with whole_file(path) as partial:
         save_file(flat, partial, {"made_from": made_from})
 
 
 def latents_made_from(path: Path) -> str | None:
-    """The ``made_from`` of a file that ``save_latents`` wrote, None where there is none or it is damaged."""
+    """The ``made_from`` of a file by `save_latents`; None where it is missing or damaged."""
     try:
         with safe_open(path, "pt") as stored:
             return str((stored.metadata() or {}).get("made_from", ""))
@@ -151,7 +150,7 @@ def latents_made_from(path: Path) -> str | None:
 
 
 def load_latents(path: Path) -> dict[str, list[Triple]]:
-    """Read what ``save_latents`` wrote; RecipeError where it is missing or damaged."""
+    """Read a file by `save_latents`; RecipeError where it is missing or damaged."""
     if latents_made_from(path) is None:
         raise RecipeError(f"{path} is missing or damaged; delete it and run the teacher's recipe again")
     groups: dict[str, dict[str, dict[str, Tensor]]] = {}

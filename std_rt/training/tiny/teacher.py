@@ -165,7 +165,7 @@ def teacher_sheet(
 
 
 def _latents(config: TeacherConfig, vae: AutoencoderPixelShuffle, run: Path) -> dict[str, list[Triple]]:
-    """Stored latents of the run, made on the first call and again when what they are made of changes."""
+    """Stored latents of the run, made on the first call and again whenever their sources change."""
     path = run / "latents.safetensors"
     made_from = _fingerprint(config, vae)
     if latents_made_from(path) != made_from:

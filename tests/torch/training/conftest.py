@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from std_rt.training.run.recipe import AutoencoderConfig, DataConfig, FinishConfig, TeacherConfig, UNetConfig
+from std_rt.training.run.sheet import spread_pairs
 
 
 def _picture(rng: np.random.Generator, size: int = 272) -> np.ndarray:
@@ -25,6 +28,14 @@ def _picture(rng: np.random.Generator, size: int = 272) -> np.ndarray:
 def _few_threads() -> None:
     """Networks this small are slower on many threads, and other processes that tests start have one too."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _small_sheets() -> Iterator[None]:
+    """Two pairs of 64 px in the periodic sheets, which would take most of the time of these runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("std_rt.training.tiny.teacher.spread_pairs", partial(spread_pairs, count=2, size_px=64))
+        yield
 
 
 @pytest.fixture(scope="session")

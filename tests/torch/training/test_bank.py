@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from std_rt.core.errors import RecipeError
-from std_rt.training.distil.bank import States, TrajectoryBank, join
-from std_rt.training.distil.base import Conditioning
+from std_rt.training.distil.bank import States, TrajectoryBank
+from std_rt.training.distil.base import Conditioning, cat
 
 TOP, LAST = 36, 4
 SHAPE = (4, 6)
@@ -51,7 +51,7 @@ def test_advanced_rows_go_back_to_their_slots_and_new_ones_behind() -> None:
     bank = TrajectoryBank(8, LAST)
     bank.update(SHAPE, [], _states([0, 1, 2]))
     before = bank.get(SHAPE, [2, 0])
-    moved = join([replace(before, x=before.x + 1, index=before.index - 1), _states([3])])
+    moved = cat([replace(before, x=before.x + 1, index=before.index - 1), _states([3])])
     bank.update(SHAPE, [2, 0], moved)
     assert [int(row.id) for row in bank.slots[SHAPE]] == [0, 1, 2, 3]
     assert [int(row.index) for row in bank.slots[SHAPE]] == [35, 36, 35, 36]
@@ -60,7 +60,7 @@ def test_advanced_rows_go_back_to_their_slots_and_new_ones_behind() -> None:
 
 def test_a_trajectory_leaves_after_the_last_grid_point_of_use() -> None:
     bank = TrajectoryBank(8, LAST)
-    bank.update(SHAPE, [], join([_states([0], index=LAST), _states([1], index=LAST - 1)]))
+    bank.update(SHAPE, [], cat([_states([0], index=LAST), _states([1], index=LAST - 1)]))
     assert [int(row.id) for row in bank.slots[SHAPE]] == [0]
 
 
@@ -96,7 +96,7 @@ def _simulate(bank: TrajectoryBank, steps: int, batch: int, spread: bool) -> np.
         assert len(set(slots)) == len(slots)
         parts = [bank.get(SHAPE, slots)] if slots else []
         parts += [_states(bank.number(fresh).tolist())] if fresh else []
-        states = join(parts)
+        states = cat(parts)
         bank.count(states.index)
         moved = States(states.z, states.x, states.index - 1, states.scale, states.id, states.cond)
         bank.update(SHAPE, slots, moved)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, UNet2DConditionModel
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin as XL
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from support.pipelines import TEXT_DIMS, randomize, write_clip_pipeline, write_own_pipeline
 from torch import Tensor, nn
@@ -27,12 +27,9 @@ from std_rt.training.distil.lora import (
     Average,
     adapters_off,
     add_lora,
-    count,
     functional,
     lora_parameters,
     make_notes,
-    read_lora,
-    read_notes,
     save_lora,
 )
 from std_rt.training.run.recipe import LORA_TARGETS, LoraConfig, UNetConfig
@@ -41,6 +38,19 @@ from std_rt.training.tiny.pipeline import build_unet
 SMALL = LoraConfig(rank=4, alpha=6.0)
 NOTES = {"method": "std", "eta": "0.75"}
 Make = Callable[[], UNet2DConditionModel]
+
+
+def read_lora(path: Path) -> dict[str, Tensor]:
+    """A file's tensors by the names that they train under."""
+    return {
+        key.removeprefix("unet.").replace(".weight", ".default.weight"): v
+        for key, v in load_file(path).items()
+    }
+
+
+def read_notes(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata())
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +139,6 @@ def test_the_layers_of_the_method_are_adapted_and_the_image_branch_is_not(make: 
     assert {name.rsplit(".lora_", 1)[0] for name in lora_parameters(unet)} == set(layers)
     rows = sum(value.shape[0] for name, value in lora_parameters(unet).items() if ".lora_A." in name)
     assert rows == 4 * len(layers)
-    assert count(unet) == sum(value.numel() for value in lora_parameters(unet).values())
 
 
 def test_an_ip_adapters_projection_is_left_alone(make: Make) -> None:
@@ -246,15 +255,8 @@ def test_the_average_by_hand() -> None:
     torch.testing.assert_close(average.tensors["a"], torch.tensor([1.625, 2.625]))
     assert average.tensors["b"].item() == 4.0
     assert not average.tensors["a"].requires_grad
-    saved = average.state_dict()
     average.update(0.0)
     assert torch.equal(average.tensors["a"], live["a"])
-    average.load_state_dict(saved)
-    torch.testing.assert_close(average.tensors["a"], torch.tensor([1.625, 2.625]))
-    average.update(0.0)
-    torch.testing.assert_close(saved["a"], torch.tensor([1.625, 2.625]))
-    with pytest.raises(RecipeError, match="another LoRA"):
-        average.load_state_dict({"a": saved["a"]})
 
 
 @pytest.mark.parametrize("alpha", [4.0, 1.5])
@@ -332,7 +334,7 @@ def test_a_full_disk_leaves_the_earlier_file(
         raise error
 
     monkeypatch.setattr(module, "save_file", full)
-    with pytest.raises(RecipeError, match=r"could not be written \(.*is the disk full\? A file written befo"):
+    with pytest.raises(RecipeError, match=r"could not be written: .*disk may be full.*written before stands"):
         save_lora(path, {"a.lora_A.default.weight": torch.zeros(2, 2)}, NOTES, SMALL)
     assert read_lora(path)["a.lora_A.default.weight"].sum() == 4
     assert [found.name for found in tmp_path.iterdir()] == ["l.safetensors"]
@@ -352,17 +354,6 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
                 tmp_path / "l.safetensors", {"a.lora_A.default.weight": torch.tensor([value])}, {}, SMALL
             )
     assert not list(tmp_path.iterdir())
-
-
-def test_files_that_are_no_lora_are_refused(clip_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "x.safetensors").write_bytes(b"nothing")
-    for read in (read_notes, read_lora):
-        with pytest.raises(RecipeError, match="cannot be read"):
-            read(tmp_path / "x.safetensors")
-        with pytest.raises(RecipeError, match="cannot be read"):
-            read(tmp_path / "missing.safetensors")
-    with pytest.raises(RecipeError, match="was not written by std-rt train"):
-        read_lora(clip_folder / "ip_adapter.safetensors")
 
 
 def test_the_digest_tells_architectures_apart_and_nothing_else(

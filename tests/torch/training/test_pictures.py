@@ -18,7 +18,14 @@ from support.media_samples import ClipSpec, make_clip, moving_bar
 
 from std_rt.core.errors import RecipeError
 from std_rt.training.data.buckets import bucket_sizes, nearest_bucket, place
-from std_rt.training.data.pictures import BrokenFileError, Entry, Index, index_pictures, read, read_frame
+from std_rt.training.data.pictures import (
+    BrokenFileError,
+    Entry,
+    Index,
+    draw_frame,
+    index_pictures,
+    read_frame,
+)
 from std_rt.training.run.recipe import PicturesConfig
 
 RNG = np.random.default_rng(0)
@@ -32,6 +39,11 @@ def corners(h: int = 24, w: int = 40) -> np.ndarray:
     frame[h // 2 :, : w // 2, 2] = 255
     frame[h // 2 :, w // 2 :] = 255
     return frame
+
+
+def read(entry: Entry, rng: np.random.Generator) -> np.ndarray:
+    """The picture, or a random frame of the clip."""
+    return read_frame(entry, draw_frame(entry, rng))
 
 
 def index(folder: Path, **settings: Any) -> Index:
@@ -186,7 +198,7 @@ def test_broken_files_are_counted_and_named(tmp_path: Path, caplog: pytest.LogCa
     assert [e.name for e in found.entries] == ["good.png"]
     assert list(found.broken) == ["text.png", *(f"zero{i}.jpg" for i in range(6))]
     (message,) = caplog.messages
-    assert "7 (text.png: no picture; zero0.jpg: " in message
+    assert "7 (text.png: not a picture; zero0.jpg: " in message
     assert "zero3.jpg" in message
     assert "zero4.jpg" not in message
 
@@ -209,7 +221,7 @@ def test_nothing_usable_says_what_to_set(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"no usable pictures, clips or \*\.tar shards.*pictures\.folder"):
         index(tmp_path)
     (tmp_path / "a.png").write_text("no picture", encoding="utf-8")
-    with pytest.raises(RecipeError, match=r"broken: 1 \(a\.png: no picture\)"):
+    with pytest.raises(RecipeError, match=r"broken: 1 \(a\.png: not a picture\)"):
         index(tmp_path)
     with pytest.raises(RecipeError, match="no usable videos"):
         index(tmp_path, kind="videos")
@@ -302,7 +314,7 @@ def test_shards(tmp_path: Path) -> None:
         "s-0.tar:a/0.png": "nought", "s-0.tar:a/1.JPG": "one", "s-0.tar:a/3.png": "any"
     }  # fmt: skip
     assert [e.size for e in found.entries] == [(24, 40), (16, 16), (8, 8)]
-    assert found.broken == {"s-0.tar:a/2.png": "no picture", "s-0.tar:a/5.png": "empty"}
+    assert found.broken == {"s-0.tar:a/2.png": "not a picture", "s-0.tar:a/5.png": "empty"}
     assert np.array_equal(read(found.entries[0], RNG), corners())
     assert np.array_equal(read(found.entries[1], RNG), corners(16, 16))
 

@@ -133,11 +133,6 @@ def test_shapes_and_shares(config: PicturesConfig, open_source: Any) -> None:
         (6, 10): 5 / 16, SQUARE: 10 / 16, (10, 6): 1 / 16
     }  # fmt: skip
     assert open_source(replace(config, buckets=False)).shapes == [SQUARE]
-    limited = open_source(config, limit_shapes=[SQUARE, (10, 6)])
-    assert limited.shapes == [SQUARE, (10, 6)]
-    assert limited.weights.sum() == 1
-    with pytest.raises(RecipeError, match="latent sizes"):
-        open_source(config, limit_shapes=[(3, 3)])
 
 
 def test_samples_are_the_pictures_with_their_captions_and_sizes(

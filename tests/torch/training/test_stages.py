@@ -115,40 +115,6 @@ def test_missing_stage_names_the_command(teacher_config: TeacherConfig, tmp_path
         train_teacher(replace(teacher_config, output=str(tmp_path), autoencoder=str(tmp_path / "none")))
 
 
-def test_nan_loss_stops_and_keeps_the_checkpoint(
-    autoencoder_config: AutoencoderConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = replace(autoencoder_config, output=str(tmp_path), steps=6)
-    train_autoencoder(config, stop_after=3)
-    good = (_checkpoint(tmp_path) / "shared.safetensors").read_bytes()
-    monkeypatch.setattr(
-        "std_rt.training.tiny.autoencoder_stage.reconstruction_loss",
-        lambda output, *_: output.sum() * float("nan"),
-    )
-    with pytest.raises(RecipeError, match=r"the loss is not a number at step 4; .* bf16 = false"):
-        train_autoencoder(config)
-    assert (_checkpoint(tmp_path) / "shared.safetensors").read_bytes() == good
-
-
-def test_a_checkpoint_of_an_older_version_is_not_overwritten(
-    autoencoder_config: AutoencoderConfig, tmp_path: Path
-) -> None:
-    (tmp_path / "checkpoint.safetensors").touch()
-    with pytest.raises(RecipeError, match="older std-rt"):
-        train_autoencoder(replace(autoencoder_config, output=str(tmp_path)))
-
-
-def test_another_recipe_does_not_go_on_with_a_run(
-    autoencoder_config: AutoencoderConfig, tmp_path: Path
-) -> None:
-    config = replace(autoencoder_config, output=str(tmp_path))
-    train_autoencoder(config, stop_after=3)
-    kept = (tmp_path / "recipe.json").read_bytes()
-    with pytest.raises(RecipeError, match="holds a run with another batch"):
-        train_autoencoder(replace(config, batch=3))
-    assert (tmp_path / "recipe.json").read_bytes() == kept
-
-
 def test_latents_are_made_again_for_another_autoencoder(
     teacher_folder: Path, teacher_config: TeacherConfig
 ) -> None:

@@ -1,0 +1,200 @@
+"""Training in processes of its own: killed at random moments, on a full disk, and several at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.distil_runs import ADVERSARIAL, assert_same, read_checkpoint, small_recipe, write_latents
+from support.pipelines import write_own_pipeline
+
+from std_rt.core.errors import RecipeError
+from std_rt.training.distil.loop import train_distil
+from std_rt.training.run.checkpoint import load_state
+from std_rt.training.run.recipe import DistilConfig, as_dict
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> object:
+    """As the processes that are started here have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> DistilConfig:
+    base = write_own_pipeline(tmp_path / "tiny", levels=1)
+    return small_recipe(tmp_path / "run", base, write_latents(tmp_path / "latents.safetensors"))
+
+
+def _keep_recipe(config: DistilConfig) -> Path:
+    """A run folder that another process can take the recipe from."""
+    folder = Path(config.output)
+    folder.mkdir(parents=True)
+    (folder / "recipe.json").write_text(json.dumps(as_dict(config)), encoding="utf-8")
+    return folder
+
+
+RUN = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from std_rt.training.distil.loop import train_distil
+from std_rt.training.run.recipe import load_run_recipe
+train_distil(load_run_recipe(Path(sys.argv[1])))
+"""
+
+
+def test_killed_at_random_moments_and_resumed_it_ends_as_if_unbroken(
+    config: DistilConfig, tmp_path: Path
+) -> None:
+    """SIGKILL, with no chance to clean up. STD_RT_KILLS=10 for the long version."""
+    config = replace(config, adversarial=ADVERSARIAL, steps=24, snapshot_every=1)
+    whole, broken = (replace(config, output=str(tmp_path / name)) for name in ("whole", "broken"))
+    script = tmp_path / "run.py"
+    script.write_text(RUN, encoding="utf-8")
+    train_distil(whole)
+    folder, rng = _keep_recipe(broken), random.Random(0)
+    kills = int(os.environ.get("STD_RT_KILLS", "2"))
+    for n in range(kills):
+        goal = 1 + n * 20 // kills
+        process = subprocess.Popen(
+            [sys.executable, str(script), str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None and _newest(folder) < goal:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        assert process.wait() != 0, "the run ended before it was killed"
+    train_distil(broken)
+    assert_same(read_checkpoint(whole), read_checkpoint(broken))
+    assert (Path(whole.output) / "log.jsonl").read_bytes() == (folder / "log.jsonl").read_bytes()
+    left = [p.name for p in folder.rglob("*") if ".part" in p.name and "checkpoints" not in p.parts]
+    assert not left
+
+
+def _newest(folder: Path) -> int:
+    try:
+        return int((folder / "checkpoints" / "newest").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+TWO_PROCESSES = """
+import hashlib, json, sys
+from dataclasses import replace
+from pathlib import Path
+from accelerate import PartialState
+from std_rt.training.distil import loop as distil
+from std_rt.training.run.recipe import load_run_recipe
+from std_rt.training.tiny.latents import TripleSource
+
+state = PartialState(cpu=True)
+kept, pool = {}, []
+
+
+def digest(tensors):
+    return hashlib.sha256(b"".join(v.detach().numpy().tobytes() for v in tensors)).hexdigest()
+
+
+parameters, adversary, start = distil.lora_parameters, distil.Adversary, TripleSource.__init__
+
+
+def keep_lora(unet):
+    kept["lora"] = parameters(unet)
+    return kept["lora"]
+
+
+def keep_heads(*args, **kwargs):
+    kept["heads"] = adversary(*args, **kwargs)
+    return kept["heads"]
+
+
+def keep_pool(self, *args, **kwargs):
+    start(self, *args, **kwargs)
+    pool.extend(digest([t.z]) for triples in self.latents.values() for t in triples)
+
+
+distil.lora_parameters, distil.Adversary, TripleSource.__init__ = keep_lora, keep_heads, keep_pool
+config = load_run_recipe(Path(sys.argv[1]))
+distil.train_distil(config)
+found = {
+    "world": state.num_processes,
+    "lora": digest(kept["lora"].values()),
+    "heads": digest(kept["heads"].heads.state_dict().values()),
+    "pool": pool,
+}
+broken = replace(config, output=config.output + "-broken")
+distil.train_distil(broken, stop_after=3)
+distil.train_distil(broken)
+Path(sys.argv[1], f"out{state.process_index}.json").write_text(json.dumps(found))
+"""
+
+
+def test_two_processes_agree_see_different_data_and_resume(config: DistilConfig, tmp_path: Path) -> None:
+    """Acceptance tests 5 and 6 with two ranks, the adversarial loss and accumulation."""
+    config = replace(config, adversarial=ADVERSARIAL, accumulate=2, steps=4)
+    folder = _keep_recipe(config)
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES, encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*launch, str(script), str(folder)], capture_output=True, encoding="utf-8", env=env, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads((folder / f"out{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1))
+    assert (one["world"], two["world"]) == (2, 2)
+    assert one["lora"] == two["lora"]
+    assert one["heads"] == two["heads"]
+    assert not set(one["pool"]) & set(two["pool"])
+    assert len(set(one["pool"]) | set(two["pool"])) == 12
+    resumed = replace(config, output=config.output + "-broken")
+    whole = read_checkpoint(config)
+    assert any(name.startswith("rank1") for name in whole)
+    assert not torch.equal(whole["rank0.safetensors/generator"], whole["rank1.safetensors/generator"])
+    assert_same(whole, read_checkpoint(resumed))
+    with pytest.raises(RecipeError, match="trained by 2 processes, now there are 1"):
+        train_distil(replace(config, steps=5))
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import torch
+from std_rt.core.errors import RecipeError
+from std_rt.training.run.checkpoint import save_state
+
+path = Path(sys.argv[1])
+save_state(path, {"value": torch.ones(10)}, {"step": 1})
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    save_state(path, {"value": torch.ones(100_000)}, {"step": 2})
+except RecipeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the limit on file sizes is POSIX's")
+def test_a_write_that_really_fails_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(path)], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert "could not be written" in done.stdout
+    assert f"the last good one, {path}, stands" in done.stdout
+    tensors, meta = load_state(path)
+    assert meta == {"step": 1}
+    assert torch.equal(tensors["value"], torch.ones(10))
+    assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]

@@ -1,0 +1,179 @@
+"""A run restores all that training changes, stops at a loss that is not a number, and loses nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from std_rt.core.errors import RecipeError
+from std_rt.training.run.checkpoint import load_state, save_state
+from std_rt.training.run.recipe import AutoencoderConfig, DataConfig
+from std_rt.training.run.training_run import ModuleRun, cosine_rate
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> AutoencoderConfig:
+    data = DataConfig("photos", "art", "content", "style")
+    return AutoencoderConfig(str(tmp_path / "run"), data, steps=6, snapshot_every=2, log_every=1)
+
+
+def _start(config: AutoencoderConfig) -> tuple[nn.Module, ModuleRun]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    return model, ModuleRun(config, {"net": model}, list(model.parameters()), weight_decay=1e-2)
+
+
+def _train(config: AutoencoderConfig, stop_after: int | None = None, wrong_at: int = -1) -> ModuleRun:
+    model, run = _start(config)
+    for step in run.steps(lambda i: cosine_rate(1e-2, i, config.steps, 2), stop_after):
+        x = torch.randn(5, 3, generator=run.generator) * run.rng.random()
+        run.update(model(x).square().mean() * (float("nan") if step == wrong_at else 1.0), 5)
+        if run.due(step):
+            run.save(step, figure=float(step))
+    return run
+
+
+def _newest(folder: Path) -> Path:
+    return folder / "checkpoints" / (folder / "checkpoints" / "newest").read_text(encoding="utf-8")
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    """Every file of a run that must not depend on when it was killed."""
+    kept = {path.name: path.read_bytes() for path in _newest(folder).iterdir()}
+    return kept | {"log.jsonl": (folder / "log.jsonl").read_bytes()}
+
+
+@pytest.mark.parametrize("kill", [1, 2, 5])
+def test_a_stopped_run_goes_on_as_if_unbroken(config: AutoencoderConfig, tmp_path: Path, kill: int) -> None:
+    broken = replace(config, output=str(tmp_path / "broken"))
+    _train(config)
+    _train(broken, stop_after=kill)
+    _train(broken)
+    assert _files(tmp_path / "broken") == _files(tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[1]["figure"] == 1
+    assert rows[0]["learning_rate"] == pytest.approx(cosine_rate(1e-2, 0, 6, 2))
+    for name in ("loss.png", "timing.jsonl", "recipe.json"):
+        assert (tmp_path / "run" / name).is_file()
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.is_dir()] == ["000006"]
+
+
+def test_a_finished_run_does_nothing_more(config: AutoencoderConfig, tmp_path: Path) -> None:
+    _train(config)
+    before = _files(tmp_path / "run")
+    assert list(_start(config)[1].steps(lambda _: 1.0)) == []
+    assert _files(tmp_path / "run") == before
+
+
+def test_the_step_of_the_wrong_loss_is_named_though_it_is_noticed_later(config: AutoencoderConfig) -> None:
+    config = replace(config, log_every=50, snapshot_every=50, steps=6)
+    with pytest.raises(RecipeError, match="the loss is not a number at step 4"):
+        _train(config, wrong_at=3)
+
+
+def test_on_a_full_disk_the_last_checkpoint_stands(
+    config: AutoencoderConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _train(config, stop_after=2)
+    before = _files(tmp_path / "run")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(RecipeError, match=r"^[^\n]*000002, stands[^\n]*$"):
+            _train(config)
+    assert {k: v for k, v in _files(tmp_path / "run").items() if k != "log.jsonl"} == {
+        k: v for k, v in before.items() if k != "log.jsonl"
+    }
+
+
+def _other_groups(tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    meta["groups"]["main"] = []
+
+
+def _other_weights(tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    tensors["net/0.weight"] = torch.ones(9, 9)
+
+
+def _no_weights(tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    del tensors["net/0.weight"]
+
+
+def _other_rng(tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    meta["rng"] = {"bit_generator": "MT19937"}
+
+
+def _no_generator(tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    del tensors["generator"]
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("shared", _other_groups),
+        ("shared", _other_weights),
+        ("shared", _no_weights),
+        ("rank0", _other_rng),
+        ("rank0", _no_generator),
+    ],
+)
+def test_the_state_of_another_run_says_to_delete_it(
+    config: AutoencoderConfig, tmp_path: Path, file: str, change: Callable[..., None]
+) -> None:
+    _train(config, stop_after=2)
+    path = _newest(tmp_path / "run") / f"{file}.safetensors"
+    tensors, meta = load_state(path)
+    change(tensors, meta)
+    save_state(path, tensors, meta)
+    with pytest.raises(RecipeError, match=r"^[^\n]*belongs to another run[^\n]*start over$"):
+        _start(config)
+
+
+def test_a_run_of_more_processes_is_not_continued_by_one(config: AutoencoderConfig, tmp_path: Path) -> None:
+    _train(config, stop_after=2)
+    path = _newest(tmp_path / "run") / "shared.safetensors"
+    tensors, meta = load_state(path)
+    save_state(path, tensors, meta | {"world": 2})
+    with pytest.raises(RecipeError, match="trained by 2 processes, now there are 1"):
+        _start(config)
+
+
+def test_another_recipe_or_an_older_version_is_not_continued(
+    config: AutoencoderConfig, tmp_path: Path
+) -> None:
+    _train(config, stop_after=2)
+    kept = (tmp_path / "run" / "recipe.json").read_bytes()
+    with pytest.raises(RecipeError, match="holds a run with another batch"):
+        _start(replace(config, batch=3))
+    assert (tmp_path / "run" / "recipe.json").read_bytes() == kept
+    _start(replace(config, snapshot_every=3))  # the same run
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "checkpoint.safetensors").touch()
+    with pytest.raises(RecipeError, match="older std-rt"):
+        _start(replace(config, output=str(tmp_path / "old")))
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(config: AutoencoderConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RecipeError, match=r"^[^\n]*recipe\.json could not be written[^\n]*$"):
+        _start(replace(config, output=str(tmp_path / "file" / "run")))
+
+
+def test_the_rate_warms_up_stays_and_falls() -> None:
+    rates = [cosine_rate(1.0, i, 100, 10, flat=0.5) for i in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[10] == rates[50] == 1
+    assert rates[99] == pytest.approx(0.02, abs=2e-3)
+    assert cosine_rate(1.0, 0, 10, 0) == 1  # no warm-up
