@@ -226,8 +226,8 @@ def test_a_damaged_clip_is_done_as_far_as_it_goes(case: Case, tmp_path: Path) ->
     for packets, kept in sounds:
         assert kept_of(packets, kept)
         lost += len(packets) - len(kept)
-    told = [int(note.split()[0]) for note in report.notes if "sound packets were left out" in note]
-    assert lost == sum(told)
+    reported = [int(note.split()[0]) for note in report.notes if "sound packets were left out" in note]
+    assert lost == sum(reported)
 
 
 def look_at_damaged(path: Path) -> Heard | None:
