@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from support.cli_support import picture
-from support.media_samples import Spec, frame_times, make_clip
+from support.media_samples import ClipSpec, frame_times, make_clip
 
 from std_rt.core.bundle import Bundle
 
@@ -21,7 +21,7 @@ from std_rt.core.bundle import Bundle
 @pytest.fixture
 def command(handmade: Bundle, tmp_path: Path) -> list[str]:
     """``std-rt live`` on a clip of ten frames that plays again and again, with ``tmp_path / art.png``."""
-    clip = make_clip(tmp_path / "clip.mp4", Spec(pts=tuple(range(0, 10 * 512, 512))))
+    clip = make_clip(tmp_path / "clip.mp4", ClipSpec(pts=tuple(range(0, 10 * 512, 512))))
     art = picture(tmp_path / "art.png", 32, 32, seed=1)
     flags = ("--style", art, "--camera", clip, "--no-window", "--bundle", handmade.path, "--size", "64x48")
     return [sys.executable, "-m", "std_rt", "live", *map(str, flags)]
