@@ -1,16 +1,16 @@
-"""Prompts: the field's common syntax, chunks of tokens, and the encoding that SDXL's UNet takes.
+"""Prompts: the common weighting syntax, chunks of tokens, and the encoding that SDXL's UNet takes.
 
     (words)  1.1 times the weight     (words:1.4)  1.4 times     \\( \\) \\[ \\] \\\\  the sign itself
     [words]  the weight / 1.1         BREAK  a new chunk         brackets nest, their factors multiply
 
-It is the syntax of AUTOMATIC1111's web UI, unbalanced brackets included: one that opens and never closes
-acts to the end, one that closes nothing is text, and so is ``:1.4)`` where no ``(`` is open. A backslash
-before anything else is dropped. Two things differ: BREAK works inside brackets too, and a number that is
-none (``:1.2.3)``) is text, not an error. Step-dependent ``[a:b:0.5]`` is not known: that is text in brackets.
+This is the syntax of AUTOMATIC1111's web UI, unbalanced brackets included: a bracket that never closes acts
+to the end, one that closes nothing is text, and so is ``:1.4)`` where no ``(`` is open. A backslash before
+anything else is dropped. Two things differ: BREAK also works inside brackets, and a malformed number
+(``:1.2.3)``) is text, not an error. Step-dependent ``[a:b:0.5]`` is not supported: it is text in brackets.
 
-Text encoders read 77 tokens at once: a begin, 75 of text, an end. Longer prompts go through in chunks,
-whose hidden states are laid end to end. A weight multiplies the hidden states of its tokens; then the
-chunk is scaled so that its mean is what it was, for each encoder by itself.
+Text encoders read 77 tokens at a time: begin, 75 of text, end. Longer prompts are encoded in chunks whose
+hidden states are concatenated. A weight multiplies the hidden states of its tokens; then the chunk is scaled
+back to its original mean, separately for each encoder.
 
 The same code runs at export (torch modules) and in the runtime (engines): NumPy only.
 """
@@ -76,15 +76,15 @@ class Piece:
 
 
 class Tokenizer(Protocol):
-    """What turns words into the numbers one text encoder takes."""
+    """Turns text into the token ids of one text encoder."""
 
     @property
     def length(self) -> int:
-        """Tokens the encoder takes at once, begin and end included: 77."""
+        """Tokens the encoder takes at a time, begin and end included: 77."""
 
     @property
     def begin(self) -> int:
-        """Id of the token that every chunk begins with."""
+        """Id of the first token of every chunk."""
 
     @property
     def end(self) -> int:
@@ -92,7 +92,7 @@ class Tokenizer(Protocol):
 
     @property
     def pad(self) -> int:
-        """Id of what fills a chunk up."""
+        """Id of the padding token."""
 
     def __call__(self, text: str) -> list[int]:
         """Ids of ``text`` alone: no begin, end or padding, however long it is."""
@@ -107,7 +107,7 @@ class Chunks:
 
 
 class _Reader:
-    """Runs of text (None stands for BREAK) and spans of them with a factor, collected left to right."""
+    """Collects runs of text (None: BREAK) and weighted spans of them, from left to right."""
 
     def __init__(self) -> None:
         self.runs: list[str | None] = []
@@ -115,16 +115,16 @@ class _Reader:
         self.opened: dict[str, list[int]] = {"(": [], "[": []}
 
     def text(self, text: str) -> None:
-        """Text as it is, split at BREAK."""
+        """Take plain text, split at BREAK."""
         for i, part in enumerate(_BREAK.split(text)):
             self.runs += [None, part] if i else [part]
 
     def close(self, bracket: str, factor: float) -> None:
-        """The innermost open ``bracket`` closes here."""
+        """Close the innermost open ``bracket``."""
         self.spans.append((self.opened[bracket].pop(), len(self.runs), factor))
 
     def read(self, found: re.Match[str]) -> None:
-        """One element of the syntax."""
+        """Take one element of the syntax."""
         bracket, weight = found["bracket"], found["weight"]
         if found["escaped"] is not None:
             self.runs.append(found["escaped"])
@@ -138,7 +138,7 @@ class _Reader:
             self.text(found[0])
 
     def weights(self) -> list[float]:
-        """One a run; what is still open closes at the end."""
+        """The weight of each run; brackets that are still open close at the end."""
         for bracket, starts in self.opened.items():
             self.spans += [(start, len(self.runs), _FACTORS[bracket]) for start in starts]
         weights = np.ones(len(self.runs))
@@ -151,7 +151,7 @@ class _Reader:
 def parse_prompt(text: str) -> list[list[Piece]]:
     """Sections (a BREAK stands between two), each a list of pieces; neighbours differ in weight.
 
-    Plain text is one section of one piece, an empty prompt one section of none. Raises nothing.
+    Plain text is one section of one piece, an empty prompt one empty section. Never raises.
     """
     reader = _Reader()
     for found in _SYNTAX.finditer(text):
@@ -183,8 +183,8 @@ def _format(piece: Piece) -> str:
 def chunk_prompts(texts: Sequence[str], tokenizers: Sequence[Tokenizer]) -> list[list[Chunks]]:
     """For every tokenizer the chunks of every text; all have the same number of chunks.
 
-    What is shorter is filled up with empty chunks, as the web UI does. Raises UsageError on a weight
-    that no hidden state survives.
+    Shorter texts are padded with empty chunks, as in the web UI. Raises UsageError for a weight that no
+    hidden state survives.
     """
     rows = [[_rows(text, tokenizer) for text in texts] for tokenizer in tokenizers]
     count = max((len(one) for row in rows for one in row), default=1)

@@ -13,7 +13,7 @@ from std_rt.core.bundle import Bundle
 from std_rt.live.keys import markdown_table
 from std_rt.media import read_picture, write_picture
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 def test_the_example_runs(handmade: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
