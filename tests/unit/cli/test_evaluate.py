@@ -168,7 +168,7 @@ def test_what_does_not_fit_together_is_one_line(
         (("--steps", 2, "--steps", 4), "one step count"),
         (("--teacher", teacher, "--bundle", "x"), "two ways"),
         (("--teacher", teacher, "--size", "64x32"), "square"),
-        (("--teacher", teacher, "--size", 72), "no multiple of 16"),
+        (("--teacher", teacher, "--size", 72), "not a multiple of 16"),
         (("--teacher", teacher, "--size", 16), "too small"),
         (("--teacher", teacher, "--schedule", "euler"), "aligned and diffusers"),
         (("--teacher", teacher, "--guidance", 0), "above 0"),
