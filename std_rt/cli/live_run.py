@@ -99,7 +99,7 @@ def run(request: Request) -> int:
         stack.callback(show.close)  # first of all, so that nothing can keep a recording from its end
         console.print(f"[dim]{describe(stylizer)}, {source.name}[/]", highlight=False)
         _present(show, outputs, request, console)
-        session.meter.pause("end")  # closing is no running time
+        session.metrics.pause("end")  # closing is no running time
         session.report()
     typer.echo(json.dumps(session.report()))
     return 0
@@ -246,7 +246,7 @@ def _outputs(request: Request, session: Session, stylizer: Stylizer, first: Fram
         if request.record is not None:
             outputs.recorder = new_recorder(request.record)
         if request.metrics is not None:
-            outputs.metrics = MetricsWriter(request.metrics, session.meter, overwrite=request.overwrite)
+            outputs.metrics = MetricsWriter(request.metrics, session.metrics, overwrite=request.overwrite)
     except BaseException:
         for output in (outputs.window, outputs.virtual, outputs.recorder):
             if output is not None:

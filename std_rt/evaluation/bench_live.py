@@ -2,7 +2,7 @@
 
 A clip of 640 x 480 px and 30 fps plays in real time; frames are decoded, painted and presented to nobody,
 and a style is changed with a crossfade every few seconds. The last line printed is the report of
-`stream.meter`.
+`Session.metrics`.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def _present(session: Session, deck: StyleMixer, plan: Plan) -> None:
             end, switch = now + plan.seconds, now + (plan.switch_s or float("inf"))
         if now >= switch:
             switch += plan.switch_s
-            session.meter.style_asked()
-            deck.next(plan.crossfade_s)
+            session.metrics.style_asked()
+            deck.step(1, plan.crossfade_s)
 
 
 def _print(report: dict[str, Any]) -> None:
