@@ -13,13 +13,14 @@ import json
 import math
 import statistics
 import time
+from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
+from itertools import accumulate
+from math import ceil, floor
 from threading import Lock
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from std_rt.core.machine import peak_memory_mb
 from std_rt.streaming.frame_packet import FramePacket
@@ -39,7 +40,7 @@ _COMMANDS_KEPT = 64
 
 # A histogram of durations, in constant memory however many there are: bin -> count. Bin 0 is below 0.001 ms;
 # the others grow by 1 %, so a percentile is off by half a bin, 0.5 %, at most.
-Histogram = Counter[int]
+Histogram = dict[int, int]
 _LEAST_MS, _MOST_MS = 1e-3, 1e7  # 1e7 ms: almost three hours
 _GROWTH = 1.01
 
@@ -54,18 +55,16 @@ def _middle_ms(index: int) -> float:
     return 0.0 if index == 0 else min(_MOST_MS, _LEAST_MS * _GROWTH ** (index - 0.5))
 
 
-def percentile(histogram: Histogram, share: float) -> float | None:
-    """As ``numpy.percentile`` of the durations, in ms, ``share`` 0..100; None of an empty histogram."""
-    if not histogram:
+def _percentile(histogram: Histogram, share: float) -> float | None:
+    """As ``numpy.percentile`` of the durations, in ms, ``share`` 0..100; None if there are none."""
+    total = sum(histogram.values())
+    if not total:
         return None
     bins = sorted(histogram)
-    up_to = np.cumsum([histogram[index] for index in bins])
-    rank = (histogram.total() - 1) * share / 100
-    low, high = (
-        _middle_ms(bins[int(np.searchsorted(up_to, whole, "right"))])
-        for whole in (math.floor(rank), math.ceil(rank))
-    )
-    return low + (high - low) * (rank - math.floor(rank))
+    up_to = list(accumulate(histogram[index] for index in bins))
+    rank = (total - 1) * share / 100
+    low, high = (_middle_ms(bins[bisect_right(up_to, whole)]) for whole in (floor(rank), ceil(rank)))
+    return low + (high - low) * (rank - floor(rank))
 
 
 @dataclass
@@ -83,7 +82,7 @@ class Counts:
     source_stalls: int = 0
     warped: int = 0
     warping: float = 0.0  # sum
-    switched_ms: float | None = None  # the last style switch
+    switched_ms: float = 0.0  # the last style switch
     latency: Histogram = field(default_factory=Counter)
     interval: Histogram = field(default_factory=Counter)
     switches: Histogram = field(default_factory=Counter)
@@ -95,36 +94,22 @@ class Counts:
         self.seconds += seconds
         self.levels_s[quality] = self.levels_s.get(quality, 0.0) + seconds
 
-    def copy(self) -> Counts:
-        """An independent copy."""
-        return replace(
-            self,
-            latency=self.latency.copy(),
-            interval=self.interval.copy(),
-            switches=self.switches.copy(),
-            stages={name: histogram.copy() for name, histogram in self.stages.items()},
-            levels_s=dict(self.levels_s),
-        )
-
     def since(self, before: Counts) -> Counts:
         """What was counted after ``before``, an earlier copy."""
-        numbers = {
-            each.name: max(0, getattr(self, each.name) - getattr(before, each.name))
-            for each in fields(self)
-            if each.type in ("int", "float")
+        added = {
+            each.name: _added(getattr(self, each.name), getattr(before, each.name)) for each in fields(self)
         }
-        switches = self.switches - before.switches
-        return Counts(
-            **numbers,
-            switched_ms=self.switched_ms if switches else None,
-            latency=self.latency - before.latency,
-            interval=self.interval - before.interval,
-            switches=switches,
-            stages={name: after - before.stages.get(name, Counter()) for name, after in self.stages.items()},
-            levels_s={
-                name: max(0.0, s - before.levels_s.get(name, 0.0)) for name, s in self.levels_s.items()
-            },
-        )
+        return Counts(**{**added, "switched_ms": self.switched_ms})
+
+
+def _added(after: Any, before: Any) -> Any:
+    """The difference of two numbers, or of all numbers in two mappings."""
+    if isinstance(after, Mapping):
+        return {
+            key: _added(value, before.get(key, {} if isinstance(value, Mapping) else 0))
+            for key, value in after.items()
+        }
+    return max(0, after - before)
 
 
 @dataclass(frozen=True)
@@ -264,7 +249,7 @@ class Metrics:
         """Everything so far, including the current interval if it is a stall already."""
         at = self._now()
         with self._lock:
-            counts = self._counts.copy()
+            counts = self._counts.since(Counts())
             self._count_stall_under_way(counts, at)
         return counts
 
@@ -302,13 +287,14 @@ class Metrics:
     def figures(self, counts: Counts) -> dict[str, Any]:
         """The figures of the module docstring for these counts, rounded; None for what was not measured."""
         seconds, switches = counts.seconds, counts.switches
+        count = sum(switches.values())
         processed = counts.intervals - counts.skipped_intervals
         return {
             "fps": _rounded(counts.intervals / seconds if seconds else None, 2),
             "fps_processed": _rounded(processed / seconds if seconds else None, 2),
             "latency_ms": _percentiles(counts.latency, 50, 95, 99),
             "interval_ms": _percentiles(counts.interval, 50, 95, 99),
-            "stages_ms": {name: _rounded(percentile(all_, 50), 3) for name, all_ in counts.stages.items()},
+            "stages_ms": {name: _rounded(_percentile(all_, 50), 3) for name, all_ in counts.stages.items()},
             "frames": counts.frames,
             "skips": counts.skips,
             "captured": counts.captured,
@@ -317,10 +303,10 @@ class Metrics:
             "source_stalls": counts.source_stalls,
             "seconds": _rounded(seconds, 3),
             "style_switch_ms": {
-                "count": switches.total(),
+                "count": count,
                 **_percentiles(switches, 50, 95),
-                "worst": _rounded(percentile(switches, 100), 2),
-                "last": _rounded(counts.switched_ms, 2),
+                "worst": _rounded(_percentile(switches, 100), 2),
+                "last": _rounded(counts.switched_ms if count else None, 2),
             },
             "warping_error": _rounded(counts.warping / counts.warped if counts.warped else None, 5),
             "levels_s": {name: _rounded(spent, 3) for name, spent in counts.levels_s.items() if name},
@@ -380,7 +366,7 @@ class Metrics:
 
 
 def _percentiles(histogram: Histogram, *shares: int) -> dict[str, float | None]:
-    return {f"p{share}": _rounded(percentile(histogram, share), 2) for share in shares}
+    return {f"p{share}": _rounded(_percentile(histogram, share), 2) for share in shares}
 
 
 def _rounded(value: float | None, digits: int) -> float | None:
