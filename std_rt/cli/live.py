@@ -147,25 +147,25 @@ def live(request: LiveRequest) -> None:
         stylizer = stack.enter_context(open_stylizer(request, console))
         if request.prompt is not None:
             stylizer.set_prompt(request.prompt, request.negative_prompt)
-        deck = StyleMixer(stylizer.encode_style, stylizer.bundle, strength=request.style_strength)
-        stack.enter_context(closing(deck))
-        deck.cycle(request.cycle_s, request.crossfade)
+        mixer = StyleMixer(stylizer.encode_style, stylizer.bundle, strength=request.style_strength)
+        stack.enter_context(closing(mixer))
+        mixer.cycle(request.cycle_s, request.crossfade)
         with builds_shown(console, stylizer.backend):
             quality = stylizer.quality(first.shape[0], first.shape[1])
             stylizer.prepare_qualities([quality], stream_batch=request.stream_batch)
-            deck.fill(styles)
+            mixer.fill(styles)
             # Not with the first frame: a camera that runs meanwhile would only lose frames.
             while not stylizer.ready(quality, stream_batch=request.stream_batch):
                 time.sleep(_TICK_S)
         is_mirror = isinstance(source, Camera) if request.mirror is None else request.mirror
-        session = Session(stylizer, source, deck, settings, mirror=is_mirror)
+        session = Session(stylizer, source, mixer, settings, mirror=is_mirror)
         outputs = _outputs(request, session, stylizer, first)
         presenter = Presenter(session, outputs, first, say=lambda line: note(console, line))
         stack.enter_context(session)
         stack.callback(presenter.close)  # closed first, so that nothing can prevent the end of a recording
         note(console, f"{describe(stylizer)}, {source.name}")
         _present(presenter, outputs, request.duration, console)
-        session.meter.pause("end")  # the time that closing takes does not count
+        session.metrics.pause("end")  # the time that closing takes does not count
         session.report()
     typer.echo(json.dumps(session.report()))
 
@@ -265,6 +265,6 @@ def _outputs(request: LiveRequest, session: Session, stylizer: Stylizer, first: 
         if request.record is not None:
             outputs.recorder = undo.enter_context(closing(new_recorder(request.record)))
         if request.metrics is not None:
-            outputs.metrics = MetricsWriter(request.metrics, session.meter, overwrite=request.overwrite)
+            outputs.metrics = MetricsWriter(request.metrics, session.metrics, overwrite=request.overwrite)
         undo.pop_all()
     return outputs

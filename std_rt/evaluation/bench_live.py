@@ -82,8 +82,8 @@ def _present(session: Session, mixer: StyleMixer, plan: Plan) -> None:
             end, switch = now + plan.seconds, now + (plan.switch_s or float("inf"))
         if now >= switch:
             switch += plan.switch_s
-            session.meter.style_asked()
-            mixer.next(plan.crossfade_s)
+            session.metrics.style_asked()
+            mixer.step(1, plan.crossfade_s)
 
 
 def _print(report: dict[str, Any]) -> None:

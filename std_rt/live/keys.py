@@ -1,6 +1,6 @@
-"""What the keys of the live window do, as data: the table that the loop, the help and the README share.
+"""The keys of the live window: one table that the loop, the help and the README share.
 
-``std_rt.media.window.window`` gives a key its name; :func:`command_for` gives the name its command.
+`std_rt.media.window.window` names a pressed key, `command_for` finds its command.
 """
 
 from __future__ import annotations
@@ -8,19 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import groupby
 
 __all__ = ["BINDINGS", "Action", "Binding", "Command", "command_for", "help_lines", "markdown_table"]
 
 
 class Action(StrEnum):
-    """What can be asked for while a stream runs."""
+    """What a user can do while a session runs."""
 
-    STEP_STYLE = "step style"  # to the next (amount 1) or the one before (-1)
+    STEP_STYLE = "step style"  # to the next (amount 1) or previous one (-1)
     CHOOSE_STYLE = "choose style"  # amount: its number, from 1
-    MIX_STYLE = "mix style"  # into the blend, or out of it; amount: its number, from 1
-    WEIGHT = "weight"  # of the style last chosen or mixed in; amount is added
+    MIX_STYLE = "mix style"  # into the blend or out of it; amount: its number, from 1
+    WEIGHT = "weight"  # of the style chosen or mixed in last; amount is added
     STRENGTH = "strength"  # of all style; amount is added
-    CROSSFADE = "crossfade"  # seconds a change of style takes; amount is added
+    CROSSFADE = "crossfade"  # duration in seconds; amount is added
     COMPARE = "compare"
     MIRROR = "mirror"
     PAUSE = "pause"
@@ -34,7 +35,7 @@ class Action(StrEnum):
     QUIT = "quit"
 
 
-_GRADUAL = frozenset({Action.WEIGHT, Action.STRENGTH, Action.CROSSFADE})
+_REPEATING = frozenset({Action.WEIGHT, Action.STRENGTH, Action.CROSSFADE})  # while the key is held
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,10 @@ class Command:
     action: Action
     amount: float = 0.0
 
-    @property
-    def repeats(self) -> bool:
-        """Whether holding the key goes on doing it."""
-        return self.action in _GRADUAL
-
 
 @dataclass(frozen=True)
 class Binding:
-    """One line of the table: keys by name, as a keyboard has them printed, and what they do."""
+    """One line of the table: keys as printed on a keyboard, what they do, and their commands by key name."""
 
     group: str
     help: str
@@ -61,7 +57,7 @@ class Binding:
 
 
 def _any(action: Action, amount: float, *names: str) -> dict[str, Command]:
-    """Any of these keys does the same."""
+    """The same command for each of these keys."""
     return dict.fromkeys(names, Command(action, amount))
 
 
@@ -109,34 +105,25 @@ _COMMANDS = {name: command for binding in BINDINGS for name, command in binding.
 def command_for(key: str, repeat: bool = False) -> Command | None:
     """The command of a key by its name; None for a key without one.
 
-    repeat: the key is being held, which only gradual commands heed. A number above 9 has no key, but the
-    window gives it where that style's picture was clicked.
+    repeat: the key is being held down, which only gradual commands follow. A number above 9 is not a key; the
+    window gives it for a click on the thumbnail of that style.
     """
-    command = _COMMANDS.get(key) or _numbered(key)
-    return None if command is None or (repeat and not command.repeats) else command
-
-
-def _numbered(key: str) -> Command | None:
-    number = key.removeprefix("shift+")
-    if not (number.isascii() and number.isdecimal() and int(number)):
-        return None
-    return Command(Action.CHOOSE_STYLE if number == key else Action.MIX_STYLE, int(number))
+    command, number = _COMMANDS.get(key), key.removeprefix("shift+")
+    if command is None and number.isascii() and number.isdecimal() and int(number):
+        command = Command(Action.CHOOSE_STYLE if number == key else Action.MIX_STYLE, int(number))
+    return None if command is None or (repeat and command.action not in _REPEATING) else command
 
 
 def help_lines() -> list[tuple[tuple[str, ...], str]]:
-    """The table to show: (keys as printed, what they do); a group's name comes first, with no keys."""
+    """Lines of the help: (keys as printed, what they do); each group starts with its name and no keys."""
     lines: list[tuple[tuple[str, ...], str]] = []
-    group = ""
-    for binding in BINDINGS:
-        if binding.group != group:
-            group = binding.group
-            lines.append(((), group))
-        lines.append((binding.printed, binding.help))
+    for group, bindings in groupby(BINDINGS, lambda binding: binding.group):
+        lines += [((), group), *((binding.printed, binding.help) for binding in bindings)]
     return lines
 
 
 def markdown_table() -> str:
-    """The same as a Markdown table, for the README."""
+    """The help as a Markdown table, for the README."""
     rows, group = ["| | Key | What it does |", "|---|---|---|"], ""
     for binding in BINDINGS:
         first = f"{binding.group} " if binding.group != group else ""

@@ -1,8 +1,8 @@
-"""`--metrics FILE`: the figures of a live session as JSON lines, while it runs and at its end.
+"""The file of `--metrics FILE`: the figures of a live session as JSON lines, while it runs and at its end.
 
 {"kind": "start", "schema": 1, "started": "2026-01-31T12:00:00+00:00", "settings": {...}}
-{"kind": "interval", "at_s": 1.0, "fps": 27.1, ...}        once a second: of that second
-{"kind": "summary", "fps": 27.3, ..., "settings": {...}}   of the whole, as `Meter.report`
+{"kind": "interval", "at_s": 1.0, "fps": 27.1, ...}        once a second, for that second
+{"kind": "summary", "fps": 27.3, ..., "settings": {...}}   for the whole session, as `Metrics.report`
 """
 
 from __future__ import annotations
@@ -19,80 +19,76 @@ from typing import IO, Any
 
 from std_rt.core.errors import MediaError
 from std_rt.core.files import reason
-from std_rt.live.metrics import SCHEMA, Meter, Snapshot
+from std_rt.live.metrics import SCHEMA, Counts, Metrics
 
 __all__ = ["MetricsWriter"]
 
 _EVERY_S = 1.0
-_WAITING = 60  # lines: of a disk that is a minute behind, the oldest that wait are lost
+_LINES_KEPT = 60  # when the disk is a minute behind, the oldest waiting lines are lost
 _LAST_LINES_S = 5.0
 
 
 class MetricsWriter:
-    """Lines are written by a thread of its own, so that no disk can hold up a frame, and flushed one by one,
-    so that a killed session keeps them.
-
-    A disk that is full or gone ends the file, not the session: `problem` says so. Not for several threads.
+    """A thread writes and flushes each line, so no disk can hold up a frame and a killed session keeps its
+    lines. A full or missing disk ends the file, not the session: `problem` says so. Call from one thread.
     """
 
     def __init__(
         self,
         path: Path,
-        meter: Meter,
+        metrics: Metrics,
         *,
         overwrite: bool = False,
-        every_s: float = _EVERY_S,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Write the first line.
 
-        Raises MediaError where ``path`` is taken (without ``overwrite``) or cannot be written.
+        Raises MediaError where ``path`` exists (without ``overwrite``) or cannot be written.
         """
         self.path, self.problem = path, ""
-        self._meter, self._every_s, self._now = meter, every_s, now
+        self._metrics, self._now = metrics, now
         file = _open(path, overwrite)
-        self._lines: Queue[str | None] = Queue(_WAITING)
+        self._lines: Queue[str | None] = Queue(_LINES_KEPT)
         self._begun_s = now()
-        self._due_s = self._begun_s + every_s
-        self._counted = Snapshot()
+        self._due_s = self._begun_s + _EVERY_S
+        self._counts = Counts()
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        self._put({"kind": "start", "schema": SCHEMA, "started": started, "settings": meter.settings})
+        self._put({"kind": "start", "schema": SCHEMA, "started": started, "settings": metrics.settings})
         self._thread = Thread(target=self._write, args=(file,), name="std-rt-metrics", daemon=True)
         self._thread.start()
 
     def tick(self) -> None:
-        """Add a line where one is due; call it as often as you like."""
+        """Add a line once a second has passed; call it as often as you like."""
         at = self._now()
         if at < self._due_s or self.problem:
             return
-        self._due_s = max(self._due_s, at - self._every_s) + self._every_s
-        counted = self._meter.snapshot()
-        before, self._counted = self._counted, counted
-        figures = self._meter.figures(counted.since(before))
+        self._due_s = max(self._due_s, at - _EVERY_S) + _EVERY_S
+        before, self._counts = self._counts, self._metrics.counts()
+        figures = self._metrics.figures(self._counts.since(before))
         self._put({"kind": "interval", "at_s": round(at - self._begun_s, 3), **figures})
 
     def close(self) -> None:
-        """Add the summary and close the file; waits some seconds at most for a slow disk."""
+        """Add the summary and close the file; waits a few seconds at most for a slow disk."""
         if not self._thread.is_alive():
             return
-        self._put({"kind": "summary", **self._meter.report()})
+        self._put({"kind": "summary", **self._metrics.report()})
         self._put(None)
         self._thread.join(_LAST_LINES_S)
         if self._thread.is_alive():
-            self.problem = f"{self.path} is not complete: the disk does not take its last lines"
+            self.problem = f"{self.path} is incomplete: the disk is too slow to take its last lines"
 
     def _put(self, line: dict[str, Any] | None) -> None:
         text = None if line is None else json.dumps(line, allow_nan=False)
         try:
             self._lines.put_nowait(text)
         except Full:
-            # The oldest line that waits gives way: the summary must find room.
+            # Drop the oldest waiting line: the summary must find room.
             with suppress(Empty):  # the disk has just taken it
                 self._lines.get_nowait()
             self._lines.put_nowait(text)
 
     def _write(self, file: IO[str]) -> None:
-        """The thread: until there is nothing more, or the disk takes nothing more."""
+        """Run in the thread, until the last line or until the disk takes no more."""
         try:
             with file:
                 while (line := self._lines.get()) is not None:
@@ -103,12 +99,12 @@ class MetricsWriter:
 
 
 def _open(path: Path, overwrite: bool) -> IO[str]:
-    """A new file; as a question of one call, so that of two sessions only one gets it."""
+    """Create the file in one call, so that only one of two sessions gets it."""
     try:
         return path.open("w" if overwrite else "x", encoding="utf-8", newline="\n")
     except FileExistsError:
         raise MediaError(
-            f"{path} exists already; add --overwrite to replace it or give another name"
+            f"{path} already exists; add --overwrite to replace it or give another name"
         ) from None
     except OSError as error:
         raise MediaError(

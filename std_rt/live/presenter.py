@@ -1,4 +1,4 @@
-"""The presenting lane of a live session: window, recordings, virtual camera, snapshots, and what keys do."""
+"""The presenter of a live session: window, recordings, virtual camera, snapshots, and what the keys do."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ __all__ = ["Outputs", "Presenter"]
 
 Frame = NDArray[np.uint8]
 
-_TICK_S = 0.02  # at most so long without a look at the window's events
-_REDRAW_S = 0.1  # where no frame comes
+_TICK_S = 0.02  # longest time between two looks at the window's events
+_REDRAW_S = 0.1  # while no frame comes
 _BANNER_S = 3.0
 _HINT_S = 4.0
 _LONGEST_FADE_S = 30.0
@@ -45,9 +45,10 @@ class _HasProblem(Protocol):
 
 @dataclass
 class Outputs:
-    """Where frames go. ``record_to``: the first recording; later ones are numbered.
+    """Where frames go.
 
-    ``new_recorder`` opens one at a path. ``status`` is told the figures where there is no window.
+    ``record_to``: path of the first recording; later ones are numbered. ``new_recorder`` opens one at a path.
+    ``status`` gets the figures once a second, for a terminal without a window.
     """
 
     window: Window | None = None
@@ -61,7 +62,7 @@ class Outputs:
 
 
 class Presenter:
-    """Presents a session until it is over, someone quits, or ``stop`` says so. Main thread only."""
+    """Presents a session until it is over, the user quits, or ``stop`` returns True. Main thread only."""
 
     def __init__(
         self,
@@ -72,105 +73,107 @@ class Presenter:
         say: Callable[[str], None],
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """``first``: what the window has until something is painted. ``say``: one line for the user."""
+        """``first``: shown until a frame is stylized. ``say``: prints one line for the user."""
         self._session, self._out, self._say, self._now = session, outputs, say, now
+        self._metrics, self._mixer = session.metrics, session.mixer
         self._fade_s = session.settings.crossfade_s
-        self._shot: FramePacket | None = None
         self._first = first
-        self._chosen = 0
-        self._beside = self._quit = False
-        self._figures = self._strip = True
+        self._packet: FramePacket | None = None  # on the screen
+        self._chosen = 0  # the style that was chosen or mixed in last
+        self._shown = {Action.FIGURES, Action.STRIP}  # what is on, of these and Action.COMPARE
+        self._quit = False
         self._banner, self._banner_until_s = "", -math.inf
-        self._drawn_s = self._told_s = -math.inf
-        self._recorded_s: float | None = None
-        self._told: set[str] = set()
-        self.started_s: float | None = None
-        # Making a plain MP4 of a long recording takes seconds, which the picture must not stand still for.
+        self._drawn_s = self._status_s = -math.inf
+        self._started_s: float | None = None
+        self._recorded_s: float | None = None  # when the recording's first frame was shown
+        self._problems: set[str] = set()  # already announced
+        # Making a plain MP4 of a long recording takes seconds, and the picture must not stand still for it.
         self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="std-rt-record")
         self._finishing: deque[Future[Recording]] = deque()
-        self.recordings: list[Recording] = []
 
     def run(self, stop: Callable[[], bool], seconds: float | None = None) -> None:
         """Present; ``seconds`` are counted from the first frame."""
         self._draw()
-        while not (self._quit or stop() or self._session.over or self._is_over(seconds)):
-            shot = self._session.get(_TICK_S)
-            if shot is not None:
-                self._present(shot)
+        while not (self._quit or stop() or self._session.over or self._is_time_up(seconds)):
+            packet = self._session.get(_TICK_S)
+            if packet is not None:
+                self._present(packet)
             elif self._now() - self._drawn_s > _REDRAW_S:
                 self._draw()
             if self._out.window is not None:
                 for event in self._out.window.events():
-                    self._heed(event)
-            self._look_after()
+                    self._handle(event)
+            if self._out.metrics is not None:
+                self._out.metrics.tick()
+            self._announce_news()
+            if self._now() - self._status_s >= 1:
+                self._status_s = self._now()
+                figures = [line.replace("\t", " ") for line in self._session.lines()]
+                self._out.status("   ".join([*figures, self._session.source.status]).rstrip())
 
     def close(self) -> None:
-        """End recordings and outputs; the session is closed by whoever opened it. May be called again."""
+        """End recordings and outputs, but not the session. May be called again."""
         self._end_recording()
         self._finisher.shutdown(wait=True)
-        self._tell_finished()
         for output in (self._out.virtual, self._out.metrics, self._out.window):
             if output is not None:
                 output.close()
-        for ended in (self._out.virtual, self._out.metrics):
-            self._tell_problem(ended)
+        self._announce_news()
 
-    def _is_over(self, seconds: float | None) -> bool:
-        if seconds is None or self.started_s is None:
+    def _is_time_up(self, seconds: float | None) -> bool:
+        if seconds is None or self._started_s is None:
             return False
-        return self._now() - self.started_s >= seconds
+        return self._now() - self._started_s >= seconds
 
-    def _present(self, shot: FramePacket) -> None:
+    def _present(self, packet: FramePacket) -> None:
         begun = self._now()
-        self.started_s = begun if self.started_s is None else self.started_s
-        self._shot = shot
-        assert shot.styled is not None
+        self._started_s = begun if self._started_s is None else self._started_s
+        self._packet = packet
+        assert packet.styled is not None
         self._draw()
         if self._out.virtual is not None:
-            self._out.virtual.send(shot.styled)
+            self._out.virtual.send(packet.styled)
         if self._out.recorder is not None and not self._session.paused:
-            self._out.recorder.write(shot.styled, begun)
+            self._out.recorder.write(packet.styled, begun)
             self._recorded_s = begun if self._recorded_s is None else self._recorded_s
-        shot.stages_ms["present"] = (self._now() - begun) * 1000
-        self._session.presented(shot)
+        packet.stages_ms["present"] = (self._now() - begun) * 1000
+        self._session.presented(packet)
 
     def _draw(self) -> None:
         self._drawn_s = self._now()
         if self._out.window is None:
             return
         frame, beside = self._first, None
-        if self._shot is not None and self._shot.styled is not None:
-            frame = self._shot.styled
-            if self._beside:  # at the same resolution: a larger one is work for a screen that shows it small
-                beside = fit.resize(self._shot.frame, (frame.shape[0], frame.shape[1]))
+        if self._packet is not None and self._packet.styled is not None:
+            frame = self._packet.styled
+            if Action.COMPARE in self._shown:  # at the same resolution: a larger one costs time for nothing
+                beside = fit.resize(self._packet.frame, (frame.shape[0], frame.shape[1]))
         self._out.window.show(
             frame,
-            self._session.lines() if self._figures else (),
+            self._session.lines() if Action.FIGURES in self._shown else (),
             beside,
             self._message(),
             recording=self._recording_time(),
-            thumbnails=self._thumbnails() if self._strip else (),
+            thumbnails=self._thumbnails() if Action.STRIP in self._shown else (),
         )
 
     def _message(self) -> str:
-        """What matters most now: the camera, a pause, the start, or what was said last."""
+        """What matters most now: the camera, the last announcement, a pause, or the start."""
         if self._session.source.status:
             return self._session.source.status
         if self._now() < self._banner_until_s:
             return self._banner
         if self._session.paused:
             return "paused"
-        if self._shot is None:
+        if self._started_s is None:
             return "opening the engines"
-        started_s = self._now() if self.started_s is None else self.started_s
-        return "H shows the keys" if self._now() - started_s < _HINT_S else ""
+        return "H shows the keys" if self._now() - self._started_s < _HINT_S else ""
 
     def _thumbnails(self) -> list[Thumbnail]:
-        cards = self._session.deck.cards
+        cards = self._mixer.cards
         if len(cards) < 2:
             return []
-        weights = self._session.deck.weights_at(self._now())
-        chosen = self._current()
+        weights, chosen = self._mixer.weights_at(self._now()), self._current()
         return [(card.thumbnail, weights.get(i, 0.0), i == chosen) for i, card in enumerate(cards)]
 
     def _recording_time(self) -> str | None:
@@ -179,45 +182,47 @@ class Presenter:
         seconds = 0 if self._recorded_s is None else int(self._now() - self._recorded_s)
         return f"{seconds // 60}:{seconds % 60:02d}"
 
-    def _look_after(self) -> None:
-        """Everything that is due now and then, beside the frames."""
-        if self._out.metrics is not None:
-            self._out.metrics.tick()
-        self._tell_finished()
+    # Announcements
+
+    def _announce_news(self) -> None:
+        """Finished recordings, problems (each once), and changes of quality."""
+        while self._finishing and self._finishing[0].done():
+            self._announce_recording(self._finishing.popleft().result())
         for output in (self._out.metrics, self._out.recorder, self._out.virtual):
-            self._tell_problem(output)
-        for notes in (self._session.notes, self._session.deck.problems):
+            self._announce_problem(output)
+        for notes in (self._session.notes, self._mixer.problems):
             while notes:
-                self._tell(notes.pop(0) if isinstance(notes, list) else notes.popleft())
-        if self._now() - self._told_s >= 1:
-            self._told_s = self._now()
-            status = self._session.source.status
-            figures = [line.replace("\t", " ") for line in self._session.lines()]
-            self._out.status("   ".join([*figures, *([status] if status else [])]))
+                self._announce(notes.popleft())
 
-    def _tell_problem(self, output: _HasProblem | None) -> None:
-        if output is not None and output.problem and output.problem not in self._told:
-            self._told.add(output.problem)
-            self._tell(output.problem)
+    def _announce_recording(self, done: Recording) -> None:
+        if done.frames:
+            dropped = f", {done.dropped} dropped" if done.dropped else ""
+            self._announce(f"recorded {done.path} ({done.frames} frames, {done.seconds:.1f} s{dropped})")
+        self._announce_problem(done)
 
-    def _tell(self, line: str) -> None:
-        """On the window, and for the record on the terminal."""
+    def _announce_problem(self, output: _HasProblem | None) -> None:
+        if output is not None and output.problem and output.problem not in self._problems:
+            self._problems.add(output.problem)
+            self._announce(output.problem)
+
+    def _announce(self, line: str) -> None:
+        """Show a line on the window, and print it to stay."""
         self._flash(line)
         self._say(line)
 
     def _flash(self, line: str) -> None:
         self._banner, self._banner_until_s = line, self._now() + _BANNER_S
 
-    # What keys do
+    # Keys
 
-    def _heed(self, event: Event) -> None:
+    def _handle(self, event: Event) -> None:
         match event:
             case Closed(reason):
                 self._quit = True
                 if reason:
                     self._say(reason)
             case Dropped(path):
-                self._session.deck.add_in_background(path, show_s=self._fade_s)
+                self._mixer.add_in_background(path, show_s=self._fade_s)
                 self._flash(f"loading {path.name}")
             case Key(name, repeat):
                 command = command_for(name, repeat)
@@ -225,71 +230,69 @@ class Presenter:
                     self.do(command)
 
     def do(self, command: Command) -> None:
-        """What the table of keys says. A command that does not fit the moment says so on the window."""
+        """Carry out a command; one that is not possible now says so on the window."""
+        asked_s = self._now()
         try:
-            if not self._do_style(command):
-                self._do_other(command)
+            if self._change_style(command.action, command.amount):
+                self._metrics.style_asked(asked_s)
+            else:
+                self._change_view(command.action, command.amount)
+                self._draw()
         except StdRtError as error:
             self._flash(str(error))
 
-    def _do_style(self, command: Command) -> bool:
-        """What changes the style, each a crossfade; False for any other command."""
-        deck, number = self._session.deck, int(command.amount) - 1
-        ways: dict[Action, Callable[[], None]] = {
-            Action.STEP_STYLE: lambda: self._step(command.amount),
-            Action.CHOOSE_STYLE: lambda: deck.select(number, self._fade_s),
-            Action.MIX_STYLE: lambda: self._mix(number),
-            Action.WEIGHT: lambda: deck.adjust(self._current(), command.amount),
-            Action.STRENGTH: lambda: deck.nudge(command.amount),
-        }
-        way = ways.get(command.action)
-        if way is None:
-            return False
-        asked_s = self._now()
-        way()
-        self._session.meter.style_asked(asked_s)
-        if command.action in (Action.CHOOSE_STYLE, Action.MIX_STYLE):
-            self._chosen = number
+    def _change_style(self, action: Action, amount: float) -> bool:
+        """Start the crossfade of a command; False if it does not change the style."""
+        index = int(amount) - 1
+        match action:
+            case Action.STEP_STYLE:
+                self._mixer.step(int(amount), self._fade_s)
+                self._chosen = self._largest()
+            case Action.CHOOSE_STYLE:
+                self._mixer.select(index, self._fade_s)
+                self._chosen = index
+            case Action.MIX_STYLE:  # into the blend with an equal part, or out of it
+                target = self._mixer.weights_at(math.inf)
+                part = -1.0 if index in target and len(target) > 1 else 1 / (len(target) + 1)
+                self._mixer.adjust(index, part, self._fade_s)
+                self._chosen = index
+            case Action.WEIGHT:
+                self._mixer.adjust(self._current(), amount)
+            case Action.STRENGTH:
+                self._mixer.nudge(amount)
+            case _:
+                return False
         return True
 
-    def _step(self, amount: float) -> None:
-        deck = self._session.deck
-        (deck.next if amount > 0 else deck.previous)(self._fade_s)
-        self._chosen = self._largest()
-
-    def _mix(self, index: int) -> None:
-        """Into the blend with an equal part, or out of it."""
-        target = self._session.deck.weights_at(math.inf)
-        part = -1.0 if index in target and len(target) > 1 else 1 / (len(target) + 1)
-        self._session.deck.adjust(index, part, self._fade_s)
-
     def _current(self) -> int:
-        """The style chosen last, or the one that the cycle has come to."""
-        return self._chosen if self._chosen in self._session.deck.weights_at(math.inf) else self._largest()
+        """The style chosen last, or the one the cycle has come to."""
+        return self._chosen if self._chosen in self._mixer.weights_at(math.inf) else self._largest()
 
     def _largest(self) -> int:
-        weights = self._session.deck.weights_at(math.inf)
+        weights = self._mixer.weights_at(math.inf)
         return max(weights, key=lambda index: (weights[index], -index))
 
-    def _do_other(self, command: Command) -> None:
-        ways: dict[Action, Callable[[], None]] = {
-            Action.CROSSFADE: lambda: self._change_fade(command.amount),
-            Action.COMPARE: lambda: self._toggle("_beside"),
-            Action.MIRROR: self._mirror,
-            Action.PAUSE: lambda: self._session.pause(not self._session.paused),
-            Action.SNAPSHOT: self._snapshot,
-            Action.RECORD: self._toggle_recording,
-            Action.FIGURES: lambda: self._toggle("_figures"),
-            Action.STRIP: lambda: self._toggle("_strip"),
-            Action.QUIT: lambda: self._toggle("_quit"),
-        }
-        if command.action in ways:
-            ways[command.action]()
-        elif self._out.window is not None:
-            self._do_with(self._out.window, command.action)
-        self._draw()
+    def _change_view(self, action: Action, amount: float) -> None:
+        match action:
+            case Action.CROSSFADE:
+                self._fade_s = min(_LONGEST_FADE_S, max(0.0, self._fade_s + amount))
+                self._flash(f"crossfade {self._fade_s:g} s")
+            case Action.COMPARE | Action.FIGURES | Action.STRIP:
+                self._shown ^= {action}
+            case Action.MIRROR:
+                self._session.mirror = not self._session.mirror
+            case Action.PAUSE:
+                self._session.pause(not self._session.paused)
+            case Action.SNAPSHOT:
+                self._save_snapshot()
+            case Action.RECORD:
+                self._toggle_recording()
+            case Action.QUIT:
+                self._quit = True
+            case _ if self._out.window is not None:
+                self._change_window(self._out.window, action)
 
-    def _do_with(self, window: Window, action: Action) -> None:
+    def _change_window(self, window: Window, action: Action) -> None:
         match action:
             case Action.HELP:
                 window.help_shown = not window.help_shown
@@ -298,22 +301,12 @@ class Presenter:
             case Action.BACK:
                 self._quit = not window.back()
 
-    def _toggle(self, name: str) -> None:
-        setattr(self, name, not getattr(self, name))
-
-    def _mirror(self) -> None:
-        self._session.mirror = not self._session.mirror
-
-    def _change_fade(self, seconds: float) -> None:
-        self._fade_s = min(_LONGEST_FADE_S, max(0.0, self._fade_s + seconds))
-        self._flash(f"crossfade {self._fade_s:g} s")
-
-    def _snapshot(self) -> None:
-        if self._shot is None or self._shot.styled is None:
+    def _save_snapshot(self) -> None:
+        if self._packet is None or self._packet.styled is None:
             return
         path = numbered(self._out.snapshots / f"std-rt-{datetime.now():%Y%m%d-%H%M%S}.png")
-        write_picture(path, self._shot.styled)
-        self._tell(f"snapshot {path}")
+        write_picture(path, self._packet.styled)
+        self._announce(f"saved {path}")
 
     def _toggle_recording(self) -> None:
         if self._out.recorder is not None:
@@ -327,16 +320,3 @@ class Presenter:
         recorder, self._out.recorder, self._recorded_s = self._out.recorder, None, None
         if recorder is not None:
             self._finishing.append(self._finisher.submit(recorder.close))
-
-    def _tell_finished(self) -> None:
-        while self._finishing and self._finishing[0].done():
-            self._tell_recording(self._finishing.popleft().result())
-
-    def _tell_recording(self, done: Recording) -> None:
-        self.recordings.append(done)
-        if done.frames:
-            dropped = f", {done.dropped} dropped" if done.dropped else ""
-            self._tell(f"recorded {done.path} ({done.frames} frames, {done.seconds:.1f} s{dropped})")
-        if done.problem and done.problem not in self._told:
-            self._told.add(done.problem)
-            self._tell(done.problem)

@@ -1,28 +1,61 @@
-"""A source that plays what a test says, and a window that notes what it was shown."""
+"""A clock, a source and a window under a test's control, and waits that cannot hang."""
 
 from __future__ import annotations
 
 import queue
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from std_rt.live.session import Session
 from std_rt.media.camera.camera import Captured
 from std_rt.media.window.window import Event
+from std_rt.streaming.frame_packet import FramePacket
 
 Frame = NDArray[np.uint8]
 
+SOON_S = 20.0
+
+
+class Clock:
+    """Seconds, moved by hand; each reading adds ``step``."""
+
+    def __init__(self, at: float = 100.0, step: float = 0.0) -> None:
+        self.at, self.step = at, step
+
+    def __call__(self) -> float:
+        self.at += self.step
+        return self.at
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + SOON_S
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.001)
+
+
+def next_packet(session: Session) -> FramePacket:
+    """The next styled packet; a session that gives none has failed the test."""
+    end = time.monotonic() + SOON_S
+    while (packet := session.get(0.05)) is None:
+        assert time.monotonic() < end, "no frame came"
+        assert not session.over, "the session is over"
+    return packet
+
 
 class ScriptedSource:
-    """Gives the frames of `give`, waits where there is none, ends after `end`."""
+    """Delivers the frames of `give`, waits where there is none, ends after `end`."""
 
     name, fps = "script", 30.0
 
-    def __init__(self, *frames: Frame) -> None:
+    def __init__(self, clock: Callable[[], float], *frames: Frame) -> None:
+        self._clock = clock
         self._given: queue.Queue[Frame | None] = queue.Queue()
-        self._index = 0
+        self.delivered = 0
         self.status = ""
         self.faults: dict[str, int] = {}
         self.closed = False
@@ -36,13 +69,11 @@ class ScriptedSource:
         self._given.put(None)
 
     def read(self) -> Captured | None:
-        import time
-
         frame = self._given.get()
         if frame is None or self.closed:
             return None
-        self._index += 1
-        return Captured(frame, time.perf_counter(), self._index - 1)
+        self.delivered += 1
+        return Captured(frame, self._clock(), self.delivered - 1)
 
     def close(self) -> None:
         self.closed = True

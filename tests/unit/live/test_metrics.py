@@ -1,4 +1,4 @@
-"""The latency contract, on a clock that the test turns: what counts, what does not, and the file of it."""
+"""The latency contract, on a clock the test moves: what counts, what does not, and the file."""
 
 from __future__ import annotations
 
@@ -14,89 +14,70 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.live_support import Clock
 
 from std_rt.core.errors import MediaError
 from std_rt.live import metrics_file
-from std_rt.live.histogram import RELATIVE_ERROR, Histogram
-from std_rt.live.metrics import SCHEMA, Meter, Recent
+from std_rt.live.metrics import SCHEMA, Metrics, Recent
 from std_rt.live.metrics_file import MetricsWriter
+from std_rt.streaming.frame_packet import FramePacket
 
-
-class Clock:
-    """Stands until it is turned."""
-
-    def __init__(self, at: float = 100.0) -> None:
-        self.at = at
-
-    def __call__(self) -> float:
-        return self.at
+RESOLUTION = 0.006  # of a percentile: half a bin, and the rounding
+FRAME = np.zeros((1, 1, 3), np.uint8)
 
 
 class Session:
-    """A meter and its clock; `frame` presents one that was captured ``latency_s`` before."""
+    """Metrics and their clock; `frame` presents one that was captured ``latency_s`` before."""
 
     def __init__(self, **settings: Any) -> None:
         self.clock = Clock()
-        self.meter = Meter(settings, now=self.clock, peak_memory=lambda: 123.456)
+        self.metrics = Metrics(settings, now=self.clock)
 
     def frame(self, after_s: float = 0.05, latency_s: float = 0.04, **more: Any) -> None:
         self.clock.at += after_s
         captured = self.clock.at - latency_s
-        self.meter.captured(captured)
-        self.meter.presented(captured, **more)
+        self.metrics.captured(captured)
+        self.metrics.presented(FramePacket(FRAME, captured, **more))
 
     def frames(self, count: int, after_s: float = 0.05, **more: Any) -> None:
         for _ in range(count):
             self.frame(after_s, **more)
 
     def report(self) -> dict[str, Any]:
-        return self.meter.report()
+        return self.metrics.report()
 
 
 # Percentiles
 
 
+@settings(max_examples=30, deadline=None)
 @given(
-    values=st.lists(st.floats(1e-3, 1e7), min_size=1, max_size=300),
-    share=st.one_of(st.sampled_from([0.0, 50.0, 95.0, 99.0, 100.0]), st.floats(0, 100)),
+    latencies_ms=st.lists(st.floats(1e-3, 1e7), min_size=2, max_size=100),
+    skipped=st.integers(0, 99),
 )
-def test_percentiles_are_numpys_within_the_resolution(values: list[float], share: float) -> None:
-    histogram = Histogram()
-    for value in values:
-        histogram.add(value)
-    found = histogram.percentile(share)
-    assert found is not None
-    # An interpolated value may lie anywhere between its neighbours, and each of them is off by half a bin.
-    assert found == pytest.approx(np.percentile(values, share), rel=RELATIVE_ERROR * 1.001)
-    assert RELATIVE_ERROR < 0.01
+def test_percentiles_are_numpys_within_the_resolution(latencies_ms: list[float], skipped: int) -> None:
+    """Of the whole session, and of what came after an earlier copy of the counts."""
+    session, split = Session(), skipped % len(latencies_ms)
+    earlier = session.metrics.counts()
+    for i, latency_ms in enumerate(latencies_ms):
+        if i == split:
+            earlier = session.metrics.counts()
+        session.frame(0.05, latency_ms / 1000)
+    counts = session.metrics.counts()
+    for values, counted in ((latencies_ms, counts), (latencies_ms[split:], counts.since(earlier))):
+        found = session.metrics.figures(counted)["latency_ms"]
+        for name, share in (("p50", 50), ("p95", 95), ("p99", 99)):
+            right = float(np.percentile(values, share))
+            assert found[name] == pytest.approx(right, rel=0, abs=0.00501 * right + 0.00501)
 
 
-@given(first=st.lists(st.floats(0, 1e9), max_size=50), then=st.lists(st.floats(0, 1e9), max_size=50))
-def test_what_came_since_a_copy_is_what_was_added_since(first: list[float], then: list[float]) -> None:
-    whole, alone = Histogram(), Histogram()
-    for value in first:
-        whole.add(value)
-    before = whole.copy()
-    for value in then:
-        whole.add(value)
-        alone.add(value)
-    since = whole.since(before)
-    assert since.total == len(then)
-    assert [since.percentile(q) for q in (0, 50, 100)] == [alone.percentile(q) for q in (0, 50, 100)]
-    assert before.total == len(first)
-
-
-def test_what_is_too_short_too_long_or_no_number() -> None:
-    histogram = Histogram()
-    assert histogram.percentile(50) is None
-    histogram.add(0.0)
-    histogram.add(-5.0)
-    assert histogram.percentile(100) == 0
-    histogram.add(1e12)
-    assert histogram.percentile(100) == pytest.approx(1e7, rel=RELATIVE_ERROR)
-    for value in (math.nan, math.inf):
-        with pytest.raises(ValueError, match="finite"):
-            histogram.add(value)
+def test_durations_beyond_the_histogram_count_as_its_ends() -> None:
+    session = Session()
+    session.frame(latency_s=-1.0)  # clocks that disagree
+    assert session.report()["latency_ms"]["p50"] == 0
+    session = Session()
+    session.frame(latency_s=1e9)
+    assert session.report()["latency_ms"]["p50"] == pytest.approx(1e7, rel=RESOLUTION)
 
 
 # What counts
@@ -113,7 +94,7 @@ def test_an_empty_session_reports_nothing_as_none_and_is_json() -> None:
     assert found["warping_error"] is None
     assert found["frames"] == found["drops"] == found["skips"] == found["stalls"] == 0
     assert found["settings"] == {"steps": 4, "size": [256, 320]}
-    assert found["peak_memory_mb"] == 123.46
+    assert found["peak_memory_mb"] > 0
 
 
 def test_the_contract_names_everything_the_docs_promise() -> None:
@@ -124,11 +105,11 @@ def test_the_contract_names_everything_the_docs_promise() -> None:
     assert set(Session().report()) == set(promised.split())
 
 
-def test_settings_that_are_no_json_are_refused_at_the_start() -> None:
+def test_settings_that_json_cannot_hold_are_refused_at_the_start() -> None:
     with pytest.raises(TypeError):
-        Meter({"path": Path("x")})
+        Metrics({"path": Path("x")})
     with pytest.raises(ValueError, match="JSON"):
-        Meter({"scale": math.nan})
+        Metrics({"scale": math.nan})
 
 
 def test_the_clock_starts_with_the_first_presented_frame() -> None:
@@ -142,18 +123,6 @@ def test_the_clock_starts_with_the_first_presented_frame() -> None:
     assert found["frames"] == found["captured"] == 101
 
 
-@settings(max_examples=30)
-@given(latencies=st.lists(st.floats(0.001, 2.0), min_size=2, max_size=100))
-def test_latency_is_from_capture_to_present(latencies: list[float]) -> None:
-    session = Session()
-    for latency in latencies:
-        session.frame(0.05, latency)
-    found = session.report()["latency_ms"]
-    for name, share in (("p50", 50), ("p95", 95), ("p99", 99)):
-        right = float(np.percentile(latencies, share)) * 1000
-        assert found[name] == pytest.approx(right, rel=0.006, abs=0.006)
-
-
 def test_skips_count_as_presented_but_not_for_latency_stages_or_processed_frames() -> None:
     session = Session()
     session.frame()
@@ -164,19 +133,17 @@ def test_skips_count_as_presented_but_not_for_latency_stages_or_processed_frames
     assert (found["frames"], found["skips"]) == (41, 20)
     assert found["fps"] == pytest.approx(20)
     assert found["fps_processed"] == pytest.approx(10)
-    assert found["latency_ms"]["p50"] == pytest.approx(40, rel=0.006)
-    assert found["stages_ms"]["unet"] == pytest.approx(20, rel=0.006)
+    assert found["latency_ms"]["p50"] == pytest.approx(40, rel=RESOLUTION)
+    assert found["stages_ms"]["unet"] == pytest.approx(20, rel=RESOLUTION)
 
 
 def test_stages_are_medians_over_the_frames_that_had_them() -> None:
     session = Session()
     for i in range(99):
         session.frame(stages_ms={"unet": 10.0 + i, **({"follow": 3.0} if i % 3 == 0 else {})})
-        session.meter.stages({"present": 2.0})
     found = session.report()["stages_ms"]
-    assert found["unet"] == pytest.approx(59.0, rel=0.006)
-    assert found["follow"] == pytest.approx(3.0, rel=0.006)
-    assert found["present"] == pytest.approx(2.0, rel=0.006)
+    assert found["unet"] == pytest.approx(59.0, rel=RESOLUTION)
+    assert found["follow"] == pytest.approx(3.0, rel=RESOLUTION)
 
 
 def test_intervals_over_twice_the_running_median_are_stalls() -> None:
@@ -211,19 +178,19 @@ def test_a_source_that_gives_no_frame_is_told_apart_from_slow_engines() -> None:
     assert (session.report()["stalls"], session.report()["source_stalls"]) == (1, 1)
     for _ in range(10):  # frames come, the engines are busy
         session.clock.at += 0.05
-        session.meter.captured(session.clock.at)
-    session.meter.presented(session.clock.at - 0.4)
+        session.metrics.captured(session.clock.at)
+    session.metrics.presented(FramePacket(FRAME, session.clock.at - 0.4))
     assert (session.report()["stalls"], session.report()["source_stalls"]) == (2, 1)
 
 
 def test_a_pause_is_neither_a_stall_nor_time() -> None:
     session = Session()
     session.frames(21, 0.05)
-    session.meter.pause()
+    session.metrics.pause()
     session.frame(0.02)  # was on its way: not counted
     session.clock.at += 60
-    session.meter.dropped(1800)
-    session.meter.resume()
+    session.metrics.dropped(1800)
+    session.metrics.resume()
     session.frame(0.3)
     session.frames(20, 0.05)
     found = session.report()
@@ -233,19 +200,17 @@ def test_a_pause_is_neither_a_stall_nor_time() -> None:
     assert found["fps"] == pytest.approx(20)
 
 
-@pytest.mark.parametrize("said", [True, False])
-def test_a_lost_camera_is_no_stall_even_where_it_is_noticed_late(said: bool) -> None:
+def test_a_lost_camera_is_not_a_stall_even_if_it_is_noticed_late() -> None:
     session = Session()
     session.frames(21, 0.05)
-    lost = session.clock.at - 0.04
     session.clock.at += 2.0  # until the source says so
-    session.meter.pause("source", at_s=lost if said else None)
-    session.meter.pause()
+    session.metrics.pause("source")
+    session.metrics.pause()
     session.clock.at += 30
-    session.meter.resume("source")
+    session.metrics.resume("source")
     session.frame(0.1)
     assert session.report()["seconds"] == pytest.approx(1.0)  # still paused
-    session.meter.resume()
+    session.metrics.resume()
     session.frames(21, 0.05)
     found = session.report()
     assert (found["stalls"], found["source_stalls"]) == (0, 0)
@@ -256,7 +221,7 @@ def test_a_stall_of_ours_is_not_hidden_by_a_pause() -> None:
     session = Session()
     session.frames(21, 0.05)
     session.clock.at += 5
-    session.meter.pause()
+    session.metrics.pause()
     found = session.report()
     assert found["stalls"] == 1
     assert found["seconds"] == pytest.approx(6)
@@ -265,7 +230,7 @@ def test_a_stall_of_ours_is_not_hidden_by_a_pause() -> None:
 def test_a_style_switch_lasts_until_a_frame_that_was_painted_after_it() -> None:
     session = Session()
     session.frames(5)
-    session.meter.style_asked()
+    session.metrics.style_asked()
     asked = session.clock.at
     session.frame(0.05, painted_s=asked - 0.01)  # was in the engines already
     assert session.report()["style_switch_ms"]["count"] == 0
@@ -276,40 +241,39 @@ def test_a_style_switch_lasts_until_a_frame_that_was_painted_after_it() -> None:
     assert session.report()["style_switch_ms"]["count"] == 1
 
 
-def test_of_several_commands_the_last_is_counted_and_a_style_that_loads_begins_later() -> None:
+def test_of_several_commands_the_newest_shown_is_counted() -> None:
     session = Session()
     start = session.clock.at
-    session.meter.style_asked(start)
-    session.meter.style_asked(start + 0.01, from_s=start + 1.0)
-    session.meter.style_asked(start + 0.02)
+    for asked in (start, start + 0.02, start + 0.08):
+        session.metrics.style_asked(asked)
     session.frame(0.1, painted_s=start + 0.05)
     assert session.report()["style_switch_ms"]["last"] == pytest.approx(80)
-    session.frame(1.0, painted_s=start + 1.05)
+    session.frame(0.1, painted_s=start + 0.15)
     found = session.report()["style_switch_ms"]
-    assert (found["count"], found["last"]) == (2, pytest.approx(1090))
-    assert found["worst"] == pytest.approx(1090, rel=0.006)
+    assert (found["count"], found["last"]) == (2, pytest.approx(120))
+    assert found["worst"] == pytest.approx(120, rel=RESOLUTION)
 
 
 def test_a_style_switch_that_meets_a_pause_is_not_counted() -> None:
     session = Session()
-    session.meter.style_asked()
-    session.meter.pause()
-    session.meter.style_asked()
-    session.meter.resume()
+    session.metrics.style_asked()
+    session.metrics.pause()
+    session.metrics.style_asked()
+    session.metrics.resume()
     session.frame(painted_s=session.clock.at + 1)
     assert session.report()["style_switch_ms"]["count"] == 0
 
 
-def test_drops_warping_and_levels_add_up() -> None:
+def test_drops_warping_and_qualities_add_up() -> None:
     session = Session()
-    session.meter.level("256x256, 4 steps")
+    session.metrics.quality("256x256, 4 steps")
     session.frames(11, 0.1)
-    session.meter.level("192x192, 2 steps")
+    session.metrics.quality("192x192, 2 steps")
     session.frames(10, 0.05)
-    session.meter.dropped()
-    session.meter.dropped(4)
+    session.metrics.dropped()
+    session.metrics.dropped(4)
     for error in (0.02, 0.04, math.nan):
-        session.meter.warped(error)
+        session.metrics.warped(error)
     found = session.report()
     assert found["drops"] == 5
     assert found["warping_error"] == 0.03
@@ -317,18 +281,18 @@ def test_drops_warping_and_levels_add_up() -> None:
 
 
 def test_threads_lose_nothing() -> None:
-    meter = Meter()
-    interval, count = sys.getswitchinterval(), 2000
+    metrics = Metrics()
+    interval, count = sys.getswitchinterval(), 500
 
     def capture(i: int) -> None:
-        meter.captured(float(i))
-        meter.dropped()
+        metrics.captured(float(i))
+        metrics.dropped()
 
-    jobs: list[Callable[[int], None]] = [
+    jobs: list[Callable[[int], object]] = [
         capture,
-        lambda i: meter.stages({"unet": 5.0, f"own {i % 3}": 1.0}),
-        lambda i: meter.presented(0.0, stages_ms={"unet": 7.0}, at_s=float(i)),
-        lambda i: meter.snapshot() if i % 50 == 0 else meter.recent(),
+        lambda i: metrics.presented(FramePacket(FRAME, stages_ms={"unet": 7.0, f"own {i % 3}": 1.0})),
+        lambda i: metrics.presented(FramePacket(FRAME, stages_ms={"unet": 5.0})),
+        lambda i: metrics.counts() if i % 50 == 0 else i % 5 or metrics.recent(),
     ]
     threads = [threading.Thread(target=lambda job=job: [job(i) for i in range(count)]) for job in jobs]
     sys.setswitchinterval(1e-6)
@@ -339,10 +303,9 @@ def test_threads_lose_nothing() -> None:
             thread.join(60)
     finally:
         sys.setswitchinterval(interval)
-    counted = meter.snapshot()
-    assert (counted.captured, counted.drops, counted.frames) == (count, count, count)
-    assert counted.latency.total == count
-    assert counted.stages["unet"].total == 2 * count
+    counted = metrics.counts()
+    assert (counted.captured, counted.drops, counted.frames) == (count, count, 2 * count)
+    assert sum(counted.latency.values()) == sum(counted.stages["unet"].values()) == 2 * count
 
 
 # The last two seconds
@@ -351,11 +314,11 @@ def test_threads_lose_nothing() -> None:
 def test_recent_forgets_what_is_older_than_two_seconds() -> None:
     session = Session()
     session.frames(50, 0.1, latency_s=0.2)
-    session.meter.dropped(100)
+    session.metrics.dropped(100)
     session.frames(60, 0.05, latency_s=0.04)
-    session.meter.dropped(4)
+    session.metrics.dropped(4)
     session.frames(2, 0.05, latency_s=0.04)
-    found = session.meter.recent()
+    found = session.metrics.recent()
     assert found.fps == pytest.approx(20)
     assert found.latency_p50_ms == found.latency_p95_ms == pytest.approx(40)
     assert found.drops_per_s == pytest.approx(2, rel=0.05)
@@ -364,35 +327,31 @@ def test_recent_forgets_what_is_older_than_two_seconds() -> None:
 
 def test_recent_falls_during_a_stall_and_stays_as_it_was_during_a_pause() -> None:
     session = Session()
-    assert session.meter.recent() == Recent(None, None, None, 0, 0)
+    assert session.metrics.recent() == Recent(None, None, None, 0, 0)
     session.frames(50, 0.05)
     session.clock.at += 1.0
-    stalled = session.meter.recent().fps
+    stalled = session.metrics.recent().fps
     assert stalled == pytest.approx(20 / 2, rel=0.1)
     session.clock.at += 9.0
-    assert session.meter.recent().fps == 0
+    assert session.metrics.recent().fps == 0
     session = Session()
     session.frames(50, 0.05)
-    session.meter.pause()
+    session.metrics.pause()
     session.clock.at += 10
-    assert session.meter.recent().fps == pytest.approx(20)
+    assert session.metrics.recent().fps == pytest.approx(20)
 
 
 def test_memory_is_constant_however_long_it_runs() -> None:
-    def held(meter: Meter) -> int:
-        return sum(len(kept) for kept in vars(meter).values() if hasattr(kept, "__len__"))
-
     session = Session()
-    for i in range(3000):
-        session.frame(0.02, stages_ms={"unet": i % 90}, painted_s=0.0)
-        session.meter.style_asked()
-        session.frame(0.5)
-    first = held(session.meter)
-    for i in range(3000):
-        session.frame(0.02, stages_ms={"unet": i}, painted_s=0.0)
-        session.meter.style_asked()
-        session.frame(0.5)
-    assert held(session.meter) == first < 1300
+
+    def play(seconds: int) -> int:
+        for i in range(seconds):
+            session.frame(0.5, stages_ms={"unet": 1.0 + i % 90}, painted_s=0.0)
+            session.metrics.style_asked()
+        kept = {**vars(session.metrics), **vars(session.metrics.counts())}
+        return sum(len(each) for each in kept.values() if hasattr(each, "__len__"))
+
+    assert play(1200) == play(1200) < 1300
 
 
 # The file
@@ -405,10 +364,10 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def test_the_file_has_a_start_an_interval_a_second_and_the_summary(tmp_path: Path) -> None:
     session = Session(backend="openvino")
     session.frame()
-    writer = MetricsWriter(tmp_path / "m.jsonl", session.meter, now=session.clock)
+    writer = MetricsWriter(tmp_path / "m.jsonl", session.metrics, now=session.clock)
     for i in range(48):
         session.frame(1 / 16 if i < 16 else 1 / 8, stages_ms={"unet": 5.0})
-        session.meter.dropped()
+        session.metrics.dropped()
         writer.tick()
     writer.close()
     writer.close()
@@ -425,25 +384,25 @@ def test_the_file_has_a_start_an_interval_a_second_and_the_summary(tmp_path: Pat
 
 def test_an_interval_without_a_frame_is_json_too_and_a_pause_is_no_negative_time(tmp_path: Path) -> None:
     session = Session()
+    session.metrics.quality("64x48, 1 step")
     session.frames(30)
-    writer = MetricsWriter(tmp_path / "m.jsonl", session.meter, now=session.clock)
-    lost = session.clock.at
+    writer = MetricsWriter(tmp_path / "m.jsonl", session.metrics, now=session.clock)
     for _ in range(3):
         session.clock.at += 1
-        writer.tick()  # counted as a stall, until the source says since when it is lost
-    session.meter.pause("source", at_s=lost)
+        writer.tick()  # counted as a stall, until the source says that it is lost
+    session.metrics.pause("source")
     session.clock.at += 1
     writer.tick()
     writer.close()
     intervals = lines(tmp_path / "m.jsonl")[1:-1]
-    assert all(line["seconds"] >= 0 and line["stalls"] >= 0 for line in intervals)
+    assert all(min(line["seconds"], line["stalls"], *line["levels_s"].values()) >= 0 for line in intervals)
     assert intervals[-1]["fps"] is None
     assert lines(tmp_path / "m.jsonl")[-1]["stalls"] == 0
 
 
 def test_a_killed_session_keeps_its_lines(tmp_path: Path) -> None:
     session = Session()
-    writer = MetricsWriter(tmp_path / "m.jsonl", session.meter, now=session.clock)
+    writer = MetricsWriter(tmp_path / "m.jsonl", session.metrics, now=session.clock)
     session.clock.at += 2
     writer.tick()
     for _ in range(1000):
@@ -457,17 +416,17 @@ def test_a_killed_session_keeps_its_lines(tmp_path: Path) -> None:
 def test_a_taken_path_is_refused_and_overwritten_on_request(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_text("mine", encoding="utf-8")
-    with pytest.raises(MediaError, match="exists already"):
-        MetricsWriter(path, Meter())
+    with pytest.raises(MediaError, match="already exists"):
+        MetricsWriter(path, Metrics())
     assert path.read_text(encoding="utf-8") == "mine"
-    MetricsWriter(path, Meter(), overwrite=True).close()
+    MetricsWriter(path, Metrics(), overwrite=True).close()
     assert len(lines(path)) == 2
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "none" / "m.jsonl", tmp_path):
         with pytest.raises(MediaError, match="cannot be written"):
-            MetricsWriter(path, Meter(), overwrite=path is tmp_path)
+            MetricsWriter(path, Metrics(), overwrite=path is tmp_path)
 
 
 class Disk:
@@ -501,7 +460,7 @@ def test_a_disk_that_takes_no_more_ends_the_file_with_one_note(
     disk = Disk(3, error)
     monkeypatch.setattr(metrics_file, "_open", lambda path, overwrite: disk)
     session = Session()
-    writer = MetricsWriter(tmp_path / "m.jsonl", session.meter, now=session.clock)
+    writer = MetricsWriter(tmp_path / "m.jsonl", session.metrics, now=session.clock)
     for _ in range(200):
         session.frame(1.0)
         writer.tick()
@@ -513,7 +472,7 @@ def test_a_disk_that_takes_no_more_ends_the_file_with_one_note(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux'")
 def test_a_disk_that_is_full_from_the_start_does_not_end_the_session() -> None:
-    writer = MetricsWriter(Path("/dev/full"), Meter(), overwrite=True)
+    writer = MetricsWriter(Path("/dev/full"), Metrics(), overwrite=True)
     writer.close()
     assert "the disk is full" in writer.problem
 
@@ -534,12 +493,12 @@ def test_a_disk_that_hangs_holds_up_neither_frames_nor_the_end(
     monkeypatch.setattr(metrics_file, "_open", lambda path, overwrite: Hanging(0, OSError()))
     monkeypatch.setattr(metrics_file, "_LAST_LINES_S", 0.05)
     session = Session()
-    writer = MetricsWriter(tmp_path / "m.jsonl", session.meter, now=session.clock)
+    writer = MetricsWriter(tmp_path / "m.jsonl", session.metrics, now=session.clock)
     for _ in range(200):
         session.frame(1.0)
         writer.tick()
     writer.close()
-    assert "not complete" in writer.problem
+    assert "is incomplete" in writer.problem
     go.set()
     assert ended.wait(60)
     assert written[-1] == "summary"
