@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from std_rt.examples.moving import moving_scene
+from std_rt.examples import moving
 from support.live_support import Clock, NotedWindow, ScriptedSource, wait_until
 from support.media_samples import frame_times
 
@@ -21,7 +21,7 @@ from std_rt.media.video.record import Recorder
 from std_rt.media.window.window import Closed, Dropped, Key
 from std_rt.pipeline.stylizer import Stylizer
 
-FRAMES = list(moving_scene(8, 72, 48))
+FRAMES = list(moving(8, 72, 48))
 
 
 class Stage:
