@@ -95,6 +95,14 @@ class Timing:
         """Frames a second at the median."""
         return 1000 / self.median_ms["total"]
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, rounded."""
+        return {
+            "fps": round(self.fps, 2),
+            "stages_ms": {stage: round(value, 3) for stage, value in self.median_ms.items()},
+            "p95_ms": {stage: round(value, 3) for stage, value in self.p95_ms.items()},
+        }
+
 
 def sample_frame(height_px: int, width_px: int, seed: int = 0) -> Frame:
     """A frame uint8 [H, W, 3] with soft shapes and some grain; content does not change the time."""
@@ -187,18 +195,17 @@ def run(settings: Settings) -> None:
         steps = {"std-rt": stream_step(stylizer, size)}
         steps["std-rt"]()
         peak_mb = peak_memory_mb()  # before torch adds its own
-        for name in settings.against:
-            steps[AGAINST[name][0]] = _against(stylizer, size, name)
+        steps |= {name: _against(stylizer, size, name) for name in settings.against}
         timings = measure(steps, settings.frames, settings.warmup)
         ours = timings.pop("std-rt")
         result = _result(stylizer, size, ours, peak_mb)
-    if settings.against:
-        theirs = {name: timings[AGAINST[name][0]] for name in settings.against}
+    if timings:
         result["against"] = {
-            name: _numbers(timing) | {"ratio": round(ours.fps / timing.fps, 2)}
-            for name, timing in theirs.items()
+            name: timing.as_dict() | {"ratio": round(ours.fps / timing.fps, 2)}
+            for name, timing in timings.items()
         }
-    _print(result, {f"std-rt ({result['backend']}, {result['precision']})": ours, **timings})
+    titled = {AGAINST[name][0]: timing for name, timing in timings.items()}
+    _print(result, {f"std-rt ({result['backend']}, {result['precision']})": ours, **titled})
 
 
 def load(settings: Settings) -> Stylizer:
@@ -271,17 +278,9 @@ def first_frame(asked: str) -> None:
         typer.echo(repr(time.time()))
 
 
-def _numbers(timing: Timing) -> dict[str, Any]:
-    return {
-        "fps": round(timing.fps, 2),
-        "stages_ms": {stage: round(value, 3) for stage, value in timing.median_ms.items()},
-        "p95_ms": {stage: round(value, 3) for stage, value in timing.p95_ms.items()},
-    }
-
-
 def _result(stylizer: Stylizer, size: Size, timing: Timing, peak_mb: float | None) -> dict[str, Any]:
     return {
-        **_numbers(timing),
+        **timing.as_dict(),
         "outside_engines": round(timing.outside, 4),
         "peak_memory_mb": None if peak_mb is None else round(peak_mb, 1),
         "bundle": stylizer.bundle.name,

@@ -21,7 +21,7 @@ from std_rt.core.bundle import Bundle, load_bundle
 from std_rt.core.errors import BackendError, BundleError
 from std_rt.core.machine import describe_machine, install_hint
 from std_rt.engines import backends
-from std_rt.evaluation.bench import STAGES, Settings, Timing, diffusers_step, measure, stream_step
+from std_rt.evaluation.bench import Settings, Timing, diffusers_step, measure, stream_step
 from std_rt.pipeline.stylizer import Stylizer
 
 __all__ = ["COLUMNS", "SIZES", "STEPS", "Column", "columns_here", "run_table"]
@@ -73,9 +73,7 @@ def run_table(settings: Settings) -> None:
         except BackendError as error:  # listed below: a table of what runs is what was asked for
             left_out[str(column)] = str(error)
             continue
-        stages = {stage: round(timing.median_ms[stage], 3) for stage in STAGES}
-        cell = {"size": size, "steps": count, **asdict(column), "fps": round(timing.fps, 2)}
-        cells.append(cell | {"stages_ms": stages})
+        cells.append({"size": size, "steps": count, **asdict(column), **timing.as_dict()})
     _print(bundle, cells, left_out)
 
 
