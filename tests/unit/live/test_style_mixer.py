@@ -468,7 +468,7 @@ def test_a_dropped_folder_shows_its_first_readable_picture(
     assert _names(mixer)[4:] == ["b", "c"]
     assert mixer.title(clock.at) == "b"
     assert len(mixer.problems) == 1
-    assert "a.png is no picture" in mixer.problems[0]
+    assert "a.png" in mixer.problems[0]
 
 
 def test_failures_in_the_background_are_one_line_each(handmade: Bundle, clock: Clock, tmp_path: Path) -> None:
@@ -488,9 +488,9 @@ def test_failures_in_the_background_are_one_line_each(handmade: Bundle, clock: C
     _wait(mixer)
     assert len(mixer.cards) == 1
     assert [len(problem.splitlines()) for problem in mixer.problems] == [1, 1, 1]
-    assert "does not exist" in mixer.problems[0]
-    assert "holds no picture" in mixer.problems[1]
-    assert "cannot be used as a style: RuntimeError: engine failed" in mixer.problems[2]
+    assert "nowhere.png" in mixer.problems[0]
+    assert "empty" in mixer.problems[1]
+    assert "bad.png cannot be used as a style: RuntimeError: engine failed" in mixer.problems[2]
     for _ in range(150):
         mixer.add_in_background(tmp_path / "nowhere.png")
     _wait(mixer)
@@ -551,7 +551,7 @@ def test_a_first_style_that_cannot_be_read_is_an_error(handmade: Bundle, tmp_pat
     mixer = StyleMixer(encode, handmade)
     with pytest.raises(UsageError, match="a style is needed"):
         mixer.fill([])
-    with pytest.raises(MediaError, match="does not exist"):
+    with pytest.raises(MediaError, match=r"no\.png"):
         mixer.fill([(tmp_path / "no.png", None)])
 
 
