@@ -13,14 +13,15 @@ import json
 import math
 import statistics
 import time
-from bisect import bisect_right
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from itertools import accumulate
 from math import ceil, floor
 from threading import Lock
 from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from std_rt.core.machine import peak_memory_mb
 from std_rt.streaming.frame_packet import FramePacket
@@ -38,11 +39,10 @@ _RECENT_S = 2.0
 _RECENT_KEPT = 1024  # frames: enough for 2 s at 500 fps
 _COMMANDS_KEPT = 64
 
-# A histogram of durations, in constant memory however many there are: bin -> count. Bin 0 is below 0.001 ms;
-# the others grow by 1 %, so a percentile is off by half a bin, 0.5 %, at most.
-Histogram = dict[int, int]
-_LEAST_MS, _MOST_MS = 1e-3, 1e7  # 1e7 ms: almost three hours
-_GROWTH = 1.01
+# A histogram of durations in constant memory: counts by bin. Bin 0 is below 0.001 ms; the others grow by 1 %
+# up to 1e7 ms (three hours), so a percentile is off by half a bin, 0.5 %, at most.
+Histogram = NDArray[np.int64]
+_LEAST_MS, _MOST_MS, _GROWTH = 1e-3, 1e7, 1.01
 
 
 def _bin(ms: float) -> int:
@@ -55,15 +55,17 @@ def _middle_ms(index: int) -> float:
     return 0.0 if index == 0 else min(_MOST_MS, _LEAST_MS * _GROWTH ** (index - 0.5))
 
 
+def _empty() -> Histogram:
+    return np.zeros(_bin(_MOST_MS) + 1, np.int64)
+
+
 def _percentile(histogram: Histogram, share: float) -> float | None:
     """As ``numpy.percentile`` of the durations, in ms, ``share`` 0..100; None if there are none."""
-    total = sum(histogram.values())
-    if not total:
+    up_to = np.cumsum(histogram)
+    if not up_to[-1]:
         return None
-    bins = sorted(histogram)
-    up_to = list(accumulate(histogram[index] for index in bins))
-    rank = (total - 1) * share / 100
-    low, high = (_middle_ms(bins[bisect_right(up_to, whole)]) for whole in (floor(rank), ceil(rank)))
+    rank = int(up_to[-1] - 1) * share / 100
+    low, high = (_middle_ms(int(np.searchsorted(up_to, at, "right"))) for at in (floor(rank), ceil(rank)))
     return low + (high - low) * (rank - floor(rank))
 
 
@@ -83,9 +85,9 @@ class Counts:
     warped: int = 0
     warping: float = 0.0  # sum
     switched_ms: float = 0.0  # the last style switch
-    latency: Histogram = field(default_factory=Counter)
-    interval: Histogram = field(default_factory=Counter)
-    switches: Histogram = field(default_factory=Counter)
+    latency: Histogram = field(default_factory=_empty)
+    interval: Histogram = field(default_factory=_empty)
+    switches: Histogram = field(default_factory=_empty)
     stages: dict[str, Histogram] = field(default_factory=dict)
     levels_s: dict[str, float] = field(default_factory=dict)
 
@@ -103,13 +105,10 @@ class Counts:
 
 
 def _added(after: Any, before: Any) -> Any:
-    """The difference of two numbers, or of all numbers in two mappings."""
-    if isinstance(after, Mapping):
-        return {
-            key: _added(value, before.get(key, {} if isinstance(value, Mapping) else 0))
-            for key, value in after.items()
-        }
-    return max(0, after - before)
+    """The difference of two numbers, of two histograms, or of all values in two dictionaries."""
+    if isinstance(after, dict):
+        return {key: _added(value, before.get(key, 0)) for key, value in after.items()}
+    return after - before if isinstance(after, np.ndarray) else max(0, after - before)
 
 
 @dataclass(frozen=True)
@@ -136,8 +135,8 @@ class _Moment(NamedTuple):
 class Metrics:
     """Counts what a session does; any thread may call any method.
 
-    One lock guards the counters, held for some 30 microseconds a frame or a copy; percentiles are computed
-    outside it.
+    One lock guards the counters, held for some 30 microseconds a frame or a copy of them; percentiles are
+    computed outside it.
     """
 
     def __init__(
@@ -196,10 +195,12 @@ class Metrics:
             else:
                 counts.latency[_bin(latency_ms)] += 1
                 for stage, spent_ms in packet.stages_ms.items():
-                    counts.stages.setdefault(stage, Counter())[_bin(spent_ms)] += 1
+                    counts.stages.setdefault(stage, _empty())[_bin(spent_ms)] += 1
             self._run_clock(at, packet)
             self._close_commands(at, packet.painted_s)
             self._recent.append(self._moment(at, latency_ms))
+            while len(self._recent) > 2 and self._recent[1].at_s < at - _RECENT_S:
+                self._recent.popleft()
 
     # Called now and then
 
@@ -249,7 +250,7 @@ class Metrics:
         """Everything so far, including the current interval if it is a stall already."""
         at = self._now()
         with self._lock:
-            counts = self._counts.since(Counts())
+            counts = self._counts.since(Counts())  # a copy
             self._count_stall_under_way(counts, at)
         return counts
 
@@ -285,9 +286,9 @@ class Metrics:
         return {"schema": SCHEMA, **self.figures(self.counts()), "settings": self.settings}
 
     def figures(self, counts: Counts) -> dict[str, Any]:
-        """The figures of the module docstring for these counts, rounded; None for what was not measured."""
+        """The figures of these counts, rounded; None for what was not measured."""
         seconds, switches = counts.seconds, counts.switches
-        count = sum(switches.values())
+        count = int(switches.sum())
         processed = counts.intervals - counts.skipped_intervals
         return {
             "fps": _rounded(counts.intervals / seconds if seconds else None, 2),

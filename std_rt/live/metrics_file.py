@@ -29,8 +29,9 @@ _LAST_LINES_S = 5.0
 
 
 class MetricsWriter:
-    """A thread writes and flushes each line, so no disk can hold up a frame and a killed session keeps its
-    lines. A full or missing disk ends the file, not the session: `problem` says so. Call from one thread.
+    """Writes and flushes each line in a thread, so no disk holds up a frame and a killed session keeps lines.
+
+    A full or missing disk ends the file, not the session: `problem` says so. Call from one thread.
     """
 
     def __init__(

@@ -96,7 +96,7 @@ def test_goes_to_the_lowest_quality_where_none_meets_it_and_stays_there() -> Non
     assert [quality for _, quality in run.switches] == [4]
 
 
-def test_another_program_takes_a_core_and_gives_it_back() -> None:
+def test_load_that_ends_brings_the_best_quality_back() -> None:
     run = simulate(governor(), 45, lambda at: 2.0 if 40 <= at < 80 else 1.0, seconds=160)
     assert run.qualities(0, 40) == {0}
     assert run.median_ms(44, 80) <= 1000 / 15
@@ -132,7 +132,7 @@ def test_load_that_comes_and_goes_is_followed_with_few_switches() -> None:
     assert len(run.switches) <= 40
 
 
-def test_a_learned_cost_that_load_had_spoiled_is_forgotten() -> None:
+def test_a_ratio_learned_under_changing_load_is_forgotten() -> None:
     # The load ends in the very moment of the switch, so quality 1 looks far cheaper than it is.
     run = simulate(governor(), 45, lambda at: 3.0 if at < 1.5 else 1.0, seconds=240)
     assert run.qualities(200, 240) == {0}
@@ -217,7 +217,7 @@ def test_nothing_is_asked_while_a_change_is_under_way_and_a_refused_quality_neve
     assert next_asked() == 3
 
 
-def test_a_pause_is_no_time_spent_well() -> None:
+def test_a_pause_does_not_count_as_time_with_room_to_spare() -> None:
     held = governor()
     for i in range(60):
         held.observe(200, i / 5)

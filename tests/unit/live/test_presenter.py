@@ -110,7 +110,7 @@ def test_keys_change_the_style(stage: Stage) -> None:
     assert switches["worst"] <= 150
 
 
-def test_a_number_without_a_style_says_so(stage: Stage) -> None:
+def test_a_number_without_a_style_is_announced(stage: Stage) -> None:
     stage.frames()
     stage.press("9")
     assert "there is no style 9; 3 are loaded" in stage.window.shown["banner"]
@@ -181,7 +181,7 @@ def test_a_dropped_picture_becomes_the_style(stage: Stage, tmp_path: Path) -> No
     assert stage.mixer.cards[3].name == "new"
 
 
-def test_a_dropped_file_that_is_no_picture_is_one_line(stage: Stage, tmp_path: Path) -> None:
+def test_a_dropped_file_that_is_not_a_picture_is_one_line(stage: Stage, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no picture", encoding="utf-8")
     stage.window.waiting.append(Dropped(tmp_path / "notes.txt"))
     stage.frames()
@@ -206,7 +206,7 @@ def test_seconds_count_from_the_first_frame(stage: Stage) -> None:
     assert stage.session.metrics.counts().frames == 1
 
 
-def test_a_problem_is_said_once(stage: Stage) -> None:
+def test_a_problem_is_announced_once(stage: Stage) -> None:
     class Broken:
         problem = "the disk is full"
 

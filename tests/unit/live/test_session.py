@@ -7,6 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from support.live_support import Clock, ScriptedSource, next_packet, wait_until
 
+from std_rt.core.errors import BackendError
 from std_rt.examples import moving
 from std_rt.live.session import Session, Settings
 from std_rt.live.style_mixer import StyleMixer
@@ -140,6 +141,26 @@ def test_the_governor_goes_down_when_the_target_is_missed(
                 break
         assert levels == ["72x48, 2 steps", "72x48, 1 step"]
         assert session.notes[0] == "to hold 100 fps: 72x48, 1 step"
+
+
+def test_a_quality_whose_engines_do_not_open_is_named_and_left_out(
+    stylizer: Stylizer,
+    greys: StyleMixer,
+    source: ScriptedSource,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(quality: object, **named: object) -> bool:
+        raise BackendError("out of memory")
+
+    monkeypatch.setattr(stylizer, "ready", broken)
+    clock.step = 0.01
+    with Session(stylizer, source, greys, Settings(target_fps=100), now=clock) as session:
+        for _ in range(40):
+            source.give(FRAMES[0])
+            session.presented(next_packet(session))
+        assert list(session.notes) == ["72x48, 1 step cannot be used: out of memory"]
+        assert list(session.report()["levels_s"]) == ["72x48, 2 steps"]
 
 
 def test_the_governor_keeps_its_quality_when_only_the_camera_s_resolution_changes(

@@ -52,7 +52,7 @@ def test_sensor_noise_is_skipped_and_a_small_moving_thing_is_not() -> None:
 
 
 @pytest.mark.parametrize("size", [(256, 256), (192, 320), (512, 512), (768, 1024)])
-def test_noise_looks_alike_at_every_size(size: tuple[int, int]) -> None:
+def test_noise_is_similar_at_every_size(size: tuple[int, int]) -> None:
     first, *others = (thumbnail(frame) for frame in noisy(5, 3, *size))
     assert max(first.shape) == 32
     assert all(similarity(first, other) > 0.99 for other in others)
@@ -67,7 +67,7 @@ def test_similarity_is_one_for_equals_and_nothing_for_opposites() -> None:
     assert similarity(black, part) == 0
 
 
-def test_equal_frames_are_skipped_as_often_as_it_may_be_and_counted() -> None:
+def test_equal_frames_are_skipped_up_to_the_limit_and_counted() -> None:
     similar = SimilarityFilter(max_skip=4)
     frame = next(noisy(0, 1))
     taken = [similar.skip(frame) for _ in range(16)]
@@ -90,7 +90,7 @@ def test_the_share_of_skips_rises_from_the_threshold_to_one(alike: float, thresh
     assert abs(np.mean(taken) - share) < 0.12
 
 
-def test_the_seed_decides() -> None:
+def test_the_seed_determines_the_decisions() -> None:
     frames = list(noisy(8, 40))
     decisions = [
         [similar.skip(frame) for frame in frames]
