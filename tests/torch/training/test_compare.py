@@ -350,7 +350,7 @@ def test_a_lora_that_does_not_fit_leaves_the_teacher_alone(
 
 def test_a_size_the_teacher_cannot_take_names_the_next(base: Base) -> None:
     frames = _pictures(2, 0, 72)
-    with pytest.raises(UsageError, match=r"--size 72 is no multiple of 16.*use 64"):
+    with pytest.raises(UsageError, match=r"--size 72 is not a multiple of 16.*use 64"):
         encode_scene(base, [(frames[0], frames[1])])
 
 
