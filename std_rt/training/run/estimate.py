@@ -103,7 +103,7 @@ def estimate(config: DistilConfig, device: str = "", flops_per_s: float | None =
     unet_config, vae_config, style, encoders = _configs(config.base)
     tokens = int(style.get("tokens", 0))
     unet, vae = _build_unet(unet_config, tokens), _build_vae(vae_config)
-    sizes = _latent_sizes(config, unet, len(vae_config.get("block_out_channels", (0,) * 4)))
+    sizes = _latent_sizes(config, unet, vae)
     shape = (int(unet.config.in_channels), *sizes[len(sizes) // 2])
     pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
     inputs = _unet_inputs(unet, shape, pooled, tokens)
@@ -193,11 +193,11 @@ def _build_vae(config: dict[str, Any]) -> Network:
         return kind.from_config(config)
 
 
-def _latent_sizes(config: DistilConfig, unet: Network, vae_levels: int) -> list[tuple[int, int]]:
+def _latent_sizes(config: DistilConfig, unet: Network, vae: Network) -> list[tuple[int, int]]:
     """Latent heights and widths of the training, the square in the middle."""
     if config.latents.file:
         return [(config.latents.side, config.latents.side)]
-    scale = 2 ** (vae_levels - 1)
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
     multiple = scale * 2 ** (len(unet.config.block_out_channels) - 1)
     sizes = bucket_sizes(config.pictures.resolution_px, multiple, config.pictures.buckets)
     return [(h // scale, w // scale) for h, w in sizes]

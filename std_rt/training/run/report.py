@@ -243,6 +243,11 @@ class Report:
         elif step % self.log_every == 0 or step >= self.total:
             self.say(f"{self.title}  {step}/{self.total}  {note}")
 
+    def advance(self, step: int) -> None:
+        """Move the progress bar, where there is one."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
     def _note(self, step: int) -> str:
         eta = self._eta_s(step)
         parts = [f"{self._images_per_s:.3g} images/s"] if self._images_per_s else []
@@ -302,9 +307,6 @@ class HostClock:
         """Whether the device has come to it; does not wait."""
         return True
 
-    def wait(self, mark: Any) -> None:
-        """Until it is reached."""
-
 
 class CudaClock(HostClock):
     """The time on the GPU: events in its current stream, which cost the CPU no wait."""
@@ -319,9 +321,6 @@ class CudaClock(HostClock):
 
     def reached(self, mark: torch.cuda.Event) -> bool:
         return mark.query()
-
-    def wait(self, mark: torch.cuda.Event) -> None:
-        mark.synchronize()
 
 
 @dataclass
@@ -342,7 +341,7 @@ class Stopwatch:
         watch.summary(images_per_step=8)
 
     A span inside another counts for itself only, so that shares add up; outside of steps nothing counts.
-    On a GPU the time is the GPU's own, and nothing waits for it unless ``summary(wait=True)`` is asked.
+    On a GPU the time is the GPU's own, and nothing waits for it.
     """
 
     def __init__(self, device: torch.device | str = "cpu", *, clock: Any = None) -> None:
@@ -385,15 +384,12 @@ class Stopwatch:
             self._step.pieces.append((self._open[-1], self._since, now))
         self._since = now
 
-    def summary(self, images_per_step: int = 0, *, wait: bool = False) -> dict[str, float]:
+    def summary(self, images_per_step: int = 0) -> dict[str, float]:
         """Of the steps since the last call that the device has finished; empty where there are none.
 
         ``step_s``; ``images_per_s``; ``share_<name>`` of the time, ``share_overhead`` (what no span
-        accounts for) and ``overhead_to_spans``. Steps still running on the GPU come with the next call,
-        unless ``wait``.
+        accounts for) and ``overhead_to_spans``. Steps still running on the GPU come with the next call.
         """
-        if wait and self._done:
-            self.clock.wait(self._done[-1].ended)
         total, count, spans = 0.0, 0, dict[str, float]()
         while self._done and self.clock.reached(self._done[0].ended):
             step = self._done.popleft()

@@ -145,6 +145,7 @@ class Run:
                     group["lr"] = self.rate
                 self.watch.start()
                 yield step
+                self.report.advance(step + 1)
                 if not self.due(step) and (step + 1) % self.config.log_every == 0:
                     self._log(step + 1, {})
         finally:

@@ -150,9 +150,7 @@ def test_precision_device_and_optimizer_decide_what_weights_take() -> None:
 
 
 def test_the_description_says_what_it_assumes(clip: Path) -> None:
-    recipe = _recipe(
-        clip, adversarial=AdversarialConfig(0.5, features="style"), bank=BankConfig(capacity=4000)
-    )
+    recipe = _recipe(clip, adversarial=AdversarialConfig(0.5), bank=BankConfig(capacity=4000))
     found = estimate(recipe, flops_per_s=1e12)
     lines = describe(recipe, found)
     text = "\n".join(lines)

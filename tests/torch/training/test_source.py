@@ -344,7 +344,7 @@ def test_a_second_epoch_encodes_nothing(cached: PicturesConfig, open_source: Any
     assert style or not again_base.text.captions
     assert same(again, first)
     order = [second.names.index(name) for name in first.names]
-    assert same(Fresh(second.z[order], second.c, second.cond.rows(order), first.names), first)
+    assert same(Fresh(second.z[order], second.c, second.real, second.cond.rows(order), first.names), first)
     assert all(p.suffix == ".safetensors" for p in _files(cached))
 
 
