@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from std_rt.examples import moving
 from support.live_support import Clock, NotedWindow, ScriptedSource, wait_until
 from support.media_samples import frame_times
 
+from std_rt.examples import moving
 from std_rt.live.keys import Action, Command
 from std_rt.live.presenter import Outputs, Presenter
 from std_rt.live.session import Session
