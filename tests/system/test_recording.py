@@ -58,8 +58,8 @@ def test_killed(tmp_path: Path, session: subprocess.Popen[str]) -> None:
 def test_interrupted(tmp_path: Path, session: subprocess.Popen[str]) -> None:
     session.send_signal(signal.SIGINT)
     said, _ = session.communicate(timeout=LONG_S)
-    frames = int(said.split()[0])
-    assert said.split()[1:] == ["0"]
+    frames, dropped = map(int, said.split())  # and no problem
+    assert dropped <= 1  # the frame that was being handed over
     assert len(frame_times(tmp_path / "out.mp4")) == frames > 200
     assert b"moof" not in boxes((tmp_path / "out.mp4").read_bytes())
 
