@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from std_rt.live.presenter import Outputs, Presenter
     from std_rt.live.session import Session
-    from std_rt.media.camera.camera import Source
+    from std_rt.media.camera.frame_source import Source
     from std_rt.media.video.record import Recorder
     from std_rt.pipeline.stylizer import Stylizer
 
@@ -128,7 +128,6 @@ def live(request: LiveRequest) -> None:
     from std_rt.live.presenter import Presenter
     from std_rt.live.session import Session, Settings
     from std_rt.live.style_mixer import StyleMixer
-    from std_rt.media.camera.camera import Camera
 
     styles = expand_styles(request.style)
     _check_places(request, [path for path, _ in styles])
@@ -143,7 +142,9 @@ def live(request: LiveRequest) -> None:
     console = Console(stderr=True)
     with ExitStack() as stack:
         source = stack.enter_context(closing(_open_source(request)))
-        first = _first_frame(request, source)
+        first = source.first_frame()
+        if first is None:
+            raise MediaError(f"{source.name} delivers no frames; name another camera with --camera")
         stylizer = stack.enter_context(open_stylizer(request, console))
         if request.prompt is not None:
             stylizer.set_prompt(request.prompt, request.negative_prompt)
@@ -157,8 +158,8 @@ def live(request: LiveRequest) -> None:
             # Not with the first frame: a camera that runs meanwhile would only lose frames.
             while not stylizer.ready(quality, stream_batch=request.stream_batch):
                 time.sleep(_TICK_S)
-        is_mirror = isinstance(source, Camera) if request.mirror is None else request.mirror
-        session = Session(stylizer, source, mixer, settings, mirror=is_mirror)
+        mirror = source.is_camera if request.mirror is None else request.mirror
+        session = Session(stylizer, source, mixer, settings, mirror=mirror)
         outputs = _outputs(request, session, stylizer, first)
         presenter = Presenter(session, outputs, first, say=lambda line: note(console, line))
         stack.enter_context(session)
@@ -191,34 +192,17 @@ def _check_places(request: LiveRequest, styles: list[Path]) -> None:
 
 
 def _open_source(request: LiveRequest) -> Source:
-    """The camera, or what stands in for it. Raises UsageError where camera flags are given for a file."""
-    from std_rt.media.camera.camera import Camera, open_source
+    """The camera, or a file to play as one. Raises UsageError if camera flags are given for a file."""
+    from std_rt.media.camera.camera import open_source
 
     size, fps = parse_frame_size(request.camera_size), request.camera_fps
     source = open_source(request.camera, size=size, fps=fps, loop=request.loop)
-    if not isinstance(source, Camera) and (size or fps):
+    if (size or fps) and not source.is_camera:
         source.close()
         raise UsageError(
             f"--camera-size and --camera-fps are for cameras, and {source.name} is a file; leave them out"
         )
     return source
-
-
-def _first_frame(request: LiveRequest, source: Source) -> Frame:
-    """The first frame, which decides the size of everything after it.
-
-    A file is opened a second time for it, because it starts to play with the first frame that is read.
-    """
-    from std_rt.media.camera.camera import Camera, open_source
-
-    if isinstance(source, Camera):
-        taken = source.read()
-    else:
-        with closing(open_source(request.camera)) as other:
-            taken = other.read()
-    if taken is None:
-        raise MediaError(f"{source.name} delivers no frames; name another camera with --camera")
-    return taken.frame
 
 
 def _present(presenter: Presenter, outputs: Outputs, seconds: float | None, console: Console) -> None:
