@@ -62,11 +62,12 @@ def engines_build(
     size: SizeOption = None,
     frame: Annotated[
         str | None,
-        typer.Option("--frame", metavar="WxH", help="Size of the frames to come; default: the working size."),
+        typer.Option("--frame", metavar="WxH", help="Frame size; default: the working size."),
     ] = None,
     steps: StepsOption = None,
     guidance: Annotated[
-        float | None, typer.Option("--guidance", help="1 is none; default: the bundle's.")
+        float | None,
+        typer.Option("--guidance", help="Guidance scale; 1 disables guidance. Default: the bundle's."),
     ] = None,
     guidance_mode: Annotated[
         str | None, typer.Option("--guidance-mode", help="none, full or residual.")
@@ -77,7 +78,7 @@ def engines_build(
         typer.Option("--sm", metavar="89,120", help="GPUs to build rtx engines for; default: the one here."),
     ] = "",
 ) -> None:
-    """Build the engines a bundle needs at a size ahead of time, so that the first frame need not wait.
+    """Build the engines a bundle needs at a size ahead of time, so that the first frame does not wait.
 
     std-rt engines build my-bundle --backend rtx --size 512 --sm 89,120
     """
@@ -123,16 +124,20 @@ def engines_verify() -> None:
 @engines_app.command("gc")
 def engines_gc(
     older_than: Annotated[
-        float | None, typer.Option("--older-than", metavar="DAYS", min=0, help="Not used for so long.")
+        float | None,
+        typer.Option("--older-than", metavar="DAYS", min=0, help="Also engines unused for this many days."),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All engines.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; remove nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report what would be removed.")] = False,
 ) -> None:
-    """Remove engines nothing can use any more: changed, of missing bundles, of other versions or drivers."""
+    """Remove engines that can no longer be used.
+
+    They were altered, or built for a missing bundle, another version or another driver.
+    """
     from std_rt.engines.cuda.driver import cuda_device, driver_problem
 
     cache = _cache()
-    bundles, versions = _bundles_in_reach(cache), _installed_versions()
+    bundles, versions = _bundle_digests(cache), _installed_versions()
     driver = "" if driver_problem() else cuda_device().driver
 
     def unused(entry: Entry) -> str:
@@ -156,8 +161,8 @@ def engines_gc(
 def why_unused(entry: Entry, bundles: Collection[str], versions: Mapping[str, str], driver: str) -> str:
     """Why nothing here can use an engine, or "".
 
-    ``bundles`` are the digests of those in reach, ``versions`` those of the installed products (engines of a
-    product that is not installed stay), ``driver`` the GPU's or "".
+    ``bundles``: digests of all bundles found. ``versions``: of the installed products (engines of a product
+    that is not installed stay). ``driver``: the GPU's, or "".
     """
     key = entry.key
     if key.bundle and key.bundle not in bundles:
@@ -289,7 +294,7 @@ def _open_once(specs: list[GraphSpec], precision: str) -> None:
 
 @contextmanager
 def _bars() -> Iterator[tuple[Callable[[str, float], None], Callable[[str, str], None]]]:
-    """(report progress, say that it is done): one bar per engine on a terminal, one line when it is done."""
+    """(report progress, report completion): one bar per engine on a terminal, one line when it is done."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -341,8 +346,8 @@ def _bundle_names() -> dict[str, str]:
     return {bundle.digest: bundle.name for bundle in list_bundles() if isinstance(bundle, Bundle)}
 
 
-def _bundles_in_reach(cache: EngineCache) -> set[str]:
-    """Digests of all bundles in reach, and of those in folders that engines were built from."""
+def _bundle_digests(cache: EngineCache) -> set[str]:
+    """Digests of all bundles found, and of those in folders that engines were built from."""
     digests = set(_bundle_names())
     try:
         origins = {entry.origin for entry in cache.entries() if entry.origin}

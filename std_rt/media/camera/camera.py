@@ -19,8 +19,8 @@ import numpy as np
 
 from std_rt.core.errors import MediaError
 from std_rt.core.prefetcher import Prefetcher
-from std_rt.media.camera.file_camera import FileCamera, clip_playback, still_playback
 from std_rt.media.camera.device import CvDevice, Device, Properties, Size, camera_choices, camera_name
+from std_rt.media.camera.file_camera import FileCamera, clip_playback, still_playback
 from std_rt.media.camera.frame_source import Captured, Frame, Pause, Sleep, Source, after
 from std_rt.media.sources import media_kind
 
@@ -64,7 +64,9 @@ def open_source(
     if size is not None and min(size) < 1:
         raise MediaError(f"camera size must be positive, got {size[1]}x{size[0]}; use for example 1280x720")
     if fps is not None and not (0 < fps <= 1000):
-        raise MediaError(f"camera rate must be above 0 and at most 1000 frames/s, got {fps:g}; use for example 30")
+        raise MediaError(
+            f"camera rate must be above 0 and at most 1000 frames/s, got {fps:g}; use for example 30"
+        )
     target = spec.strip()
     if target.isdecimal() or (target.startswith("/dev/") and not Path(target).is_file()):
         return Camera(camera_name(target), device(target, size, fps), now=now, sleep=sleep)
@@ -82,8 +84,8 @@ class Camera:
     """A `Source` on a device: reopens it when it is lost, and never lets it block the reader.
 
     name: "camera 0". properties: size and rate as the driver reports them, which may differ from
-    what was requested. The constructor waits for the first frame; it raises MediaError if the camera cannot be
-    opened or gives none.
+    what was requested. The constructor waits for the first frame; it raises MediaError if the camera cannot
+    be opened or sends none.
     """
 
     is_camera = True

@@ -41,7 +41,7 @@ class Properties:
 
 
 class Device(Protocol):
-    """A camera that `camera.Camera` drives, from one thread; only the first ``open()`` may come from another."""
+    """A camera, driven by `camera.Camera` from one thread; only the first ``open()`` may be in another."""
 
     def open(self) -> Properties:
         """Start it and return its properties. Raises MediaError, one line: missing, not allowed, in use."""

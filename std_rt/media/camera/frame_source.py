@@ -37,7 +37,7 @@ class Captured:
 class Source(Protocol):
     """Frames as they come. ``read()`` is called from one thread, everything else from any.
 
-    A new kind of camera implements this and gets a branch in `camera.open_source`; nothing else knows the kinds.
+    A new kind of camera implements this and gets a branch in `camera.open_source`, nothing else.
     """
 
     @property
@@ -46,7 +46,7 @@ class Source(Protocol):
 
     @property
     def is_camera(self) -> bool:
-        """True for a device, which can be asked for a size and rate and is mirrored by default; False for a file."""
+        """True: takes a requested size and rate, and is mirrored by default. False for files."""
 
     @property
     def fps(self) -> float | None:
@@ -64,7 +64,7 @@ class Source(Protocol):
         """Wait for a first frame, before the first ``read()``; None if there is none. Starts no playback."""
 
     def read(self) -> Captured | None:
-        """Wait for the next frame. None: there are no more (closed, or the end of a clip that does not loop)."""
+        """Wait for the next frame. None: there are no more (closed, or a clip that does not loop ended)."""
 
     def close(self) -> None:
         """End ``read()`` and release the device or file; returns at once. May be called again."""
@@ -98,7 +98,7 @@ class Pause:
         return not self.is_over
 
     def before_retry(self, *, first: bool) -> None:
-        """Wait before another attempt to open a source: twice as long as the last time, unless it is the first."""
+        """Wait before opening a source again; each wait is twice the one before, up to a limit."""
         self._retry_s = self.RETRY_S if first else min(2 * self._retry_s, self.LONGEST_RETRY_S)
         self.wait(self._retry_s)
 

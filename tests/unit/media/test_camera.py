@@ -21,11 +21,11 @@ from support.media_samples import ClipSpec, make_clip, moving_bar, rgb_frames
 
 from std_rt.core.errors import MediaError
 from std_rt.media.camera import camera as camera_module
-from std_rt.media.camera import file_camera
 from std_rt.media.camera import device as camera_device
+from std_rt.media.camera import file_camera
 from std_rt.media.camera.camera import Camera, open_source, to_frame
-from std_rt.media.camera.file_camera import FileCamera, PlaybackFrame
 from std_rt.media.camera.device import CvDevice, Properties, list_cameras
+from std_rt.media.camera.file_camera import FileCamera, PlaybackFrame
 from std_rt.media.camera.frame_source import Captured, Pause, Source, after
 
 LINUX = sys.platform == "linux"
@@ -397,7 +397,7 @@ def test_files_that_are_no_source(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("size", "fps"), [((0, 64), None), (None, 0.0), (None, float("nan"))])
 def test_wishes_that_no_camera_can_meet(size: Any, fps: Any) -> None:
-    with pytest.raises(MediaError, match="camera (size|rate) must be"):
+    with pytest.raises(MediaError, match=r"camera (size|rate) must be"):
         open_source("0", size=size, fps=fps)
 
 
