@@ -1,4 +1,4 @@
-"""Brushes that scenes and styles share. Colours are linear float32 [..., 3]; `develop` makes a frame."""
+"""Drawing tools of scenes and styles. Colours are linear float32 [..., 3]; `develop` makes a frame."""
 
 from __future__ import annotations
 

@@ -10,21 +10,21 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from std_rt.cli.options import SizeOption, StepsOption, parse_size
+from std_rt.cli.terminal import print_table
 from std_rt.core.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
-    from std_rt.engines import Engine, GraphSpec
+    from std_rt.engines import GraphSpec
     from std_rt.engines.cache import EngineCache, Entry
-    from std_rt.engines.program import Program, Runner
+    from std_rt.engines.program import Program
 
 __all__ = ["Plan", "engines_app", "plan"]
 
-_PLAN_S = 120.0
 Size = int | tuple[int, int]
 _DAY_S = 86400.0
 
@@ -36,21 +36,14 @@ engines_app = typer.Typer(
 @engines_app.command("list")
 def engines_list() -> None:
     """List every engine of this machine: its bundle, graph, GPU and size."""
-    from rich.console import Console
-    from rich.table import Table
-
     cache = _cache()
     entries = sorted(cache.entries(), key=lambda entry: (entry.key.bundle, entry.key.graph))
     if not entries:
         typer.echo(f"no engines in {cache.folder}")
         return
     names = _bundle_names()
-    table = Table(box=None, pad_edge=False)
-    for title in ("bundle", "graph", "input", "product", "for", "MB", "built (UTC)"):
-        table.add_column(title, overflow="fold")
-    for entry in entries:
-        table.add_row(*_row(entry, names))
-    Console().print(table)
+    titles = ("bundle", "graph", "input", "product", "for", "MB", "built (UTC)")
+    print_table((_row(entry, names) for entry in entries), titles)
     total = sum(entry.size for entry in entries)
     typer.echo(f"{len(entries)} engines, {total / 2**20:.1f} MB in {cache.folder}")
 
@@ -199,36 +192,23 @@ def plan(
     guidance: float | None = None,
     guidance_mode: str | None = None,
 ) -> Plan:
-    """Ask a stylizer what it would open, and open nothing.
+    """What a stylizer would open for frames of a size; nothing is opened.
 
-    ``frame`` is the (H, W) of the frames to come, default the working size; the rest as in `Stylizer.load`.
+    ``frame`` is the frames' (H, W), default the working size; the rest as in `Stylizer.load`.
     """
-    from concurrent.futures import Future
-
     from std_rt.cli.stylize import check_size
     from std_rt.core.bundle import load_bundle
-    from std_rt.pipeline.openers import Openers
+    from std_rt.pipeline.openers import Openers, graph_spec, program_for
+    from std_rt.pipeline.runner_cache import RunnerKey
     from std_rt.pipeline.stylizer import Stylizer
 
-    program: Future[tuple[Program, dict[str, GraphSpec]]] = Future()
-    style: Future[GraphSpec] = Future()
-
-    class NotOpened:
-        def close(self) -> None:
-            """Nothing to free."""
-
-    def open_graph(spec: GraphSpec) -> Engine:
-        style.set_result(spec)
-        return cast("Engine", NotOpened())
-
-    def open_runner(asked: Program, specs: dict[str, GraphSpec]) -> Runner:
-        program.set_result((asked, specs))
-        return cast("Runner", NotOpened())
+    def refuse(*_: object) -> Any:
+        raise AssertionError("a plan opens nothing")
 
     opened = load_bundle(bundle)
     with Stylizer(
         opened,
-        Openers(open_graph, open_graph, open_runner),
+        Openers(refuse, refuse, refuse),
         size=size,
         steps=steps,
         guidance=guidance,
@@ -236,8 +216,10 @@ def plan(
     ) as stylizer:
         check_size(stylizer, size)
         coming = frame or size or opened.size_default
-        stylizer.prepare(*((coming, coming) if isinstance(coming, int) else coming))
-        return Plan(*program.result(_PLAN_S), style.result(_PLAN_S))
+        key = RunnerKey(stylizer.quality(*((coming, coming) if isinstance(coming, int) else coming)))
+        text = {name: value.shape[1:] for name, value in opened.conditioning().items()}
+        style = graph_spec(opened, "style_encoder", {"style_image": (1, 3, *[opened.style_px] * 2)})
+        return Plan(*program_for(opened, key, stylizer.guidance, text), style)
 
 
 def _targets(text: str) -> tuple[str, ...]:

@@ -387,8 +387,8 @@ def test_files_that_are_no_source(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello", encoding="utf-8")
     (tmp_path / "cut.mp4").write_bytes(make_clip(tmp_path / "whole.mp4").read_bytes()[:900])
     for name, line in (
-        ("notes.txt", "not a picture or video"),
-        ("cut.mp4", "not a video"),
+        ("notes.txt", "cannot be read as a picture or video"),
+        ("cut.mp4", "cannot be read as a video"),
         (".", "is a folder"),
     ):
         with pytest.raises(MediaError, match=line):
