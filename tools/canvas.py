@@ -8,24 +8,6 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "Array",
-    "Frame",
-    "blur",
-    "develop",
-    "dot",
-    "fbm",
-    "grid",
-    "hexes",
-    "mix",
-    "noise",
-    "normalize",
-    "paint",
-    "paper",
-    "ramp",
-    "smoothstep",
-]
-
 Array = NDArray[Any]
 Frame = NDArray[np.uint8]
 

@@ -37,6 +37,11 @@ class BenchRequest(EngineFlags):
         super().__post_init__()
         if self.table + self.first_frame + self.live > 1:
             raise BadParameter("--table, --first-frame and --live are mutually exclusive; give one")
+        if self.table and (self.size or self.steps or (self.backend, self.precision) != ("auto", "auto")):
+            raise BadParameter(
+                "--table measures every size, step count, backend and precision; "
+                "leave out --size, --steps, --backend and --precision"
+            )
         if not self.live and (self.stream_batch or self.temporal != "off" or self.target_fps):
             raise BadParameter("--stream-batch, --temporal and --target-fps need --live; add it")
 

@@ -108,17 +108,14 @@ class VideoInfo:
     """Facts about a clip; ``width`` x ``height`` px is the upright picture.
 
     rotation: clockwise degrees that turned it upright (0, 90, 180, 270).
-    frames: their number, or an estimate from duration and rate, or None; duration_s: seconds or None;
-    average_rate: frames/s or None; time_base: seconds per unit of the frames' timestamps.
+    frames: their number, or an estimate from duration and rate, or None; average_rate: frames/s or None.
     """
 
     width: int
     height: int
     rotation: int
     frames: int | None
-    duration_s: float | None
     average_rate: Fraction | None
-    time_base: Fraction
 
 
 def probe(path: Path) -> VideoInfo:
@@ -132,9 +129,7 @@ def probe(path: Path) -> VideoInfo:
             height=first.rgb.shape[0],
             rotation=first.orientation.degrees,
             frames=clip.frames,
-            duration_s=clip.duration_s,
             average_rate=clip.video.average_rate,
-            time_base=clip.time_base,
         )
 
 

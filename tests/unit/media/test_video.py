@@ -489,6 +489,4 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
 def test_probe_tells_what_is_in_a_clip(tmp_path: Path) -> None:
     info = probe(make_clip(tmp_path / "a.mp4", ClipSpec(audio="aac")))
     assert (info.width, info.height, info.rotation, info.frames) == (64, 48, 0, 12)
-    assert info.time_base == Fraction(1, 12_800)
     assert info.average_rate == 25
-    assert info.duration_s == pytest.approx(0.48)
