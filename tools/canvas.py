@@ -1,4 +1,4 @@
-"""Brushes that scenes and styles share. Colours are linear float32 [..., 3]; `develop` makes a frame."""
+"""Drawing tools of scenes and styles. Colours are linear float32 [..., 3]; `develop` makes a frame."""
 
 from __future__ import annotations
 
@@ -7,24 +7,6 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-
-__all__ = [
-    "Array",
-    "Frame",
-    "blur",
-    "develop",
-    "dot",
-    "fbm",
-    "grid",
-    "hexes",
-    "mix",
-    "noise",
-    "normalize",
-    "paint",
-    "paper",
-    "ramp",
-    "smoothstep",
-]
 
 Array = NDArray[Any]
 Frame = NDArray[np.uint8]

@@ -1,9 +1,9 @@
-"""The example pictures in `std_rt/examples`, rendered by code: nobody's photographs or paintings are shipped.
+"""The example pictures in `std_rt/examples`, rendered by code, so that no one else's pictures are shipped.
 
     python -m tools.render_examples [FOLDER]
 
 Everything is a function of its size and a fixed seed, so two machines render the same pictures. FOLDER gets
-``scenes/NAME.jpg`` and ``styles/NAME.jpg``; it is `std_rt/examples` where none is given.
+``scenes/NAME.jpg`` and ``styles/NAME.jpg``; the default is `std_rt/examples`.
 """
 
 from __future__ import annotations

@@ -9,8 +9,6 @@ import numpy as np
 
 from tools.canvas import Array, dot, grid, normalize
 
-__all__ = ["Ray", "Solid", "ball", "camera", "ellipsoid", "render_solids", "round_cone", "smooth_union"]
-
 Distance = Callable[[Array], Array]  # points [N, 3] -> distance [N]
 _FAR = 14.0
 

@@ -1,4 +1,4 @@
-"""The command line, put together: one file a command, and nothing heavy is imported before one runs."""
+"""Assembles the command line: one file per command; heavy packages are imported only when a command runs."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ app.command("export")(command_of(export))
 app.command("train")(train)
 app.command("bench")(command_of(bench))
 app.command("live")(command_of(live))
-app.command("evaluate")(evaluate)
-app.command("eval", hidden=True)(evaluate)  # its name in 0.1
+app.command("evaluate")(command_of(evaluate))
+app.command("eval", hidden=True)(command_of(evaluate))  # its old name
 app.command("doctor")(doctor)
 app.command("demo")(demo)
 app.add_typer(bundles_app, name="bundles")

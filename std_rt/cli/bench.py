@@ -17,7 +17,7 @@ class BenchRequest(EngineFlags):
     """What ``std-rt bench`` was asked to do. Raises BadParameter for flags that do not fit together."""
 
     frames: Annotated[int, Option(min=1, help="Frames to time.")] = 60
-    warmup: Annotated[int, Option(min=0, help="Frames before the clock starts.")] = 10
+    warmup: Annotated[int, Option(min=0, help="Warm-up frames, not timed.")] = 10
     against: Annotated[
         list[str] | None,
         Option(metavar="diffusers|compile", help="Also time the same weights in diffusers; repeatable."),
@@ -26,9 +26,9 @@ class BenchRequest(EngineFlags):
         bool, Option("--table", help="All sizes, steps, precisions and backends; takes a while.")
     ] = False
     first_frame: Annotated[
-        bool, Option("--first-frame", help="Seconds from the start of a process to its first frame.")
+        bool, Option("--first-frame", help="Seconds from process start to the first frame.")
     ] = False
-    live: Annotated[bool, Option("--live", help="Latency of a live session on a clip of 30 fps.")] = False
+    live: Annotated[bool, Option("--live", help="Latency of a live session on a 30 fps clip.")] = False
     stream_batch: Annotated[bool, Option("--stream-batch", help="With --live.")] = False
     target_fps: Annotated[float | None, Option(help="With --live.")] = None
     duration: Annotated[float, Option(metavar="SECONDS", min=1, help="With --live.")] = 20.0
@@ -36,7 +36,12 @@ class BenchRequest(EngineFlags):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.table + self.first_frame + self.live > 1:
-            raise BadParameter("--table, --first-frame and --live exclude each other; give one")
+            raise BadParameter("--table, --first-frame and --live are mutually exclusive; give one")
+        if self.table and (self.size or self.steps or (self.backend, self.precision) != ("auto", "auto")):
+            raise BadParameter(
+                "--table measures every size, step count, backend and precision; "
+                "leave out --size, --steps, --backend and --precision"
+            )
         if not self.live and (self.stream_batch or self.temporal != "off" or self.target_fps):
             raise BadParameter("--stream-batch, --temporal and --target-fps need --live; add it")
 

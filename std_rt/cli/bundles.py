@@ -1,4 +1,4 @@
-"""`std-rt bundles list | info | verify | unpack`: the models in reach."""
+"""`std-rt bundles list | info | verify | unpack`: the models std-rt can find."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ bundles_app = typer.Typer(
 
 @bundles_app.command("list")
 def list_all() -> None:
-    """List the bundles that std-rt finds, broken ones with what is wrong."""
+    """List all bundles found, with the reason for any that cannot be opened."""
     from std_rt.core.bundle import list_bundles, search_paths
 
     found = list_bundles()
@@ -67,7 +67,7 @@ def _facts(bundle: Bundle) -> Iterator[tuple[str, str]]:
     yield "name", bundle.name
     yield "folder", str(bundle.path)
     yield "digest", bundle.digest
-    sides = f"{low} to {high} px a side, multiples of {bundle.size_multiple}"
+    sides = f"{low} to {high} px per side, multiples of {bundle.size_multiple}"
     yield "size", f"{width}x{height} px by default, {sides}"
     yield "schedule", f"{bundle.prediction_type}, eta {bundle.eta:g}, tau {bundle.tau}"
     for steps in bundle.steps_allowed:
@@ -90,13 +90,13 @@ def _facts(bundle: Bundle) -> Iterator[tuple[str, str]]:
 
 @bundles_app.command("verify")
 def verify(bundle: BundleArgument = None) -> None:
-    """Hash every file of a bundle; exit 2 and name the first that is not as exported."""
+    """Check every file's hash; exits with 2 at the first file that changed since export."""
     from std_rt.core.bundle import load_bundle, verify_bundle
 
     found = load_bundle(bundle, verify=False)
     verify_bundle(found)
     count = len(found.manifest["files"])
-    typer.echo(f"{found.name}: {count} files, {found.total_bytes / 2**20:.1f} MB, all as exported")
+    typer.echo(f"{found.name}: {count} files, {found.total_bytes / 2**20:.1f} MB, unchanged since export")
 
 
 @bundles_app.command("unpack")

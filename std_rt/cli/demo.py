@@ -1,4 +1,4 @@
-"""`std-rt demo`: example pictures in example styles, every pair at two sizes, sheets of them, and a clip."""
+"""`std-rt demo`: example pictures in example styles at two sizes, contact sheets, and a clip."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from typer import Option
 
 from std_rt.cli.options import BackendOption, BundleOption
+from std_rt.cli.stylize import StylizeRequest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,18 +100,19 @@ def _stylize(
 
 
 def _clip(style: Frame, output: Path, bundle: str | None, backend: str) -> None:
-    """A moving example, ``inputs/moving.mp4``, and its result, ``moving_styled.mp4``."""
+    """A moving example, ``inputs/moving.mp4``, and ``moving_styled.mp4``, made as `std-rt stylize` does."""
     from std_rt.examples import write_moving
     from std_rt.media.video.transcode import transcode_stream
     from std_rt.pipeline.stylizer import Stylizer
     from std_rt.streaming.frame_stream import GROUPED, FrameStream
+    from std_rt.streaming.temporal import TemporalFilter
 
     source, sink = output / "inputs" / "moving.mp4", output / "moving_styled.mp4"
-    status = Console(stderr=True).status("drawing and stylizing a clip")
+    status = Console(stderr=True).status("rendering and stylizing a clip")
     with status, Stylizer.load(bundle, backend=backend) as stylizer:
         write_moving(source, CLIP_FRAMES, width_px=EXAMPLE_PX, height_px=EXAMPLE_PX * 3 // 4)
         stylizer.set_style(style)
-        stream = FrameStream(stylizer, batching=GROUPED)
+        stream = FrameStream(stylizer, batching=GROUPED, temporal=TemporalFilter(StylizeRequest.temporal))
         report = transcode_stream(source, sink, stream.frames, overwrite=True)
     typer.echo(f"clip: {sink} ({report.frames} frames, {report.frames / report.seconds:.1f} fps)")
     typer.echo(f"live without a camera: std-rt live --style {output / 'styles'} --camera {source}")

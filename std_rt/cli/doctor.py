@@ -1,4 +1,4 @@
-"""`std-rt doctor`: what is here, what is missing, and the command that adds it."""
+"""`std-rt doctor`: what is installed, what is missing, and how to add it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ _GOOD, _BAD, _NOTE = "[green]ok[/]", "[red]!![/]", "[dim]--[/]"
 
 
 def doctor() -> None:
-    """Show what is here and how to add what is missing. Exit 1 if `std-rt stylize` cannot run."""
+    """Show what is installed and how to add what is missing.
+
+    Exits with 1 if `std-rt stylize` cannot run.
+    """
     from std_rt.core.bundle import BUILT_IN, Bundle, list_bundles
     from std_rt.engines import backends
 
@@ -59,7 +62,7 @@ def _system() -> Iterator[Row]:
     if memory is not None:
         mark = _GOOD if memory >= _LITTLE_MEMORY_GB else _BAD
         yield mark, "memory", f"{memory:.1f} GB free (exporting SDXL takes about 15)"
-    yield _GOOD if disk >= _LITTLE_DISK_GB else _BAD, "disk", f"{disk:.1f} GB free where the cache is"
+    yield _GOOD if disk >= _LITTLE_DISK_GB else _BAD, "disk", f"{disk:.1f} GB free on the disk of the cache"
 
 
 def _gpus() -> Iterator[Row]:
@@ -68,7 +71,7 @@ def _gpus() -> Iterator[Row]:
 
     found = probe()
     if found.problem is not None:
-        # A driver that does not work is worth a mark, but only to someone who installed a backend for it.
+        # A broken driver matters only to someone who installed a backend for it.
         wanted = any(find_spec(BACKENDS[name].package) for name in GPU_BACKENDS if name != "cuda")
         broken = "no NVIDIA driver" not in found.problem
         yield _BAD if wanted and broken else _NOTE, "gpu", found.problem

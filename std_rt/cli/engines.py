@@ -10,21 +10,21 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from std_rt.cli.options import SizeOption, StepsOption, parse_size
+from std_rt.cli.terminal import print_table
 from std_rt.core.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
-    from std_rt.engines import Engine, GraphSpec
+    from std_rt.engines import GraphSpec
     from std_rt.engines.cache import EngineCache, Entry
-    from std_rt.engines.program import Program, Runner
+    from std_rt.engines.program import Program
 
 __all__ = ["Plan", "engines_app", "plan"]
 
-_PLAN_S = 120.0
 Size = int | tuple[int, int]
 _DAY_S = 86400.0
 
@@ -36,21 +36,14 @@ engines_app = typer.Typer(
 @engines_app.command("list")
 def engines_list() -> None:
     """List every engine of this machine: its bundle, graph, GPU and size."""
-    from rich.console import Console
-    from rich.table import Table
-
     cache = _cache()
     entries = sorted(cache.entries(), key=lambda entry: (entry.key.bundle, entry.key.graph))
     if not entries:
         typer.echo(f"no engines in {cache.folder}")
         return
     names = _bundle_names()
-    table = Table(box=None, pad_edge=False)
-    for title in ("bundle", "graph", "input", "product", "for", "MB", "built (UTC)"):
-        table.add_column(title, overflow="fold")
-    for entry in entries:
-        table.add_row(*_row(entry, names))
-    Console().print(table)
+    titles = ("bundle", "graph", "input", "product", "for", "MB", "built (UTC)")
+    print_table((_row(entry, names) for entry in entries), titles)
     total = sum(entry.size for entry in entries)
     typer.echo(f"{len(entries)} engines, {total / 2**20:.1f} MB in {cache.folder}")
 
@@ -62,11 +55,12 @@ def engines_build(
     size: SizeOption = None,
     frame: Annotated[
         str | None,
-        typer.Option("--frame", metavar="WxH", help="Size of the frames to come; default: the working size."),
+        typer.Option("--frame", metavar="WxH", help="Frame size; default: the working size."),
     ] = None,
     steps: StepsOption = None,
     guidance: Annotated[
-        float | None, typer.Option("--guidance", help="1 is none; default: the bundle's.")
+        float | None,
+        typer.Option("--guidance", help="Guidance scale; 1 disables guidance. Default: the bundle's."),
     ] = None,
     guidance_mode: Annotated[
         str | None, typer.Option("--guidance-mode", help="none, full or residual.")
@@ -77,7 +71,7 @@ def engines_build(
         typer.Option("--sm", metavar="89,120", help="GPUs to build rtx engines for; default: the one here."),
     ] = "",
 ) -> None:
-    """Build the engines a bundle needs at a size ahead of time, so that the first frame need not wait.
+    """Build the engines a bundle needs at a size ahead of time, so that the first frame does not wait.
 
     std-rt engines build my-bundle --backend rtx --size 512 --sm 89,120
     """
@@ -123,16 +117,20 @@ def engines_verify() -> None:
 @engines_app.command("gc")
 def engines_gc(
     older_than: Annotated[
-        float | None, typer.Option("--older-than", metavar="DAYS", min=0, help="Not used for so long.")
+        float | None,
+        typer.Option("--older-than", metavar="DAYS", min=0, help="Also engines unused for this many days."),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All engines.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; remove nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report what would be removed.")] = False,
 ) -> None:
-    """Remove engines nothing can use any more: changed, of missing bundles, of other versions or drivers."""
+    """Remove engines that can no longer be used.
+
+    They were altered, or built for a missing bundle, another version or another driver.
+    """
     from std_rt.engines.cuda.driver import cuda_device, driver_problem
 
     cache = _cache()
-    bundles, versions = _bundles_in_reach(cache), _installed_versions()
+    bundles, versions = _bundle_digests(cache), _installed_versions()
     driver = "" if driver_problem() else cuda_device().driver
 
     def unused(entry: Entry) -> str:
@@ -156,8 +154,8 @@ def engines_gc(
 def why_unused(entry: Entry, bundles: Collection[str], versions: Mapping[str, str], driver: str) -> str:
     """Why nothing here can use an engine, or "".
 
-    ``bundles`` are the digests of those in reach, ``versions`` those of the installed products (engines of a
-    product that is not installed stay), ``driver`` the GPU's or "".
+    ``bundles``: digests of all bundles found. ``versions``: of the installed products (engines of a product
+    that is not installed stay). ``driver``: the GPU's, or "".
     """
     key = entry.key
     if key.bundle and key.bundle not in bundles:
@@ -194,36 +192,23 @@ def plan(
     guidance: float | None = None,
     guidance_mode: str | None = None,
 ) -> Plan:
-    """Ask a stylizer what it would open, and open nothing.
+    """What a stylizer would open for frames of a size; nothing is opened.
 
-    ``frame`` is the (H, W) of the frames to come, default the working size; the rest as in `Stylizer.load`.
+    ``frame`` is the frames' (H, W), default the working size; the rest as in `Stylizer.load`.
     """
-    from concurrent.futures import Future
-
     from std_rt.cli.stylize import check_size
     from std_rt.core.bundle import load_bundle
-    from std_rt.pipeline.openers import Openers
+    from std_rt.pipeline.openers import Openers, graph_spec, program_for
+    from std_rt.pipeline.runner_cache import RunnerKey
     from std_rt.pipeline.stylizer import Stylizer
 
-    program: Future[tuple[Program, dict[str, GraphSpec]]] = Future()
-    style: Future[GraphSpec] = Future()
-
-    class NotOpened:
-        def close(self) -> None:
-            """Nothing to free."""
-
-    def open_graph(spec: GraphSpec) -> Engine:
-        style.set_result(spec)
-        return cast("Engine", NotOpened())
-
-    def open_runner(asked: Program, specs: dict[str, GraphSpec]) -> Runner:
-        program.set_result((asked, specs))
-        return cast("Runner", NotOpened())
+    def refuse(*_: object) -> Any:
+        raise AssertionError("a plan opens nothing")
 
     opened = load_bundle(bundle)
     with Stylizer(
         opened,
-        Openers(open_graph, open_graph, open_runner),
+        Openers(refuse, refuse, refuse),
         size=size,
         steps=steps,
         guidance=guidance,
@@ -231,8 +216,10 @@ def plan(
     ) as stylizer:
         check_size(stylizer, size)
         coming = frame or size or opened.size_default
-        stylizer.prepare(*((coming, coming) if isinstance(coming, int) else coming))
-        return Plan(*program.result(_PLAN_S), style.result(_PLAN_S))
+        key = RunnerKey(stylizer.quality(*((coming, coming) if isinstance(coming, int) else coming)))
+        text = {name: value.shape[1:] for name, value in opened.conditioning().items()}
+        style = graph_spec(opened, "style_encoder", {"style_image": (1, 3, *[opened.style_px] * 2)})
+        return Plan(*program_for(opened, key, stylizer.guidance, text), style)
 
 
 def _targets(text: str) -> tuple[str, ...]:
@@ -289,7 +276,7 @@ def _open_once(specs: list[GraphSpec], precision: str) -> None:
 
 @contextmanager
 def _bars() -> Iterator[tuple[Callable[[str, float], None], Callable[[str, str], None]]]:
-    """(report progress, say that it is done): one bar per engine on a terminal, one line when it is done."""
+    """(report progress, report completion): one bar per engine on a terminal, one line when it is done."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -341,8 +328,8 @@ def _bundle_names() -> dict[str, str]:
     return {bundle.digest: bundle.name for bundle in list_bundles() if isinstance(bundle, Bundle)}
 
 
-def _bundles_in_reach(cache: EngineCache) -> set[str]:
-    """Digests of all bundles in reach, and of those in folders that engines were built from."""
+def _bundle_digests(cache: EngineCache) -> set[str]:
+    """Digests of all bundles found, and of those in folders that engines were built from."""
     digests = set(_bundle_names())
     try:
         origins = {entry.origin for entry in cache.entries() if entry.origin}

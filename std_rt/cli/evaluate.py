@@ -1,4 +1,4 @@
-"""`std-rt evaluate`: a bundle beside two baselines, or LoRAs beside their teacher.
+"""`std-rt evaluate`: compares a bundle with two baselines, or LoRAs with their teacher.
 
 Without ``--teacher`` it judges a bundle and needs no torch.
 """
@@ -6,15 +6,17 @@ Without ``--teacher`` it judges a bundle and needs no torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from std_rt.cli.options import BackendOption, BundleOption, OverwriteOption, SizeOption, parse_size
+from std_rt.cli.terminal import print_table
 from std_rt.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from std_rt.evaluation.picture_quality import Judge, Pair
     from std_rt.evaluation.students import Comparison, Row, Setting
 
-__all__ = ["evaluate"]
+__all__ = ["EvaluateRequest", "evaluate"]
 
 Found = dict[str, Any]  # for JSON
 
@@ -43,101 +45,120 @@ _COLUMNS = {
     "csd": "CSD",
     "aesthetic": "aesthetic",
 }
-_WIDE = 200
 
-_option = typer.Option
-_students = partial(typer.Option, rich_help_panel="Students beside their teacher")
-_weights = partial(typer.Option, rich_help_panel="Scores that need weights")
+_students = partial(Option, rich_help_panel="Comparing students with their teacher")
+_weights = partial(Option, rich_help_panel="Scores that need model weights")
 
 
-@dataclass(frozen=True)
-class _Request:
-    """The command as parsed: the parameters of `evaluate`."""
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRequest:
+    """What ``std-rt evaluate`` was asked to do. Raises UsageError for flags that do not fit together."""
 
-    contents: Path
-    styles: Path
-    sheet: Path
-    table: Path | None
-    pairs: int
-    size: str | None
-    steps: list[int] | None
-    video: list[Path] | None
-    frames: int
-    precision: str
-    overwrite: bool
-    bundle: str | None
-    backend: str
-    teacher: Path | None
-    lora: list[Path] | None
-    guidance: list[float] | None
-    schedule: str
-    reference_steps: int
-    reference_guidance: float | None
-    eta: float
-    prompt: str
-    mask: Path | None
-    seed: int
-    batch: int
-    device: str
-    clip: Path | None
-    dino: Path | None
-    csd: Path | None
-    aesthetic: Path | None
-
-
-def evaluate(
     contents: Annotated[
-        Path, typer.Argument(metavar="CONTENTS", help="Folder of pictures; clips are judged for flicker too.")
-    ],
-    styles: Annotated[Path, typer.Argument(metavar="STYLES", help="Folder of style pictures.")],
-    sheet: Annotated[Path, _option("--output", "-o", metavar="FILE", help="The sheet.")] = Path("eval.png"),
-    table: Annotated[
-        Path | None, _option("--table", metavar="OUT.json", help="Also write all numbers there.")
-    ] = None,
-    pairs: Annotated[int, _option("--pairs", help="Pairs, spread evenly over both folders.")] = 12,
-    size: SizeOption = None,
-    steps: Annotated[
-        list[int] | None, _option("--steps", help="Denoising steps; with --teacher repeatable.")
-    ] = None,
+        Path, Argument(metavar="CONTENTS", help="Folder of pictures; clips are judged for flicker too.")
+    ]
+    styles: Annotated[Path, Argument(metavar="STYLES", help="Folder of style pictures.")]
+    output: Annotated[Path, Option("--output", "-o", metavar="FILE", help="Contact sheet to write.")] = Path(
+        "eval.png"
+    )
+    table: Annotated[Path | None, Option(metavar="OUT.json", help="Also write all numbers there.")] = None
+    pairs: Annotated[int, Option(help="Pairs, spread evenly over both folders.")] = 12
+    size: SizeOption = None
+    steps: Annotated[list[int] | None, Option(help="Denoising steps; repeatable with --teacher.")] = None
     video: Annotated[
-        list[Path] | None, _option("--video", metavar="FILE", help="A clip to judge for flicker; repeatable.")
-    ] = None,
-    frames: Annotated[int, _option("--frames", min=2, help="Frames to judge of a clip.")] = 48,
-    precision: Annotated[str, _option("--precision", help="auto, fp32 or bf16.")] = "auto",
-    overwrite: OverwriteOption = False,
-    bundle: BundleOption = None,
-    backend: BackendOption = "auto",
-    teacher: Annotated[Path | None, _students("--teacher", metavar="FOLDER", help="The base.")] = None,
+        list[Path] | None, Option(metavar="FILE", help="A clip to judge for flicker; repeatable.")
+    ] = None
+    frames: Annotated[int, Option(min=2, help="Frames to judge per clip.")] = 48
+    precision: Annotated[str, Option(help="auto, fp32 or bf16.")] = "auto"
+    overwrite: OverwriteOption = False
+    bundle: BundleOption = None
+    backend: BackendOption = "auto"
+    teacher: Annotated[Path | None, _students(metavar="FOLDER", help="The teacher: a diffusers folder.")] = (
+        None
+    )
     lora: Annotated[
-        list[Path] | None, _students("--lora", metavar="FILE", help="A student; repeatable, seeds group.")
-    ] = None,
+        list[Path] | None,
+        _students(
+            metavar="FILE", help="A student LoRA; repeatable. LoRAs that differ only in seed are grouped."
+        ),
+    ] = None
     guidance: Annotated[
-        list[float] | None, _students("--guidance", help="Scale; repeatable. 1: half the cost.")
-    ] = None,
+        list[float] | None,
+        _students(help="Guidance scale; repeatable. 1 disables guidance and halves the cost."),
+    ] = None
     schedule: Annotated[
-        str, _students("--schedule", help="aligned (from tau) or diffusers (its img2img cut).")
-    ] = "aligned",
-    reference_steps: Annotated[int, _students("--reference-steps", help="Of a full schedule.")] = 50,
+        str,
+        _students(help="aligned (starts at tau) or diffusers (the img2img pipeline's truncated schedule)."),
+    ] = "aligned"
+    reference_steps: Annotated[int, _students(help="Steps of the teacher's reference run.")] = 50
     reference_guidance: Annotated[
-        float | None,
-        _students("--reference-guidance", help="Default: the middle of the LoRA's trained range, or 2."),
-    ] = None,
-    eta: Annotated[float, _students("--eta", help="Start of a teacher without LoRA.")] = 0.75,
-    prompt: Annotated[str, _students("--prompt", help="Where there are text encoders.")] = "",
-    mask: Annotated[
-        Path | None, _students("--mask", metavar="FILE", help="Stylize where it is white only.")
-    ] = None,
-    seed: Annotated[int, _students("--seed", min=0, help="Of the noise.")] = 0,
-    batch: Annotated[int, _students("--batch", min=1, help="Pictures at a time.")] = 4,
-    device: Annotated[str, _students("--device", help="auto, cpu, cuda or cuda:1.")] = "auto",
-    clip: Annotated[Path | None, _weights("--clip", metavar="FOLDER", help="A CLIPModel.")] = None,
-    dino: Annotated[Path | None, _weights("--dino", metavar="FOLDER", help="A Dinov2Model.")] = None,
-    csd: Annotated[Path | None, _weights("--csd", metavar="FILE", help="The CSD checkpoint.")] = None,
-    aesthetic: Annotated[
-        Path | None, _weights("--aesthetic", metavar="FILE", help="LAION's predictor; needs --clip.")
-    ] = None,
-) -> None:
-    """Judge a bundle, or LoRAs beside their teacher: a sheet, a table, and JSON as the last line.
+        float | None, _students(help="Default: the middle of the LoRA's trained range, or 2.")
+    ] = None
+    eta: Annotated[float, _students(help="Where the teacher's trajectory starts if no --lora is given.")] = (
+        0.75
+    )
+    prompt: Annotated[str, _students(help="Prompt, if the teacher has text encoders.")] = ""
+    mask: Annotated[Path | None, _students(metavar="FILE", help="Mask: stylize only where it is white.")] = (
+        None
+    )
+    seed: Annotated[int, _students(min=0, help="Noise seed.")] = 0
+    batch: Annotated[int, _students(min=1, help="Pictures at a time.")] = 4
+    device: Annotated[str, _students(help="auto, cpu, cuda or cuda:1.")] = "auto"
+    clip: Annotated[Path | None, _weights(metavar="FOLDER", help="A CLIPModel.")] = None
+    dino: Annotated[Path | None, _weights(metavar="FOLDER", help="A Dinov2Model.")] = None
+    csd: Annotated[Path | None, _weights(metavar="FILE", help="The CSD checkpoint.")] = None
+    aesthetic: Annotated[Path | None, _weights(metavar="FILE", help="LAION's predictor; needs --clip.")] = (
+        None
+    )
+
+    def __post_init__(self) -> None:
+        if self.teacher is None:
+            self._check_bundle_flags()
+        else:
+            self._check_student_flags()
+
+    def _check_bundle_flags(self) -> None:
+        parse_size(self.size)
+        given = {
+            "--lora": self.lora,
+            "--mask": self.mask,
+            "--guidance": self.guidance,
+            "--schedule": self.schedule != "aligned",
+            "--reference-guidance": self.reference_guidance,
+            "--prompt": self.prompt,
+        }
+        for name, value in given.items():
+            if value:
+                raise UsageError(f"{name} needs --teacher FOLDER")
+        if len(self.steps or ()) > 1:
+            asked = " ".join(f"--steps {count}" for count in self.steps or ())
+            raise UsageError(f"a bundle is judged at one step count, got {asked}")
+
+    def _check_student_flags(self) -> None:
+        from std_rt.core.schedule import GRID_POINTS
+
+        if self.bundle is not None:
+            raise UsageError("--bundle and --teacher are mutually exclusive; give one")
+        if isinstance(parse_size(self.size), tuple):
+            raise UsageError(
+                f"--size {self.size}: with --teacher pictures are square; give one side, such as 256"
+            )
+        if self.schedule not in ("aligned", "diffusers"):
+            raise UsageError(f"--schedule must be aligned or diffusers, got {self.schedule!r}")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise UsageError(f"--precision must be auto, fp32 or bf16 with --teacher, got {self.precision!r}")
+        for count in self.steps or ():
+            if not 1 <= count <= GRID_POINTS:
+                raise UsageError(f"--steps must be in 1..{GRID_POINTS}, got {count}")
+        for scale in (*(self.guidance or ()), self.reference_guidance):
+            if scale is not None and not 0 < scale < 100:
+                raise UsageError(f"the guidance scale must be above 0 (1 disables guidance), got {scale:g}")
+        if self.mask is not None and self.video:
+            raise UsageError("--mask is for pictures, --video for clips; give one of them")
+
+
+def evaluate(request: EvaluateRequest) -> None:
+    """Judge a bundle, or LoRAs against their teacher: a sheet, a table, and JSON as the last line.
 
     std-rt evaluate photos paintings --bundle engines/mine
 
@@ -145,22 +166,20 @@ def evaluate(
 
     --teacher and scores with weights need: pip install '.\\[train]'
     """
-    request = _Request(**locals())
     from std_rt.core.files import check_output, write_text, writing
 
-    (_check_bundle if teacher is None else _check_students)(request)
-    for path in (sheet, table):
+    for path in (request.output, request.table):
         if path is not None:
-            check_output(path, overwrite=overwrite)
-    found, details = (_judge_bundle if teacher is None else _judge_students)(request)
-    if table is not None:
-        with writing(table):
-            write_text(table, json.dumps(found | details, indent=2) + "\n")
+            check_output(path, overwrite=request.overwrite)
+    found, details = (_judge_bundle(request), {}) if request.teacher is None else _judge_students(request)
+    if request.table is not None:
+        with writing(request.table):
+            write_text(request.table, json.dumps(found | details, indent=2) + "\n")
     typer.echo(json.dumps(found))
 
 
-def _judge_with(request: _Request, device: str = "cpu") -> Judge:
-    """The weight-free measures, and after them the scores whose weights are given (these need torch)."""
+def _judge_with(request: EvaluateRequest, device: str = "cpu") -> Judge:
+    """The weight-free measures, then the scores whose weights are given (these need torch)."""
     from std_rt.core.machine import require
     from std_rt.evaluation.picture_quality import weight_free
 
@@ -181,8 +200,8 @@ def _judge_with(request: _Request, device: str = "cpu") -> Judge:
     return judge
 
 
-def _clips(request: _Request, pairs: list[Pair], side_px: int) -> dict[str, list[Pair]]:
-    """Frames of each clip as squares, all with one style: that of the pair in its turn."""
+def _clips(request: EvaluateRequest, pairs: list[Pair], side_px: int) -> dict[str, list[Pair]]:
+    """Frames of each clip as squares, each clip with the style of the pair at its position."""
     from std_rt.evaluation.picture_quality import clip_frames, clips_among
     from std_rt.pipeline.conditioning import square
 
@@ -194,26 +213,8 @@ def _clips(request: _Request, pairs: list[Pair], side_px: int) -> dict[str, list
     }
 
 
-def _check_bundle(request: _Request) -> None:
-    """Raise UsageError for what only goes with --teacher."""
-    given = {
-        "--lora": request.lora,
-        "--mask": request.mask,
-        "--guidance": request.guidance,
-        "--schedule": request.schedule != "aligned",
-        "--reference-guidance": request.reference_guidance,
-        "--prompt": request.prompt,
-    }
-    for name, value in given.items():
-        if value:
-            raise UsageError(f"{name} needs --teacher FOLDER")
-    if len(request.steps or ()) > 1:
-        asked = " ".join(f"--steps {count}" for count in request.steps or ())
-        raise UsageError(f"a bundle is judged at one step count, got {asked}")
-
-
-def _judge_bundle(request: _Request) -> tuple[Found, Found]:
-    """Mean scores by method and the warping errors of clips, printed and for JSON; and nothing more."""
+def _judge_bundle(request: EvaluateRequest) -> Found:
+    """Mean scores by method and warping errors of clips, printed and returned."""
     from rich.console import Console
 
     from std_rt.evaluation.picture_quality import draw_pairs, judge_clip, judge_pictures
@@ -230,7 +231,7 @@ def _judge_bundle(request: _Request) -> tuple[Found, Found]:
     with loaded as stylizer, Console(stderr=True).status("judging pictures") as status:
         side = max(stylizer.size if isinstance(stylizer.size, tuple) else (stylizer.size,))
         pairs = draw_pairs(request.contents, request.styles, request.pairs, side)
-        scores = judge_pictures(stylizer, pairs, request.sheet, judge)
+        scores = judge_pictures(stylizer, pairs, request.output, judge)
         warping = {}
         for name, clip in _clips(request, pairs, side).items():
             status.update(f"judging {name}")
@@ -244,55 +245,17 @@ def _judge_bundle(request: _Request) -> tuple[Found, Found]:
         names = list(dict.fromkeys(name for row in rows.values() for name in row))
         cells = ([f"{row[name]:.3f}" if name in row else "" for name in names] for row in rows.values())
         if rows:
-            _print_table([title, *names], ([name, *row] for name, row in zip(rows, cells, strict=True)))
-    typer.echo(f"sheet (content | style | std-rt | baselines): {request.sheet}")
-    return {"scores": scores, "warping": warping, "pairs": len(pairs), "size_px": side, **described}, {}
+            table = ([name, *row] for name, row in zip(rows, cells, strict=True))
+            print_table(table, [title, *names], numeric=True)
+    typer.echo(f"sheet (content | style | std-rt | baselines): {request.output}")
+    return {"scores": scores, "warping": warping, "pairs": len(pairs), "size_px": side, **described}
 
 
-def _print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """The first column is a name, the others are numbers."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i else "left", no_wrap=i > 0)
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    if not console.is_terminal:
-        console.width = _WIDE  # a file or a pipe has no edge to wrap at
-    console.print(table)
-
-
-def _check_students(request: _Request) -> None:
-    """Raise UsageError for what no teacher can do, or what is not installed."""
-    from std_rt.core.machine import require
-    from std_rt.core.schedule import GRID_POINTS
-
-    if request.bundle is not None:
-        raise UsageError("--bundle and --teacher are two ways to judge; give one of them")
-    if isinstance(parse_size(request.size), tuple):
-        raise UsageError(
-            f"--size {request.size}: with --teacher pictures are square; give one side, such as 256"
-        )
-    if request.schedule not in ("aligned", "diffusers"):
-        raise UsageError(f"--schedule must be one of aligned and diffusers, got {request.schedule!r}")
-    if request.precision not in ("auto", "fp32", "bf16"):
-        raise UsageError(f"--precision must be auto, fp32 or bf16 with --teacher, got {request.precision!r}")
-    for count in request.steps or ():
-        if not 1 <= count <= GRID_POINTS:
-            raise UsageError(f"--steps must be in 1..{GRID_POINTS}, got {count}")
-    for scale in (*(request.guidance or ()), request.reference_guidance):
-        if scale is not None and not 0 < scale < 100:
-            raise UsageError(f"guidance must be a scale above 0 (1: none), got {scale:g}")
-    if request.mask is not None and request.video:
-        raise UsageError("--mask is for pictures, --video for clips; give one of them")
-    require("std-rt evaluate --teacher", "train", "torch", "diffusers", "peft", "safetensors")
-
-
-def _judge_students(request: _Request) -> tuple[Found, Found]:
+def _judge_students(request: EvaluateRequest) -> tuple[Found, Found]:
     """Every candidate at every setting: printed, grouped by seeds for JSON, and all rows for the table."""
+    from std_rt.core.machine import require
+
+    require("std-rt evaluate --teacher", "train", "torch", "diffusers", "peft", "safetensors")
     from std_rt.evaluation.picture_quality import draw_pairs
     from std_rt.evaluation.students import Setting, aggregate
 
@@ -306,12 +269,12 @@ def _judge_students(request: _Request) -> tuple[Found, Found]:
     ]
     comparison, candidates, floor = _prepare(request, pairs, side)
     rows = _run(comparison, candidates, settings)
-    _write_sheet(request.sheet, pairs, rows)
+    _write_sheet(request.output, pairs, rows)
     groups = aggregate(rows)
     _print_groups(groups)
     for name, value in floor.items():
         typer.echo(f"warping error of {name} itself: {value:.4f}")
-    typer.echo(f"sheet: {request.sheet}")
+    typer.echo(f"sheet: {request.output}")
     found = {
         "teacher": str(request.teacher),
         "schedule": request.schedule,
@@ -325,9 +288,9 @@ def _judge_students(request: _Request) -> tuple[Found, Found]:
 
 
 def _prepare(
-    request: _Request, pairs: list[Pair], side_px: int
+    request: EvaluateRequest, pairs: list[Pair], side_px: int
 ) -> tuple[Comparison, list[Candidate], dict[str, float]]:
-    """Everything loaded and encoded; and the warping errors of the clips themselves."""
+    """Everything loaded and encoded, and the warping errors of the clips themselves."""
     from std_rt.evaluation.candidates import read_candidate, teachers
     from std_rt.evaluation.measures import WarpingError
     from std_rt.evaluation.picture_quality import read_mask
@@ -391,7 +354,7 @@ def _run(comparison: Comparison, candidates: list[Candidate], settings: list[Set
 
 
 def _write_sheet(path: Path, pairs: list[Pair], rows: list[Row]) -> None:
-    """One row a pair: content, style, the teacher's reference, and the first seed of each label."""
+    """One row per pair: content, style, the teacher's reference, and the first seed of each label."""
     from std_rt.evaluation.picture_quality import write_sheet
 
     chosen: dict[str, Row] = {}
@@ -405,14 +368,14 @@ def _write_sheet(path: Path, pairs: list[Pair], rows: list[Row]) -> None:
 
 
 def _print_groups(groups: list[Found]) -> None:
-    """A table; ``scale`` is the guidance, ``evals`` counts UNet evaluations a picture."""
+    """A table; ``scale`` is the guidance, ``evals`` counts UNet evaluations per picture."""
     names = [name for name in _COLUMNS if name in groups[0]["mean"]]
     headings = ["run", "steps", "scale", "evals", "seeds", *(_COLUMNS[name] for name in names)]
     rows = []
     for group in groups:
         counts = (group["steps"], f"{group['guidance']:g}", group["evaluations"], len(group["seeds"]))
         rows.append([group["label"], *map(str, counts), *(_cell(group, name) for name in names)])
-    _print_table(headings, rows)
+    print_table(rows, headings, numeric=True)
 
 
 def _cell(group: Found, name: str) -> str:

@@ -61,31 +61,48 @@ class ExportRequest:
     output: Annotated[
         Path | None, Option("--output", "-o", metavar="FOLDER", help="The bundle; default: engines/NAME.")
     ] = None
-    lora: Annotated[list[str] | None, Option(metavar="FILE|HUB[:SCALE]", help="Fused in; repeatable.")] = None
-    ip_adapter: Annotated[str | None, Option(metavar="FILE|HUB", help="Or plus, base, base-bigg.")] = None
-    image_encoder: Annotated[str | None, Option(metavar="FOLDER|HUB", help="CLIP of the IP-Adapter.")] = None
-    vae: Annotated[str | None, Option(help="Folder, hub id, fp16-fix or tiny.")] = None
-    config: Annotated[str | None, Option(help="Pipeline with the configs of a checkpoint file.")] = None
+    lora: Annotated[
+        list[str] | None, Option(metavar="FILE|HUB[:SCALE]", help="LoRA to fuse in; repeatable.")
+    ] = None
+    ip_adapter: Annotated[
+        str | None, Option(metavar="FILE|HUB", help="IP-Adapter file or hub id, or plus, base, base-bigg.")
+    ] = None
+    image_encoder: Annotated[
+        str | None, Option(metavar="FOLDER|HUB", help="CLIP image encoder for the IP-Adapter.")
+    ] = None
+    vae: Annotated[str | None, Option(help="VAE: folder, hub id, fp16-fix or tiny.")] = None
+    config: Annotated[str | None, Option(help="Pipeline whose configs a single-file checkpoint uses.")] = None
     profile: Annotated[str, Option(help="A published LoRA: std-0.75, tcd, lightning-4step, ...")] = ""
-    eta: Annotated[float | None, Option(help="Start of trajectories; default: the LoRA's, or 0.75.")] = None
-    tau: Annotated[int | None, Option(help="The start as a timestep; default: that of eta.")] = None
+    eta: Annotated[
+        float | None,
+        Option(help="Where sampling starts (diffusers' strength). Default: the LoRA's, or 0.75."),
+    ] = None
+    tau: Annotated[int | None, Option(help="Start timestep; default: derived from --eta.")] = None
     steps: Annotated[list[int] | None, Option(help="Step count; repeatable, the first is the default.")] = (
         None
     )
-    schedule: Annotated[str, Option(help="auto, or diffusers: that of its img2img pipeline.")] = "auto"
-    guidance: Annotated[float | None, Option(help="Scale, 1 for none; default: the profile's, or 1.")] = None
+    schedule: Annotated[
+        str, Option(help="auto, diffusers (its img2img schedule), or a sampler: std, tcd, lcm, ...")
+    ] = "auto"
+    guidance: Annotated[
+        float | None, Option(help="Guidance scale; 1 disables guidance. Default: the profile's, or 1.")
+    ] = None
     guidance_mode: Annotated[
-        str, Option(help="auto, none, full (twice the work) or residual (one more UNet call a frame).")
+        str, Option(help="auto, none, full (twice the work) or residual (one more UNet call per frame).")
     ] = "auto"
     size: Annotated[
         str | None, Option(metavar="PX|WxH", help="Working size; default: 512, or 256 for a small model.")
     ] = None
     precision: Annotated[str, Option(help="auto, fp32, fp16, bf16 or int8: see docs/export.md.")] = "auto"
-    weights: Annotated[str, Option(help="How fp32 graphs store weights: fp16 or fp32.")] = "fp16"
+    weights: Annotated[str, Option(help="Storage of weights in fp32 graphs: fp16 or fp32.")] = "fp16"
     calibrate: Annotated[Path | None, Option(metavar="FOLDER", help="Pictures to calibrate int8 on.")] = None
-    prompt: Annotated[str, Option(help="Baked in, if the pipeline has text encoders.")] = ""
-    negative_prompt: Annotated[str | None, Option(help="For guidance; default: the model's own.")] = None
-    prompts: Annotated[str, Option(help="baked, or encoder: the bundle takes any prompt.")] = "baked"
+    prompt: Annotated[str, Option(help="The fixed prompt, if the pipeline has text encoders.")] = ""
+    negative_prompt: Annotated[
+        str | None, Option(help="What to avoid, with guidance; default: the model's own.")
+    ] = None
+    prompts: Annotated[str, Option(help="baked (one fixed prompt) or encoder (any prompt at run time).")] = (
+        "baked"
+    )
     style_layers: Annotated[str, Option(help="auto, all, published, or prefixes of layers.")] = "auto"
     name: Annotated[str, Option(help="The bundle's name; default: the folder's.")] = ""
     yes: Annotated[bool, Option("--yes", "-y", help="Download without asking.")] = False
@@ -161,7 +178,7 @@ def _bundle_name(request: ExportRequest) -> str:
 
 
 def _calibration_pictures(request: ExportRequest) -> list[Any]:
-    """The user's pictures to calibrate int8 on; none where rendered ones are used."""
+    """The user's pictures to calibrate int8 on; none if rendered ones are used."""
     folder = request.calibrate
     if request.precision == "int8":
         require("--precision int8", "int8", "nncf")

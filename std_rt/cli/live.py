@@ -1,6 +1,6 @@
-"""`std-rt live`: a camera, or a clip in its place, stylized in a window until someone quits.
+"""`std-rt live`: a camera, or a clip in its place, stylized in a window until the user quits.
 
-The last line on stdout is the report, as JSON. However a session is ended, the exit code is 0.
+The last line on stdout is the report, as JSON. The exit code is 0 however the session ends.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from std_rt.live.presenter import Outputs, Presenter
     from std_rt.live.session import Session
-    from std_rt.media.camera.camera import Source
+    from std_rt.media.camera.frame_source import Source
     from std_rt.media.video.record import Recorder
     from std_rt.pipeline.stylizer import Stylizer
 
@@ -59,32 +59,54 @@ class LiveRequest(StylizerFlags):
         ),
     ]
     camera: Annotated[
-        str, Option("--camera", "-c", metavar="N|DEVICE|FILE", help="A clip can stand in for a camera.")
+        str,
+        Option(
+            "--camera",
+            "-c",
+            metavar="N|DEVICE|FILE",
+            help="Camera index or device, or a clip or picture to use as one.",
+        ),
     ] = "0"
-    crossfade: Annotated[float, Option(metavar="SECONDS", help="From one style to the next.")] = 1.0
+    crossfade: Annotated[float, Option(metavar="SECONDS", help="Duration of a style change.")] = 1.0
     cycle: Annotated[
         float | None,
-        Option(metavar="SECONDS", help="Time each style stays; 0 for no changes; default: 10 for a folder."),
+        Option(
+            metavar="SECONDS",
+            help="Time per style; 0 disables cycling. Default: 10 if a folder is given, else 0.",
+        ),
     ] = None
-    stream_batch: Annotated[bool, Option("--stream-batch", help="Higher frame rate and latency.")] = False
+    stream_batch: Annotated[
+        bool,
+        Option("--stream-batch", help="Share UNet calls between frames: higher frame rate, higher latency."),
+    ] = False
     skip_similar: Annotated[
         float | None, Option(metavar="0..1", help="Skip frames more similar than this, such as 0.98.")
     ] = None
-    target_fps: Annotated[float | None, Option(help="Rate to hold, with fewer steps or pixels.")] = None
+    target_fps: Annotated[
+        float | None, Option(help="Frame rate to maintain by lowering steps, then resolution.")
+    ] = None
     mirror: Annotated[bool | None, Option(help="Default: cameras are mirrored, files are not.")] = None
     window: Annotated[bool, Option(help="Show a window.")] = True
     fullscreen: Annotated[bool, Option("--fullscreen", help="Start in full screen.")] = False
     record: Annotated[Path | None, Option(metavar="CLIP", help="Record from the start, like key R.")] = None
     virtual_camera: Annotated[
-        bool, Option("--virtual-camera", help="A camera for calls. Needs: pip install '.\\[live]'")
+        bool,
+        Option(
+            "--virtual-camera",
+            help="Also send frames to a virtual camera (for calls). Needs: pip install '.\\[live]'",
+        ),
     ] = False
-    virtual_device: Annotated[str | None, Option(metavar="DEVICE", help="Default: the first one.")] = None
+    virtual_device: Annotated[
+        str | None, Option(metavar="DEVICE", help="The virtual camera; default: the first one.")
+    ] = None
     snapshots: Annotated[Path, Option(metavar="FOLDER", help="Where key S saves pictures.")] = Path()
-    metrics: Annotated[Path | None, Option(metavar="FILE", help="Figures each second, as JSON.")] = None
+    metrics: Annotated[
+        Path | None, Option(metavar="FILE", help="Write metrics once per second, as JSON lines.")
+    ] = None
     duration: Annotated[float | None, Option(metavar="SECONDS", help="End after this long.")] = None
-    camera_size: Annotated[str | None, Option(metavar="WxH", help="What to ask the camera for.")] = None
-    camera_fps: Annotated[float | None, Option(help="What to ask the camera for.")] = None
-    loop: Annotated[bool, Option("--loop/--once", help="Whether a clip starts again at its end.")] = True
+    camera_size: Annotated[str | None, Option(metavar="WxH", help="Requested capture size.")] = None
+    camera_fps: Annotated[float | None, Option(help="Requested capture rate.")] = None
+    loop: Annotated[bool, Option("--loop/--once", help="Whether a clip restarts at its end.")] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,12 +129,12 @@ class LiveRequest(StylizerFlags):
 
     @property
     def wants_virtual_camera(self) -> bool:
-        """To name a device is to ask for it."""
+        """True if --virtual-camera or --virtual-device was given."""
         return self.virtual_camera or self.virtual_device is not None
 
     @property
     def cycle_s(self) -> float:
-        """Seconds until the next style; 0 for never."""
+        """Seconds until the next style; 0: never."""
         if self.cycle is not None:
             return self.cycle
         return _CYCLE_S if any(Path(text).is_dir() for text in self.style) else 0.0
@@ -128,10 +150,9 @@ def live(request: LiveRequest) -> None:
     from std_rt.live.presenter import Presenter
     from std_rt.live.session import Session, Settings
     from std_rt.live.style_mixer import StyleMixer
-    from std_rt.media.camera.camera import Camera
 
     styles = expand_styles(request.style)
-    _check_places(request, [path for path, _ in styles])
+    _check_outputs(request, [path for path, _ in styles])
     settings = Settings(
         stream_batch=request.stream_batch,
         temporal=request.temporal,
@@ -143,7 +164,9 @@ def live(request: LiveRequest) -> None:
     console = Console(stderr=True)
     with ExitStack() as stack:
         source = stack.enter_context(closing(_open_source(request)))
-        first = _first_frame(request, source)
+        first = source.first_frame()
+        if first is None:
+            raise MediaError(f"{source.name} delivers no frames; name another camera with --camera")
         stylizer = stack.enter_context(open_stylizer(request, console))
         if request.prompt is not None:
             stylizer.set_prompt(request.prompt, request.negative_prompt)
@@ -154,15 +177,17 @@ def live(request: LiveRequest) -> None:
             quality = stylizer.quality(first.shape[0], first.shape[1])
             stylizer.prepare_qualities([quality], stream_batch=request.stream_batch)
             mixer.fill(styles)
-            # Not with the first frame: a camera that runs meanwhile would only lose frames.
+            # Before the session starts: meanwhile a camera would only lose frames.
             while not stylizer.ready(quality, stream_batch=request.stream_batch):
                 time.sleep(_TICK_S)
-        is_mirror = isinstance(source, Camera) if request.mirror is None else request.mirror
-        session = Session(stylizer, source, mixer, settings, mirror=is_mirror)
+        mirror = source.is_camera if request.mirror is None else request.mirror
+        session = Session(stylizer, source, mixer, settings, mirror=mirror)
         outputs = _outputs(request, session, stylizer, first)
         presenter = Presenter(session, outputs, first, say=lambda line: note(console, line))
         stack.enter_context(session)
-        stack.callback(presenter.close)  # closed first, so that nothing can prevent the end of a recording
+        stack.callback(
+            presenter.close
+        )  # closed first, so that nothing can prevent a recording from being finished
         note(console, f"{describe(stylizer)}, {source.name}")
         _present(presenter, outputs, request.duration, console)
         session.metrics.pause("end")  # the time that closing takes does not count
@@ -170,8 +195,8 @@ def live(request: LiveRequest) -> None:
     typer.echo(json.dumps(session.report()))
 
 
-def _check_places(request: LiveRequest, styles: list[Path]) -> None:
-    """Raise StdRtError where an output cannot be written, or names an input or the other output."""
+def _check_outputs(request: LiveRequest, styles: list[Path]) -> None:
+    """Raise StdRtError if an output cannot be written, or names an input or the other output."""
     from std_rt.core.files import check_output
     from std_rt.media.video.encoder import Encoder
 
@@ -191,12 +216,12 @@ def _check_places(request: LiveRequest, styles: list[Path]) -> None:
 
 
 def _open_source(request: LiveRequest) -> Source:
-    """The camera, or what stands in for it. Raises UsageError where camera flags are given for a file."""
-    from std_rt.media.camera.camera import Camera, open_source
+    """The camera, or a file to play as one. Raises UsageError if camera flags are given for a file."""
+    from std_rt.media.camera.camera import open_source
 
     size, fps = parse_frame_size(request.camera_size), request.camera_fps
     source = open_source(request.camera, size=size, fps=fps, loop=request.loop)
-    if not isinstance(source, Camera) and (size or fps):
+    if (size or fps) and not source.is_camera:
         source.close()
         raise UsageError(
             f"--camera-size and --camera-fps are for cameras, and {source.name} is a file; leave them out"
@@ -204,25 +229,8 @@ def _open_source(request: LiveRequest) -> Source:
     return source
 
 
-def _first_frame(request: LiveRequest, source: Source) -> Frame:
-    """The first frame, which decides the size of everything after it.
-
-    A file is opened a second time for it, because it starts to play with the first frame that is read.
-    """
-    from std_rt.media.camera.camera import Camera, open_source
-
-    if isinstance(source, Camera):
-        taken = source.read()
-    else:
-        with closing(open_source(request.camera)) as other:
-            taken = other.read()
-    if taken is None:
-        raise MediaError(f"{source.name} delivers no frames; name another camera with --camera")
-    return taken.frame
-
-
 def _present(presenter: Presenter, outputs: Outputs, seconds: float | None, console: Console) -> None:
-    """Until the session is over; without a window, the figures are shown on the terminal."""
+    """Present until the session ends; without a window, statistics are shown on the terminal."""
     with interruptible("SIGINT", "SIGTERM", "SIGHUP") as interrupted:
         if outputs.window is not None or not console.is_terminal:
             presenter.run(interrupted, seconds)
@@ -233,7 +241,7 @@ def _present(presenter: Presenter, outputs: Outputs, seconds: float | None, cons
 
 
 def _outputs(request: LiveRequest, session: Session, stylizer: Stylizer, first: Frame) -> Outputs:
-    """Everything that was asked for; what makes a file comes last, so that a refusal leaves none behind."""
+    """The requested outputs; those that create a file come last, so that a refusal leaves none behind."""
     from std_rt.live.keys import help_lines
     from std_rt.live.metrics_file import MetricsWriter
     from std_rt.live.presenter import Outputs

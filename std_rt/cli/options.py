@@ -1,4 +1,4 @@
-"""The options that several commands share: their names, what their values mean, and how they are checked."""
+"""Options that several commands share, with their parsing and checks."""
 
 from __future__ import annotations
 
@@ -46,19 +46,25 @@ SizeOption = Annotated[
     str | None,
     Option(metavar="PX|WxH", help="Working size: 512 for about 512 x 512 px in any aspect, or WIDTHxHEIGHT."),
 ]
-StepsOption = Annotated[int | None, Option(help="Denoising steps, one of those that the bundle offers.")]
+StepsOption = Annotated[
+    int | None, Option(help="Denoising steps; a count the bundle supports (std-rt bundles info).")
+]
 BackendOption = Annotated[
-    str, Option(help="auto, cpu, or one that `std-rt doctor` lists: rtx, openvino, ...")
+    str, Option(help="auto, cpu, or a backend listed by `std-rt doctor`, e.g. openvino or rtx.")
 ]
 TemporalOption = Annotated[
-    str, Option(metavar="off|noise|full", help="How strongly frames are held to the previous ones.")
+    str,
+    Option(
+        metavar="off|noise|full",
+        help="Temporal smoothing: noise follows the motion; full also blends frames.",
+    ),
 ]
 OverwriteOption = Annotated[bool, Option("--overwrite", help="Replace files that exist.")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineFlags:
-    """Which model a command runs, and on what. Raises BadParameter on values that cannot be."""
+    """Which model a command runs, and on what. Raises BadParameter for invalid values."""
 
     bundle: BundleOption = None
     size: SizeOption = None
@@ -75,15 +81,17 @@ class EngineFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class StylizerFlags(EngineFlags):
-    """How a command stylizes. Raises UsageError where flags do not fit together."""
+    """How a command stylizes. Raises UsageError for flags that do not fit together."""
 
-    style_strength: Annotated[float, Option(help="0 for none, 1 as trained.")] = 1.0
-    seed: Annotated[int, Option(min=0, help="The same seed draws the same noise.")] = 0
+    style_strength: Annotated[float, Option(help="0: no effect, 1: as trained.")] = 1.0
+    seed: Annotated[int, Option(min=0, help="Noise seed; the same seed gives the same noise.")] = 0
     prompt: Annotated[str | None, Option(help="For bundles exported with --prompts encoder.")] = None
     negative_prompt: Annotated[str | None, Option(help="What to avoid; needs --prompt and guidance.")] = None
-    guidance: Annotated[float | None, Option(help="Scale, 1 for none; default: the bundle's.")] = None
+    guidance: Annotated[
+        float | None, Option(help="Guidance scale; 1 disables guidance. Default: the bundle's.")
+    ] = None
     guidance_mode: Annotated[
-        str | None, Option(help="full (twice the work) or residual (one more UNet call a frame).")
+        str | None, Option(help="full (twice the work) or residual (one more UNet call per frame).")
     ] = None
     build_in_background: Annotated[
         bool, Option("--build-in-background", help="Start on the CPU while GPU engines are being built.")
@@ -135,8 +143,8 @@ def parse_frame_size(text: str | None) -> Size | None:
 def split_number(text: str) -> tuple[str, float | None]:
     """``name:0.7`` -> ("name", 0.7); ("name", None) without a number.
 
-    Colons in file names and drive letters stay: only a number after the last colon counts, and only where no
-    file is named like the whole text.
+    Colons in file names and drive letters stay: only a number after the last colon counts, and only if no
+    file has the whole text as its name.
     """
     head, colon, tail = text.rpartition(":")
     if not colon or not head or not _NUMBER.fullmatch(tail) or Path(text).exists():

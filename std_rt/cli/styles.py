@@ -1,4 +1,4 @@
-"""`std-rt styles save | show`: style files; and what ``--style`` means in a live session."""
+"""`std-rt styles save | show`: style files; and the parsing of ``--style`` for live sessions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["expand_styles", "styles_app"]
 
 styles_app = typer.Typer(
-    help="Keep a style, or a blend of styles, in a small file that needs no picture.", no_args_is_help=True
+    help="Save a style or blend to a small style file, and inspect style files.", no_args_is_help=True
 )
 
 
@@ -100,8 +100,8 @@ def _sources(style: StyleFile) -> str:
 def expand_styles(texts: list[str]) -> list[tuple[Path, float | None]]:
     """``--style`` of a live session: files with an optional ``:WEIGHT`` (0 or more), or folders.
 
-    A folder stands for the pictures and style files in it, by name. Each file comes once, where it was named
-    first, with the weight that was given anywhere. Raises MediaError for a file that is missing or a folder
+    A folder stands for the pictures and style files in it, by name. Each file appears once, where it was
+    named first, with the weight given anywhere. Raises MediaError for a file that is missing or a folder
     without styles; UsageError for a weight out of range, on a folder or given twice, or if all are 0.
     """
     found: dict[Path, tuple[Path, float | None]] = {}
@@ -125,7 +125,7 @@ def _files(path: Path, weight: float | None) -> list[Path]:
     from std_rt.pipeline.style_file import style_paths
 
     if weight is not None and not 0 <= weight < math.inf:
-        raise UsageError(f"the weight of style {path} must be a number from 0, got {weight:g}")
+        raise UsageError(f"the weight of style {path} must be 0 or more, got {weight:g}")
     if not path.is_dir():
         check_input(path)
         return [path]

@@ -1,6 +1,7 @@
 """`std-rt stylize`: pictures, clips and folders, in the style of a picture.
 
-Exit code 2 where an input failed (the others are done), 130 where Ctrl-C ended a clip early, which plays.
+Exits with 2 if an input failed (the others are still processed), with 130 if Ctrl-C ended a clip early; the
+partial clip is playable.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ class StylizeRequest(StylizerFlags):
     ]
     output: Annotated[
         Path | None,
-        Option("--output", "-o", metavar="FILE|FOLDER", help="Default: NAME_styled beside each input."),
+        Option("--output", "-o", metavar="FILE|FOLDER", help="Default: NAME_styled next to each input."),
     ] = None
-    temporal: TemporalOption = "full"  # a file can wait for steadiness: docs/results.md
+    temporal: TemporalOption = "full"  # docs/results.md has what it costs and gains
 
 
 def stylize(request: StylizeRequest) -> int:
@@ -78,7 +79,7 @@ def stylize(request: StylizeRequest) -> int:
 
 @contextmanager
 def open_stylizer(flags: StylizerFlags, console: Console) -> Iterator[Stylizer]:
-    """The stylizer that the flags describe. Raises StdRtError where the bundle cannot do what they ask."""
+    """The stylizer that the flags describe. Raises StdRtError if the bundle does not support them."""
     from std_rt.pipeline.stylizer import Stylizer
 
     size = parse_size(flags.size)
@@ -97,18 +98,18 @@ def open_stylizer(flags: StylizerFlags, console: Console) -> Iterator[Stylizer]:
 
 
 def check_size(stylizer: Stylizer, size: int | tuple[int, int] | None) -> None:
-    """Raise UsageError where the bundle cannot work at ``size``, a side or (H, W) in px."""
+    """Raise UsageError if the bundle does not support ``size``, a side or (H, W) in px."""
     low, high = stylizer.bundle.size_range
     sides = (size, size) if isinstance(size, int) else size
     if sides is not None and not all(low <= side <= high for side in sides):
         raise UsageError(
-            f"bundle '{stylizer.bundle.name}' works at {low} to {high} px a side, not at "
+            f"bundle '{stylizer.bundle.name}' works at {low} to {high} px per side, not at "
             f"{sides[1]}x{sides[0]}; change --size"
         )
 
 
 def describe(stylizer: Stylizer) -> str:
-    """One line: bundle, steps, backend and why that one."""
+    """One line: bundle, steps, backend and why it was chosen."""
     return f"{stylizer.bundle.name}, {stylizer.steps} steps, {stylizer.backend} ({stylizer.reason})"
 
 
@@ -210,7 +211,7 @@ class _Work:
 
 
 def _progress(console: Console) -> Progress:
-    """Bars with a rate: frames a second of a clip, or pictures a second."""
+    """Progress bars with a rate: frames or pictures per second."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,

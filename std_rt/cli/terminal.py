@@ -11,28 +11,43 @@ from rich.console import Console
 
 __all__ = ["builds_shown", "interruptible", "note", "print_table"]
 
+_WIDE = 200  # characters of a table of numbers in a file or a pipe, which has no edge to wrap at
+
 
 def note(console: Console, line: str) -> None:
     """Print a line in grey, exactly as it is."""
     console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
-def print_table(rows: Iterable[Sequence[str]], titles: Sequence[str] = ()) -> None:
-    """Print rows of rich markup to stdout; long cells fold. Without ``titles`` the first column is bold."""
+def print_table(rows: Iterable[Sequence[str]], titles: Sequence[str] = (), *, numeric: bool = False) -> None:
+    """Print rows of rich markup to stdout; long cells fold. Without ``titles`` the first column is bold.
+
+    ``numeric``: all columns but the first hold numbers, aligned right and not folded.
+    """
     from rich.table import Table
 
     cells = list(rows)
     table = Table(box=None, pad_edge=False, show_header=bool(titles))
     for index, title in enumerate(titles or [""] * max(map(len, cells), default=0)):
-        table.add_column(title, overflow="fold", style="" if titles or index else "bold")
+        is_number = numeric and index > 0
+        table.add_column(
+            title,
+            overflow="fold",
+            style="" if titles or index else "bold",
+            justify="right" if is_number else "left",
+            no_wrap=is_number,
+        )
     for row in cells:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    if numeric and not console.is_terminal:
+        console.width = _WIDE
+    console.print(table)
 
 
 @contextmanager
 def builds_shown(console: Console, backend: str) -> Iterator[None]:
-    """Inside, say at every tenth how far TensorRT is with building engines: minutes, the first time."""
+    """Report TensorRT build progress in 10 % steps while the block runs (a first build takes minutes)."""
     if backend not in ("tensorrt", "rtx"):
         yield
         return
@@ -52,7 +67,7 @@ def builds_shown(console: Console, backend: str) -> Iterator[None]:
 
 @contextmanager
 def interruptible(*names: str) -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether a signal asked the command to end; a second one ends it at once.
+    """Yields a function that tells whether a signal asked the command to end; a second one ends it at once.
 
     ``names`` are signals such as "SIGINT". Signals that are ignored (as under nohup) stay ignored.
     """

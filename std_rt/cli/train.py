@@ -20,7 +20,7 @@ def train(
         str | None, Option("--output", "-o", metavar="FOLDER", help="The run's folder.")
     ] = None,
     max_steps: Annotated[int | None, Option(metavar="N", help="Optimizer steps.")] = None,
-    seed: Annotated[int | None, Option(metavar="N", help="Seed of everything that is random.")] = None,
+    seed: Annotated[int | None, Option(metavar="N", help="Random seed.")] = None,
     overrides: Annotated[
         list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a recipe value; repeatable.")
     ] = None,

@@ -1,1 +1,1 @@
-"""How good, how fast."""
+"""Quality metrics, comparisons and benchmarks; bundles are measured over the product's own frame path."""

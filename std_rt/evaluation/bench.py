@@ -1,8 +1,8 @@
-"""`std-rt bench`: where the time of a frame goes.
+"""`std-rt bench`: time per stage of a frame.
 
-Frames of exactly the working size are painted one by one by a `FrameStream`, as a live stream is. Warm-up
-frames are not counted; medians and 95th percentiles are over the rest; fps is 1000 / median of the whole
-frame. Runs that are compared take turns, a few frames each, so that a slow spell of the machine hits all.
+Frames of exactly the working size are stylized one by one by a `FrameStream`, as in a live session. Warm-up
+frames are not counted; medians and 95th percentiles are over the rest; fps is 1000 / median frame time. Runs
+that are compared take turns, a few frames each, so that a slow spell of the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ __all__ = [
 ]
 
 STAGES = ("convert", "vae_encoder", "unet", "scheduler", "vae_decoder", "total")
-ENGINES = ("vae_encoder", "unet", "vae_decoder")  # stages that are calls of engines
+ENGINES = ("vae_encoder", "unet", "vae_decoder")  # stages that call engines
 # name -> (title, precision, whether torch.compile)
 AGAINST = {
     "diffusers": ("diffusers (eager fp32)", "fp32", False),
     "compile": ("diffusers (torch.compile bf16)", "bf16", True),
 }
-_TURN = 10  # frames in a row, where several runs take turns; one more before them is not counted
+_TURN = 10  # frames in a row if several runs take turns; one more before them is not counted
 _STARTS = 3  # processes whose start is timed
 Frame = NDArray[np.uint8]
 Size = tuple[int, int]  # (H, W) in pixels
-Step = Callable[[], Mapping[str, float]]  # paint one frame -> milliseconds by stage
+Step = Callable[[], Mapping[str, float]]  # stylize one frame -> milliseconds by stage
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds a frame, by stage; ``outside`` is the share of a frame spent outside the engines, 0..1."""
+    """Milliseconds per frame by stage; ``outside``: share of a frame spent outside the engines, 0..1."""
 
     median_ms: dict[str, float]
     p95_ms: dict[str, float] = field(default_factory=dict)
@@ -92,7 +92,7 @@ class Timing:
 
     @property
     def fps(self) -> float:
-        """Frames a second at the median."""
+        """Frames per second at the median."""
         return 1000 / self.median_ms["total"]
 
     def as_dict(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def stage_times(
 
 
 def stream_step(stylizer: Stylizer, size: Size) -> Step:
-    """Paints one frame of a stream at a working size (H, W)."""
+    """A step that stylizes one frame of a stream at a working size (H, W)."""
     stylizer.prepare(*size)
     stylizer.set_style(sample_frame(stylizer.bundle.style_px, stylizer.bundle.style_px, seed=1))
     frame, stream = sample_frame(*size), FrameStream(stylizer)
@@ -153,7 +153,7 @@ def diffusers_step(
     precision: str = "fp32",
     compiled: bool = False,
 ) -> Step:
-    """The same frame, style and weights through `DiffusersLoop`, whose arguments these are."""
+    """The same frame, style and weights through `DiffusersLoop`; takes its arguments."""
     from std_rt.evaluation.diffusers_baseline import DiffusersLoop
 
     loop = DiffusersLoop(bundle, steps, size, guidance, precision=precision, compiled=compiled)
@@ -174,7 +174,7 @@ def measure(steps: dict[str, Step], frames: int, warmup: int, *, silent: bool = 
     for title, count, i in track(
         rounds, "timing", console=console, transient=True, disable=silent or not console.is_terminal
     ):
-        again = 1 if i and len(steps) > 1 else 0  # the others have filled the caches meanwhile
+        again = 1 if i and len(steps) > 1 else 0  # the other runs have filled the caches
         for k in range(again + count):
             begun = time.perf_counter()
             stages = steps[title]()
@@ -185,7 +185,7 @@ def measure(steps: dict[str, Step], frames: int, warmup: int, *, silent: bool = 
 
 
 def run(settings: Settings) -> None:
-    """Measure, print a table for people, and one JSON line for programs."""
+    """Measure, then print a table and one JSON line."""
     if settings.against:
         what = f"--against {settings.against[0]}"
         require(what, "export", "torch", "diffusers", "transformers", "safetensors")
@@ -225,7 +225,7 @@ def _size(stylizer: Stylizer) -> Size:
 
 
 def _against(stylizer: Stylizer, size: Size, name: str) -> Step:
-    """The step of one of `AGAINST`, compiled where it is to be."""
+    """The step of one of `AGAINST`, compiled if it asks for that."""
     title, precision, compiled = AGAINST[name]
     bundle, scale = _in_float(stylizer.bundle), stylizer.guidance.scale
     step = diffusers_step(bundle, stylizer.steps, size, scale, precision=precision, compiled=compiled)
@@ -236,7 +236,7 @@ def _against(stylizer: Stylizer, size: Size, name: str) -> Step:
 
 
 def _in_float(bundle: Bundle) -> Bundle:
-    """The bundle itself, or the one that an int8 bundle was made from: torch runs no int8 graphs."""
+    """The bundle itself, or the one an int8 bundle was made from: torch cannot run int8 graphs."""
     if "quantized" not in bundle.manifest:
         return bundle
     source = bundle.manifest["quantized"]["from"]
@@ -270,7 +270,7 @@ def run_first_frame(settings: Settings) -> None:
 
 
 def first_frame(asked: str) -> None:
-    """In the process that is timed: paint one frame, and print when it was done (seconds since 1970)."""
+    """In the timed process: stylize one frame and print when it was done (seconds since 1970)."""
     given = json.loads(asked)
     size = given.pop("size")
     with load(Settings(size=tuple(size) if isinstance(size, list) else size, **given)) as stylizer:
@@ -297,7 +297,7 @@ def _print(result: dict[str, Any], timings: dict[str, Timing]) -> None:
     width, height = result["size"]
     typer.echo(f"{result['bundle']}, {width}x{height}, {result['steps']} steps, batch 1")
     table = Table(box=None, pad_edge=False)
-    table.add_column("ms a frame")
+    table.add_column("ms per frame")
     for name in timings:
         table.add_column(f"{name}\nmedian", justify="right")
         table.add_column("\np95", justify="right")
@@ -309,7 +309,7 @@ def _print(result: dict[str, Any], timings: dict[str, Timing]) -> None:
     Console().print(table)
     if result["peak_memory_mb"] is not None:
         typer.echo(f"peak memory {result['peak_memory_mb']:.0f} MB")
-    typer.echo(f"outside the engines {100 * result['outside_engines']:.1f} % of a frame")
+    typer.echo(f"{100 * result['outside_engines']:.1f} % of each frame is spent outside the engines")
     for name, row in result.get("against", {}).items():
-        typer.echo(f"{row['ratio']:.1f} times the frames of {AGAINST[name][0]}")
+        typer.echo(f"{row['ratio']:.1f}x the frame rate of {AGAINST[name][0]}")
     typer.echo(json.dumps(result))

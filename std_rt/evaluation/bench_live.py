@@ -1,8 +1,8 @@
-"""`std-rt bench --live`: the latency contract on a generated clip that stands in for a camera.
+"""`std-rt bench --live`: latency of a live session on a generated clip used as the camera.
 
 A clip of 640 x 480 px and 30 fps plays in real time through a live session; its frames are decoded and
-painted but shown nowhere, and the style changes with a crossfade every few seconds. The last line printed
-is the report of `std_rt.live.metrics`.
+stylized but not shown, and the style changes with a crossfade every few seconds. The last line printed is
+the report of `std_rt.live.metrics`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _TICK_S = 0.02
 
 @dataclass(frozen=True)
 class Plan:
-    """``seconds`` from the first frame; ``switch_s`` between changes of style, 0 for none."""
+    """``seconds`` from the first frame; ``switch_s`` between style changes, 0: none."""
 
     seconds: float = 20.0
     switch_s: float = 5.0
@@ -44,7 +44,7 @@ class Plan:
 
 
 def run(engine: EngineSettings, live: Settings, plan: Plan) -> None:
-    """Play, print a table for people and one JSON line for programs."""
+    """Play, then print a table and one JSON line."""
     typer.echo(str(describe_machine()))
     report = _play(engine, live, plan)
     _print(report)
@@ -70,7 +70,7 @@ def _play(engine: EngineSettings, live: Settings, plan: Plan) -> dict[str, Any]:
 
 
 def _present(session: Session, mixer: StyleMixer, plan: Plan) -> None:
-    """Take frames as they come, change the style when it is time, until the time is over."""
+    """Take frames as they come and change the style at intervals, until the time is up."""
     end = switch = float("inf")
     while not session.over and time.perf_counter() < end:
         packet = session.get(_TICK_S)

@@ -1,8 +1,8 @@
-"""`std-rt bench --table`: frames a second by size, steps, backend and precision, in one run.
+"""`std-rt bench --table`: frames per second by size, steps, backend and precision, in one run.
 
-Each cell is the median of a few frames. int8 needs a bundle in int8 (`std-rt export ... --precision int8`):
-the one named ``NAME-int8``, where it was made from this bundle. Columns that cannot run on this machine are
-left out, and listed below the table with the reason.
+Each cell is the median of a few frames. int8 needs a bundle (`std-rt export ... --precision int8`) named
+``NAME-int8`` and made from this bundle. Columns that cannot run on this machine are omitted, and listed below
+the table with the reason.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["COLUMNS", "SIZES", "STEPS", "Column", "columns_here", "run_table"]
 
 SIZES = (256, 384, 512)  # px
 STEPS = (1, 2, 4, 8)
-_MOST_FRAMES, _WARMUP = 9, 2  # a cell
+_MOST_FRAMES, _WARMUP = 9, 2  # per cell
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def run_table(settings: Settings) -> None:
         used = quantized if column.precision == "int8" and quantized is not None else bundle
         try:
             timing = _measure(used, size, count, column, frames)
-        except BackendError as error:  # listed below: a table of what runs is what was asked for
+        except BackendError as error:  # listed below the table
             left_out[str(column)] = str(error)
             continue
         cells.append({"size": size, "steps": count, **asdict(column), **timing.as_dict()})
@@ -85,7 +85,7 @@ def columns_here(has_int8: bool) -> tuple[list[Column], dict[str, str]]:
 
 
 def _obstacle(column: Column, has_int8: bool) -> str:
-    """Why a column cannot be measured here; empty where it can."""
+    """Why a column cannot be measured here; empty if it can."""
     if column.backend == "torch":
         missing = [name for name in ("torch", "diffusers") if find_spec(name) is None]
         return f"{missing[0]} is not installed; run: {install_hint('export')}" if missing else ""
@@ -93,7 +93,7 @@ def _obstacle(column: Column, has_int8: bool) -> str:
     if not info.available:
         return f"not installed; run: {info.install}"
     if column.precision == "int8" and not has_int8:
-        return "there is no bundle in int8; see: std-rt export --help"
+        return "there is no int8 bundle; see: std-rt export --help"
     return ""
 
 
@@ -125,7 +125,7 @@ def _print(bundle: Bundle, cells: list[dict[str, Any]], left_out: dict[str, str]
         for cell in cells
     }
     columns = list(dict.fromkeys(column for _, _, column in found))
-    table = Table(title=f"{bundle.name}: frames a second, batch 1", box=None, pad_edge=False)
+    table = Table(title=f"{bundle.name}: frames per second, batch 1", box=None, pad_edge=False)
     table.add_column("px")
     for name in ("steps", *(f"{column.backend}\n{column.precision}" for column in columns)):
         table.add_column(name, justify="right")

@@ -1,4 +1,4 @@
-"""Candidates of a comparison: LoRAs, read with the notes of their training, and the bare teacher."""
+"""Candidates of a comparison: LoRAs, with their training metadata, and the bare teacher."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from std_rt.training.distil.trajectory import METHODS
 
 __all__ = ["Candidate", "attached", "label_of", "read_candidate", "teachers"]
 
-REFERENCE_GUIDANCE = 2.0  # where no LoRA notes what it was trained for
+REFERENCE_GUIDANCE = 2.0  # if no LoRA states its own
 _NOTES = ("method", "eta", "tau", "base_digest")
 
 
@@ -30,7 +30,7 @@ class Candidate:
     """A LoRA, or with ``tensors`` None the bare teacher.
 
     ``label`` groups the seeds of one recipe; ``guidance`` is the range of scales the LoRA was trained for;
-    ``adapter`` is diffusers' note of rank and alpha.
+    ``adapter`` is diffusers' metadata on rank and alpha.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Candidate:
 
 
 def read_candidate(path: Path, base: Base) -> Candidate:
-    """A LoRA that std-rt has written. Raises UsageError: unreadable, without notes, or for another base."""
+    """A LoRA that std-rt has written. Raises UsageError: unreadable, no metadata, or another base."""
     try:
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -68,7 +68,7 @@ def read_candidate(path: Path, base: Base) -> Candidate:
     lost = [name for name in _NOTES if name not in notes]
     if lost:
         raise UsageError(
-            f"--lora {path} does not note its {', '.join(lost)}; give a LoRA written by std-rt train"
+            f"--lora {path} has no {', '.join(lost)} in its metadata; give a LoRA written by std-rt train"
         )
     if notes["base_digest"] != base.digest:
         raise UsageError(
@@ -79,15 +79,15 @@ def read_candidate(path: Path, base: Base) -> Candidate:
         return _from_notes(path, tensors, notes)
     except (ValueError, TypeError, KeyError) as error:
         raise UsageError(
-            f"--lora {path} has damaged notes ({error}); save it again with std-rt train"
+            f"--lora {path} has invalid metadata ({error}); save it again with std-rt train"
         ) from None
 
 
 def _from_notes(path: Path, tensors: dict[str, Tensor], notes: dict[str, str]) -> Candidate:
     method, eta, tau = notes["method"], float(notes["eta"]), int(notes["tau"])
-    trajectory_timesteps(eta, 1, start=tau)  # ValueError where tau is not on the grid
+    trajectory_timesteps(eta, 1, start=tau)  # ValueError if tau is not on the grid
     if method not in METHODS:
-        raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
+        raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
     scales = json.loads(notes.get("guidance", "null"))
     return Candidate(
         name=str(path),
@@ -137,9 +137,9 @@ def teachers(candidates: Sequence[Candidate], eta: float) -> list[Candidate]:
 
 @contextmanager
 def attached(unet: Any, candidate: Candidate) -> Iterator[None]:
-    """Inside, ``unet`` is the candidate; after it the bare teacher again.
+    """Inside the block ``unet`` is the candidate, afterwards the bare teacher again.
 
-    Raises UsageError where a weight does not fit: nothing is run with half a LoRA.
+    Raises UsageError if a weight does not fit: nothing runs with half a LoRA.
     """
     if candidate.tensors is None:
         yield

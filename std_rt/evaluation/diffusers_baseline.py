@@ -1,8 +1,8 @@
-"""Baseline of `std-rt bench --against`: the same bundle through diffusers. Needs the extra [export].
+"""The baseline of `std-rt bench --against`: the same bundle through diffusers. Needs the extra [export].
 
 diffusers' own UNet with its IP-Adapter attention, and the VAE, rebuilt from the bundle's weights: one frame,
-the trajectory of the bundle; eager, in fp32 or bf16 autocast, or compiled by ``torch.compile`` as it comes.
-Guidance is the full one, at batch 2: diffusers has no other. The loop around them is `denoise`, shorter than
+the trajectory of the bundle; eager, in fp32 or bf16 autocast, or compiled by plain ``torch.compile``.
+Guidance is always full, at batch 2: diffusers has no other. The loop around them is `denoise`, shorter than
 that of a diffusers pipeline, which favours diffusers.
 """
 
@@ -107,7 +107,7 @@ class DiffusersLoop:
 
     def _predict(self, x: Any, timestep: int) -> Any:
         """The guided output: both branches in one call, as diffusers does."""
-        t = torch.tensor(timestep)  # of an int, torch.compile would compile every value anew
+        t = torch.tensor(timestep)  # for an int, torch.compile would recompile at every value
         if self._scale == 1:
             return self._unet(x, t, **self._text, return_dict=False)[0]
         both = self._unet(torch.cat([x, x]), t, **self._text, return_dict=False)[0]

@@ -1,4 +1,4 @@
-"""Masked runs: any student or teacher stylizes inside a mask only, without training for it.
+"""Masked runs: any student or teacher stylizes only inside a mask, without being trained for it.
 
 After each step the latents outside are put back on the content's own trajectory (the content, noised to
 the level that was reached), so that inside and outside stay one picture; at the end the content's own
@@ -25,9 +25,9 @@ Mask = NDArray[np.bool_]
 
 
 def latent_mask(mask: Mask, size: tuple[int, int]) -> Tensor:
-    """``[1, 1, h, w]`` of 0 and 1; a latent is inside where any of its pixels is.
+    """``[1, 1, h, w]`` of 0 and 1; a latent is inside if any of its pixels is.
 
-    What that lets out over the mask's edge is cut off by ``composite``, pixel by pixel.
+    ``composite`` trims what spills over the mask's edge, pixel by pixel.
     """
     pixels = torch.from_numpy(mask).float()[None, None]
     return F.adaptive_max_pool2d(pixels, size)
@@ -53,6 +53,6 @@ def composite(frame: Frame, content: Frame, mask: Mask) -> Frame:
 
 
 def outside_difference(frame: Frame, content: Frame, mask: Mask) -> int:
-    """Largest difference (0..255) of any value outside the mask; 0 where there is no outside."""
+    """Largest difference (0..255) of any value outside the mask; 0 if there is no outside."""
     off: Any = np.abs(frame.astype(np.int16) - content)[~mask]
     return int(off.max(initial=0))

@@ -1,6 +1,6 @@
-"""Measures without a network: palette, strokes, drawing, and steadiness from frame to frame.
+"""Network-free metrics: palette, texture, structure and temporal stability.
 
-For one output beside its content and style (frames uint8 [H, W, 3] in RGB):
+For one output, compared with its content and style (frames uint8 [H, W, 3] in RGB):
 
 * colour: sliced Wasserstein distance of the output's colours to the style's, 0..1 (0 = same palette)
 * texture: the same of 5x5 patches less their local mean, at three scales (0 = same strokes and grain)
@@ -44,8 +44,8 @@ Array = NDArray[Any]
 
 _PATCH_PX = 5
 _PATCH_STRIDE = 3
-# A new scene leaves little to follow (0.01 to 0.05 of the pixels, against 0.8 and more within a scene), or
-# what seems to be followed does not look alike (0.15 and more, against 0.02): it says nothing of flicker.
+# At a scene cut little can be followed (0.01 to 0.05 of the pixels, against 0.8 and more within a scene), or
+# what seems to be followed looks different (0.15 and more, against 0.02); cuts say nothing about flicker.
 _FEWEST_FOLLOWED = 0.15
 _CUT_ERROR = 0.1
 
@@ -99,7 +99,7 @@ def _colour_distance(frame: Frame, style: Frame, mask: Mask | None) -> float:
 
 
 def _inside(rows: Array, mask: Mask) -> Array:
-    """The rows of a raster-ordered ``[H W, D]`` that the mask holds; all where it is too thin to hold any."""
+    """The rows of a raster-ordered ``[H W, D]`` that the mask holds; all if it is too thin to contain any."""
     kept = rows[mask.ravel()]
     return kept if len(kept) else rows
 
@@ -144,7 +144,7 @@ def _gradient(frame: Frame) -> Array:
 
 
 def structure_agreement(frame: Frame, content: Frame, mask: Mask | None = None) -> float:
-    """Correlation of blurred gradient strength, -1..1; 0 where one of the two is flat."""
+    """Correlation of blurred gradient strength, -1..1; 0 if one of the two is flat."""
     a, b = (_gradient(f) for f in (frame, content))
     if mask is not None and mask.any():
         a, b = a[mask], b[mask]
@@ -209,7 +209,7 @@ class Flow:
     def difference(self, before: Frame, after: Frame) -> float:
         """Mean absolute difference, 0..1, of ``after`` from ``before`` carried along, where it is followed.
 
-        The frames are those the flow was found on, or stylized ones of their size. nan where nothing is
+        The frames are those the flow was found on, or stylized ones of their size. nan if nothing is
         followed.
         """
         if not self.followed.any():
@@ -252,6 +252,6 @@ class WarpingError:
         self.floor = self.of(contents)
 
     def of(self, outputs: Sequence[Frame]) -> float | None:
-        """Mean over the pairs; ``outputs`` are those of the contents. None where no pair is followed."""
+        """Mean over the pairs; ``outputs`` are those of the contents. None if no pair is followed."""
         off = [flow.difference(outputs[i - 1], outputs[i]) for i, flow in self._flows]
         return float(np.mean(off)) if off else None

@@ -1,8 +1,8 @@
-"""Picture quality of a bundle: pairs to judge it on, two baselines beside it, and a sheet to look at.
+"""Picture quality of a bundle: pairs to judge it on, two baselines, and a contact sheet.
 
-For each (content, style) pair: the bundle's picture beside Reinhard colour transfer and OpenCV's
-``stylization`` filter, with the numbers of `evaluation.measures`. A clip among the contents takes part with
-its first frame, and is painted as `std-rt stylize` paints clips to judge its flicker.
+For each (content, style) pair: the bundle's picture next to Reinhard colour transfer and OpenCV's
+``stylization`` filter, with the numbers of `evaluation.measures`. Of a clip, the first frame is scored like a
+picture; the clip itself is rendered exactly as `std-rt stylize` would, to measure flicker.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def clips_among(contents: Path, videos: Iterable[Path] = ()) -> list[Path]:
 
 
 def clip_frames(path: Path, count: int) -> list[Frame]:
-    """The first ``count`` frames of a clip, upright. Raises MediaError where it is not a clip."""
+    """The first ``count`` frames of a clip, upright. Raises MediaError if it is not a clip."""
     with open_clip(path) as clip, closing(clip.read()) as items:
         frames = [item.rgb for item in islice(items, count)]
     if not frames:
@@ -87,7 +87,7 @@ def clip_frames(path: Path, count: int) -> list[Frame]:
 
 
 def read_mask(path: Path, side_px: int) -> Mask:
-    """A mask picture as a bool square; white = stylize. Raises UsageError where it is all black."""
+    """A mask picture as a bool square; white = stylize. Raises UsageError if it is all black."""
     frame = square(read_picture(path).frame, side_px)
     mask = np.asarray(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) > 127)
     if not mask.any():
@@ -98,7 +98,7 @@ def read_mask(path: Path, side_px: int) -> Mask:
 def judge_pictures(
     stylizer: Stylizer, pairs: list[Pair], sheet: Path, judge: Judge = weight_free
 ) -> dict[str, dict[str, float]]:
-    """Paint all pairs, write the sheet (content, style, ours, Reinhard, cv2); mean scores by method."""
+    """Stylize all pairs, write the sheet (content, style, ours, Reinhard, cv2); mean scores by method."""
     scores: dict[str, list[dict[str, float]]] = {"std-rt": [], "reinhard": [], "cv2.stylization": []}
     rows = []
     for content, style in pairs:
@@ -115,7 +115,7 @@ def judge_pictures(
 def judge_clip(stylizer: Stylizer, frames: list[Frame], style: Frame) -> dict[str, float]:
     """Warping error (0..1) of a clip by method, and of its ``source``; {} for nothing but cuts.
 
-    ``std-rt`` is painted with ``--temporal full``, the default of `std-rt stylize`.
+    ``std-rt`` is rendered with ``--temporal full``, the default of `std-rt stylize`.
     """
     stylizer.set_style(style)
     meter = WarpingError(frames)
@@ -130,7 +130,7 @@ def judge_clip(stylizer: Stylizer, frames: list[Frame], style: Frame) -> dict[st
 
 
 def paint_clip(stylizer: Stylizer, frames: list[Frame], temporal: str) -> list[Frame]:
-    """Frames painted as `std-rt stylize --temporal TEMPORAL` paints a clip; each of its content's size."""
+    """Frames stylized as by `std-rt stylize --temporal TEMPORAL`, each at its content's size."""
     stream = FrameStream(stylizer, batching=GROUPED, temporal=TemporalFilter(temporal))
     return [_of_size(styled, frame) for styled, frame in zip(stream.frames(frames), frames, strict=True)]
 
@@ -140,7 +140,7 @@ def _stylization(content: Frame) -> Frame:
 
 
 def _of_size(frame: Frame, like: Frame) -> Frame:
-    """The working size is a multiple, and never larger than asked: back to the content's size."""
+    """Resize to the content's size (the working size is rounded and capped)."""
     if frame.shape == like.shape:
         return frame
     size = (like.shape[1], like.shape[0])

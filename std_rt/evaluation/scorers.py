@@ -67,7 +67,7 @@ def load_scorers(
     aesthetic: Path | None = None,
     device: str = "cpu",
 ) -> list[Scorer]:
-    """The scorers whose weights are given. Raises UsageError where a file or folder does not hold them."""
+    """The scorers whose weights are given. Raises UsageError if a file or folder does not contain them."""
     if aesthetic is not None and clip is None:
         raise UsageError("--aesthetic needs the CLIP it was trained on; add --clip FOLDER of CLIP ViT-L/14")
     scorers: list[Scorer] = []
@@ -163,7 +163,7 @@ def _load_state(option: str, path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
-        # The authors' CSD file keeps its training arguments and a NumPy number beside the weights: data only.
+        # The authors' CSD file also holds its training arguments and a NumPy number: data only.
         scalar = np.float64(0).__reduce__()[0]
         harmless: list[Any] = [argparse.Namespace, np.dtype, type(np.dtype(np.float64)), scalar]
         harmless.append((scalar, "numpy.core.multiarray.scalar"))  # its name in NumPy 1
@@ -181,7 +181,7 @@ def _load_state(option: str, path: Path) -> dict[str, Any]:
 def _clip_from_openai(state: Mapping[str, Tensor], projection: Tensor) -> CLIPVisionModelWithProjection:
     """CLIP's picture encoder from weights by OpenAI's names, and a projection [width, D] behind it.
 
-    Raises KeyError or RuntimeError where they do not fit together.
+    Raises KeyError or RuntimeError if they do not fit together.
     """
     width, _, patch, _ = state["conv1.weight"].shape
     grid = round((len(state["positional_embedding"]) - 1) ** 0.5)

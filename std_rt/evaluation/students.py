@@ -1,9 +1,9 @@
-"""Students beside their teacher, on the same pictures and noise: how far from its 50-step result?
+"""Comparison of students with their teacher on the same pictures and noise: distance to its 50-step result.
 
 Every candidate (a LoRA, or the bare teacher) runs from the same content latents and the same noise, along
 the schedule that starts exactly at its ``tau``. The reference is the teacher's deterministic run over all
 grid points from that ``tau`` down. A run is counted in UNet evaluations, since guidance other than 1 costs
-two a step: tables compare at equal evaluations. How good a single picture is, the caller's ``judge`` says.
+two per step: tables compare at equal evaluations. The caller's ``judge`` scores individual pictures.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ClipJudge = Callable[[Sequence[Frame]], dict[str, float]]  # the outputs of a cl
 
 @dataclass(frozen=True)
 class Setting:
-    """How a candidate is run. ``schedule``: ``aligned`` starts at tau, ``diffusers`` is img2img's cut."""
+    """How a candidate is run. ``schedule``: ``aligned`` starts at tau, ``diffusers`` as img2img does."""
 
     steps: int
     guidance: float
@@ -82,7 +82,7 @@ class Row:
 
 
 def choose_device(name: str) -> str:
-    """``auto``: a GPU where there is one. Raises UsageError where the device cannot be used."""
+    """``auto``: a GPU if there is one. Raises UsageError if the device cannot be used."""
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
         torch.zeros(1, device=chosen)
@@ -93,7 +93,7 @@ def choose_device(name: str) -> str:
 
 
 def timesteps_for(candidate: Candidate, setting: Setting) -> list[int]:
-    """The timesteps of a run. Raises UsageError where the trajectory has fewer points than steps."""
+    """The timesteps of a run. Raises UsageError if the trajectory has fewer points than steps."""
     eta, steps = candidate.eta, setting.steps
     try:
         if setting.schedule == "aligned":
@@ -128,7 +128,7 @@ class Comparison:
     def add_reference(self, candidate: Candidate) -> Row | None:
         """Run a candidate's reference, before any LoRA is attached: its row, at distance 0.
 
-        None where another candidate had the same reference.
+        None if another candidate had the same reference.
         """
         scale = candidate.reference_guidance(self.reference_guidance)
         if (candidate.tau, scale) in self.references:
@@ -148,7 +148,7 @@ class Comparison:
         return self._row(candidate, setting, timesteps, z)
 
     def sample(self, scene: Scene, timesteps: list[int], guidance: float, gamma: float = 0.0) -> Tensor:
-        """`sample_latents` over a scene, inside its mask where it has one: latents [N, C, h, w]."""
+        """`sample_latents` over a scene, inside its mask if it has one: latents [N, C, h, w]."""
         done = []
         for i in range(0, len(scene.z), self.batch):
             rows = slice(i, i + self.batch)
@@ -211,7 +211,7 @@ class Comparison:
 
 
 def _inside(scene: Scene) -> Tensor | None:
-    """The scene's mask over its latents [1, 1, h, w]; None where it has none."""
+    """The scene's mask over its latents [1, 1, h, w]; None if it has none."""
     if scene.mask is None:
         return None
     return latent_mask(scene.mask, (scene.z.shape[2], scene.z.shape[3])).to(scene.z)
@@ -228,7 +228,7 @@ def _distances(target: Reference, z: Tensor, images: Tensor, scene: Scene) -> li
     """Distance to the reference, per pair: of latents, of images in 0..1, and as PSNR (at most 100 dB)."""
     pixels = None if scene.mask is None else torch.from_numpy(scene.mask).to(images)
     off_z, off = _rmse(z, target.z, _inside(scene)), _rmse(images, target.images, pixels)
-    decibel = (-20 * off.clamp(min=1e-5).log10()).tolist()  # JSON knows no infinity
+    decibel = (-20 * off.clamp(min=1e-5).log10()).tolist()  # JSON has no infinity
     named = zip(off_z.tolist(), off.tolist(), decibel, strict=True)
     return [{"latent_rmse": a, "image_rmse": b, "psnr_db": c} for a, b, c in named]
 
@@ -238,7 +238,7 @@ def compare(
 ) -> Iterator[Row]:
     """One row for each reference (label ``reference``), then one for each candidate at each setting.
 
-    Raises UsageError, before anything is run, where a setting has too many steps for a candidate.
+    Raises UsageError, before anything is run, if a setting has too many steps for a candidate.
     """
     for candidate in candidates:
         for setting in settings:

@@ -56,13 +56,13 @@ def moving(frames: int, width_px: int = 640, height_px: int = 480, *, seed: int 
         matrix[1, 2] += height_px / 2 - _SIDE_PX / 2 + drift * np.sin(2 * phase)
         view = cv2.warpAffine(picture, matrix, (width_px, height_px), borderMode=cv2.BORDER_REFLECT)
         _draw_ball(np.asarray(view, np.uint8), phase)
-        y, x = rng.integers(0, _SHIFT_PX, 2)  # drawing new noise would take longer than all the rest
+        y, x = rng.integers(0, _SHIFT_PX, 2)  # drawing new noise would take longer than everything else
         noisy = view + grain[y : y + height_px, x : x + width_px]
         yield np.clip(noisy + 0.5, 0, 255).astype(np.uint8)
 
 
 def _draw_ball(view: Frame, phase: float) -> None:
-    """A shaded red ball that swings from side to side three times a loop, drawn into ``view``."""
+    """A shaded red ball that swings from side to side three times per loop, drawn into ``view``."""
     height, width = view.shape[:2]
     radius = height // 9
     x, y = int(width * (0.5 + 0.38 * np.sin(3 * phase))), int(height * (0.72 - 0.25 * abs(np.cos(3 * phase))))

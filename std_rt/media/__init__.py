@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from std_rt.media.image import Picture, read_picture, write_picture
 from std_rt.media.video.clip import VideoInfo, probe
-from std_rt.media.video.transcode import VideoReport, transcode, transcode_stream
+from std_rt.media.video.transcode import VideoReport, transcode_stream
 
 __all__ = [
     "Picture",
@@ -16,7 +16,6 @@ __all__ = [
     "VideoReport",
     "probe",
     "read_picture",
-    "transcode",
     "transcode_stream",
     "write_picture",
 ]

@@ -1,4 +1,4 @@
-"""Frame sizes: the working size a model sees, the way there and back; and laying pictures on white."""
+"""Frame sizes: the model's working size, resizing to it and back; and compositing over white."""
 
 from __future__ import annotations
 

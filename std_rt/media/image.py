@@ -1,4 +1,4 @@
-"""Pictures: any mode and orientation in, upright 8-bit sRGB out; written whole or not at all."""
+"""Pictures: reads any mode and orientation as upright 8-bit sRGB; writes atomically."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Picture:
     """One decoded picture: upright, sRGB, EXIF and ICC applied and dropped.
 
     frame: ``uint8 [H, W, 3]`` RGB, contiguous; not premultiplied by alpha.
-    alpha: ``uint8 [H, W]``, or None where the picture is opaque throughout.
+    alpha: ``uint8 [H, W]``, or None if the picture is fully opaque.
     """
 
     frame: Frame
@@ -90,7 +90,7 @@ def read_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Picture:
     """Read the first (or only) picture of a file.
 
     Any Pillow mode, 16-bit and float included; EXIF orientation applied, an ICC profile converted to sRGB.
-    Raises MediaError (one line) for everything that cannot be read whole: missing, folder, empty, not a
+    Raises MediaError (one line) for everything that cannot be read: missing, folder, empty, not a
     picture, truncated, or more than ``max_pixels`` (checked before decoding).
     """
     check_input(path)
@@ -109,7 +109,7 @@ def read_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Picture:
                 for layer in _to_srgb(picture)
             ]
         except _DAMAGE as error:
-            raise MediaError(f"{path} is damaged and cannot be read whole: {reason(error)}") from error
+            raise MediaError(f"{path} is damaged and cannot be read completely: {reason(error)}") from error
     frame, alpha = layers
     assert frame is not None
     return Picture(frame, None if alpha is None or (alpha == 255).all() else alpha)
@@ -131,7 +131,7 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
             picture = Image.open(path, formats=formats)
         except _DAMAGE as error:
             raise MediaError(
-                f"{path} is not a picture that can be read (damaged, or not what its name says);"
+                f"{path} cannot be read as a picture (damaged, or misnamed);"
                 " give a JPEG, PNG, WebP, AVIF, TIFF, BMP or GIF"
             ) from error
         with picture:
@@ -179,7 +179,7 @@ def _orientation(picture: Image.Image) -> int:
 
 
 def _to_srgb(picture: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """The colours as an RGB image and, where the picture has any transparency, its alpha."""
+    """The colours as an RGB image and, if the picture has any transparency, its alpha."""
     profile = picture.info.get("icc_profile")
     if picture.mode[0] in "IF":
         return _apply_profile(Image.fromarray(to_8bit(np.asarray(picture))), profile), None
@@ -256,13 +256,13 @@ def _float_tiff_size(path: Path) -> tuple[int, int] | None:
                 return None
             return int(tags[TiffImagePlugin.IMAGEWIDTH]), int(tags[TiffImagePlugin.IMAGELENGTH])
         except (OSError, ValueError, TypeError, LookupError):
-            return None  # Whatever it is, it is not this kind; the ordinary reader says what is wrong.
+            return None  # Not this kind; the ordinary reader reports what is wrong.
 
 
 def _read_float_tiff(path: Path) -> NDArray[np.float32]:
     """float32 [H, W, 3] RGB as stored (any range; a fourth channel is dropped). MediaError if damaged."""
     log = cv2.utils.logging
-    before = log.setLogLevel(log.LOG_LEVEL_SILENT)  # It prints on damaged files; the error below says it.
+    before = log.setLogLevel(log.LOG_LEVEL_SILENT)  # It prints on damaged files; the error below is enough.
     try:
         # Through bytes: OpenCV's own file names break on non-ASCII paths under Windows.
         bgr = cv2.imdecode(np.fromfile(path, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
@@ -271,7 +271,7 @@ def _read_float_tiff(path: Path) -> NDArray[np.float32]:
     finally:
         log.setLogLevel(before)
     if bgr is None or bgr.ndim != 3:
-        raise MediaError(f"{path} is damaged and cannot be read whole")
+        raise MediaError(f"{path} is damaged and cannot be read completely")
     return np.ascontiguousarray(bgr[:, :, 2::-1], dtype=np.float32)
 
 
@@ -280,9 +280,9 @@ def write_picture(
 ) -> None:
     """Write ``frame`` (uint8 [H, W, 3] RGB) atomically; an existing file is replaced.
 
-    The suffix selects the format: :data:`WRITABLE_SUFFIXES`. ``alpha`` (uint8 [H, W]) is stored where the
-    format has it (png, webp, tiff, avif); elsewhere the picture is laid over white. quality: 1..100 for
-    jpg, webp and avif. Raises MediaError for an unknown suffix or a place that cannot be written.
+    The suffix selects the format: :data:`WRITABLE_SUFFIXES`. ``alpha`` (uint8 [H, W]) is stored if
+    the format supports it (png, webp, tiff, avif); otherwise the picture is laid over white. quality: 1..100
+    for jpg, webp and avif. Raises MediaError for an unknown suffix or a place that cannot be written.
     """
     suffix = path.suffix.lower()
     if suffix not in WRITABLE_SUFFIXES:

@@ -1,6 +1,6 @@
 """Inputs and outputs: which files are pictures and which are clips, and where each result goes.
 
-The content decides whether a file is a picture or a clip; its suffix only where the content says nothing.
+The content decides whether a file is a picture or a clip; its suffix only if the content says nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ VIDEO_SUFFIXES = frozenset(
         *(".flv", ".ogv", ".3gp", ".3g2", ".mxf", ".y4m", ".ivf"),
     )
 )
-# Treated as clips, so that the error says that they hold only sound.
+# Treated as clips, so that the error says they contain only sound.
 _AUDIO_SUFFIXES = frozenset({".mp3", ".m4a", ".aac", ".wav", ".flac", ".ogg", ".opus", ".wma"})
 _MARK = "_styled"
 
@@ -42,7 +42,7 @@ Kind = Literal["picture", "video"]
 def media_kind(path: Path) -> Kind:
     """``"picture"`` or ``"video"``; animated GIF and PNG are videos, still ones are pictures.
 
-    Reads headers only. A damaged file is what its suffix says; reading it then tells what is wrong.
+    Reads headers only. A damaged file counts as what its suffix says; reading it then reports the error.
     Raises MediaError if the file is missing, a folder, empty, or neither content nor suffix is known.
     """
     check_input(path)
@@ -59,7 +59,7 @@ def media_kind(path: Path) -> Kind:
             return "picture"
         if suffix in VIDEO_SUFFIXES | _AUDIO_SUFFIXES:
             return "video"
-    raise MediaError(f"{path} is not a picture or video that can be read; give a .jpg, .png, .mp4 or similar")
+    raise MediaError(f"{path} cannot be read as a picture or video; give a .jpg, .png, .mp4 or similar")
 
 
 def is_video(path: Path) -> bool:
@@ -82,8 +82,8 @@ class Job:
 def expand_inputs(paths: list[Path]) -> list[Path]:
     """Files as they are; a folder becomes the pictures and clips in it, by name, not recursive.
 
-    Known suffixes only, hidden files and results of an earlier run (``x_styled.png`` beside ``x.*``) left
-    out; each file once. Raises MediaError for a missing path or a folder without any.
+    Known suffixes only, hidden files and results of an earlier run (``x_styled.png`` next to ``x.*``)
+    left out; each file once. Raises MediaError for a missing path or a folder without any.
     """
     found: dict[Path, Path] = {}
     for path in paths:
@@ -112,8 +112,8 @@ def _folder_files(folder: Path) -> list[Path]:
 def output_path(source: Path, out: Path | None, many: bool, is_video: bool) -> Path:
     """Where the result of ``source`` goes.
 
-    ``out`` None: ``<stem>_styled<suffix>`` beside the source. ``out`` a folder (exists, or has no suffix):
-    the same name in it. Else ``out`` itself. Suffix: kept where it can be written, else .png for pictures
+    ``out`` None: ``<stem>_styled<suffix>`` next to the source. ``out`` a folder (exists, or has no suffix):
+    the same name in it. Else ``out`` itself. Suffix: kept if it can be written, else .png for pictures
     and .mp4 for clips (.mkv if the sound does not fit mp4; animated GIF and PNG become .mp4).
     Raises MediaError if ``out`` has a suffix that does not fit (photo to .mp4, clip to .png, unknown) or is
     one file for ``many`` inputs.

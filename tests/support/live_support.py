@@ -50,7 +50,7 @@ def next_packet(session: Session) -> FramePacket:
 class ScriptedSource:
     """Delivers the frames of `give`, waits where there is none, ends after `end`."""
 
-    name, fps = "script", 30.0
+    name, fps, is_camera = "script", 30.0, True
 
     def __init__(self, clock: Callable[[], float], *frames: Frame) -> None:
         self._clock = clock
@@ -67,6 +67,10 @@ class ScriptedSource:
 
     def end(self) -> None:
         self._given.put(None)
+
+    def first_frame(self) -> Frame | None:
+        taken = self.read()
+        return None if taken is None else taken.frame
 
     def read(self) -> Captured | None:
         frame = self._given.get()

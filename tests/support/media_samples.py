@@ -14,6 +14,8 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from std_rt.media import VideoReport, transcode_stream
+
 Array = NDArray[Any]
 SAMPLE_RATE = 48_000
 
@@ -179,6 +181,11 @@ def played(path: Path) -> list[Fraction]:
         except av.FFmpegError:
             pass
     return times
+
+
+def transcode(source: Path, sink: Path, stylize: Callable[[Array], Array], **options: Any) -> VideoReport:
+    """`transcode_stream` with a function of one frame."""
+    return transcode_stream(source, sink, lambda frames: map(stylize, frames), **options)
 
 
 def boxes(data: bytes) -> list[bytes]:

@@ -22,9 +22,9 @@ from support.media_samples import (
     make_clip,
     moving_bar,
     sound_packets,
+    transcode,
 )
 
-from std_rt.media import transcode
 from std_rt.media.video.encoder import VideoTrack
 
 LONG_S = 120.0  # only to end a test that hangs
@@ -32,7 +32,7 @@ LONG_S = 120.0  # only to end a test that hangs
 MEMORY = """
 import sys
 from pathlib import Path
-from std_rt.media import transcode
+from std_rt.media import transcode_stream
 
 def resident_mb():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
@@ -46,7 +46,7 @@ def note(done, total):
     peak = max(peak, marks[done])
 
 start = peak
-transcode(Path(sys.argv[1]), Path(sys.argv[2]), lambda frame: frame, progress=note)
+transcode_stream(Path(sys.argv[1]), Path(sys.argv[2]), lambda frames: frames, progress=note)
 frames = max(marks)
 print(frames, marks[max(1, frames // 5)], marks[frames], max(peak, resident_mb()) - start)
 """
@@ -140,13 +140,13 @@ FULL = """
 import resource, sys
 from pathlib import Path
 from std_rt.core.errors import MediaError
-from std_rt.media import transcode
+from std_rt.media import transcode_stream
 
 source, *jobs = sys.argv[1:]
 for sink, limit in zip(jobs[::2], jobs[1::2]):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), -1))
     try:
-        transcode(Path(source), Path(sink), lambda frame: frame)
+        transcode_stream(Path(source), Path(sink), lambda frames: frames)
         print("written")
     except MediaError as error:
         print(error)

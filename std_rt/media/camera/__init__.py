@@ -1,1 +1,1 @@
-"""camera"""
+"""Cameras, files played as cameras, and the virtual camera."""

@@ -1,4 +1,4 @@
-"""Cameras: the newest frame, whatever the device does; and the source that a user's word names.
+"""Cameras, which always return the newest frame, and `open_source`, which resolves ``--camera``.
 
 A thread reads the device, because such a read may never return: ``read()``, ``status`` and ``close()`` need
 not wait for it.
@@ -19,8 +19,8 @@ import numpy as np
 
 from std_rt.core.errors import MediaError
 from std_rt.core.prefetcher import Prefetcher
-from std_rt.media.camera.clip_camera import FileCamera, clip_playback, still_playback
 from std_rt.media.camera.device import CvDevice, Device, Properties, Size, camera_choices, camera_name
+from std_rt.media.camera.file_camera import FileCamera, clip_playback, still_playback
 from std_rt.media.camera.frame_source import Captured, Frame, Pause, Sleep, Source, after
 from std_rt.media.sources import media_kind
 
@@ -30,7 +30,6 @@ _OPEN_S = 20.0  # some drivers take ten seconds to open a camera
 _WARM_UP_S = 3.0  # how long reads may fail before the first frame
 _GIVE_UP_S = 0.5  # and between frames, until the camera counts as lost
 _RETRY_S = 0.02  # after a read that failed
-_REOPEN_S, _REOPEN_MAX_S = 0.2, 2.0  # between attempts to open a lost camera: doubled each time
 _CLOSE_S = 0.25  # enough for a camera that works, so that it can be opened again at once
 _STALL_S = 1.0
 _DARK_S = 2.0
@@ -51,21 +50,23 @@ def open_source(
     sleep: Sleep | None = None,
     device: Callable[[str, Size | None, float | None], Device] = CvDevice,
 ) -> Source:
-    """The source that ``spec`` names: a camera ("0", "/dev/video0"), or a file that stands in for one.
+    """The source that ``spec`` names: a camera ("0", "/dev/video0"), or a file to play as one.
 
-    A video file plays in real time by its own timestamps, again and again unless ``loop`` is False. A
-    picture file is a camera that sees only that picture, at ``fps`` (30).
+    A video file plays in real time by its own timestamps, looping unless ``loop`` is False. A picture file
+    gives the same frame at ``fps`` (30).
 
     size: (H, W) and fps in frames/s are requests to a camera, which uses its nearest mode; a video file has
     its own. now: the clock of ``Captured.at_s``; sleep: None to wait in real time, which ``close()`` cuts
-    short. device: makes the device of a camera.
+    short. device: opens a camera's device.
 
     Raises MediaError, one line: no such camera or file, not allowed, in use, not readable.
     """
     if size is not None and min(size) < 1:
-        raise MediaError(f"a camera cannot give {size[1]} x {size[0]} px; ask for a size such as 1280 x 720")
+        raise MediaError(f"camera size must be positive, got {size[1]}x{size[0]}; use for example 1280x720")
     if fps is not None and not (0 < fps <= 1000):
-        raise MediaError(f"a camera cannot give {fps:g} frames/s; ask for a rate from 1 to 1000")
+        raise MediaError(
+            f"camera rate must be above 0 and at most 1000 frames/s, got {fps:g}; use for example 30"
+        )
     target = spec.strip()
     if target.isdecimal() or (target.startswith("/dev/") and not Path(target).is_file()):
         return Camera(camera_name(target), device(target, size, fps), now=now, sleep=sleep)
@@ -82,10 +83,12 @@ def open_source(
 class Camera:
     """A `Source` on a device: reopens it when it is lost, and never lets it block the reader.
 
-    name: "camera 0". properties: size and rate as the driver reports them; a camera need not give what it
-    was asked for. The constructor waits for the first frame; it raises MediaError if the camera cannot be
-    opened or gives none.
+    name: "camera 0". properties: size and rate as the driver reports them, which may differ from
+    what was requested. The constructor waits for the first frame; it raises MediaError if the camera cannot
+    be opened or sends none.
     """
+
+    is_camera = True
 
     def __init__(
         self,
@@ -120,12 +123,12 @@ class Camera:
         if self._pause.is_over:
             return ""
         if self._is_lost:
-            return f"{self.name} lost, looking for it"
+            return f"{self.name} lost; reconnecting"
         quiet_s, dark_since_s = self._now() - self._received_s, self._dark_since_s
         if quiet_s > _STALL_S:
-            return f"{self.name} has given no frame for {quiet_s:.0f} s"
+            return f"{self.name} has sent no frame for {quiet_s:.0f} s"
         if dark_since_s is not None and self._at_s - dark_since_s >= _DARK_S:
-            return f"{self.name} gives black frames; is the lens covered?"
+            return f"{self.name} is sending black frames; is the lens covered?"
         return ""
 
     @property
@@ -138,6 +141,11 @@ class Camera:
         """
         drops = self._frames.drops
         return {**self._faults, "unread": drops} if drops else dict(self._faults)
+
+    def first_frame(self) -> Frame | None:
+        """The newest frame, which ``read()`` will not return again."""
+        taken = self.read()
+        return None if taken is None else taken.frame
 
     def read(self) -> Captured | None:
         """The newest frame, once; waits for it. None after ``close()``."""
@@ -168,7 +176,6 @@ class Camera:
 
     def _capture(self, is_open: bool) -> Iterator[tuple[Frame, float]]:
         """Frames and their times, in the camera's thread: reopens the device each time it is lost."""
-        wait_s = _REOPEN_S
         while not self._pause.is_over:
             last_s = self._at_s
             problem: MediaError | None = None
@@ -187,15 +194,13 @@ class Camera:
                 return
             if self._at_s == -math.inf:  # Not even a first frame: raised in the constructor.
                 raise problem or MediaError(
-                    f"{self.name} opens but gives no frames; close other programs that use it,"
+                    f"{self.name} opens but sends no frames; close other programs that use it,"
                     f" or {camera_choices()}"
                 )
-            if self._at_s > last_s:
-                self._count("lost")
-                wait_s = _REOPEN_S
+            had_frames = self._at_s > last_s
+            self._count("lost", had_frames)
             self._is_lost, self._dark_since_s = True, None
-            self._pause.wait(wait_s)
-            wait_s = min(2 * wait_s, _REOPEN_MAX_S)
+            self._pause.before_retry(first=had_frames)
 
     def _read_device(self) -> Iterator[tuple[Frame, float]]:
         """Frames of the open device until reads fail for too long."""
@@ -215,7 +220,7 @@ class Camera:
             last_s, patience_s = self._now(), _GIVE_UP_S
 
     def _inspect(self, frame: Frame, raw: object, at_s: float) -> None:
-        """Count what is odd about a frame."""
+        """Count a frame's faults."""
         self._count("converted", isinstance(raw, np.ndarray) and raw.shape != frame.shape)
         self._count("resized", self._shape is not None and self._shape != frame.shape)
         self._count("repeated", at_s <= self._at_s)

@@ -1,4 +1,4 @@
-"""The camera device: a small protocol, OpenCV behind it, and what to tell a user when opening fails."""
+"""The camera device: a small protocol, its implementation with OpenCV, and messages for failed openings."""
 
 from __future__ import annotations
 
@@ -34,30 +34,30 @@ _BUFFERS = 2
 
 @dataclass(frozen=True)
 class Properties:
-    """What an open camera reports: size (H, W) in pixels, fps in frames/s; None where that is not valid."""
+    """What an open camera reports: size (H, W) in pixels, fps in frames/s; None if unknown."""
 
     size: Size | None
     fps: float | None
 
 
 class Device(Protocol):
-    """A camera. All calls come from one thread, except that the first ``open()`` may come from another."""
+    """A camera, driven by `camera.Camera` from one thread; only the first ``open()`` may be in another."""
 
     def open(self) -> Properties:
-        """Start it; what it reports. Raises MediaError, one line: not there, not allowed, in use."""
+        """Start it and return its properties. Raises MediaError, one line: missing, not allowed, in use."""
 
     def read(self) -> object:
-        """Wait for a frame: an array as it came (BGR, BGRA or grey, uint8), or anything else for none."""
+        """Wait for a frame: an array as it came (BGR, BGRA or grey, uint8), or anything else for no frame."""
 
     def close(self) -> None:
-        """Release it; also when it was never opened."""
+        """Release it, even if it was never opened."""
 
 
 class CvDevice:
     """A camera by OpenCV: ``target`` is an index ("0") or a device path ("/dev/video0").
 
-    size: (H, W) and fps to ask for; a camera uses its nearest mode. With either, motion JPEG is asked for
-    too: uncompressed, USB carries little more than 640 x 480 at 30 frames/s.
+    size: (H, W) and fps to ask for; a camera uses its nearest mode. With either, motion JPEG is
+    requested too: uncompressed, USB carries little more than 640 x 480 at 30 frames/s.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class CvDevice:
         raise MediaError(_cannot_open(self._target))
 
     def read(self) -> object:
-        """The next frame, BGR uint8 [H, W, 3]; None if the camera gives none."""
+        """The next frame, BGR uint8 [H, W, 3]; None if the camera sends none."""
         try:
             found, raw = (False, None) if self._capture is None else self._capture.read()
         except cv2.error:
@@ -145,7 +145,7 @@ def _node(target: str) -> Path:
 
 
 def _cannot_open(target: str) -> str:
-    """The message for a camera that exists, as far as can be known, and cannot be opened."""
+    """The message for a camera that seems to exist but cannot be opened."""
     name, otherwise = camera_name(target), camera_choices()
     if sys.platform == "darwin":
         settings = "System Settings > Privacy & Security > Camera"
@@ -158,7 +158,7 @@ def _cannot_open(target: str) -> str:
 
 
 def camera_choices() -> str:
-    """The end of an error message: what to give instead, as far as the system tells."""
+    """The end of an error message: which cameras or files to name instead."""
     if sys.platform != "linux":
         return "give another index (0, 1, 2) or a video file"
     found = list_cameras()
@@ -188,7 +188,7 @@ def _driver_name(number: int) -> str:
 
 
 def _has_pictures(node: Path) -> bool:
-    """Whether the driver says that a video node captures pictures; True where it cannot be asked."""
+    """Whether the driver says that a video node captures pictures; True if it cannot be queried."""
     if sys.platform != "linux":
         return True
     import fcntl

@@ -1,4 +1,4 @@
-"""The frame source: the one interface of cameras and of files that stand in for one."""
+"""The frame source: the interface that cameras, and files played as cameras, implement for a live session."""
 
 from __future__ import annotations
 
@@ -35,15 +35,22 @@ class Captured:
 
 
 class Source(Protocol):
-    """Frames as they come. ``read()`` from one thread, everything else from any."""
+    """Frames as they come. ``read()`` is called from one thread, everything else from any.
+
+    A new kind of camera implements this and gets a branch in `camera.open_source`, nothing else.
+    """
 
     @property
     def name(self) -> str:
         """What messages call it: "camera 0", "clip.mp4"."""
 
     @property
+    def is_camera(self) -> bool:
+        """True: takes a requested size and rate, and is mirrored by default. False for files."""
+
+    @property
     def fps(self) -> float | None:
-        """Nominal frames per second; None where unknown."""
+        """Nominal frames per second; None if unknown."""
 
     @property
     def status(self) -> str:
@@ -53,8 +60,11 @@ class Source(Protocol):
     def faults(self) -> dict[str, int]:
         """How often each fault occurred; only those that did."""
 
+    def first_frame(self) -> Frame | None:
+        """Wait for a first frame, before the first ``read()``; None if there is none. Starts no playback."""
+
     def read(self) -> Captured | None:
-        """Wait for the next frame; None: there are no more (closed, or a clip that does not loop ended)."""
+        """Wait for the next frame. None: there are no more (closed, or a clip that does not loop ended)."""
 
     def close(self) -> None:
         """End ``read()`` and release the device or file; returns at once. May be called again."""
@@ -63,9 +73,12 @@ class Source(Protocol):
 class Pause:
     """A wait that ``end()`` cuts short. An injected ``sleep`` replaces real waiting."""
 
+    RETRY_S, LONGEST_RETRY_S = 0.2, 2.0
+
     def __init__(self, sleep: Sleep | None = None) -> None:
         self._sleep = sleep
         self._ended = threading.Event()
+        self._retry_s = self.RETRY_S
 
     @property
     def is_over(self) -> bool:
@@ -84,7 +97,12 @@ class Pause:
             time.sleep(min(seconds, _COARSE_S))
         return not self.is_over
 
+    def before_retry(self, *, first: bool) -> None:
+        """Wait before opening a source again; each wait is twice the one before, up to a limit."""
+        self._retry_s = self.RETRY_S if first else min(2 * self._retry_s, self.LONGEST_RETRY_S)
+        self.wait(self._retry_s)
+
 
 def after(at_s: float, last_s: float) -> float:
-    """``at_s``, or the next float after ``last_s`` where a clock stood still or a time is repeated."""
+    """``at_s``, or the next float after ``last_s`` if a clock stood still or a time is repeated."""
     return max(at_s, math.nextafter(last_s, math.inf))

@@ -19,7 +19,7 @@ __all__ = ["VirtualCamera", "letterbox"]
 Frame = NDArray[np.uint8]
 Size = tuple[int, int]  # (H, W)
 
-# Bars narrower than this part of a side are not worth having: the frame is stretched instead.
+# Instead of bars narrower than this share of a side, the frame is stretched.
 _LEAST_BAR = 0.01
 
 
@@ -40,7 +40,7 @@ class VirtualCamera:
         self.device: str = str(self._camera.device)
 
     def send(self, frame: Frame) -> None:
-        """Show ``frame`` (uint8 [h, w, 3] RGB, any size) now; black bars where the aspect differs.
+        """Show ``frame`` (uint8 [h, w, 3] RGB, any size) now; black bars if the aspect differs.
 
         Never waits for the next frame's time. If the driver fails, ``problem`` says so and this and all
         later frames are dropped; after ``close()`` they are dropped too.
@@ -57,7 +57,7 @@ class VirtualCamera:
             self.close()
 
     def close(self) -> None:
-        """Take the camera away from other programs; may be called again."""
+        """Disconnect from other programs; may be called again."""
         camera, self._camera = self._camera, None
         if camera is None:
             return
@@ -102,7 +102,7 @@ def _cannot_open(device: str | None, cause: str) -> str:
 def letterbox(frame: Frame, size: Size) -> Frame:
     """``frame`` (uint8 [h, w, 3]) as large as it fits into ``size`` = (H, W), centred on black.
 
-    Contiguous; stretched by up to 1 % where that saves the bars.
+    Contiguous; stretched by up to 1 % if that avoids the bars.
     """
     h, w = frame.shape[:2]
     scale = min(size[0] / h, size[1] / w)

@@ -1,1 +1,1 @@
-"""video"""
+"""Video clips: reading, writing, transcoding, and recording live sessions."""

@@ -1,6 +1,6 @@
-"""The clip reader: an open container, and its packets as upright RGB frames with their times.
+"""The clip reader: decodes an open container into upright RGB frames with timestamps.
 
-FFmpeg is told which containers to accept: it would also play text files, and playlists that fetch others.
+FFmpeg is limited to known containers: it would also play text files, and playlists that fetch other files.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _CONTAINERS = (
     "mpegvideo,m4v,mp3,wav,aac,flac,aiff"
 )
 _LARGE_PX = 1920 * 1088
-_LAST_PACKET_S = 0.2  # longer than any packet of sound, whose duration FLV does not say
+_LAST_PACKET_S = 0.2  # longer than any packet of sound, whose duration FLV does not store
 # ISO files that hold a picture, which the mov reader would return as the tiles of a mosaic.
 _STILL_BRANDS = frozenset({"heic", "heix", "heim", "heis", "mif1", "avif"})
 
@@ -105,21 +105,17 @@ class DecodedFrame:
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a clip says about itself; ``width`` x ``height`` px is the upright picture.
+    """Facts about a clip; ``width`` x ``height`` px is the upright picture.
 
     rotation: clockwise degrees that turned it upright (0, 90, 180, 270).
-    frames: their number, or an estimate from duration and rate, or None; duration_s: seconds or None;
-    average_rate: frames/s or None; time_base: seconds per unit of the frames' timestamps.
+    frames: their number, or an estimate from duration and rate, or None; average_rate: frames/s or None.
     """
 
     width: int
     height: int
     rotation: int
     frames: int | None
-    duration_s: float | None
     average_rate: Fraction | None
-    has_audio: bool
-    time_base: Fraction
 
 
 def probe(path: Path) -> VideoInfo:
@@ -133,16 +129,13 @@ def probe(path: Path) -> VideoInfo:
             height=first.rgb.shape[0],
             rotation=first.orientation.degrees,
             frames=clip.frames,
-            duration_s=clip.duration_s,
             average_rate=clip.video.average_rate,
-            has_audio=bool(clip.sound),
-            time_base=clip.time_base,
         )
 
 
 def nothing_decoded(path: Path) -> MediaError:
     """The error for a clip without a single frame that can be decoded."""
-    return MediaError(f"{path} is damaged: not one frame of it could be decoded")
+    return MediaError(f"{path} is damaged: no frame could be decoded")
 
 
 @contextmanager
@@ -154,8 +147,8 @@ def open_container(path: Path) -> Iterator[InputContainer]:
         container = av.open(str(path.absolute()), container_options=options, metadata_errors="replace")
     except (av.FFmpegError, ValueError, OSError) as error:
         is_mp4 = path.suffix.lower() in (".mp4", ".mov")
-        hint = "an .mp4 cut short loses its index at the end" if is_mp4 else "damaged?"
-        raise MediaError(f"{path} is not a video that can be read ({reason(error)}; {hint})") from error
+        hint = "a truncated .mp4 lacks the index at its end" if is_mp4 else "damaged?"
+        raise MediaError(f"{path} cannot be read as a video ({reason(error)}; {hint})") from error
     with container:
         if container.metadata.get("major_brand", "") in _STILL_BRANDS:
             raise MediaError(f"{path} is an HEIF/AVIF picture that cannot be read; convert it to JPEG or PNG")
@@ -218,7 +211,7 @@ class Clip:
 
     @property
     def rate(self) -> Fraction:
-        """Average frames per second (25 where a file does not say)."""
+        """Average frames per second (25 if the file does not say)."""
         return self.video.average_rate or self.video.guessed_rate or Fraction(25)
 
     @property
@@ -237,7 +230,7 @@ class Clip:
 
     @property
     def pixel_aspect(self) -> Fraction | None:
-        """Width by height of one upright pixel; None where pixels are square or the file does not say."""
+        """Width by height of one upright pixel; None if pixels are square or the file does not say."""
         aspect = self.video.sample_aspect_ratio
         if not aspect or aspect == 1:
             return None
@@ -262,7 +255,7 @@ class Clip:
         self.ended = True
 
     def _packets(self) -> Iterator[Packet[Stream]]:
-        """Of sound too, which tells where the file ends."""
+        """All packets; those of sound too, which show where the file ends."""
         try:
             for packet in self.container.demux([self.video, *self.sound]):
                 if packet.size:  # The empty ones at the end flush decoders; read() does that itself.
@@ -295,7 +288,7 @@ class Clip:
         return DecodedFrame(rgb, pts, duration, colour, orientation)
 
     def _next_pts(self, frame: VideoFrame) -> int:
-        """The frame's time; where a file has none, or runs backwards, the next one that fits."""
+        """The frame's time; if it is missing or runs backwards, the next one that fits."""
         pts = frame.pts if frame.pts is not None else frame.dts
         if self._last_pts is not None:
             pts = self._last_pts + self.frame_step if pts is None else max(pts, self._last_pts + 1)
@@ -330,13 +323,13 @@ class Clip:
         """After reading: one line each on what a user may want to know about the input."""
         notes = []
         if self.damage or (not stopped and self.is_short):
-            notes.append("the input is damaged or cut short; everything that could be decoded was done")
+            notes.append("the input is damaged or truncated; everything decodable was processed")
         if self.container.streams.subtitles:
             notes.append("subtitles were not copied")
         if sum(not _is_cover(stream) for stream in self.container.streams.video) > 1:
             notes.append("only the first video stream was used")
         if self.is_hdr:
-            notes.append("HDR brightness (PQ or HLG) was taken as it is, without tone mapping")
+            notes.append("HDR brightness (PQ or HLG) was used as it is, without tone mapping")
         return notes
 
 

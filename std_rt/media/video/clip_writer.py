@@ -1,6 +1,6 @@
-"""The clip writer: stylized frames at their source's times, its sound copied packet by packet, never decoded.
+"""The clip writer: stylized frames at their source's times; sound is copied packet by packet, never decoded.
 
-The sound is read apart from the frames. In one reading either would have to wait in memory for the other:
+Sound is read separately from the frames. In a single pass, one would have to wait in memory for the other:
 all of the sound, in a clip whose pictures begin late or end early.
 """
 
@@ -31,11 +31,11 @@ __all__ = ["ClipWriter", "sound_fits"]
 
 # Brands describe the old container; FFmpeg names itself as the encoder.
 _OLD_TAGS = frozenset({"major_brand", "minor_version", "compatible_brands", "encoder"})
-# What stays true of a stream: statistics of the old file do not.
+# Tags that stay true; statistics of the old file do not.
 _STREAM_TAGS = frozenset({"language", "title"})
-# What containers raise for packets of damaged sound; frames encoded here never cause it.
+# Raised by containers for packets of damaged sound; never for frames encoded here.
 _BAD_PACKET = (av.ArgumentError, av.InvalidDataError)
-# What FFmpeg calls an unknown layout -> what players take it for.
+# FFmpeg's name for an unknown layout -> how players interpret it.
 _LAYOUTS = {"1 channels": "mono", "2 channels": "stereo", "6 channels": "5.1", "8 channels": "7.1"}
 _LONGEST_PACKET = 1 << 31  # ticks; FFmpeg returns negative durations as unsigned 32-bit numbers
 
@@ -72,7 +72,7 @@ class ClipWriter:
             if others:
                 hint = f"into {self._suffix}; use -o {self._sink.with_suffix(others[0]).name}"
             else:
-                hint = "into any clip as it is; convert the input's sound to AAC first"
+                hint = "into any container; convert the input's sound to AAC first"
             raise MediaError(f"{self._sink}: {name} sound cannot be copied {hint}")
 
     @contextmanager
@@ -142,7 +142,7 @@ class ClipWriter:
         return track
 
     def _copy_sound(self, until_s: float | None) -> None:
-        """Copy the sound packets that are due before ``until_s`` as they are; None: all that are left."""
+        """Copy the sound packets before ``until_s``; None: all remaining ones."""
         while self._next is not None and (until_s is None or _due_s(self._next) < until_s):
             packet, self._next = self._next, next(self._packets, None)
             if self._sound[packet.stream_index].accept(packet):
@@ -151,7 +151,7 @@ class ClipWriter:
                 self._dropped_sound += 1
 
     def _mux(self, packet: Packet[AudioStream] | Packet[VideoStream]) -> None:
-        """Hand one packet to the container, which may now reject a damaged sound packet of before."""
+        """Pass one packet to the container, which may only now reject an earlier, damaged sound packet."""
         assert self._container is not None
         try:
             self._container.mux(packet)
@@ -186,17 +186,17 @@ class ClipWriter:
         """One line each on what differs from the source."""
         notes = []
         if self._dropped_sound:
-            notes.append(f"{self._dropped_sound} damaged sound packets were left out")
+            notes.append(f"{self._dropped_sound} damaged sound packets were dropped")
         gaps_s = max((track.gaps_s for track in self._sound.values()), default=0.0)
         if gaps_s and MUXERS[self._suffix] in ("mp4", "mov"):
             other = self._sink.with_suffix(".mkv").name
             notes.append(
-                f"its PCM sound has gaps ({gaps_s:.2f} s), which {self._suffix} cannot hold: what follows"
+                f"its PCM sound has gaps ({gaps_s:.2f} s), which {self._suffix} cannot store: what follows"
                 f" plays too early; use -o {other}"
             )
         resized = self._video.resized if self._video is not None else 0
         if resized:
-            notes.append(f"the size changed within the clip; {resized} frames were resized to its first")
+            notes.append(f"the size changed within the clip; {resized} frames were resized to its first size")
         return notes
 
 
@@ -205,7 +205,7 @@ def sound_fits(stream: AudioStream, suffix: str) -> bool:
     with av.open(io.BytesIO(), "w", format=MUXERS[suffix]) as trial:
         try:
             _SoundTrack(trial, stream)
-            # Some are known to a container and still refused when its header is written.
+            # Some are accepted at first and refused when the header is written.
             trial.start_encoding()
         except (ValueError, av.FFmpegError):
             return False

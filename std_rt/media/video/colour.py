@@ -1,7 +1,7 @@
-"""The colour of clips: which matrix and range a frame has, to RGB and back, and the tags of the output.
+"""The colour of clips: a frame's matrix and range, conversion to RGB and back, and the output's tags.
 
 An untagged clip is read the way players do: BT.709 from 720 lines up, BT.601 below, limited range.
-The output keeps the matrix of the source (RGB sources: BT.709) and is always limited range, tagged.
+The output keeps the matrix of the source (RGB sources: BT.709) and is always tagged limited range.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Colour:
 
     @property
     def is_hdr(self) -> bool:
-        """True for PQ and HLG clips, whose brightness this 8-bit path takes as it is."""
+        """True for PQ and HLG clips, whose brightness this 8-bit path does not tone-map."""
         return self.transfer in _HDR_CURVES
 
 
 def colour_of(frame: VideoFrame) -> Colour:
-    """The colour of a decoded frame, guesses filled in."""
+    """The colour of a decoded frame; missing tags are guessed."""
     name = frame.format.name
     full = frame.color_range == ColorRange.JPEG or name.startswith("yuvj")
     # Grey without a tag is full range, as FFmpeg has it.

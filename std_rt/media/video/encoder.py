@@ -1,4 +1,4 @@
-"""The video encoder of a clip: which one with which options, and frames of one size into its stream."""
+"""The video encoder of a clip: its choice, its options, and frames of one size into its stream."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Frame = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Encoder:
-    """An encoder of FFmpeg with its options; threads: 0 for as many as it likes."""
+    """An encoder of FFmpeg with its options; threads: 0 lets it choose."""
 
     name: str
     options: dict[str, str] = field(default_factory=dict)
@@ -43,8 +43,8 @@ class Encoder:
     def for_file(sink: Path, codec: str | None, crf: int, *, live: bool = False) -> Encoder:
         """The encoder for ``sink``: ``codec``, or libx264, or libvpx-vp9 for .webm.
 
-        live: one that holds no frame back, and leaves the processor to others. Raises MediaError for a
-        suffix or an encoder that is not known, and for one that does not work here (a trial frame).
+        live: one that holds no frame back and uses one thread. Raises MediaError for an unknown suffix or
+        encoder, and for an encoder that fails here (a trial frame).
         """
         suffix = sink.suffix.lower()
         if suffix not in MUXERS:
@@ -98,7 +98,7 @@ def _options(codec: str, crf: int) -> dict[str, str]:
 def _live_options(codec: str) -> dict[str, str]:
     """No look-ahead: a frame that waits in the encoder is lost when the program is killed.
 
-    Processor time of a frame on one core of a Xeon at crf 18, photographic content, 256 and 512 px:
+    Processor time per frame on one core of a Xeon at crf 18, photographic content, 256 and 512 px:
     veryfast 1.2 and 4.5 ms, superfast 0.8 and 2.9 ms, ultrafast 0.4 and 1.3 ms at 1.5 times the bytes;
     libvpx-vp9 2.5 and 6 ms.
     """

@@ -1,8 +1,8 @@
-"""The recorder of a live session: never in its way, playable at any moment, at the times frames were shown.
+"""The recorder of a live session: never blocks it; the file is playable at any time, at presentation times.
 
-The file is written in fragments that each play alone (fragments of MP4, clusters of Matroska), a second each,
-so whatever kills the program costs the last second. A clean `Recorder.close` turns the fragments of an MP4
-into a plain one, in which every player and editor can seek.
+The file is written in self-contained fragments (MP4 fragments, Matroska clusters) of one second each, so a
+killed process loses only the last second. A clean `Recorder.close` turns the fragments of an MP4 into a plain
+one, in which every player and editor can seek.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from std_rt.media.video.encoder import MUXERS, Encoder, VideoTrack, even_size
 
 __all__ = ["Recorder", "Recording", "numbered"]
 
-_FRAGMENT_S = 1  # what a kill may cost
+_FRAGMENT_S = 1  # lost at most if the process is killed
 _POLL_S = 0.2  # waits end this often: on Windows longer ones would hold up Ctrl-C
 _BT709 = Colour(1, False, 1, 1)
 _FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
@@ -49,9 +49,9 @@ Frame = NDArray[np.uint8]
 class Recording:
     """The result of a recording.
 
-    path: the file, under another name than asked for if that had been taken meanwhile. frames: in the file
+    path: the file; its name differs from the requested one if that was taken meanwhile. frames: in the file
     (0: there is none); dropped: given and not in it; seconds: from the first frame to the end of the last.
-    problem: "" or one line on what went wrong; what was recorded until then is kept all the same.
+    problem: "" or one line on what went wrong; everything recorded until then is kept.
     """
 
     path: Path
@@ -72,7 +72,7 @@ class Recorder:
 
     sink: .mp4 .m4v .mov .mkv .webm. fps: the nominal rate; the times are those given to `write`. room:
     frames that may wait for a slow disk or encoder; more are dropped and counted. codec, crf: as in
-    :func:`~std_rt.media.transcode`. Raises MediaError, before anything is recorded, for an unusable suffix,
+    `transcode_stream`. Raises MediaError, before anything is recorded, for an unusable suffix,
     encoder or place, and for a file that exists (without ``overwrite``). The file is created with the first
     frame.
     """
@@ -133,7 +133,7 @@ class Recorder:
     def close(self) -> Recording:
         """Write what waits, make an MP4 plain, and report; called again it returns the same report.
 
-        Takes as long as copying the file does. Interrupted (Ctrl-C), the recording stays in fragments.
+        Takes as long as copying the file does. If interrupted (Ctrl-C), the recording stays fragmented.
         """
         self._ended = True
         while self._thread.is_alive():
@@ -158,7 +158,7 @@ class Recorder:
                 self._file.finish()
         except _FAILURES as error:
             self.problem = (
-                f"recording to {self.path} stopped early, everything before is kept: {reason(error)}"
+                f"recording to {self.path} stopped early; everything up to then was saved: {reason(error)}"
             )
             if self._file is not None:
                 self._file.abandon()
@@ -204,7 +204,7 @@ class _FragmentedFile:
     def __init__(self, path: Path, encoder: Encoder, fps: float, size: tuple[int, int]) -> None:
         muxer = MUXERS[path.suffix.lower()]
         self.path, self.frames = path, 0
-        self._ticks = _TICKS[muxer]  # a second
+        self._ticks = _TICKS[muxer]  # per second
         self._step = max(1, round(self._ticks / fps))
         self._start_s: float | None = None
         self._held: tuple[Frame, int] | None = None
@@ -276,16 +276,16 @@ def _readable(path: Path) -> tuple[int, float]:
 
 
 def _make_plain(path: Path, frames: int) -> str:
-    """Turn fragments into a plain MP4 with its index in front; "", or why it stays in fragments."""
+    """Turn fragments into a plain MP4 with its index in front; returns "", or why it stays fragmented."""
     try:
         if shutil.disk_usage(path.parent).free < path.stat().st_size + _SPARE_BYTES:
-            raise MediaError("the disk has no room for the copy that this takes")
+            raise MediaError("the disk has no room for the copy this needs")
         with atomic_file(path, error=MediaError) as partial:
             copied = _copy_plain(path, partial)
             if copied != frames:
                 raise MediaError(f"{copied} of its {frames} frames were read back")
     except _FAILURES as error:
-        return f"{path} is whole but stays in fragments, where some players cannot seek: {reason(error)}"
+        return f"{path} is complete but still fragmented; some players cannot seek in it: {reason(error)}"
     return ""
 
 

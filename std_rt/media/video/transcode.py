@@ -1,4 +1,4 @@
-"""The clip transcoder: decode, stylize, encode side by side in constant memory; times and sound are kept."""
+"""The clip transcoder: decodes, stylizes and encodes in parallel; timestamps and sound are kept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,35 +19,25 @@ from std_rt.media.video.clip import Clip, DecodedFrame, nothing_decoded, open_cl
 from std_rt.media.video.clip_writer import ClipWriter, sound_fits
 from std_rt.media.video.encoder import CLIP_SUFFIXES
 
-__all__ = ["CLIP_SUFFIXES", "VideoReport", "default_clip_suffix", "transcode", "transcode_stream"]
+__all__ = ["CLIP_SUFFIXES", "VideoReport", "default_clip_suffix", "transcode_stream"]
 
-# Frames that wait between the threads: enough for a group of them that shares a call of the engines, and few
-# enough for clips of 4K, whose frames are 25 MB.
+# Frames waiting between the threads: enough for a group that shares one call of the engines, and few enough
+# for 4K clips, whose frames are 25 MB.
 _DECODED_AHEAD = 4
 _STYLED_AHEAD = 4
-_LONGEST_CALL_S = 60.0  # what the threads get to finish their last frame before a clip is closed
+_LONGEST_CALL_S = 60.0  # allowed for the threads to finish their last frame before the clip is closed
 
 Frame = NDArray[np.uint8]
 Stream = Callable[[Iterator[Frame]], Iterator[Frame]]
 
 
-class Options(TypedDict, total=False):
-    """What `transcode_stream` takes by name."""
-
-    overwrite: bool
-    progress: Callable[[int, int | None], None] | None
-    codec: str | None
-    crf: int
-    should_stop: Callable[[], bool] | None
-
-
 @dataclass(frozen=True)
 class VideoReport:
-    """What :func:`transcode` did.
+    """The result of `transcode_stream`.
 
     frames: written; seconds: wall time; width, height: px of the output; stopped: ``should_stop`` ended it
-    early (the output holds the frames so far; with 0 frames no file was written); audio_streams: copied;
-    notes: one line each on what a user may want to know (dropped subtitles, damaged input, ...).
+    early (the output holds the frames so far; with 0 frames no file was written); notes: one line each on
+    what a user may want to know (dropped subtitles, damaged input, ...).
     """
 
     output: Path
@@ -57,12 +46,11 @@ class VideoReport:
     width: int
     height: int
     stopped: bool
-    audio_streams: int
     notes: tuple[str, ...] = ()
 
 
 def default_clip_suffix(source: Path) -> str:
-    """The clip's own suffix where it can be written, else .mp4, or .mkv if mp4 cannot hold its sound."""
+    """The clip's own suffix if it can be written, else .mp4, or .mkv if mp4 cannot hold its sound."""
     if source.suffix.lower() in CLIP_SUFFIXES:
         return source.suffix
     with open_container(source) as container:
@@ -70,14 +58,7 @@ def default_clip_suffix(source: Path) -> str:
 
 
 class _StoppedAtOnceError(Exception):
-    """should_stop before the first frame: there is no file to keep."""
-
-
-def transcode(
-    source: Path, sink: Path, stylize: Callable[[Frame], Frame], **options: Unpack[Options]
-) -> VideoReport:
-    """`transcode_stream` with a function of one frame."""
-    return transcode_stream(source, sink, lambda frames: map(stylize, frames), **options)
+    """``should_stop`` before the first frame: there is no file to keep."""
 
 
 def transcode_stream(
@@ -94,12 +75,12 @@ def transcode_stream(
     """Every frame of ``source`` through ``stream`` into ``sink``, same timestamps, audio copied.
 
     stream: an iterator of frames (uint8 [H, W, 3] RGB, upright) to one of as many frames (uint8
-    [H', W', 3]), in order; it may take several before it returns one, and may keep the arrays it gets. The
+    [H', W', 3]), in order; it may take several before it returns one, and may keep the arrays. The
     first result sets the output's size (an odd side gets its last row or column repeated, as 4:2:0 needs
     even sides). It runs in its own thread, between one that decodes and this one, which encodes.
-    progress(done, total): after each frame; total None if unknown. should_stop: asked before each frame is
-    written. codec: an FFmpeg encoder, default libx264, libvpx-vp9 for .webm. crf: 0..51, lower is better.
-    The suffix of ``sink`` selects the container: .mp4 .m4v .mov .mkv .webm.
+    progress(done, total): called after each frame; total None if unknown. should_stop: called before each
+    frame is written. codec: an FFmpeg encoder, default libx264, libvpx-vp9 for .webm. crf: 0..51, lower is
+    better. The suffix of ``sink`` selects the container: .mp4 .m4v .mov .mkv .webm.
 
     Stopped early: a playable file with what was done. Any exception (from ``stream`` too, passed on as it
     is): no file. Raises MediaError before any work for an output that exists (without ``overwrite``), is
@@ -124,10 +105,10 @@ def transcode_stream(
                     raise _StoppedAtOnceError if stopped else nothing_decoded(source)
         except _StoppedAtOnceError:
             pass
-        audio_streams, notes = len(clip.sound), (*clip.notes(stopped=stopped), *writer.notes())
+        notes = (*clip.notes(stopped=stopped), *writer.notes())
     width, height = writer.size
     seconds = time.perf_counter() - started_s
-    return VideoReport(sink, writer.frames, seconds, width, height, stopped, audio_streams, notes)
+    return VideoReport(sink, writer.frames, seconds, width, height, stopped, notes)
 
 
 @contextmanager
@@ -149,7 +130,7 @@ def _stylized(clip: Clip, stream: Stream) -> Iterator[Iterator[tuple[DecodedFram
 
 
 def _paired(decoded: Iterator[DecodedFrame], stream: Stream) -> Iterator[tuple[DecodedFrame, Frame]]:
-    """Frames, each with what ``stream`` makes of it."""
+    """Pairs of a decoded frame and its result from ``stream``."""
     inside: deque[DecodedFrame] = deque()
 
     def frames() -> Iterator[Frame]:
@@ -159,7 +140,7 @@ def _paired(decoded: Iterator[DecodedFrame], stream: Stream) -> Iterator[tuple[D
 
     for styled in stream(frames()):
         if not inside:
-            raise ValueError("stream must return one frame for each that it takes; it returned more")
+            raise ValueError("stream must return one frame per input frame; it returned more")
         yield inside.popleft(), styled
     if inside:
-        raise ValueError("stream must return one frame for each that it takes; it returned fewer")
+        raise ValueError("stream must return one frame per input frame; it returned fewer")

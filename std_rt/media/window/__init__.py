@@ -1,1 +1,1 @@
-"""window"""
+"""The window of a live session, and its overlay."""

@@ -1,4 +1,4 @@
-"""The overlay of the live window: figures, a message, pictures of the styles, the list of keys.
+"""The overlay of the live window: statistics, a message, style thumbnails, the list of keys.
 
 All sizes follow the height of the text, which follows the size of the window. What does not change from
 one frame to the next is drawn once and kept.
@@ -98,11 +98,11 @@ class Overlay:
             canvas.blit(pill, ((w - pill.get_width()) // 2, bottom - pill.get_height()))
 
     def thumbnail_at(self, x: int, y: int) -> int | None:
-        """Index of the style whose picture, as last drawn, is at this pixel; None beside them."""
+        """Index of the style whose picture, as last drawn, is at this pixel, or None."""
         return next((index for cell, index in self._cells if cell.collidepoint(x, y)), None)
 
     def _make_text(self, text: str, px: int, colour: Colour, room: int | None = None) -> pygame.Surface:
-        """One line of text ``px`` high, cut with an ellipsis where it is wider than ``room`` px."""
+        """One line of text ``px`` high, cut with an ellipsis if it is wider than ``room`` px."""
         # Rendered large and scaled down: at 16 px the font's own grid makes letters stand unevenly.
         font = self._font(pygame.font.get_default_font(), _FINER * px)
         shown = printable(text)
@@ -224,7 +224,7 @@ class Overlay:
         return card
 
     def _block(self, rows: Sequence[HelpLine], px: int) -> pygame.Surface:
-        """One column: the caps of the keys, and beside them what they do."""
+        """One column: the keys, each with its description."""
         step, above = round(1.85 * px), round(0.9 * px)
         caps = [self._caps(keys, px) for keys, _ in rows]
         column = max(cap.get_width() for cap in caps) + px

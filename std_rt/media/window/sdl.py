@@ -39,7 +39,7 @@ _lost: list[bool] = []
 
 
 def open_screen() -> None:
-    """Start SDL's video. Raises MediaError where there is no screen.
+    """Start SDL's video. Raises MediaError if there is no screen.
 
     Without a screen SDL falls back silently to a driver that draws to memory: that is refused unless
     ``SDL_VIDEODRIVER`` names it.
@@ -67,7 +67,7 @@ def open_screen() -> None:
         pygame.display.quit()
         raise _no_screen(f"{found} does not answer" if found else "the system gave none")
     if driver == "x11":
-        # Shared memory: 0.1 ms for 768 x 768 px. Through OpenGL it is 3 ms where that runs on the CPU.
+        # Shared memory: 0.1 ms for 768 x 768 px. Through OpenGL it is 3 ms if that runs on the CPU.
         os.environ.setdefault("SDL_FRAMEBUFFER_ACCELERATION", "0")
         _survive_lost_screen()
 
@@ -76,7 +76,7 @@ def _no_screen(found: str) -> MediaError:
     return MediaError(f"no screen to show a window on ({found}); use --no-window, or --record out.mp4")
 
 
-# X11: where the server ends or cuts the connection (xkill), or someone else destroys the window, Xlib calls
+# X11: if the server ends or cuts the connection (xkill), or someone else destroys the window, Xlib calls
 # exit() from wherever it is. None of Python's clean-up would run: a recording would not be finished. Since
 # version 1.7 Xlib lets a program replace these exits. What is left is a connection on which some calls of SDL
 # wait for an answer for ever, so from then on nothing may touch SDL.
@@ -119,7 +119,7 @@ def screen_is_lost() -> bool:
 def _survive_lost_screen() -> None:
     """Make the end of the X server something that :func:`screen_is_lost` reports, not the end of the process.
 
-    Does nothing where Xlib is older than 1.7.
+    Does nothing if Xlib is older than 1.7.
     """
     xlib = ctypes.CDLL("libX11.so.6")  # the copy that SDL has loaded
     if not hasattr(xlib, "XSetIOErrorExitHandler"):

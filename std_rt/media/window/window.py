@@ -1,4 +1,4 @@
-"""The live window: shows a picture, or input beside output, with figures over it; reports keys and files.
+"""The live window: shows a picture, or input next to output, with an overlay; reports keys and dropped files.
 
 Everything here must be called from the main thread: SDL (and macOS behind it) insists. On Windows, while
 the user drags or resizes the window, the system holds the main thread; the other threads go on.
@@ -68,7 +68,7 @@ class Window:
     ``title`` is shown by the system, ``size`` is (H, W) of the frames to come: the window opens with their
     aspect, enlarged. ``help_lines`` is the list of keys, shown while :attr:`help_shown` is set.
     :attr:`fullscreen` says whether it covers its whole screen.
-    Raises MediaError where there is no screen, RuntimeError outside the main thread.
+    Raises MediaError if there is no screen, RuntimeError outside the main thread.
     """
 
     def __init__(
@@ -105,9 +105,9 @@ class Window:
     ) -> None:
         """Draw ``frame`` (uint8 [H, W, 3] RGB) as large as the window allows, its aspect kept.
 
-        lines: figures at the top left; a tab separates a dim label from its value ("fps\\t29.8").
+        lines: statistics at the top left; a tab separates a dim label from its value ("fps\\t29.8").
         beside: the input, shown to the left of ``frame`` at equal height.
-        banner: a message at the bottom. recording: None, or the text beside the red dot ("0:12", "").
+        banner: a message at the bottom. recording: None, or the text next to the red dot ("0:12", "").
         thumbnails: a strip of the styles; a click on the third is the key "3".
         Does nothing once the window is closed or gone, which :meth:`events` reports.
         """
@@ -156,7 +156,7 @@ class Window:
                 self._make_room(self._pictures)
 
     def back(self) -> bool:
-        """Close the list of keys, else leave full screen; False where there was neither."""
+        """Close the list of keys, else leave full screen; False if there was neither."""
         if self.help_shown:
             self.help_shown = False
         elif self.fullscreen:
@@ -253,7 +253,7 @@ def _open_window(title: str, size: tuple[int, int], fullscreen: bool) -> pygame.
     open_screen()
     pygame.font.init()
     try:
-        # Of the screen's size from the start, it covers the screen even where no window manager runs.
+        # Of the screen's size from the start, it covers the screen even without a window manager.
         opens = pygame.display.get_desktop_sizes()[0] if fullscreen else _window_size([size])
         window = pygame.Window(
             title, opens, resizable=True, allow_high_dpi=True, fullscreen_desktop=fullscreen

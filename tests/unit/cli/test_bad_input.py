@@ -200,3 +200,12 @@ def test_a_failing_clip_leaves_nothing(stylize: Cli, tmp_path: Path, monkeypatch
     assert result.code == 2
     assert result.err.splitlines()[-1] == "error: the engine gave up"
     assert files_in(tmp_path) == {"clip.mp4", "art"}
+
+
+@pytest.mark.parametrize(
+    "flag", [("--size", 256), ("--steps", 2), ("--backend", "cpu"), ("--precision", "fp32")]
+)
+def test_a_bench_table_refuses_flags_it_would_ignore(cli: Cli, flag: tuple[object, ...]) -> None:
+    result = cli("bench", "--table", *flag)
+    assert result.code == 2
+    assert "--table measures" in result.err

@@ -71,7 +71,7 @@ def test_bundles_info_says_what_is_inside(cli: Cli, bundle: Path) -> None:
 
 
 def test_bundles_verify_finds_a_changed_byte(cli: Cli, own_bundle: Path) -> None:
-    assert "all as exported" in cli("bundles", "verify", own_bundle).out
+    assert "unchanged since export" in cli("bundles", "verify", own_bundle).out
     path = own_bundle / "conditioning.npz"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1

@@ -166,11 +166,11 @@ def test_what_does_not_fit_together_is_one_line(
     cases: list[tuple[tuple[object, ...], str]] = [
         (("--lora", loras[0]), "--lora needs --teacher"),
         (("--steps", 2, "--steps", 4), "one step count"),
-        (("--teacher", teacher, "--bundle", "x"), "two ways"),
+        (("--teacher", teacher, "--bundle", "x"), "mutually exclusive"),
         (("--teacher", teacher, "--size", "64x32"), "square"),
         (("--teacher", teacher, "--size", 72), "not a multiple of 16"),
         (("--teacher", teacher, "--size", 16), "too small"),
-        (("--teacher", teacher, "--schedule", "euler"), "aligned and diffusers"),
+        (("--teacher", teacher, "--schedule", "euler"), "aligned or diffusers"),
         (("--teacher", teacher, "--guidance", 0), "above 0"),
         (("--teacher", teacher, "--size", 64, "--steps", 40), "--steps 40 cannot be run"),
         (("--teacher", teacher, "--size", 64, "--steps", 51), "1..50"),

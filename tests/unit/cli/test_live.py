@@ -7,14 +7,18 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.cli_support import Cli, files_in, picture
+from support.live_support import ScriptedSource
 from support.media_samples import ClipSpec, frame_times, make_clip
 
 from std_rt.live.metrics import SCHEMA
+from std_rt.media.camera import camera as camera_module
 
 CONTRACT = {
     "schema",
@@ -65,6 +69,23 @@ def test_the_last_line_is_the_contract(live: Cli) -> None:
     assert report["frames"] + report["drops"] == report["captured"]
     assert report["captured"] + late == FRAMES
     assert report["settings"]["source"] == "clip.mp4"
+
+
+def test_any_camera_source_takes_camera_flags(live: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    source = ScriptedSource(time.perf_counter, *[np.zeros((48, 64, 3), np.uint8)] * 3)
+    source.end()
+
+    def open_source(spec: str, **wishes: Any) -> ScriptedSource:
+        asked.update(wishes, spec=spec)
+        return source
+
+    monkeypatch.setattr(camera_module, "open_source", open_source)
+    result = live("--camera", "mine", "--camera-size", "640x480", "--camera-fps", 60)
+    assert result.code == 0, result.err
+    assert asked == {"spec": "mine", "size": (480, 640), "fps": 60.0, "loop": True}
+    assert report_of(result.out)["settings"]["source"] == "script"
+    assert source.closed
 
 
 def test_it_records_what_it_shows_and_streams_figures(live: Cli, tmp_path: Path) -> None:

@@ -21,11 +21,11 @@ from support.media_samples import ClipSpec, make_clip, moving_bar, rgb_frames
 
 from std_rt.core.errors import MediaError
 from std_rt.media.camera import camera as camera_module
-from std_rt.media.camera import clip_camera
 from std_rt.media.camera import device as camera_device
+from std_rt.media.camera import file_camera
 from std_rt.media.camera.camera import Camera, open_source, to_frame
-from std_rt.media.camera.clip_camera import FileCamera, PlaybackFrame
 from std_rt.media.camera.device import CvDevice, Properties, list_cameras
+from std_rt.media.camera.file_camera import FileCamera, PlaybackFrame
 from std_rt.media.camera.frame_source import Captured, Pause, Source, after
 
 LINUX = sys.platform == "linux"
@@ -160,9 +160,9 @@ def test_a_stall_shows_in_status_and_does_not_hold_up_close() -> None:
     rig.clock.t += 0.9
     assert rig.camera.status == ""
     rig.clock.t += 0.2
-    assert rig.camera.status == "camera 0 has given no frame for 1 s"
+    assert rig.camera.status == "camera 0 has sent no frame for 1 s"
     rig.clock.t += 5
-    assert rig.camera.status == "camera 0 has given no frame for 6 s"
+    assert rig.camera.status == "camera 0 has sent no frame for 6 s"
     rig.camera.close()  # comes back although the device's read does not
     assert rig.camera._frames._thread.is_alive()
     assert rig.camera._frames._thread.daemon
@@ -181,7 +181,7 @@ def test_a_lost_camera_is_looked_for_with_growing_pauses_and_found(rig: Rig) -> 
     assert rig.read().index == 0
     rig.device.unplug()
     eventually(lambda: rig.device.tries > 8)
-    assert rig.camera.status == "camera 0 lost, looking for it"
+    assert rig.camera.status == "camera 0 lost; reconnecting"
     rig.device.plug_in()
     assert rig.give(numbered(3)).index == 1
     assert rig.camera.status == ""
@@ -267,7 +267,7 @@ def test_black_frames_are_passed_on_and_told_after_two_seconds(rig: Rig) -> None
         assert rig.give(black, wait_s).frame.max() < 8
     assert rig.camera.status == ""
     rig.give(black, 0.11)
-    assert rig.camera.status == "camera 0 gives black frames; is the lens covered?"
+    assert rig.camera.status == "camera 0 is sending black frames; is the lens covered?"
     rig.give(GREY)
     assert rig.camera.status == ""
     assert rig.camera.faults == {"black": 4}
@@ -314,7 +314,7 @@ class Silent(FakeDevice):
 @pytest.mark.parametrize("raw", [None, np.zeros((48, 64), np.uint16)], ids=["nothing", "nonsense"])
 def test_a_camera_that_gives_no_usable_frame_is_refused(raw: object) -> None:
     clock, device = Clock(), Silent(raw)
-    with pytest.raises(MediaError, match=r"^camera 0 opens but gives no frames; close other programs"):
+    with pytest.raises(MediaError, match=r"^camera 0 opens but sends no frames; close other programs"):
         Camera("camera 0", device, now=clock.now, sleep=clock.sleep)
     assert not device.is_open
 
@@ -387,8 +387,8 @@ def test_files_that_are_no_source(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello", encoding="utf-8")
     (tmp_path / "cut.mp4").write_bytes(make_clip(tmp_path / "whole.mp4").read_bytes()[:900])
     for name, line in (
-        ("notes.txt", "not a picture or video"),
-        ("cut.mp4", "not a video"),
+        ("notes.txt", "cannot be read as a picture or video"),
+        ("cut.mp4", "cannot be read as a video"),
         (".", "is a folder"),
     ):
         with pytest.raises(MediaError, match=line):
@@ -397,7 +397,7 @@ def test_files_that_are_no_source(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("size", "fps"), [((0, 64), None), (None, 0.0), (None, float("nan"))])
 def test_wishes_that_no_camera_can_meet(size: Any, fps: Any) -> None:
-    with pytest.raises(MediaError, match="a camera cannot give"):
+    with pytest.raises(MediaError, match=r"camera (size|rate) must be"):
         open_source("0", size=size, fps=fps)
 
 
@@ -620,6 +620,20 @@ def test_frames_are_those_of_the_file(tmp_path: Path) -> None:
     source.close()
 
 
+def test_the_first_frame_of_a_file_starts_no_playback(tmp_path: Path) -> None:
+    clock = Clock()
+    source = open_source(str(make_clip(tmp_path / "clip.mp4")), loop=False, now=clock.now, sleep=clock.sleep)
+    first = source.first_frame()
+    assert first is not None
+    first_copy = first.copy()
+    first[:] = 0  # the caller's own
+    clock.t += 5  # engines open meanwhile
+    frames = played(source, 12)
+    np.testing.assert_array_equal(frames[0].frame, first_copy)
+    assert (frames[0].at_s, source.faults, source.is_camera) == (clock.t - 11 * 0.04, {}, False)
+    source.close()
+
+
 def test_a_clip_that_does_not_loop_ends(tmp_path: Path) -> None:
     clock = Clock()
     source = open_source(str(make_clip(tmp_path / "clip.mp4")), loop=False, now=clock.now, sleep=clock.sleep)
@@ -662,7 +676,7 @@ def test_a_file_that_goes_away_is_looked_for_and_found(tmp_path: Path) -> None:
     clip.write_bytes(b"")
     reader = threading.Thread(target=lambda: [source.read() for _ in range(40)])
     reader.start()
-    eventually(lambda: source.status == "clip.mp4 lost, looking for it")
+    eventually(lambda: source.status == "clip.mp4 lost; reconnecting")
     eventually(lambda: [wait for wait in clock.slept if wait > 0.1][:5] == [0.2, 0.4, 0.8, 1.6, 2.0])
     clip.write_bytes(whole)
     reader.join(10)
@@ -742,8 +756,8 @@ def test_a_reader_that_paused_goes_on_at_once_and_in_step() -> None:
 def test_behind_time_frames_that_no_other_needs_are_left_out(tmp_path: Path) -> None:
     options = {"crf": "20", "preset": "medium", "x264-params": "bframes=3:b-adapt=0:scenecut=0"}
     clip = make_clip(tmp_path / "b.mp4", ClipSpec(pts=tuple(range(0, 60 * 512, 512)), options=options))
-    on_time = list(clip_camera._play_clip(clip, lambda: False))
-    behind = list(clip_camera._play_clip(clip, lambda: True))
+    on_time = list(file_camera._play_clip(clip, lambda: False))
+    behind = list(file_camera._play_clip(clip, lambda: True))
     assert len(on_time) == 60
     assert 10 < len(behind) < 45
     assert sum(frame.skipped for frame in on_time) == 0
@@ -756,7 +770,7 @@ def test_behind_time_frames_that_no_other_needs_are_left_out(tmp_path: Path) -> 
 def test_absurd_times_hold_nothing_up(tmp_path: Path) -> None:
     hours = 3600 * 12_800
     clip = make_clip(tmp_path / "jump.mkv", ClipSpec(pts=(0, 512, 26 * hours, 26 * hours + 512)))
-    at_s = [frame.at_s for frame in clip_camera._play_clip(clip, lambda: False)]
+    at_s = [frame.at_s for frame in file_camera._play_clip(clip, lambda: False)]
     assert at_s == pytest.approx([0, 0.04, 10.04, 10.08], abs=2e-3)
 
 
@@ -795,7 +809,7 @@ def test_transparent_pictures_lie_on_white_and_huge_ones_are_scaled(
     rgba = np.zeros((40, 80, 4), np.uint8)
     rgba[:, 40:] = (200, 0, 0, 255)
     Image.fromarray(rgba).save(tmp_path / "a.png")
-    monkeypatch.setattr(clip_camera, "_CAMERA_PX", 20 * 40)
+    monkeypatch.setattr(file_camera, "_CAMERA_PX", 20 * 40)
     source = open_source(str(tmp_path / "a.png"), fps=10, loop=False)
     [captured] = played(source, 1)
     assert captured.frame.shape == (20, 40, 3)

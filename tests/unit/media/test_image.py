@@ -181,8 +181,8 @@ def test_things_that_are_no_picture(tmp_path: Path) -> None:
     (tmp_path / "text.tga").write_text("not a picture, only text", encoding="utf-8")
     (tmp_path / "folder.png").mkdir()
     assert "empty" in _one_line(tmp_path / "empty.png")
-    assert "not a picture" in _one_line(tmp_path / "text.png")
-    assert "not a picture" in _one_line(tmp_path / "text.tga")
+    assert "cannot be read as a picture" in _one_line(tmp_path / "text.png")
+    assert "cannot be read as a picture" in _one_line(tmp_path / "text.tga")
     assert "folder" in _one_line(tmp_path / "folder.png")
     assert "does not exist" in _one_line(tmp_path / "missing.png")
 

@@ -257,7 +257,7 @@ def test_where_there_is_no_room_for_it_the_fragments_stay(
     else:
         monkeypatch.setattr(record, "_copy_plain", _disk_full)
     recording = record_frames(tmp_path / "out.mp4", steady(60))
-    assert "out.mp4 is whole but stays in fragments" in recording.problem
+    assert "out.mp4 is complete but still fragmented" in recording.problem
     assert "\n" not in recording.problem
     assert len(frame_times(recording.path)) == recording.frames == 60
     assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]

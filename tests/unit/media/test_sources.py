@@ -85,7 +85,7 @@ def test_damaged_files_are_what_they_are_called(tmp_path: Path) -> None:
         (tmp_path / name).write_text("text " * 100, encoding="utf-8")
     assert media_kind(tmp_path / "a.png") == "picture"
     assert media_kind(tmp_path / "a.mp4") == "video"
-    with pytest.raises(MediaError, match="not a picture or video"):
+    with pytest.raises(MediaError, match="cannot be read as a picture or video"):
         media_kind(tmp_path / "a.txt")
 
 

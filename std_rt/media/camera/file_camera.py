@@ -1,8 +1,8 @@
-"""A file that stands in for a camera: its frames at their own times, again and again.
+"""A player that makes a file look like a camera: in real time, looping.
 
-A thread decodes a few frames ahead, which hides the start of each pass. Where the machine cannot decode as
-fast as the clip plays, frames that no other frame needs are skipped; if even that is too slow, the clip's
-clock is moved, so that it plays on from the present instead of falling ever further behind.
+A thread decodes a few frames ahead, which hides the start of each pass. If the machine cannot decode as fast
+as the clip plays, frames that no other frame needs are skipped; if even that is too slow, the clip's clock is
+moved forward, so that it never falls further behind.
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ from std_rt.media.video.clip import nothing_decoded, open_clip, probe
 __all__ = ["FileCamera", "Play", "PlaybackFrame", "clip_playback", "still_playback"]
 
 _AHEAD = 3  # frames
-_BEHIND_S = 0.1  # from here on, frames that no other needs are not decoded
-_MOVE_S = 0.5  # from here on, the clock is moved
-_LONGEST_S = 10.0  # between frames: longer is a broken time, or as good as no camera
+_BEHIND_S = 0.1  # beyond this, frames that no other frame needs are not decoded
+_MOVE_S = 0.5  # beyond this, the clock is moved
+_LONGEST_S = 10.0  # between frames: a longer gap is a broken timestamp, or useless as a camera
 _SHORTEST_S = 0.001
-_REOPEN_S, _REOPEN_MAX_S = 0.2, 2.0
 _CAMERA_PX = 3840 * 2160
 
 
@@ -50,7 +49,7 @@ class PlaybackFrame:
 
 
 Play = Callable[[Callable[[], bool]], Generator[PlaybackFrame, None, None]]
-"""Yields the frames of one pass; calls its argument to ask whether it is behind, and may then skip some."""
+"""Yields the frames of one pass; its argument tells whether it is behind, and it may then skip some."""
 
 
 class FileCamera:
@@ -58,6 +57,8 @@ class FileCamera:
 
     name: the file's name. fps: nominal frames/s or None.
     """
+
+    is_camera = False
 
     def __init__(
         self,
@@ -85,15 +86,20 @@ class FileCamera:
 
     @property
     def status(self) -> str:
-        """Empty unless the file has gone while it was played."""
+        """Empty unless the file disappeared during playback."""
         is_over = self._pause.is_over or self._frames.over
-        return f"{self.name} lost, looking for it" if self._is_lost and not is_over else ""
+        return f"{self.name} lost; reconnecting" if self._is_lost and not is_over else ""
 
     @property
     def faults(self) -> dict[str, int]:
         """How often: late (frames skipped to stay in the present), lost (the file was gone)."""
         counts = {"late": self._late, "lost": self._losses}
         return {fault: count for fault, count in counts.items() if count}
+
+    def first_frame(self) -> Frame | None:
+        """A copy of the first frame, which ``read()`` will return as usual."""
+        self._next = self._next or next(self._frames, None)
+        return None if self._next is None else self._next.frame.copy()
 
     def read(self) -> Captured | None:
         """Wait until the next frame is due. None: closed, or the end without ``loop``."""
@@ -133,7 +139,7 @@ class FileCamera:
 
     def _decode(self) -> Iterator[PlaybackFrame]:
         """Pass after pass, in the decoding thread."""
-        start_s, wait_s = 0.0, _REOPEN_S
+        start_s = 0.0
         while not self._pause.is_over:
             end_s = start_s
             try:
@@ -143,19 +149,17 @@ class FileCamera:
                         at_s = start_s + item.at_s
                         end_s = max(end_s, at_s + max(item.lasts_s, _SHORTEST_S))
                         yield replace(item, at_s=at_s, ready_s=self._now())
-                wait_s = _REOPEN_S
             except (MediaError, av.FFmpegError):
-                self._losses += not self._is_lost
-                self._is_lost = True
-                self._pause.wait(wait_s)
-                wait_s = min(2 * wait_s, _REOPEN_MAX_S)
+                newly_lost, self._is_lost = not self._is_lost, True
+                self._losses += newly_lost
+                self._pause.before_retry(first=newly_lost)
             if not self._loop:
                 return
             start_s = end_s
 
 
 def clip_playback(path: Path) -> tuple[float | None, Play]:
-    """Frames/s (None where unknown) and the passes of a clip, upright.
+    """Frames/s (None if unknown) and the passes of a clip, upright.
 
     Raises MediaError if it is not a video or cannot be decoded.
     """
@@ -182,7 +186,7 @@ def _play_clip(path: Path, is_behind: Callable[[], bool]) -> Generator[PlaybackF
 
 
 def still_playback(path: Path, fps: float) -> tuple[float, Play]:
-    """``fps`` and the passes of a picture, a frame each; transparent parts are white.
+    """``fps`` and the passes of a picture, one frame each; transparent parts are white.
 
     A picture larger than 4K is scaled down to it. Raises MediaError if it cannot be read.
     """
