@@ -79,7 +79,7 @@ def read_candidate(path: Path, base: Base) -> Candidate:
         return _from_notes(path, tensors, notes)
     except (ValueError, TypeError, KeyError) as error:
         raise UsageError(
-            f"--lora {path} has damaged notes ({error}); save it again with std-rt train"
+            f"--lora {path} has invalid metadata ({error}); save it again with std-rt train"
         ) from None
 
 

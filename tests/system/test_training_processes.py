@@ -193,7 +193,7 @@ def test_a_write_that_really_fails_leaves_the_last_good_checkpoint(tmp_path: Pat
         [sys.executable, "-c", LIMITED, str(path)], capture_output=True, text=True, check=True, timeout=60
     )
     assert "could not be written" in done.stdout
-    assert f"the last good one, {path}, stands" in done.stdout
+    assert f"the previous checkpoint, {path}, is intact" in done.stdout
     tensors, meta = load_state(path)
     assert meta == {"step": 1}
     assert torch.equal(tensors["value"], torch.ones(10))

@@ -30,7 +30,7 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class States(Rows):
-    """States on trajectories, one row a sample; latents fp32 ``[B, C, h, w]``."""
+    """States on trajectories, one row per sample; latents fp32 ``[B, C, h, w]``."""
 
     z: Tensor  # the item's own real latents
     x: Tensor  # the state at ``index``

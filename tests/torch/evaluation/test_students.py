@@ -310,9 +310,9 @@ def test_more_steps_than_grid_points_are_refused(base: Base, scene: Scene) -> No
 
 def _broken(base: Base, tmp_path: Path) -> Iterator[tuple[Path, str]]:
     yield _lora(base, tmp_path / "a" / "l.safetensors", base_digest="0" * 64), "another base"
-    yield _lora(base, tmp_path / "b" / "l.safetensors", tau="740"), "damaged notes"
-    yield _lora(base, tmp_path / "c" / "l.safetensors", method="magic"), "damaged notes"
-    yield _lora(base, tmp_path / "d" / "l.safetensors", guidance="[1"), "damaged notes"
+    yield _lora(base, tmp_path / "b" / "l.safetensors", tau="740"), "invalid metadata"
+    yield _lora(base, tmp_path / "c" / "l.safetensors", method="magic"), "invalid metadata"
+    yield _lora(base, tmp_path / "d" / "l.safetensors", guidance="[1"), "invalid metadata"
     yield write_lora(tmp_path / "plain.safetensors", base.unet), "does not note its method, eta, tau"
     save_file({"unet.conv_in.weight": torch.zeros(1)}, tmp_path / "weights.safetensors", NOTES)
     yield tmp_path / "weights.safetensors", "holds no LoRA"

@@ -1,4 +1,4 @@
-"""Two pipelines on disk and the bundles exported from them: the slow part, done once a run."""
+"""Two pipelines on disk and the bundles exported from them: the slow part, done once per run."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def _few_threads() -> None:
 
 @pytest.fixture(scope="session")
 def clip_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SDXL in miniature."""
-    return write_clip_pipeline(tmp_path_factory.mktemp("clip") / "mini-xl")
+    """SDXL in miniature, with one layer per block."""
+    return write_clip_pipeline(tmp_path_factory.mktemp("clip") / "mini-xl", layers_per_block=1)
 
 
 @pytest.fixture(scope="session")
 def own_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """std-tiny in miniature."""
-    return write_own_pipeline(tmp_path_factory.mktemp("own") / "mini-tiny")
+    """std-tiny in miniature, with one level."""
+    return write_own_pipeline(tmp_path_factory.mktemp("own") / "mini-tiny", levels=1)
 
 
 @pytest.fixture(scope="session")

@@ -124,7 +124,12 @@ def stylized(bundle: Bundle, noise: np.ndarray) -> Frame:
 
 
 @pytest.mark.parametrize(
-    ("compute", "floor_db"), [("fp32", 60), ("fp16", 35), pytest.param("bf16", 28, marks=pytest.mark.long)]
+    ("compute", "floor_db"),
+    [
+        ("fp32", 60),
+        pytest.param("fp16", 35, marks=pytest.mark.long),
+        pytest.param("bf16", 28, marks=pytest.mark.long),
+    ],
 )
 def test_a_bundle_paints_what_diffusers_paints(
     compute: str,

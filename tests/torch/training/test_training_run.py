@@ -92,7 +92,7 @@ def test_on_a_full_disk_the_last_checkpoint_stands(
 
     with monkeypatch.context() as patch:
         patch.setattr("std_rt.training.run.checkpoint.save_file", full)
-        with pytest.raises(RecipeError, match=r"^[^\n]*000002, stands[^\n]*$"):
+        with pytest.raises(RecipeError, match=r"^[^\n]*000002, is intact[^\n]*$"):
             _train(config)
     assert {k: v for k, v in _files(tmp_path / "run").items() if k != "log.jsonl"} == {
         k: v for k, v in before.items() if k != "log.jsonl"
