@@ -52,7 +52,8 @@ def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     half = value.to(dtype)
     if not torch.isfinite(half).all():
         raise ExportError(
-            f"weight {name} is {value.abs().max():.0f}, which exceeds the fp16 range; use --precision bf16 or fp32"
+            f"weight {name} is {value.abs().max():.0f}, which exceeds the fp16 range; "
+            "use --precision bf16 or fp32"
         )
     return half
 
@@ -79,7 +80,8 @@ def within_range(module: nn.Module, compute: str, title: str) -> Iterator[None]:
             hook.remove()
     if not peak <= torch.finfo(torch.float16).max:
         raise ExportError(
-            f"values in the {title} reach {peak:.0f}, exceed fp16's maximum of 65504 and would produce black pictures; "
+            f"values in the {title} reach {peak:.0f}, exceed fp16's maximum of 65504 and would produce "
+            "black pictures; "
             + ("use --vae fp16-fix, or --precision bf16" if title == "vae" else "use --precision bf16")
         )
 

@@ -105,8 +105,8 @@ def _kept(layers: Mapping[str, tuple[str, str]], keep: Sequence[str]) -> dict[st
 def _steady_layers(model: onnx.ModelProto) -> list[str]:
     """Layers that follow from the style, the text and the time alone, and those that take such values in.
 
-    The former run once per style (`std_rt.engines.openvino.graph`), so int8 saves nothing there; and the values
-    of a style that calibration has not seen lie outside the ranges that it found.
+    The former run once per style (`std_rt.engines.openvino.graph`), so int8 saves nothing there; and the
+    values of a style that calibration has not seen lie outside the ranges that it found.
     """
     steady = {port.name for port in model.graph.input if port.name in STEADY_INPUTS}
     fixed = {tensor.name for tensor in model.graph.initializer} | {""}

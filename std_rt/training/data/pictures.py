@@ -177,7 +177,7 @@ class _Indexing:
             self.broken[name] = _reason(error)
 
     def read_metadata(self, path: Path) -> None:
-        """Captions of an imagefolder: one JSON object per line, ``file_name`` relative to the file's folder."""
+        """Captions of an imagefolder: one JSON object per line, ``file_name`` relative to its folder."""
         name = self._name(path)
         with self._noting(name):
             for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):

@@ -1,7 +1,7 @@
 """Log, progress, TensorBoard and curves of a run, and where its time goes.
 
-``log.jsonl`` holds computed values only, no timing, so that equal runs have equal logs, byte for byte, however
-often one was killed; timings are in ``timing.jsonl``.
+``log.jsonl`` holds computed values only, no timing, so that equal runs have equal logs, byte for byte,
+however often one was killed; timings are in ``timing.jsonl``.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from support.once import made_once
 from support.pipelines import write_clip_pipeline, write_lora, write_own_pipeline
 
 from std_rt.core.bundle import Bundle, load_bundle
-from std_rt.export import export_pipeline
+from std_rt.export.build import export_pipeline
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,8 +16,8 @@ from std_rt import Stylizer
 from std_rt.core.bundle import Bundle, load_bundle, verify_bundle
 from std_rt.core.schedule import NoiseSchedule, trajectory_timesteps
 from std_rt.engines import Engine, GraphSpec, open_engine
-from std_rt.export import load_torch_components
 from std_rt.export.parity import psnr_db
+from std_rt.export.restore import load_torch_components
 
 Arrays = dict[str, np.ndarray]
 BUNDLES = ("clip_bundle", "own_bundle")

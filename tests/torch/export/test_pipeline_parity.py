@@ -21,7 +21,7 @@ from transformers import CLIPImageProcessor
 
 from std_rt import Stylizer
 from std_rt.core.bundle import Bundle
-from std_rt.export import export_pipeline
+from std_rt.export.build import export_pipeline
 from std_rt.pipeline.stylizer import State
 
 Frame = np.ndarray

@@ -111,7 +111,7 @@ def test_sizes_stay_open(own_bundle: Bundle, int8_bundle: Bundle) -> None:
 
 
 def test_whatever_is_rounded_depends_on_the_picture(int8_bundle: Bundle) -> None:
-    """Found by running the graph: with style, text and time held, another sample changes every rounded value."""
+    """With style, text and time held, another sample changes every rounded value."""
     onnxruntime = pytest.importorskip("onnxruntime")
     model = onnx.load(int8_bundle.graph_path("unet"))
     rounded = {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
