@@ -120,11 +120,6 @@ class Run:
     def _open_folder(self) -> None:
         if (self.checkpoints / "newest").exists():
             check_same_run(self.config, self.folder)
-        elif (self.folder / "checkpoint.safetensors").exists():
-            raise RecipeError(
-                f"{self.folder} holds a checkpoint of an older std-rt, which this version cannot continue; "
-                "choose another output or delete the folder"
-            )
         if not self.accelerator.is_main_process:
             return
         with whole_file(self.folder / "recipe.json") as partial:
