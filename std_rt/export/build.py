@@ -117,7 +117,7 @@ class Build:
         self._source = read_source(options)
         self._parts = TextParts(options.source, options.prompt, options.negative)
         if options.prompts == "encoder" and not self._parts.roles:
-            raise ExportError(f"{options.source} has no text encoders; leave --prompts encoder out")
+            raise ExportError(f"{options.source} has no text encoders; omit --prompts encoder")
         self._size = options.working_size(self._source.parameters)
         self._multiple = _check_size(self._size, self._source)
         self._compute = options.compute(self._source.parameters)

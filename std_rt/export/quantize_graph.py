@@ -159,7 +159,9 @@ def _quantize(
             )
         except (nncf.NNCFError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise ExportError(f"NNCF cannot quantize graph '{name}': {reason}; leave int8 out") from error
+            raise ExportError(
+                f"NNCF cannot quantize graph '{name}': {reason}; use another --precision"
+            ) from error
 
 
 def _write(proto: onnx.ModelProto, graph: Path, weights: Path, *, half: bool) -> None:

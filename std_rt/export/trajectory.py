@@ -168,7 +168,7 @@ def _trained(options: ExportOptions, profile: Profile | None, trained: Sequence[
     note = trained[-1]
     assert note.eta is not None
     if profile is not None:
-        raise ExportError(f"LoRA {note.path} notes its own schedule (eta {note.eta:g}); omit --profile")
+        raise ExportError(f"LoRA {note.path} records its own schedule (eta {note.eta:g}); omit --profile")
     for other in trained:
         if (other.eta, other.tau, other.gamma) != (note.eta, note.tau, note.gamma):
             raise ExportError(

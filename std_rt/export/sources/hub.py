@@ -371,9 +371,7 @@ def _transfer(url: str, partial: Path, file: HubFile, size: int | None, say: Say
 def _check_digest(partial: Path, file: HubFile) -> None:
     if file.sha256 is not None and file_digest(partial) != file.sha256:
         partial.unlink()
-        raise ExportError(
-            f"{file.name} arrived damaged (its sha256 is not the hub's); run the same command again"
-        )
+        raise ExportError(f"{file.name} is damaged (its sha256 is not the hub's); run the same command again")
 
 
 class _NoBar(HubBar):

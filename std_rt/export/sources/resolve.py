@@ -145,7 +145,7 @@ def _published_file(profile: str, eta: float | None) -> str:
     found = find_profile(profile)
     if found.fixed and eta is not None and eta != found.eta:
         raise ExportError(
-            f"--eta {eta:g} does not go with --profile {profile}, which is for {found.eta:g}; leave one out"
+            f"--eta {eta:g} does not go with --profile {profile}, which is for {found.eta:g}; omit one of them"
         )
     return found.file.replace(": ", ":")
 
@@ -221,7 +221,7 @@ class _Resolver:
         if ref is None:
             raise ExportError(
                 f"{text} is neither a folder or file here nor a hub id (owner/name); "
-                "give one of these, or leave BASE out for the published SDXL recipe"
+                "give one of these, or omit BASE for the published SDXL recipe"
             )
         return self._hub_pipeline(ref), None
 
@@ -245,7 +245,7 @@ class _Resolver:
         # Before gigabytes are fetched: SDXL pipelines have a second text encoder, or none as ours do.
         if "StableDiffusionXL" not in str(index.get("_class_name")):
             raise ExportError(
-                f"{ref} is a {index.get('_class_name')}; std-rt exports StableDiffusionXLPipeline and its kin"
+                f"{ref} is a {index.get('_class_name')}; std-rt exports StableDiffusionXL pipelines"
             )
         asked = self.asked
         replaced = {"vae": asked.vae, "image_encoder": asked.image_encoder or asked.ip_adapter}

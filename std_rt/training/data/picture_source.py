@@ -174,7 +174,7 @@ class PictureSource:
             self.broken[name] = reason
             self._named += 1
             if self._named <= 5:
-                _LOG.warning("%s is broken (%s); another one takes its place", name, reason)
+                _LOG.warning("%s is broken (%s); using another picture", name, reason)
 
     # --- one sample, in any thread -------------------------------------------------------------------
 

@@ -260,7 +260,7 @@ def load_base(source: str | Path) -> Base:
             f"base = {str(source)!r} cannot be loaded ({reason}); give a pipeline folder"
         ) from None
     if base.unet.config.addition_embed_type != "text_time":
-        raise RecipeError(f"base = {str(source)!r} is not of SDXL's kind (no text_time embedding)")
+        raise RecipeError(f"base = {str(source)!r} is not an SDXL UNet (it has no text_time embedding)")
     base.digest, base.licence = _digest(base.unet), licence(folder)
     for part in (base.unet, base.vae, base.style_encoder):
         if part is not None:

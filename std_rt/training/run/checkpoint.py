@@ -67,7 +67,7 @@ def whole_file(path: Path, standing: str = STANDING) -> Iterator[Path]:
             room = f" ({shutil.disk_usage(path.parent).free / 2**20:.0f} MB free)"
         raise RecipeError(
             f"{path} could not be written: {_one_line(error)}; the disk may be full or not writable{room}, "
-            f"{standing}: free some room and run the same command again to continue"
+            f"{standing}; free some room and run the same command again to continue"
         ) from None
 
 

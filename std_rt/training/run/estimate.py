@@ -179,7 +179,7 @@ def _build_unet(config: dict[str, Any], style_tokens: int) -> Network:
         reason = " ".join(str(error).split())[:200]
         raise RecipeError(f"the base's unet/config.json does not describe a UNet: {reason}") from None
     if unet.config.addition_embed_type != "text_time":
-        raise RecipeError("the base's UNet is not of SDXL's kind (no text_time embedding)")
+        raise RecipeError("the base's UNet is not an SDXL UNet (it has no text_time embedding)")
     return unet
 
 

@@ -63,7 +63,7 @@ def _append(path: Path, step: int, values: Values) -> None:
 def _unwritten(path: Path, error: OSError) -> RecipeError:
     return RecipeError(
         f"{path} could not be written ({error.strerror or error}): the disk may be full; the last "
-        "checkpoint is intact: free some room and run the same command again"
+        "checkpoint is intact; free some room and run the same command again"
     )
 
 

@@ -130,7 +130,7 @@ class Run:
     def steps(self, rate: Callable[[int], float], stop_after: int | None = None) -> Iterator[int]:
         """Step numbers still to do, each with the learning rate ``rate(step)`` set; logs every so often.
 
-        ``stop_after`` ends after that many steps with the last due checkpoint standing, as a kill would.
+        ``stop_after`` ends after that many steps with the last due checkpoint in place, as a kill would.
         """
         self.end = min(self.config.steps, stop_after or self.config.steps)
         try:

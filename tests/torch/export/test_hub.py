@@ -257,7 +257,7 @@ def test_an_interrupted_transfer_is_kept(hub: FakeHub, monkeypatch: pytest.Monke
 def test_a_damaged_file_gets_no_name(hub: FakeHub) -> None:
     name = "vae/diffusion_pytorch_model.safetensors"
     hub.corrupt = name
-    with pytest.raises(ExportError, match=rf"{name} arrived damaged .*sha256"):
+    with pytest.raises(ExportError, match=rf"{name} is damaged .*sha256"):
         everything(hub, (name,))
     assert not [path for path in Path(constants.HF_HUB_CACHE).rglob("blobs/*") if path.is_file()]
     hub.corrupt = ""

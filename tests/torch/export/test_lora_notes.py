@@ -101,7 +101,7 @@ def test_the_schedule_is_read_from_the_notes(options: Any) -> None:
     [
         ({"eta": 0.65}, [notes()], r"--eta 0\.65 conflicts with LoRA 0.* for eta 0\.75; omit --eta"),
         ({"tau": 759}, [notes()], r"--tau 759 conflicts with LoRA 0.* for tau 739; omit --tau"),
-        ({"profile": "tcd"}, [notes()], r"LoRA 0\.safetensors notes its own schedule .*omit --profile"),
+        ({"profile": "tcd"}, [notes()], r"LoRA 0\.safetensors records its own schedule .*omit --profile"),
         (
             {},
             [notes(), notes(eta="0.5", tau="479", timesteps="{}")],

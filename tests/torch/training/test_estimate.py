@@ -183,7 +183,7 @@ def test_a_recipe_that_does_not_fit_is_one_line(clip: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "changes", "match"),
     [
-        ("unet", {"addition_embed_type": None}, "not of SDXL's kind"),
+        ("unet", {"addition_embed_type": None}, "not an SDXL UNet"),
         ("unet", {"down_block_types": ["NoSuchBlock"] * 2}, r"unet/config\.json does not describe"),
         ("vae", {"_class_name": "NoSuchAutoencoder"}, "names NoSuchAutoencoder"),
     ],
