@@ -56,6 +56,7 @@ train_distil(load_run_recipe(Path(sys.argv[1])))
 """
 
 
+@pytest.mark.long  # resuming itself: tests/torch/training/test_distil.py
 def test_killed_at_random_moments_and_resumed_it_ends_as_if_unbroken(
     config: DistilConfig, tmp_path: Path
 ) -> None:

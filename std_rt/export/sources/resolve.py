@@ -145,7 +145,7 @@ def _published_file(profile: str, eta: float | None) -> str:
     found = find_profile(profile)
     if found.fixed and eta is not None and eta != found.eta:
         raise ExportError(
-            f"--eta {eta:g} does not go with --profile {profile}, which is for {found.eta:g}; omit one of them"
+            f"--eta {eta:g} conflicts with --profile {profile}, which is for {found.eta:g}; omit one of them"
         )
     return found.file.replace(": ", ":")
 
