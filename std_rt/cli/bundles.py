@@ -110,7 +110,7 @@ def unpack(
     require("std-rt bundles unpack", "export", "torch", "diffusers", "safetensors")
     from std_rt.core.bundle import load_bundle
     from std_rt.core.schedule import NoiseSchedule
-    from std_rt.export import load_torch_components
+    from std_rt.export.restore import load_torch_components
     from std_rt.models.style_encoder import StyleEncoder
     from std_rt.training.tiny.pipeline import TinyPipeline, save_tiny
 

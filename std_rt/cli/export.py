@@ -201,7 +201,7 @@ def _export(
     folder: Path, output: Path, options: dict[str, Any], pictures: list[Any], progress: Callable[[str], None]
 ) -> Bundle:
     """Write the bundle; int8 is made from a whole fp32 bundle, which is deleted afterwards."""
-    from std_rt.export import export_pipeline
+    from std_rt.export.build import export_pipeline
 
     if options["precision"] != "int8":
         return export_pipeline(folder, output, progress=progress, **options)

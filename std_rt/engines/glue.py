@@ -2,7 +2,7 @@
 
 No model has them: a change of format, rows joined and split, and linear combinations, which is all that a
 sampler's step is. Backends that keep a frame on their device run each as an ONNX file with the same ports
-(`glue_path`). `std_rt.export.glue` writes those files; tests hold them against the NumPy functions.
+(`glue_path`). `tools/make_glue.py` writes those files; tests hold them against the NumPy functions.
 """
 
 from __future__ import annotations

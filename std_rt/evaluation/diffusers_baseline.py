@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from std_rt.core.bundle import Bundle
-from std_rt.export import load_torch_components
 from std_rt.export.modules import VaeDecoder, VaeEncoder
+from std_rt.export.restore import load_torch_components
 from std_rt.pipeline.conditioning import (
     StyleEncoder,
     choose_guidance,

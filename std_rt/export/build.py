@@ -1,4 +1,4 @@
-"""Export, end to end: read, fuse, trace, write, compare, and only then give the bundle its name."""
+"""The export from start to end: read, fuse, trace, write, compare, then name the bundle."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from std_rt.export.graphs import (
 from std_rt.export.ip_adapter import Branches, attach_diffusers, detach_diffusers
 from std_rt.export.lora import read_metadata, source_digest
 from std_rt.export.modules import ClipStyleEncoder, prepare_attention
-from std_rt.export.options import ExportOptions
+from std_rt.export.options import LARGE, ExportOptions
 from std_rt.export.parity import check_graph, lint
 from std_rt.export.pipeline import Source, Style, read_source
 from std_rt.export.precision import half_dtype, to_half, vae_compute, within_range
@@ -47,7 +47,6 @@ __all__ = ["export_pipeline"]
 
 Progress = Callable[[str], None]
 _SMALLEST_PX, _LARGEST_PX = 64, 2048
-_LARGE = 500_000_000  # parameters of a UNet
 _PACKAGES = ("std-rt", "torch", "diffusers", "transformers", "peft", "onnx", "onnxscript", "onnxruntime",
              "openvino")  # fmt: skip
 
@@ -64,7 +63,7 @@ def export_pipeline(
     """Export the SDXL-layout folder ``source`` to the bundle ``output``.
 
     ``choices`` are the fields of `ExportOptions`. Every graph is compared with torch before the bundle gets
-    its name. ``remark`` gets a line on whatever is allowed and yet worth knowing. Raises ExportError or
+    its name. ``remark`` gets a line on each allowed but unusual choice. Raises ExportError or
     BundleError.
     """
     options = ExportOptions(Path(source), Path(output), **choices)
@@ -88,7 +87,7 @@ def _plan(options: ExportOptions, remark: Progress) -> Trajectory:
     """The schedule, from flags and the LoRAs' notes; what does not fit is found before weights are read."""
     notes = [read_notes(path, read_metadata(path)) for path, _ in options.lora]
     trajectory = choose_trajectory(options, notes)
-    guidance_mode(options, trajectory)  # raises before the work, where it does not fit
+    guidance_mode(options, trajectory)  # raises before the work if it does not fit
     if any(note.base_digest for note in notes):
         check_base(options, notes, source_digest(options.source / "unet"))
     for line in remarks(options, trajectory, notes):
@@ -118,12 +117,12 @@ class Build:
         self._source = read_source(options)
         self._parts = TextParts(options.source, options.prompt, options.negative)
         if options.prompts == "encoder" and not self._parts.roles:
-            raise ExportError(f"{options.source} has no text encoders; leave --prompts encoder out")
+            raise ExportError(f"{options.source} has no text encoders; omit --prompts encoder")
         self._size = options.working_size(self._source.parameters)
         self._multiple = _check_size(self._size, self._source)
         self._compute = options.compute(self._source.parameters)
         # A large graph is compared at the smaller size alone, and on one backend: a minute each.
-        self._large = self._source.parameters > _LARGE
+        self._large = self._source.parameters >= LARGE
         full = [] if self._large else [ReferenceRun(self._size, 1.0)]
         self._runs = [*full, ReferenceRun(_other_size(self._size, self._multiple), 0.5)]
         self._reference: dict[str, Example] = {}
@@ -228,7 +227,7 @@ class Build:
         )
         graph = unet_graph(self._source, unet, dtype or torch.float32, style, tokens)
         self._write(graph, self._compute)
-        # Gone before an engine is opened, which takes as much memory once more.
+        # Freed before an engine is opened, which takes as much memory once more.
         del graph, unet
         gc.collect()
         self._check("unet", examples)
@@ -244,7 +243,7 @@ class Build:
         lint(path)
 
     def _check(self, name: str, examples: list[Example]) -> None:
-        """Compare what was written with torch. Raises ExportError where it differs."""
+        """Compare what was written with torch. Raises ExportError if it differs."""
         self._progress(f"{name}: comparing with torch")
         self._reference[name] = examples[-1]
         precision = self._precision[name]
@@ -287,7 +286,7 @@ class Build:
 
 
 def _check_size(size: tuple[int, int], source: Source) -> int:
-    """The number that H and W must divide by. Raises ExportError where they do not."""
+    """The number that H and W must divide by. Raises ExportError if they do not."""
     multiple = source.vae_scale * source.latent_multiple
     for side in size:
         if side % multiple or not _SMALLEST_PX <= side <= _LARGEST_PX:

@@ -76,7 +76,7 @@ def quiet(*loggers: str) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ExportError where it cannot be read."""
+    """A JSON object. Raises ExportError if it cannot be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -97,7 +97,7 @@ def resolve(role: str, name: str) -> Any:
 
 
 def read_config(role: str, folder: Path) -> dict[str, Any]:
-    """A part's ``config.json``. Raises ExportError where there is no such part."""
+    """A part's ``config.json``. Raises ExportError if there is no such part."""
     if not (folder / "config.json").is_file():
         raise ExportError(f"no {role} in {folder.parent}: {folder / 'config.json'} is missing")
     return read_json(folder / "config.json")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from std_rt.core.errors import ExportError
 from std_rt.core.machine import available_memory_gb, free_disk_gb
+from std_rt.export.options import LARGE
 from std_rt.export.sources.weight_files import read_shapes, weight_files
 
 __all__ = ["Need", "check_room", "estimate_export"]
@@ -16,7 +17,6 @@ _GB = 2**30
 _PARTS = ("unet", "vae", "image_encoder", "text_encoder", "text_encoder_2")
 _LOADED_BYTES = 4  # every part is read in fp32, one after the other
 _STORED_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 2}
-_LARGE = 500_000_000  # parameters: from here on activations and traces take gigabytes
 _BESIDE_GB, _BESIDE_LARGE_GB = 1.0, 5.0  # Python, torch, activations; of SDXL 14.5 GB were measured
 _ON_DISK = 1.05  # graphs, reference pictures, the manifest
 
@@ -40,7 +40,7 @@ def estimate_export(
     """What the export of a diffusers folder takes with weights stored in ``precision``.
 
     ``precision``: fp32, fp16, bf16 or int8. ``parts`` are folders used instead of the source's own (as
-    ``{"vae": Path(...)}``), ``adapter`` an IP-Adapter file. ``text`` is False where prompts are baked in, so
+    ``{"vae": Path(...)}``), ``adapter`` an IP-Adapter file. ``text`` is False if prompts are baked in, so
     that text encoders are loaded and not stored. Raises ExportError on an unreadable weight file.
     """
     folders = {part: source / part for part in _PARTS} | (parts or {})
@@ -49,7 +49,7 @@ def estimate_export(
     extra = _count(adapter) if adapter.suffix == ".safetensors" and adapter.is_file() else 0
     # The largest part in fp32; an adapter's weights join the UNet.
     largest = max(sizes["unet"] + extra, *sizes.values())
-    beside = _BESIDE_LARGE_GB if largest >= _LARGE else _BESIDE_GB
+    beside = _BESIDE_LARGE_GB if largest >= LARGE else _BESIDE_GB
     stored = extra + sum(size for part, size in sizes.items() if text or not part.startswith("text_"))
     stored_bytes = _STORED_BYTES[precision] * stored
     if precision == "int8":  # the UNet alone is quantized
@@ -58,7 +58,7 @@ def estimate_export(
 
 
 def check_room(need: Need, output: Path) -> None:
-    """Raise ExportError, in one line, where memory or the disk of ``output`` is too small."""
+    """Raise ExportError, in one line, if memory or the disk of ``output`` is too small."""
     memory = available_memory_gb()
     if memory is not None and memory < need.memory_gb:
         raise ExportError(
@@ -74,7 +74,7 @@ def check_room(need: Need, output: Path) -> None:
 
 
 def _parameters(folder: Path) -> int:
-    """Numbers in a model's weight files; 0 where there are none (the export itself says what is missing)."""
+    """Numbers in a model's weight files; 0 if there are none (the export itself says what is missing)."""
     return sum(_count(path) for path in weight_files(folder))
 
 

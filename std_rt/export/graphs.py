@@ -219,7 +219,7 @@ def vae_graphs(source: Source, vae: Network, dtype: torch.dtype, style: Style) -
 
 
 def _shared(encoder: Graph, style: Style) -> Graph:
-    """The VAE encoder, out of the style encoder's weights file where that holds a copy of it (std-tiny)."""
+    """The VAE encoder, out of the style encoder's weights file if that holds a copy of it (std-tiny)."""
     ours, theirs = "encoder.", "patchify."
     held = style.state_dict()
     copies = {key: theirs + key.removeprefix(ours) for key in encoder.state if key.startswith(ours)}
@@ -234,7 +234,7 @@ def _shared(encoder: Graph, style: Style) -> Graph:
 def unet_graph(source: Source, unet: Network, dtype: torch.dtype, style: Style, tokens: int | str) -> Graph:
     """The UNet, prepared by `prepare_attention` and with weights of ``dtype``.
 
-    ``tokens`` is the number of text tokens, or the name of that axis where prompts may have any length.
+    ``tokens`` is the number of text tokens, or the name of that axis if prompts may have any length.
     """
     context, pooled = source.text_dims
     inputs = (

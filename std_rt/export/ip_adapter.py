@@ -58,7 +58,7 @@ def read_ip_adapter(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Tensor]
 
 def projection_reads(path: Path) -> tuple[str, int] | None:
     """What the adapter takes from its image encoder: ("hidden", width) for Plus, ("pooled", width) for the
-    plain one, None where it has no projection. Raises ExportError."""
+    plain one, None if it has no projection. Raises ExportError."""
     projection, _ = read_ip_adapter(path)
     for key, kind in (("proj_in.weight", "hidden"), ("proj.weight", "pooled")):
         if key in projection:
@@ -130,7 +130,7 @@ def _check_kind(path: Path, projection: Mapping[str, Tensor], branches: Mapping[
         key.startswith(("perceiver_resampler.", "proj.0.", "id_encoder")) for key in projection
     ):
         raise ExportError(
-            f"{path} is a FaceID or full-face adapter, which reads a face's embedding and not a style; "
+            f"{path} is a FaceID or full-face adapter, which encodes a face, not a style; "
             "give IP-Adapter Plus or the plain one"
         )
     widths = {value.shape[1] for key, value in branches.items() if key.endswith("to_k_ip.weight")}
@@ -166,7 +166,7 @@ class _MappedBranches(Branches):
 
 
 def pair_branches(unet: Network, weights: Mapping[str, Tensor]) -> Branches:
-    """Cross-attention layer -> (to_k_ip, to_v_ip). Raises ExportError where they do not fit the UNet.
+    """Cross-attention layer -> (to_k_ip, to_v_ip). Raises ExportError if they do not fit the UNet.
 
     Only shapes are looked at; a branch is read from the file when it is taken out.
     """
@@ -194,7 +194,7 @@ def choose_layers(unet: Network, asked: str, *, own_encoder: bool) -> tuple[str,
     """(layout name, cross-attention layers that keep the image branch).
 
     ``asked`` is ``all``, ``published``, ``auto`` (all for a model trained with our style encoder, else
-    published where the UNet has that block, else all), or layer prefixes separated by commas.
+    published if the UNet has that block, else all), or layer prefixes separated by commas.
     """
     layers = cross_layers(unet)
     published = [name for name in layers if name.startswith(_PUBLISHED)]

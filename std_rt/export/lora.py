@@ -59,7 +59,7 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """A LoRA file's own notes (``eta``, ``tau``, ``steps``, ...). Raises ExportError where unreadable."""
+    """A LoRA file's own notes (``eta``, ``tau``, ``steps``, ...). Raises ExportError if unreadable."""
     with open_weights(path, "LoRA") as file:
         return dict(file.metadata() or {})
 
@@ -67,7 +67,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 def source_digest(folder: Path) -> str:
     """``unet_digest`` of a diffusers UNet folder, from the headers of its files; no weight is read.
 
-    Raises ExportError where a file is damaged. A folder without weights has the digest of nothing.
+    Raises ExportError if a file is damaged. A folder without weights has the digest of nothing.
     """
     shapes: dict[str, list[int]] = {}
     for path in weight_files(folder):
@@ -82,10 +82,10 @@ def fuse_lora(
     *,
     elsewhere: Collection[str] = (),
 ) -> None:
-    """Add ``scale`` times the LoRA to ``parts`` (in place): ``unet`` and, where present, the text encoders.
+    """Add ``scale`` times the LoRA to ``parts`` (in place): ``unet`` and, if present, the text encoders.
 
     Alpha is honoured: of each layer, else of the file's notes, else it is the rank. What the file holds for
-    the parts named in ``elsewhere`` is left for another call. Raises ExportError where it holds anything
+    the parts named in ``elsewhere`` is left for another call. Raises ExportError if it holds anything
     else that does not fit, before a weight is changed.
     """
     shapes = read_shapes(path, "LoRA")
@@ -143,7 +143,7 @@ class _Layer:
 
 
 def _read_layers(path: Path, shapes: Shapes) -> list[_Layer]:
-    """Sort the file's keys into layers. Raises ExportError where one is of another kind, or half there."""
+    """Sort the file's keys into layers. Raises ExportError if one is of another kind, or half there."""
     down: dict[str, str] = {}
     up: dict[str, str] = {}
     alpha: dict[str, str] = {}
@@ -264,7 +264,7 @@ def _adapter_notes(path: Path) -> dict[str, dict[str, Any]]:
             notes.setdefault(role, {})[name] = value
     except (ValueError, TypeError, AttributeError) as error:
         where = beside.name if is_peft else "lora_adapter_metadata"
-        raise ExportError(f"LoRA {path} has damaged notes ({where}: {error})") from error
+        raise ExportError(f"LoRA {path} has invalid metadata ({where}: {error})") from error
     return notes
 
 

@@ -48,7 +48,7 @@ def _heads(x: Tensor, attn: Attention) -> Tensor:
 def _attend(query: Tensor, key: Tensor, value: Tensor, attn: Attention) -> Tensor:
     """Softmax attention over ``[B, N, heads * d]`` inputs; returns the query's shape.
 
-    The scale goes to the key, which in cross-attention is computed once a style and not once a step.
+    The scale goes to the key, which in cross-attention is computed once per style and not once per step.
     """
     q = _heads(query, attn).transpose(1, 2)
     k = _heads(key * attn.scale, attn).permute(0, 2, 3, 1)

@@ -1,4 +1,4 @@
-"""What a user may ask of export, as flags or as a recipe file, checked before work starts."""
+"""Export options, from flags or a recipe file, validated up front."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ import msgspec
 from std_rt.core.errors import ExportError
 from std_rt.core.samplers import SCHEDULES
 
-__all__ = ["ExportOptions", "check_choices", "load_recipe"]
+__all__ = ["LARGE", "ExportOptions", "check_choices", "load_recipe"]
 
 WEIGHTS = ("fp16", "fp32")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8")
 GUIDANCE_MODES = ("auto", "none", "full", "residual")
 PROMPTS = ("baked", "encoder")
-_HALF_FROM = 500_000_000  # parameters: a UNet of SDXL's size is made for GPUs, which compute in halves
+# Parameters of a UNet of SDXL's size: it is made for GPUs, which compute in halves, and to export it takes
+# gigabytes.
+LARGE = 500_000_000
 
 
 def check_choices(asked: Mapping[str, Any]) -> None:
@@ -91,16 +93,16 @@ class ExportOptions:
 
     def working_size(self, parameters: int) -> tuple[int, int]:
         """(H, W) in px for a UNet of that many parameters."""
-        return self.size or ((512, 512) if parameters >= _HALF_FROM else (256, 256))
+        return self.size or ((512, 512) if parameters >= LARGE else (256, 256))
 
     def compute(self, parameters: int) -> str:
-        """What graphs compute in: ``precision``, or for ``auto`` fp16 where the UNet is large, else fp32.
+        """What graphs compute in: ``precision``, or for ``auto`` fp16 if the UNet is large, else fp32.
 
         int8 is made afterwards, from fp32 (`std_rt.export.quantize`).
         """
         if self.precision != "auto":
             return "fp32" if self.precision == "int8" else self.precision
-        return "fp16" if parameters >= _HALF_FROM else "fp32"
+        return "fp16" if parameters >= LARGE else "fp32"
 
     @property
     def bundle_name(self) -> str:

@@ -19,7 +19,7 @@ __all__ = ["FLOOR_DB", "check_graph", "lint", "psnr_db"]
 
 # fp16 weights are rounded by up to one part in 2048; a wrong layer or input shows far below either line.
 FLOOR_DB = {"fp32": 60.0, "fp16": 35.0, "bf16": 28.0}
-# Backends to compare on, where installed. The last takes the least memory for a large graph in fp32.
+# Backends to compare on, if installed. The last takes the least memory for a large graph in fp32.
 _CPU = ("openvino", "onnxruntime")
 
 
@@ -38,7 +38,7 @@ def check_graph(
     """Compare one graph with torch at every example's size; returns the manifest's ``parity`` entry.
 
     On every CPU backend installed, or with ``lean`` on the one that takes least memory. Raises ExportError
-    below the floor of ``precision``, or where no backend is installed to compare on.
+    below the floor of ``precision``, or if no backend is installed to compare on.
     """
     found = [info.name for info in backends() if info.available and info.name in _CPU]
     if precision == "bf16":

@@ -157,7 +157,7 @@ class Source:
         return style, {layer: branches[layer] for layer in self.layers}
 
     def check_text(self, text: Mapping[str, Any]) -> None:
-        """Raise ExportError where baked text does not fit the UNet."""
+        """Raise ExportError if baked text does not fit the UNet."""
         found = (text["encoder_hidden_states"].shape[2], text["text_embeds"].shape[1])
         if found != self.text_dims:
             raise ExportError(

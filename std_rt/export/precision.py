@@ -1,4 +1,4 @@
-"""Number formats that graphs compute in: fp32 as loaded, or halves with islands of fp32.
+"""Precision of graphs: fp32, or fp16/bf16 with some parts kept in fp32.
 
 The boundary of every graph stays float32, whatever it computes in. Inside a half-precision graph three
 things stay in fp32: norms (their sums of squares pass 65504), time embeddings (sines of large arguments)
@@ -30,7 +30,7 @@ def half_dtype(compute: str) -> torch.dtype | None:
 def to_half(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """``module`` (in place) with weights in ``dtype`` and its norms as islands of fp32.
 
-    One tensor at a time: the whole is never in memory twice. Raises ExportError where a weight does not
+    One tensor at a time: the whole is never in memory twice. Raises ExportError if a weight does not
     fit the type.
     """
     norms = [part for part in module.modules() if isinstance(part, nn.GroupNorm | nn.LayerNorm)]
@@ -52,14 +52,15 @@ def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     half = value.to(dtype)
     if not torch.isfinite(half).all():
         raise ExportError(
-            f"weight {name} reaches {value.abs().max():.0f}, beyond fp16; use --precision bf16 or fp32"
+            f"weight {name} is {value.abs().max():.0f}, which exceeds the fp16 range; "
+            "use --precision bf16 or fp32"
         )
     return half
 
 
 @contextmanager
 def within_range(module: nn.Module, compute: str, title: str) -> Iterator[None]:
-    """Watch a run in fp32 for values that fp16 does not hold; ExportError afterwards where there were any.
+    """Watch a run in fp32 for values outside the fp16 range; ExportError afterwards if there were any.
 
     A CPU computes fp16 graphs in wider types, so the comparison with torch would pass and the GPU's pictures
     be black. Norms are islands of fp32, so what they take may be large, and what they give is looked at.
@@ -79,7 +80,8 @@ def within_range(module: nn.Module, compute: str, title: str) -> Iterator[None]:
             hook.remove()
     if not peak <= torch.finfo(torch.float16).max:
         raise ExportError(
-            f"values in the {title} reach {peak:.0f}, beyond fp16's 65504, and would come out black; "
+            f"values in the {title} reach {peak:.0f}, exceed fp16's maximum of 65504 and would produce "
+            "black pictures; "
             + ("use --vae fp16-fix, or --precision bf16" if title == "vae" else "use --precision bf16")
         )
 

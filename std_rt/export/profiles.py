@@ -1,8 +1,8 @@
-"""Profiles of published SDXL LoRAs: how each is sampled, which their files do not say.
+"""Profiles of published SDXL LoRAs: sampling settings that the files themselves do not record.
 
 Values are those of the model cards and of the authors' demos. Rank and alpha are read from the file. A LoRA
 distilled for N steps (``fixed_steps``) knows N timesteps; below eta 1 a bundle takes those of them that
-diffusers' img2img pipeline would: `Profile.evaluations` says how many that are.
+diffusers' img2img pipeline would: `Profile.evaluations` gives their number.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Profile:
 
     ``schedule`` is what it is exported with and ``in_diffusers`` what StableDiffusionXLImg2ImgPipeline would
     do with its scheduler (``--schedule diffusers``), both of `core.samplers`. ``scale`` is the guidance to
-    take where nobody asks (diffusers' scale; 1 is none).
+    take by default (diffusers' scale; 1 is none).
     """
 
     name: str
@@ -45,7 +45,7 @@ class Profile:
         return evaluations(self.schedule, self.eta if eta is None else eta, steps)
 
     def remark(self, steps: int, eta: float) -> str | None:
-        """A line for people where not all of ``steps`` are taken, or others than it was distilled for."""
+        """A line for the user if not all of ``steps`` are taken, or others than it was distilled for."""
         known = ", ".join(map(str, self.steps))
         if self.fixed_steps and steps not in self.steps:
             return f"profile {self.name} was distilled for {known} steps, not for {steps}"
@@ -89,7 +89,7 @@ _ALL = (
         gamma=1.0,
         guidance=(1.0, 2.0),
     ),
-    # DDIM, trailing; one phase a step.
+    # DDIM, trailing; one phase per step.
     *(
         _trailing(
             f"pcm-{kind}-{steps}step",
@@ -146,7 +146,7 @@ REFUSED: dict[str, str] = {f"std-v2v-{eta}": _VIDEO for eta in (0.65, 0.75, 0.85
 
 
 def find_profile(name: str) -> Profile:
-    """A profile by name. Raises ExportError where there is none, or where a bundle cannot run it."""
+    """A profile by name. Raises ExportError if there is none, or if a bundle cannot run it."""
     if name in PROFILES:
         return PROFILES[name]
     if name in REFUSED:

@@ -77,7 +77,7 @@ def quantize_bundle(
     """Write ``output``: ``bundle`` with UNet and VAE in int8, as far as pictures stay what they are.
 
     ``calibration`` are pictures uint8 [H, W, 3], of the kind that will be stylized; fewer than four are
-    filled up with example pictures. A VAE graph that does not pass stays in float. Raises ExportError where
+    filled up with example pictures. A VAE graph that does not pass stays in float. Raises ExportError if
     the UNet does not pass, the bundle does not compute in fp32, or NNCF is not installed.
     """
     _check(bundle)
@@ -225,7 +225,7 @@ def _stylize(
 
 
 def _open(spec: GraphSpec) -> Engine:
-    """In fp32 (or int8, where the graph says so), uncached: what is tried here is opened once."""
+    """In fp32 (or int8, if the graph says so), uncached: what is tried here is opened once."""
     return open_engine(choose_backend()[0], replace(spec, key=""), "fp32")
 
 

@@ -29,7 +29,7 @@ __all__ = ["RUNGS", "quantize_graph"]
 
 Sample = Mapping[str, NDArray[Any]]
 
-# What stays in float, one rung after the other, where a graph loses too much: parts of weight names.
+# What stays in float, one rung after the other, if a graph loses too much: parts of weight names.
 # The ends (first and last convolution) are found by their place.
 RUNGS: tuple[tuple[str, ...], ...] = ((), ("ends",), ("ends", "to_out", "proj_out", "proj_in", "upsamplers"))
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -51,7 +51,7 @@ def quantize_graph(
     ``samples`` are inputs as the graph sees them in use; from them come the ranges of activations.
     ``keep`` (a rung of `RUNGS`) says which layers stay in float; their weights' names are returned.
     ``weights`` (fp16, fp32) is how the weights of all float layers are stored.
-    Raises ExportError where the graph is too large, or NNCF does not take it.
+    Raises ExportError if the graph is too large, or NNCF does not take it.
     """
     model = ir.load(source)
     _check_size(model, name)
@@ -105,8 +105,8 @@ def _kept(layers: Mapping[str, tuple[str, str]], keep: Sequence[str]) -> dict[st
 def _steady_layers(model: onnx.ModelProto) -> list[str]:
     """Layers that follow from the style, the text and the time alone, and those that take such values in.
 
-    The former run once a style (`std_rt.engines.openvino.graph`), so int8 saves nothing there; and the values
-    of a style that calibration has not seen lie outside the ranges that it found.
+    The former run once per style (`std_rt.engines.openvino.graph`), so int8 saves nothing there; and the
+    values of a style that calibration has not seen lie outside the ranges that it found.
     """
     steady = {port.name for port in model.graph.input if port.name in STEADY_INPUTS}
     fixed = {tensor.name for tensor in model.graph.initializer} | {""}
@@ -159,7 +159,9 @@ def _quantize(
             )
         except (nncf.NNCFError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise ExportError(f"NNCF cannot quantize graph '{name}': {reason}; leave int8 out") from error
+            raise ExportError(
+                f"NNCF cannot quantize graph '{name}': {reason}; use another --precision"
+            ) from error
 
 
 def _write(proto: onnx.ModelProto, graph: Path, weights: Path, *, half: bool) -> None:
@@ -181,7 +183,7 @@ def _write(proto: onnx.ModelProto, graph: Path, weights: Path, *, half: bool) ->
 
 
 def _stored(tensor: Any, half: bool) -> NDArray[Any]:
-    """Float matrices as fp16 where ``half`` says so and they fit; everything else as it is."""
+    """Float matrices as fp16 if ``half`` is set and they fit; everything else as it is."""
     array = np.ascontiguousarray(tensor.numpy())
     fits = array.dtype == np.float32 and np.abs(array).max() < np.finfo(np.float16).max
     return array.astype(np.float16) if half and fits and array.ndim > 1 else array

@@ -25,7 +25,7 @@ def load_torch_components(bundle: Bundle) -> dict[str, nn.Module]:
     The UNet has diffusers' IP-Adapter processors and takes projected tokens:
     ``unet(x, t, text, added_cond_kwargs={"text_embeds", "time_ids", "image_embeds": [style_tokens]})``.
     ``style_encoder(style_image)`` gives tokens, or (tokens, text_embeds). The VAE is diffusers' (or
-    ours); its scaling is not applied. Raises BundleError where weights and configs do not fit.
+    ours); its scaling is not applied. Raises BundleError if weights and configs do not fit.
     """
     if "quantized" in bundle.manifest:
         origin = bundle.manifest["quantized"]["from"]["name"]

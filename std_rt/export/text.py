@@ -59,7 +59,7 @@ class TextParts:
     """What export needs of text, filled role by role. ``roles`` is empty for a model without text.
 
     ``prompt`` is encoded; ``negative`` None means whatever the model uses without a negative prompt. Raises
-    ExportError where a tokenizer is missing, or where prompts are given and there are no encoders.
+    ExportError if a tokenizer is missing, or if prompts are given and there are no encoders.
     """
 
     source: Path
@@ -136,7 +136,7 @@ class TextParts:
 
 
 def _runner(encoder: Network) -> Callable[[Ids], dict[str, Array]]:
-    """transformers' own forward: hidden_states[-2], and the pooled text where the encoder projects."""
+    """transformers' own forward: hidden_states[-2], and the pooled text if the encoder projects."""
 
     def run(ids: Ids) -> dict[str, Array]:
         with torch.no_grad():

@@ -63,14 +63,16 @@ class LoraNotes:
 
 
 def read_notes(path: Path, metadata: Mapping[str, str]) -> LoraNotes:
-    """The notes of the LoRA file ``path``. Raises ExportError where damaged, or made for another grid.
+    """The notes of the LoRA file ``path``. Raises ExportError if it is damaged, or made for another grid.
 
     A file without ``eta`` was made by others: whatever its notes say, they are not ours, and it is exported
     by flags alone.
     """
     if "eta" not in metadata:
         if "std_rt_version" in metadata:
-            raise ExportError(f"LoRA {path} was written by std-rt and lacks its eta; take another snapshot")
+            raise ExportError(
+                f"LoRA {path} was written by std-rt but has no eta in its metadata; use another snapshot"
+            )
         return LoraNotes(path)
     grid = metadata.get("grid", str(GRID_POINTS))
     if grid != str(GRID_POINTS):
@@ -90,7 +92,7 @@ def read_notes(path: Path, metadata: Mapping[str, str]) -> LoraNotes:
         run = {count: trajectory_timesteps(eta, count, tau) for count in timesteps}
     except (ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
-        raise ExportError(f"LoRA {path} has damaged notes ({reason}); take another snapshot of it") from error
+        raise ExportError(f"LoRA {path} has invalid metadata ({reason}); use another snapshot") from error
     for count, noted in timesteps.items():
         if run[count] != noted:
             raise ExportError(
@@ -118,7 +120,7 @@ class Trajectory:
     guidance: float = 1.0
 
     def rows(self, schedule: NoiseSchedule, steps: int) -> list[StepCoefficients]:
-        """What runs for ``steps`` on that noise schedule. Raises ExportError where these do not fit."""
+        """What runs for ``steps`` on that noise schedule. Raises ExportError if these do not fit."""
         try:
             return schedule_rows(schedule, self.kind, self.eta, self.tau, steps, self.gamma)
         except ValueError as error:
@@ -126,7 +128,7 @@ class Trajectory:
 
 
 def choose_trajectory(options: ExportOptions, notes: Sequence[LoraNotes]) -> Trajectory:
-    """From the LoRAs' notes where they have any, else from the profile and flags, else 0.75 and 4 steps.
+    """From the LoRAs' notes if they have any, else from the profile and flags, else 0.75 and 4 steps.
 
     A LoRA works only where it was trained: ExportError on a flag that says otherwise, on LoRAs that start in
     two places, and on a LoRA whose start is not known.
@@ -139,8 +141,8 @@ def choose_trajectory(options: ExportOptions, notes: Sequence[LoraNotes]) -> Tra
         found = _published(options, profile)
     elif notes and options.eta is None:
         raise ExportError(
-            f"LoRA {notes[-1].path} does not say its eta (where its trajectory starts); "
-            f"give --eta, or --profile where it is one of {', '.join(PROFILES)}"
+            f"LoRA {notes[-1].path} does not record its eta (where its trajectory starts); "
+            f"give --eta, or --profile if it is one of {', '.join(PROFILES)}"
         )
     else:
         eta = DEFAULT_ETA if options.eta is None else options.eta
@@ -166,16 +168,16 @@ def _trained(options: ExportOptions, profile: Profile | None, trained: Sequence[
     note = trained[-1]
     assert note.eta is not None
     if profile is not None:
-        raise ExportError(f"LoRA {note.path} notes its own schedule (eta {note.eta:g}); leave --profile out")
+        raise ExportError(f"LoRA {note.path} records its own schedule (eta {note.eta:g}); omit --profile")
     for other in trained:
         if (other.eta, other.tau, other.gamma) != (note.eta, note.tau, note.gamma):
             raise ExportError(
                 f"LoRA {other.path} was trained for {other.start}, {note.path} for {note.start}; "
                 "a bundle has one schedule: export each by itself"
             )
-    _check_flags(options, f"LoRA {note.path} was trained", note.eta, note.tau)
+    _check_flags(options, f"LoRA {note.path}, which was trained", note.eta, note.tau)
     kind = "std" if options.schedule == "auto" else options.schedule
-    # Notes list step counts in no order; the product's default is 4 where it is among them.
+    # Notes list step counts in no order; the product's default is 4 if it is among them.
     steps = DEFAULT_STEPS + note.steps if DEFAULT_STEPS[0] in note.steps else note.steps or DEFAULT_STEPS
     tau = note.tau if kind == "std" else None
     return Trajectory(note.eta, tau, options.steps or steps, note.gamma, kind, options.guidance or 1.0)
@@ -186,13 +188,15 @@ def _check_flags(options: ExportOptions, trained: str, eta: float, tau: int | No
         asked = getattr(options, name)
         if asked is not None and wanted is not None and asked != wanted:
             raise ExportError(
-                f"--{name} {asked:g} was asked, and {trained} for {name} {wanted:g}; leave --{name} out"
+                f"--{name} {asked:g} conflicts with {trained} for {name} {wanted:g}; omit --{name}"
             )
 
 
 def _published(options: ExportOptions, profile: Profile) -> Trajectory:
     if profile.fixed:
-        _check_flags(options, f"the LoRA of profile {profile.name} was trained", profile.eta, profile.tau)
+        _check_flags(
+            options, f"the LoRA of profile {profile.name}, which was trained", profile.eta, profile.tau
+        )
     eta = profile.eta if options.eta is None else options.eta
     kinds = {"auto": profile.schedule, "diffusers": profile.in_diffusers}
     kind = kinds.get(options.schedule, options.schedule)
@@ -202,7 +206,7 @@ def _published(options: ExportOptions, profile: Profile) -> Trajectory:
 
 
 def check_base(options: ExportOptions, notes: Sequence[LoraNotes], digest: str) -> None:
-    """Raises ExportError where a LoRA was trained on a UNet of another architecture than ``digest``'s."""
+    """Raises ExportError if a LoRA was trained on a UNet of another architecture than ``digest``'s."""
     for note in notes:
         if note.base_digest and note.base_digest != digest:
             raise ExportError(
@@ -213,14 +217,16 @@ def check_base(options: ExportOptions, notes: Sequence[LoraNotes], digest: str) 
 
 
 def remarks(options: ExportOptions, trajectory: Trajectory, notes: Sequence[LoraNotes]) -> list[str]:
-    """What is allowed and yet worth knowing, a line each."""
+    """Remarks on allowed but unusual choices, one line each."""
     lines = []
     profile = _profile(options, notes)
     if profile is not None and not options.profile:
-        lines.append(f"recognised by its file name: {profile.file}; exported with --profile {profile.name}")
+        lines.append(f"recognized by its file name as {profile.file}; exported with --profile {profile.name}")
     for note in notes:
         if profile is None and all(other.eta is None for other in notes):
-            lines.append(f"{note.path} does not say its eta; exported for eta {trajectory.eta:g} as asked")
+            lines.append(
+                f"{note.path} does not record its eta; exporting for eta {trajectory.eta:g} as requested"
+            )
         untrained = [str(count) for count in trajectory.steps if count not in note.steps]
         if note.steps and untrained:
             known = ", ".join(str(count) for count in note.steps)

@@ -53,7 +53,7 @@ def externalize(
     ``precision`` fp16 rounds float32 tensors of two and more axes; vectors stay fp32, they cost nothing.
     Tensors that are halves already stay as they are. Nothing is held twice: a tensor is rounded while it is
     written. A file that exists was written for another graph with the same ``state`` and precision: it is
-    shared. Raises ExportError where a weight does not fit fp16, or a shared file lacks one.
+    shared. Raises ExportError if a weight does not fit fp16, or a shared file lacks one.
     """
     arrays = {key: _array(value) for key, value in state.items() if value.is_floating_point()}
     found = _match_all(model, arrays)
@@ -80,7 +80,7 @@ def externalize(
 
 
 def _array(value: Tensor) -> Array:
-    """The tensor's own memory as an array, where it is contiguous."""
+    """The tensor's own memory as an array, if it is contiguous."""
     plain = value.detach().cpu().contiguous()
     if plain.dtype == torch.bfloat16:  # NumPy has no such type
         return plain.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
@@ -96,7 +96,9 @@ def _rounded(key: str, array: Array, dtype: np.dtype[Any]) -> Array:
     with np.errstate(over="ignore"):
         rounded = array.astype(dtype, copy=False)
     if rounded is not array and not np.isfinite(rounded).all():
-        raise ExportError(f"weight {key} reaches {np.abs(array).max():.0f}, beyond fp16; use --weights fp32")
+        raise ExportError(
+            f"weight {key} is {np.abs(array).max():.0f}, which exceeds the fp16 range; use --weights fp32"
+        )
     return rounded
 
 

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from std_rt.training.run.recipe import AutoencoderConfig, DistilConfig, FinishConfig
+# Stage of a recipe -> its function. Each is imported when it runs: the stages of std-tiny need no Accelerate
+# and no DINOv2.
+_FUNCTIONS = {
+    "autoencoder": ("std_rt.training.tiny.autoencoder_stage", "train_autoencoder"),
+    "teacher": ("std_rt.training.tiny.teacher", "train_teacher"),
+    "finish": ("std_rt.training.tiny.finish", "finish_pipeline"),
+    "distil": ("std_rt.training.distil.loop", "train_distil"),
+}
 
 
 def run_recipe(recipe: Any) -> Path:
     """Run the stage of a recipe to its end, from its checkpoint if there is one; returns what it made."""
-    # Each stage is imported when it runs: the first three need no Accelerate and no DINOv2.
-    if isinstance(recipe, DistilConfig):
-        from std_rt.training.distil.loop import train_distil
-
-        return train_distil(recipe)
-    if isinstance(recipe, AutoencoderConfig):
-        from std_rt.training.tiny.autoencoder_stage import train_autoencoder
-
-        return train_autoencoder(recipe)
-    if isinstance(recipe, FinishConfig):
-        from std_rt.training.tiny.finish import finish_pipeline
-
-        return finish_pipeline(recipe)
-    from std_rt.training.tiny.teacher import train_teacher
-
-    return train_teacher(recipe)
+    module, name = _FUNCTIONS[recipe.stage]
+    made: Path = getattr(import_module(module), name)(recipe)
+    return made

@@ -117,7 +117,7 @@ class Fetch:
 
 
 def parse_ref(text: str) -> HubRef | None:
-    """``owner/name[@revision][:path]`` or ``owner/name/file.safetensors``; None where it is neither."""
+    """``owner/name[@revision][:path]`` or ``owner/name/file.safetensors``; None if it is neither."""
     match = _REF.fullmatch(text)
     if match is not None and not match[1].endswith(".safetensors"):
         found = HubRef(match[1], match[2] or constants.DEFAULT_REVISION, match[3] or "")
@@ -131,9 +131,9 @@ def parse_ref(text: str) -> HubRef | None:
 
 
 def list_files(ref: HubRef, say: Say) -> Listing:
-    """What the repository holds; where the hub cannot be reached, what the cache holds, with a line about it.
+    """What the repository holds; if the hub cannot be reached, what the cache holds, with a line about it.
 
-    Raises ExportError where there is no such repository or revision, or neither hub nor cache has it.
+    Raises ExportError if there is no such repository or revision, or neither hub nor cache has it.
     """
     cached = _cached_listing(ref)
     if constants.is_offline_mode():
@@ -165,7 +165,7 @@ def read_small(listing: Listing, name: str) -> Path:
 
 
 def choose_configs(listing: Listing) -> tuple[str, ...]:
-    """Everything but weights: configs, tokenizers, licence. Raises ExportError where it is not a pipeline."""
+    """Everything but weights: configs, tokenizers, licence. Raises ExportError if it is not a pipeline."""
     if "model_index.json" not in listing.files:
         checkpoints = [name for name in listing.files if "/" not in name and name.endswith(".safetensors")]
         hint = f"; give one of its files, such as {listing.ref.repo}:{checkpoints[0]}" if checkpoints else ""
@@ -181,7 +181,7 @@ def choose_configs(listing: Listing) -> tuple[str, ...]:
 
 
 def choose_file(listing: Listing, name: str) -> tuple[str, ...]:
-    """One file, and the licence. Raises ExportError where it is not there, naming files that are."""
+    """One file, and the licence. Raises ExportError if it is not there, naming files that are."""
     _check_there(listing, name)
     return (name, *_readme(listing))
 
@@ -234,7 +234,7 @@ class HubDownError(ExportError):
 def _announce(
     wanted: Sequence[Fetch], missing: Sequence[HubFile], say: Say, confirm: Callable[[str], bool]
 ) -> None:
-    """Say how much is to be fetched, and ask. Raises ExportError where it cannot or shall not be."""
+    """Say how much is to be fetched, and ask. Raises ExportError if it cannot or shall not be."""
     total = sum(file.size for file in missing)
     summary = f"to fetch: {_files(missing)}, {_size(total)}, into {constants.HF_HUB_CACHE}"
     say(summary)
@@ -251,7 +251,7 @@ def _announce(
             "make room, or set HF_HOME to a folder on another disk"
         )
     if not confirm(summary):
-        raise ExportError("nothing was fetched, as you chose")
+        raise ExportError("download declined; nothing was fetched")
 
 
 def _files(found: Sequence[object]) -> str:
@@ -371,9 +371,7 @@ def _transfer(url: str, partial: Path, file: HubFile, size: int | None, say: Say
 def _check_digest(partial: Path, file: HubFile) -> None:
     if file.sha256 is not None and file_digest(partial) != file.sha256:
         partial.unlink()
-        raise ExportError(
-            f"{file.name} arrived damaged (its sha256 is not the hub's); run the same command again"
-        )
+        raise ExportError(f"{file.name} is damaged (its sha256 is not the hub's); run the same command again")
 
 
 class _NoBar(HubBar):

@@ -1,4 +1,4 @@
-"""Local paths of what a user names: hub ids, folders, single files and short names, fetched where needed.
+"""Local paths of what a user names: hub ids, folders, single files and short names, fetched if needed.
 
 Everything that is to be fetched is listed, added up and announced before the first large file is touched.
 """
@@ -145,7 +145,7 @@ def _published_file(profile: str, eta: float | None) -> str:
     found = find_profile(profile)
     if found.fixed and eta is not None and eta != found.eta:
         raise ExportError(
-            f"--eta {eta:g} does not go with --profile {profile}, which is for {found.eta:g}; leave one out"
+            f"--eta {eta:g} conflicts with --profile {profile}, which is for {found.eta:g}; omit one of them"
         )
     return found.file.replace(": ", ":")
 
@@ -221,7 +221,7 @@ class _Resolver:
         if ref is None:
             raise ExportError(
                 f"{text} is neither a folder or file here nor a hub id (owner/name); "
-                "give one of these, or leave BASE out for the published SDXL recipe"
+                "give one of these, or omit BASE for the published SDXL recipe"
             )
         return self._hub_pipeline(ref), None
 
@@ -240,12 +240,12 @@ class _Resolver:
         self._refuse_config(str(ref))
         listing = self._list(ref)
         self._check_adapter(str(ref), "ip_adapter.safetensors" in listing.files)
-        names = [*choose_configs(listing)]  # raises where it is not a pipeline
+        names = [*choose_configs(listing)]  # raises if it is not a pipeline
         index = read_json(read_small(listing, "model_index.json"))
         # Before gigabytes are fetched: SDXL pipelines have a second text encoder, or none as ours do.
         if "StableDiffusionXL" not in str(index.get("_class_name")):
             raise ExportError(
-                f"{ref} is a {index.get('_class_name')}; std-rt exports StableDiffusionXLPipeline and its kin"
+                f"{ref} is a {index.get('_class_name')}; std-rt exports StableDiffusionXL pipelines"
             )
         asked = self.asked
         replaced = {"vae": asked.vae, "image_encoder": asked.image_encoder or asked.ip_adapter}
@@ -269,7 +269,7 @@ class _Resolver:
         return _Place(listing.folder, listing)
 
     def _file(self, text: str, flag: str) -> _Place:
-        """A file here or on the hub; a repository alone, where it has only one that will do."""
+        """A file here or on the hub; a repository alone, if it has only one that fits."""
         path, ref = Path(text), parse_ref(text)
         if path.is_file():
             return _Place(path)
@@ -316,8 +316,8 @@ class _Resolver:
         self.wanted = []
 
     def _fitting_encoder(self, base: _Place, adapter: _Place | None) -> _Place | None:
-        """The published encoder that an adapter reads, where none was named and none is in the base or beside
-        the user's own adapter. None where there is one, or where it is not known which it needs."""
+        """The published encoder that an adapter reads, if none was named and none is in the base or beside
+        the user's own adapter. None if there is one, or where it is not known which it needs."""
         if adapter is None or (base.path / "image_encoder" / "config.json").is_file():
             return None
         if adapter.listing is None and (adapter.path.parent / "image_encoder" / "config.json").is_file():

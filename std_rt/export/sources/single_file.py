@@ -77,10 +77,10 @@ def check_single_file(path: Path) -> None:
 
 
 def convert_single_file(path: Path, configs: Path, say: Say, *, own_vae: bool = True) -> Path:
-    """The diffusers folder of the checkpoint ``path``, from the cache where it was converted before.
+    """The diffusers folder of the checkpoint ``path``, from the cache if it was converted before.
 
     ``configs`` is a diffusers folder of the same architecture: its configs, tokenizers and scheduler are
-    copied. ``own_vae`` False: a checkpoint without a VAE will do. Raises ExportError where a weight is
+    copied. ``own_vae`` False: a checkpoint without a VAE will do. Raises ExportError if a weight is
     missing, left over, of another shape or beyond fp16.
     """
     check_single_file(path)
@@ -150,7 +150,7 @@ def _convert(path: Path, shapes: Shapes, configs: Path, work: Path) -> None:
 
 
 def _check_weights(path: Path, role: str, part: Any, keys: Sequence[str], shapes: Shapes, hint: str) -> None:
-    """Raise ExportError where a weight is missing or left over, which diffusers only logs, or beyond fp16."""
+    """Raise ExportError if a weight is missing or left over, which diffusers only logs, or beyond fp16."""
     state = part.state_dict()
     missing = [name for name, value in state.items() if value.is_meta]
     if missing:
@@ -165,7 +165,7 @@ def _check_weights(path: Path, role: str, part: Any, keys: Sequence[str], shapes
 
 
 def _copy_configs(configs: Path, work: Path) -> None:
-    """Texts only. Raises ExportError where ``configs`` is not a pipeline."""
+    """Texts only. Raises ExportError if ``configs`` is not a pipeline."""
     read_json(configs / "model_index.json")
     for source in _config_files(configs):
         place = work / source.relative_to(configs)

@@ -94,7 +94,7 @@ def read_places(path: Path) -> dict[str, int]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """One file or its shards, as diffusers chooses; halves only where there is nothing else."""
+    """One file or its shards, as diffusers chooses; halves only if there is nothing else."""
     for stem in _STEMS:
         for variant in ("", ".fp16"):
             for pattern in (f"{stem}{variant}.safetensors", f"{stem}{variant}-*-of-*.safetensors"):
@@ -104,7 +104,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_weights(folder: Path) -> None:
-    """Raise ExportError where a weight file of a model's folder is damaged, missing or outside the folder."""
+    """Raise ExportError if a weight file of a model's folder is damaged, missing or outside the folder."""
     for index in sorted(folder.glob("*.safetensors.index*.json")):
         _check_index(index)
     for path in sorted(folder.glob("*.safetensors")):

@@ -28,7 +28,7 @@ MIN_AREA = 0.85  # of the square's
 def bucket_sizes(resolution_px: int, multiple: int, by_aspect: bool = True) -> list[Size]:
     """Sizes of at most ``resolution_px ** 2`` px area whose sides divide by ``multiple``, tallest last.
 
-    From 2:1 to 1:2; only the square without ``by_aspect``. Raises RecipeError where the square itself
+    From 2:1 to 1:2; only the square without ``by_aspect``. Raises RecipeError if the square itself
     does not divide.
     """
     if resolution_px < multiple or resolution_px % multiple:

@@ -38,7 +38,7 @@ class PictureSet:
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """Picture files of a folder, sorted; RecipeError where there is none."""
+    """Picture files of a folder, sorted; RecipeError if there is none."""
     files = sorted(p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES)
     if not files:
         raise RecipeError(f"no pictures in {folder}; set [data] in the recipe to a folder of pictures")
@@ -46,7 +46,7 @@ def picture_files(folder: Path) -> list[Path]:
 
 
 def read_picture(path: Path) -> Frame | None:
-    """Picture as uint8 ``[H, W, 3]`` RGB, or None where it is broken."""
+    """Picture as uint8 ``[H, W, 3]`` RGB, or None if it is broken."""
     bgr = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
     return None if bgr is None else cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
 

@@ -64,7 +64,7 @@ class _Sample:
     key: str = ""  # in the cache
     stored: Encoded | None = None  # found there, and then nothing below
     time_ids: tuple[int, ...] = ()
-    frames: tuple[Frame, ...] = ()  # [H, W, 3] of the bucket's size; [S, S, 3] where the base takes styles
+    frames: tuple[Frame, ...] = ()  # [H, W, 3] of the bucket's size; [S, S, 3] if the base takes styles
 
 
 @dataclass
@@ -110,7 +110,7 @@ class _Bucket:
 class PictureSource:
     """Fresh samples from pictures, clips or shards, by latent size; its state is part of a checkpoint.
 
-    rank, world: this process among all. RecipeError where there is nothing to draw from.
+    rank, world: this process among all. RecipeError if there is nothing to draw from.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class PictureSource:
             self.broken[name] = reason
             self._named += 1
             if self._named <= 5:
-                _LOG.warning("%s is broken (%s); another one takes its place", name, reason)
+                _LOG.warning("%s is broken (%s); using another picture", name, reason)
 
     # --- one sample, in any thread -------------------------------------------------------------------
 
@@ -308,7 +308,7 @@ class _Cache:
         self.made_by = [_CACHE_VERSION, base.digest, base.style_px, _identity(base)]
 
     def key(self, entry: Entry, index: int, size: Size, flip: bool) -> str:
-        """Name of a sample's file. Raises BrokenFileError where the picture is gone."""
+        """Name of a sample's file. Raises BrokenFileError if the picture is gone."""
         try:
             about, path = entry.path.stat(), entry.path.resolve()
         except OSError as error:
@@ -321,7 +321,7 @@ class _Cache:
         return [self.folder / k[:2] / f"{k}.safetensors" for k in keys]
 
     def read(self, key: str, caption: str) -> Encoded | None:
-        """The sample that `write` stored; None where it is missing or damaged."""
+        """The sample that `write` stored; None if it is missing or damaged."""
         tensors: dict[str, Tensor] = {}
         try:
             for path in self._files(key, caption):
@@ -335,7 +335,7 @@ class _Cache:
             return None
 
     def write(self, key: str, caption: str, row: Encoded) -> None:
-        """Keep one encoded sample; RecipeError where the folder cannot be written."""
+        """Keep one encoded sample; RecipeError if the folder cannot be written."""
         z, cond = row
         tensors = {"z": z} | {k: v for k, v in vars(cond).items() if v is not None}
         parts = [{k: v for k, v in tensors.items() if k not in self.of_text}]

@@ -124,7 +124,7 @@ def index_pictures(config: PicturesConfig, quiet: bool = False) -> Index:
     """The contents of ``config.folder`` (recursively), from file headers; of clips, one frame is decoded.
 
     Broken files are left out, counted and named in one warning, unless ``quiet``. ``kind = "auto"`` takes
-    pictures, clips and shards alike. Raises RecipeError where there is no folder or nothing usable in it.
+    pictures, clips and shards alike. Raises RecipeError if there is no folder or nothing usable in it.
     """
     root = Path(config.folder)
     if not config.folder or not root.exists():
@@ -177,7 +177,7 @@ class _Indexing:
             self.broken[name] = _reason(error)
 
     def read_metadata(self, path: Path) -> None:
-        """Captions of an imagefolder: one JSON object a line, ``file_name`` relative to the file's folder."""
+        """Captions of an imagefolder: one JSON object per line, ``file_name`` relative to its folder."""
         name = self._name(path)
         with self._noting(name):
             for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
@@ -197,7 +197,7 @@ class _Indexing:
             self.metadata[target] = caption
 
     def _caption(self, row: dict[str, Any]) -> str | None:
-        """The row's caption, None where it has none."""
+        """The row's caption, None if it has none."""
         if not self.config.caption_key:
             return None
         if self.config.caption_key not in row:
@@ -271,7 +271,7 @@ class _Indexing:
         self._note(Entry(name, path, size, "", member.offset_data, member.size), caption)
 
     def index(self) -> Index:
-        """The result; RecipeError where nothing is usable, or no caption is under the recipe's key."""
+        """The result; RecipeError if nothing is usable, or no caption is under the recipe's key."""
         if not self.entries:
             kind = "pictures, clips or *.tar shards" if self.config.kind == "auto" else self.config.kind
             broken = f"; broken: {first_five(self.broken)}" if self.broken else ""
@@ -335,7 +335,7 @@ def _picture_size(file: IO[bytes]) -> Size:
 
 
 def _to_8bit(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """Grey values of 16 or 32 bits to 0..255; white is 65535, or 1 or 255 where nothing exceeds that."""
+    """Grey values of 16 or 32 bits to 0..255; white is 65535, or 1 or 255 if nothing exceeds that."""
     real = np.nan_to_num(values.astype(np.float32))
     high = float(real.max(initial=0.0))
     floats = values.dtype.kind == "f"
@@ -408,7 +408,7 @@ def _probe_clip(path: Path) -> tuple[Size, int]:
 
 
 def _decode_frame(path: Path, index: int) -> Frame:
-    """Frame ``index`` by its time at the average rate; the last one there is where a clip ends before."""
+    """Frame ``index`` by its time at the average rate; the last one if the clip ends before it."""
     with _open_clip(path) as (container, stream):
         step = 1 / (_rate(stream) * (stream.time_base or Fraction(1, 90_000)))
         at = (stream.start_time or 0) + round(index * step)

@@ -6,8 +6,9 @@ written back, so that any state costs one teacher step instead of a solve from t
 Distillation, arXiv 2412.18945, section 3.2).
 
 Every trajectory is visited once at every grid point, so visits over t are uniform as long as finished ones
-are replaced. That is the rule here: a finished trajectory's slot is refilled at once, which makes the share
-of fresh starts 1/L by itself (L = grid points of a trajectory).
+are replaced. The bank drops a finished trajectory and says how many are missing; `Distiller.draw_states`
+starts as many new ones in the next step, which makes the share of fresh starts 1/L (L = grid points of a
+trajectory).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class States(Rows):
-    """States on trajectories, one row a sample; latents fp32 ``[B, C, h, w]``."""
+    """States on trajectories, one row per sample; latents fp32 ``[B, C, h, w]``."""
 
     z: Tensor  # the item's own real latents
     x: Tensor  # the state at ``index``

@@ -1,7 +1,7 @@
 """The base (teacher) of a distillation: a UNet with its autoencoder and encoders, all frozen.
 
 Two kinds of folders come in: SDXL in diffusers' layout (conditioned on text) and std-tiny's (conditioned
-on a style picture). After this module the rest of the training does not tell them apart.
+on a style picture). The rest of the training code treats both alike.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Network = Any
 
 
 class Rows:
-    """Base of frozen dataclasses of tensors, one row a sample; a field may be None or nested rows."""
+    """Base of frozen dataclasses of tensors, one row per sample; a field may be None or nested rows."""
 
     def map(self, of: Callable[[Tensor], Tensor]) -> Self:
         """``of`` applied to each tensor."""
@@ -69,12 +69,12 @@ def cat(parts: Sequence[R]) -> R:
 
 @dataclass(frozen=True)
 class Conditioning(Rows):
-    """The UNet's inputs besides x and t, one row a sample."""
+    """The UNet's inputs besides x and t, one row per sample."""
 
     context: Tensor  # [B, L, D] text tokens; std-tiny: one zero token
     pooled: Tensor  # [B, P]
     time_ids: Tensor  # [B, 6] original H, W, crop top, left, target H, W
-    tokens: Tensor | None = None  # [B, T, D] style tokens, None where the base takes none
+    tokens: Tensor | None = None  # [B, T, D] style tokens, None if the base takes none
 
     def __len__(self) -> int:
         return len(self.context)
@@ -133,7 +133,7 @@ class Base:
     style_encoder: StyleEncoder | None = None
     style_px: int = 0
     text: TextEncoders | None = None
-    licence: str = ""  # as its README.md says in the front matter; empty where nothing does
+    licence: str = ""  # as its README.md says in the front matter; empty if nothing does
 
     def to(self, device: torch.device | str) -> None:
         """Move every network."""
@@ -197,7 +197,7 @@ class Base:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON table; RecipeError where it cannot be read."""
+    """A JSON table; RecipeError if it cannot be read."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
@@ -234,7 +234,7 @@ def _sdxl(source: str) -> Base:
 
 
 def check_source(source: str | Path) -> Path:
-    """The folder of a base, or its hub id as a path; RecipeError where it can be neither."""
+    """The folder of a base, or its hub id as a path; RecipeError if it can be neither."""
     folder = Path(source)
     if not folder.exists() and len(folder.parts) != 2:  # a hub id has two parts
         raise RecipeError(
@@ -247,7 +247,7 @@ def check_source(source: str | Path) -> Path:
 def load_base(source: str | Path) -> Base:
     """A folder in SDXL's layout (or a hub id), or one of std-tiny; fp32, frozen.
 
-    Raises RecipeError where it is missing or another kind of pipeline.
+    Raises RecipeError if it is missing or another kind of pipeline.
     """
     folder = check_source(source)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
@@ -260,7 +260,7 @@ def load_base(source: str | Path) -> Base:
             f"base = {str(source)!r} cannot be loaded ({reason}); give a pipeline folder"
         ) from None
     if base.unet.config.addition_embed_type != "text_time":
-        raise RecipeError(f"base = {str(source)!r} is not of SDXL's kind (no text_time embedding)")
+        raise RecipeError(f"base = {str(source)!r} is not an SDXL UNet (it has no text_time embedding)")
     base.digest, base.licence = _digest(base.unet), licence(folder)
     for part in (base.unet, base.vae, base.style_encoder):
         if part is not None:

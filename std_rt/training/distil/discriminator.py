@@ -27,7 +27,6 @@ __all__ = [
     "has_pair",
     "hinge_d",
     "hinge_g",
-    "r1_penalty",
     "renoise",
 ]
 
@@ -93,17 +92,14 @@ def hinge_g(fake_logits: Tensor) -> Tensor:
 
 
 def _squared_gradient(logits: Tensor, features: list[Tensor]) -> Tensor:
-    """Per sample ``|d sum(logits) / d features|^2``, itself differentiable: ``[B]``."""
+    """Per sample ``|d sum(logits) / d features|^2``, itself differentiable: ``[B]``.
+
+    It is R1 (Mescheder et al. 2018, arXiv 1801.04406) on features, without its ``gamma / 2``.
+    """
     # Samples do not meet in the heads, so one gradient of the batch's sum holds each sample's own.
     with torch.autocast(logits.device.type, enabled=False):
         gradients = torch.autograd.grad(logits.sum(), features, create_graph=True)
         return torch.stack([g.square().flatten(1).sum(1) for g in gradients]).sum(0)
-
-
-def r1_penalty(heads: Judge, real_features: list[Tensor], condition: Tensor) -> Tensor:
-    """R1 (Mescheder et al. 2018, arXiv 1801.04406) on features, without its ``gamma / 2``: ``[B]``."""
-    features = [f.detach().requires_grad_() for f in real_features]
-    return _squared_gradient(heads(features, condition), features)
 
 
 def draw_real_index(s_index: Tensor, rng: torch.Generator, mode: str) -> Tensor:

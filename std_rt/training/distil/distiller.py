@@ -61,9 +61,8 @@ class StepBatch:
     states: States  # at t
     slots: list[int]  # where the first rows came from in the bank; the others are fresh
     shape: Shape
-    x_next: Tensor  # [B, C, h, w] the teacher's state one grid point below t
     s: Tensor  # [B] grid index the student jumps to
-    target: Tensor  # [B, C, h, w] where the averaged student arrives from x_next
+    target: Tensor  # [B, C, h, w] where the averaged student arrives from the teacher's state below t
     real: Tensor  # [B, C, h, w] the item's own real latents at r
     pair: Tensor  # [B] whether there is an r below s
 
@@ -246,7 +245,7 @@ class Distiller:
         if self.uses_bank:
             moved = replace(stored, x=x_next, index=after)
             self.bank.update(shape, slots, moved)
-        return StepBatch(states, slots, shape, x_next, s, target, real, pair)
+        return StepBatch(states, slots, shape, s, target, real, pair)
 
     def _strides(self, index: Tensor) -> Tensor:
         """Grid points that the teacher goes, ``[B]``.

@@ -51,7 +51,7 @@ class DinoFeatures:
     """Decoded latents seen by blocks of a frozen DINOv2 (Oquab et al., arXiv 2304.07193).
 
     ``decode`` maps latents to images in [-1, 1] and lets gradients through. Raises
-    RecipeError where the model lacks one of ``blocks`` (counted from 0).
+    RecipeError if the model lacks one of ``blocks`` (counted from 0).
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class DinoFeatures:
 class StyleFeatures:
     """Latents themselves, and each stage of std-tiny's style encoder: needs no decoding and no download.
 
-    Raises RecipeError where the base has no such encoder.
+    Raises RecipeError if the base has no such encoder.
     """
 
     def __init__(self, style_encoder: object) -> None:
@@ -137,7 +137,7 @@ class StyleFeatures:
 def load_dino(source: str | Path) -> Any:
     """A DINOv2 (``Dinov2Model``, with registers or without) from a hub id or a folder; fp32, eval, frozen.
 
-    Raises RecipeError where it is missing, cannot be reached, is another kind of model or incomplete.
+    Raises RecipeError if it is missing, cannot be reached, is another kind of model or incomplete.
     """
     # Not at the top: std-tiny trains without transformers.
     from transformers import AutoConfig, AutoModel

@@ -152,7 +152,7 @@ def _train(  # noqa: C901
     optimizer = _optimizer(config, list(parameters.values()), config.learning_rate)
     student, optimizer = accelerator.prepare(base.unet, optimizer)
 
-    # --- the discriminator, where the recipe has one --------------------------------------------------
+    # --- the discriminator, if the recipe has one -----------------------------------------------------
     adversary = heads = heads_optimizer = None
     if config.adversarial.weight:
         torch.manual_seed(config.seed)
@@ -183,7 +183,7 @@ def _train(  # noqa: C901
     stack.callback(run.close)
     run.histogram = lambda: distiller.bank.visits[: distiller.levels.tau_index + 1]
     if run.start == 0 and distiller.uses_bank and config.bank.spread:
-        run.report.say("the teacher fills the trajectory bank")
+        run.report.say("filling the trajectory bank")
         distiller.spread_bank()
     sheets = SheetMaker(config, base, distiller) if main else None
 

@@ -52,7 +52,7 @@ def add_lora(unet: Network, config: LoraConfig, seed: int) -> list[str]:
     """Freeze ``unet`` and put a trainable fp32 LoRA on its layers; returns the layers' names.
 
     B starts at zero, so the student starts as the teacher, exactly; A depends on ``seed`` alone. Raises
-    RecipeError where a target is the name of no layer.
+    RecipeError if a target is the name of no layer.
     """
     layers = choose_layers(unet, config.targets)
     unet.requires_grad_(False)
@@ -201,16 +201,15 @@ def save_lora(
 ) -> None:
     """Write ``tensors`` (named as by `lora_parameters`) in the form that ``pipe.load_lora_weights`` reads.
 
-    The file appears whole or not at all. Raises RecipeError where a weight is not finite in ``dtype``, or
-    where the file cannot be written; an earlier one stands in both cases.
+    The file appears whole or not at all. Raises RecipeError if a weight is not finite in ``dtype``, or
+    if the file cannot be written; an earlier file is kept in both cases.
     """
-    state = {_file_name(name): _stored(name, value, dtype) for name, value in tensors.items()}
+    state = {
+        f"unet.{name.replace(f'.{_ADAPTER}.', '.')}": _stored(name, value, dtype)
+        for name, value in tensors.items()
+    }
     with whole_file(path) as partial:
         save_file(state, partial, {**notes, **_adapter_notes(config)})
-
-
-def _file_name(parameter: str) -> str:
-    return f"unet.{parameter.replace(f'.{_ADAPTER}.', '.')}"
 
 
 def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -72,7 +72,7 @@ def encode_scene(
     """Encode pairs of square frames. ``draws``: most steps of any stochastic run; ``one_noise``: all rows
     share theirs, as in a stream; ``prompt``: for bases with text encoders.
 
-    Raises UsageError where the pictures' side does not suit the base.
+    Raises UsageError if the pictures' side does not suit the base.
     """
     contents, styles = [a for a, _ in pairs], [b for _, b in pairs]
     side = contents[0].shape[0]
@@ -166,7 +166,7 @@ class SheetMaker:
         self.left: list[list[Any]] = []  # content, style, teacher of each row
 
     def make(self, path: Path) -> bool:
-        """Write a sheet to ``path``; False where the recipe names no held-out pictures."""
+        """Write a sheet to ``path``; False if the recipe names no held-out pictures."""
         if self.scene is None:
             return False
         if not self.left:

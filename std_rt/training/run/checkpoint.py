@@ -29,7 +29,7 @@ NOTE = "std_rt_state"
 # Plain numbers of an optimizer's state become tensors of one entry, named so that the same type comes back.
 NUMBERS = {"bool": torch.bool, "int": torch.int64, "float": torch.float64}
 NOTHING = "none"
-STANDING = "what was written before stands"
+STANDING = "the previous file is intact"
 
 
 def save_state(
@@ -37,7 +37,7 @@ def save_state(
 ) -> None:
     """Write ``tensors`` (any device) and ``meta`` (JSON values) to ``path``; the folder is made.
 
-    RecipeError where the disk is full or not writable. What was written before stands: ``last_good``, which
+    RecipeError if the disk is full or not writable. What was written before is kept: ``last_good``, which
     the message names (by default the file that ``path`` was until now).
     """
     # Copies: tensors that share memory cannot be stored, and training may go on meanwhile.
@@ -46,7 +46,7 @@ def save_state(
         for name, value in tensors.items()
     }
     good = last_good or path
-    standing = f"the last good one, {good}, stands" if good.exists() else STANDING
+    standing = f"the previous checkpoint, {good}, is intact" if good.exists() else STANDING
     with whole_file(path, standing) as partial:
         save_file(own, partial, {NOTE: json.dumps(meta, sort_keys=True)})
 
@@ -55,7 +55,7 @@ def save_state(
 def whole_file(path: Path, standing: str = STANDING) -> Iterator[Path]:
     """A partial file beside ``path`` that is forced to the disk and takes its name when the block ends well.
 
-    RecipeError where the disk is full or not writable; ``standing`` says what is left then.
+    RecipeError if the disk is full or not writable; ``standing`` says what is left then.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def whole_file(path: Path, standing: str = STANDING) -> Iterator[Path]:
             room = f" ({shutil.disk_usage(path.parent).free / 2**20:.0f} MB free)"
         raise RecipeError(
             f"{path} could not be written: {_one_line(error)}; the disk may be full or not writable{room}, "
-            f"{standing}: free some room and run the same command again to continue"
+            f"{standing}; free some room and run the same command again to continue"
         ) from None
 
 
@@ -78,7 +78,7 @@ def _one_line(error: BaseException) -> str:
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors (on the CPU) and meta of a state file.
 
-    RecipeError where it is missing, damaged or foreign.
+    RecipeError if it is missing, damaged or foreign.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -147,7 +147,7 @@ def restore_optimizer(
 ) -> None:
     """Undo ``flatten_optimizer``, bit for bit; other names in ``tensors`` are left alone.
 
-    Raises ValueError, KeyError or TypeError where the state is another optimizer's (see ``unpacking``).
+    Raises ValueError, KeyError or TypeError if the state is another optimizer's (see ``unpacking``).
     """
     state: dict[int, dict[str, Any]] = {}
     for name, value in tensors.items():

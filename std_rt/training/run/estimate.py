@@ -76,7 +76,7 @@ class Estimate:
     parameters: dict[str, int]  # lora, heads, unet, vae
     lora_layers: int
     memory_gib: dict[str, float]  # by kind, on the device that trains
-    bank_gib: float  # of the CPU's memory where it is not among these
+    bank_gib: float  # of the CPU's memory if it is not among these
     evaluations: dict[str, float]  # per sample, in forward passes of the bare UNet
     step_flops: float
     flops_per_s: float  # of a large matmul
@@ -89,7 +89,7 @@ class Estimate:
 
 
 def describe_run(config: DistilConfig) -> list[str]:
-    """An estimate of ``config`` as lines; RecipeError where the base's configs are missing or do not fit."""
+    """An estimate of ``config`` as lines; RecipeError if the base's configs are missing or do not fit."""
     return describe(config, estimate(config))
 
 
@@ -179,7 +179,7 @@ def _build_unet(config: dict[str, Any], style_tokens: int) -> Network:
         reason = " ".join(str(error).split())[:200]
         raise RecipeError(f"the base's unet/config.json does not describe a UNet: {reason}") from None
     if unet.config.addition_embed_type != "text_time":
-        raise RecipeError("the base's UNet is not of SDXL's kind (no text_time embedding)")
+        raise RecipeError("the base's UNet is not an SDXL UNet (it has no text_time embedding)")
     return unet
 
 
@@ -271,7 +271,7 @@ def _judge(
         _count_heads([width] * len(chosen.blocks), pooled),
         12 * width**2 * depth,
         flops + depth * (24 * tokens * width**2 + 4 * tokens**2 * width),
-        # About twenty maps of the width a block, the multilayer perceptron's being four times as wide.
+        # About twenty maps of the width per block, the multilayer perceptron's being four times as wide.
         outputs + 20.0 * depth * tokens * width,
     )
 
@@ -285,10 +285,10 @@ def _count_heads(channels: list[int], pooled: int) -> int:
 
 
 def _weights(config: DistilConfig, counts: dict[str, int], others: int, *, on_cpu: bool) -> dict[str, float]:
-    """Everything that lies in memory all the time, GiB; ``others`` are frozen networks in fp32."""
+    """Everything held in memory all the time, GiB; ``others`` are frozen networks in fp32."""
     # On the CPU the base stays in fp32, and autocast holds its copy of it until the backward pass is done.
     base_bytes = 4 if config.precision == "fp32" else 6 if on_cpu else 2
-    moments = 2 if config.optimizer == "adamw8bit" else 8  # Adam's two, bytes a number
+    moments = 2 if config.optimizer == "adamw8bit" else 8  # Adam's two, bytes per number
     trained = counts["lora"] + counts["heads"]
     parts = {
         "base weights": base_bytes * counts["unet"],
@@ -336,7 +336,7 @@ def measure_flops(device: str, precision: str, seconds: float = 0.3) -> float:
     return 2.0 * side**3 * count / spent
 
 
-# --- for people -------------------------------------------------------------------------------------------
+# --- as text ----------------------------------------------------------------------------------------------
 
 
 def describe(config: DistilConfig, found: Estimate) -> list[str]:
@@ -354,8 +354,8 @@ def describe(config: DistilConfig, found: Estimate) -> list[str]:
         f"memory   about {sum(found.memory_gib.values()):.2f} GiB on {found.device}, PyTorch's own on top"
         f"{elsewhere}",
         *(f"  {gib:8.2f} GiB  {name}" for name, gib in found.memory_gib.items() if gib >= 0.005),
-        f"work     {sum(found.evaluations.values()):.1f} UNet evaluations a sample ({units})",
-        f"time     about {found.step_s:.3g} s a step of {samples} samples, at {MATMUL_SHARE:.0%} of the "
+        f"work     {sum(found.evaluations.values()):.1f} UNet evaluations per sample ({units})",
+        f"time     about {found.step_s:.3g} s per step of {samples} samples, at {MATMUL_SHARE:.0%} of the "
         f"{found.flops_per_s / 1e12:.3g} TFLOP/s of a {config.precision} matmul here; data loading, encoding "
         "and sheets come on top",
     ]

@@ -175,7 +175,7 @@ class AdversarialConfig:
 
 @dataclass(frozen=True)
 class PicturesConfig:
-    """Training pictures or videos, with captions where there are any."""
+    """Training pictures or videos, with captions if there are any."""
 
     folder: str = ""
     kind: Literal["auto", "pictures", "videos", "webdataset"] = "auto"
@@ -356,7 +356,7 @@ def _check_distil(recipe: DistilConfig) -> None:
 def target_window(eta: float, rate: float, tau: int) -> int:
     """How many grid points below t the target s may lie: ``rate * ceil(50 eta)`` (the error bound).
 
-    Rounded up, and of the points from ``tau`` where those are more, so that with a rate of one half
+    Rounded up, and of the points from ``tau`` if those are more, so that with a rate of one half
     both jumps of a 2-step run lie inside, also for the published LoRAs, which start above eta's tau.
     """
     points = max(math.ceil(GRID_POINTS * eta - 1e-9), (tau + 1) // 20)
@@ -364,7 +364,7 @@ def target_window(eta: float, rate: float, tau: int) -> int:
 
 
 def distil_tau(recipe: DistilConfig) -> int:
-    """The timestep at which the trajectory starts; ValueError where it is not on the grid."""
+    """The timestep at which the trajectory starts; ValueError if it is not on the grid."""
     return trajectory_timesteps(recipe.eta, 1, start=recipe.tau or None)[0]
 
 
@@ -394,7 +394,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = (), given: dict[str, An
 
 
 def load_run_recipe(folder: Path) -> Any:
-    """The recipe stored in a run folder; RecipeError where there is none."""
+    """The recipe stored in a run folder; RecipeError if there is none."""
     try:
         table = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -424,7 +424,7 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_same_run(config: Any, folder: Path) -> None:
-    """RecipeError where ``folder`` holds a run of another recipe than ``config``."""
+    """RecipeError if ``folder`` holds a run of another recipe than ``config``."""
     before, now = _flat(asdict(load_run_recipe(folder))), _flat(asdict(config))
     changed = sorted(
         k

@@ -1,7 +1,7 @@
 """Log, progress, TensorBoard and curves of a run, and where its time goes.
 
-``log.jsonl`` holds what the run computed and nothing of the clock, so that equal runs have equal logs,
-byte for byte, however often one was killed; what the clock says is in ``timing.jsonl``.
+``log.jsonl`` holds computed values only, no timing, so that equal runs have equal logs, byte for byte,
+however often one was killed; timings are in ``timing.jsonl``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PACE_POINTS = 20  # the pace is that between the last so many calls
 
 
 def _plain(value: float) -> float | int | None:
-    """6 significant digits; None where it is not finite, which JSON cannot express."""
+    """6 significant digits; None if it is not finite, which JSON cannot express."""
     if isinstance(value, numbers.Integral):
         return int(value)
     rounded = float(f"{float(value):.6g}")
@@ -63,12 +63,12 @@ def _append(path: Path, step: int, values: Values) -> None:
 def _unwritten(path: Path, error: OSError) -> RecipeError:
     return RecipeError(
         f"{path} could not be written ({error.strerror or error}): the disk may be full; the last "
-        "checkpoint stands: free some room and run the same command again"
+        "checkpoint is intact; free some room and run the same command again"
     )
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    """A line of a log; None where a kill left half of one."""
+    """A line of a log; None if a kill left half of one."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -93,7 +93,7 @@ def _cut(path: Path, step: int) -> None:
 
 
 def histogram_bars(counts: Counts, bins: int = 12, *, ascii_only: bool = False) -> str:
-    """Counts as ``bins`` small bars (fewer where there are fewer counts); a dot where there is nothing.
+    """Counts as ``bins`` small bars (fewer if there are fewer counts); a dot for 0.
 
     Each bar is the mean of its share of the counts, so that even counts give even bars.
     """
@@ -109,7 +109,7 @@ class Report:
 
     Steps are counted from 1 and mean finished ones. ``resume_at``: the step of the checkpoint that the run
     continues from; lines logged after it are dropped, since they are about to be logged again. RecipeError
-    where something cannot be written.
+    if something cannot be written.
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class Report:
         return self.folder / "timing.jsonl"
 
     def say(self, text: str) -> None:
-        """A line for people, above the progress bar."""
+        """A line for the user, above the progress bar."""
         if self.main:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -244,7 +244,7 @@ class Report:
             self.say(f"{self.title}  {step}/{self.total}  {note}")
 
     def advance(self, step: int) -> None:
-        """Move the progress bar, where there is one."""
+        """Move the progress bar, if there is one."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
 
@@ -284,7 +284,7 @@ class Report:
         return {**series}
 
     def histogram(self) -> None:
-        """Draw the counts that `progress` was given last to visits.png, where there are any."""
+        """Draw the counts that `progress` was given last to visits.png, if there are any."""
         if self.main and len(self._counts):
             save_histogram(self.folder / "visits.png", self._counts, "visits per t")
 
@@ -385,7 +385,7 @@ class Stopwatch:
         self._since = now
 
     def summary(self, images_per_step: int = 0) -> dict[str, float]:
-        """Of the steps since the last call that the device has finished; empty where there are none.
+        """Of the steps since the last call that the device has finished; empty if there are none.
 
         ``step_s``; ``images_per_s``; ``share_<name>`` of the time, ``share_overhead`` (what no span
         accounts for) and ``overhead_to_spans``. Steps still running on the GPU come with the next call.

@@ -78,7 +78,7 @@ def save_curve(
     """Write loss curves (running means) as a PNG.
 
     ``curves``: (x, y) by name. Positive ones stand on a log scale; the others get a panel with a linear
-    scale below. RecipeError where it cannot be written.
+    scale below. RecipeError if it cannot be written.
     """
     drawn = {name: xy for name, xy in curves.items() if len(xy[1]) >= 2}
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(drawn)}
@@ -133,7 +133,7 @@ def _ends(values: FloatArray) -> tuple[float, float]:
 def save_histogram(
     path: Path, counts: Sequence[float], title: str, size_px: tuple[int, int] = (640, 200)
 ) -> None:
-    """Write bars, one a count; the line is the mean of those above 0. RecipeError as ``save_curve``."""
+    """Write bars, one per count; the line is the mean of those above 0. RecipeError as ``save_curve``."""
     w, h = size_px
     canvas = np.full((h, w, 3), 255, np.uint8)
     heights = np.asarray(counts, float)

@@ -77,7 +77,7 @@ class Run:
 
     ``parts``: modules or named tensors that training changes. ``optimizers``: the first one gets the learning
     rate of `steps`. ``own``: the state of this process alone. ``accelerator``: Accelerate's, or one process.
-    Raises RecipeError where the folder cannot be written or holds another run.
+    Raises RecipeError if the folder cannot be written or holds another run.
     """
 
     def __init__(
@@ -120,11 +120,6 @@ class Run:
     def _open_folder(self) -> None:
         if (self.checkpoints / "newest").exists():
             check_same_run(self.config, self.folder)
-        elif (self.folder / "checkpoint.safetensors").exists():
-            raise RecipeError(
-                f"{self.folder} holds a checkpoint of an older std-rt, which this version cannot continue; "
-                "choose another output or delete the folder"
-            )
         if not self.accelerator.is_main_process:
             return
         with whole_file(self.folder / "recipe.json") as partial:
@@ -135,7 +130,7 @@ class Run:
     def steps(self, rate: Callable[[int], float], stop_after: int | None = None) -> Iterator[int]:
         """Step numbers still to do, each with the learning rate ``rate(step)`` set; logs every so often.
 
-        ``stop_after`` ends after that many steps with the last due checkpoint standing, as a kill would.
+        ``stop_after`` ends after that many steps with the last due checkpoint in place, as a kill would.
         """
         self.end = min(self.config.steps, stop_after or self.config.steps)
         try:
@@ -168,7 +163,7 @@ class Run:
     def save(self, step: int, **figures: float) -> None:
         """Write a line of the log (with ``figures``), the checkpoint and the curves.
 
-        RecipeError where a loss is not a number or the disk is full; the last good checkpoint stands.
+        RecipeError if a loss is not a number or the disk is full; the last good checkpoint is intact.
         """
         self._log(step + 1, figures)
         self._write(step + 1)
@@ -207,7 +202,7 @@ class Run:
     # --- checkpoints ------------------------------------------------------------------------------------
 
     def _write(self, done: int) -> None:
-        """On an error the last good checkpoint stands, and the error says so."""
+        """On an error the last good checkpoint is intact, and the error says so."""
         target = self.checkpoints / f"{done:06d}"
         standing = self._newest() or self.checkpoints
         save_state(target / f"rank{self.accelerator.process_index}.safetensors", *self.own.state(), standing)
@@ -218,7 +213,7 @@ class Run:
             self._publish(target)
 
     def _publish(self, target: Path) -> None:
-        with whole_file(self.checkpoints / "newest", "the checkpoint before it stands") as partial:
+        with whole_file(self.checkpoints / "newest", "the previous checkpoint is intact") as partial:
             partial.write_text(target.name, encoding="utf-8")
         for old in self.checkpoints.iterdir():
             if old.is_dir() and old != target:
@@ -244,7 +239,7 @@ class Run:
             yield name, part.state_dict() if isinstance(part, nn.Module) else part
 
     def _restore(self) -> int:
-        """Load the newest checkpoint; returns its step, 0 where there is none."""
+        """Load the newest checkpoint; returns its step, 0 if there is none."""
         folder = self._newest()
         self._check_together(folder)
         if folder is None:

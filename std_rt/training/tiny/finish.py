@@ -1,9 +1,9 @@
 """The finishing stage of std-tiny: few steps, guidance 1, with the style's texture.
 
-The teacher's squared error asks for the mean of all plausible pictures, so its few-step results have
+Squared error makes the teacher predict the mean of all plausible pictures, so its few-step results have
 the right palette and soft strokes. Here the network runs its own 4-step trajectory from photos under
 unrelated artworks (the very use of the product, for which no target exists) and, at one random step
-of it, its clean estimate is asked for two things:
+of it, its clean estimate is trained on two objectives:
 
 * texture: the distribution of its latent patches should be the style's. That is compared with no feature
   network: project all patches on random directions, sort, and compare the sorted values (sliced

@@ -354,7 +354,7 @@ STYLES: dict[str, Callable[[Image, np.random.Generator], Style]] = {
 def draw_style(
     rng: np.random.Generator, palette_source: Frame | None = None, name: str | None = None
 ) -> tuple[str, Style]:
-    """Draw a style; its palette is random, or that of ``palette_source`` where one is given."""
+    """Draw a style; its palette is random, or that of ``palette_source`` if one is given."""
     name = name or str(rng.choice(list(STYLES)))
     n = int(rng.integers(3, 8))
     palette = random_palette(rng, n) if palette_source is None else palette_of(palette_source, rng, n)

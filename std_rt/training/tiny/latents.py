@@ -141,7 +141,7 @@ def save_latents(latents: dict[str, list[Triple]], path: Path, made_from: str = 
 
 
 def latents_made_from(path: Path) -> str | None:
-    """The ``made_from`` of a file by `save_latents`; None where it is missing or damaged."""
+    """The ``made_from`` of a file by `save_latents`; None if it is missing or damaged."""
     try:
         with safe_open(path, "pt") as stored:
             return str((stored.metadata() or {}).get("made_from", ""))
@@ -150,7 +150,7 @@ def latents_made_from(path: Path) -> str | None:
 
 
 def load_latents(path: Path) -> dict[str, list[Triple]]:
-    """Read a file by `save_latents`; RecipeError where it is missing or damaged."""
+    """Read a file by `save_latents`; RecipeError if it is missing or damaged."""
     if latents_made_from(path) is None:
         raise RecipeError(f"{path} is missing or damaged; delete it and run the teacher's recipe again")
     groups: dict[str, dict[str, dict[str, Tensor]]] = {}
@@ -214,7 +214,7 @@ class TripleSource:
 
     @torch.no_grad()
     def take(self, n: int, shape: Shape) -> Fresh:
-        """``n`` new samples; styles are encoded here, once a trajectory."""
+        """``n`` new samples; styles are encoded here, once per trajectory."""
         rows = [self._one(shape[0]) for _ in range(n)]
         z, c, real, s = (torch.stack(column) for column in zip(*rows, strict=True))
         tokens, pooled = self.style_encoder.encode_latents(s.to(next(self.style_encoder.parameters())))

@@ -29,7 +29,7 @@ A small stylization model in the layout of SDXL with IP-Adapter, trained by the 
 
 
 class PassThrough(nn.Module):
-    """Stands where IP-Adapter's projection would: our style encoder gives projected tokens already."""
+    """Replaces IP-Adapter's projection: our style encoder gives projected tokens already."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         return tokens

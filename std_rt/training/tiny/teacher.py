@@ -218,7 +218,7 @@ def _build(config: TeacherConfig, vae: AutoencoderPixelShuffle) -> TinyPipeline:
 
 
 def _copy_weights(folder: Path, pipeline: TinyPipeline) -> None:
-    """UNet and style encoder of a pipeline folder; RecipeError where there is none or it does not fit."""
+    """UNet and style encoder of a pipeline folder; RecipeError if there is none or it does not fit."""
     if not (folder / "model_index.json").exists():
         raise RecipeError(
             f"start_from = {str(folder)!r} is not a pipeline folder (it has no model_index.json)"

@@ -1,4 +1,4 @@
-"""Two pipelines on disk and the bundles exported from them: the slow part, done once a run."""
+"""Two pipelines on disk and the bundles exported from them: the slow part, done once per run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.once import made_once
 from support.pipelines import write_clip_pipeline, write_lora, write_own_pipeline
 
 from std_rt.core.bundle import Bundle, load_bundle
-from std_rt.export import export_pipeline
+from std_rt.export.build import export_pipeline
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,14 +26,14 @@ def _few_threads() -> None:
 
 @pytest.fixture(scope="session")
 def clip_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SDXL in miniature."""
-    return write_clip_pipeline(tmp_path_factory.mktemp("clip") / "mini-xl")
+    """SDXL in miniature, with one layer per block."""
+    return write_clip_pipeline(tmp_path_factory.mktemp("clip") / "mini-xl", layers_per_block=1)
 
 
 @pytest.fixture(scope="session")
 def own_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """std-tiny in miniature."""
-    return write_own_pipeline(tmp_path_factory.mktemp("own") / "mini-tiny")
+    """std-tiny in miniature, with one level."""
+    return write_own_pipeline(tmp_path_factory.mktemp("own") / "mini-tiny", levels=1)
 
 
 @pytest.fixture(scope="session")
@@ -44,13 +44,22 @@ def lora(clip_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def clip_bundle(clip_source: Path, lora: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """`clip_source` with the LoRA at 0.7, fp16 weights, published style layout, a prompt and its encoders."""
+def one_level(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """`clip_source` with one level, which is traced in a quarter of the time, and a LoRA for it."""
+    source = write_clip_pipeline(tmp_path_factory.mktemp("one") / "mini-xl", layers_per_block=1, levels=1)
+    unet = UNet2DConditionModel.from_pretrained(source / "unet")
+    path = tmp_path_factory.mktemp("lora") / "ink.safetensors"
+    return source, write_lora(path, unet, eta="0.5", steps="4 2")
+
+
+@pytest.fixture(scope="session")
+def clip_bundle(one_level: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """`one_level` with the LoRA at 0.7, fp16 weights, published style layout, a prompt and its encoders."""
+
+    source, lora = one_level
 
     def make(output: Path) -> None:
-        export_pipeline(
-            clip_source, output, lora=[(lora, 0.7)], size=(64, 96), prompt="in ink", prompts="encoder"
-        )
+        export_pipeline(source, output, lora=[(lora, 0.7)], size=(64, 96), prompt="in ink", prompts="encoder")
 
     return load_bundle(made_once(tmp_path_factory, "mini-xl", make))
 

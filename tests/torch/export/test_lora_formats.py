@@ -177,10 +177,8 @@ def outputs(parts: Parts) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("writer", [peft, kohya, kohya_original, older, wrapped, bare])
-@pytest.mark.parametrize("scale", [1.0, -0.6])
-def test_every_weight_is_the_formulas(
-    writer: Writer, scale: float, parts: Parts, originals: Parts, tmp_path: Path
-) -> None:
+def test_every_weight_is_the_formulas(writer: Writer, parts: Parts, originals: Parts, tmp_path: Path) -> None:
+    scale = -0.6
     layers = make_layers(parts, alpha=4.0 if writer is older else 3.0)
     if writer in (wrapped, bare):
         layers = [layer for layer in layers if layer.role == "unet"]
@@ -195,7 +193,9 @@ def test_every_weight_is_the_formulas(
             torch.testing.assert_close(module.state_dict()[name], wanted, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("writer", [peft, kohya, kohya_original, older])
+@pytest.mark.parametrize(
+    "writer", [peft, kohya, *(pytest.param(w, marks=pytest.mark.long) for w in (kohya_original, older))]
+)
 def test_fused_equals_diffusers_unfused(
     writer: Writer, parts: Parts, originals: Parts, clip_source: Path, tmp_path: Path
 ) -> None:
@@ -359,6 +359,7 @@ print(status_mb("VmHWM:") - before)
 """
 
 
+@pytest.mark.long  # a process that imports torch, for its peak memory
 @pytest.mark.skipif(sys.platform != "linux", reason="counts resident memory as Linux does")
 def test_fusing_holds_one_layer_at_a_time(tmp_path: Path) -> None:
     """160 MB of weights and 40 MB of LoRA: what is added is the file, and a few layers of 4 MB."""

@@ -16,7 +16,7 @@ from std_rt.cli.app import main
 from std_rt.core.base_model import unet_digest
 from std_rt.core.errors import ExportError
 from std_rt.core.schedule import NoiseSchedule
-from std_rt.export import export_pipeline
+from std_rt.export.build import export_pipeline
 from std_rt.export.lora import fuse_lora, read_metadata, source_digest
 from std_rt.export.options import ExportOptions
 from std_rt.export.profiles import PROFILES
@@ -99,31 +99,43 @@ def test_the_schedule_is_read_from_the_notes(options: Any) -> None:
 @pytest.mark.parametrize(
     ("flags", "metadata", "message"),
     [
-        ({"eta": 0.65}, [notes()], r"--eta 0\.65 was asked, and LoRA 0.* for eta 0\.75; leave --eta out"),
-        ({"tau": 759}, [notes()], r"--tau 759 was asked, and LoRA 0.* for tau 739; leave --tau out"),
-        ({"profile": "tcd"}, [notes()], r"LoRA 0\.safetensors notes its own schedule .*leave --profile out"),
+        ({"eta": 0.65}, [notes()], r"--eta 0\.65 conflicts with LoRA 0.* for eta 0\.75; omit --eta"),
+        ({"tau": 759}, [notes()], r"--tau 759 conflicts with LoRA 0.* for tau 739; omit --tau"),
+        ({"profile": "tcd"}, [notes()], r"LoRA 0\.safetensors records its own schedule .*omit --profile"),
         (
             {},
             [notes(), notes(eta="0.5", tau="479", timesteps="{}")],
             r"LoRA 0\S* was trained for eta 0\.75 from timestep 739 .*1\S* for eta 0\.5 from timestep 479",
         ),
         ({}, [notes(), notes(method="lcm")], r"\(std\), .* \(lcm\); a bundle has one schedule"),
-        ({}, [{}], r"LoRA 0\S* does not say its eta .*give --eta, or --profile .*std-0\.75"),
-        ({}, [{"ss_steps": "100", "steps": "1500"}], "does not say its eta"),
-        ({}, [{"std_rt_version": "0.1.0"}], "was written by std-rt and lacks its eta"),
-        ({}, [notes(eta="abc")], r"LoRA 0\S* has damaged notes \(could not convert string to float: 'abc'\)"),
-        ({}, [notes(eta="nan")], "has damaged notes .*eta must be in"),
-        ({}, [notes(eta="7.5")], "has damaged notes .*eta must be in"),
-        ({}, [notes(tau="740")], "has damaged notes .*740 is not on the grid"),
-        ({}, [notes(tau="x")], r"has damaged notes \(invalid literal .*'x'"),
-        ({}, [notes(steps="2 x")], r"has damaged notes \(invalid literal .*'x'"),
-        ({}, [notes(timesteps="{")], "has damaged notes"),
-        ({}, [notes(timesteps="[1]")], "has damaged notes"),
+        ({}, [{}], r"LoRA 0\S* does not record its eta .*give --eta, or --profile .*std-0\.75"),
+        ({}, [{"ss_steps": "100", "steps": "1500"}], "does not record its eta"),
+        ({}, [{"std_rt_version": "0.1.0"}], "was written by std-rt but has no eta"),
+        (
+            {},
+            [notes(eta="abc")],
+            r"LoRA 0\S* has invalid metadata \(could not convert string to float: 'abc'\)",
+        ),
+        ({}, [notes(eta="nan")], "has invalid metadata .*eta must be in"),
+        ({}, [notes(eta="7.5")], "has invalid metadata .*eta must be in"),
+        ({}, [notes(tau="740")], "has invalid metadata .*740 is not on the grid"),
+        ({}, [notes(tau="x")], r"has invalid metadata \(invalid literal .*'x'"),
+        ({}, [notes(steps="2 x")], r"has invalid metadata \(invalid literal .*'x'"),
+        ({}, [notes(timesteps="{")], "has invalid metadata"),
+        ({}, [notes(timesteps="[1]")], "has invalid metadata"),
         ({}, [notes(timesteps='{"4": [1, 2]}')], r"timesteps \[1, 2\] in 4 steps, .*version that trained it"),
         ({}, [notes(grid="100")], "trained on a grid of 100 points"),
         ({"steps": (60,)}, [notes()], "do not fit together: steps must be in 1..37"),
-        ({"profile": "std-0.75", "eta": 0.65}, [{}], r"--eta 0\.65 .*profile std-0\.75 was trained for eta"),
-        ({"profile": "std-0.75", "tau": 739}, [{}], r"--tau 739 .*profile std-0\.75 was trained for tau 779"),
+        (
+            {"profile": "std-0.75", "eta": 0.65},
+            [{}],
+            r"--eta 0\.65 .*profile std-0\.75, which was trained for eta",
+        ),
+        (
+            {"profile": "std-0.75", "tau": 739},
+            [{}],
+            r"--tau 739 .*profile std-0\.75, which was trained for tau 779",
+        ),
         ({"profile": "std-75"}, [{}], r"unknown --profile 'std-75'; did you mean 'std-0\.75'\?"),
         ({"profile": "std-v2v-0.75"}, [{}], "cannot be exported: it was trained in a UNet with a motion"),
     ],
@@ -146,7 +158,7 @@ def test_a_style_lora_goes_with_a_trained_one(options: Any) -> None:
 def test_a_foreign_lora_is_exported_by_flags(options: Any) -> None:
     trajectory, said = chosen(options(eta=0.65), {})
     assert (trajectory.eta, trajectory.tau, trajectory.steps) == (0.65, 639, (4,))
-    assert said == ["0.safetensors does not say its eta; exported for eta 0.65 as asked"]
+    assert said == ["0.safetensors does not record its eta; exporting for eta 0.65 as requested"]
     assert chosen(options())[0] == Trajectory(0.75, 739, (4,))  # no LoRA: nothing to ask
 
 
@@ -172,10 +184,10 @@ def test_a_published_lora_is_known_by_its_file_name(options: Any) -> None:
     trajectory = choose_trajectory(options(guidance=2.0), [note])
     assert (trajectory.tau, trajectory.guidance) == (779, 2.0)
     assert remarks(options(guidance=2.0), trajectory, [note]) == [
-        "recognised by its file name: SecondComming/Single-Trajectory-Distillation: "
+        "recognized by its file name as SecondComming/Single-Trajectory-Distillation: "
         "std_sdxl_i2i_eta0.75.safetensors; exported with --profile std-0.75"
     ]
-    with pytest.raises(ExportError, match=r"profile std-0\.75 was trained for eta 0\.75"):
+    with pytest.raises(ExportError, match=r"profile std-0\.75, which was trained for eta 0\.75"):
         choose_trajectory(options(eta=0.65), [note])
     assert choose_trajectory(options(profile="tcd"), [note]).gamma == 0.3  # what is asked for wins
 
@@ -239,7 +251,7 @@ def test_a_student_of_another_base_is_refused_before_any_work(
 
 
 def test_a_wrong_eta_is_refused_before_any_work(student: Path, own_source: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="leave --eta out"):
+    with pytest.raises(ExportError, match="omit --eta"):
         export_pipeline(own_source, tmp_path / "b", lora=[(student, 1.0)], eta=0.5, progress=stop)
 
 
@@ -273,5 +285,5 @@ def test_damaged_rank_notes_are_one_line(unet: UNet2DConditionModel, tmp_path: P
     path = write_lora(tmp_path / "l.safetensors", unet, eta="0.75")
     assert read_notes(path, read_metadata(path)) == LoraNotes(path, 0.75, 739)
     path = write_lora(tmp_path / "l.safetensors", unet, lora_adapter_metadata="{rank")
-    with pytest.raises(ExportError, match="damaged notes"):
+    with pytest.raises(ExportError, match="invalid metadata"):
         fuse_lora({"unet": unet}, path, 1.0)

@@ -51,7 +51,9 @@ def test_a_weight_beyond_fp16_is_refused() -> None:
     net = nn.Sequential(nn.Linear(2, 2))
     with torch.no_grad():
         net[0].weight[0, 0] = 1e6
-    with pytest.raises(ExportError, match=r"weight 0\.weight reaches 1000000, beyond fp16; use --precision"):
+    with pytest.raises(
+        ExportError, match=r"weight 0\.weight is 1000000, which exceeds the fp16 range; use --precision"
+    ):
         to_half(net, torch.float16)
 
 

@@ -18,7 +18,7 @@ from support.pipelines import write_lora, write_tiny_vae
 
 from std_rt.core.bundle import Bundle
 from std_rt.core.errors import BundleError, ExportError
-from std_rt.export import export_pipeline
+from std_rt.export.build import export_pipeline
 from std_rt.export.graphs import Example
 from std_rt.export.parity import check_graph, lint
 

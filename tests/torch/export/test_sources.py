@@ -104,7 +104,7 @@ def test_the_recipe_of_another_eta(hub: FakeHub) -> None:
         ),
         (
             {"eta": 0.65, "profile": "std-0.75"},
-            r"--eta 0\.65 does not go with --profile std-0\.75, which is for 0\.75",
+            r"--eta 0\.65 conflicts with --profile std-0\.75, which is for 0\.75",
         ),
         ({"profile": "sdt"}, "unknown --profile 'sdt'"),
     ],

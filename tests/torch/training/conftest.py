@@ -53,8 +53,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 def autoencoder_config(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> AutoencoderConfig:
     output = str(tmp_path_factory.mktemp("autoencoder"))
     return AutoencoderConfig(
-        output, data, steps=6, batch=2, crop_px=64, channels=(8, 16), encoder_blocks=1, decoder_blocks=1,
-        bf16=False, snapshot_every=3,
+        output, data, steps=4, batch=2, crop_px=64, channels=(8, 16), encoder_blocks=1, decoder_blocks=1,
+        bf16=False, snapshot_every=2,
     )  # fmt: skip
 
 
@@ -73,8 +73,8 @@ def teacher_config(
         (32, 32, 32), cross_attention_dim=48, attention_head_dim=16, style_tokens=4, pooled_dim=16
     )
     return TeacherConfig(
-        str(tmp_path_factory.mktemp("teacher")), str(vae_folder), data, steps=4, batch=2, window=(16,),
-        variants=1, warmup=2, bf16=False, snapshot_every=2, model=model,
+        str(tmp_path_factory.mktemp("teacher")), str(vae_folder), data, steps=2, batch=2, window=(16,),
+        variants=1, warmup=2, bf16=False, snapshot_every=1, model=model,
     )  # fmt: skip
 
 

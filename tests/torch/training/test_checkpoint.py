@@ -108,7 +108,7 @@ def test_on_a_full_disk_the_last_good_checkpoint_stands(
     assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
     assert "No space left" in message
     assert "disk may be full" in message
-    assert f"the last good one, {path}, stands" in message
+    assert f"the previous checkpoint, {path}, is intact" in message
     assert "\n" not in message
 
 
@@ -118,9 +118,9 @@ def test_the_message_names_the_checkpoint_that_stands(
     before = tmp_path / "000100"
     before.mkdir()
     monkeypatch.setattr("os.fsync", _full)
-    with pytest.raises(RecipeError, match=r"000100, stands"):
+    with pytest.raises(RecipeError, match=r"000100, is intact"):
         save_state(tmp_path / "000200" / "state.safetensors", _tensors(), META, last_good=before)
-    with pytest.raises(RecipeError, match="what was written before stands"):
+    with pytest.raises(RecipeError, match="the previous file is intact"):
         save_state(tmp_path / "000200" / "state.safetensors", _tensors(), META)
 
 

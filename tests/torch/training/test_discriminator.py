@@ -16,11 +16,11 @@ from std_rt.models.style_encoder import StyleEncoder
 from std_rt.training.distil.discriminator import (
     Adversary,
     Heads,
+    _squared_gradient,
     draw_real_index,
     has_pair,
     hinge_d,
     hinge_g,
-    r1_penalty,
     renoise,
 )
 from std_rt.training.distil.features import DinoFeatures, StyleFeatures, fit_patches, load_dino
@@ -190,6 +190,12 @@ class LinearHeads(nn.Module):
     def forward(self, features: list[Tensor], condition: Tensor) -> Tensor:
         total = torch.stack([f.flatten(1).sum(1) for f in features]).sum(0)
         return total[:, None] * self.weight
+
+
+def r1_penalty(heads: nn.Module, features: list[Tensor], condition: Tensor) -> Tensor:
+    """The penalty that the loss takes, on features of our choice: ``[B]``."""
+    leaves = [f.detach().requires_grad_() for f in features]
+    return _squared_gradient(heads(leaves, condition), leaves)
 
 
 def test_penalty_of_a_linear_head_by_hand() -> None:

@@ -18,36 +18,42 @@ from std_rt.training.tiny.latents import Triple, save_latents
 RECIPES = Path(__file__).parents[3] / "training"
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    base = write_own_pipeline(tmp_path / "base", levels=1)
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A miniature std-tiny, with the latents of one triple in it."""
+    folder = write_own_pipeline(tmp_path_factory.mktemp("base") / "base", levels=1)
     rng = torch.Generator().manual_seed(0)
     triples = [
         Triple(*(torch.randn(8, 32, 32, generator=rng).half() for _ in range(2)), (torch.randn(8, 32, 32),))
     ]
-    save_latents({"art": triples}, tmp_path / "latents.safetensors")
+    save_latents({"art": triples}, folder / "latents.safetensors")
+    return folder
+
+
+@pytest.fixture
+def recipe(base: Path, tmp_path: Path) -> Path:
     text = (
         f"stage = 'distil'\noutput = '{(tmp_path / 'run').as_posix()}'\nbase = '{base.as_posix()}'\n"
         "steps = 2\nbatch = 1\naccumulate = 1\nprecision = 'fp32'\neta = 0.2\n"
         "run_steps = [2, 4]\nwarmup = 0\n"
         "[lora]\nrank = 2\nalpha = 2\n[bank]\ncapacity = 2\n"
-        f"[latents]\nfile = '{(tmp_path / 'latents.safetensors').as_posix()}'\nside = 8\n"
+        f"[latents]\nfile = '{(base / 'latents.safetensors').as_posix()}'\nside = 8\n"
     )
     path = tmp_path / "recipe.toml"
     path.write_text(text, encoding="utf-8")
     return path
 
 
-def test_from_recipe_to_picture(cli: Cli, recipe: Path, tmp_path: Path) -> None:
+def test_from_recipe_to_picture(cli: Cli, recipe: Path, base: Path, tmp_path: Path) -> None:
     """The whole road: train a LoRA, export it with the schedule it carries, stylize with it."""
-    done = cli("train", recipe, "--output", tmp_path / "mine", "--max-steps", "3", "--seed", "4")
+    done = cli("train", recipe, "--output", tmp_path / "mine", "--max-steps", "1", "--seed", "4")
     lora = tmp_path / "mine" / "lora.safetensors"
     assert (done.code, done.out.strip().splitlines()[-1]) == (0, str(lora))
     kept = json.loads((tmp_path / "mine" / "recipe.json").read_text(encoding="utf-8"))
-    assert (kept["steps"], kept["seed"]) == (3, 4)
+    assert (kept["steps"], kept["seed"]) == (1, 4)
     assert not (tmp_path / "run").exists()
     bundle = tmp_path / "bundle"
-    assert cli("export", tmp_path / "base", "--lora", lora, "-o", bundle, "--size", "64").code == 0
+    assert cli("export", base, "--lora", lora, "-o", bundle, "--size", "64").code == 0
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     assert (manifest["schedule"]["tau"], set(manifest["schedule"]["steps"])) == (199, {"2", "4"})
     photo, art = picture(tmp_path / "photo.png", 64, 64), picture(tmp_path / "art.png", 64, 64, seed=1)
@@ -55,7 +61,7 @@ def test_from_recipe_to_picture(cli: Cli, recipe: Path, tmp_path: Path) -> None:
     assert cli("stylize", photo, "--style", art, "--bundle", bundle, "-o", styled).code == 0
     assert styled.is_file()
     assert cli("bundles", "unpack", bundle, "-o", tmp_path / "again").code == 0
-    before, after = load_base(tmp_path / "base"), load_base(tmp_path / "again")
+    before, after = load_base(base), load_base(tmp_path / "again")
     assert after.digest == before.digest
     assert np.allclose(after.schedule.alphas_cumprod, before.schedule.alphas_cumprod)
     assert after.schedule.prediction_type == "v_prediction"

@@ -63,7 +63,7 @@ def test_there_is_one_file_for_each_operation_and_no_other() -> None:
 
 def test_the_files_are_those_that_the_maker_makes() -> None:
     pytest.importorskip("onnx")
-    from std_rt.export.glue import make_glue
+    from tools.make_glue import make_glue
 
     assert {op: glue_path(op).read_bytes() for op in GLUE} == make_glue()
 

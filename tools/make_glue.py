@@ -1,6 +1,6 @@
-"""The maker of the glue graphs: one tiny ONNX file for each operation in `std_rt.engines.glue`.
+"""The generator of the glue graphs: one tiny ONNX file per operation in `std_rt.engines.glue`.
 
-    python -m std_rt.export.glue
+    python -m tools.make_glue
 
 The same bytes every time; a test compares them with the shipped files.
 """
