@@ -129,7 +129,7 @@ def engines_gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; remove nothing.")] = False,
 ) -> None:
     """Remove engines nothing can use any more: changed, of missing bundles, of other versions or drivers."""
-    from std_rt.engines.cuda.driver import cuda_device, driver_problem
+    from std_rt.engines.gpu.driver import cuda_device, driver_problem
 
     cache = _cache()
     bundles, versions = _bundles_in_reach(cache), _installed_versions()
@@ -249,7 +249,7 @@ def _build_ahead(
     backend: str, specs: list[GraphSpec], precision: str, targets: tuple[str, ...], cache: EngineCache
 ) -> None:
     """For TensorRT and TensorRT-RTX; without targets, for the GPU here."""
-    from std_rt.engines.cuda.driver import cuda_device, driver_problem
+    from std_rt.engines.gpu.driver import cuda_device, driver_problem
     from std_rt.engines.tensorrt.engine_builder import EngineBuilder
     from std_rt.engines.tensorrt.onnx_to_engine import PRODUCTS, load_product
 

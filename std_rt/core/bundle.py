@@ -87,7 +87,7 @@ class Bundle:
         return list(self.manifest["graphs"])
 
     def graph_path(self, name: str) -> Path:
-        """Path of a graph's ONNX file. Raises BundleError where the bundle has no such graph."""
+        """Path of a graph's ONNX file. Raises BundleError if the bundle has no such graph."""
         return self.path / str(self._graph(name)["file"])
 
     def weights_path(self, name: str) -> Path:
@@ -167,7 +167,7 @@ class Bundle:
 
     @property
     def default_steps(self) -> int:
-        """Step count where the user asks for none."""
+        """Step count if the user asks for none."""
         return int(self.manifest["schedule"]["default_steps"])
 
     @property
@@ -207,7 +207,7 @@ def load_bundle(source: str | Path | None = None, *, verify: bool | None = None)
 
     Always checks the manifest (schema, its own hash, structure), that every file is there with the
     right size, and that no graph reads weights from outside. ``verify`` also hashes every file; the
-    default does so below 100 MB, where it takes no time. Raises BundleError.
+    default does so below 100 MB, if it takes no time. Raises BundleError.
     """
     folder = _find(source)
     bundle = Bundle(folder, _read_manifest(folder))
@@ -250,7 +250,7 @@ def write_bundle(final: Path, fill: Callable[[Path], Manifest], *, overwrite: bo
     ``fill(folder)`` writes every file but the manifest and returns the manifest without ``schema``,
     ``files`` and ``manifest_sha256``, which are added here. It works in a hidden sibling folder,
     which is renamed at the end; when killed half-way, only that sibling is left. Raises BundleError
-    where ``final`` exists and is not a bundle, or ``overwrite`` is False.
+    if ``final`` exists and is not a bundle, or ``overwrite`` is False.
     """
     check_target(final, overwrite)
     partial = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -275,7 +275,7 @@ def _sweep(final: Path) -> None:
 
 
 def check_target(final: Path, overwrite: bool) -> None:
-    """Raise BundleError where a bundle may not be written to ``final``."""
+    """Raise BundleError if a bundle may not be written to ``final``."""
     if not final.exists():
         return
     if not final.is_dir() or (any(final.iterdir()) and not (final / MANIFEST).is_file()):

@@ -81,7 +81,7 @@ def atomic_file(
     empty one; it also removes what killed processes left of the same file. ``mode`` (less the umask) is the
     new file's.
 
-    Raises OSError, or ``error`` where one is given, if the file cannot be created or renamed; what the block
+    Raises OSError, or ``error`` if one is given, if the file cannot be created or renamed; what the block
     raises passes through unchanged (to turn its OSErrors into one line too, see `writing`).
     """
     if durable:
@@ -133,7 +133,7 @@ def check_input(path: Path) -> None:
 def check_output(
     sink: Path, *, source: Path | None = None, overwrite: bool = False, flag: str = "-o"
 ) -> None:
-    """Refuse an output before any work is done; creates the output's folder where it is missing.
+    """Refuse an output before any work is done; creates the output's folder if it is missing.
 
     ``flag``: the option that named it, for messages.
 

@@ -40,7 +40,7 @@ _FEATURES = {
 
 @dataclass(frozen=True)
 class Machine:
-    """``cores`` that this process may use; ``memory_gb`` None where the system does not say."""
+    """``cores`` that this process may use; ``memory_gb`` None if the system does not say."""
 
     processor: str
     cores: int
@@ -68,9 +68,9 @@ def describe_machine() -> Machine:
 
 
 def available_memory_gb() -> float | None:
-    """Memory (with swap) that a program may still take, in GB (2**30 bytes); None where nothing tells.
+    """Memory (with swap) that a program may still take, in GB (2**30 bytes); None if nothing tells.
 
-    In a container, what its limit leaves where that is less.
+    In a container, what its limit leaves if that is less.
     """
     if sys.platform == "win32":
         status = _windows_memory()
@@ -88,7 +88,7 @@ def free_disk_gb(path: Path) -> float:
 
 
 def peak_memory_mb() -> float | None:
-    """Largest resident size of this process so far in MB (2**20 bytes); None where nothing tells."""
+    """Largest resident size of this process so far in MB (2**20 bytes); None if nothing tells."""
     if sys.platform == "win32":
         return _peak_windows_mb()
     import resource
@@ -98,7 +98,7 @@ def peak_memory_mb() -> float | None:
 
 
 def require(what: str, extra: str, *modules: str) -> None:
-    """Raise UsageError with the command that adds them where ``modules`` are not installed."""
+    """Raise UsageError with the command that adds them if ``modules`` are not installed."""
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         raise UsageError(f"{what} needs {', '.join(missing)}; run: {install_hint(extra)}")
@@ -155,7 +155,7 @@ def _linux_available(path: Path = Path("/proc/meminfo")) -> int | None:
 
 
 def _container_available(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes left under the limit of this process's control group (version 2); None where there is none."""
+    """Bytes left under the limit of this process's control group (version 2); None if there is none."""
     limit, used, stat = (folder / f"memory.{name}" for name in ("max", "current", "stat"))
     if not (limit.is_file() and used.is_file()):
         return None

@@ -128,7 +128,7 @@ def _axis(data: memoryview) -> int | str | None:
 
 
 def _all(message: Message, wanted: int) -> list[memoryview]:
-    """Every field with this number. Raises TypeError where one is not a message."""
+    """Every field with this number. Raises TypeError if one is not a message."""
     found = [value for number, value in message if number == wanted]
     if any(isinstance(value, int) for value in found):
         raise TypeError("a message was expected")

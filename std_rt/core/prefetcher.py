@@ -69,7 +69,7 @@ class Prefetcher(Generic[T]):
                 raise StopIteration
 
     def get(self, timeout_s: float) -> T | None:
-        """The next item, or None where none came in time or none will come (see `over`).
+        """The next item, or None if none came in time or none will come (see `over`).
 
         Raises what the iterator raised, once the queue is empty.
         """

@@ -62,7 +62,7 @@ def schedule_rows(
     ``eta`` is where it starts (diffusers' ``strength``), ``steps`` diffusers' ``num_inference_steps``.
     ``tau`` overrides the start of a schedule that takes all its steps. ``gamma`` is the stochasticity
     of ``std``, ``diffusers``, ``tcd`` and ``tdd``; that of LCM is 1, of DDIM and Euler 0. Raises ValueError
-    where these do not fit together.
+    if these do not fit together.
     """
     sampler = _sampler(kind)
     if not 0 <= gamma <= 1 or sampler.gamma not in (None, gamma):

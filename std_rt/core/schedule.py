@@ -60,7 +60,7 @@ def trajectory_timesteps(eta: float, steps: int, start: int | None = None) -> li
     """``steps`` timesteps from exactly ``tau`` downwards, evenly over the grid below it.
 
     The rule of diffusers' ``TCDScheduler.set_timesteps(steps, strength=eta)``. ``start`` overrides
-    ``tau`` (a grid timestep) for LoRAs that were trained from another point. Raises ValueError where
+    ``tau`` (a grid timestep) for LoRAs that were trained from another point. Raises ValueError if
     there are fewer grid points than steps.
     """
     last = start_index(eta) if start is None else (start + 1) // _STRIDE - 1
@@ -208,7 +208,7 @@ def to_eps(output: Array, x_t: Array, c: StepCoefficients, prediction_type: str)
 
 
 def step(x_t: Array, eps: Array, c: StepCoefficients, noise: Array | None = None) -> Array:
-    """One step ``t -> s``; ``noise`` (shape of ``x_t``) is needed only where ``c.noise`` is not 0."""
+    """One step ``t -> s``; ``noise`` (shape of ``x_t``) is needed only if ``c.noise`` is not 0."""
     a, b = c.affine()
     x_s = a * x_t + b * eps
     if c.noise:

@@ -246,7 +246,7 @@ class EngineCache:
             raise BackendError(
                 f"the {key.product} engine of '{key.graph}' is not used: {path} {problem}; run: {CLEAN_UP}"
             )
-        with suppress(OSError):  # where the file is another user's, it stays as it was
+        with suppress(OSError):  # if the file is another user's, it stays as it was
             os.utime(path)  # notes the use, for gc
         return content
 
@@ -321,7 +321,7 @@ class EngineCache:
 
 
 def _read_secret(path: Path) -> bytes:
-    """This machine's secret, made at first use and readable by its owner alone (where files have modes)."""
+    """This machine's secret, made at first use and readable by its owner alone (if files have modes)."""
     if not path.is_file():
         with FileLock(path.with_name(f"{path.name}.lock")):
             if not path.is_file():

@@ -124,7 +124,7 @@ def choose_backend(name: str = "auto") -> tuple[str, str]:
 def open_engine(backend: str, spec: GraphSpec, precision: str = "auto") -> Engine:
     """Open ``spec`` on a backend name from `choose_backend` (or ``auto``).
 
-    ``precision`` is what the arithmetic runs in: ``auto`` is bf16 where the processor has bf16 hardware and
+    ``precision`` is what the arithmetic runs in: ``auto`` is bf16 if the processor has bf16 hardware and
     fp32 elsewhere. Raises BackendError if the backend is missing, does not support the precision, or cannot
     run the graph.
     """
@@ -143,7 +143,7 @@ def open_runner(
 ) -> Runner:
     """Open ``program`` on a backend: in the backend's own runner if it has one, else graph by graph.
 
-    ``specs`` has one entry per graph of the program; ``open_graph`` opens each where there is no such runner.
+    ``specs`` has one entry per graph of the program; ``open_graph`` opens each if there is no such runner.
     Raises BackendError as `open_engine` does.
     """
     _check_precision(precision)
@@ -192,7 +192,7 @@ def _info(name: str, probe: bool = False) -> BackendInfo:
 
 def _gpu_problem(name: str) -> str:
     """Why no GPU here can run backend ``name``; empty if one can. Asks the driver once per process."""
-    from std_rt.engines.cuda.probe import probe
+    from std_rt.engines.gpu.probe import probe
 
     found, known = probe(), GPU_BACKENDS[name]
     if found.problem:

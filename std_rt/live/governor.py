@@ -63,8 +63,8 @@ def ladder(
 
     First fewer steps at the same size; then smaller sizes (the shorter side at least ``min_px`` and 128, both
     multiples of ``multiple``), at 2 steps and 1. Fewer steps cost some texture and keep the drawing, smaller
-    sizes lose the drawing (faces first); and steps share their engines where sizes do not. The cost of
-    ``best`` is 1. Raises ValueError where its steps are not allowed.
+    sizes lose the drawing (faces first); and steps share their engines if sizes do not. The cost of
+    ``best`` is 1. Raises ValueError if its steps are not allowed.
     """
     if best.steps not in steps_allowed:
         raise ValueError(f"{best.steps} steps are not among {sorted(steps_allowed)}")

@@ -113,7 +113,7 @@ def _added(after: Any, before: Any) -> Any:
 
 @dataclass(frozen=True)
 class Recent:
-    """The last two seconds, for the overlay; None where nothing was presented in them."""
+    """The last two seconds, for the overlay; None if nothing was presented in them."""
 
     fps: float | None
     latency_p50_ms: float | None
@@ -144,7 +144,7 @@ class Metrics:
     ) -> None:
         """``settings`` (size, steps, backend, bundle digest, ...) are reported as given.
 
-        Raises TypeError or ValueError where they cannot be written as JSON.
+        Raises TypeError or ValueError if they cannot be written as JSON.
         """
         self.settings = json.loads(json.dumps(dict(settings or {}), allow_nan=False))
         self._now = now

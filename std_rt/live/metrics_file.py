@@ -44,7 +44,7 @@ class MetricsWriter:
     ) -> None:
         """Write the first line.
 
-        Raises MediaError where ``path`` exists (without ``overwrite``) or cannot be written.
+        Raises MediaError if ``path`` exists (without ``overwrite``) or cannot be written.
         """
         self.path, self.problem = path, ""
         self._metrics, self._now = metrics, now

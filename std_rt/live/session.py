@@ -132,7 +132,7 @@ class Session:
             yield packet
 
     def get(self, timeout_s: float) -> FramePacket | None:
-        """The next styled packet, or None where none came in time. Raises what the engines raised."""
+        """The next styled packet, or None if none came in time. Raises what the engines raised."""
         lost = "lost" in self.source.status
         if lost != self._lost:  # a lost camera stops the clock of the contract until its next frame
             (self.metrics.pause if lost else self.metrics.resume)("source")

@@ -333,7 +333,7 @@ class StyleMixer:
     def at(self, now: float) -> tuple[EncodedStyle, float]:
         """Style and strength of an instant; the same objects as before while nothing changes.
 
-        Raises UsageError where no style is loaded.
+        Raises UsageError if no style is loaded.
         """
         with self._lock:
             if self._cycle is not None and now >= self._next_s and len(self._cards) > 1:

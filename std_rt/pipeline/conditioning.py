@@ -42,7 +42,7 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class EncodedStyle:
-    """``tokens`` [1, T, D]; ``text_embeds`` [1, P] where the style encoder gives them, else None."""
+    """``tokens`` [1, T, D]; ``text_embeds`` [1, P] if the style encoder gives them, else None."""
 
     tokens: Array
     text_embeds: Array | None = None
@@ -88,7 +88,7 @@ def blend(styles: Sequence[tuple[EncodedStyle, float]]) -> EncodedStyle:
     """Weighted mean of styles. Weights are relative, 0 or more; a style of weight 0 has no part in it.
 
     Where one style has all the weight it is returned itself: weights (1, 0) are the first style, bit for
-    bit. Raises UsageError where there is no style, a weight is negative or not finite, or all are 0.
+    bit. Raises UsageError if there is no style, a weight is negative or not finite, or all are 0.
     """
     if not styles:
         raise UsageError("a style is needed: give at least one style picture")
@@ -182,7 +182,7 @@ def conditioning_for(mode: str, text: dict[str, Array], positive: dict[str, Arra
     """``positive`` (from `unet_inputs`) with the negative that guidance ``mode`` needs.
 
     The negative prompt is ``text``'s; sizes and the strength of the style are the same for both. Raises
-    BundleError where the two differ in shape.
+    BundleError if the two differ in shape.
     """
     if mode == "none":
         return Conditioning(positive)
@@ -213,8 +213,8 @@ def guided_inputs(mode: str, text: dict[str, Array], positive: dict[str, Array])
 def choose_guidance(bundle: Bundle, scale: float | None = None, mode: str | None = None) -> Guidance:
     """The guidance to use: the bundle's, or what was asked for. Scale 1 is none, whatever the mode.
 
-    A bundle without guidance gets mode ``full`` where only a scale is given. Raises UsageError
-    where scale and mode do not fit together, BundleError where the bundle has no negative or another
+    A bundle without guidance gets mode ``full`` if only a scale is given. Raises UsageError
+    if scale and mode do not fit together, BundleError if the bundle has no negative or another
     std-rt's guidance.
     """
     own = bundle.guidance
@@ -237,7 +237,7 @@ def choose_guidance(bundle: Bundle, scale: float | None = None, mode: str | None
 
 
 def check_negative(bundle: Bundle, stored: Collection[str], guidance: Guidance) -> None:
-    """Raise BundleError where guidance needs a negative that is not among the names ``stored``."""
+    """Raise BundleError if guidance needs a negative that is not among the names ``stored``."""
     missing = [name for name in NEGATIVE if f"negative_{name}" not in stored]
     if guidance.mode != "none" and missing:
         raise BundleError(

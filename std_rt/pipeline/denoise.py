@@ -32,7 +32,7 @@ class Guidance:
     first step alone and carries the gap ``eps - eps_negative`` on, fading with the noise: one evaluation more
     a frame than ``none``. (StreamDiffusion, arXiv 2312.12491, keeps the first step's clean estimate as the
     negative instead; on a trajectory that reaches x_0 that gap never closes, and std-tiny's pictures came
-    out farther from ``full`` than without guidance.) Raises ValueError where mode and scale disagree.
+    out farther from ``full`` than without guidance.) Raises ValueError if mode and scale disagree.
     """
 
     mode: str = "none"

@@ -47,7 +47,7 @@ class Openers:
 
 
 def openers(backend: str, precision: str, meanwhile: Callable[[str], None] | None = None) -> Openers:
-    """Openers for a backend name, as in `Stylizer.load`. Raises BackendError where it cannot be used."""
+    """Openers for a backend name, as in `Stylizer.load`. Raises BackendError if it cannot be used."""
     name, reason = choose_backend(backend)
     first = name if meanwhile is None or name not in GPU_BACKENDS else choose_backend("cpu")[0]
 
@@ -93,7 +93,7 @@ def program_for(
 ) -> tuple[Program, dict[str, GraphSpec]]:
     """The program of a runner key, and its graphs at their shapes; ``text``: shapes without the batch axis.
 
-    Raises UsageError where the bundle does not support the size, BundleError where it has no schedule for
+    Raises UsageError if the bundle does not support the size, BundleError if it has no schedule for
     the steps.
     """
     size, style = key.quality.size, bundle.style

@@ -250,7 +250,7 @@ def encode_chunks(chunks: Chunks, run: RunEncoder) -> Encoded:
 def join_encoders(parts: Sequence[Encoded]) -> Encoding:
     """The encoders' hidden states side by side, and the pooled text of the one that has it.
 
-    Raises UsageError where none has.
+    Raises UsageError if none has.
     """
     pooled = [vector for _, vector in parts if vector is not None]
     if not pooled:
@@ -290,8 +290,8 @@ def encode_pair(
 ) -> Encoding:
     """A prompt and what guidance leads away from, under the same names with ``negative_`` before them.
 
-    A negative left out (None) is zeros where ``zero_negative``, as SDXL's base has it
-    (force_zeros_for_empty_prompt); else, and where it is "", the encoding of the empty prompt.
+    A negative left out (None) is zeros if ``zero_negative``, as SDXL's base has it
+    (force_zeros_for_empty_prompt); else, and if it is "", the encoding of the empty prompt.
     """
     texts = [prompt] if negative is None and zero_negative else [prompt, negative or ""]
     return pair(encode_prompts(texts, tokenizers, run_encoders))

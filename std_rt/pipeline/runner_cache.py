@@ -146,7 +146,7 @@ class CachedRunner:
             return {f"noise_{i}": tuple((each, i) for each in noise) for i in range(self.draws)}
         feeds: dict[str, tuple[_Part, ...]] = {"noise_0": ((noise[0], 0),)}
         if any(self._stochastic):
-            # The draw of each step; 0, which is not used, where a step has none.
+            # The draw of each step; 0, which is not used, if a step has none.
             draws = np.cumsum(self._stochastic) * self._stochastic
             feeds["noise_steps"] = tuple((each, int(i)) for each, i in zip(noise, draws, strict=True))
         return feeds
@@ -163,7 +163,7 @@ class RunnerCache:
         self._lock = Lock()
 
     def get(self, key: RunnerKey) -> CachedRunner:
-        """The runner of ``key``, which begins to open where it is not; those used longest ago are closed.
+        """The runner of ``key``, which begins to open if it is not; those used longest ago are closed.
 
         A runner that failed to open, and whose error was raised, is opened again.
         """
@@ -185,7 +185,7 @@ class RunnerCache:
         self._close_others()
 
     def ready(self, key: RunnerKey) -> bool:
-        """True where a frame would not wait. Raises what opening it raised; the next `get` tries again."""
+        """True if a frame would not wait. Raises what opening it raised; the next `get` tries again."""
         with self._lock:
             runner = self._runners.get(key)
         if runner is None or runner.failed or not runner.done:

@@ -60,8 +60,8 @@ def stream_program(
 ) -> Program:
     """The program of a stream of frames of ``size`` (H, W) px, with a slot for every step.
 
-    Feeds: ``noise_0`` [1, C, h, w] of the frame that comes in; where a step is stochastic ``noise_steps``
-    [N, C, h, w], row i the noise of step i of the frame in slot i (any finite values where that step has
+    Feeds: ``noise_0`` [1, C, h, w] of the frame that comes in; if a step is stochastic ``noise_steps``
+    [N, C, h, w], row i the noise of step i of the frame in slot i (any finite values if that step has
     none); and `CONDITIONING` with a row for each of `unet_rows`.
     """
     build = StreamProgramBuilder(numbers, coefficients, prediction_type, size, guidance or Guidance())

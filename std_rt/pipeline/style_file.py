@@ -1,7 +1,7 @@
 """Style files: style tokens, a name and a thumbnail in one small ``.safetensors`` file, no picture needed.
 
     style_tokens   float32 [1, T, D]
-    text_embeds    float32 [1, P], where the style encoder gives them
+    text_embeds    float32 [1, P], if the style encoder gives them
     thumbnail      uint8 [h, w, 3] RGB, at most 128 px a side
     metadata       ``std_rt_style``: JSON with name, format_version, style_encoder, bundle, sources, sha256
 
@@ -98,7 +98,7 @@ def thumbnail(frame: Frame, side_px: int = THUMBNAIL_PX) -> Frame:
 def style_paths(folder: Path) -> list[Path]:
     """Pictures and style files of a folder by name; hidden files and subfolders are left out.
 
-    Raises MediaError where there is none or the folder cannot be read.
+    Raises MediaError if there is none or the folder cannot be read.
     """
     known = PICTURE_SUFFIXES | {SUFFIX}
     try:
@@ -118,7 +118,7 @@ def read_style(source: Path | Frame, bundle: Bundle, encode: Encode, name: str |
     """A picture, encoded, or what a style file holds; ``encode`` is that of a stylizer of ``bundle``.
 
     ``source`` is a path or a frame uint8 [H, W, 3]. ``name``: default is the file's own, or its stem. Raises
-    MediaError where it cannot be read or was made for another style encoder.
+    MediaError if it cannot be read or was made for another style encoder.
     """
     if isinstance(source, Path):
         if is_style_file(source):
@@ -195,8 +195,8 @@ def check_style_output(path: Path, overwrite: bool = False) -> None:
 def save_style(path: Path, style: StyleFile, overwrite: bool = False) -> None:
     """Write a style file, whole or not at all.
 
-    Raises MediaError where the name does not end in ``.safetensors``, the file exists and ``overwrite`` is
-    False, or it cannot be written; UsageError where the style's arrays are not those of a style.
+    Raises MediaError if the name does not end in ``.safetensors``, the file exists and ``overwrite`` is
+    False, or it cannot be written; UsageError if the style's arrays are not those of a style.
     """
     from safetensors.numpy import save
 
@@ -245,7 +245,7 @@ def _digest(notes: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> str:
 def load_style(path: Path, bundle: Bundle | None) -> StyleFile:
     """Read a style file for ``bundle``; None reads one for any bundle, to show what is inside.
 
-    Raises MediaError, one line, where the file is missing, not safetensors, not a style (a LoRA), damaged,
+    Raises MediaError, one line, if the file is missing, not safetensors, not a style (a LoRA), damaged,
     from a later std-rt, made for another style encoder, or holds arrays of other shapes than the bundle's.
     """
     style = _read(path)
@@ -319,7 +319,7 @@ def _begins_like_one(path: Path) -> bool:
 
 
 def _read_notes(path: Path, file: Any) -> dict[str, Any]:
-    """The metadata. Raises MediaError where the file is something else, or from a later std-rt."""
+    """The metadata. Raises MediaError if the file is something else, or from a later std-rt."""
     text = (file.metadata() or {}).get(_KEY)
     if text is None:
         raise MediaError(f"{path} {_what_else(list(file.keys()))}")
@@ -363,7 +363,7 @@ def _read_tensors(path: Path, file: Any) -> dict[str, NDArray[Any]]:
 
 
 def _array_problem(tensors: dict[str, NDArray[Any]]) -> str:
-    """What is wrong with the arrays of a style; "" where nothing is."""
+    """What is wrong with the arrays of a style; "" if nothing is."""
     for name, ndim in (("style_tokens", 3), ("text_embeds", 2)):
         value = tensors.get(name)
         if value is None:

@@ -103,9 +103,9 @@ class Stylizer:
         Python.
 
         ``size`` is the working size: a side in pixels for about that area, or (H, W). ``guidance``
-        (diffusers' scale; 1 is none) and ``guidance_mode`` override the bundle's. Raises BundleError where
+        (diffusers' scale; 1 is none) and ``guidance_mode`` override the bundle's. Raises BundleError if
         the bundle needs a newer std-rt, has no schedule for ``steps``, or no negative prompt for guidance;
-        UsageError where scale and mode do not fit together.
+        UsageError if scale and mode do not fit together.
         """
         self._openers = openers if isinstance(openers, Openers) else Openers.on_host(openers)
         self.bundle, self.backend, self.reason = bundle, self._openers.backend, self._openers.reason
@@ -142,7 +142,7 @@ class Stylizer:
 
         With ``meanwhile``, frames run on a CPU backend until the engines of a GPU backend are built;
         ``meanwhile`` is called with a message when that changes. Raises BundleError (unknown, damaged, wrong
-        step count) or BackendError (not installed), and UsageError where ``guidance`` and ``guidance_mode``
+        step count) or BackendError (not installed), and UsageError if ``guidance`` and ``guidance_mode``
         do not fit together.
         """
         opened = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
@@ -176,7 +176,7 @@ class Stylizer:
     ) -> Quality:
         """The quality of frames of the given size, at another working ``size`` (as in `load`) or ``steps``.
 
-        Raises BundleError where the bundle has no schedule for the steps.
+        Raises BundleError if the bundle has no schedule for the steps.
         """
         low, high = self.bundle.size_range
         asked = self.size if size is None else size
@@ -207,7 +207,7 @@ class Stylizer:
         self._cache.keep([RunnerKey(quality, frames, stream_batch) for quality in qualities])
 
     def ready(self, quality: Quality, *, frames: int = 1, stream_batch: bool = False) -> bool:
-        """True where a frame at ``quality`` would not wait for its engines.
+        """True if a frame at ``quality`` would not wait for its engines.
 
         Raises, once, what opening them raised; the next use tries again.
         """
@@ -252,7 +252,7 @@ class Stylizer:
     def use_style(self, style: EncodedStyle, strength: float = 1.0) -> None:
         """Set the style to one that is encoded (or blended) already: no engine runs.
 
-        Costs nothing where style and strength are those in use. Raises UsageError for a strength out of
+        Costs nothing if style and strength are those in use. Raises UsageError for a strength out of
         range, or a style in the shape of another bundle.
         """
         if self._style is not None and self._style[0] is style and self._style[1] == strength:
@@ -271,7 +271,7 @@ class Stylizer:
         """Set the prompt, for a bundle that has its text encoders.
 
         ``negative`` None is the model's empty negative prompt; it matters with guidance only. Raises
-        UsageError where the bundle's prompt is baked in.
+        UsageError if the bundle's prompt is baked in.
         """
         if self._prompts is None:
             self._prompts = TextEncoder(self.bundle, self._openers.text)
@@ -316,7 +316,7 @@ class Stylizer:
     def fit(self, frame: Frame, quality: Quality | None = None) -> Frame:
         """A frame uint8 [H, W, 3] at its working size, or at that of ``quality``: what `run` takes.
 
-        The frame itself where it has that size already.
+        The frame itself if it has that size already.
         """
         frame = _checked(frame)
         shape = (frame.shape[0], frame.shape[1])
@@ -326,7 +326,7 @@ class Stylizer:
     def unfit(self, styled: Frame, shape: tuple[int, int]) -> Frame:
         """A result of `run` in the aspect of its frame, whose ``shape`` was (h, w) px.
 
-        At the resolution of the working size, never larger than that frame; ``styled`` itself where it has
+        At the resolution of the working size, never larger than that frame; ``styled`` itself if it has
         that size already.
         """
         size = (styled.shape[0], styled.shape[1])
@@ -338,7 +338,7 @@ class Stylizer:
     ) -> Frame:
         """Stylize one frame of a working size, as `fit` returns it, with the noise of ``state``.
 
-        ``quality`` (of that size) sets the number of steps. Raises UsageError where frame, state and quality
+        ``quality`` (of that size) sets the number of steps. Raises UsageError if frame, state and quality
         differ in size.
         """
         return self.run_many([working], [state], mark, quality=quality, frames=1)[0]
@@ -399,7 +399,7 @@ class Stylizer:
         self.close()
 
     def _state_for(self, state: State | None, size: Size) -> State:
-        """``state`` itself, or one with the same seed where the stream has changed its size (or steps)."""
+        """``state`` itself, or one with the same seed if the stream has changed its size (or steps)."""
         if state is None:
             return self.state_for(size)
         enough = len(state.noise) >= noise_draws(self.coefficients)
@@ -413,7 +413,7 @@ class Stylizer:
     def conditioning(self, size: Size) -> Conditioning:
         """What the UNet gets at a working size; the same object until style or prompt change.
 
-        Raises UsageError where no style is set.
+        Raises UsageError if no style is set.
         """
         if self._style is None:
             raise UsageError("no style is set; call set_style(picture) first")
@@ -425,7 +425,7 @@ class Stylizer:
         return self._conditioning[size]
 
     def runner(self, key: RunnerKey) -> CachedRunner:
-        """The runner of a key, which begins to open in the background where it is not open."""
+        """The runner of a key, which begins to open in the background if it is not open."""
         self._check_open()
         return self._cache.get(key)
 
@@ -454,7 +454,7 @@ class Stylizer:
             raise UsageError("the stylizer was closed; load it again with Stylizer.load()")
 
     def _open_style_encoder(self) -> Future[Engine]:
-        """The style encoder, opening in the background; opened again where that failed."""
+        """The style encoder, opening in the background; opened again if that failed."""
         self._check_open()
         with self._style_lock:
             if self._style_engine is None or has_failed(self._style_engine):

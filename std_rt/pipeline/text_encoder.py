@@ -36,7 +36,7 @@ class ClipTokenizer:
     """
 
     def __init__(self, rules: str, length: int, begin: int, end: int, pad: int) -> None:
-        """``rules`` is the text of ``tokenizer.json``. Raises UsageError where the package is missing."""
+        """``rules`` is the text of ``tokenizer.json``. Raises UsageError if the package is missing."""
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
@@ -51,7 +51,7 @@ class ClipTokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> ClipTokenizer:
-        """A bundle's tokenizer. Raises BundleError where it is damaged, UsageError without the package."""
+        """A bundle's tokenizer. Raises BundleError if it is damaged, UsageError without the package."""
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             numbers = [int(config[key]) for key in ("length", "begin", "end", "pad")]
@@ -83,7 +83,7 @@ class TextEncoder:
     """
 
     def __init__(self, bundle: Bundle, open_graph: Opener, remember: int = 32) -> None:
-        """``open_graph`` opens one graph at static shapes. Raises UsageError where prompts are baked in."""
+        """``open_graph`` opens one graph at static shapes. Raises UsageError if prompts are baked in."""
         text = bundle.manifest["text"]
         if text["mode"] != "encoder":
             if text["mode"] == "none":
@@ -102,8 +102,8 @@ class TextEncoder:
     def encode(self, prompt: str, negative: str | None = None) -> Encoding:
         """encoder_hidden_states [1, 77 K, D], text_embeds [1, P], and both with ``negative_`` before.
 
-        K, the number of chunks, is the same for both. ``negative`` None is zeros where the model has it
-        so, "" the empty prompt. Raises UsageError on a weight beyond use, BackendError where a graph
+        K, the number of chunks, is the same for both. ``negative`` None is zeros if the model has it
+        so, "" the empty prompt. Raises UsageError on a weight beyond use, BackendError if a graph
         does not open. The arrays are shared: do not write into them.
         """
         key = (prompt, negative)

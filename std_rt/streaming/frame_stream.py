@@ -187,7 +187,7 @@ class FrameStream:
             yield self._finish(styled)
 
     def _follow_shape(self, shape: Size) -> Iterator[FramePacket]:
-        """Begin anew where frames of this shape have another working size."""
+        """Begin anew if frames of this shape have another working size."""
         if shape != self._shape:
             self._shape = shape
             before, self._usual = self._usual, self._stylizer.quality(*shape)
@@ -202,7 +202,7 @@ class FrameStream:
         self._batcher = _BATCHERS[self._batching](self._stylizer, quality)
 
     def _look_up_style(self, packet: FramePacket) -> bool:
-        """Note the style of this instant; True where it differs from that of the frame before."""
+        """Note the style of this instant; True if it differs from that of the frame before."""
         packet.painted_s = self._now()
         if self._style_at is None:
             return False

@@ -37,7 +37,7 @@ class MovingNoise:
     def __init__(self, noise: Array) -> None:
         """``noise`` [K, C, h, w]: of the first frame."""
         self.noise = noise
-        """That of the latest frame, [K, C, h, w]; the same array where no cell moved."""
+        """That of the latest frame, [K, C, h, w]; the same array if no cell moved."""
         self._size = (noise.shape[2], noise.shape[3])
         self._owed = np.zeros((*self._size, 2), np.float32)  # x, y in cells: way that was not yet gone
 

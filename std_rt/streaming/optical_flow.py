@@ -107,7 +107,7 @@ class Follower:
 
 
 def reduced(frame: Frame, most_px: int = _MOST_PX) -> Frame:
-    """``frame`` at 1/2, 1/3 ... of its size where it has more than ``most_px`` pixels."""
+    """``frame`` at 1/2, 1/3 ... of its size if it has more than ``most_px`` pixels."""
     h, w = frame.shape[:2]
     parts = 1
     while (h // parts) * (w // parts) > most_px and min(h, w) // (parts + 1) >= SMALLEST_PX:

@@ -46,7 +46,7 @@ class SimilarityFilter:
         self.threshold, self.max_skip, self._frames_inside = threshold, max_skip, frames_inside
         self.skips = 0
         self.similarity: float | None = None
-        """Of the last frame to the last processed one before it; None where there was none to compare."""
+        """Of the last frame to the last processed one before it; None if there was none to compare."""
         self._random = random.Random(seed)
         self._processed: Frame | None = None
         self._in_a_row = 0

@@ -65,7 +65,7 @@ class StreamBatch:
     def push(self, working: Frame, state: State, mark: Mark = no_mark) -> list[Frame]:
         """Take a frame uint8 [H, W, 3] of the working size; the result of the frame N - 1 pushes ago, if any.
 
-        Style and noise are those of this moment. Raises UsageError where frame or state have another size.
+        Style and noise are those of this moment. Raises UsageError if frame or state have another size.
         After an error of the engines, the frames inside are lost.
         """
         runner = self._stylizer.runner(self._key)
@@ -95,7 +95,7 @@ class StreamBatch:
         return [styled[0]] if slots[-1] is not None else []
 
     def _claim(self, runner: CachedRunner) -> None:
-        """Take over the runner's slots; UsageError where another stream batch did, and frames are lost."""
+        """Take over the runner's slots; UsageError if another stream batch did, and frames are lost."""
         if runner.user is self:
             return
         lost = self.inside

@@ -55,7 +55,7 @@ class Motion:
     """How a frame follows from the one before.
 
     ``followed`` None: no motion is known (the first frame, the first after a cut, every frame in mode off).
-    ``cut``: a new scene begins. ``judged``: the flow that flicker is measured by, where this pair is sampled.
+    ``cut``: a new scene begins. ``judged``: the flow that flicker is measured by, if this pair is sampled.
     """
 
     index: int
@@ -121,7 +121,7 @@ class TemporalFilter:
         return Motion(index, size, followed, cut, judged)
 
     def noise(self, state: State, motion: Motion) -> State:
-        """``state`` with the noise of this frame; ``state`` itself where no noise has moved.
+        """``state`` with the noise of this frame; ``state`` itself if no noise has moved.
 
         Pass the stream's first state every time, or the last one returned. Call once a frame, after `follow`.
         """
@@ -143,8 +143,8 @@ class TemporalFilter:
         """The frame to present, uint8 [H, W, 3]; ``styled`` itself in modes off and noise.
 
         Call in the order of `follow`, any number of frames later. ``changing``: its style differs from that
-        of the frame before, so earlier results count for less, or for nothing where the picture changed
-        entirely. Raises ValueError where the frame's size is not the one that was followed.
+        of the frame before, so earlier results count for less, or for nothing if the picture changed
+        entirely. Raises ValueError if the frame's size is not the one that was followed.
         """
         if (styled.shape[0], styled.shape[1]) != motion.size:
             raise ValueError(
@@ -193,7 +193,7 @@ class _Mixer:
         self._usual = _USUAL_LEVELS
 
     def mix(self, styled: Frame, followed: Followed | None, changing: bool) -> Frame:
-        """``styled`` mixed with its history; ``styled`` itself where no motion is known."""
+        """``styled`` mixed with its history; ``styled`` itself if no motion is known."""
         new = styled.astype(np.float32)
         history, self._history = self._history, new
         if history is None or followed is None:
@@ -250,7 +250,7 @@ def _is_sampled(index: int) -> bool:
 
 
 def _flow_of(before: Frame, after: Frame) -> Flow:
-    """`Flow.between`, of reduced frames where they are large."""
+    """`Flow.between`, of reduced frames if they are large."""
     small = Flow.between(reduced(before), reduced(after))
     h, w = small.followed.shape
     size = (after.shape[0], after.shape[1])

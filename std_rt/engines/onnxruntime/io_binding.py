@@ -96,7 +96,7 @@ class OrtRunner:
                 raise BackendError(one_line(call.spec, error)) from error
             mark(call.stage)
         styled: Frame = self._values[STYLED].numpy()
-        return styled.copy() if self._device == "cpu" else styled  # where it is the buffer itself
+        return styled.copy() if self._device == "cpu" else styled  # there it is the buffer itself
 
     def carried(self) -> dict[str, Array]:
         """See `Runner`."""

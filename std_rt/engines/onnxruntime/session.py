@@ -166,7 +166,7 @@ def _ports(ports: Sequence[Any], shapes: Mapping[str, tuple[int, ...]]) -> Ports
 
 
 def _physical_cores() -> int:
-    """0 lets ONNX Runtime choose (one thread a physical core); fewer where this process may not use all."""
+    """0 lets ONNX Runtime choose (one thread a physical core); fewer if this process may not use all."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
     return allowed if allowed < (os.cpu_count() or 1) else 0
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from std_rt.core.errors import BackendError
 from std_rt.engines.cache import EngineCache
-from std_rt.engines.cuda.driver import CudaDevice, cuda_device, driver_problem
+from std_rt.engines.gpu.driver import CudaDevice, cuda_device, driver_problem
 from std_rt.engines.program import (
     FRAME,
     STYLED,

@@ -228,7 +228,7 @@ def _monitor_class(trt: Any) -> Any:
 
 
 def _serialize(trt: Any, builder: Any, network: Any, config: Any, path: Path) -> bool:
-    """Build, straight into the file where the module can: an engine of 5 GB is then never in memory twice."""
+    """Build, straight into the file if the module can: an engine of 5 GB is then never in memory twice."""
     if not hasattr(builder, "build_serialized_network_to_stream"):
         data = builder.build_serialized_network(network, config)
         if data is not None:

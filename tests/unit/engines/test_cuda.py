@@ -61,7 +61,7 @@ def test_a_build_without_cuda_is_one_line_with_the_command() -> None:
         lambda: cuda.open_graph(spec(), "auto"),
         lambda: cuda.open_runner(program(), {"unet": spec()}, "auto"),
     ):
-        with pytest.raises(BackendError, match=r"no CUDA provider; run: pip .*'std-rt\[cuda\]'"):
+        with pytest.raises(BackendError, match=r"no CUDA provider; run: pip .*'\.\[cuda\]'"):
             call()
 
 

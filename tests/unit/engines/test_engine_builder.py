@@ -23,8 +23,8 @@ from std_rt.core.bundle import Bundle, load_bundle
 from std_rt.core.errors import BackendError
 from std_rt.core.schedule import NoiseSchedule, trajectory_timesteps
 from std_rt.engines.cache import EngineCache
-from std_rt.engines.cuda.driver import driver_problem
 from std_rt.engines.glue import GLUE, glue_path, glue_spec
+from std_rt.engines.gpu.driver import driver_problem
 from std_rt.engines.program import launch_specs
 from std_rt.engines.protocol import GraphSpec
 from std_rt.engines.tensorrt.engine_builder import EngineBuilder, progress_to

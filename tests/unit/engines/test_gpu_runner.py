@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.fake_engine import FakeEngine, float_ports
 from support.fake_gpu import FakeBuilder, FakeDevice, FakeTrt
 
 from std_rt.core.errors import BackendError
 from std_rt.core.schedule import NoiseSchedule, trajectory_timesteps
 from std_rt.engines.cache import EngineCache
-from std_rt.engines.fake import FakeEngine, float_ports
 from std_rt.engines.host import HostRunner
 from std_rt.engines.hot_swap import HotSwapRunner
 from std_rt.engines.program import Program, Runner

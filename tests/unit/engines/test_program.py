@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from support.fake_engine import FakeEngine, float_ports
 
 from std_rt.core.errors import BackendError
-from std_rt.engines.fake import FakeEngine, float_ports
 from std_rt.engines.host import HostRunner
 from std_rt.engines.program import FRAME, STYLED, Launch, Program
 

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from support.fake_engine import FakeEngine, float_ports
 
 from std_rt.core.errors import BackendError
 from std_rt.core.files import cache_root
 from std_rt.engines import GraphSpec, backends, choose_backend, open_engine
 from std_rt.engines import registry as base
-from std_rt.engines.cuda import probe as cuda_probe
-from std_rt.engines.cuda.probe import Gpu, Report
-from std_rt.engines.fake import FakeEngine, float_ports
+from std_rt.engines.gpu import probe as cuda_probe
+from std_rt.engines.gpu.probe import Gpu, Report
 from std_rt.engines.protocol import check_inputs
 
 Installs = Callable[..., None]

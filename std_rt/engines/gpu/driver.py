@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from std_rt.core.errors import BackendError
-from std_rt.engines.cuda.probe import Gpu, probe
+from std_rt.engines.gpu.probe import Gpu, probe
 
 __all__ = ["CudaDevice", "cuda_device", "driver_problem"]
 

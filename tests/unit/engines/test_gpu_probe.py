@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from std_rt.engines.cuda import probe as cuda_probe
-from std_rt.engines.cuda.probe import Gpu, ask, parse, probe
+from std_rt.engines.gpu import probe as cuda_probe
+from std_rt.engines.gpu.probe import Gpu, ask, parse, probe
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from std_rt.core.errors import BackendError
-from std_rt.engines.cuda import driver as cuda_driver
-from std_rt.engines.cuda.driver import _FUNCTIONS, CudaDevice
+from std_rt.engines.gpu import driver as cuda_driver
+from std_rt.engines.gpu.driver import _FUNCTIONS, CudaDevice
 
 HANDLE = 0x7FFF_1234_5678_0000  # loses bits where an argument is passed as an int
 
