@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 
 from std_rt.core.errors import UsageError
 from std_rt.core.schedule import StepCoefficients
-from std_rt.engines import Engine
+from std_rt.engines.hot_swap import close_when_open, has_failed
 from std_rt.engines.program import Mark, Runner
 from std_rt.pipeline.conditioning import Conditioning
 from std_rt.pipeline.denoise import noise_draws
 from std_rt.pipeline.program_builder import CONDITIONING, NEGATIVE, batch_rows
 from std_rt.pipeline.stream_program import unet_rows
 
-__all__ = ["MAX_KEPT", "CachedRunner", "Quality", "RunnerCache", "RunnerKey", "close_when_open"]
+__all__ = ["MAX_KEPT", "CachedRunner", "Quality", "RunnerCache", "RunnerKey"]
 
 Frame = NDArray[np.uint8]
 Array = NDArray[np.float32]
@@ -214,22 +214,6 @@ class RunnerCache:
             closing = [self._runners.pop(key) for key in idle]
         for runner in closing:
             runner.close()
-
-
-def has_failed(future: Future[Engine] | Future[Runner]) -> bool:
-    """Whether opening has ended without an engine."""
-    return future.done() and (future.cancelled() or future.exception() is not None)
-
-
-def close_when_open(future: Future[Engine] | Future[Runner]) -> None:
-    """Close an engine or runner, now or as soon as it is open, without waiting for it."""
-
-    def close(future: Future[Engine] | Future[Runner]) -> None:
-        if not has_failed(future):
-            future.result().close()
-
-    if not future.cancel():
-        future.add_done_callback(close)
 
 
 def _same(parts: Iterable[_Part], others: Sequence[_Part] | None) -> bool:

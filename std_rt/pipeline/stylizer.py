@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from std_rt.core.bundle import Bundle, load_bundle
 from std_rt.core.errors import UsageError
 from std_rt.engines import Engine
+from std_rt.engines.hot_swap import close_when_open, has_failed
 from std_rt.engines.program import Mark, no_mark
 from std_rt.engines.registry import GPU_BACKENDS
 from std_rt.media import fit
@@ -46,8 +47,6 @@ from std_rt.pipeline.runner_cache import (
     Quality,
     RunnerCache,
     RunnerKey,
-    close_when_open,
-    has_failed,
 )
 from std_rt.pipeline.text_encoder import TextEncoder
 

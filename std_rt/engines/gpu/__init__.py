@@ -1,1 +1,1 @@
-"""The CUDA driver and libraries, for the backends that run on an NVIDIA GPU."""
+"""Access to NVIDIA GPUs that several backends share: the CUDA driver, its probe, CUDA's libraries."""

@@ -3,8 +3,8 @@
     device = cuda_device()        # BackendError if no driver answers
     address = device.allocate(1024)
 
-The context is the device's primary one, which TensorRT's own CUDA runtime uses too. Not run on a GPU by us:
-it is written against the driver's documented interface; what uses it is tested on tests/support/fake_gpu.py.
+The context is the device's primary one, which TensorRT's own CUDA runtime uses too. Untested on a real GPU:
+it follows the driver's documentation; its users are tested with tests/support/fake_gpu.py.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def cuda_device(index: int = 0) -> CudaDevice:
     """The GPU, opened once per process and kept until it ends. Raises BackendError if there is none."""
     problem = driver_problem()
     if problem:
-        raise BackendError(f"there is no GPU to run on: {problem}; use --backend openvino")
+        raise BackendError(f"no GPU can be used: {problem}; use --backend openvino")
     return CudaDevice(index)
 
 
@@ -90,7 +90,7 @@ class CudaDevice:
     """
 
     def __init__(self, index: int = 0) -> None:
-        """Most callers want `cuda_device`, which first checks that the driver works."""
+        """Use `cuda_device`, which first checks that the driver works."""
         self._lib = _load()
         self._call("cuInit", 0)
         handle, context = c_int(), c_void_p()
@@ -186,7 +186,7 @@ class CudaDevice:
     def _instantiate(self, graph: c_void_p) -> int:
         nodes, executable = c_size_t(), c_void_p()
         self._call("cuGraphGetNodes", graph, None, byref(nodes))
-        if not nodes.value:  # nothing reached this stream; replaying it would leave old pictures standing
+        if not nodes.value:  # nothing reached this stream; replaying it would repeat the last picture
             raise BackendError(f"nothing was captured on {self.gpu.name}; use --backend cuda or openvino")
         self._call("cuGraphInstantiateWithFlags", byref(executable), graph, 0)
         return int(executable.value or 0)

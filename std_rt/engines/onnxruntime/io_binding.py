@@ -2,7 +2,7 @@
 
 Buffers are allocated once, constants copied there once, and every launch is bound once to the buffers it
 reads and writes (IO binding). So graphs pass their results on without a copy, and addresses never change,
-which CUDA graphs need. The same code runs on the CPU, where tests hold it against `HostRunner`.
+which CUDA graphs need. The same code runs on the CPU, where tests compare it with `HostRunner`.
 """
 
 from __future__ import annotations
@@ -159,9 +159,9 @@ def _allocate(buffers: Ports, device: str, device_id: int) -> dict[str, ort.OrtV
 
 def _check_ports(launch: Launch, session: ort.InferenceSession) -> None:
     takes = [port.name for port in session.get_inputs()]
-    gives = [port.name for port in session.get_outputs()]
-    if set(takes) != set(launch.inputs) or not set(gives).issuperset(launch.outputs):
+    returns = [port.name for port in session.get_outputs()]
+    if set(takes) != set(launch.inputs) or not set(returns).issuperset(launch.outputs):
         raise BackendError(
-            f"graph '{launch.graph}' takes {', '.join(takes)} and gives {', '.join(gives)}; the program has "
-            f"{', '.join(launch.inputs)} and {', '.join(launch.outputs)}"
+            f"graph '{launch.graph}' takes {', '.join(takes)} and returns {', '.join(returns)}; "
+            f"the program has {', '.join(launch.inputs)} and {', '.join(launch.outputs)}"
         )

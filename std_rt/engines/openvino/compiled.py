@@ -2,8 +2,8 @@
 
 An engine file holds a whole opened graph: one line of JSON (ports, names, sizes of what follows), the
 compiled model, and the compiled model of the part that depends on steady inputs alone, if there is one. A
-compiled model refers to no other file, so its bytes, which the engine cache has checked, are all that is
-trusted.
+compiled model refers to no other file, so nothing is trusted but its bytes, which the engine cache has
+checked.
 """
 
 from __future__ import annotations

@@ -327,7 +327,7 @@ def test_a_product_that_is_missing_or_too_old_is_one_line(monkeypatch: pytest.Mo
 def test_without_a_driver_a_frame_is_refused_before_the_runtime_is_touched(decoder: GraphSpec) -> None:
     if not driver_problem():
         pytest.skip("there is a GPU here")
-    with pytest.raises(BackendError, match=r"there is no GPU to run on: .*; use --backend openvino"):
+    with pytest.raises(BackendError, match=r"no GPU can be used: .*; use --backend openvino"):
         RTX_BACKEND.open_graph(decoder, "auto")
     assert RTX_BACKEND.devices() == driver_problem()
 

@@ -57,7 +57,7 @@ def test_inputs_and_outputs_together_are_the_ports_of_the_function(op: str) -> N
 
 def test_there_is_one_file_for_each_operation_and_no_other() -> None:
     assert {path.stem for path in glue_folder().iterdir()} == set(GLUE)
-    with pytest.raises(BackendError, match=r"no graph for the operation 'blur' \(known are frame_in"):
+    with pytest.raises(BackendError, match=r"no graph for the operation 'blur' \(known: frame_in"):
         glue_path("blur")
 
 

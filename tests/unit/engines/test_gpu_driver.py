@@ -229,6 +229,6 @@ def test_a_driver_without_a_function_is_too_old(monkeypatch: pytest.MonkeyPatch)
 def test_without_a_driver_there_is_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_driver, "driver_problem", lambda: "no NVIDIA driver found")
     with pytest.raises(
-        BackendError, match="no GPU to run on: no NVIDIA driver found; use --backend openvino"
+        BackendError, match="no GPU can be used: no NVIDIA driver found; use --backend openvino"
     ):
         cuda_driver.cuda_device.__wrapped__(0)
