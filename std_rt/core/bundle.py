@@ -147,6 +147,12 @@ class Bundle:
         return int(self.manifest["style"]["image_px"])
 
     @property
+    def strength_range(self) -> tuple[float, float]:
+        """Lowest and highest strength of a style."""
+        low, high = self.manifest["style"].get("strength_range", (0, 2))
+        return float(low), float(high)
+
+    @property
     def prediction_type(self) -> str:
         """epsilon, v_prediction or sample."""
         return str(self.manifest["schedule"]["prediction_type"])

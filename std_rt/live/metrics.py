@@ -1,10 +1,10 @@
-"""The latency contract: what a live session delivered, as one JSON object.
+"""Metrics of a live session, by the latency contract, as one JSON object.
 
-docs/live.md ("The latency contract") defines every figure. All times are read from one clock
+docs/live.md ("The latency contract") defines every metric. All times are read from one clock
 (`time.perf_counter`). A frame is **captured** when the source has handed it over, decoded, and **presented**
 when the call that showed it (window, virtual camera, or none) has returned. The clock of running time starts
-with the first presented frame, so opening and warm-up do not count, and stands while the session is paused or
-the source is lost. A figure nothing was measured for is None, never NaN. Memory does not grow with time.
+with the first presented frame, so opening and warm-up do not count, and stops while the session is paused or
+the source is lost. A metric without measurements is None, never NaN. Memory use does not grow with time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from std_rt.streaming.frame_packet import FramePacket
 __all__ = ["SCHEMA", "Counts", "Metrics", "Recent"]
 
 SCHEMA = 1
-"""Version of the report; changes when the meaning of a name does."""
+"""Version of the report; changes if the meaning of a name does."""
 
 _SOURCE = "source"
 _STALL = 2.0  # times the running median
@@ -113,7 +113,7 @@ def _added(after: Any, before: Any) -> Any:
 
 @dataclass(frozen=True)
 class Recent:
-    """The last two seconds, for the overlay; None if nothing was presented in them."""
+    """The last two seconds, for the overlay; None if nothing was presented."""
 
     fps: float | None
     latency_p50_ms: float | None
@@ -135,7 +135,7 @@ class _Moment(NamedTuple):
 class Metrics:
     """Counts what a session does; any thread may call any method.
 
-    One lock guards the counters, held for some 30 microseconds a frame or a copy of them; percentiles are
+    One lock guards the counters, held for some 30 microseconds per frame or copy; percentiles are
     computed outside it.
     """
 
@@ -154,7 +154,9 @@ class Metrics:
         self._first_frame_s: float | None = None
         self._pauses: set[str] = set()  # their reasons
         self._quality = ""
-        self._last_s: float | None = None  # when the last frame was presented; None while the clock stands
+        self._last_s: float | None = (
+            None  # when the last frame was presented; None while the clock is stopped
+        )
         self._last_captured_s = -math.inf
         self._intervals_ms: deque[float] = deque(maxlen=_MEDIAN_OVER)
         self._limit_ms = math.inf  # of an interval; above, it is a stall
@@ -186,7 +188,7 @@ class Metrics:
         at = self._now()
         latency_ms = None if packet.skipped else max(0.0, (at - packet.captured_s) * 1000)
         with self._lock:
-            if self._pauses:  # it was on its way when the pause began
+            if self._pauses:  # it was in flight when the pause began
                 return
             counts = self._counts
             counts.frames += 1
@@ -197,7 +199,7 @@ class Metrics:
                 for stage, spent_ms in packet.stages_ms.items():
                     counts.stages.setdefault(stage, _empty())[_bin(spent_ms)] += 1
             self._run_clock(at, packet)
-            self._close_commands(at, packet.painted_s)
+            self._close_commands(at, packet.style_s)
             self._recent.append(self._moment(at, latency_ms))
             while len(self._recent) > 2 and self._recent[1].at_s < at - _RECENT_S:
                 self._recent.popleft()
@@ -227,7 +229,7 @@ class Metrics:
         """Stop the clock until every reason was given to `resume`.
 
         The reason ``source`` is a lost camera: it stops the clock from the last captured frame on, since
-        nothing after that is a stall of ours.
+        stalls after that are not the session's.
         """
         at = self._now()
         with self._lock:
@@ -342,9 +344,9 @@ class Metrics:
         if len(self._intervals_ms) >= _MEDIAN_FROM:
             self._limit_ms = _STALL * statistics.median(self._intervals_ms)
 
-    def _close_commands(self, at: float, painted_s: float) -> None:
-        """Count the newest command this frame shows; older ones were overtaken."""
-        shown = [asked for asked in self._commands_s if asked <= painted_s]
+    def _close_commands(self, at: float, style_s: float) -> None:
+        """Count the newest command this frame shows; older ones were superseded."""
+        shown = [asked for asked in self._commands_s if asked <= style_s]
         if shown:
             waited_ms = (at - shown[-1]) * 1000
             self._counts.switches[_bin(waited_ms)] += 1
@@ -353,7 +355,7 @@ class Metrics:
             self._commands_s.popleft()
 
     def _is_stall(self, at: float) -> bool:
-        """Whether the interval under way is a stall already."""
+        """Whether the current interval is a stall already."""
         return self._last_s is not None and (at - self._last_s) * 1000 > self._limit_ms
 
     def _count_stall_under_way(self, counts: Counts, at: float) -> None:

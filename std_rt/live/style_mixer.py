@@ -1,14 +1,14 @@
-"""The style mixer: the styles of a live session, blended, and crossfaded whenever something changes.
+"""The style mixer: holds the styles of a live session, blends them and crossfades at every change.
 
     mixer = StyleMixer(stylizer.encode_style, stylizer.bundle)
     mixer.fill([(Path("ink.png"), None), (Path("wave.safetensors"), None)])
     mixer.select(1, seconds=1.5)
     style, strength = mixer.at(now)      # before each frame
 
-A crossfade goes straight through token space, from what was shown at the instant of the change (also in the
-middle of another crossfade), so it costs a mean of two styles however many are loaded. It moves in steps of
-1/64: a step between unlike styles moves the pictures of std-tiny by 0.3 to 1.6 levels of 255, which does not
-show, and a slow crossfade does not feed the engines anew on every frame. While nothing changes,
+A crossfade is linear in token space and starts from what was shown at the instant of the change (also during
+another crossfade), so it costs the mean of two styles however many are loaded. It moves in steps of
+1/64: a step between unlike styles moves the pictures of std-tiny by 0.3 to 1.6 levels of 255, which is
+invisible, and a slow crossfade does not change the engines' inputs on every frame. While nothing changes,
 `StyleMixer.at` returns the very same object.
 """
 
@@ -38,17 +38,17 @@ Weights = dict[int, float]  # index of a card -> share; shares add up to 1, card
 
 FADE_STEPS = 64
 NUDGE_S = 0.25
-"""Crossfade of a small change, such as a key that moves the strength: short, but without a visible jump."""
+"""Seconds of the crossfade of a small change, such as a strength key: short, but without a visible jump."""
 
 _THUMBNAIL_PX = 96
 _TITLE_NAMES = 3
 _PROBLEMS_KEPT = 100
-_LEAST_SHARE = 1e-4  # smaller remains of a style after many interrupted crossfades count as nothing
+_LEAST_SHARE = 1e-4  # smaller remainders, left by many interrupted crossfades, count as 0
 
 
 @dataclass(frozen=True, eq=False)
 class Card:
-    """One loaded style. ``thumbnail``: uint8 [h, w, 3], at most 96 px a side."""
+    """One loaded style. ``thumbnail``: uint8 [h, w, 3], at most 96 px per side."""
 
     name: str
     thumbnail: Frame
@@ -95,7 +95,7 @@ class _Blend:
 
 @dataclass(eq=False)
 class _Crossfade:
-    """The way from one blend to another."""
+    """The transition from one blend to another."""
 
     before: _Blend
     target: _Blend
@@ -121,7 +121,7 @@ class _Crossfade:
 
 
 class StyleMixer:
-    """Styles, their blend, their strength, and the crossfade under way. Any thread may call any method."""
+    """Styles, their blend, their strength, and the current crossfade. Any thread may call any method."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class StyleMixer:
         ``strength`` as in `set_strength`; ``now`` is the clock, in seconds, whose times are passed to `at`.
         """
         self._encode, self._bundle, self._now = encode, bundle, now
-        self._strength_range: tuple[float, float] = bundle.style.get("strength_range", (0, 2))
+        self._strength_range = bundle.strength_range
         self.problems: deque[str] = deque(maxlen=_PROBLEMS_KEPT)
         """One line for each style that could not be loaded in the background; take them from the left."""
         self._lock = RLock()
@@ -291,15 +291,15 @@ class StyleMixer:
             self._others = others if share == 1 else {}
 
     def cycle(self, seconds_each: float, fade_seconds: float) -> None:
-        """Go to the next style every ``seconds_each``, its crossfade included; 0 stops.
+        """Go to the next style every ``seconds_each`` (crossfade included); 0 stops.
 
-        Any other change of style starts the wait again. Raises UsageError for a crossfade that is longer.
+        Any other change of style restarts the wait. Raises UsageError for a crossfade that is longer.
         """
         _check_seconds(seconds_each)
         _check_seconds(fade_seconds)
         if seconds_each and fade_seconds > seconds_each:
             raise UsageError(
-                f"a crossfade of {fade_seconds:g} s does not fit into {seconds_each:g} s for each style; "
+                f"a crossfade of {fade_seconds:g} s does not fit into {seconds_each:g} s per style; "
                 "make it shorter"
             )
         with self._lock:
@@ -346,7 +346,7 @@ class StyleMixer:
             return {} if self._fade is None else self._fade.weights_at(now)
 
     def title(self, now: float) -> str:
-        """For people: ``ink``, or ``ink 70 % + waves 30 %``; the three largest shares are named."""
+        """A title such as ``ink`` or ``ink 70 % + waves 30 %``; names the three largest shares."""
         ranked = sorted(self.weights_at(now).items(), key=lambda item: (-item[1], item[0]))
         seen = [(self._cards[index].name, round(100 * share)) for index, share in ranked]
         named = [(name, percent) for name, percent in seen if percent]

@@ -1,10 +1,10 @@
-"""Prompts: the common weighting syntax, chunks of tokens, and the encoding that SDXL's UNet takes.
+"""Prompts: the common weighting syntax, chunks of tokens, and the encoding for SDXL's UNet.
 
     (words)  1.1 times the weight     (words:1.4)  1.4 times     \\( \\) \\[ \\] \\\\  the sign itself
     [words]  the weight / 1.1         BREAK  a new chunk         brackets nest, their factors multiply
 
 This is the syntax of AUTOMATIC1111's web UI, unbalanced brackets included: a bracket that never closes acts
-to the end, one that closes nothing is text, and so is ``:1.4)`` where no ``(`` is open. A backslash before
+to the end, one that closes nothing is text, and so is ``:1.4)`` if no ``(`` is open. A backslash before
 anything else is dropped. Two things differ: BREAK also works inside brackets, and a malformed number
 (``:1.2.3)``) is text, not an error. Step-dependent ``[a:b:0.5]`` is not supported: it is text in brackets.
 
@@ -40,7 +40,6 @@ __all__ = [
     "encode_pair",
     "encode_prompt",
     "encode_prompts",
-    "format_prompt",
     "join_encoders",
     "pair",
     "parse_prompt",
@@ -149,7 +148,7 @@ class _Reader:
 
 
 def parse_prompt(text: str) -> list[list[Piece]]:
-    """Sections (a BREAK stands between two), each a list of pieces; neighbours differ in weight.
+    """Sections (separated by BREAK), each a list of pieces; neighbours differ in weight.
 
     Plain text is one section of one piece, an empty prompt one empty section. Never raises.
     """
@@ -168,23 +167,11 @@ def parse_prompt(text: str) -> list[list[Piece]]:
     return sections
 
 
-def format_prompt(sections: Sequence[Sequence[Piece]]) -> str:
-    """The text that `parse_prompt` reads as ``sections`` (weights finite); the inverse of it."""
-    return " BREAK ".join("".join(map(_format, section)) for section in sections)
-
-
-def _format(piece: Piece) -> str:
-    text = re.sub(r"[()\[\]\\]", r"\\\g<0>", piece.text).replace("BREAK", "BR\\EAK")
-    if piece.weight == 1 and text == text.strip():
-        return text
-    return f"({text}:{np.format_float_positional(piece.weight, trim='-')})"
-
-
 def chunk_prompts(texts: Sequence[str], tokenizers: Sequence[Tokenizer]) -> list[list[Chunks]]:
     """For every tokenizer the chunks of every text; all have the same number of chunks.
 
-    Shorter texts are padded with empty chunks, as in the web UI. Raises UsageError for a weight that no
-    hidden state survives.
+    Shorter texts are padded with empty chunks, as in the web UI. Raises UsageError for a weight beyond
+    1000.
     """
     rows = [[_rows(text, tokenizer) for text in texts] for tokenizer in tokenizers]
     count = max((len(one) for row in rows for one in row), default=1)
@@ -255,7 +242,7 @@ def join_encoders(parts: Sequence[Encoded]) -> Encoding:
     pooled = [vector for _, vector in parts if vector is not None]
     if not pooled:
         raise UsageError(
-            "no text encoder gives text_embeds, which SDXL's UNet needs; is text_encoder_2 there?"
+            "no text encoder returns text_embeds, which SDXL's UNet needs; is text_encoder_2 missing?"
         )
     hidden = np.concatenate([states for states, _ in parts], axis=-1)
     return {"encoder_hidden_states": hidden, "text_embeds": pooled[0]}
@@ -264,7 +251,7 @@ def join_encoders(parts: Sequence[Encoded]) -> Encoding:
 def encode_prompts(
     texts: Sequence[str], tokenizers: Sequence[Tokenizer], run_encoders: Iterable[RunEncoder]
 ) -> list[Encoding]:
-    """Encode each of ``texts``, all to the same number of chunks. ``run_encoders`` has one a tokenizer."""
+    """Encode each of ``texts``, all to the same number of chunks. ``run_encoders`` has one per tokenizer."""
     plan = chunk_prompts(texts, tokenizers)
     parts = [
         [encode_chunks(chunks, run) for chunks in row] for row, run in zip(plan, run_encoders, strict=True)
@@ -288,10 +275,10 @@ def encode_pair(
     *,
     zero_negative: bool = True,
 ) -> Encoding:
-    """A prompt and what guidance leads away from, under the same names with ``negative_`` before them.
+    """A prompt and its negative, the latter under the same names with the prefix ``negative_``.
 
-    A negative left out (None) is zeros if ``zero_negative``, as SDXL's base has it
-    (force_zeros_for_empty_prompt); else, and if it is "", the encoding of the empty prompt.
+    With ``zero_negative``, a ``negative`` of None is zeros, as in SDXL's base
+    (force_zeros_for_empty_prompt); otherwise None and "" are the empty prompt.
     """
     texts = [prompt] if negative is None and zero_negative else [prompt, negative or ""]
     return pair(encode_prompts(texts, tokenizers, run_encoders))

@@ -1,11 +1,11 @@
-"""Open runners, one for each size, number of steps and batching of frames.
+"""The cache of open runners: one for each size, number of steps and batching mode.
 
     cache = RunnerCache(open_runner)
     runner = cache.get(RunnerKey(Quality((256, 256), 4)))
     styled = runner.run(frames, conditioning, noise, mark)
 
-Changing to a quality whose runner is open costs nothing. The runners used last stay open, and those asked for
-with `RunnerCache.keep`.
+Changing to a quality whose runner is open costs nothing. The last runners used stay open, and those named in
+`RunnerCache.keep`.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ _RECENT = 2  # others that stay open: enough for portrait and landscape in turn
 class Quality:
     """What a frame costs: the working ``size`` (H, W) in px, and the denoising ``steps``.
 
-    Steps are counted as the bundle counts them: a schedule named as in diffusers and entered at a strength
-    below 1 runs fewer steps than its name says.
+    ``steps`` is a key of the bundle's schedules: one that is cut as in diffusers runs fewer steps than it
+    says.
     """
 
     size: Size
@@ -71,7 +71,7 @@ class SlotUser(Protocol):
 
 
 class CachedRunner:
-    """A runner that is open or opening, and what it was last fed."""
+    """A runner that is open or opening, and its last inputs."""
 
     def __init__(
         self, key: RunnerKey, steps: Sequence[StepCoefficients], mode: str, runner: Future[Runner]
@@ -107,7 +107,7 @@ class CachedRunner:
         return self._runner.done()
 
     def wait(self) -> Runner:
-        """The runner, as soon as it is open. Raises what opening it raised."""
+        """Wait for the runner. Raises the error of opening it."""
         try:
             return self._runner.result()
         finally:
@@ -116,7 +116,7 @@ class CachedRunner:
     def run(
         self, frames: Frame, conditioning: Sequence[Conditioning], noise: Sequence[Array], mark: Mark
     ) -> Frame:
-        """Frames uint8 [B, H, W, 3] in and out; one ``conditioning`` and ``noise`` [K, ...] a frame or slot.
+        """Frames uint8 [B, H, W, 3] in and out; a ``conditioning`` and ``noise`` [K, ...] per frame or slot.
 
         Inputs made of the same arrays as in the last call are not fed again.
         """
@@ -156,14 +156,14 @@ class RunnerCache:
     """Runners by `RunnerKey`. `ready` may be called from any thread; the rest from one at a time."""
 
     def __init__(self, open_runner: Callable[[RunnerKey], CachedRunner]) -> None:
-        """``open_runner`` begins to open one in the background."""
+        """``open_runner`` starts to open a runner in the background."""
         self._open_runner = open_runner
         self._runners: OrderedDict[RunnerKey, CachedRunner] = OrderedDict()
         self._kept: frozenset[RunnerKey] = frozenset()
         self._lock = Lock()
 
     def get(self, key: RunnerKey) -> CachedRunner:
-        """The runner of ``key``, which begins to open if it is not; those used longest ago are closed.
+        """The runner of ``key``, opening if necessary; the least recently used are closed.
 
         A runner that failed to open, and whose error was raised, is opened again.
         """
@@ -185,7 +185,7 @@ class RunnerCache:
         self._close_others()
 
     def ready(self, key: RunnerKey) -> bool:
-        """True if a frame would not wait. Raises what opening it raised; the next `get` tries again."""
+        """True if a frame would not wait. Raises the error of opening it; the next `get` tries again."""
         with self._lock:
             runner = self._runners.get(key)
         if runner is None or runner.failed or not runner.done:
@@ -194,7 +194,7 @@ class RunnerCache:
         return True
 
     def values(self) -> list[CachedRunner]:
-        """All runners, those used longest ago first."""
+        """All runners, least recently used first."""
         with self._lock:
             return list(self._runners.values())
 
@@ -217,7 +217,7 @@ class RunnerCache:
 
 
 def _same(parts: Iterable[_Part], others: Sequence[_Part] | None) -> bool:
-    """Whether both are made of the same array objects, which are taken to hold the same values."""
+    """Whether both consist of the same array objects, which are assumed to have the same values."""
     if others is None:
         return False
     return all(a is b and i == j for (a, i), (b, j) in zip(parts, others, strict=True))

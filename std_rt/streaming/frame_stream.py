@@ -1,11 +1,11 @@
-"""The one way in which a stream of frames is stylized: packets in, styled packets out, in order.
+"""The single code path for stylizing frame streams: packets in, styled packets out, in order.
 
     stream = FrameStream(stylizer, mixer.at, temporal=TemporalFilter("full"))
     for packet in stream.run(packets):
         show(packet.styled)
 
 `stylize`, `live`, `evaluate` and `bench` all use it. For each frame: fit it to the working size, look up the
-style of this instant, follow the motion, run the engines, settle, and bring the result back to the frame's
+current style, follow the motion, run the engines, settle, and bring the result back to the frame's
 aspect. How frames share calls of the engines (the batching mode) changes the speed, not the result.
 """
 
@@ -34,8 +34,8 @@ Frame = NDArray[np.uint8]
 Size = tuple[int, int]  # (H, W) in pixels
 StyleAt = Callable[[float], tuple[EncodedStyle, float]]  # time in s -> style and strength at that instant
 
-# Batching modes: lowest latency; N steps of N consecutive frames in one call of the UNet (more frames a
-# second, N - 1 frames later); several whole frames in one call of each graph (for files).
+# Batching modes: lowest latency; N steps of N consecutive frames in one call of the UNet (more frames
+# per second, N - 1 frames later); several whole frames in one call of each graph (for files).
 ONE_BY_ONE, STREAM_BATCH, GROUPED = "one by one", "stream batch", "grouped"
 
 
@@ -63,7 +63,7 @@ class _OneByOne:
 
 
 class _Grouped:
-    """As many frames in one call of each graph as are fastest at their size."""
+    """Several frames in one call of each graph: as many as are fastest at their size."""
 
     def __init__(self, stylizer: Stylizer, quality: Quality) -> None:
         self._stylizer, self._quality = stylizer, quality
@@ -97,7 +97,7 @@ class _Inside:
 
 
 class FrameStream:
-    """Frames of one stream. One thread at a time."""
+    """Stylizes the frames of one stream. Use it from one thread at a time."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class FrameStream:
         """``style_at`` None: the style set on the stylizer. ``temporal`` None: mode off.
 
         ``similarity`` skips frames that hardly differ from the one before: they get its result. Raises
-        ValueError for an unknown batching mode, or one that ``similarity`` does not go with.
+        ValueError for an unknown batching mode, or one that cannot be combined with ``similarity``.
         """
         if batching not in _BATCHERS:
             raise ValueError(f"unknown batching mode {batching!r}; use one of {', '.join(_BATCHERS)}")
@@ -143,7 +143,7 @@ class FrameStream:
             self._begin(quality)
 
     def discard(self) -> int:
-        """Drop the packets inside the engines, as after a pause. Returns their number."""
+        """Drop the packets inside the engines, e.g. after a pause. Returns their number."""
         dropped = len(self._inside)
         if self._quality is not None:
             self._begin(self._quality)
@@ -187,7 +187,7 @@ class FrameStream:
             yield self._finish(styled)
 
     def _follow_shape(self, shape: Size) -> Iterator[FramePacket]:
-        """Begin anew if frames of this shape have another working size."""
+        """Start over if frames of this shape have another working size."""
         if shape != self._shape:
             self._shape = shape
             before, self._usual = self._usual, self._stylizer.quality(*shape)
@@ -202,11 +202,11 @@ class FrameStream:
         self._batcher = _BATCHERS[self._batching](self._stylizer, quality)
 
     def _look_up_style(self, packet: FramePacket) -> bool:
-        """Note the style of this instant; True if it differs from that of the frame before."""
-        packet.painted_s = self._now()
+        """Look up the current style; True if it differs from that of the frame before."""
+        packet.style_s = self._now()
         if self._style_at is None:
             return False
-        style = self._style_at(packet.painted_s)
+        style = self._style_at(packet.style_s)
         before, self._style = self._style, style
         return before is not None and (style[0] is not before[0] or style[1] != before[1])
 

@@ -239,9 +239,7 @@ def test_misuse_is_one_line(stochastic: Bundle) -> None:
     with pytest.raises(BackendError, match=r"set encoder_hidden_states, .*noise_0 before the first frame"):
         device.run(frame)
     device.set(**feeds)
-    with pytest.raises(
-        BackendError, match=r"takes frames uint8 \[1, 32, 48, 3\]; got uint8 \[1, 16"
-    ):
+    with pytest.raises(BackendError, match=r"takes frames uint8 \[1, 32, 48, 3\]; got uint8 \[1, 16"):
         device.run(frame[:, :16])
     with pytest.raises(BackendError, match="no buffer 'noise_7' to set"):
         device.set(noise_7=feeds["noise_0"])
