@@ -29,7 +29,7 @@ import numpy as np
 import platformdirs
 from numpy.typing import NDArray
 
-from std_rt.core.errors import BundleError
+from std_rt.core.errors import BundleError, UsageError
 from std_rt.core.files import file_digest, is_inside, writing
 from std_rt.core.machine import install_hint
 from std_rt.core.onnx_file import external_locations
@@ -151,6 +151,13 @@ class Bundle:
         """Lowest and highest strength of a style."""
         low, high = self.manifest["style"].get("strength_range", (0, 2))
         return float(low), float(high)
+
+    def check_strength(self, strength: float) -> float:
+        """``strength`` itself. Raises UsageError unless it is in `strength_range`."""
+        low, high = self.strength_range
+        if not low <= strength <= high:
+            raise UsageError(f"style strength must be in {low:g}..{high:g}, got {strength:g}")
+        return float(strength)
 
     @property
     def prediction_type(self) -> str:

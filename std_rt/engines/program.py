@@ -19,9 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
+from std_rt.core.arrays import Frame
 from std_rt.core.errors import BackendError
 from std_rt.engines.glue import GLUE, glue_spec
 from std_rt.engines.protocol import Array, GraphSpec, Ports, check_array
@@ -41,7 +39,6 @@ __all__ = [
     "no_mark",
 ]
 
-Frame = NDArray[np.uint8]
 Mark = Callable[[str], None]
 
 FRAME, STYLED = "frame", "styled"  # the buffers [B, H, W, 3] uint8 that cross

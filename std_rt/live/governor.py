@@ -22,8 +22,7 @@ from typing import Generic, TypeVar
 from std_rt.core.errors import StdRtError, UsageError
 from std_rt.live.metrics import Metrics
 from std_rt.pipeline.stylizer import Quality, Stylizer
-from std_rt.streaming.frame_packet import FramePacket
-from std_rt.streaming.frame_stream import FrameStream
+from std_rt.streaming.frame_stream import FramePacket, FrameStream
 
 __all__ = ["Governor", "QualityControl", "ladder"]
 

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from std_rt.core.machine import peak_memory_mb
-from std_rt.streaming.frame_packet import FramePacket
+from std_rt.streaming.frame_stream import FramePacket
 
 __all__ = ["SCHEMA", "Counts", "Metrics", "Recent"]
 
@@ -51,10 +51,6 @@ def _bin(ms: float) -> int:
     return 1 + int(math.log(min(ms, _MOST_MS) / _LEAST_MS) / math.log(_GROWTH))
 
 
-def _middle_ms(index: int) -> float:
-    return 0.0 if index == 0 else min(_MOST_MS, _LEAST_MS * _GROWTH ** (index - 0.5))
-
-
 def _empty() -> Histogram:
     return np.zeros(_bin(_MOST_MS) + 1, np.int64)
 
@@ -65,7 +61,8 @@ def _percentile(histogram: Histogram, share: float) -> float | None:
     if not up_to[-1]:
         return None
     rank = int(up_to[-1] - 1) * share / 100
-    low, high = (_middle_ms(int(np.searchsorted(up_to, at, "right"))) for at in (floor(rank), ceil(rank)))
+    bins = (int(np.searchsorted(up_to, at, "right")) for at in (floor(rank), ceil(rank)))
+    low, high = (min(_MOST_MS, _LEAST_MS * _GROWTH ** (i - 0.5)) if i else 0.0 for i in bins)
     return low + (high - low) * (rank - floor(rank))
 
 

@@ -12,9 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
+from std_rt.core.arrays import Frame
 from std_rt.core.errors import StdRtError
 from std_rt.live.keys import Action, Command, command_for
 from std_rt.live.metrics_file import MetricsWriter
@@ -25,11 +23,10 @@ from std_rt.media.image import write_picture
 from std_rt.media.video.record import Recorder, Recording, numbered
 from std_rt.media.window.overlay import Thumbnail
 from std_rt.media.window.window import Closed, Dropped, Event, Key, Window
-from std_rt.streaming.frame_packet import FramePacket
+from std_rt.streaming.frame_stream import FramePacket
 
 __all__ = ["Outputs", "Presenter"]
 
-Frame = NDArray[np.uint8]
 
 _TICK_S = 0.02  # longest time between two polls of the window's events
 _REDRAW_S = 0.1  # while no frame comes

@@ -34,8 +34,7 @@ from std_rt.live.metrics import Metrics
 from std_rt.live.style_mixer import StyleMixer
 from std_rt.media.camera.frame_source import Source
 from std_rt.pipeline.stylizer import Stylizer
-from std_rt.streaming.frame_packet import FramePacket
-from std_rt.streaming.frame_stream import ONE_BY_ONE, STREAM_BATCH, FrameStream
+from std_rt.streaming.frame_stream import ONE_BY_ONE, STREAM_BATCH, FramePacket, FrameStream
 from std_rt.streaming.similarity import SimilarityFilter
 from std_rt.streaming.temporal import TemporalFilter
 

@@ -23,9 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
 
-import numpy as np
-from numpy.typing import NDArray
-
+from std_rt.core.arrays import Frame
 from std_rt.core.bundle import Bundle
 from std_rt.core.errors import StdRtError, UsageError
 from std_rt.pipeline.conditioning import EncodedStyle, blend
@@ -33,7 +31,6 @@ from std_rt.pipeline.style_file import read_style, style_paths, thumbnail
 
 __all__ = ["Card", "Ramp", "StyleMixer"]
 
-Frame = NDArray[np.uint8]
 Weights = dict[int, float]  # index of a card -> share; shares add up to 1, cards without a share are left out
 
 FADE_STEPS = 64
@@ -136,14 +133,13 @@ class StyleMixer:
         ``strength`` as in `set_strength`; ``now`` is the clock, in seconds, whose times are passed to `at`.
         """
         self._encode, self._bundle, self._now = encode, bundle, now
-        self._strength_range = bundle.strength_range
         self.problems: deque[str] = deque(maxlen=_PROBLEMS_KEPT)
         """One line for each style that could not be loaded in the background; take them from the left."""
         self._lock = RLock()
         self._cards: tuple[Card, ...] = ()
         self._fade: _Crossfade | None = None  # None until a style is loaded
         self._others: Weights = {}  # what the others had before `adjust` gave one everything
-        self._strength_before = self._strength = self._checked_strength(strength)
+        self._strength_before = self._strength = self._bundle.check_strength(strength)
         self._strength_ramp = Ramp()
         self._cycle: tuple[float, float] | None = None  # seconds for each style, and for its crossfade
         self._next_s = math.inf  # when the cycle goes on
@@ -314,7 +310,7 @@ class StyleMixer:
     def set_strength(self, strength: float, seconds: float = NUDGE_S) -> None:
         """Fade to a strength. Raises UsageError outside the bundle's range."""
         _check_seconds(seconds)
-        strength = self._checked_strength(strength)
+        strength = self._bundle.check_strength(strength)
         with self._lock:
             now = self._now()
             ramp = self._strength_ramp.then(now, seconds)
@@ -324,7 +320,7 @@ class StyleMixer:
 
     def nudge(self, delta: float, seconds: float = NUDGE_S) -> None:
         """Move the strength by ``delta``, within the bundle's range."""
-        low, high = self._strength_range
+        low, high = self._bundle.strength_range
         with self._lock:
             self.set_strength(round(min(high, max(low, self._strength + delta)), 6), seconds)
 
@@ -391,12 +387,6 @@ class StyleMixer:
     def _check_index(self, index: int) -> None:
         if not 0 <= index < len(self._cards):
             raise UsageError(f"there is no style {index + 1}; {len(self._cards)} are loaded")
-
-    def _checked_strength(self, strength: float) -> float:
-        low, high = self._strength_range
-        if not low <= strength <= high:
-            raise UsageError(f"style strength must be in {low:g}..{high:g}, got {strength:g}")
-        return float(strength)
 
 
 def _shares(weights: Weights) -> Weights:

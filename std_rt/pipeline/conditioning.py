@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from std_rt.core.arrays import Array, Frame
 from std_rt.core.bundle import Bundle
 from std_rt.core.errors import BundleError, UsageError
 from std_rt.engines.glue import GLUE
@@ -33,9 +34,6 @@ __all__ = [
     "time_ids",
     "unet_inputs",
 ]
-
-Frame = NDArray[np.uint8]
-Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)

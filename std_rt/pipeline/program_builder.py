@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from std_rt.core.arrays import Size
 from std_rt.core.schedule import StepCoefficients, step, to_eps
 from std_rt.engines.glue import GLUE
 from std_rt.engines.program import FRAME, STYLED, Launch, Program
@@ -36,7 +37,6 @@ __all__ = [
 ]
 
 Terms = list[tuple[str, float | Sequence[float]]]  # (buffer, factor, or one for each row)
-Size = tuple[int, int]  # (H, W) in pixels
 
 # UNet inputs fed with a frame, and those of them that differ for the negative prompt.
 CONDITIONING = ("encoder_hidden_states", "text_embeds", "time_ids", "style_tokens", "style_strength")

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from std_rt.core.arrays import Array
 from std_rt.core.errors import UsageError
 
 __all__ = [
@@ -38,14 +39,12 @@ __all__ = [
     "chunk_prompts",
     "encode_chunks",
     "encode_pair",
-    "encode_prompt",
     "encode_prompts",
     "join_encoders",
     "pair",
     "parse_prompt",
 ]
 
-Array = NDArray[np.float32]
 Ids = NDArray[np.int64]
 # encoder_hidden_states [1, K L, D] and text_embeds [1, P]; a pair has them with negative_ before, too.
 Encoding = dict[str, Array]
@@ -251,20 +250,14 @@ def join_encoders(parts: Sequence[Encoded]) -> Encoding:
 def encode_prompts(
     texts: Sequence[str], tokenizers: Sequence[Tokenizer], run_encoders: Iterable[RunEncoder]
 ) -> list[Encoding]:
-    """Encode each of ``texts``, all to the same number of chunks. ``run_encoders`` has one per tokenizer."""
+    """``encoder_hidden_states`` [1, 77 K, D] and ``text_embeds`` [1, P] of each text, with the same K.
+
+    ``run_encoders`` has one per tokenizer."""
     plan = chunk_prompts(texts, tokenizers)
     parts = [
         [encode_chunks(chunks, run) for chunks in row] for row, run in zip(plan, run_encoders, strict=True)
     ]
     return [join_encoders(encoders) for encoders in zip(*parts, strict=True)]
-
-
-def encode_prompt(text: str, tokenizers: Sequence[Tokenizer], run_encoders: Iterable[RunEncoder]) -> Encoding:
-    """``encoder_hidden_states`` [1, 77 K, D] and ``text_embeds`` [1, P] of one prompt.
-
-    A prompt without syntax that fits one chunk is encoded as diffusers' ``encode_prompt`` does it.
-    """
-    return encode_prompts([text], tokenizers, run_encoders)[0]
 
 
 def encode_pair(

@@ -19,8 +19,8 @@ from typing import Protocol
 from weakref import ReferenceType, ref
 
 import numpy as np
-from numpy.typing import NDArray
 
+from std_rt.core.arrays import Array, Frame, Size
 from std_rt.core.errors import UsageError
 from std_rt.core.schedule import StepCoefficients
 from std_rt.engines.hot_swap import close_when_open, has_failed
@@ -32,9 +32,6 @@ from std_rt.pipeline.stream_program import unet_rows
 
 __all__ = ["MAX_KEPT", "CachedRunner", "Quality", "RunnerCache", "RunnerKey"]
 
-Frame = NDArray[np.uint8]
-Array = NDArray[np.float32]
-Size = tuple[int, int]  # (H, W) in pixels
 _Part = tuple[Array, int | None]  # an array [1, ...], or a row of a longer one
 
 MAX_KEPT = 8  # runners that `keep` takes

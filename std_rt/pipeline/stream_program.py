@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from std_rt.core.arrays import Size
 from std_rt.core.schedule import StepCoefficients
 from std_rt.engines.program import Program
 from std_rt.pipeline.denoise import Guidance, gap_share
@@ -30,7 +31,6 @@ from std_rt.pipeline.program_builder import (
     CONDITIONING,
     FrameNumbers,
     ProgramWriter,
-    Size,
     Terms,
     eps_factors,
     step_factors,

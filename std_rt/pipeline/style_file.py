@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from std_rt.core.arrays import Frame
 from std_rt.core.bundle import Bundle
 from std_rt.core.errors import MediaError, UsageError
 from std_rt.core.files import check_input, check_output, reason, write_bytes, writing
@@ -48,7 +49,6 @@ __all__ = [
     "thumbnail",
 ]
 
-Frame = NDArray[np.uint8]
 StyleSource = Frame | EncodedStyle
 Encode = Callable[[Frame], EncodedStyle]
 

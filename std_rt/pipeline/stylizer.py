@@ -21,8 +21,8 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from std_rt.core.arrays import Array, Frame, Size
 from std_rt.core.bundle import Bundle, load_bundle
 from std_rt.core.errors import UsageError
 from std_rt.engines import Engine
@@ -52,9 +52,6 @@ from std_rt.pipeline.text_encoder import TextEncoder
 
 __all__ = ["Quality", "State", "Stylizer", "draw_noise"]
 
-Frame = NDArray[np.uint8]
-Array = NDArray[np.float32]
-Size = tuple[int, int]  # (H, W) in pixels
 Picture = Frame | Path | str
 
 _FRAMES_PER_CALL = 4
@@ -98,8 +95,8 @@ class Stylizer:
         guidance: float | None = None,
         guidance_mode: str | None = None,
     ) -> None:
-        """Use `load` unless in a test. A bare function opens one graph at static shapes; programs then run on the
-        host.
+        """Use `load` unless in a test. A bare function opens one graph at static shapes; programs then run
+        on the host.
 
         ``size`` is the working size: a side in pixels for about that area, or (H, W). ``guidance``
         (diffusers' scale; 1 is none) and ``guidance_mode`` override the bundle's. Raises BundleError if
@@ -229,7 +226,7 @@ class Stylizer:
         effect; 0 is none, 1 as trained. Raises UsageError on a weight or strength out of range,
         MediaError on an unreadable file.
         """
-        self._check_strength(strength)
+        self.bundle.check_strength(strength)
         pairs = [(style, 1.0)] if isinstance(style, np.ndarray | Path | str) else list(style)
         if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
             raise UsageError('several styles must be a list of pairs, as [("a.png", 0.7), ("b.png", 0.3)]')
@@ -256,7 +253,7 @@ class Stylizer:
         """
         if self._style is not None and self._style[0] is style and self._style[1] == strength:
             return
-        self._check_strength(strength)
+        self.bundle.check_strength(strength)
         made_for = (1, int(self.bundle.style["tokens"]), int(self.bundle.style["dim"]))
         if style.tokens.shape != made_for:
             raise UsageError(
@@ -442,11 +439,6 @@ class Stylizer:
                 f"the state has noise {list(state.noise.shape)} instead of {list(shape)}; "
                 "use state_for(...) with this size and these steps"
             )
-
-    def _check_strength(self, strength: float) -> None:
-        low, high = self.bundle.strength_range
-        if not low <= strength <= high:
-            raise UsageError(f"style strength must be in {low:g}..{high:g}, got {strength:g}")
 
     def _check_open(self) -> None:
         if self._closed:

@@ -14,29 +14,42 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
+from std_rt.core.arrays import Frame, Size
 from std_rt.engines.program import Mark, no_mark
 from std_rt.pipeline.conditioning import EncodedStyle
 from std_rt.pipeline.stylizer import Quality, State, Stylizer
-from std_rt.streaming.frame_packet import FramePacket
 from std_rt.streaming.similarity import SimilarityFilter
 from std_rt.streaming.stream_batch import StreamBatch
 from std_rt.streaming.temporal import Motion, TemporalFilter
 
-__all__ = ["GROUPED", "ONE_BY_ONE", "STREAM_BATCH", "FrameStream", "StyleAt"]
+__all__ = ["GROUPED", "ONE_BY_ONE", "STREAM_BATCH", "FramePacket", "FrameStream", "StyleAt"]
 
-Frame = NDArray[np.uint8]
-Size = tuple[int, int]  # (H, W) in pixels
 StyleAt = Callable[[float], tuple[EncodedStyle, float]]  # time in s -> style and strength at that instant
 
 # Batching modes: lowest latency; N steps of N consecutive frames in one call of the UNet (more frames
 # per second, N - 1 frames later); several whole frames in one call of each graph (for files).
 ONE_BY_ONE, STREAM_BATCH, GROUPED = "one by one", "stream batch", "grouped"
+
+
+@dataclass(eq=False, slots=True)
+class FramePacket:
+    """One frame uint8 [H, W, 3] with its result; handed from thread to thread, used by one at a time.
+
+    ``captured_s``: when the source had it. ``style_s``: when its style was looked up. ``styled``: the result,
+    None until there is one. ``skipped``: it shows the result of an earlier, similar frame. ``stages_ms``: the
+    duration of each stage.
+    """
+
+    frame: Frame
+    captured_s: float = 0.0
+    index: int = 0
+    style_s: float = 0.0
+    styled: Frame | None = None
+    skipped: bool = False
+    stages_ms: dict[str, float] = field(default_factory=dict)
 
 
 class _Batcher(Protocol):
@@ -49,25 +62,11 @@ class _Batcher(Protocol):
         """Finish the frames still inside."""
 
 
-class _OneByOne:
-    """A frame is finished before the next one is looked at."""
-
-    def __init__(self, stylizer: Stylizer, quality: Quality) -> None:
-        self._stylizer, self._quality = stylizer, quality
-
-    def push(self, working: Frame, state: State, mark: Mark = no_mark) -> list[Frame]:
-        return [self._stylizer.run(working, state, mark, quality=self._quality)]
-
-    def flush(self, mark: Mark = no_mark) -> Iterator[Frame]:
-        return iter(())
-
-
 class _Grouped:
-    """Several frames in one call of each graph: as many as are fastest at their size."""
+    """``room`` frames in one call of each graph."""
 
-    def __init__(self, stylizer: Stylizer, quality: Quality) -> None:
-        self._stylizer, self._quality = stylizer, quality
-        self._room = stylizer.frames_per_call(quality.size)
+    def __init__(self, stylizer: Stylizer, quality: Quality, room: int) -> None:
+        self._stylizer, self._quality, self._room = stylizer, quality, room
         self._waiting: list[tuple[Frame, State]] = []
 
     def push(self, working: Frame, state: State, mark: Mark = no_mark) -> list[Frame]:
@@ -81,9 +80,9 @@ class _Grouped:
 
 
 _BATCHERS: dict[str, Callable[[Stylizer, Quality], _Batcher]] = {
-    ONE_BY_ONE: _OneByOne,
+    ONE_BY_ONE: lambda stylizer, quality: _Grouped(stylizer, quality, 1),
     STREAM_BATCH: StreamBatch,
-    GROUPED: _Grouped,
+    GROUPED: lambda stylizer, quality: _Grouped(stylizer, quality, stylizer.frames_per_call(quality.size)),
 }
 
 

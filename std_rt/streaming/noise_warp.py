@@ -20,11 +20,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from std_rt.core.arrays import Array
 from std_rt.streaming.optical_flow import Followed, unmoved
 
 __all__ = ["MovingNoise"]
 
-Array = NDArray[np.float32]
 
 # Cells that must have come together before the noise jumps: at a half it would jump back and forth.
 _ENOUGH = 0.65

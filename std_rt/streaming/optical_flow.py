@@ -18,11 +18,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from std_rt.core.arrays import Array, Frame, Size
+
 __all__ = ["SMALLEST_PX", "Followed", "Follower", "enlarged", "reduced", "unmoved"]
 
-Frame = NDArray[np.uint8]
-Array = NDArray[np.float32]
-Size = tuple[int, int]  # (H, W) in pixels
 
 # 256 px of any aspect is followed at its own size, 512 px at half. Noise moves by cells and needs less.
 _MOST_PX, _MOST_PX_COARSE = 120_000, 30_000

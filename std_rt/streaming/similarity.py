@@ -14,13 +14,12 @@ import random
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
+from std_rt.core.arrays import Frame
 from std_rt.core.errors import UsageError
 
 __all__ = ["SimilarityFilter", "similarity", "thumbnail"]
 
-Frame = NDArray[np.uint8]
 
 _CELLS = 32  # along the long side
 _SAMPLES = 8  # pixels per cell side that are averaged

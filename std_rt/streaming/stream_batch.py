@@ -15,9 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
+from std_rt.core.arrays import Array, Frame, Size
 from std_rt.core.errors import UsageError
 from std_rt.engines.program import Mark, no_mark
 from std_rt.pipeline.conditioning import Conditioning
@@ -25,10 +23,6 @@ from std_rt.pipeline.runner_cache import CachedRunner, Quality, RunnerKey
 from std_rt.pipeline.stylizer import State, Stylizer
 
 __all__ = ["StreamBatch"]
-
-Frame = NDArray[np.uint8]
-Array = NDArray[np.float32]
-Size = tuple[int, int]  # (H, W) in pixels
 
 
 @dataclass(frozen=True, eq=False)

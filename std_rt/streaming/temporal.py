@@ -23,18 +23,15 @@ from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
+from std_rt.core.arrays import Array, Frame, Size
 from std_rt.evaluation.measures import Flow
 from std_rt.pipeline.stylizer import State
 from std_rt.streaming.noise_warp import MovingNoise
-from std_rt.streaming.optical_flow import SMALLEST_PX, Followed, Follower, reduced
+from std_rt.streaming.optical_flow import SMALLEST_PX, Followed, Follower, enlarged, reduced
 
 __all__ = ["TEMPORAL_MODES", "Motion", "TemporalFilter"]
 
-Frame = NDArray[np.uint8]
-Array = NDArray[np.float32]
-Size = tuple[int, int]  # (H, W) in pixels
 
 TEMPORAL_MODES = ("off", "noise", "full")
 
@@ -238,12 +235,5 @@ def _is_sampled(index: int) -> bool:
 def _flow_of(before: Frame, after: Frame) -> Flow:
     """`Flow.between`, of reduced frames if they are large."""
     small = Flow.between(reduced(before), reduced(after))
-    h, w = small.followed.shape
-    size = (after.shape[0], after.shape[1])
-    if (h, w) == size:
-        return small
-    wide = (size[1], size[0])
-    scale = np.array([size[1] / w, size[0] / h], np.float32)
-    source = cv2.resize(small.source, wide, interpolation=cv2.INTER_LINEAR) * scale + (scale - 1) / 2
-    followed = cv2.resize(small.followed.view(np.uint8), wide, interpolation=cv2.INTER_NEAREST) > 0
-    return Flow(np.asarray(source, np.float32), followed)
+    full = enlarged(small.source, small.followed.astype(np.float32), (after.shape[0], after.shape[1]))
+    return Flow(full.source, full.trust > 0.5)

@@ -97,7 +97,10 @@ class CudaDevice:
         self._call("cuDeviceGet", byref(handle), index)
         self._call("cuDevicePrimaryCtxRetain", byref(context), handle)
         self._context = context
-        self.gpu, self.driver = self._describe(handle.value), self._version()
+        self.gpu = self._describe(handle.value)
+        version = c_int()
+        self._call("cuDriverGetVersion", byref(version))
+        self.driver = f"cuda {version.value // 1000}.{version.value % 1000 // 10}"
         self.bind()
 
     def bind(self) -> None:
@@ -109,8 +112,10 @@ class CudaDevice:
         address = _ADDRESS()
         code = self._lib.cuMemAlloc_v2(byref(address), max(size, 1))
         if code == _OUT_OF_MEMORY:
+            free, total = c_size_t(), c_size_t()
+            self._call("cuMemGetInfo_v2", byref(free), byref(total))
             raise BackendError(
-                f"{self.gpu.name} has {self._free_mb()} MB free and {size / 2**20:.0f} MB more are needed; "
+                f"{self.gpu.name} has {free.value // 2**20} MB free, {size / 2**20:.0f} MB more are needed; "
                 "use a smaller --size, or close what else uses the GPU"
             )
         self._check("cuMemAlloc_v2", code)
@@ -199,16 +204,6 @@ class CudaDevice:
         self._call("cuDeviceGetAttribute", byref(minor), _MINOR, handle)
         self._call("cuDeviceTotalMem_v2", byref(memory), handle)
         return Gpu(name.value.decode("utf-8", "replace"), (major.value, minor.value), memory.value)
-
-    def _version(self) -> str:
-        version = c_int()
-        self._call("cuDriverGetVersion", byref(version))
-        return f"cuda {version.value // 1000}.{version.value % 1000 // 10}"
-
-    def _free_mb(self) -> int:
-        free, total = c_size_t(), c_size_t()
-        self._call("cuMemGetInfo_v2", byref(free), byref(total))
-        return int(free.value // 2**20)
 
     def _call(self, name: str, *arguments: Any) -> None:
         self._check(name, getattr(self._lib, name)(*arguments))

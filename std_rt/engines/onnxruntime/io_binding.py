@@ -127,18 +127,14 @@ class OrtRunner:
             if id(spec) not in sessions:
                 sessions[id(spec)] = open_session(spec)
             session = sessions[id(spec)]
-            binding = self._binding(launch, session)
+            _check_ports(launch, session)
+            binding = session.io_binding()
+            for port, buffer in launch.inputs.items():
+                binding.bind_ortvalue_input(port, self._values[buffer])
+            for port, buffer in launch.outputs.items():
+                binding.bind_ortvalue_output(port, self._values[buffer])
             calls.append(_Call(spec, session, binding, options(index, launch), launch.stage))
         return calls
-
-    def _binding(self, launch: Launch, session: ort.InferenceSession) -> ort.IOBinding:
-        _check_ports(launch, session)
-        binding = session.io_binding()
-        for port, buffer in launch.inputs.items():
-            binding.bind_ortvalue_input(port, self._values[buffer])
-        for port, buffer in launch.outputs.items():
-            binding.bind_ortvalue_output(port, self._values[buffer])
-        return binding
 
     def _check_open(self) -> None:
         if not self._values:

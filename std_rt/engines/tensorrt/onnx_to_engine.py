@@ -116,7 +116,9 @@ def build_engine(
         config.set_compute_capability(capability(trt, product, target), i)
     if timings is not None:
         config.set_timing_cache(config.create_timing_cache(timings), ignore_mismatch=False)
-    monitor = _attach_monitor(trt, config, spec.name, progress)
+    monitor = None
+    if progress is not None and hasattr(trt, "IProgressMonitor"):
+        config.progress_monitor = monitor = _monitor(trt, spec.name, progress)  # must live as long as config
     try:
         done = _serialize(trt, builder, network, config, path)
     finally:
@@ -192,19 +194,13 @@ class Phases:
         return self.share
 
 
-def _attach_monitor(trt: Any, config: Any, name: str, progress: Progress | None) -> Any:
-    """Report a build's progress; the monitor returned (or None) must live as long as the config."""
-    if progress is None or not hasattr(trt, "IProgressMonitor"):
-        return None
-    config.progress_monitor = monitor = _monitor_class(trt)(name, progress)
-    return monitor
+def _monitor(trt: Any, name: str, progress: Progress) -> Any:
+    """Reports a build's progress; an error of ``progress`` ends the build and is raised by `raise_failure`."""
 
-
-def _monitor_class(trt: Any) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the module is not known before it runs
-        def __init__(self, name: str, progress: Progress) -> None:
+        def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self._name, self._progress, self._phases = name, progress, Phases()
+            self._phases = Phases()
             self._failure: BaseException | None = None
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
@@ -224,11 +220,11 @@ def _monitor_class(trt: Any) -> Any:
         def _report(self, share: float) -> None:
             try:
                 if self._failure is None:
-                    self._progress(self._name, share)
+                    progress(name, share)
             except BaseException as error:  # noqa: BLE001  # nothing may pass through C++; raised afterwards
                 self._failure = error
 
-    return Monitor
+    return Monitor()
 
 
 def _serialize(trt: Any, builder: Any, network: Any, config: Any, path: Path) -> bool:

@@ -20,7 +20,7 @@ from std_rt.core.errors import MediaError
 from std_rt.live import metrics_file
 from std_rt.live.metrics import SCHEMA, Metrics, Recent
 from std_rt.live.metrics_file import MetricsWriter
-from std_rt.streaming.frame_packet import FramePacket
+from std_rt.streaming.frame_stream import FramePacket
 
 RESOLUTION = 0.006  # of a percentile: half a bin, and the rounding
 FRAME = np.zeros((1, 1, 3), np.uint8)

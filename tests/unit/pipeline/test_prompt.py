@@ -17,7 +17,6 @@ from std_rt.pipeline.prompt import (
     apply_weights,
     chunk_prompts,
     encode_pair,
-    encode_prompt,
     encode_prompts,
     parse_prompt,
 )
@@ -123,6 +122,11 @@ def test_break_begins_a_section(text: str, sections: list[list[str]]) -> None:
 @given(PLAIN)
 def test_text_without_brackets_is_one_piece_of_weight_one(text: str) -> None:
     assert parse_prompt(text) == [[Piece(text)]]
+
+
+def encode_prompt(text: str, tokenizers: list, encoders: list) -> dict[str, np.ndarray]:
+    """`encode_prompts` of one text."""
+    return encode_prompts([text], tokenizers, encoders)[0]
 
 
 def format_prompt(sections: list[list[Piece]]) -> str:

@@ -12,8 +12,7 @@ from std_rt.core.bundle import Bundle
 from std_rt.examples import moving
 from std_rt.pipeline.conditioning import EncodedStyle
 from std_rt.pipeline.stylizer import Quality, Stylizer
-from std_rt.streaming.frame_packet import FramePacket
-from std_rt.streaming.frame_stream import GROUPED, ONE_BY_ONE, STREAM_BATCH, FrameStream
+from std_rt.streaming.frame_stream import GROUPED, ONE_BY_ONE, STREAM_BATCH, FramePacket, FrameStream
 from std_rt.streaming.similarity import SimilarityFilter
 
 Frame = NDArray[np.uint8]
