@@ -195,7 +195,7 @@ class Phases:
 
 
 def _monitor(trt: Any, name: str, progress: Progress) -> Any:
-    """Reports a build's progress; an error of ``progress`` ends the build and is raised by `raise_failure`."""
+    """Reports a build's progress; an error of ``progress`` ends the build, and `raise_failure` raises it."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the module is not known before it runs
         def __init__(self) -> None:

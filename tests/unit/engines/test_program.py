@@ -91,7 +91,7 @@ def test_only_carried_buffers_are_carried_and_only_feeds_are_set() -> None:
     zeros = np.zeros(SHAPE, np.float32)
     with pytest.raises(BackendError, match="no buffer 'sum' to set; known: last"):
         host.carry(sum=zeros)
-    with pytest.raises(BackendError, match="no buffer 'last' to set; there are none"):
+    with pytest.raises(BackendError, match="no buffer 'last' to set; known: none"):
         host.set(last=zeros)
     with pytest.raises(BackendError, match=r"'last' is float32 \[1, 3, 1, 1\]; got float32 \[3\]"):
         host.carry(last=zeros.reshape(3))

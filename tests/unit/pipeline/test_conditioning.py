@@ -106,7 +106,7 @@ def test_weights_that_are_all_zero_are_refused() -> None:
 
 
 def test_styles_of_two_kinds_are_refused() -> None:
-    with pytest.raises(UsageError, match="two style encoders"):
+    with pytest.raises(UsageError, match="different style encoders"):
         blend([(_style(1.0), 1.0), (_style(2.0, pooled=False), 1.0)])
 
 

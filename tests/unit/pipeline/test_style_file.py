@@ -120,7 +120,7 @@ def test_a_style_of_another_encoder_is_refused_with_both_names(handmade: Bundle,
     save_style(tmp_path / "a.safetensors", _style(handmade))
     said = _refusal(tmp_path / "a.safetensors", other)
     assert "bundle 'handmade'" in said
-    assert "bundle 'other' has another" in said
+    assert "not for that of 'other'" in said
     assert said.endswith(
         f"std-rt styles save art.png -o {tmp_path / 'a.safetensors'} --bundle other --overwrite"
     )
@@ -256,7 +256,7 @@ def test_tokens_of_another_shape_than_the_bundles(handmade: Bundle, tmp_path: Pa
             EncodedStyle(np.zeros((1, TOKENS + 1, DIM), np.float32), pooled),
             "its tokens are [1, 3, 4] instead of [1, 2, 4]",
         ),
-        (EncodedStyle(tokens), "without text_embeds"),
+        (EncodedStyle(tokens), "it has no text_embeds"),
         (EncodedStyle(tokens, np.zeros((1, 9), np.float32)), "its text_embeds are [1, 9] instead of [1, 6]"),
     ):
         save_style(path, replace(_style(handmade), style=style), overwrite=True)

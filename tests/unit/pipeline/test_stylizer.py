@@ -346,7 +346,7 @@ def test_guidance_that_does_not_fit_together_is_refused(
 
 def test_guidance_without_a_negative_is_refused(handmade: Bundle) -> None:
     with pytest.raises(
-        BundleError, match=r"no negative for guidance 4; use --guidance 1, or export it again"
+        BundleError, match=r"no negative prompt, which guidance 4 needs; use --guidance 1, or export it again"
     ):
         Stylizer(handmade, Backend(), guidance=4.0)
 
