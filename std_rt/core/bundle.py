@@ -1,7 +1,7 @@
 """The bundle: one folder with everything a runtime needs. Read, write, verify.
 
     NAME/
-      manifest.json         what is inside, how to run it, and the sha256 of every other file
+      manifest.json         contents, settings, and the sha256 of every other file
       GRAPH.onnx            one per graph: style_encoder, vae_encoder, unet, vae_decoder
       GRAPH.safetensors     its weights, under the names of the torch module; the ONNX file points into it
       conditioning.npz      baked text: encoder_hidden_states [1, L, D], text_embeds [1, P]

@@ -1,6 +1,6 @@
 """ONNX files, read without the onnx package: their ports, and the files they take weights from.
 
-The runtime has no onnx package. This walks the protobuf wire format and skips what is not asked for, so
+The runtime has no onnx package. This walks the protobuf wire format and skips the rest, so
 that a graph of gigabytes need not be opened to learn its axes, and a file that names weights outside its
 folder is found before a runtime follows the path. Field numbers are those of onnx.proto (they never change).
 """

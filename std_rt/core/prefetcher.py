@@ -6,7 +6,7 @@
 
 A clip runs through three stages in parallel (decode, engines, encode) with two prefetchers between them. A
 full queue makes the iterator wait, so memory is bounded and nothing is lost. With ``latest`` the oldest item
-in the queue is dropped and counted instead, so what comes out is never older than the queue is long: what a
+in the queue is dropped and counted instead, so items are never older than the queue is long, as a
 camera needs.
 """
 
@@ -72,7 +72,7 @@ class Prefetcher(Generic[T]):
     def get(self, timeout_s: float) -> T | None:
         """The next item, or None if none came in time or none will come (see `over`).
 
-        Raises what the iterator raised, once the queue is empty.
+        Raises the iterator's exception once the queue is empty.
         """
         with self._changed:
             if not self.wait(timeout_s):

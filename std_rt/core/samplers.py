@@ -4,7 +4,7 @@
 
 Each is one linear step at a time, so `StepCoefficients` holds all of them: ``x_s = a x_t + b eps + noise n``.
 Two need explaining. LCM scales its clean estimate towards ``x_t`` near the end (``c_skip``, ``c_out``),
-which only changes a and b. Euler works on ``x_t / alpha_t`` and scales what the network sees; written for
+which only changes a and b. Euler works on ``x_t / alpha_t`` and scales the network's input; written for
 ``x_t`` itself (variance preserving) that scaling is gone, and with it every difference from DDIM to the next
 timestep.
 

@@ -100,7 +100,7 @@ def _zero_terminal_snr(alphas_cumprod: NDArray[np.float64]) -> NDArray[np.float6
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """``alphas_cumprod[t]`` for t in 0..999 (float64, falling), and what the network predicts."""
+    """``alphas_cumprod[t]`` for t in 0..999 (float64, falling), and the network's prediction type."""
 
     alphas_cumprod: NDArray[np.float64]
     prediction_type: str = "epsilon"

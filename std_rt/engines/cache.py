@@ -167,7 +167,7 @@ class EngineCache:
         replace: bool = False,
         origin: str | Path = "",
     ) -> Path:
-        """The engine's file, made first if it is not listed: several builders at once make it once.
+        """The engine's file, built first if it is not listed; concurrent callers build it once.
 
         ``make(path)`` writes the engine to ``path`` (or is its bytes). An interrupted build leaves nothing
         under the final name. ``replace`` makes it in any case. Raises BackendError on a full disk or, as

@@ -114,7 +114,7 @@ GLUE: dict[str, Glue] = {
 
 def glue_folder() -> Path:
     """The folder of the ONNX files, which are package data."""
-    return Path(str(files("std_rt"))) / "engines" / "glue"
+    return Path(str(files("std_rt"))) / "engines" / "glue_onnx"
 
 
 def glue_path(op: str) -> Path:

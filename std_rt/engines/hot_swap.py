@@ -23,7 +23,7 @@ class HotSwapRunner:
 
     Frames run on ``slow`` until ``fast`` is ready; then it takes over the feeds and the carried buffers, and
     once it has run its first frame ``slow`` is closed. ``report`` gets one line about the swap, or about why
-    ``fast`` does not open or cannot run that frame; ``slow`` then goes on.
+    ``fast`` does not open or cannot run that frame; ``slow`` then stays in use.
     """
 
     def __init__(

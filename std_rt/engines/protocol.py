@@ -41,7 +41,7 @@ class Engine(Protocol):
         """
 
     def close(self) -> None:
-        """Free what the backend holds; the engine must not be called afterwards."""
+        """Free the backend's resources; the engine must not be called afterwards."""
 
 
 @dataclass(frozen=True)

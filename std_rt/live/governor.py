@@ -37,7 +37,7 @@ _FEWEST_ALL_LATE = 5  # enough if every one of them misses the deadline: frames 
 _UNSETTLED = 2  # frames after a switch: of the quality before, or the first of new engines
 _KEPT = 1024  # frames in the longer window
 _GAP_S = 2.0  # without a frame: a pause, and the frames before it are forgotten
-_GAP_FRAMES = 5.0  # or this many times what a frame takes, if longer
+_GAP_FRAMES = 5.0  # or this many times the duration of a frame, if longer
 _TRIAL_S = 30.0  # a step up that lasts this long was right
 _LONGEST_WAIT_S = 120.0
 _HALF_LIFE_S = 60.0  # of a learned ratio
@@ -274,7 +274,7 @@ class QualityControl:
             self._governor = Governor(self._target_fps, costs)
 
     def _switch(self, governor: Governor[Quality], asked: Quality, now: float) -> Iterator[FramePacket]:
-        """Switch once the engines are open; until then frames go on as they are."""
+        """Switch once the engines are open; until then the quality stays."""
         try:
             if not self._stylizer.ready(asked, stream_batch=self._stream_batch):
                 return

@@ -115,7 +115,7 @@ def command_for(key: str, repeat: bool = False) -> Command | None:
 
 
 def help_lines() -> list[tuple[tuple[str, ...], str]]:
-    """Lines of the help: (keys as printed, what they do); each group starts with its name and no keys."""
+    """Lines of the help: (keys as printed, what they do); each group starts with its name, without keys."""
     lines: list[tuple[tuple[str, ...], str]] = []
     for group, bindings in groupby(BINDINGS, lambda binding: binding.group):
         lines += [((), group), *((binding.printed, binding.help) for binding in bindings)]

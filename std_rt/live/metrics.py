@@ -130,7 +130,7 @@ class _Moment(NamedTuple):
 
 
 class Metrics:
-    """Counts what a session does; any thread may call any method.
+    """Counts the events of a session; any thread may call any method.
 
     One lock guards the counters, held for some 30 microseconds per frame or copy; percentiles are
     computed outside it.
@@ -285,7 +285,7 @@ class Metrics:
         return {"schema": SCHEMA, **self.figures(self.counts()), "settings": self.settings}
 
     def figures(self, counts: Counts) -> dict[str, Any]:
-        """The figures of these counts, rounded; None for what was not measured."""
+        """The metrics of these counts, rounded; None without measurements."""
         seconds, switches = counts.seconds, counts.switches
         count = int(switches.sum())
         processed = counts.intervals - counts.skipped_intervals

@@ -77,7 +77,7 @@ class Presenter:
         self._first = first
         self._packet: FramePacket | None = None  # on the screen
         self._chosen = 0  # the style last chosen or mixed in
-        self._shown = {Action.FIGURES, Action.STRIP}  # what is on, of these and Action.COMPARE
+        self._shown = {Action.FIGURES, Action.STRIP}  # those switched on, of these two and Action.COMPARE
         self._quit = False
         self._banner, self._banner_until_s = "", -math.inf
         self._drawn_s = self._status_s = -math.inf

@@ -132,7 +132,7 @@ class Session:
             yield packet
 
     def get(self, timeout_s: float) -> FramePacket | None:
-        """The next styled packet, or None if none came in time. Raises what the engines raised."""
+        """The next styled packet, or None if none came in time. Raises errors of the engines."""
         lost = "lost" in self.source.status
         if lost != self._lost:  # a lost camera stops the metrics' clock until its next frame
             (self.metrics.pause if lost else self.metrics.resume)("source")

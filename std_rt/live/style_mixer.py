@@ -128,7 +128,7 @@ class StyleMixer:
         strength: float = 1.0,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """``encode`` is the stylizer's, and may be called from two threads at once.
+        """``encode`` is the stylizer's, and must be safe to call from two threads.
 
         ``strength`` as in `set_strength`; ``now`` is the clock, in seconds, whose times are passed to `at`.
         """
@@ -138,11 +138,11 @@ class StyleMixer:
         self._lock = RLock()
         self._cards: tuple[Card, ...] = ()
         self._fade: _Crossfade | None = None  # None until a style is loaded
-        self._others: Weights = {}  # what the others had before `adjust` gave one everything
+        self._others: Weights = {}  # the others' shares before `adjust` gave one style everything
         self._strength_before = self._strength = self._bundle.check_strength(strength)
         self._strength_ramp = Ramp()
         self._cycle: tuple[float, float] | None = None  # seconds for each style, and for its crossfade
-        self._next_s = math.inf  # when the cycle goes on
+        self._next_s = math.inf  # time of the cycle's next step
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="std-rt-styles")
         self._closed = False
 
@@ -156,7 +156,7 @@ class StyleMixer:
     def add(self, source: Path | Frame, name: str | None = None) -> int:
         """Load a picture, a style file or a frame uint8 [H, W, 3] now; returns its index.
 
-        A file is read here and never again. The first style is shown at once. Raises as `read_style` does.
+        A file is read once. The first style is shown immediately. Raises as `read_style` does.
         """
         loaded = read_style(source, self._bundle, self._encode, name)
         card = Card(loaded.name, thumbnail(loaded.thumbnail, _THUMBNAIL_PX), loaded.style)
@@ -169,7 +169,7 @@ class StyleMixer:
             return index
 
     def add_in_background(self, path: Path, show_s: float | None = None) -> None:
-        """Load a file, or all styles of a folder, while frames go on; failures are added to `problems`.
+        """Load a file, or all styles of a folder, in the background; failures are added to `problems`.
 
         With ``show_s``, a crossfade of this many seconds to it (to the first of a folder) begins once it is
         loaded.
@@ -337,7 +337,7 @@ class StyleMixer:
             return self._current.style_at(now), self._strength_at(now)
 
     def weights_at(self, now: float) -> Weights:
-        """Index -> share of what is shown, without styles that have none; shares add up to 1."""
+        """Index -> current share, above 0 only; shares add up to 1."""
         with self._lock:
             return {} if self._fade is None else self._fade.weights_at(now)
 
@@ -365,7 +365,7 @@ class StyleMixer:
         return self._strength_before + progress * (self._strength - self._strength_before)
 
     def _change(self, weights: Weights, seconds: float, now: float | None = None) -> None:
-        """Begin a crossfade from what is shown now to ``weights`` (shares)."""
+        """Begin a crossfade from the current style to ``weights`` (shares)."""
         _check_seconds(seconds)
         with self._lock:
             now = self._now() if now is None else now

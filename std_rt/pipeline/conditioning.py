@@ -87,7 +87,7 @@ def blend(styles: Sequence[tuple[EncodedStyle, float]]) -> EncodedStyle:
 
 
 def _shares(weights: list[float]) -> list[np.float32]:
-    """Weights over their sum, in the precision of tokens: what is too small to count is 0."""
+    """Weights over their sum, in the precision of tokens, in which tiny ones are 0."""
     for weight in weights:
         if not 0 <= weight < float("inf"):
             raise UsageError(

@@ -210,7 +210,7 @@ def _fill(rows: list[list[tuple[int, float]]], count: int, tokenizer: Tokenizer)
 
 
 def apply_weights(hidden: NDArray[Any], weights: Array) -> NDArray[Any]:
-    """Multiply ``hidden`` [1, L, D] by ``weights`` [L], then scale it so that its mean is what it was.
+    """Multiply ``hidden`` [1, L, D] by ``weights`` [L], then scale it to its original mean.
 
     With every weight 1 it is ``hidden`` itself, to the bit.
     """

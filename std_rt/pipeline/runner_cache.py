@@ -204,7 +204,7 @@ class RunnerCache:
             runner.close()
 
     def _close_others(self) -> None:
-        """Close what is neither kept nor recent, and holds no frames."""
+        """Close runners that are neither kept nor recent and hold no frames."""
         with self._lock:
             others = [key for key in self._runners if key not in self._kept]
             idle = [key for key in others[:-_RECENT] if not self._runners[key].holds_frames]

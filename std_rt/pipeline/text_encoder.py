@@ -31,7 +31,7 @@ Opener = Callable[[GraphSpec], Engine]
 class ClipTokenizer:
     """Text -> ids, equal to transformers' ``CLIPTokenizer``, without begin, end and padding.
 
-    ``length``: tokens the encoder takes at once. ``begin``, ``end``, ``pad``: ids. On disk it is a folder
+    ``length``: tokens per call of the encoder. ``begin``, ``end``, ``pad``: ids. On disk it is a folder
     with ``tokenizer.json`` (the format of the package ``tokenizers``) and these four in ``config.json``.
     """
 
@@ -79,7 +79,7 @@ class ClipTokenizer:
 class TextEncoder:
     """A bundle's text encoders: prompts in, the UNet's text inputs out, each pair of prompts once.
 
-    Engines open at the first prompt and stay open until `release`. Not for two threads at once.
+    Engines open at the first prompt and stay open until `release`. Use it from one thread at a time.
     """
 
     def __init__(self, bundle: Bundle, open_graph: Opener, remember: int = 32) -> None:

@@ -88,7 +88,7 @@ _BATCHERS: dict[str, Callable[[Stylizer, Quality], _Batcher]] = {
 
 @dataclass(eq=False, slots=True)
 class _Inside:
-    """A packet inside the engines, with what is needed when it comes out."""
+    """A packet inside the engines, and the data to finish it with."""
 
     packet: FramePacket
     motion: Motion

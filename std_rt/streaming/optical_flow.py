@@ -36,7 +36,7 @@ _OFF_SHARE = 0.02  # and of the squared length of the motion
 _STAYED_LEVELS = 0.5  # staying is believed even if it looks this much worse than moving
 _STAYED_PX = 1.5  # a longer motion on which both directions agree is believed
 
-_ERODED = np.ones((3, 3), np.uint8)  # trust ends one pixel before what is not trusted
+_ERODED = np.ones((3, 3), np.uint8)  # trust ends one pixel before untrusted ones
 
 # The rule of `evaluation.measures` for a cut: little can be followed, or what is followed looks different.
 _FEWEST_FOLLOWED = 0.15

@@ -35,7 +35,7 @@ __all__ = ["TEMPORAL_MODES", "Motion", "TemporalFilter"]
 
 TEMPORAL_MODES = ("off", "noise", "full")
 
-# A history never counts for more than this, so no picture freezes: what is 15 frames old has a fifth left.
+# A history never counts for more than this, so no picture freezes: after 15 frames a fifth is left.
 _WEIGHT = 0.9
 _CHANGING_WEIGHT = 0.5  # while styles fade into each other
 _JUMP = 3.0  # times the usual difference from the history: another style altogether

@@ -1,7 +1,7 @@
 """Finds CUDA and cuDNN libraries that the installed onnxruntime-gpu needs and that are missing.
 
 They come with ``pip install '.[cuda]'`` (in pip's ``nvidia`` packages) or with an installed CUDA
-toolkit. If one is missing, ONNX Runtime says "failed to create provider" and goes on with the CPU.
+toolkit. If one is missing, ONNX Runtime says "failed to create provider" and continues on the CPU.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def _open(spec: GraphSpec, precision: str, *, capture: bool) -> ort.InferenceSes
     said = _load_libraries()
     provider = (_PROVIDER, provider_options(precision, capture=capture))
     session = open_session(spec, [provider, *CPU])
-    # ONNX Runtime goes on without a provider that it cannot load; a user who asked for a GPU must know.
+    # ONNX Runtime continues without a provider it cannot load; a user who asked for a GPU must know.
     if session.get_providers()[0] != _PROVIDER:
         raise BackendError(
             f"onnxruntime cannot load its CUDA provider: {said or 'CUDA or cuDNN libraries are missing'}; "

@@ -101,7 +101,7 @@ def _compile(core: ov.Core, spec: GraphSpec, config: dict[str, str]) -> tuple[Co
 
 
 def engine_key(core: ov.Core, spec: GraphSpec, config: dict[str, str]) -> EngineKey:
-    """The cache key of ``spec``. The number of threads plays no part in what is compiled."""
+    """The cache key of ``spec``. The number of threads does not affect compilation."""
     formats = ",".join(sorted(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")))
     flags = {"config": config, "steady": sorted(spec.steady), "format": _FORMAT}
     return EngineKey(

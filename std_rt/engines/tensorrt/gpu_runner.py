@@ -202,7 +202,7 @@ class Kernels:
 
     @classmethod
     def open(cls, builder: EngineBuilder, spec: GraphSpec, config: Any, device: CudaDevice) -> Kernels:
-        """Give a runtime config its kernel cache, filled with what the engine cache has for this engine."""
+        """Give a runtime config its kernel cache, filled from the engine cache."""
         cache = config.create_runtime_cache()
         known = b""
         if builder.cache is not None:
@@ -213,7 +213,7 @@ class Kernels:
         return cls(builder, spec, cache, device, known)
 
     def keep(self) -> None:
-        """Put what was compiled into the engine cache, if it is more than came from there."""
+        """Store newly compiled kernels in the engine cache."""
         blob = bytes(self.cache.serialize() or b"")
         if self.builder.cache is not None and blob and blob != self.known:
             key = self.builder.kernels_key(self.spec, self.device.driver)

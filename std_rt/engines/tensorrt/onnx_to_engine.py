@@ -3,7 +3,7 @@
     trt = load_product(RTX)
     build_engine(trt, RTX, spec, Path("unet.engine"), targets=("sm89", "sm120"))
 
-Networks are strongly typed (the arithmetic is what the ONNX file says) and every shape is fixed. Nothing
+Networks are strongly typed (precision is as in the ONNX file) and every shape is fixed. Nothing
 here touches the CUDA runtime: TensorRT-RTX builds for named GPUs on a machine without one. Tests build
 with TensorRT-RTX; TensorRT itself, which is on another package index, is untested.
 """
@@ -37,7 +37,7 @@ __all__ = [
     "make_logger",
 ]
 
-Progress = Callable[[str, float], None]  # (what is being built, share done in 0..1)
+Progress = Callable[[str, float], None]  # (graph, share done in 0..1)
 
 
 @dataclass(frozen=True)
