@@ -207,9 +207,7 @@ def test_an_empty_capture_is_refused(library: Library) -> None:
 def test_refusals_are_one_line(library: Library) -> None:
     device = CudaDevice()
     library.fails = {"cuMemAlloc_v2": 2, "cuStreamSynchronize": 700}
-    with pytest.raises(
-        BackendError, match="Fake 9000 has 7 MB free, 30 MB more are needed; use a smaller"
-    ):
+    with pytest.raises(BackendError, match="Fake 9000 has 7 MB free, 30 MB more are needed; use a smaller"):
         device.allocate(30 * 2**20)
     with pytest.raises(
         BackendError, match="refused cuStreamSynchronize: out of luck; use --backend openvino"
