@@ -66,7 +66,7 @@ def _system() -> Iterator[Row]:
 
 
 def _gpus() -> Iterator[Row]:
-    from std_rt.engines.cuda.probe import probe
+    from std_rt.engines.gpu.probe import probe
     from std_rt.engines.registry import BACKENDS, GPU_BACKENDS
 
     found = probe()
@@ -95,7 +95,7 @@ def _packages() -> Iterator[Row]:
     """Libraries that onnxruntime-gpu lacks, and packages that overwrite each other."""
     from importlib import metadata
 
-    from std_rt.engines.cuda.libraries import missing_libraries
+    from std_rt.engines.gpu.libraries import missing_libraries
 
     missing = missing_libraries()
     if missing:

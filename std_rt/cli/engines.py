@@ -127,7 +127,7 @@ def engines_gc(
 
     They were altered, or built for a missing bundle, another version or another driver.
     """
-    from std_rt.engines.cuda.driver import cuda_device, driver_problem
+    from std_rt.engines.gpu.driver import cuda_device, driver_problem
 
     cache = _cache()
     bundles, versions = _bundle_digests(cache), _installed_versions()
@@ -236,7 +236,7 @@ def _build_ahead(
     backend: str, specs: list[GraphSpec], precision: str, targets: tuple[str, ...], cache: EngineCache
 ) -> None:
     """For TensorRT and TensorRT-RTX; without targets, for the GPU here."""
-    from std_rt.engines.cuda.driver import cuda_device, driver_problem
+    from std_rt.engines.gpu.driver import cuda_device, driver_problem
     from std_rt.engines.tensorrt.engine_builder import EngineBuilder
     from std_rt.engines.tensorrt.onnx_to_engine import PRODUCTS, load_product
 

@@ -1,1 +1,1 @@
-"""What everything stands on: errors, files, schedules, bundles."""
+"""The foundations of all other packages: errors, files, noise schedules, bundles, machine facts."""

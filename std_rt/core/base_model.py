@@ -9,7 +9,7 @@ from pathlib import Path
 
 __all__ = ["licence", "unet_digest"]
 
-# What stands beside the UNet's own weights: the image branch of an IP-Adapter, and LoRAs.
+# Weights that are not the UNet's own: the image branch of an IP-Adapter, and LoRAs.
 _BESIDE = re.compile(r"(^|\.)(encoder_hid_proj|processor|to_[kv]_ip|lora_\w+)(\.|$)")
 
 

@@ -1,7 +1,7 @@
 """The bundle: one folder with everything a runtime needs. Read, write, verify.
 
     NAME/
-      manifest.json         what is inside, how to run it, and the sha256 of every other file
+      manifest.json         contents, settings, and the sha256 of every other file
       GRAPH.onnx            one per graph: style_encoder, vae_encoder, unet, vae_decoder
       GRAPH.safetensors     its weights, under the names of the torch module; the ONNX file points into it
       conditioning.npz      baked text: encoder_hidden_states [1, L, D], text_embeds [1, P]
@@ -22,15 +22,15 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files as package_files
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import platformdirs
 from numpy.typing import NDArray
 
-from std_rt.core.errors import BundleError
-from std_rt.core.files import file_digest, writing
+from std_rt.core.errors import BundleError, UsageError
+from std_rt.core.files import file_digest, is_inside, writing
 from std_rt.core.machine import install_hint
 from std_rt.core.onnx_file import external_locations
 from std_rt.core.schedule import StepCoefficients
@@ -54,7 +54,7 @@ BUILT_IN = "std-tiny"
 REQUIRED_GRAPHS = ("style_encoder", "vae_encoder", "unet", "vae_decoder")
 # Below this a full hash costs less than a tenth of a second, so loading always does it.
 _HASH_ALWAYS_BYTES = 100 * 2**20
-_LEFT_BEHIND_S = 24 * 3600  # no export takes as long, so a folder this old is nobody's
+_LEFT_BEHIND_S = 24 * 3600  # no export takes that long, so an older folder is abandoned
 
 Manifest = dict[str, Any]
 
@@ -68,7 +68,7 @@ class Bundle:
 
     @property
     def name(self) -> str:
-        """The name that export gave it."""
+        """The name given at export."""
         return str(self.manifest["name"])
 
     @property
@@ -87,19 +87,15 @@ class Bundle:
         return list(self.manifest["graphs"])
 
     def graph_path(self, name: str) -> Path:
-        """Path of a graph's ONNX file. Raises BundleError where the bundle has no such graph."""
+        """Path of a graph's ONNX file. Raises BundleError if the bundle has no such graph."""
         return self.path / str(self._graph(name)["file"])
 
     def weights_path(self, name: str) -> Path:
         """Path of a graph's safetensors file."""
         return self.path / str(self._graph(name)["weights"])
 
-    def graph_inputs(self, name: str) -> dict[str, list[int | str]]:
-        """Input name -> shape as exported; symbolic axes are names such as ``batch``."""
-        return {entry["name"]: entry["shape"] for entry in self._graph(name)["inputs"]}
-
     def graph_outputs(self, name: str) -> dict[str, list[int | str]]:
-        """Output name -> shape as exported."""
+        """Output name -> shape as exported; symbolic axes are names such as ``batch``."""
         return {entry["name"]: entry["shape"] for entry in self._graph(name)["outputs"]}
 
     def _graph(self, name: str) -> dict[str, Any]:
@@ -151,6 +147,19 @@ class Bundle:
         return int(self.manifest["style"]["image_px"])
 
     @property
+    def strength_range(self) -> tuple[float, float]:
+        """Lowest and highest strength of a style."""
+        low, high = self.manifest["style"].get("strength_range", (0, 2))
+        return float(low), float(high)
+
+    def check_strength(self, strength: float) -> float:
+        """``strength`` itself. Raises UsageError unless it is in `strength_range`."""
+        low, high = self.strength_range
+        if not low <= strength <= high:
+            raise UsageError(f"style strength must be in {low:g}..{high:g}, got {strength:g}")
+        return float(strength)
+
+    @property
     def prediction_type(self) -> str:
         """epsilon, v_prediction or sample."""
         return str(self.manifest["schedule"]["prediction_type"])
@@ -167,7 +176,7 @@ class Bundle:
 
     @property
     def default_steps(self) -> int:
-        """Step count where the user asks for none."""
+        """Step count unless the user asks for another."""
         return int(self.manifest["schedule"]["default_steps"])
 
     @property
@@ -196,18 +205,13 @@ class Bundle:
         """Inputs and outputs for the self-check, keyed ``GRAPH/in/NAME`` and ``GRAPH/out/NAME``."""
         return _read_npz(self.path / "reference.npz")
 
-    @property
-    def mend(self) -> str:
-        """What a user types when this bundle is damaged."""
-        return _mend(self.path)
-
 
 def load_bundle(source: str | Path | None = None, *, verify: bool | None = None) -> Bundle:
     """Open a bundle by name or folder; None is the built-in one.
 
     Always checks the manifest (schema, its own hash, structure), that every file is there with the
     right size, and that no graph reads weights from outside. ``verify`` also hashes every file; the
-    default does so below 100 MB, where it takes no time. Raises BundleError.
+    default does so below 100 MB, which takes no time. Raises BundleError.
     """
     folder = _find(source)
     bundle = Bundle(folder, _read_manifest(folder))
@@ -220,11 +224,11 @@ def load_bundle(source: str | Path | None = None, *, verify: bool | None = None)
 
 
 def verify_bundle(bundle: Bundle) -> None:
-    """Hash every file; raises BundleError that names the first changed one and how to mend it."""
+    """Hash every file; raises BundleError that names the first changed one and how to repair it."""
     for name, entry in bundle.manifest["files"].items():
         if file_digest(bundle.path / name) != entry["sha256"]:
             raise BundleError(
-                f"bundle '{bundle.name}' is damaged: {name} has changed since export; {bundle.mend}"
+                f"bundle '{bundle.name}' is damaged: {name} has changed since export; {_repair(bundle.path)}"
             )
 
 
@@ -234,7 +238,7 @@ def search_paths() -> list[Path]:
 
 
 def list_bundles() -> list[Bundle | tuple[str, BundleError]]:
-    """Every bundle in reach, built-in first; one that cannot be opened comes as (name, error)."""
+    """Every bundle that can be found, built-in first; (name, error) for one that cannot be opened."""
     found: list[Bundle | tuple[str, BundleError]] = []
     for name, folder in _known().items():
         try:
@@ -250,11 +254,11 @@ def write_bundle(final: Path, fill: Callable[[Path], Manifest], *, overwrite: bo
     ``fill(folder)`` writes every file but the manifest and returns the manifest without ``schema``,
     ``files`` and ``manifest_sha256``, which are added here. It works in a hidden sibling folder,
     which is renamed at the end; when killed half-way, only that sibling is left. Raises BundleError
-    where ``final`` exists and is not a bundle, or ``overwrite`` is False.
+    if ``final`` exists and is not a bundle, or ``overwrite`` is False.
     """
     check_target(final, overwrite)
     partial = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.partial")
-    with writing(final, BundleError, "nothing of it is left: make room, or choose another --output"):
+    with writing(final, BundleError, "no partial bundle is left; free some space or choose another --output"):
         _sweep(final)
         partial.mkdir(parents=True)
         try:
@@ -268,18 +272,18 @@ def write_bundle(final: Path, fill: Callable[[Path], Manifest], *, overwrite: bo
 
 
 def _sweep(final: Path) -> None:
-    """Drop what exports that were killed left behind here: gigabytes that no other command shows."""
+    """Remove the partial folders of killed exports: gigabytes that no other command shows."""
     for left in final.parent.glob(f".{final.name}.*.partial"):
         if time.time() - left.stat().st_mtime > _LEFT_BEHIND_S:
             shutil.rmtree(left, ignore_errors=True)
 
 
 def check_target(final: Path, overwrite: bool) -> None:
-    """Raise BundleError where a bundle may not be written to ``final``."""
+    """Raise BundleError if a bundle may not be written to ``final``."""
     if not final.exists():
         return
     if not final.is_dir() or (any(final.iterdir()) and not (final / MANIFEST).is_file()):
-        raise BundleError(f"{final} exists and is not a bundle, so it is left alone; choose another output")
+        raise BundleError(f"{final} exists and is not a bundle; choose another --output")
     if not overwrite and any(final.iterdir()):
         raise BundleError(f"{final} exists already; add --overwrite to replace it or choose another output")
 
@@ -342,16 +346,14 @@ def _find(source: str | Path | None) -> Path:
         return known[str(source)]
     if folder.is_dir():
         return folder
-    raise BundleError(_unknown(str(source), sorted({BUILT_IN, *known})))
-
-
-def _unknown(asked: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(asked, known, 1)
+    names = sorted({BUILT_IN, *known})
+    near = difflib.get_close_matches(str(source), names, 1)
     hint = f"did you mean '{near[0]}'? " if near else ""
-    return f"there is no bundle or folder '{asked}'; {hint}known bundles: {', '.join(known)}"
+    raise BundleError(f"there is no bundle or folder '{source}'; {hint}known bundles: {', '.join(names)}")
 
 
-def _mend(folder: Path) -> str:
+def _repair(folder: Path) -> str:
+    """The command that repairs a damaged bundle."""
     if folder.parent == _built_in_folder():
         return f"install std-rt again: {install_hint()} --force-reinstall --no-deps"
     return f"export it again: std-rt export ... --output {folder} --overwrite"
@@ -360,20 +362,20 @@ def _mend(folder: Path) -> str:
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
-        raise BundleError(f"no {MANIFEST} in {folder}, so it is no bundle; {_mend(folder)}")
+        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}; {_repair(folder)}")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise BundleError(f"{path} cannot be read ({error}); {_mend(folder)}") from error
+        raise BundleError(f"{path} cannot be read ({error}); {_repair(folder)}") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("schema"), int):
-        raise BundleError(f"{path} is not a bundle manifest: it states no schema; {_mend(folder)}")
+        raise BundleError(f"{path} is not a bundle manifest: it has no schema number; {_repair(folder)}")
     if manifest["schema"] > SCHEMA:
         raise BundleError(
             f"bundle {folder} has schema {manifest['schema']} and this std-rt reads up to {SCHEMA}; "
             f"upgrade std-rt: git pull, then {install_hint()}"
         )
     if manifest.get("manifest_sha256") != manifest_digest(manifest):
-        raise BundleError(f"{path} has changed since export (its hash does not match); {_mend(folder)}")
+        raise BundleError(f"{path} has changed since export (its hash does not match); {_repair(folder)}")
     return manifest
 
 
@@ -394,37 +396,34 @@ def _check_structure(bundle: Bundle) -> None:
     for section, keys in _SECTIONS.items():
         missing += [f"{section}.{key}" for key in keys if key not in bundle.manifest.get(section, {})]
     if missing:
-        raise BundleError(f"{bundle.path / MANIFEST} lacks {', '.join(missing)}; {bundle.mend}")
+        raise BundleError(f"{bundle.path / MANIFEST} has no {', '.join(missing)}; {_repair(bundle.path)}")
     for graph in REQUIRED_GRAPHS:
         if graph not in bundle.manifest["graphs"]:
-            raise BundleError(f"bundle '{bundle.name}' has no graph '{graph}'; {bundle.mend}")
+            raise BundleError(f"bundle '{bundle.name}' has no graph '{graph}'; {_repair(bundle.path)}")
 
 
 def _check_files(bundle: Bundle) -> None:
     listed = bundle.manifest["files"]
     for name, entry in listed.items():
-        if not _is_inside(name):
+        if not is_inside(name):
             raise BundleError(f"bundle '{bundle.name}' lists {name!r}, outside its folder; do not use it")
         path = bundle.path / name
         if not path.is_file():
-            raise BundleError(f"bundle '{bundle.name}' is incomplete: {name} is missing; {bundle.mend}")
+            raise BundleError(
+                f"bundle '{bundle.name}' is incomplete: {name} is missing; {_repair(bundle.path)}"
+            )
         if path.stat().st_size != entry["bytes"]:
             raise BundleError(
-                f"bundle '{bundle.name}' is damaged: {name} has {path.stat().st_size} bytes "
-                f"where the manifest says {entry['bytes']}; {bundle.mend}"
+                f"bundle '{bundle.name}' is damaged: {name} has {path.stat().st_size} bytes, "
+                f"not {entry['bytes']} as its manifest says; {_repair(bundle.path)}"
             )
     graphs = bundle.manifest["graphs"].values()
     used = [bundle.manifest["text"]["file"], *(graph[key] for graph in graphs for key in ("file", "weights"))]
     for name in used:
         if name not in listed:
-            raise BundleError(f"bundle '{bundle.name}' uses {name} without listing its hash; {bundle.mend}")
-
-
-def _is_inside(name: str) -> bool:
-    """A relative path without ``..``, on every system."""
-    posix, windows = PurePosixPath(name), PureWindowsPath(name)
-    rooted = posix.is_absolute() or windows.is_absolute() or windows.drive or windows.root
-    return bool(name) and not rooted and ".." not in posix.parts and ".." not in windows.parts
+            raise BundleError(
+                f"bundle '{bundle.name}' uses {name}, whose hash is not listed; {_repair(bundle.path)}"
+            )
 
 
 def _check_external(bundle: Bundle) -> None:
@@ -433,7 +432,7 @@ def _check_external(bundle: Bundle) -> None:
         try:
             outside = external_locations(bundle.path / graph["file"]) - {graph["weights"]}
         except ValueError as error:
-            raise BundleError(f"bundle '{bundle.name}': {error}; {bundle.mend}") from error
+            raise BundleError(f"bundle '{bundle.name}': {error}; {_repair(bundle.path)}") from error
         if outside:
             raise BundleError(
                 f"bundle '{bundle.name}': graph '{name}' reads weights from {sorted(outside)[0]!r} "

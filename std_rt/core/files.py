@@ -1,9 +1,10 @@
-"""File helpers: the one atomic writer, sha256, the user's folders, short reasons for what a disk refused.
+"""File helpers: the one atomic writer, sha256, user folders, short messages for disk errors.
 
     with writing(path, MediaError), atomic_file(path) as partial:
         picture.save(partial)
 
-A half-written file never has the final name: it is written beside it and renamed when complete.
+A half-written file never has the final name: it is written next to it under another name and renamed when
+complete.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from std_rt.core.errors import MediaError, StdRtError
 
@@ -27,6 +28,7 @@ __all__ = [
     "check_output",
     "disk_is_full",
     "file_digest",
+    "is_inside",
     "reason",
     "user_folder",
     "write_bytes",
@@ -35,7 +37,7 @@ __all__ = [
 ]
 
 _ANOTHER_PLACE = "choose another place with -o"
-_LEFT_BEHIND_S = 24 * 3600  # nobody writes a file for as long without a pause
+_LEFT_BEHIND_S = 24 * 3600  # no file takes that long to write
 _CLOSE_IT = "close the program that has it open, or choose another place with -o"  # Windows refuses then
 
 
@@ -53,7 +55,7 @@ def reason(error: BaseException) -> str:
 
 
 def disk_is_full(error: OSError) -> bool:
-    """Whether a write failed for want of room: a full disk, a quota, or a limit on file sizes."""
+    """Whether a write failed for lack of space: a full disk, a quota, or a limit on file sizes."""
     known = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
     # NumPy's tofile gives no number, only how much was written.
     return error.errno in known or (error.errno is None and "requested and" in str(error))
@@ -74,15 +76,15 @@ def writing(
 def atomic_file(
     path: Path, *, durable: bool = False, mode: int = 0o666, error: type[StdRtError] | None = None
 ) -> Iterator[Path]:
-    """A new empty file beside ``path`` with its suffix; renamed to ``path`` when the block ends well.
+    """A new empty file next to ``path``, with its suffix; renamed to ``path`` if the block succeeds.
 
     If the block raises (Ctrl-C included) the new file is removed and ``path`` is left as it was. ``durable``
     forces content and name to the disk, so that a power cut leaves the old file or the new one, never an
-    empty one; it also removes what killed processes left of the same file. ``mode`` (less the umask) is the
-    new file's.
+    empty one; it also removes partial files that killed processes left behind. ``mode`` (less the umask) is
+    that of the new file.
 
-    Raises OSError, or ``error`` where one is given, if the file cannot be created or renamed; what the block
-    raises passes through unchanged (to turn its OSErrors into one line too, see `writing`).
+    Raises OSError, or ``error`` if given, if the file cannot be created or renamed. Exceptions of the block
+    pass through unchanged (`writing` turns its OSErrors into one line, too).
     """
     if durable:
         _sweep(path)
@@ -133,7 +135,7 @@ def check_input(path: Path) -> None:
 def check_output(
     sink: Path, *, source: Path | None = None, overwrite: bool = False, flag: str = "-o"
 ) -> None:
-    """Refuse an output before any work is done; creates the output's folder where it is missing.
+    """Refuse an output before any work is done; creates the output's folder if it is missing.
 
     ``flag``: the option that named it, for messages.
 
@@ -162,14 +164,14 @@ def _refuse_taken(sink: Path, source: Path | None, overwrite: bool, flag: str) -
 
 
 def _new_partial(path: Path, mode: int = 0o666) -> Path:
-    """Create it here, with the user's umask (a mkstemp file would keep its private mode)."""
+    """Create it with the user's umask (a mkstemp file would keep its private mode)."""
     partial = path.with_name(f".{path.stem[:40]}.{secrets.token_hex(4)}.part{path.suffix}")
     partial.touch(mode, exist_ok=False)
     return partial
 
 
 def _sweep(path: Path) -> None:
-    """Remove what killed processes left of the same file more than a day ago: checkpoints are large."""
+    """Remove partial files more than a day old, left by killed processes: checkpoints are large."""
     left = f".{glob.escape(path.stem[:40])}.????????.part{glob.escape(path.suffix)}"
     with suppress(OSError):
         for old in path.parent.glob(left):
@@ -186,8 +188,15 @@ def _sync(path: Path, flags: int) -> None:
         os.close(handle)
 
 
+def is_inside(name: str) -> bool:
+    """Whether a file's name is a relative path that stays inside its folder, on every system."""
+    posix, windows = PurePosixPath(name), PureWindowsPath(name)
+    rooted = posix.is_absolute() or windows.is_absolute() or windows.drive or windows.root
+    return bool(name) and not rooted and ".." not in posix.parts and ".." not in windows.parts
+
+
 def cache_root() -> Path | None:
-    """A writable folder for what can be made again, or None; the variable ``STD_RT_CACHE`` overrides it."""
+    """A writable folder for files that can be recreated, or None; ``STD_RT_CACHE`` overrides it."""
     root = user_folder("STD_RT_CACHE", "user_cache_dir")
     return root if root is not None and os.access(root, os.W_OK) else None
 

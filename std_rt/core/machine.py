@@ -1,4 +1,4 @@
-"""What this machine is: processor, memory and disk, and how much of it this process has used."""
+"""Machine facts (processor, memory, disk) and checks for optional packages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
     "require",
 ]
 
-# Number formats and vector units that decide how fast a network runs here.
+# Vector units and number formats that decide how fast a network runs.
 _FEATURES = {
     "avx2": "AVX2",
     "avx512f": "AVX-512",
@@ -40,7 +40,7 @@ _FEATURES = {
 
 @dataclass(frozen=True)
 class Machine:
-    """``cores`` that this process may use; ``memory_gb`` None where the system does not say."""
+    """``cores`` that this process may use; ``memory_gb`` is None if unknown."""
 
     processor: str
     cores: int
@@ -68,13 +68,13 @@ def describe_machine() -> Machine:
 
 
 def available_memory_gb() -> float | None:
-    """Memory (with swap) that a program may still take, in GB (2**30 bytes); None where nothing tells.
+    """Memory (with swap) that a program may still take, in GB (2**30 bytes); None if unknown.
 
-    In a container, what its limit leaves where that is less.
+    In a container, at most what its memory limit leaves.
     """
     if sys.platform == "win32":
         status = _windows_memory()
-        return None if status is None else status.available / 2**30
+        return None if status is None else status[1] / 2**30
     known = [room for room in (_linux_available(), _container_available()) if room is not None]
     return min(known) / 2**30 if known else _memory_gb()
 
@@ -88,7 +88,7 @@ def free_disk_gb(path: Path) -> float:
 
 
 def peak_memory_mb() -> float | None:
-    """Largest resident size of this process so far in MB (2**20 bytes); None where nothing tells."""
+    """Largest resident size of this process so far in MB (2**20 bytes); None if unknown."""
     if sys.platform == "win32":
         return _peak_windows_mb()
     import resource
@@ -98,14 +98,14 @@ def peak_memory_mb() -> float | None:
 
 
 def require(what: str, extra: str, *modules: str) -> None:
-    """Raise UsageError with the command that adds them where ``modules`` are not installed."""
+    """Raise UsageError with the install command unless all ``modules`` are installed."""
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         raise UsageError(f"{what} needs {', '.join(missing)}; run: {install_hint(extra)}")
 
 
 def install_hint(extra: str = "") -> str:
-    """The command that installs std-rt with ``extra``, in the folder of its repository: it is on no index."""
+    """The command, run in a clone (std-rt is not on PyPI), that installs it with ``extra``."""
     return f"pip install '.[{extra}]'" if extra else "pip install ."
 
 
@@ -137,7 +137,7 @@ def _processor() -> str:
 def _memory_gb() -> float | None:
     if sys.platform == "win32":
         status = _windows_memory()
-        return None if status is None else status.total / 2**30
+        return None if status is None else status[0] / 2**30
     if "SC_PHYS_PAGES" not in os.sysconf_names:
         return None
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
@@ -155,7 +155,7 @@ def _linux_available(path: Path = Path("/proc/meminfo")) -> int | None:
 
 
 def _container_available(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes left under the limit of this process's control group (version 2); None where there is none."""
+    """Bytes left under the limit of this process's control group (version 2); None if there is none."""
     limit, used, stat = (folder / f"memory.{name}" for name in ("max", "current", "stat"))
     if not (limit.is_file() and used.is_file()):
         return None
@@ -163,21 +163,13 @@ def _container_available(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
     if not text.isdigit():  # "max": no limit
         return None
     lines = stat.read_text(encoding="ascii").splitlines() if stat.is_file() else []
-    # Files that were read lie in memory until it is needed for something else.
+    # Cached file contents are dropped when memory is needed.
     cached = next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
     return int(text) - int(used.read_text(encoding="ascii")) + cached
 
 
-@dataclass(frozen=True)
-class _Memory:
-    """Bytes; ``available`` is what may still be committed, page file included."""
-
-    total: int
-    available: int
-
-
-def _windows_memory() -> _Memory | None:
-    """GlobalMemoryStatusEx. Not run on Windows by us."""
+def _windows_memory() -> tuple[int, int] | None:
+    """Total bytes, and bytes that may still be committed (page file included). Untested on Windows."""
     if sys.platform != "win32":
         return None
     import ctypes
@@ -194,7 +186,7 @@ def _windows_memory() -> _Memory | None:
     status.length = ctypes.sizeof(status)
     if not ctypes.WinDLL("kernel32").GlobalMemoryStatusEx(ctypes.byref(status)):
         return None
-    return _Memory(int(status.total), int(status.page_free))
+    return int(status.total), int(status.page_free)
 
 
 def _peak_windows_mb() -> float | None:

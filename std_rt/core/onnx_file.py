@@ -1,6 +1,6 @@
 """ONNX files, read without the onnx package: their ports, and the files they take weights from.
 
-The runtime has no onnx package. This walks the protobuf wire format and skips what is not asked for, so
+The runtime has no onnx package. This walks the protobuf wire format and skips the rest, so
 that a graph of gigabytes need not be opened to learn its axes, and a file that names weights outside its
 folder is found before a runtime follows the path. Field numbers are those of onnx.proto (they never change).
 """
@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["GraphPorts", "Port", "axis_values", "external_locations", "fixed_shapes", "read_ports"]
+__all__ = ["Axes", "GraphPorts", "axis_values", "external_locations", "fixed_shapes", "read_ports"]
 
 _GRAPH, _INPUT, _OUTPUT = 7, 11, 12
 _NAME, _TYPE = 1, 2
-_TENSOR, _ELEMENT, _SHAPE = 1, 1, 2
+_TENSOR, _SHAPE = 1, 2
 _DIM, _VALUE, _PARAM = 1, 1, 2
 # message -> {field number: message inside}, on the way to a tensor's external data; the leaf "Entry" is
 # StringStringEntryProto.
@@ -29,23 +29,16 @@ _INSIDE: dict[str, dict[int, str]] = {
     "Tensor": {13: "Entry"},
 }
 
+Axes = tuple[int | str | None, ...]  # each axis a number, a name, or None (unnamed)
 Message = list[tuple[int, int | memoryview]]
 
 
 @dataclass(frozen=True)
-class Port:
-    """An input or output: ONNX element type, and axes that are a number, a name, or None (unnamed)."""
-
-    element: int
-    axes: tuple[int | str | None, ...]
-
-
-@dataclass(frozen=True)
 class GraphPorts:
-    """The inputs and outputs that a graph declares, in its order."""
+    """The axes of the inputs and outputs that a graph declares, in its order."""
 
-    inputs: Mapping[str, Port]
-    outputs: Mapping[str, Port]
+    inputs: Mapping[str, Axes]
+    outputs: Mapping[str, Axes]
 
 
 def external_locations(path: Path) -> set[str]:
@@ -71,28 +64,28 @@ def read_ports(path: Path) -> GraphPorts:
     return GraphPorts(inputs, outputs)
 
 
-def axis_values(inputs: Mapping[str, Port], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+def axis_values(inputs: Mapping[str, Axes], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """The value that ``shapes`` give to every named axis. Raises ValueError if they do not fit the ports."""
     found: dict[str, int] = {}
-    for name, port in inputs.items():
+    for name, axes in inputs.items():
         shape = shapes[name]
-        if len(shape) != len(port.axes):
-            raise ValueError(f"{name} has {len(port.axes)} axes, not {len(shape)}")
-        for axis, value in zip(port.axes, shape, strict=True):
+        if len(shape) != len(axes):
+            raise ValueError(f"{name} has {len(axes)} axes, not {len(shape)}")
+        for axis, value in zip(axes, shape, strict=True):
             wanted = found.setdefault(axis, value) if isinstance(axis, str) else axis
             if wanted not in (None, value):
                 raise ValueError(f"axis {axis} of {name} cannot be {value}; it is {wanted}")
     return found
 
 
-def fixed_shapes(outputs: Mapping[str, Port], values: Mapping[str, int]) -> dict[str, tuple[int, ...]] | None:
+def fixed_shapes(outputs: Mapping[str, Axes], values: Mapping[str, int]) -> dict[str, tuple[int, ...]] | None:
     """Shapes of the outputs if every axis is a number or one of ``values``, else None."""
     fixed = {}
-    for name, port in outputs.items():
-        axes = [values.get(axis) if isinstance(axis, str) else axis for axis in port.axes]
-        if None in axes:
+    for name, axes in outputs.items():
+        found = [values.get(axis) if isinstance(axis, str) else axis for axis in axes]
+        if None in found:
             return None
-        fixed[name] = tuple(axis for axis in axes if axis is not None)
+        fixed[name] = tuple(axis for axis in found if axis is not None)
     return fixed
 
 
@@ -108,14 +101,11 @@ def _locations(data: memoryview, message: str) -> Iterator[str]:
             yield from _locations(value, _INSIDE[message][number])
 
 
-def _port(data: memoryview) -> tuple[str, Port]:
+def _port(data: memoryview) -> tuple[str, Axes]:
     port = _fields(data)
     tensor = _fields(_one(_fields(_one(port, _TYPE)), _TENSOR))
-    element = next((value for number, value in tensor if number == _ELEMENT), None)
-    if not isinstance(element, int):
-        raise TypeError("an element type is a number")
     axes = tuple(_axis(axis) for axis in _all(_fields(_one(tensor, _SHAPE)), _DIM))
-    return bytes(_one(port, _NAME)).decode("utf-8"), Port(element, axes)
+    return bytes(_one(port, _NAME)).decode("utf-8"), axes
 
 
 def _axis(data: memoryview) -> int | str | None:
@@ -128,7 +118,7 @@ def _axis(data: memoryview) -> int | str | None:
 
 
 def _all(message: Message, wanted: int) -> list[memoryview]:
-    """Every field with this number. Raises TypeError where one is not a message."""
+    """Every field with this number. Raises TypeError if one is not a message."""
     found = [value for number, value in message if number == wanted]
     if any(isinstance(value, int) for value in found):
         raise TypeError("a message was expected")

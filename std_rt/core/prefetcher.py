@@ -4,9 +4,10 @@
         for frame in styled:
             write(frame)
 
-Three of them side by side (decode, engines, encode) are the streaming core. A full queue makes the iterator
-wait, so memory is bounded and nothing is lost. With ``latest`` the oldest item in the queue is dropped and
-counted instead, so what comes out is never older than the queue is long: what a camera needs.
+A clip runs through three stages in parallel (decode, engines, encode) with two prefetchers between them. A
+full queue makes the iterator wait, so memory is bounded and nothing is lost. With ``latest`` the oldest item
+in the queue is dropped and counted instead, so items are never older than the queue is long, as a
+camera needs.
 """
 
 from __future__ import annotations
@@ -69,9 +70,9 @@ class Prefetcher(Generic[T]):
                 raise StopIteration
 
     def get(self, timeout_s: float) -> T | None:
-        """The next item, or None where none came in time or none will come (see `over`).
+        """The next item, or None if none came in time or none will come (see `over`).
 
-        Raises what the iterator raised, once the queue is empty.
+        Raises the iterator's exception once the queue is empty.
         """
         with self._changed:
             if not self.wait(timeout_s):
@@ -93,7 +94,7 @@ class Prefetcher(Generic[T]):
 
     @property
     def over(self) -> bool:
-        """Whether no item will come any more."""
+        """True once no further item will come."""
         with self._changed:
             return self._closed or (self._ended and not self._queue and self._error is None)
 

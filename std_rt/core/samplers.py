@@ -1,24 +1,25 @@
-"""The schedules that published few-step LoRAs were made for, as rows of coefficients.
+"""The samplers that published few-step LoRAs were made for, as rows of coefficients.
 
     rows = schedule_rows(NoiseSchedule.scaled_linear(), "euler_trailing", eta=0.75, steps=4)
 
 Each is one linear step at a time, so `StepCoefficients` holds all of them: ``x_s = a x_t + b eps + noise n``.
-Two of them need a word. LCM scales its clean estimate towards ``x_t`` near the end (``c_skip``, ``c_out``),
-which only changes a and b. Euler works on ``x_t / alpha_t`` and scales what the network sees; written for
+Two need explaining. LCM scales its clean estimate towards ``x_t`` near the end (``c_skip``, ``c_out``),
+which only changes a and b. Euler works on ``x_t / alpha_t`` and scales the network's input; written for
 ``x_t`` itself (variance preserving) that scaling is gone, and with it every difference from DDIM to the next
 timestep.
 
 Where the sampling starts differs too. ``std``, ``tcd`` and ``lcm`` take all their steps below ``eta``. The
 others cut a full schedule as diffusers' img2img pipelines do: of N steps, ``int(N eta)`` are taken, from
-another noise level for every N. LoRAs that were distilled for N steps know those timesteps alone.
+another noise level for every N. LoRAs distilled for N steps know only those timesteps.
 
-NumPy only, float64. Equal to diffusers' schedulers (tested), but for ``tdd``, which is not among them.
+NumPy only, float64. Tested against diffusers' schedulers, except ``tdd``, which diffusers lacks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -62,22 +63,22 @@ def schedule_rows(
     ``eta`` is where it starts (diffusers' ``strength``), ``steps`` diffusers' ``num_inference_steps``.
     ``tau`` overrides the start of a schedule that takes all its steps. ``gamma`` is the stochasticity
     of ``std``, ``diffusers``, ``tcd`` and ``tdd``; that of LCM is 1, of DDIM and Euler 0. Raises ValueError
-    where these do not fit together.
+    if these do not fit together.
     """
     sampler = _sampler(kind)
     if not 0 <= gamma <= 1 or sampler.gamma not in (None, gamma):
         allowed = "in 0..1" if sampler.gamma is None else f"{sampler.gamma:g}"
-        raise ValueError(f"the gamma of schedule {kind!r} is {allowed}, got {gamma:g}")
+        raise ValueError(f"the gamma of sampler {kind!r} must be {allowed}, got {gamma:g}")
     timesteps = _timesteps(kind, sampler, eta, tau, steps)
     if schedule.alpha_sigma(timesteps[0])[0] == 0:
         raise ValueError(
-            f"timestep {timesteps[0]} of this schedule is noise alone (zero terminal SNR); use a lower eta"
+            f"timestep {timesteps[0]} of this schedule is pure noise (zero terminal SNR); use a lower eta"
         )
     return sampler.rows(schedule, timesteps, steps, gamma)
 
 
 def evaluations(kind: str, eta: float, steps: int) -> int:
-    """Steps really taken of ``steps`` asked for: all of them, or diffusers' ``int(steps eta)``."""
+    """Steps actually taken if ``steps`` are asked for: all of them, or diffusers' ``int(steps eta)``."""
     return steps if _sampler(kind).full is None else min(int(steps * eta), steps)
 
 
@@ -88,7 +89,7 @@ def takes_all(kind: str) -> bool:
 
 def _sampler(kind: str) -> _Sampler:
     if kind not in SCHEDULES:
-        raise ValueError(f"there is no schedule {kind!r}; use one of {', '.join(SCHEDULES)}")
+        raise ValueError(f"unknown sampler {kind!r}; use one of {', '.join(SCHEDULES)}")
     return _SAMPLERS[kind]
 
 
@@ -102,11 +103,9 @@ def _timesteps(kind: str, sampler: _Sampler, eta: float, tau: int | None, steps:
         raise ValueError(f"{steps} steps at eta {eta:g} leave no step to run; use more steps")
     timesteps = sampler.full(steps)[steps - kept :]
     if len(set(timesteps)) < kept or timesteps[-1] < 0:
-        raise ValueError(f"schedule {kind!r} has no {steps} different timesteps; use fewer steps")
+        raise ValueError(f"sampler {kind!r} does not have {steps} different timesteps; use fewer steps")
     if tau not in (None, timesteps[0]):
-        raise ValueError(
-            f"schedule {kind!r} starts at timestep {timesteps[0]} in {steps} steps, not at {tau}"
-        )
+        raise ValueError(f"sampler {kind!r} starts at timestep {timesteps[0]} in {steps} steps, not at {tau}")
     return timesteps
 
 
@@ -129,7 +128,7 @@ def _to_clean(schedule: NoiseSchedule, timesteps: list[int], steps: int, gamma: 
 
 
 def _to_zero(schedule: NoiseSchedule, timesteps: list[int], steps: int, gamma: float) -> Rows:
-    """TCDScheduler: the last step goes to timestep 0, whose little noise is left in."""
+    """TCDScheduler: the last step goes to timestep 0, and its small amount of noise stays in."""
     pairs = zip(timesteps, [*timesteps[1:], 0], strict=True)
     return [schedule.coefficient(t, s, gamma) for t, s in pairs]
 
@@ -157,10 +156,7 @@ def _lcm(schedule: NoiseSchedule, timesteps: list[int], steps: int, gamma: float
     return rows
 
 
-def _full_grid(steps: int) -> list[int]:
-    return img2img_timesteps(1.0, steps)
-
-
+_full_grid = partial(img2img_timesteps, 1.0)
 _SAMPLERS: dict[str, _Sampler] = {
     "std": _Sampler("single trajectory: from tau down, to the clean estimate", _to_clean),
     "diffusers": _Sampler("TCDScheduler in an img2img pipeline", _to_zero, _full_grid),
@@ -171,5 +167,5 @@ _SAMPLERS: dict[str, _Sampler] = {
     "euler_trailing": _Sampler("EulerDiscreteScheduler, trailing", _to_clean, _trailing, 0.0),
     "tdd": _Sampler("TDDScheduler", _to_clean, _tdd_grid),
 }
-# Name -> what it is, for people.
+# Name -> description, for help texts.
 SCHEDULES: dict[str, str] = {kind: sampler.title for kind, sampler in _SAMPLERS.items()}

@@ -1,6 +1,6 @@
 """Noise schedule, timestep grid and the one step ``t -> s`` that training and runtime share.
 
-Words: ``index`` is a position in the 50-point solver grid, ``timestep`` a value in 0..999; they are
+Terms: ``index`` is a position in the 50-point solver grid, ``timestep`` a value in 0..999; the two are
 never mixed. ``eta`` is the share of the schedule at which the trajectory starts (diffusers'
 ``strength``), ``tau`` the timestep there, ``gamma`` the stochasticity of a step (TCD, arXiv 2402.19159).
 NumPy only, float64 inside.
@@ -60,7 +60,7 @@ def trajectory_timesteps(eta: float, steps: int, start: int | None = None) -> li
     """``steps`` timesteps from exactly ``tau`` downwards, evenly over the grid below it.
 
     The rule of diffusers' ``TCDScheduler.set_timesteps(steps, strength=eta)``. ``start`` overrides
-    ``tau`` (a grid timestep) for LoRAs that were trained from another point. Raises ValueError where
+    ``tau`` (a grid timestep) for LoRAs that were trained from another point. Raises ValueError if
     there are fewer grid points than steps.
     """
     last = start_index(eta) if start is None else (start + 1) // _STRIDE - 1
@@ -87,7 +87,7 @@ def img2img_timesteps(eta: float, steps: int) -> list[int]:
 
 
 def _cumprod(betas: Array) -> NDArray[np.float64]:
-    """``alphas_cumprod`` of betas."""
+    """``alphas_cumprod`` for these betas."""
     return np.asarray(np.cumprod(1 - betas.astype(np.float64)), np.float64)
 
 
@@ -100,7 +100,7 @@ def _zero_terminal_snr(alphas_cumprod: NDArray[np.float64]) -> NDArray[np.float6
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """``alphas_cumprod[t]`` for t in 0..999 (float64, falling), and what the network predicts."""
+    """``alphas_cumprod[t]`` for t in 0..999 (float64, falling), and the network's prediction type."""
 
     alphas_cumprod: NDArray[np.float64]
     prediction_type: str = "epsilon"
@@ -108,7 +108,7 @@ class NoiseSchedule:
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
             raise ValueError(
-                f"prediction_type {self.prediction_type!r} is none of {', '.join(PREDICTION_TYPES)}"
+                f"prediction_type {self.prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}"
             )
 
     @classmethod
@@ -204,11 +204,11 @@ def to_eps(output: Array, x_t: Array, c: StepCoefficients, prediction_type: str)
         case "sample":
             return (x_t - c.alpha_t * output) / c.sigma_t
         case other:
-            raise ValueError(f"prediction_type {other!r} is none of {', '.join(PREDICTION_TYPES)}")
+            raise ValueError(f"prediction_type {other!r} is not one of {', '.join(PREDICTION_TYPES)}")
 
 
 def step(x_t: Array, eps: Array, c: StepCoefficients, noise: Array | None = None) -> Array:
-    """One step ``t -> s``; ``noise`` (shape of ``x_t``) is needed only where ``c.noise`` is not 0."""
+    """One step ``t -> s``; ``noise`` (shape of ``x_t``) is needed only if ``c.noise`` is not 0."""
     a, b = c.affine()
     x_s = a * x_t + b * eps
     if c.noise:

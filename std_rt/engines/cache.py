@@ -1,4 +1,4 @@
-"""The engine cache: what backends compiled on this machine, listed by sha256 in one manifest.
+"""The engine cache: engines compiled on this machine, listed by sha256 in one manifest.
 
     cache = EngineCache.open()                      # None if no folder can be written
     path = cache.find(key) or cache.build(key, make)
@@ -33,7 +33,7 @@ from std_rt.core.files import atomic_file, cache_root, file_digest, reason, user
 
 __all__ = ["CLEAN_UP", "EngineCache", "EngineKey", "Entry", "Removed"]
 
-CLEAN_UP = "std-rt engines gc"  # removes what is broken; it is built again when it is next needed
+CLEAN_UP = "std-rt engines gc"  # removes broken engines; they are built again when next needed
 _SCHEMA = 1
 _SECRET_BYTES = 32
 
@@ -122,7 +122,7 @@ class EngineCache:
     """The engines of one cache folder. Safe in several threads and processes at once."""
 
     def __init__(self, folder: Path, secret: bytes) -> None:
-        """Most callers want `open`."""
+        """Use `open` unless in a test."""
         self.folder, self._secret = folder, secret
         self._manifest_path = folder / "manifest.json"
 
@@ -151,7 +151,7 @@ class EngineCache:
         return self._checked(key, _hashed)
 
     def read(self, key: EngineKey) -> bytes | None:
-        """The engine's bytes, of which exactly these were checked; None and errors as in `find`."""
+        """The engine's bytes, as they were checked; None and errors as in `find`."""
 
         def load(path: Path) -> tuple[bytes, str]:
             data = path.read_bytes()
@@ -167,13 +167,13 @@ class EngineCache:
         replace: bool = False,
         origin: str | Path = "",
     ) -> Path:
-        """The engine's file, made first if it is not listed: several builders at once make it once.
+        """The engine's file, built first if it is not listed; concurrent callers build it once.
 
         ``make(path)`` writes the engine to ``path`` (or is its bytes). An interrupted build leaves nothing
         under the final name. ``replace`` makes it in any case. Raises BackendError on a full disk or, as
         `find` does, on a changed engine; and whatever ``make`` raises.
         """
-        advice = f"make room ({CLEAN_UP}) or set STD_RT_CACHE to a folder on another disk"
+        advice = f"free some space ({CLEAN_UP}) or set STD_RT_CACHE to a folder on another disk"
         what = f"the engine of '{key.graph}' in {self.folder}"
         with writing(what, BackendError, advice), self._lock(key.digest), ExitStack() as held:
             known = None if replace else self.find(key)
@@ -192,7 +192,7 @@ class EngineCache:
         return self.path(key)
 
     def path(self, key: EngineKey) -> Path:
-        """Where the engine of ``key`` lies if it is listed."""
+        """The file name of the engine of ``key``, whether it exists or not."""
         return self.folder / f"{key.digest}.engine"
 
     def entries(self) -> list[Entry]:
@@ -209,7 +209,7 @@ class EngineCache:
     def gc(
         self, unused: Callable[[Entry], str] = lambda entry: "", *, dry_run: bool = False
     ) -> list[Removed]:
-        """Remove what cannot be used any more: changed or unlisted files, left-overs, an unreadable manifest.
+        """Remove what can no longer be used: changed or unlisted files, left-overs, an unreadable manifest.
 
         Engines for which ``unused`` returns a reason go too. ``dry_run`` only reports what would go.
         """
@@ -246,8 +246,8 @@ class EngineCache:
             raise BackendError(
                 f"the {key.product} engine of '{key.graph}' is not used: {path} {problem}; run: {CLEAN_UP}"
             )
-        with suppress(OSError):  # where the file is another user's, it stays as it was
-            os.utime(path)  # notes the use, for gc
+        with suppress(OSError):  # the file may be another user's
+            os.utime(path)  # records the use, for gc
         return content
 
     def _load(self, entry: Entry, load: Callable[[Path], tuple[T, str]]) -> tuple[T | None, str]:
@@ -291,9 +291,8 @@ class EngineCache:
         )
 
     def _unlisted(self, listed: Mapping[str, Entry]) -> list[Path]:
-        """Engines that are not listed, and what interrupted builds left."""
-        kinds = ("*.engine", ".*.part.*", "*.partial")  # the last as std-rt 0.1 named them
-        found = {path for kind in kinds for path in self.folder.glob(kind)}
+        """Engines that are not listed, and partial files of interrupted builds."""
+        found = {*self.folder.glob("*.engine"), *self.folder.glob(".*.part.*")}
         return sorted(path for path in found if path.suffix != ".engine" or path.stem not in listed)
 
     def _remove_unlisted(self, path: Path, dry_run: bool) -> list[Removed]:
@@ -321,7 +320,7 @@ class EngineCache:
 
 
 def _read_secret(path: Path) -> bytes:
-    """This machine's secret, made at first use and readable by its owner alone (where files have modes)."""
+    """This machine's secret, made at first use and readable only by its owner (on POSIX)."""
     if not path.is_file():
         with FileLock(path.with_name(f"{path.name}.lock")):
             if not path.is_file():

@@ -1,8 +1,9 @@
 """Glue: the small operations between a model's graphs, as one table of ports and NumPy functions.
 
-No model has them: a change of format, rows joined and split, and linear combinations, which is all that a
-sampler's step is. Backends that keep a frame on their device run each as an ONNX file with the same ports
-(`glue_path`). `tools/make_glue.py` writes those files; tests hold them against the NumPy functions.
+They belong to no model: format conversion, joining and splitting of rows, and linear combinations (a
+sampler's step is nothing else). Backends that keep a frame on their device run each as an ONNX file with the
+same ports (`glue_path`). `tools/make_glue.py` writes those files; tests compare them with the NumPy
+functions.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def _frame_in(*, frame: NDArray[np.uint8], image: Array) -> None:
 def _frame_out(*, image: Array, frame: NDArray[np.uint8]) -> None:
     """float32 [B, 3, H, W], clipped to [-1, 1] -> uint8 [B, H, W, 3], rounded."""
     scaled = image * np.float32(127.5)
-    scaled += 128  # 127.5 to move, 0.5 to round
+    scaled += 128  # 127.5 to shift the range, 0.5 to round
     np.clip(scaled, 0, 255, out=scaled)
     frame[...] = scaled.astype(np.uint8).transpose(0, 2, 3, 1)
 
@@ -112,8 +113,8 @@ GLUE: dict[str, Glue] = {
 
 
 def glue_folder() -> Path:
-    """Where the ONNX files are: package data, beside this module."""
-    return Path(str(files("std_rt"))) / "engines" / "glue"
+    """The folder of the ONNX files, which are package data."""
+    return Path(str(files("std_rt"))) / "engines" / "glue_onnx"
 
 
 def glue_path(op: str) -> Path:
@@ -121,7 +122,7 @@ def glue_path(op: str) -> Path:
     path = glue_folder() / f"{op}.onnx"
     if op not in GLUE or not path.is_file():
         raise BackendError(
-            f"there is no graph for the operation '{op}' (known are {', '.join(GLUE)}); "
+            f"there is no graph for the operation '{op}' (known: {', '.join(GLUE)}); "
             f"install std-rt again: {install_hint()} --force-reinstall --no-deps"
         )
     return path

@@ -1,4 +1,4 @@
-"""Running on the host: the reference runner, and engines that several programs share.
+"""Programs on the host: the reference runner, and engines shared between programs.
 
     shared = SharedEngines(open_graph)
     four_steps = open_on_host(program_of(4), specs, shared.open)

@@ -1,4 +1,4 @@
-"""The hot swap from a slow runner to a fast one: between two frames, when it is ready, without a pause.
+"""Hot swap from a slow runner to a fast one, between two frames and as soon as the fast one is ready.
 
 runner = HotSwapRunner(on_openvino, pool.submit(open_on_the_gpu), typer.echo)
 """
@@ -10,11 +10,11 @@ from concurrent.futures import CancelledError, Future
 
 from std_rt.core.errors import StdRtError
 from std_rt.engines.program import Frame, Mark, Runner, no_mark
-from std_rt.engines.protocol import Array
+from std_rt.engines.protocol import Array, Engine
 
-__all__ = ["HotSwapRunner"]
+__all__ = ["HotSwapRunner", "close_when_open", "has_failed"]
 
-# What a backend that does not work raises, its bindings included; a bug in the program raises none of these.
+# Exceptions of backends (and their bindings) that do not work; bugs in the program raise others.
 _FAILURES = (StdRtError, OSError, MemoryError, RuntimeError, ImportError)
 
 
@@ -23,7 +23,7 @@ class HotSwapRunner:
 
     Frames run on ``slow`` until ``fast`` is ready; then it takes over the feeds and the carried buffers, and
     once it has run its first frame ``slow`` is closed. ``report`` gets one line about the swap, or about why
-    ``fast`` does not open or cannot run that frame; ``slow`` then goes on.
+    ``fast`` does not open or cannot run that frame; ``slow`` then stays in use.
     """
 
     def __init__(
@@ -75,11 +75,10 @@ class HotSwapRunner:
         if self._coming is not None:
             if not self._coming.done():
                 self._report(
-                    f"{self._names[1]} was not ready in time; to build its engines ahead: "
+                    f"{self._names[1]} was not ready in time; build its engines beforehand: "
                     f"std-rt engines build --backend {self._names[1]}"
                 )
-            if not self._coming.cancel():
-                self._coming.add_done_callback(_close)
+            close_when_open(self._coming)
         self._coming = None
         self._now.close()
 
@@ -105,6 +104,17 @@ class HotSwapRunner:
         return styled
 
 
-def _close(coming: Future[Runner]) -> None:
-    if not coming.cancelled() and coming.exception() is None:
-        coming.result().close()
+def has_failed(future: Future[Engine] | Future[Runner]) -> bool:
+    """Whether opening has ended without an engine or runner."""
+    return future.done() and (future.cancelled() or future.exception() is not None)
+
+
+def close_when_open(future: Future[Engine] | Future[Runner]) -> None:
+    """Close an engine or runner, now or as soon as it is open, without waiting for it."""
+
+    def close(future: Future[Engine] | Future[Runner]) -> None:
+        if not has_failed(future):
+            future.result().close()
+
+    if not future.cancel():
+        future.add_done_callback(close)

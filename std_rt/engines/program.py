@@ -1,16 +1,16 @@
-"""The program of a frame: a fixed list of launches over named buffers, and the protocol of what runs it.
+"""The program of a frame: a fixed list of launches over named buffers, and the protocol of its runners.
 
     program = Program(launches, buffers, constants)
     runner = HostRunner(engines, program)
     runner.set(noise_0=..., style_tokens=...)
     styled = runner.run(frame)
 
-Which graph runs on which buffers in which order is settled before the first frame. So a GPU can keep every
-buffer to itself and replay the whole list as one CUDA graph: a frame goes in as uint8, a frame comes out as
-uint8, and nothing else crosses. Between the model's graphs stand a few small operations (`engines.glue`).
+Which graph runs on which buffers, and in which order, is fixed before the first frame. So a GPU can keep all
+buffers in its memory and replay the whole list as one CUDA graph: a frame goes in as uint8, a frame comes out
+as uint8, and nothing else crosses. Between the model's graphs run a few small operations (`engines.glue`).
 
-Most buffers are written before they are read, so a run does not depend on the one before. The exception are
-those in ``carried``: a run reads in them what the previous run left there, zeros at first.
+Most buffers are written before they are read, so a run does not depend on the one before. The exceptions
+are the buffers in ``carried``: a run reads what the previous run left in them, zeros at first.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
+from std_rt.core.arrays import Frame
 from std_rt.core.errors import BackendError
 from std_rt.engines.glue import GLUE, glue_spec
 from std_rt.engines.protocol import Array, GraphSpec, Ports, check_array
@@ -41,14 +39,13 @@ __all__ = [
     "no_mark",
 ]
 
-Frame = NDArray[np.uint8]
 Mark = Callable[[str], None]
 
 FRAME, STYLED = "frame", "styled"  # the buffers [B, H, W, 3] uint8 that cross
 
 
 def no_mark(stage: str) -> None:
-    """The `Mark` for when nobody is timing."""
+    """A `Mark` that does nothing."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +152,7 @@ def check_carried(program: Program, buffers: Mapping[str, Array]) -> None:
 def check_frame(program: Program, frame: Frame, fed: Mapping[str, Array]) -> None:
     """Raise BackendError unless every feed is in ``fed`` and ``frame`` fits its buffer.
 
-    For runners whose buffers live on a device: it would read, or write past, an array of another size.
+    For runners with buffers on a device: copying an array of another size would read or write out of bounds.
     """
     missing = [name for name in program.feeds if name not in fed]
     if missing:
@@ -184,5 +181,5 @@ def _check(program: Program, arrays: Mapping[str, Array], names: list[str]) -> N
     for name, array in arrays.items():
         if name not in names:
             known = ", ".join(names) or "none"
-            raise BackendError(f"there is no buffer '{name}' to set; there are {known}")
+            raise BackendError(f"there is no buffer '{name}' to set; known: {known}")
         check_array(f"buffer '{name}' is", program.buffers[name], array)

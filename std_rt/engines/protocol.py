@@ -1,4 +1,4 @@
-"""The engine protocol: the one boundary to hardware. An engine runs one graph at fixed shapes.
+"""The engine protocol: the only interface to hardware. An engine runs one graph at fixed shapes.
 
 spec = GraphSpec("unet", path, {"sample": (1, 8, 32, 32), ...}, key=bundle.digest)
 engine = open_engine("openvino", spec)
@@ -21,7 +21,7 @@ __all__ = ["STEADY_INPUTS", "Array", "Engine", "GraphSpec", "Ports", "check_arra
 
 Array = NDArray[Any]
 Ports = dict[str, tuple[tuple[int, ...], "np.dtype[Any]"]]
-# UNet inputs that stay the same from frame to frame; what depends on them alone is computed once.
+# UNet inputs that stay the same from frame to frame; whatever depends only on them is computed once.
 STEADY_INPUTS = frozenset(
     {"timestep", "encoder_hidden_states", "text_embeds", "time_ids", "style_tokens", "style_strength"}
 )
@@ -41,15 +41,15 @@ class Engine(Protocol):
         """
 
     def close(self) -> None:
-        """Free what the backend holds; the engine must not be called afterwards."""
+        """Free the backend's resources; the engine must not be called afterwards."""
 
 
 @dataclass(frozen=True)
 class GraphSpec:
     """One graph to open: the ONNX file, a static shape for every input, a key for caches (empty: no cache).
 
-    ``steady`` names inputs that rarely change. Engines may keep what depends on them alone for as long as
-    their values (compared at every call) stay the same; results do not depend on it. ``compute`` is the
+    ``steady`` names inputs that rarely change. Engines may cache what depends only on them for as long as
+    their values (compared at every call) stay the same; this does not change results. ``compute`` is the
     precision that the file's arithmetic is written in, as the bundle's manifest says: fp32, fp16, bf16 or
     int8.
     """
@@ -63,7 +63,7 @@ class GraphSpec:
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """Equal for specs that one engine can serve; hashable."""
+        """Equal for specs that can share one engine; hashable."""
         return self.name, str(self.path), tuple(sorted(self.shapes.items())), self.steady, self.compute
 
     def describe_shapes(self) -> str:
@@ -72,10 +72,10 @@ class GraphSpec:
 
 
 def check_inputs(name: str, ports: Ports, inputs: Mapping[str, Array]) -> None:
-    """Raise BackendError unless ``inputs`` fit ``ports``; backends report this unreadably or not at all."""
+    """Raise BackendError unless ``inputs`` fit ``ports``; backends report it unreadably, if at all."""
     if inputs.keys() != ports.keys():
         found = ", ".join(inputs) or "nothing"
-        raise BackendError(f"graph '{name}' takes {', '.join(ports)}; it was given {found}")
+        raise BackendError(f"graph '{name}' takes {', '.join(ports)}; got {found}")
     for key, port in ports.items():
         check_array(f"graph '{name}' takes {key} as", port, inputs[key])
 
@@ -84,6 +84,4 @@ def check_array(expected: str, port: tuple[tuple[int, ...], np.dtype[Any]], arra
     """Raise BackendError unless ``array`` has the port's shape and dtype; ``expected`` begins the message."""
     shape, dtype = port
     if array.shape != shape or array.dtype != dtype:
-        raise BackendError(
-            f"{expected} {dtype} {list(shape)}; it was given {array.dtype} {list(array.shape)}"
-        )
+        raise BackendError(f"{expected} {dtype} {list(shape)}; got {array.dtype} {list(array.shape)}")

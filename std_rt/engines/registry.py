@@ -1,4 +1,4 @@
-"""The backend registry: which engines exist on this machine, choosing one, opening graphs and programs.
+"""The backend registry: lists the backends of this machine, chooses one, opens graphs and programs on it.
 
 Backends are imported when they are first opened, so listing them costs no start-up time.
 """
@@ -49,11 +49,11 @@ class BackendInfo:
 
 
 class Backend(NamedTuple):
-    """How a backend is found and opened.
+    """How to find and open a backend.
 
-    ``package`` is what it needs; ``implementation`` the module or object with its ``open_graph``, imported
-    for the first graph. ``gpus``: the compute capabilities of NVIDIA GPUs it supports (89 is 8.9), empty for
-    whatever the driver accepts; None for a backend that needs no GPU.
+    ``package``: the Python package it needs; ``implementation`` the module or object with its ``open_graph``,
+    imported for the first graph. ``gpus``: the compute capabilities of NVIDIA GPUs it supports (89 is 8.9),
+    empty for all that the driver accepts; None for a backend that needs no GPU.
     """
 
     package: str
@@ -104,13 +104,13 @@ def backends(*, probe: bool = False) -> list[BackendInfo]:
 def choose_backend(name: str = "auto") -> tuple[str, str]:
     """(backend, reason). ``auto`` takes the first usable one, ``cpu`` the first that needs no GPU.
 
-    A backend asked for by name is used or refused, never swapped: BackendError says what to install.
+    A backend asked for by name is used or refused, never replaced: BackendError says what to install.
     """
     if name in ("auto", "cpu"):
         return _first_available([key for key in BACKENDS if name == "auto" or key not in GPU_BACKENDS])
     if name not in BACKENDS:
         known = ", ".join(BACKENDS)
-        raise BackendError(f"there is no backend '{name}'; use --backend with one of auto, {known}")
+        raise BackendError(f"unknown backend '{name}'; use --backend with one of auto, {known}")
     info = _info(name)
     if info.problem:
         raise BackendError(
@@ -124,9 +124,8 @@ def choose_backend(name: str = "auto") -> tuple[str, str]:
 def open_engine(backend: str, spec: GraphSpec, precision: str = "auto") -> Engine:
     """Open ``spec`` on a backend name from `choose_backend` (or ``auto``).
 
-    ``precision`` is what the arithmetic runs in: ``auto`` is bf16 where the processor has bf16 hardware and
-    fp32 elsewhere. Raises BackendError if the backend is missing, does not support the precision, or cannot
-    run the graph.
+    ``precision`` of the arithmetic: ``auto`` is bf16 if the processor has bf16 hardware, else fp32. Raises
+    BackendError if the backend is missing, does not support the precision, or cannot run the graph.
     """
     _check_precision(precision)
     name, _ = choose_backend(backend)
@@ -143,7 +142,7 @@ def open_runner(
 ) -> Runner:
     """Open ``program`` on a backend: in the backend's own runner if it has one, else graph by graph.
 
-    ``specs`` has one entry per graph of the program; ``open_graph`` opens each where there is no such runner.
+    ``specs`` has one entry per graph of the program; ``open_graph`` opens each graph in that case.
     Raises BackendError as `open_engine` does.
     """
     _check_precision(precision)
@@ -159,7 +158,7 @@ def open_runner(
 
 def _check_precision(precision: str) -> None:
     if precision not in PRECISIONS:
-        raise BackendError(f"there is no precision '{precision}'; use one of {', '.join(PRECISIONS)}")
+        raise BackendError(f"unknown precision '{precision}'; use one of {', '.join(PRECISIONS)}")
 
 
 def _first_available(names: list[str]) -> tuple[str, str]:
@@ -192,14 +191,14 @@ def _info(name: str, probe: bool = False) -> BackendInfo:
 
 def _gpu_problem(name: str) -> str:
     """Why no GPU here can run backend ``name``; empty if one can. Asks the driver once per process."""
-    from std_rt.engines.cuda.probe import probe
+    from std_rt.engines.gpu.probe import probe
 
     found, known = probe(), GPU_BACKENDS[name]
     if found.problem:
         return found.problem
     if known and found.gpus[0].sm not in known:
         names = ", ".join(f"SM{sm}" for sm in known)
-        return f"{found.gpus[0]} is not among the GPUs it supports ({names})"
+        return f"{found.gpus[0]} is not a GPU it supports ({names})"
     return ""
 
 
@@ -208,9 +207,9 @@ def _implementation(name: str) -> Any:
 
 
 def _installed(name: str) -> bool:
-    """Whether its package is here; for ``cuda``, whether it is the ONNX Runtime build with CUDA."""
+    """Whether its package is installed; for ``cuda``, whether it is the ONNX Runtime build with CUDA."""
     spec = find_spec(BACKENDS[name].package)
-    if spec is None or spec.origin is None:  # no origin: just a folder of that name
+    if spec is None or spec.origin is None:  # no origin: only a folder of that name
         return False
     return name != "cuda" or any((Path(spec.origin).parent / "capi").glob("*onnxruntime_providers_cuda.*"))
 

@@ -27,8 +27,7 @@ from std_rt.core.bundle import Bundle, load_bundle
 from std_rt.core.errors import BundleError, UsageError
 from std_rt.core.machine import describe_machine, peak_memory_mb, require
 from std_rt.pipeline.stylizer import Stylizer
-from std_rt.streaming.frame_packet import FramePacket
-from std_rt.streaming.frame_stream import FrameStream
+from std_rt.streaming.frame_stream import FramePacket, FrameStream
 
 __all__ = [
     "AGAINST",

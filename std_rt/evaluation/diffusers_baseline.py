@@ -17,14 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from std_rt.core.bundle import Bundle
+from std_rt.engines.glue import GLUE
 from std_rt.export.modules import VaeDecoder, VaeEncoder
 from std_rt.export.restore import load_torch_components
 from std_rt.pipeline.conditioning import (
     StyleEncoder,
     choose_guidance,
-    guided_inputs,
-    to_frame,
-    to_image,
+    conditioning_for,
     unet_inputs,
 )
 from std_rt.pipeline.denoise import denoise, noise_draws
@@ -70,8 +69,9 @@ class DiffusersLoop:
         style = StyleEncoder(self._run_style_encoder, self._bundle.style_px)(frame)
         text = self._bundle.conditioning()
         mode = "none" if self._scale == 1 else "full"
-        inputs = guided_inputs(mode, text, unet_inputs(text, style, 1.0, self._size))
-        given = {name: torch.from_numpy(value) for name, value in inputs.items()}
+        inputs = conditioning_for(mode, text, unet_inputs(text, style, 1.0, self._size))
+        sides = [side for side in (inputs.negative, inputs.positive) if side]
+        given = {n: torch.cat([torch.from_numpy(side[n]) for side in sides]) for n in inputs.positive}
         self._text = {
             "encoder_hidden_states": given["encoder_hidden_states"],
             "added_cond_kwargs": {
@@ -92,7 +92,8 @@ class DiffusersLoop:
             return output
 
         with torch.autocast("cpu", torch.bfloat16, enabled=self._autocast):
-            image = torch.from_numpy(to_image(frame, self._image))
+            GLUE["frame_in"].run(frame=frame[None], image=self._image)
+            image = torch.from_numpy(self._image)
             mark("convert")
             z = self._encode(image)
             mark("vae_encoder")
@@ -101,9 +102,10 @@ class DiffusersLoop:
             mark("scheduler")
             image = self._decode(z)
             mark("vae_decoder")
-        styled = to_frame(image.float().numpy())
+        styled = np.empty_like(frame[None])
+        GLUE["frame_out"].run(image=image.float().numpy(), frame=styled)
         mark("convert")
-        return styled
+        return styled[0]
 
     def _predict(self, x: Any, timestep: int) -> Any:
         """The guided output: both branches in one call, as diffusers does."""

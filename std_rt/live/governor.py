@@ -1,13 +1,13 @@
-"""The governor: holds a frame rate by going down a ladder of qualities, and up again when there is room.
+"""The governor: maintains a frame rate by stepping down a ladder of qualities, and up again when possible.
 
-`ladder` lists the qualities (size and steps), `Governor` decides which one the times of the last frames call
-for, `QualityControl` opens its engines and moves the stream there.
+`ladder` lists the qualities (size and steps), `Governor` chooses one from the times of the last
+frames, `QualityControl` opens its engines and moves the stream there.
 
-Down is quick and up is slow. A quality is left when the median frame of a short window misses the deadline,
-so single slow frames do not matter; it is returned to when its estimated cost fits with room to spare. The
-relative cost of two qualities is learned at each switch between them, because other load on the machine
-changes both alike; it fades back to the given estimate, because that load may have changed during the switch.
-A step up that must be undone doubles the wait before the next one.
+Steps down are quick, steps up are slow. A quality is left when the median frame of a short window misses the
+deadline, so single slow frames do not matter; it is returned to when its estimated cost fits with room to
+spare. The relative cost of two qualities is learned at each switch between them, because other load on the
+machine affects both equally; it decays to the given estimate, in case the load changed during the switch. A
+step up that must be undone doubles the wait before the next one.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from typing import Generic, TypeVar
 from std_rt.core.errors import StdRtError, UsageError
 from std_rt.live.metrics import Metrics
 from std_rt.pipeline.stylizer import Quality, Stylizer
-from std_rt.streaming.frame_packet import FramePacket
-from std_rt.streaming.frame_stream import FrameStream
+from std_rt.streaming.frame_stream import FramePacket, FrameStream
 
 __all__ = ["Governor", "QualityControl", "ladder"]
 
@@ -38,7 +37,7 @@ _FEWEST_ALL_LATE = 5  # enough if every one of them misses the deadline: frames 
 _UNSETTLED = 2  # frames after a switch: of the quality before, or the first of new engines
 _KEPT = 1024  # frames in the longer window
 _GAP_S = 2.0  # without a frame: a pause, and the frames before it are forgotten
-_GAP_FRAMES = 5.0  # or this many times what a frame takes, if longer
+_GAP_FRAMES = 5.0  # or this many times the duration of a frame, if longer
 _TRIAL_S = 30.0  # a step up that lasts this long was right
 _LONGEST_WAIT_S = 120.0
 _HALF_LIFE_S = 60.0  # of a learned ratio
@@ -47,10 +46,10 @@ _MOST_LEARNED = 2.0  # times the estimate, or one over it: beyond that, the load
 
 _SCALES = (0.75, 0.5, 0.375, 0.25)  # of the best size's sides
 _STEPS_WHEN_SMALL = 2
-_LEAST_PX = 128  # of a side: in smaller frames nothing can be made out
+_LEAST_PX = 128  # per side: smaller frames are unrecognizable
 _MOST_QUALITIES = 8
 _WORTH_IT = 0.9  # times the cost of the quality above: a smaller gain is not worth a switch
-# What a frame takes besides the UNet, in UNet calls: the built-in model on OpenVINO, fp32 to int8, 256 to
+# Cost of a frame apart from the UNet, in UNet calls: the built-in model on OpenVINO, fp32 to int8, 256 to
 # 512 px (1.1 to 1.9, from the table of speeds in docs/results.md). The governor learns the rest.
 _BESIDES_THE_UNET = 1.4
 _NOT_BUSY = frozenset({"wait", "present"})  # stages in which the engines' thread does nothing
@@ -63,8 +62,8 @@ def ladder(
 
     First fewer steps at the same size; then smaller sizes (the shorter side at least ``min_px`` and 128, both
     multiples of ``multiple``), at 2 steps and 1. Fewer steps cost some texture and keep the drawing, smaller
-    sizes lose the drawing (faces first); and steps share their engines where sizes do not. The cost of
-    ``best`` is 1. Raises ValueError where its steps are not allowed.
+    sizes lose the drawing (faces first); and steps share their engines if sizes do not. The cost of
+    ``best`` is 1. Raises ValueError if its steps are not allowed.
     """
     if best.steps not in steps_allowed:
         raise ValueError(f"{best.steps} steps are not among {sorted(steps_allowed)}")
@@ -103,7 +102,7 @@ class Governor(Generic[Q]):
         Raises UsageError for a target that is not a positive number, ValueError for costs that do not fall.
         """
         if not 0 < target_fps < math.inf:
-            raise UsageError(f"the target must be a number of frames a second above 0, got {target_fps:g}")
+            raise UsageError(f"the target frame rate must be a positive number, got {target_fps:g}")
         if any(a < b for a, b in pairwise(costs.values())) or not min(costs.values(), default=0) > 0:
             raise ValueError(f"costs must fall and stay above 0, got {list(costs.values())}")
         self._deadline_ms = 1000 / target_fps
@@ -119,7 +118,7 @@ class Governor(Generic[Q]):
         self._since_s = math.inf  # when the frames of this quality, without a gap, began
 
     def observe(self, busy_ms: float, now: float) -> Q | None:
-        """Note how long a frame kept the engines busy; returns another quality when it is time for one.
+        """Record how long a frame kept the engines busy; returns another quality if it is time to switch.
 
         Nothing more is asked for until `switched` or `refused`. Leave out skipped frames.
         """
@@ -153,7 +152,7 @@ class Governor(Generic[Q]):
         self._forget()
 
     def refused(self, quality: Q) -> None:
-        """``quality`` cannot be used (its engines do not open): never ask for it again."""
+        """``quality`` cannot be used (its engines do not open): never return it again."""
         self._qualities.remove(quality)
         self.asked = None
 
@@ -229,8 +228,8 @@ class Governor(Generic[Q]):
 class QualityControl:
     """Moves a stream to the quality its governor asks for, as soon as the engines of that quality are open.
 
-    ``notes``: what changed, one line each, to be taken from the left. ``best``: the quality of the frames
-    that come when nothing holds it down; None before the first.
+    ``notes``: changes, one line each, to be taken from the left. ``best``: the quality of the current frames
+    without a governor; None before the first frame.
     """
 
     def __init__(
@@ -250,7 +249,7 @@ class QualityControl:
         self.notes: deque[str] = deque()
 
     def after(self, packet: FramePacket, now: float) -> Iterator[FramePacket]:
-        """Note a finished frame and change the quality if it is time; yields packets that were inside."""
+        """Record a finished frame and change the quality if necessary; yields packets that were inside."""
         quality = self._stream.quality
         if quality is None:
             return
@@ -275,7 +274,7 @@ class QualityControl:
             self._governor = Governor(self._target_fps, costs)
 
     def _switch(self, governor: Governor[Quality], asked: Quality, now: float) -> Iterator[FramePacket]:
-        """Switch once the engines are open; until then frames go on as they are."""
+        """Switch once the engines are open; until then the quality stays."""
         try:
             if not self._stylizer.ready(asked, stream_batch=self._stream_batch):
                 return
@@ -286,7 +285,7 @@ class QualityControl:
         yield from self._stream.switch(asked)
         governor.switched(asked, now)
         self._metrics.quality(_name(asked))
-        self.notes.append(f"to hold {self._target_fps:g} fps: {_name(asked)}")
+        self.notes.append(f"now {_name(asked)} to hold {self._target_fps:g} fps")
 
 
 def _name(quality: Quality) -> str:

@@ -1,4 +1,4 @@
-"""The keys of the live window: one table that the loop, the help and the README share.
+"""The keys of the live window: one table shared by the presenter, the help and the README.
 
 `std_rt.media.window.window` names a pressed key, `command_for` finds its command.
 """
@@ -85,13 +85,13 @@ BINDINGS: tuple[Binding, ...] = (
         ("X", "Shift+X"),
         _steps(Action.CROSSFADE, 0.25, ("x", "bracketright"), ("shift+x", "bracketleft")),
     ),
-    Binding("Style", "a picture on the window: a new style", ("Drop",), {}),
-    Binding("Picture", "input beside output", ("C",), _any(Action.COMPARE, 0, "c")),
+    Binding("Style", "drop a picture on the window to add a style", ("Drop",), {}),
+    Binding("Picture", "input next to output", ("C",), _any(Action.COMPARE, 0, "c")),
     Binding("Picture", "mirror", ("M",), _any(Action.MIRROR, 0, "m")),
     Binding("Picture", "pause", ("Space",), _any(Action.PAUSE, 0, "space")),
-    Binding("Keep", "save a snapshot", ("S",), _any(Action.SNAPSHOT, 0, "s")),
-    Binding("Keep", "record: start, stop", ("R",), _any(Action.RECORD, 0, "r")),
-    Binding("Window", "figures: fps, latency …", ("I",), _any(Action.FIGURES, 0, "i")),
+    Binding("Save", "save a snapshot", ("S",), _any(Action.SNAPSHOT, 0, "s")),
+    Binding("Save", "record: start, stop", ("R",), _any(Action.RECORD, 0, "r")),
+    Binding("Window", "statistics: fps, latency …", ("I",), _any(Action.FIGURES, 0, "i")),
     Binding("Window", "pictures of the styles", ("T",), _any(Action.STRIP, 0, "t")),
     Binding("Window", "full screen", ("F",), _any(Action.FULLSCREEN, 0, "f", "f11", "alt+return")),
     Binding("Window", "this list of keys", ("H",), _any(Action.HELP, 0, "h", "f1", "question")),
@@ -115,7 +115,7 @@ def command_for(key: str, repeat: bool = False) -> Command | None:
 
 
 def help_lines() -> list[tuple[tuple[str, ...], str]]:
-    """Lines of the help: (keys as printed, what they do); each group starts with its name and no keys."""
+    """Lines of the help: (keys as printed, what they do); each group starts with its name, without keys."""
     lines: list[tuple[tuple[str, ...], str]] = []
     for group, bindings in groupby(BINDINGS, lambda binding: binding.group):
         lines += [((), group), *((binding.printed, binding.help) for binding in bindings)]

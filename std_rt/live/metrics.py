@@ -1,10 +1,10 @@
-"""The latency contract: what a live session delivered, as one JSON object.
+"""Metrics of a live session, by the latency contract, as one JSON object.
 
-docs/live.md ("The latency contract") defines every figure. All times are read from one clock
+docs/live.md ("The latency contract") defines every metric. All times are read from one clock
 (`time.perf_counter`). A frame is **captured** when the source has handed it over, decoded, and **presented**
 when the call that showed it (window, virtual camera, or none) has returned. The clock of running time starts
-with the first presented frame, so opening and warm-up do not count, and stands while the session is paused or
-the source is lost. A figure nothing was measured for is None, never NaN. Memory does not grow with time.
+with the first presented frame, so opening and warm-up do not count, and stops while the session is paused or
+the source is lost. A metric without measurements is None, never NaN. Memory use does not grow with time.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from std_rt.core.machine import peak_memory_mb
-from std_rt.streaming.frame_packet import FramePacket
+from std_rt.streaming.frame_stream import FramePacket
 
 __all__ = ["SCHEMA", "Counts", "Metrics", "Recent"]
 
 SCHEMA = 1
-"""Version of the report; changes when the meaning of a name does."""
+"""Version of the report; changes if the meaning of a name does."""
 
 _SOURCE = "source"
 _STALL = 2.0  # times the running median
@@ -51,10 +51,6 @@ def _bin(ms: float) -> int:
     return 1 + int(math.log(min(ms, _MOST_MS) / _LEAST_MS) / math.log(_GROWTH))
 
 
-def _middle_ms(index: int) -> float:
-    return 0.0 if index == 0 else min(_MOST_MS, _LEAST_MS * _GROWTH ** (index - 0.5))
-
-
 def _empty() -> Histogram:
     return np.zeros(_bin(_MOST_MS) + 1, np.int64)
 
@@ -65,7 +61,8 @@ def _percentile(histogram: Histogram, share: float) -> float | None:
     if not up_to[-1]:
         return None
     rank = int(up_to[-1] - 1) * share / 100
-    low, high = (_middle_ms(int(np.searchsorted(up_to, at, "right"))) for at in (floor(rank), ceil(rank)))
+    bins = (int(np.searchsorted(up_to, at, "right")) for at in (floor(rank), ceil(rank)))
+    low, high = (min(_MOST_MS, _LEAST_MS * _GROWTH ** (i - 0.5)) if i else 0.0 for i in bins)
     return low + (high - low) * (rank - floor(rank))
 
 
@@ -113,7 +110,7 @@ def _added(after: Any, before: Any) -> Any:
 
 @dataclass(frozen=True)
 class Recent:
-    """The last two seconds, for the overlay; None where nothing was presented in them."""
+    """The last two seconds, for the overlay; None if nothing was presented."""
 
     fps: float | None
     latency_p50_ms: float | None
@@ -133,9 +130,9 @@ class _Moment(NamedTuple):
 
 
 class Metrics:
-    """Counts what a session does; any thread may call any method.
+    """Counts the events of a session; any thread may call any method.
 
-    One lock guards the counters, held for some 30 microseconds a frame or a copy of them; percentiles are
+    One lock guards the counters, held for some 30 microseconds per frame or copy; percentiles are
     computed outside it.
     """
 
@@ -144,7 +141,7 @@ class Metrics:
     ) -> None:
         """``settings`` (size, steps, backend, bundle digest, ...) are reported as given.
 
-        Raises TypeError or ValueError where they cannot be written as JSON.
+        Raises TypeError or ValueError if they cannot be written as JSON.
         """
         self.settings = json.loads(json.dumps(dict(settings or {}), allow_nan=False))
         self._now = now
@@ -154,7 +151,9 @@ class Metrics:
         self._first_frame_s: float | None = None
         self._pauses: set[str] = set()  # their reasons
         self._quality = ""
-        self._last_s: float | None = None  # when the last frame was presented; None while the clock stands
+        self._last_s: float | None = (
+            None  # when the last frame was presented; None while the clock is stopped
+        )
         self._last_captured_s = -math.inf
         self._intervals_ms: deque[float] = deque(maxlen=_MEDIAN_OVER)
         self._limit_ms = math.inf  # of an interval; above, it is a stall
@@ -186,7 +185,7 @@ class Metrics:
         at = self._now()
         latency_ms = None if packet.skipped else max(0.0, (at - packet.captured_s) * 1000)
         with self._lock:
-            if self._pauses:  # it was on its way when the pause began
+            if self._pauses:  # it was in flight when the pause began
                 return
             counts = self._counts
             counts.frames += 1
@@ -197,7 +196,7 @@ class Metrics:
                 for stage, spent_ms in packet.stages_ms.items():
                     counts.stages.setdefault(stage, _empty())[_bin(spent_ms)] += 1
             self._run_clock(at, packet)
-            self._close_commands(at, packet.painted_s)
+            self._close_commands(at, packet.style_s)
             self._recent.append(self._moment(at, latency_ms))
             while len(self._recent) > 2 and self._recent[1].at_s < at - _RECENT_S:
                 self._recent.popleft()
@@ -227,7 +226,7 @@ class Metrics:
         """Stop the clock until every reason was given to `resume`.
 
         The reason ``source`` is a lost camera: it stops the clock from the last captured frame on, since
-        nothing after that is a stall of ours.
+        stalls after that are not the session's.
         """
         at = self._now()
         with self._lock:
@@ -286,7 +285,7 @@ class Metrics:
         return {"schema": SCHEMA, **self.figures(self.counts()), "settings": self.settings}
 
     def figures(self, counts: Counts) -> dict[str, Any]:
-        """The figures of these counts, rounded; None for what was not measured."""
+        """The metrics of these counts, rounded; None without measurements."""
         seconds, switches = counts.seconds, counts.switches
         count = int(switches.sum())
         processed = counts.intervals - counts.skipped_intervals
@@ -342,9 +341,9 @@ class Metrics:
         if len(self._intervals_ms) >= _MEDIAN_FROM:
             self._limit_ms = _STALL * statistics.median(self._intervals_ms)
 
-    def _close_commands(self, at: float, painted_s: float) -> None:
-        """Count the newest command this frame shows; older ones were overtaken."""
-        shown = [asked for asked in self._commands_s if asked <= painted_s]
+    def _close_commands(self, at: float, style_s: float) -> None:
+        """Count the newest command this frame shows; older ones were superseded."""
+        shown = [asked for asked in self._commands_s if asked <= style_s]
         if shown:
             waited_ms = (at - shown[-1]) * 1000
             self._counts.switches[_bin(waited_ms)] += 1
@@ -353,7 +352,7 @@ class Metrics:
             self._commands_s.popleft()
 
     def _is_stall(self, at: float) -> bool:
-        """Whether the interval under way is a stall already."""
+        """Whether the current interval is a stall already."""
         return self._last_s is not None and (at - self._last_s) * 1000 > self._limit_ms
 
     def _count_stall_under_way(self, counts: Counts, at: float) -> None:

@@ -1,7 +1,7 @@
-"""The file of `--metrics FILE`: the figures of a live session as JSON lines, while it runs and at its end.
+"""The writer of `--metrics FILE`: metrics of a live session as JSON lines, while it runs and at its end.
 
 {"kind": "start", "schema": 1, "started": "2026-01-31T12:00:00+00:00", "settings": {...}}
-{"kind": "interval", "at_s": 1.0, "fps": 27.1, ...}        once a second, for that second
+{"kind": "interval", "at_s": 1.0, "fps": 27.1, ...}        once per second, for that second
 {"kind": "summary", "fps": 27.3, ..., "settings": {...}}   for the whole session, as `Metrics.report`
 """
 
@@ -24,14 +24,14 @@ from std_rt.live.metrics import SCHEMA, Counts, Metrics
 __all__ = ["MetricsWriter"]
 
 _EVERY_S = 1.0
-_LINES_KEPT = 60  # when the disk is a minute behind, the oldest waiting lines are lost
+_LINES_KEPT = 60  # if the disk is a minute behind, the oldest waiting lines are dropped
 _LAST_LINES_S = 5.0
 
 
 class MetricsWriter:
-    """Writes and flushes each line in a thread, so no disk holds up a frame and a killed session keeps lines.
+    """Writes and flushes each line in a thread, so disks delay no frame and a killed session keeps its lines.
 
-    A full or missing disk ends the file, not the session: `problem` says so. Call from one thread.
+    A full or missing disk ends the file, not the session; `problem` then says why. Call from one thread.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class MetricsWriter:
     ) -> None:
         """Write the first line.
 
-        Raises MediaError where ``path`` exists (without ``overwrite``) or cannot be written.
+        Raises MediaError if ``path`` exists (without ``overwrite``) or cannot be written.
         """
         self.path, self.problem = path, ""
         self._metrics, self._now = metrics, now
@@ -59,7 +59,7 @@ class MetricsWriter:
         self._thread.start()
 
     def tick(self) -> None:
-        """Add a line once a second has passed; call it as often as you like."""
+        """Add a line if a second has passed since the last; call it as often as you like."""
         at = self._now()
         if at < self._due_s or self.problem:
             return
@@ -76,7 +76,7 @@ class MetricsWriter:
         self._put(None)
         self._thread.join(_LAST_LINES_S)
         if self._thread.is_alive():
-            self.problem = f"{self.path} is incomplete: the disk is too slow to take its last lines"
+            self.problem = f"{self.path} is incomplete: the disk was too slow for its last lines"
 
     def _put(self, line: dict[str, Any] | None) -> None:
         text = None if line is None else json.dumps(line, allow_nan=False)
@@ -89,14 +89,14 @@ class MetricsWriter:
             self._lines.put_nowait(text)
 
     def _write(self, file: IO[str]) -> None:
-        """Run in the thread, until the last line or until the disk takes no more."""
+        """Run in the thread, until the last line or until a write fails."""
         try:
             with file:
                 while (line := self._lines.get()) is not None:
                     file.write(line + "\n")
                     file.flush()
         except OSError as error:
-            self.problem = f"{self.path} ends here: {reason(error)}; the session goes on"
+            self.problem = f"{self.path} was closed: {reason(error)}; the session continues"
 
 
 def _open(path: Path, overwrite: bool) -> IO[str]:

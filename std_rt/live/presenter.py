@@ -1,4 +1,4 @@
-"""The presenter of a live session: window, recordings, virtual camera, snapshots, and what the keys do."""
+"""The presenter of a live session: window, recordings, virtual camera, snapshots, and key commands."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
+from std_rt.core.arrays import Frame
 from std_rt.core.errors import StdRtError
 from std_rt.live.keys import Action, Command, command_for
 from std_rt.live.metrics_file import MetricsWriter
@@ -25,13 +23,12 @@ from std_rt.media.image import write_picture
 from std_rt.media.video.record import Recorder, Recording, numbered
 from std_rt.media.window.overlay import Thumbnail
 from std_rt.media.window.window import Closed, Dropped, Event, Key, Window
-from std_rt.streaming.frame_packet import FramePacket
+from std_rt.streaming.frame_stream import FramePacket
 
 __all__ = ["Outputs", "Presenter"]
 
-Frame = NDArray[np.uint8]
 
-_TICK_S = 0.02  # longest time between two looks at the window's events
+_TICK_S = 0.02  # longest time between two polls of the window's events
 _REDRAW_S = 0.1  # while no frame comes
 _BANNER_S = 3.0
 _HINT_S = 4.0
@@ -48,7 +45,7 @@ class Outputs:
     """Where frames go.
 
     ``record_to``: path of the first recording; later ones are numbered. ``new_recorder`` opens one at a path.
-    ``status`` gets the figures once a second, for a terminal without a window.
+    ``status`` gets the statistics once per second, for use without a window.
     """
 
     window: Window | None = None
@@ -79,15 +76,15 @@ class Presenter:
         self._fade_s = session.settings.crossfade_s
         self._first = first
         self._packet: FramePacket | None = None  # on the screen
-        self._chosen = 0  # the style that was chosen or mixed in last
-        self._shown = {Action.FIGURES, Action.STRIP}  # what is on, of these and Action.COMPARE
+        self._chosen = 0  # the style last chosen or mixed in
+        self._shown = {Action.FIGURES, Action.STRIP}  # those switched on, of these two and Action.COMPARE
         self._quit = False
         self._banner, self._banner_until_s = "", -math.inf
         self._drawn_s = self._status_s = -math.inf
         self._started_s: float | None = None
         self._recorded_s: float | None = None  # when the recording's first frame was shown
         self._problems: set[str] = set()  # already announced
-        # Making a plain MP4 of a long recording takes seconds, and the picture must not stand still for it.
+        # Finishing a long recording takes seconds, and the picture must not freeze meanwhile.
         self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="std-rt-record")
         self._finishing: deque[Future[Recording]] = deque()
 
@@ -158,7 +155,7 @@ class Presenter:
         )
 
     def _message(self) -> str:
-        """What matters most now: the camera, the last announcement, a pause, or the start."""
+        """The most important message now: the camera, the last announcement, a pause, or the start."""
         if self._session.source.status:
             return self._session.source.status
         if self._now() < self._banner_until_s:
@@ -206,7 +203,7 @@ class Presenter:
             self._announce(output.problem)
 
     def _announce(self, line: str) -> None:
-        """Show a line on the window, and print it to stay."""
+        """Show a line in the window and print it to the terminal."""
         self._flash(line)
         self._say(line)
 
@@ -230,7 +227,7 @@ class Presenter:
                     self.do(command)
 
     def do(self, command: Command) -> None:
-        """Carry out a command; one that is not possible now says so on the window."""
+        """Carry out a command; if it is not possible now, the window says why."""
         asked_s = self._now()
         try:
             if self._change_style(command.action, command.amount):
@@ -265,7 +262,7 @@ class Presenter:
         return True
 
     def _current(self) -> int:
-        """The style chosen last, or the one the cycle has come to."""
+        """The style chosen last, or the one the cycle has reached."""
         return self._chosen if self._chosen in self._mixer.weights_at(math.inf) else self._largest()
 
     def _largest(self) -> int:

@@ -1,4 +1,4 @@
-"""A live session: a source, stylized and handed out frame by frame, with settings that change while it runs.
+"""A live session: stylizes a frame source; everything can be changed while it runs.
 
     with Session(stylizer, source, mixer, settings) as session:
         while not session.over:
@@ -12,9 +12,9 @@ Three stages, each in its own thread; the last is the caller's (the main thread,
     capture                      stylize                          present
     source.read -> _capture -> [newest frame] -> _stylize -> [2 frames] -> get, presented
 
-Between the first two the newest frame wins and the others are counted as drops, so a slow model never falls
-behind. Between the last two a frame waits for its turn, so a slow screen holds the engines back and loses no
-frame. `metrics` counts all of it; `QualityControl` acts after each stylized frame.
+Between the first two the newest frame wins and the others count as drops, so a slow model never falls behind.
+Between the last two a frame waits for its turn, so a slow screen slows the engines down and loses no frame.
+`metrics` counts all of it; `QualityControl` acts after each stylized frame.
 """
 
 from __future__ import annotations
@@ -34,15 +34,14 @@ from std_rt.live.metrics import Metrics
 from std_rt.live.style_mixer import StyleMixer
 from std_rt.media.camera.frame_source import Source
 from std_rt.pipeline.stylizer import Stylizer
-from std_rt.streaming.frame_packet import FramePacket
-from std_rt.streaming.frame_stream import ONE_BY_ONE, STREAM_BATCH, FrameStream
+from std_rt.streaming.frame_stream import ONE_BY_ONE, STREAM_BATCH, FramePacket, FrameStream
 from std_rt.streaming.similarity import SimilarityFilter
 from std_rt.streaming.temporal import TemporalFilter
 
 __all__ = ["Session", "Settings"]
 
 _STYLED_AHEAD = 2
-_GAP_S = 1.0  # without a frame for this long, those still inside the engines are of the past
+_GAP_S = 1.0  # without a frame for this long, those still inside the engines are out of date
 _END_S = 30.0  # for the engines to finish their last frame
 
 
@@ -51,7 +50,8 @@ class Settings:
     """How a session runs.
 
     ``temporal``: off, noise or full. ``similar``: skip frames more similar than this (0..1), None for never.
-    ``target_fps``: the rate to hold, None for no governor. ``crossfade_s``: how long a change of style takes.
+    ``target_fps``: the rate to maintain, None for no governor. ``crossfade_s``: how long a change of style
+    takes.
     """
 
     stream_batch: bool = False
@@ -101,14 +101,14 @@ class Session:
         self._lost = False
 
     def start(self) -> None:
-        """Start to capture and to stylize."""
+        """Start capturing and stylizing."""
         self._captured = Prefetcher(
             self._capture(), room=1, latest=True, name="capture", dropped=lambda _: self.metrics.dropped()
         )
         self._styled = Prefetcher(self._stylize(self._captured), room=_STYLED_AHEAD, name="engines")
 
     def _capture(self) -> Iterator[FramePacket]:
-        """The first thread: frames as the source delivers them; those of a pause go nowhere."""
+        """The first thread: frames as the source delivers them; those of a pause are discarded."""
         while (taken := self.source.read()) is not None:
             self.metrics.captured(taken.at_s)
             if not self.paused:
@@ -122,25 +122,25 @@ class Session:
             yield from self._control.after(packet, self._now())
 
     def _fresh(self, captured: Iterator[FramePacket]) -> Iterator[FramePacket]:
-        """Packets as they enter the engines. After a gap, what is still inside is dropped."""
+        """Packets as they enter the engines. After a gap, frames still inside are dropped."""
         last_s = math.inf
         for packet in captured:
-            if packet.captured_s - last_s > _GAP_S:  # a pause, or a camera that was gone
+            if packet.captured_s - last_s > _GAP_S:  # a pause, or a lost camera
                 self.metrics.dropped(self._stream.discard())
             last_s = packet.captured_s
             packet.stages_ms["wait"] = (self._now() - packet.captured_s) * 1000
             yield packet
 
     def get(self, timeout_s: float) -> FramePacket | None:
-        """The next styled packet, or None where none came in time. Raises what the engines raised."""
+        """The next styled packet, or None if none came in time. Raises errors of the engines."""
         lost = "lost" in self.source.status
-        if lost != self._lost:  # a lost camera stops the clock of the contract until its next frame
+        if lost != self._lost:  # a lost camera stops the metrics' clock until its next frame
             (self.metrics.pause if lost else self.metrics.resume)("source")
         self._lost = lost
         return None if self._styled is None else self._styled.get(timeout_s)
 
     def presented(self, packet: FramePacket) -> None:
-        """Count a packet whose frame is on the screen now."""
+        """Count a packet whose frame is now on the screen."""
         self.metrics.presented(packet)
 
     @property
@@ -154,7 +154,7 @@ class Session:
         return self._control.notes
 
     def pause(self, paused: bool) -> None:
-        """Hold the picture, or let it go on."""
+        """Pause, or resume."""
         self.paused = paused
         (self.metrics.pause if paused else self.metrics.resume)("pause")
 
@@ -182,7 +182,7 @@ class Session:
         return [f"{label}\t{value}" for label, value in figures.items() if value]
 
     def report(self) -> dict[str, Any]:
-        """The latency contract so far."""
+        """The metrics so far."""
         best = self._control.best
         self.metrics.settings |= {
             "size": None if best is None else [best.size[1], best.size[0]],
@@ -227,4 +227,4 @@ def _described(stylizer: Stylizer, source: Source, settings: Settings) -> dict[s
 
 
 def _per_second(rate: float) -> str:
-    return "0" if rate < 0.05 else f"{rate:.1f} a second"
+    return "0" if rate < 0.05 else f"{rate:.1f}/s"

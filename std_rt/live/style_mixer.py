@@ -1,14 +1,14 @@
-"""The style mixer: the styles of a live session, blended, and crossfaded whenever something changes.
+"""The style mixer: holds the styles of a live session, blends them and crossfades at every change.
 
     mixer = StyleMixer(stylizer.encode_style, stylizer.bundle)
     mixer.fill([(Path("ink.png"), None), (Path("wave.safetensors"), None)])
     mixer.select(1, seconds=1.5)
     style, strength = mixer.at(now)      # before each frame
 
-A crossfade goes straight through token space, from what was shown at the instant of the change (also in the
-middle of another crossfade), so it costs a mean of two styles however many are loaded. It moves in steps of
-1/64: a step between unlike styles moves the pictures of std-tiny by 0.3 to 1.6 levels of 255, which does not
-show, and a slow crossfade does not feed the engines anew on every frame. While nothing changes,
+A crossfade is linear in token space and starts from what was shown at the instant of the change (also during
+another crossfade), so it costs the mean of two styles however many are loaded. It moves in steps of
+1/64: a step between unlike styles moves the pictures of std-tiny by 0.3 to 1.6 levels of 255, which is
+invisible, and a slow crossfade does not change the engines' inputs on every frame. While nothing changes,
 `StyleMixer.at` returns the very same object.
 """
 
@@ -23,9 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
 
-import numpy as np
-from numpy.typing import NDArray
-
+from std_rt.core.arrays import Frame
 from std_rt.core.bundle import Bundle
 from std_rt.core.errors import StdRtError, UsageError
 from std_rt.pipeline.conditioning import EncodedStyle, blend
@@ -33,22 +31,21 @@ from std_rt.pipeline.style_file import read_style, style_paths, thumbnail
 
 __all__ = ["Card", "Ramp", "StyleMixer"]
 
-Frame = NDArray[np.uint8]
 Weights = dict[int, float]  # index of a card -> share; shares add up to 1, cards without a share are left out
 
 FADE_STEPS = 64
 NUDGE_S = 0.25
-"""Crossfade of a small change, such as a key that moves the strength: short, but without a visible jump."""
+"""Seconds of the crossfade of a small change, such as a strength key: short, but without a visible jump."""
 
 _THUMBNAIL_PX = 96
 _TITLE_NAMES = 3
 _PROBLEMS_KEPT = 100
-_LEAST_SHARE = 1e-4  # smaller remains of a style after many interrupted crossfades count as nothing
+_LEAST_SHARE = 1e-4  # smaller remainders, left by many interrupted crossfades, count as 0
 
 
 @dataclass(frozen=True, eq=False)
 class Card:
-    """One loaded style. ``thumbnail``: uint8 [h, w, 3], at most 96 px a side."""
+    """One loaded style. ``thumbnail``: uint8 [h, w, 3], at most 96 px per side."""
 
     name: str
     thumbnail: Frame
@@ -95,7 +92,7 @@ class _Blend:
 
 @dataclass(eq=False)
 class _Crossfade:
-    """The way from one blend to another."""
+    """The transition from one blend to another."""
 
     before: _Blend
     target: _Blend
@@ -121,7 +118,7 @@ class _Crossfade:
 
 
 class StyleMixer:
-    """Styles, their blend, their strength, and the crossfade under way. Any thread may call any method."""
+    """Styles, their blend, their strength, and the current crossfade. Any thread may call any method."""
 
     def __init__(
         self,
@@ -131,22 +128,21 @@ class StyleMixer:
         strength: float = 1.0,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """``encode`` is the stylizer's, and may be called from two threads at once.
+        """``encode`` is the stylizer's, and must be safe to call from two threads.
 
         ``strength`` as in `set_strength`; ``now`` is the clock, in seconds, whose times are passed to `at`.
         """
         self._encode, self._bundle, self._now = encode, bundle, now
-        self._strength_range: tuple[float, float] = bundle.style.get("strength_range", (0, 2))
         self.problems: deque[str] = deque(maxlen=_PROBLEMS_KEPT)
         """One line for each style that could not be loaded in the background; take them from the left."""
         self._lock = RLock()
         self._cards: tuple[Card, ...] = ()
         self._fade: _Crossfade | None = None  # None until a style is loaded
-        self._others: Weights = {}  # what the others had before `adjust` gave one everything
-        self._strength_before = self._strength = self._checked_strength(strength)
+        self._others: Weights = {}  # the others' shares before `adjust` gave one style everything
+        self._strength_before = self._strength = self._bundle.check_strength(strength)
         self._strength_ramp = Ramp()
         self._cycle: tuple[float, float] | None = None  # seconds for each style, and for its crossfade
-        self._next_s = math.inf  # when the cycle goes on
+        self._next_s = math.inf  # time of the cycle's next step
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="std-rt-styles")
         self._closed = False
 
@@ -160,7 +156,7 @@ class StyleMixer:
     def add(self, source: Path | Frame, name: str | None = None) -> int:
         """Load a picture, a style file or a frame uint8 [H, W, 3] now; returns its index.
 
-        A file is read here and never again. The first style is shown at once. Raises as `read_style` does.
+        A file is read once. The first style is shown immediately. Raises as `read_style` does.
         """
         loaded = read_style(source, self._bundle, self._encode, name)
         card = Card(loaded.name, thumbnail(loaded.thumbnail, _THUMBNAIL_PX), loaded.style)
@@ -173,7 +169,7 @@ class StyleMixer:
             return index
 
     def add_in_background(self, path: Path, show_s: float | None = None) -> None:
-        """Load a file, or all styles of a folder, while frames go on; failures are added to `problems`.
+        """Load a file, or all styles of a folder, in the background; failures are added to `problems`.
 
         With ``show_s``, a crossfade of this many seconds to it (to the first of a folder) begins once it is
         loaded.
@@ -291,15 +287,15 @@ class StyleMixer:
             self._others = others if share == 1 else {}
 
     def cycle(self, seconds_each: float, fade_seconds: float) -> None:
-        """Go to the next style every ``seconds_each``, its crossfade included; 0 stops.
+        """Go to the next style every ``seconds_each`` (crossfade included); 0 stops.
 
-        Any other change of style starts the wait again. Raises UsageError for a crossfade that is longer.
+        Any other change of style restarts the wait. Raises UsageError for a crossfade that is longer.
         """
         _check_seconds(seconds_each)
         _check_seconds(fade_seconds)
         if seconds_each and fade_seconds > seconds_each:
             raise UsageError(
-                f"a crossfade of {fade_seconds:g} s does not fit into {seconds_each:g} s for each style; "
+                f"a crossfade of {fade_seconds:g} s does not fit into {seconds_each:g} s per style; "
                 "make it shorter"
             )
         with self._lock:
@@ -314,7 +310,7 @@ class StyleMixer:
     def set_strength(self, strength: float, seconds: float = NUDGE_S) -> None:
         """Fade to a strength. Raises UsageError outside the bundle's range."""
         _check_seconds(seconds)
-        strength = self._checked_strength(strength)
+        strength = self._bundle.check_strength(strength)
         with self._lock:
             now = self._now()
             ramp = self._strength_ramp.then(now, seconds)
@@ -324,7 +320,7 @@ class StyleMixer:
 
     def nudge(self, delta: float, seconds: float = NUDGE_S) -> None:
         """Move the strength by ``delta``, within the bundle's range."""
-        low, high = self._strength_range
+        low, high = self._bundle.strength_range
         with self._lock:
             self.set_strength(round(min(high, max(low, self._strength + delta)), 6), seconds)
 
@@ -333,7 +329,7 @@ class StyleMixer:
     def at(self, now: float) -> tuple[EncodedStyle, float]:
         """Style and strength of an instant; the same objects as before while nothing changes.
 
-        Raises UsageError where no style is loaded.
+        Raises UsageError if no style is loaded.
         """
         with self._lock:
             if self._cycle is not None and now >= self._next_s and len(self._cards) > 1:
@@ -341,12 +337,12 @@ class StyleMixer:
             return self._current.style_at(now), self._strength_at(now)
 
     def weights_at(self, now: float) -> Weights:
-        """Index -> share of what is shown, without styles that have none; shares add up to 1."""
+        """Index -> current share, above 0 only; shares add up to 1."""
         with self._lock:
             return {} if self._fade is None else self._fade.weights_at(now)
 
     def title(self, now: float) -> str:
-        """For people: ``ink``, or ``ink 70 % + waves 30 %``; the three largest shares are named."""
+        """A title such as ``ink`` or ``ink 70 % + waves 30 %``; names the three largest shares."""
         ranked = sorted(self.weights_at(now).items(), key=lambda item: (-item[1], item[0]))
         seen = [(self._cards[index].name, round(100 * share)) for index, share in ranked]
         named = [(name, percent) for name, percent in seen if percent]
@@ -369,7 +365,7 @@ class StyleMixer:
         return self._strength_before + progress * (self._strength - self._strength_before)
 
     def _change(self, weights: Weights, seconds: float, now: float | None = None) -> None:
-        """Begin a crossfade from what is shown now to ``weights`` (shares)."""
+        """Begin a crossfade from the current style to ``weights`` (shares)."""
         _check_seconds(seconds)
         with self._lock:
             now = self._now() if now is None else now
@@ -391,12 +387,6 @@ class StyleMixer:
     def _check_index(self, index: int) -> None:
         if not 0 <= index < len(self._cards):
             raise UsageError(f"there is no style {index + 1}; {len(self._cards)} are loaded")
-
-    def _checked_strength(self, strength: float) -> float:
-        low, high = self._strength_range
-        if not low <= strength <= high:
-            raise UsageError(f"style strength must be in {low:g}..{high:g}, got {strength:g}")
-        return float(strength)
 
 
 def _shares(weights: Weights) -> Weights:

@@ -1,4 +1,4 @@
-"""Conditioning: everything the UNet gets besides the picture - style tokens, prompt, sizes, guidance.
+"""Conditioning: all inputs of the UNet except the picture - style tokens, prompt, sizes, guidance.
 
 A style picture is encoded once (and cached by the hash of its pixels); several styles blend as a weighted
 mean of their tokens. All arrays are float32 with a leading batch axis of 1.
@@ -15,8 +15,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from std_rt.core.arrays import Array, Frame
 from std_rt.core.bundle import Bundle
 from std_rt.core.errors import BundleError, UsageError
+from std_rt.engines.glue import GLUE
 from std_rt.pipeline.denoise import GUIDANCE_MODES, Guidance
 from std_rt.pipeline.program_builder import NEGATIVE
 
@@ -28,21 +30,15 @@ __all__ = [
     "check_negative",
     "choose_guidance",
     "conditioning_for",
-    "guided_inputs",
     "square",
     "time_ids",
-    "to_frame",
-    "to_image",
     "unet_inputs",
 ]
-
-Frame = NDArray[np.uint8]
-Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedStyle:
-    """``tokens`` [1, T, D]; ``text_embeds`` [1, P] where the style encoder gives them, else None."""
+    """``tokens`` [1, T, D]; ``text_embeds`` [1, P] if the style encoder returns them, else None."""
 
     tokens: Array
     text_embeds: Array | None = None
@@ -59,21 +55,6 @@ class Conditioning:
     negative: Mapping[str, Array] = field(default_factory=dict)
 
 
-def to_image(frame: Frame, out: Array) -> Array:
-    """Frame uint8 [H, W, 3] -> image [1, 3, H, W] in [-1, 1], written into ``out`` and returned."""
-    np.multiply(frame.transpose(2, 0, 1), np.float32(1 / 127.5), out=out[0])
-    out -= 1
-    return out
-
-
-def to_frame(image: Array) -> Frame:
-    """Image [1, 3, H, W], clipped to [-1, 1] -> a new frame uint8 [H, W, 3]."""
-    scaled = image[0] * np.float32(127.5)
-    scaled += 128  # 127.5 to move, 0.5 to round
-    np.clip(scaled, 0, 255, out=scaled)
-    return np.ascontiguousarray(scaled.astype(np.uint8).transpose(1, 2, 0))
-
-
 def square(frame: Frame, side_px: int) -> Frame:
     """The largest centred square of a frame, resized to ``side_px``."""
     h, w = frame.shape[:2]
@@ -85,10 +66,10 @@ def square(frame: Frame, side_px: int) -> Frame:
 
 
 def blend(styles: Sequence[tuple[EncodedStyle, float]]) -> EncodedStyle:
-    """Weighted mean of styles. Weights are relative, 0 or more; a style of weight 0 has no part in it.
+    """Weighted mean of styles. Weights are relative, 0 or more; a style of weight 0 is ignored.
 
     Where one style has all the weight it is returned itself: weights (1, 0) are the first style, bit for
-    bit. Raises UsageError where there is no style, a weight is negative or not finite, or all are 0.
+    bit. Raises UsageError if there is no style, a weight is negative or not finite, or all are 0.
     """
     if not styles:
         raise UsageError("a style is needed: give at least one style picture")
@@ -99,16 +80,18 @@ def blend(styles: Sequence[tuple[EncodedStyle, float]]) -> EncodedStyle:
     tokens = _mean([(share, style.tokens) for share, style in parts])
     pooled = [(share, style.text_embeds) for share, style in parts if style.text_embeds is not None]
     if len(pooled) not in (0, len(parts)):
-        raise UsageError("styles of two style encoders do not blend; encode all of them with one bundle")
+        raise UsageError(
+            "styles from different style encoders cannot be blended; encode all of them with one bundle"
+        )
     return EncodedStyle(tokens, _mean(pooled) if pooled else None)
 
 
 def _shares(weights: list[float]) -> list[np.float32]:
-    """Weights over their sum, in the precision of tokens: what is too small to count is 0."""
+    """Weights over their sum, in the precision of tokens, in which tiny ones are 0."""
     for weight in weights:
         if not 0 <= weight < float("inf"):
             raise UsageError(
-                f"style weights must be 0 or more and finite, got {weight:g}; leave a style out instead"
+                f"style weights must be 0 or more and finite, got {weight:g}; or leave the style out"
             )
     top = max(weights)
     if top == 0:
@@ -146,7 +129,8 @@ class StyleEncoder:
         return self._known[key]
 
     def _encode(self, pixels: Frame) -> EncodedStyle:
-        image = to_image(pixels, np.empty((1, 3, self._side_px, self._side_px), np.float32))
+        image = np.empty((1, 3, self._side_px, self._side_px), np.float32)
+        GLUE["frame_in"].run(frame=pixels[None], image=image)
         out = self._run(style_image=image)
         pooled = out.get("text_embeds")
         return EncodedStyle(out["style_tokens"].copy(), None if pooled is None else pooled.copy())
@@ -162,9 +146,9 @@ def unet_inputs(
 ) -> dict[str, Array]:
     """Every UNet input that stays the same over a stream.
 
-    ``text`` is the bundle's baked conditioning. A pooled vector from the style replaces the baked one, as
-    far as ``strength`` says (the style tokens are scaled inside the graph); baked ``time_ids`` [1, 6] win
-    over those made from ``size`` (H, W).
+    ``text`` is the bundle's baked conditioning. A pooled vector from the style replaces the baked one in
+    proportion to ``strength`` (the style tokens are scaled inside the graph); baked ``time_ids`` [1, 6] take
+    precedence over those of ``size`` (H, W).
     """
     pooled = text["text_embeds"]
     if style.text_embeds is not None:
@@ -182,7 +166,7 @@ def conditioning_for(mode: str, text: dict[str, Array], positive: dict[str, Arra
     """``positive`` (from `unet_inputs`) with the negative that guidance ``mode`` needs.
 
     The negative prompt is ``text``'s; sizes and the strength of the style are the same for both. Raises
-    BundleError where the two differ in shape.
+    BundleError if the two differ in shape.
     """
     if mode == "none":
         return Conditioning(positive)
@@ -196,31 +180,17 @@ def conditioning_for(mode: str, text: dict[str, Array], positive: dict[str, Arra
     return Conditioning(positive, positive | negative)
 
 
-def guided_inputs(mode: str, text: dict[str, Array], positive: dict[str, Array]) -> dict[str, Array]:
-    """The inputs of a frame program of guidance ``mode``: ``positive`` (from `unet_inputs`) and its negative.
-
-    ``full`` puts the negative [1, ...] before the positive [1, ...] in one array [2, ...]; ``residual`` adds
-    it under the prefix ``negative_``. Raises BundleError as `conditioning_for` does.
-    """
-    negative = conditioning_for(mode, text, positive).negative
-    if mode == "none":
-        return positive
-    if mode == "residual":
-        return positive | {f"negative_{name}": negative[name] for name in NEGATIVE}
-    return {name: np.concatenate([negative[name], value]) for name, value in positive.items()}
-
-
 def choose_guidance(bundle: Bundle, scale: float | None = None, mode: str | None = None) -> Guidance:
-    """The guidance to use: the bundle's, or what was asked for. Scale 1 is none, whatever the mode.
+    """The guidance to use: the bundle's, or the one given. Scale 1 is none, whatever the mode.
 
-    A bundle without guidance gets mode ``full`` where only a scale is given. Raises UsageError
-    where scale and mode do not fit together, BundleError where the bundle has no negative or another
-    std-rt's guidance.
+    A bundle without guidance gets mode ``full`` if only a scale is given. Raises UsageError
+    if scale and mode do not fit together, BundleError if the bundle has no negative prompt or
+    needs a newer std-rt.
     """
     own = bundle.guidance
     if own["mode"] not in GUIDANCE_MODES:
         raise BundleError(
-            f"bundle '{bundle.name}' needs guidance {own['mode']!r}, which this std-rt lacks; upgrade std-rt"
+            f"bundle '{bundle.name}' needs guidance {own['mode']!r}, unknown to this std-rt; upgrade std-rt"
         )
     if mode is not None and mode not in GUIDANCE_MODES:
         raise UsageError(f"unknown guidance mode {mode!r}; use one of {', '.join(GUIDANCE_MODES)}")
@@ -237,10 +207,10 @@ def choose_guidance(bundle: Bundle, scale: float | None = None, mode: str | None
 
 
 def check_negative(bundle: Bundle, stored: Collection[str], guidance: Guidance) -> None:
-    """Raise BundleError where guidance needs a negative that is not among the names ``stored``."""
+    """Raise BundleError if guidance needs a negative prompt that is not among the names ``stored``."""
     missing = [name for name in NEGATIVE if f"negative_{name}" not in stored]
     if guidance.mode != "none" and missing:
         raise BundleError(
-            f"bundle '{bundle.name}' has no negative for guidance {guidance.scale:g}; "
+            f"bundle '{bundle.name}' has no negative prompt, which guidance {guidance.scale:g} needs; "
             f"use --guidance 1, or export it again with --guidance {guidance.scale:g}"
         )

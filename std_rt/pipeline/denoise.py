@@ -1,4 +1,4 @@
-"""The denoising loop, for a reader: what every engine, program and batching mode must reproduce.
+"""The reference denoising loop: every engine, program and batching mode must reproduce it.
 
     image = img2img(image, encode, predict, decode, noise=noise, steps=bundle.coefficients(4))
 
@@ -29,10 +29,10 @@ class Guidance:
     """Classifier-free guidance (arXiv 2207.12598); ``scale`` is diffusers' guidance scale, 1 is none.
 
     ``full`` asks the network for both branches in every step. ``residual`` asks for the negative one in the
-    first step alone and carries the gap ``eps - eps_negative`` on, fading with the noise: one evaluation more
-    a frame than ``none``. (StreamDiffusion, arXiv 2312.12491, keeps the first step's clean estimate as the
+    first step only and carries the gap ``eps - eps_negative`` on, fading with the noise: one more evaluation
+    per frame than ``none``. (StreamDiffusion, arXiv 2312.12491, keeps the first step's clean estimate as the
     negative instead; on a trajectory that reaches x_0 that gap never closes, and std-tiny's pictures came
-    out farther from ``full`` than without guidance.) Raises ValueError where mode and scale disagree.
+    out farther from ``full`` than without guidance.) Raises ValueError if mode and scale disagree.
     """
 
     mode: str = "none"
@@ -51,7 +51,7 @@ def gap_share(c: StepCoefficients, first: StepCoefficients) -> float:
 
 
 def noise_draws(steps: Sequence[StepCoefficients]) -> int:
-    """Noises a frame needs: one to start from, and one for every stochastic step."""
+    """Noise draws per frame: one to start from, and one for every stochastic step."""
     return 1 + sum(1 for c in steps if c.noise)
 
 

@@ -1,4 +1,4 @@
-"""Functions that open a bundle's graphs and programs on a backend, or on a slower one until it is ready."""
+"""Opens a bundle's graphs and programs on a backend, on a CPU backend while GPU engines are being built."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Openers:
-    """What opens one graph at static shapes, one text encoder, and a whole program.
+    """Functions that open one graph at static shapes, one text encoder, and a whole program.
 
-    ``backend`` and ``reason`` say what was chosen and why.
+    ``backend``: the one chosen; ``reason``: why.
     """
 
     graph: GraphOpener
@@ -47,7 +47,7 @@ class Openers:
 
 
 def openers(backend: str, precision: str, meanwhile: Callable[[str], None] | None = None) -> Openers:
-    """Openers for a backend name, as in `Stylizer.load`. Raises BackendError where it cannot be used."""
+    """Openers for a backend name, as in `Stylizer.load`. Raises BackendError if it cannot be used."""
     name, reason = choose_backend(backend)
     first = name if meanwhile is None or name not in GPU_BACKENDS else choose_backend("cpu")[0]
 
@@ -62,18 +62,18 @@ def openers(backend: str, precision: str, meanwhile: Callable[[str], None] | Non
     def open_program(program: Program, specs: dict[str, GraphSpec]) -> Runner:
         if meanwhile is None or first == name:
             return open_on(name, program, specs)
-        # The build takes minutes, so it starts first; the slow runner opens beside it.
+        # The build takes minutes, so it starts first; the slow runner opens meanwhile.
         coming = _in_background(lambda: open_on(name, program, specs))
         return HotSwapRunner(open_on(first, program, specs), coming, meanwhile, (first, name))
 
     def open_text(spec: GraphSpec) -> Engine:
-        return open_engine(first, spec, "fp32")  # runs once a prompt: exact costs nothing
+        return open_engine(first, spec, "fp32")  # runs once per prompt: exactness costs nothing
 
     return Openers(open_graph, open_text, open_program, name, reason)
 
 
 def _in_background(work: Callable[[], Runner]) -> Future[Runner]:
-    """``work`` in a daemon thread, so that no exit waits for it: a build cannot be stopped half-way."""
+    """``work`` in a daemon thread, so that no exit waits for it: a build cannot be interrupted."""
     future: Future[Runner] = Future()
 
     def run() -> None:
@@ -81,7 +81,7 @@ def _in_background(work: Callable[[], Runner]) -> Future[Runner]:
             return
         try:
             future.set_result(work())
-        except BaseException as error:  # noqa: BLE001 (raised by whoever reads the future)
+        except BaseException as error:  # noqa: BLE001 (raised when the future is read)
             future.set_exception(error)
 
     Thread(target=run, name="std-rt-build", daemon=True).start()
@@ -93,7 +93,7 @@ def program_for(
 ) -> tuple[Program, dict[str, GraphSpec]]:
     """The program of a runner key, and its graphs at their shapes; ``text``: shapes without the batch axis.
 
-    Raises UsageError where the bundle does not support the size, BundleError where it has no schedule for
+    Raises UsageError if the bundle does not support the size, BundleError if it has no schedule for
     the steps.
     """
     size, style = key.quality.size, bundle.style

@@ -4,8 +4,8 @@
     shapes = graph_shapes(program)  # what to open each graph at
 
 Every step of a sampler is a linear combination of the latents, the network's outputs and noise, whatever the
-network predicts and however it is guided, so its factors are worked out once, here. Guidance ``full`` is one
-call at twice the batch, negative first. What is computed is `denoise.denoise`, to rounding (tested).
+network predicts and however it is guided, so its factors are computed once, here. Guidance ``full`` is one
+call at twice the batch, negative first. The result equals `denoise.denoise` up to rounding (tested).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from std_rt.core.arrays import Size
 from std_rt.core.schedule import StepCoefficients, step, to_eps
 from std_rt.engines.glue import GLUE
 from std_rt.engines.program import FRAME, STYLED, Launch, Program
@@ -36,7 +37,6 @@ __all__ = [
 ]
 
 Terms = list[tuple[str, float | Sequence[float]]]  # (buffer, factor, or one for each row)
-Size = tuple[int, int]  # (H, W) in pixels
 
 # UNet inputs fed with a frame, and those of them that differ for the negative prompt.
 CONDITIONING = ("encoder_hidden_states", "text_embeds", "time_ids", "style_tokens", "style_strength")
@@ -60,7 +60,7 @@ class FrameNumbers:
 def eps_factors(c: StepCoefficients, prediction_type: str) -> tuple[float, float]:
     """``(l, m)`` of ``eps = l x_t + m output``.
 
-    It is linear in both, so its values at (1, 0) and (0, 1) are all of it.
+    It is linear in both, so its values at (1, 0) and (0, 1) determine it.
     """
     unit, zero = np.ones(1), np.zeros(1)
     on_x, on_output = to_eps(zero, unit, c, prediction_type), to_eps(unit, zero, c, prediction_type)
@@ -103,14 +103,14 @@ def frame_program(
     """The program of ``batch`` frames of ``size`` (H, W) px.
 
     Feeds: ``noise_0`` ... [batch, C, h, w] (as many as `noise_draws` says), and `CONDITIONING`: of the batch;
-    in mode ``full`` of twice the batch, negatives first; in mode ``residual`` of the batch, and besides
-    ``negative_`` and the name for each of `NEGATIVE`.
+    in mode ``full`` of twice the batch, negatives first; in mode ``residual`` of the batch, and also
+    ``negative_NAME`` for each of `NEGATIVE`.
     """
     build = ProgramBuilder(numbers, prediction_type, size, guidance or Guidance(), batch)
     build.start(coefficients[0])
     for i, c in enumerate(coefficients):
         build.step(i, c, last=i == len(coefficients) - 1)
-    return build.finish()
+    return build.decode(build.x)
 
 
 class ProgramWriter:
@@ -225,7 +225,7 @@ class ProgramWriter:
 
 
 class ProgramBuilder(ProgramWriter):
-    """Writes the program of whole frames; ``_x`` names the current latents."""
+    """Writes the program of whole frames; ``x`` names the current latents."""
 
     def __init__(
         self, numbers: FrameNumbers, prediction_type: str, size: Size, guidance: Guidance, batch: int
@@ -233,7 +233,7 @@ class ProgramBuilder(ProgramWriter):
         super().__init__(numbers, prediction_type, size, batch)
         self._guidance = guidance
         self._draws = 0
-        self._x = ""
+        self.x = ""
         self._first: StepCoefficients | None = None
         self._rows = len(batch_rows(batch, guidance.mode))  # of a call of the UNet
         self.feeds(self._rows)
@@ -243,7 +243,7 @@ class ProgramBuilder(ProgramWriter):
     def start(self, c: StepCoefficients) -> None:
         """Add the noise of the first timestep to the frame's latents."""
         self._first = c
-        self._x = self.combine("sample_0", [(self.encode(), c.alpha_t), (self._noise(), c.sigma_t)])
+        self.x = self.combine("sample_0", [(self.encode(), c.alpha_t), (self._noise(), c.sigma_t)])
 
     def step(self, index: int, c: StepCoefficients, *, last: bool) -> None:
         """One step, from the timestep of ``c`` to its target."""
@@ -253,19 +253,15 @@ class ProgramBuilder(ProgramWriter):
         terms: Terms
         match self._guidance.mode:
             case "none":
-                terms = [(self._x, p), (self._unet(index), q)]
+                terms = [(self.x, p), (self._unet(index), q)]
             case "full":
                 negative, positive = self._unet_twice(index)
-                terms = [(self._x, p), (negative, q * (1 - w)), (positive, q * w)]
+                terms = [(self.x, p), (negative, q * (1 - w)), (positive, q * w)]
             case _:
                 terms = self._residual(index, c, last)
         if c.noise:
             terms.append((self._noise(), c.noise))
-        self._x = self.combine(f"sample_{index + 1}", terms)
-
-    def finish(self) -> Program:
-        """Decode, which completes the program."""
-        return self.decode(self._x)
+        self.x = self.combine(f"sample_{index + 1}", terms)
 
     def _residual(self, index: int, c: StepCoefficients, last: bool) -> Terms:
         """Terms of a step guided by the gap of the first one; see `denoise.Guidance`."""
@@ -275,21 +271,21 @@ class ProgramBuilder(ProgramWriter):
             if not last:
                 _, on_output = eps_factors(c, self.kind)
                 self.combine("guidance_gap", [(positive, on_output), (negative, -on_output)])
-            return [(self._x, p), (negative, q * (1 - w)), (positive, q * w)]
+            return [(self.x, p), (negative, q * (1 - w)), (positive, q * w)]
         assert self._first is not None
         _, on_eps = c.affine()
         share = (w - 1) * gap_share(c, self._first)
-        return [(self._x, p), (self._unet(index), q), ("guidance_gap", on_eps * share)]
+        return [(self.x, p), (self._unet(index), q), ("guidance_gap", on_eps * share)]
 
     def _unet(self, index: int, *, negative: bool = False) -> str:
         """Call the UNet on ``_x``; the name of its output."""
         prefix = "negative_" if negative else ""
         given = {name: f"{prefix}{name}" if name in NEGATIVE else name for name in CONDITIONING}
-        return self.unet(self._x, f"timestep_{index}", given, f"{prefix}output_{index}")
+        return self.unet(self.x, f"timestep_{index}", given, f"{prefix}output_{index}")
 
     def _unet_twice(self, index: int) -> tuple[str, str]:
         """Call the UNet at twice the batch; the names of its outputs for negative and positive."""
-        double = self.twice(self._x, f"double_{index}")
+        double = self.twice(self.x, f"double_{index}")
         given = {name: name for name in CONDITIONING}
         output = self.unet(double, f"timestep_{index}", given, f"output_{index}")
         return self.halves(output, f"negative_output_{index}", f"positive_output_{index}")

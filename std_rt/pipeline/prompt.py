@@ -1,10 +1,10 @@
-"""Prompts: the common weighting syntax, chunks of tokens, and the encoding that SDXL's UNet takes.
+"""Prompts: the common weighting syntax, chunks of tokens, and the encoding for SDXL's UNet.
 
     (words)  1.1 times the weight     (words:1.4)  1.4 times     \\( \\) \\[ \\] \\\\  the sign itself
     [words]  the weight / 1.1         BREAK  a new chunk         brackets nest, their factors multiply
 
 This is the syntax of AUTOMATIC1111's web UI, unbalanced brackets included: a bracket that never closes acts
-to the end, one that closes nothing is text, and so is ``:1.4)`` where no ``(`` is open. A backslash before
+to the end, one that closes nothing is text, and so is ``:1.4)`` if no ``(`` is open. A backslash before
 anything else is dropped. Two things differ: BREAK also works inside brackets, and a malformed number
 (``:1.2.3)``) is text, not an error. Step-dependent ``[a:b:0.5]`` is not supported: it is text in brackets.
 
@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from std_rt.core.arrays import Array
 from std_rt.core.errors import UsageError
 
 __all__ = [
@@ -38,15 +39,12 @@ __all__ = [
     "chunk_prompts",
     "encode_chunks",
     "encode_pair",
-    "encode_prompt",
     "encode_prompts",
-    "format_prompt",
     "join_encoders",
     "pair",
     "parse_prompt",
 ]
 
-Array = NDArray[np.float32]
 Ids = NDArray[np.int64]
 # encoder_hidden_states [1, K L, D] and text_embeds [1, P]; a pair has them with negative_ before, too.
 Encoding = dict[str, Array]
@@ -149,7 +147,7 @@ class _Reader:
 
 
 def parse_prompt(text: str) -> list[list[Piece]]:
-    """Sections (a BREAK stands between two), each a list of pieces; neighbours differ in weight.
+    """Sections (separated by BREAK), each a list of pieces; neighbours differ in weight.
 
     Plain text is one section of one piece, an empty prompt one empty section. Never raises.
     """
@@ -168,23 +166,11 @@ def parse_prompt(text: str) -> list[list[Piece]]:
     return sections
 
 
-def format_prompt(sections: Sequence[Sequence[Piece]]) -> str:
-    """The text that `parse_prompt` reads as ``sections`` (weights finite); the inverse of it."""
-    return " BREAK ".join("".join(map(_format, section)) for section in sections)
-
-
-def _format(piece: Piece) -> str:
-    text = re.sub(r"[()\[\]\\]", r"\\\g<0>", piece.text).replace("BREAK", "BR\\EAK")
-    if piece.weight == 1 and text == text.strip():
-        return text
-    return f"({text}:{np.format_float_positional(piece.weight, trim='-')})"
-
-
 def chunk_prompts(texts: Sequence[str], tokenizers: Sequence[Tokenizer]) -> list[list[Chunks]]:
     """For every tokenizer the chunks of every text; all have the same number of chunks.
 
-    Shorter texts are padded with empty chunks, as in the web UI. Raises UsageError for a weight that no
-    hidden state survives.
+    Shorter texts are padded with empty chunks, as in the web UI. Raises UsageError for a weight beyond
+    1000.
     """
     rows = [[_rows(text, tokenizer) for text in texts] for tokenizer in tokenizers]
     count = max((len(one) for row in rows for one in row), default=1)
@@ -224,7 +210,7 @@ def _fill(rows: list[list[tuple[int, float]]], count: int, tokenizer: Tokenizer)
 
 
 def apply_weights(hidden: NDArray[Any], weights: Array) -> NDArray[Any]:
-    """Multiply ``hidden`` [1, L, D] by ``weights`` [L], then scale it so that its mean is what it was.
+    """Multiply ``hidden`` [1, L, D] by ``weights`` [L], then scale it to its original mean.
 
     With every weight 1 it is ``hidden`` itself, to the bit.
     """
@@ -250,12 +236,12 @@ def encode_chunks(chunks: Chunks, run: RunEncoder) -> Encoded:
 def join_encoders(parts: Sequence[Encoded]) -> Encoding:
     """The encoders' hidden states side by side, and the pooled text of the one that has it.
 
-    Raises UsageError where none has.
+    Raises UsageError if none has.
     """
     pooled = [vector for _, vector in parts if vector is not None]
     if not pooled:
         raise UsageError(
-            "no text encoder gives text_embeds, which SDXL's UNet needs; is text_encoder_2 there?"
+            "no text encoder returns text_embeds, which SDXL's UNet needs; is text_encoder_2 missing?"
         )
     hidden = np.concatenate([states for states, _ in parts], axis=-1)
     return {"encoder_hidden_states": hidden, "text_embeds": pooled[0]}
@@ -264,20 +250,14 @@ def join_encoders(parts: Sequence[Encoded]) -> Encoding:
 def encode_prompts(
     texts: Sequence[str], tokenizers: Sequence[Tokenizer], run_encoders: Iterable[RunEncoder]
 ) -> list[Encoding]:
-    """Encode each of ``texts``, all to the same number of chunks. ``run_encoders`` has one a tokenizer."""
+    """``encoder_hidden_states`` [1, 77 K, D] and ``text_embeds`` [1, P] of each text, with the same K.
+
+    ``run_encoders`` has one per tokenizer."""
     plan = chunk_prompts(texts, tokenizers)
     parts = [
         [encode_chunks(chunks, run) for chunks in row] for row, run in zip(plan, run_encoders, strict=True)
     ]
     return [join_encoders(encoders) for encoders in zip(*parts, strict=True)]
-
-
-def encode_prompt(text: str, tokenizers: Sequence[Tokenizer], run_encoders: Iterable[RunEncoder]) -> Encoding:
-    """``encoder_hidden_states`` [1, 77 K, D] and ``text_embeds`` [1, P] of one prompt.
-
-    A prompt without syntax that fits one chunk is encoded as diffusers' ``encode_prompt`` does it.
-    """
-    return encode_prompts([text], tokenizers, run_encoders)[0]
 
 
 def encode_pair(
@@ -288,10 +268,10 @@ def encode_pair(
     *,
     zero_negative: bool = True,
 ) -> Encoding:
-    """A prompt and what guidance leads away from, under the same names with ``negative_`` before them.
+    """A prompt and its negative, the latter under the same names with the prefix ``negative_``.
 
-    A negative left out (None) is zeros where ``zero_negative``, as SDXL's base has it
-    (force_zeros_for_empty_prompt); else, and where it is "", the encoding of the empty prompt.
+    With ``zero_negative``, a ``negative`` of None is zeros, as in SDXL's base
+    (force_zeros_for_empty_prompt); otherwise None and "" are the empty prompt.
     """
     texts = [prompt] if negative is None and zero_negative else [prompt, negative or ""]
     return pair(encode_prompts(texts, tokenizers, run_encoders))

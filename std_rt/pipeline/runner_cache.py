@@ -1,11 +1,11 @@
-"""Open runners, one for each size, number of steps and batching of frames.
+"""The cache of open runners: one for each size, number of steps and batching mode.
 
     cache = RunnerCache(open_runner)
     runner = cache.get(RunnerKey(Quality((256, 256), 4)))
     styled = runner.run(frames, conditioning, noise, mark)
 
-Changing to a quality whose runner is open costs nothing. The runners used last stay open, and those asked for
-with `RunnerCache.keep`.
+Changing to a quality whose runner is open costs nothing. The last runners used stay open, and those named in
+`RunnerCache.keep`.
 """
 
 from __future__ import annotations
@@ -19,22 +19,19 @@ from typing import Protocol
 from weakref import ReferenceType, ref
 
 import numpy as np
-from numpy.typing import NDArray
 
+from std_rt.core.arrays import Array, Frame, Size
 from std_rt.core.errors import UsageError
 from std_rt.core.schedule import StepCoefficients
-from std_rt.engines import Engine
+from std_rt.engines.hot_swap import close_when_open, has_failed
 from std_rt.engines.program import Mark, Runner
 from std_rt.pipeline.conditioning import Conditioning
 from std_rt.pipeline.denoise import noise_draws
 from std_rt.pipeline.program_builder import CONDITIONING, NEGATIVE, batch_rows
 from std_rt.pipeline.stream_program import unet_rows
 
-__all__ = ["MAX_KEPT", "CachedRunner", "Quality", "RunnerCache", "RunnerKey", "close_when_open"]
+__all__ = ["MAX_KEPT", "CachedRunner", "Quality", "RunnerCache", "RunnerKey"]
 
-Frame = NDArray[np.uint8]
-Array = NDArray[np.float32]
-Size = tuple[int, int]  # (H, W) in pixels
 _Part = tuple[Array, int | None]  # an array [1, ...], or a row of a longer one
 
 MAX_KEPT = 8  # runners that `keep` takes
@@ -45,8 +42,8 @@ _RECENT = 2  # others that stay open: enough for portrait and landscape in turn
 class Quality:
     """What a frame costs: the working ``size`` (H, W) in px, and the denoising ``steps``.
 
-    Steps are counted as the bundle counts them: a schedule named as in diffusers and entered at a strength
-    below 1 runs fewer steps than its name says.
+    ``steps`` is a key of the bundle's schedules: one that is cut as in diffusers runs fewer steps than it
+    says.
     """
 
     size: Size
@@ -71,7 +68,7 @@ class SlotUser(Protocol):
 
 
 class CachedRunner:
-    """A runner that is open or opening, and what it was last fed."""
+    """A runner that is open or opening, and its last inputs."""
 
     def __init__(
         self, key: RunnerKey, steps: Sequence[StepCoefficients], mode: str, runner: Future[Runner]
@@ -107,7 +104,7 @@ class CachedRunner:
         return self._runner.done()
 
     def wait(self) -> Runner:
-        """The runner, as soon as it is open. Raises what opening it raised."""
+        """Wait for the runner. Raises the error of opening it."""
         try:
             return self._runner.result()
         finally:
@@ -116,7 +113,7 @@ class CachedRunner:
     def run(
         self, frames: Frame, conditioning: Sequence[Conditioning], noise: Sequence[Array], mark: Mark
     ) -> Frame:
-        """Frames uint8 [B, H, W, 3] in and out; one ``conditioning`` and ``noise`` [K, ...] a frame or slot.
+        """Frames uint8 [B, H, W, 3] in and out; a ``conditioning`` and ``noise`` [K, ...] per frame or slot.
 
         Inputs made of the same arrays as in the last call are not fed again.
         """
@@ -146,7 +143,7 @@ class CachedRunner:
             return {f"noise_{i}": tuple((each, i) for each in noise) for i in range(self.draws)}
         feeds: dict[str, tuple[_Part, ...]] = {"noise_0": ((noise[0], 0),)}
         if any(self._stochastic):
-            # The draw of each step; 0, which is not used, where a step has none.
+            # The draw of each step; 0, which is not used, if a step has none.
             draws = np.cumsum(self._stochastic) * self._stochastic
             feeds["noise_steps"] = tuple((each, int(i)) for each, i in zip(noise, draws, strict=True))
         return feeds
@@ -156,14 +153,14 @@ class RunnerCache:
     """Runners by `RunnerKey`. `ready` may be called from any thread; the rest from one at a time."""
 
     def __init__(self, open_runner: Callable[[RunnerKey], CachedRunner]) -> None:
-        """``open_runner`` begins to open one in the background."""
+        """``open_runner`` starts to open a runner in the background."""
         self._open_runner = open_runner
         self._runners: OrderedDict[RunnerKey, CachedRunner] = OrderedDict()
         self._kept: frozenset[RunnerKey] = frozenset()
         self._lock = Lock()
 
     def get(self, key: RunnerKey) -> CachedRunner:
-        """The runner of ``key``, which begins to open where it is not; those used longest ago are closed.
+        """The runner of ``key``, opening if necessary; the least recently used are closed.
 
         A runner that failed to open, and whose error was raised, is opened again.
         """
@@ -185,7 +182,7 @@ class RunnerCache:
         self._close_others()
 
     def ready(self, key: RunnerKey) -> bool:
-        """True where a frame would not wait. Raises what opening it raised; the next `get` tries again."""
+        """True if a frame would not wait. Raises the error of opening it; the next `get` tries again."""
         with self._lock:
             runner = self._runners.get(key)
         if runner is None or runner.failed or not runner.done:
@@ -194,7 +191,7 @@ class RunnerCache:
         return True
 
     def values(self) -> list[CachedRunner]:
-        """All runners, those used longest ago first."""
+        """All runners, least recently used first."""
         with self._lock:
             return list(self._runners.values())
 
@@ -207,7 +204,7 @@ class RunnerCache:
             runner.close()
 
     def _close_others(self) -> None:
-        """Close what is neither kept nor recent, and holds no frames."""
+        """Close runners that are neither kept nor recent and hold no frames."""
         with self._lock:
             others = [key for key in self._runners if key not in self._kept]
             idle = [key for key in others[:-_RECENT] if not self._runners[key].holds_frames]
@@ -216,24 +213,8 @@ class RunnerCache:
             runner.close()
 
 
-def has_failed(future: Future[Engine] | Future[Runner]) -> bool:
-    """Whether opening has ended without an engine."""
-    return future.done() and (future.cancelled() or future.exception() is not None)
-
-
-def close_when_open(future: Future[Engine] | Future[Runner]) -> None:
-    """Close an engine or runner, now or as soon as it is open, without waiting for it."""
-
-    def close(future: Future[Engine] | Future[Runner]) -> None:
-        if not has_failed(future):
-            future.result().close()
-
-    if not future.cancel():
-        future.add_done_callback(close)
-
-
 def _same(parts: Iterable[_Part], others: Sequence[_Part] | None) -> bool:
-    """Whether both are made of the same array objects, which are taken to hold the same values."""
+    """Whether both consist of the same array objects, which are assumed to have the same values."""
     if others is None:
         return False
     return all(a is b and i == j for (a, i), (b, j) in zip(parts, others, strict=True))

@@ -8,8 +8,8 @@ one. What leaves the last slot is decoded: the frame that entered N - 1 runs bef
 are meaningless. StreamDiffusion (arXiv 2312.12491) does this for the steps of LCM.
 
 A step is linear in latents, output and noise (`program_builder`), so N steps at once are one linear
-combination with different factors for every row. Nothing crosses from row to row: a frame comes out as it
-does on its own, up to the order in which a network with another batch size adds.
+combination with different factors for every row. Nothing crosses from row to row: a frame comes out as if
+processed alone, up to the summation order of a network with another batch size.
 
 Rows of the UNet's call, as in `unet_rows`:
 
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from std_rt.core.arrays import Size
 from std_rt.core.schedule import StepCoefficients
 from std_rt.engines.program import Program
 from std_rt.pipeline.denoise import Guidance, gap_share
@@ -30,7 +31,6 @@ from std_rt.pipeline.program_builder import (
     CONDITIONING,
     FrameNumbers,
     ProgramWriter,
-    Size,
     Terms,
     eps_factors,
     step_factors,
@@ -60,8 +60,8 @@ def stream_program(
 ) -> Program:
     """The program of a stream of frames of ``size`` (H, W) px, with a slot for every step.
 
-    Feeds: ``noise_0`` [1, C, h, w] of the frame that comes in; where a step is stochastic ``noise_steps``
-    [N, C, h, w], row i the noise of step i of the frame in slot i (any finite values where that step has
+    Feeds: ``noise_0`` [1, C, h, w] of the entering frame; if a step is stochastic ``noise_steps``
+    [N, C, h, w], row i the noise of step i of the frame in slot i (any finite values if that step has
     none); and `CONDITIONING` with a row for each of `unet_rows`.
     """
     build = StreamProgramBuilder(numbers, coefficients, prediction_type, size, guidance or Guidance())
@@ -92,7 +92,7 @@ class StreamProgramBuilder(ProgramWriter):
 
     def advance(self, samples: str) -> str:
         """One step for every slot; returns the latents [1, ...] of the finished frame."""
-        terms = self._terms(samples, self._factors())
+        terms = self._terms(samples)
         if any(c.noise for c in self._cs):
             noise = self.buffer("noise_steps", (self._slots, *self.latents[1:]))
             terms.append((noise, [c.noise for c in self._cs]))
@@ -101,8 +101,9 @@ class StreamProgramBuilder(ProgramWriter):
             return stepped
         return self.split_last(stepped, "waiting", "done")[1]
 
-    def _terms(self, samples: str, factors: tuple[list[float], list[float]]) -> Terms:
-        p, q = factors
+    def _terms(self, samples: str) -> Terms:
+        factors = [step_factors(c, self.kind) for c in self._cs]
+        p, q = [p for p, _ in factors], [q for _, q in factors]
         w = self._guidance.scale
         match self._guidance.mode:
             case "none":
@@ -135,11 +136,6 @@ class StreamProgramBuilder(ProgramWriter):
         others = self._slots - 1
         terms: Terms = [(third, [on_output, *[1.0] * others]), (second, [-on_output, *[0.0] * others])]
         self.split_last(self.combine("all_gaps", terms), "gaps", "spent")
-
-    def _factors(self) -> tuple[list[float], list[float]]:
-        """``p`` and ``q`` of every slot's step; see `step_factors`."""
-        pairs = [step_factors(c, self.kind) for c in self._cs]
-        return [p for p, _ in pairs], [q for _, q in pairs]
 
     def _call(self, sample: str) -> str:
         """The UNet on all rows, each at the timestep of its slot."""

@@ -1,8 +1,8 @@
-"""Style files: style tokens, a name and a thumbnail in one small ``.safetensors`` file, no picture needed.
+"""Style files: style tokens, a name and a thumbnail in one small ``.safetensors`` file.
 
     style_tokens   float32 [1, T, D]
-    text_embeds    float32 [1, P], where the style encoder gives them
-    thumbnail      uint8 [h, w, 3] RGB, at most 128 px a side
+    text_embeds    float32 [1, P], if the style encoder returns them
+    thumbnail      uint8 [h, w, 3] RGB, at most 128 px per side
     metadata       ``std_rt_style``: JSON with name, format_version, style_encoder, bundle, sources, sha256
 
 Tokens fit only the style encoder that made them, so a file names it by its hashes in the bundle's manifest:
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from std_rt.core.arrays import Frame
 from std_rt.core.bundle import Bundle
 from std_rt.core.errors import MediaError, UsageError
 from std_rt.core.files import check_input, check_output, reason, write_bytes, writing
@@ -48,7 +49,6 @@ __all__ = [
     "thumbnail",
 ]
 
-Frame = NDArray[np.uint8]
 StyleSource = Frame | EncodedStyle
 Encode = Callable[[Frame], EncodedStyle]
 
@@ -65,9 +65,9 @@ _DTYPES = {"style_tokens": "F32", "text_embeds": "F32", "thumbnail": "U8"}
 class StyleFile:
     """The contents of a style file.
 
-    ``thumbnail``: uint8 [h, w, 3], at most 128 px a side. ``encoder``: `style_encoder_id` of the bundle that
-    made the tokens, ``bundle`` its name. ``sources``: (name of a picture, its share of the blend), the
-    shares adding up to 1.
+    ``thumbnail``: uint8 [h, w, 3], at most 128 px per side. ``encoder``: `style_encoder_id` of the bundle
+    that made the tokens, ``bundle`` its name. ``sources``: (name of a picture, its share of the blend); the
+    shares add up to 1.
     """
 
     style: EncodedStyle
@@ -86,19 +86,19 @@ def style_encoder_id(bundle: Bundle) -> str:
 
 
 def is_style_file(path: Path) -> bool:
-    """Whether ``path`` is named as one: ``.safetensors``."""
+    """Whether ``path`` ends in ``.safetensors``."""
     return path.suffix.lower() == SUFFIX
 
 
 def thumbnail(frame: Frame, side_px: int = THUMBNAIL_PX) -> Frame:
-    """The centred square that the style encoder sees, at most ``side_px`` a side."""
+    """The centred square that the style encoder sees, at most ``side_px`` per side."""
     return square(frame, min(side_px, *frame.shape[:2]))
 
 
 def style_paths(folder: Path) -> list[Path]:
     """Pictures and style files of a folder by name; hidden files and subfolders are left out.
 
-    Raises MediaError where there is none or the folder cannot be read.
+    Raises MediaError if there are none or the folder cannot be read.
     """
     known = PICTURE_SUFFIXES | {SUFFIX}
     try:
@@ -108,17 +108,17 @@ def style_paths(folder: Path) -> list[Path]:
     styles = [path for path in found if path.suffix.lower() in known]
     if not styles:
         raise MediaError(
-            f"{folder} holds no picture or style file (subfolders are not searched); "
+            f"{folder} contains no picture or style file (subfolders are not searched); "
             "give files or another folder"
         )
     return sorted(styles, key=lambda path: (path.name.casefold(), path.name))
 
 
 def read_style(source: Path | Frame, bundle: Bundle, encode: Encode, name: str | None = None) -> StyleFile:
-    """A picture, encoded, or what a style file holds; ``encode`` is that of a stylizer of ``bundle``.
+    """A style from a picture or a style file; ``encode`` encodes pictures for ``bundle``.
 
     ``source`` is a path or a frame uint8 [H, W, 3]. ``name``: default is the file's own, or its stem. Raises
-    MediaError where it cannot be read or was made for another style encoder.
+    MediaError if it cannot be read or was made for another style encoder.
     """
     if isinstance(source, Path):
         if is_style_file(source):
@@ -180,13 +180,13 @@ def _stripes(parts: list[tuple[StyleFile, float]]) -> Frame:
 
 
 def clean_name(name: str) -> str:
-    """One printable line of at most 80 characters, whatever a file or a user calls a style."""
+    """``name`` as one printable line of at most 80 characters."""
     line = " ".join("".join(c if c.isprintable() else " " for c in name).split())
     return line[:_NAME_LENGTH] or "style"
 
 
 def check_style_output(path: Path, overwrite: bool = False) -> None:
-    """Refuse, before any work, a place where a style file cannot be written. Raises MediaError."""
+    """Raise MediaError, before any work, if a style file cannot be written to ``path``."""
     if not is_style_file(path):
         raise MediaError(f"{path}: a style file ends in {SUFFIX}; use -o {path.with_suffix(SUFFIX)}")
     check_output(path, overwrite=overwrite)
@@ -195,8 +195,8 @@ def check_style_output(path: Path, overwrite: bool = False) -> None:
 def save_style(path: Path, style: StyleFile, overwrite: bool = False) -> None:
     """Write a style file, whole or not at all.
 
-    Raises MediaError where the name does not end in ``.safetensors``, the file exists and ``overwrite`` is
-    False, or it cannot be written; UsageError where the style's arrays are not those of a style.
+    Raises MediaError if the name does not end in ``.safetensors``, the file exists and ``overwrite`` is
+    False, or it cannot be written; UsageError if its arrays are not valid.
     """
     from safetensors.numpy import save
 
@@ -205,7 +205,7 @@ def save_style(path: Path, style: StyleFile, overwrite: bool = False) -> None:
     problem = _array_problem(tensors)
     if problem:
         raise UsageError(f"style '{style.name}' cannot be saved: {problem}; encode its picture again")
-    data = save(tensors, {_KEY: _canonical(_notes(style, tensors))})
+    data = save(tensors, {_KEY: _canonical(_metadata(style, tensors))})
     with writing(path):
         write_bytes(path, data)
 
@@ -217,24 +217,24 @@ def _tensors(style: StyleFile) -> dict[str, NDArray[Any]]:
     return tensors
 
 
-def _notes(style: StyleFile, tensors: dict[str, NDArray[Any]]) -> dict[str, Any]:
-    notes: dict[str, Any] = {
+def _metadata(style: StyleFile, tensors: dict[str, NDArray[Any]]) -> dict[str, Any]:
+    body: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "name": clean_name(style.name),
         "style_encoder": style.encoder,
         "bundle": clean_name(style.bundle),
         "sources": [[clean_name(name), share] for name, share in style.sources],
     }
-    return notes | {"sha256": _digest(notes, tensors)}
+    return body | {"sha256": _digest(body, tensors)}
 
 
-def _canonical(notes: dict[str, Any]) -> str:
-    return json.dumps(notes, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+def _canonical(metadata: dict[str, Any]) -> str:
+    return json.dumps(metadata, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
-def _digest(notes: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> str:
-    """sha256 over notes (without the hash) and arrays, which finds a file that was cut or changed."""
-    body = {key: value for key, value in notes.items() if key != "sha256"}
+def _digest(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> str:
+    """sha256 over metadata (without the hash) and arrays, which detects truncated or changed files."""
+    body = {key: value for key, value in metadata.items() if key != "sha256"}
     digest = hashlib.sha256(_canonical(body).encode("utf-8", "surrogatepass"))
     for name in sorted(tensors):
         digest.update(f"{name} {list(tensors[name].shape)} ".encode())
@@ -243,28 +243,25 @@ def _digest(notes: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> str:
 
 
 def load_style(path: Path, bundle: Bundle | None) -> StyleFile:
-    """Read a style file for ``bundle``; None reads one for any bundle, to show what is inside.
+    """Read a style file for ``bundle``; None reads a style of any bundle, to inspect it.
 
-    Raises MediaError, one line, where the file is missing, not safetensors, not a style (a LoRA), damaged,
+    Raises MediaError, one line, if the file is missing, not safetensors, not a style (a LoRA), damaged,
     from a later std-rt, made for another style encoder, or holds arrays of other shapes than the bundle's.
     """
     style = _read(path)
     if bundle is None:
         return style
     if style.encoder != style_encoder_id(bundle):
+        source = style.sources[0][0] if len(style.sources) == 1 else "art.png"
         raise MediaError(
-            f"{path} was made for the style encoder of bundle '{style.bundle}' ({style.encoder[:12]}) and "
-            f"bundle '{bundle.name}' has another ({style_encoder_id(bundle)[:12]}); make it again: "
-            f"std-rt styles save {_first_source(style)} -o {path} --bundle {bundle.name} --overwrite"
+            f"{path} was made for the style encoder of bundle '{style.bundle}' ({style.encoder[:12]}), "
+            f"not for that of '{bundle.name}' ({style_encoder_id(bundle)[:12]}); make it again: "
+            f"std-rt styles save {source} -o {path} --bundle {bundle.name} --overwrite"
         )
     problem = _shape_problem(style.style, bundle)
     if problem:
         raise MediaError(f"{path} does not fit bundle '{bundle.name}': {problem}; {_again(path)}")
     return style
-
-
-def _first_source(style: StyleFile) -> str:
-    return style.sources[0][0] if len(style.sources) == 1 else "art.png"
 
 
 def _again(path: Path) -> str:
@@ -276,19 +273,19 @@ def _read(path: Path) -> StyleFile:
         raise MediaError(f"{path} is a folder; give a style file inside it")
     check_input(path)
     with _opened(path) as file:
-        notes = _read_notes(path, file)
+        metadata = _read_metadata(path, file)
         tensors = _read_tensors(path, file)
     damaged = MediaError(f"{path} is damaged (its contents have changed); {_again(path)}")
     try:
-        if notes.get("sha256") != _digest(notes, tensors):
+        if metadata.get("sha256") != _digest(metadata, tensors):
             raise damaged
         return StyleFile(
             style=EncodedStyle(tensors["style_tokens"], tensors.get("text_embeds")),
-            name=clean_name(str(notes["name"])),
+            name=clean_name(str(metadata["name"])),
             thumbnail=tensors["thumbnail"],
-            encoder=str(notes["style_encoder"]),
-            bundle=clean_name(str(notes["bundle"])),
-            sources=tuple((clean_name(str(name)), float(share)) for name, share in notes["sources"]),
+            encoder=str(metadata["style_encoder"]),
+            bundle=clean_name(str(metadata["bundle"])),
+            sources=tuple((clean_name(str(name)), float(share)) for name, share in metadata["sources"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise damaged from error
@@ -304,7 +301,7 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError, ValueError) as error:
         if _begins_like_one(path):
-            raise MediaError(f"{path} is damaged or cut short ({reason(error)}); {_again(path)}") from error
+            raise MediaError(f"{path} is damaged or truncated ({reason(error)}); {_again(path)}") from error
         raise MediaError(f"{path} is not a {SUFFIX} file despite its name; make one: {_MAKE}") from error
 
 
@@ -318,29 +315,29 @@ def _begins_like_one(path: Path) -> bool:
     return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < 100_000_000
 
 
-def _read_notes(path: Path, file: Any) -> dict[str, Any]:
-    """The metadata. Raises MediaError where the file is something else, or from a later std-rt."""
+def _read_metadata(path: Path, file: Any) -> dict[str, Any]:
+    """The metadata. Raises MediaError if the file is something else, or from a later std-rt."""
     text = (file.metadata() or {}).get(_KEY)
     if text is None:
         raise MediaError(f"{path} {_what_else(list(file.keys()))}")
     try:
-        notes = json.loads(text)
-        version = int(notes["format_version"])
+        metadata = json.loads(text)
+        version = int(metadata["format_version"])
     except (ValueError, TypeError, LookupError, RecursionError) as error:
-        raise MediaError(f"{path} is damaged (its notes cannot be read); {_again(path)}") from error
+        raise MediaError(f"{path} is damaged (its metadata cannot be read); {_again(path)}") from error
     if version > FORMAT_VERSION:
         raise MediaError(
             f"{path} is a style file of version {version} and this std-rt reads up to {FORMAT_VERSION}; "
             f"upgrade std-rt: git pull, then {install_hint()}"
         )
-    return dict(notes)
+    return dict(metadata)
 
 
 def _what_else(keys: list[str]) -> str:
     if any("lora" in key.lower() for key in keys):
         return f"is a LoRA, not a style; use it with std-rt export --lora, or make a style: {_MAKE}"
     found = f"{len(keys)} tensors, the first {min(keys)[:60]!r}" if keys else "no tensors"
-    return f"is not a style file (it holds {found}); make one: {_MAKE}"
+    return f"is not a style file (it contains {found}); make one: {_MAKE}"
 
 
 def _read_tensors(path: Path, file: Any) -> dict[str, NDArray[Any]]:
@@ -348,7 +345,7 @@ def _read_tensors(path: Path, file: Any) -> dict[str, NDArray[Any]]:
     keys = set(file.keys())
     lacking = sorted({"style_tokens", "thumbnail"} - keys)
     if lacking:
-        raise MediaError(f"{path} is damaged (it lacks {lacking[0]}); {_again(path)}")
+        raise MediaError(f"{path} is damaged ({lacking[0]} is missing); {_again(path)}")
     for name in sorted(keys & _DTYPES.keys()):
         found = file.get_slice(name).get_dtype()
         if found != _DTYPES[name]:
@@ -363,7 +360,7 @@ def _read_tensors(path: Path, file: Any) -> dict[str, NDArray[Any]]:
 
 
 def _array_problem(tensors: dict[str, NDArray[Any]]) -> str:
-    """What is wrong with the arrays of a style; "" where nothing is."""
+    """Why the arrays are not those of a style; "" if they are."""
     for name, ndim in (("style_tokens", 3), ("text_embeds", 2)):
         value = tensors.get(name)
         if value is None:
@@ -373,7 +370,7 @@ def _array_problem(tensors: dict[str, NDArray[Any]]) -> str:
         if value.ndim != ndim or value.shape[0] != 1 or not value.size:
             return f"{name} has shape {list(value.shape)} instead of {ndim} axes, the first of 1"
         if not np.isfinite(value).all():
-            return f"{name} holds NaN or infinite numbers"
+            return f"{name} contains NaN or infinite numbers"
     small = tensors["thumbnail"]
     if small.dtype != np.uint8 or small.ndim != 3 or small.shape[2] != 3 or not small.size:
         return f"thumbnail is {small.dtype} {list(small.shape)} instead of uint8 [h, w, 3]"
@@ -383,11 +380,11 @@ def _array_problem(tensors: dict[str, NDArray[Any]]) -> str:
 
 
 def _shape_problem(style: EncodedStyle, bundle: Bundle) -> str:
-    due = [1, int(bundle.style["tokens"]), int(bundle.style["dim"])]
-    if list(style.tokens.shape) != due:
-        return f"its tokens are {list(style.tokens.shape)} instead of {due}"
+    expected = [1, int(bundle.style["tokens"]), int(bundle.style["dim"])]
+    if list(style.tokens.shape) != expected:
+        return f"its tokens are {list(style.tokens.shape)} instead of {expected}"
     if (style.text_embeds is not None) != bool(bundle.style["gives_text_embeds"]):
-        return f"it comes {'without' if style.text_embeds is None else 'with'} text_embeds"
+        return f"it has {'no ' if style.text_embeds is None else ''}text_embeds"
     if style.text_embeds is not None:
         width = bundle.graph_outputs("style_encoder").get("text_embeds", [0])[-1]
         if style.text_embeds.shape[1] != width:

@@ -4,9 +4,9 @@
     stylizer.set_style(picture)
     frame, state = stylizer.step(frame, state)
 
-What a frame goes through is `denoise.img2img`; here it runs as a compiled program on a backend. `State` is a
-value: the noise is drawn once per (seed, size), so a stream keeps its noise from frame to frame, and the same
-seed gives the same noise on every backend. `step` is `fit`, `run` and `unfit`. For streams there is
+Each frame goes through `denoise.img2img`, which runs here as a compiled program on a backend. `State` is a
+value: noise is drawn once per (seed, size), so a stream keeps its noise from frame to frame, and a seed draws
+the same noise on every backend. `step` is `fit`, `run` and `unfit`. For streams there is
 `std_rt.streaming.frame_stream`.
 """
 
@@ -21,11 +21,12 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from std_rt.core.arrays import Array, Frame, Size
 from std_rt.core.bundle import Bundle, load_bundle
 from std_rt.core.errors import UsageError
 from std_rt.engines import Engine
+from std_rt.engines.hot_swap import close_when_open, has_failed
 from std_rt.engines.program import Mark, no_mark
 from std_rt.engines.registry import GPU_BACKENDS
 from std_rt.media import fit
@@ -46,16 +47,11 @@ from std_rt.pipeline.runner_cache import (
     Quality,
     RunnerCache,
     RunnerKey,
-    close_when_open,
-    has_failed,
 )
 from std_rt.pipeline.text_encoder import TextEncoder
 
 __all__ = ["Quality", "State", "Stylizer", "draw_noise"]
 
-Frame = NDArray[np.uint8]
-Array = NDArray[np.float32]
-Size = tuple[int, int]  # (H, W) in pixels
 Picture = Frame | Path | str
 
 _FRAMES_PER_CALL = 4
@@ -66,8 +62,8 @@ _CACHED_SIZES = 8  # sizes whose conditioning is remembered
 class State:
     """What a stream carries from frame to frame.
 
-    ``noise`` [K, C, h, w]: the start noise, then one for every stochastic step; more than a frame needs does
-    no harm. ``index``: frames done.
+    ``noise`` [K, C, h, w]: the start noise, then one for every stochastic step; extra ones are
+    ignored. ``index``: frames done.
     """
 
     seed: int
@@ -86,7 +82,7 @@ def draw_noise(seed: int, shape: tuple[int, ...]) -> Array:
 class Stylizer:
     """A bundle, opened on a backend, with a style.
 
-    One thread at a time, except for `encode_style`, `ready` and what computes sizes.
+    Use it from one thread at a time, except `encode_style`, `ready` and the functions that compute sizes.
     """
 
     def __init__(
@@ -99,13 +95,13 @@ class Stylizer:
         guidance: float | None = None,
         guidance_mode: str | None = None,
     ) -> None:
-        """Most callers want `load`. A bare function opens one graph at static shapes; programs then run from
-        Python.
+        """Use `load` unless in a test. A bare function opens one graph at static shapes; programs then run
+        on the host.
 
         ``size`` is the working size: a side in pixels for about that area, or (H, W). ``guidance``
-        (diffusers' scale; 1 is none) and ``guidance_mode`` override the bundle's. Raises BundleError where
+        (diffusers' scale; 1 is none) and ``guidance_mode`` override the bundle's. Raises BundleError if
         the bundle needs a newer std-rt, has no schedule for ``steps``, or no negative prompt for guidance;
-        UsageError where scale and mode do not fit together.
+        UsageError if scale and mode do not fit together.
         """
         self._openers = openers if isinstance(openers, Openers) else Openers.on_host(openers)
         self.bundle, self.backend, self.reason = bundle, self._openers.backend, self._openers.reason
@@ -142,7 +138,7 @@ class Stylizer:
 
         With ``meanwhile``, frames run on a CPU backend until the engines of a GPU backend are built;
         ``meanwhile`` is called with a message when that changes. Raises BundleError (unknown, damaged, wrong
-        step count) or BackendError (not installed), and UsageError where ``guidance`` and ``guidance_mode``
+        step count) or BackendError (not installed), and UsageError if ``guidance`` and ``guidance_mode``
         do not fit together.
         """
         opened = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
@@ -157,12 +153,12 @@ class Stylizer:
 
     @property
     def steps(self) -> int:
-        """Denoising steps a frame."""
+        """Denoising steps per frame."""
         return len(self.coefficients)
 
     @property
     def precision(self) -> str:
-        """What the UNet computes in, once engines are open: fp32 or bf16."""
+        """The precision of the UNet, once engines are open: fp32, bf16, fp16 or int8."""
         for runner in self._cache.values():
             return runner.wait().precision
         return "unknown"
@@ -176,7 +172,7 @@ class Stylizer:
     ) -> Quality:
         """The quality of frames of the given size, at another working ``size`` (as in `load`) or ``steps``.
 
-        Raises BundleError where the bundle has no schedule for the steps.
+        Raises BundleError if the bundle has no schedule for the steps.
         """
         low, high = self.bundle.size_range
         asked = self.size if size is None else size
@@ -190,26 +186,26 @@ class Stylizer:
         return Quality(at, self._asked_steps) if isinstance(at, tuple) else at
 
     def prepare(self, height_px: int, width_px: int) -> None:
-        """Begin to open, in the background, what a frame of the given size and a style will need."""
+        """Start to open, in the background, the engines for frames of this size and for styles."""
         self._open_style_encoder()
         self.runner(RunnerKey(self.quality(height_px, width_px)))
 
     def prepare_qualities(
         self, qualities: Collection[Quality], *, frames: int = 1, stream_batch: bool = False
     ) -> None:
-        """Begin to open these in the background, and keep them open until the next call.
+        """Start to open these in the background, and keep them open until the next call.
 
-        ``frames`` a call (`run_many`), or ``stream_batch``: as they will be used. Qualities of one size share
-        their engines on a CPU, so another number of steps costs next to nothing. Raises UsageError for more
-        than `runner_cache.MAX_KEPT`.
+        ``frames`` per call (`run_many`), or ``stream_batch``: as they will be used. On a CPU, qualities of
+        one size share their engines, so another number of steps costs next to nothing. Raises UsageError for
+        more than `runner_cache.MAX_KEPT`.
         """
         self._check_open()
         self._cache.keep([RunnerKey(quality, frames, stream_batch) for quality in qualities])
 
     def ready(self, quality: Quality, *, frames: int = 1, stream_batch: bool = False) -> bool:
-        """True where a frame at ``quality`` would not wait for its engines.
+        """True if a frame at ``quality`` would not wait for its engines.
 
-        Raises, once, what opening them raised; the next use tries again.
+        Raises, once, the error of opening them; the next use tries again.
         """
         return self._cache.ready(RunnerKey(quality, frames, stream_batch))
 
@@ -230,7 +226,7 @@ class Stylizer:
         effect; 0 is none, 1 as trained. Raises UsageError on a weight or strength out of range,
         MediaError on an unreadable file.
         """
-        self._check_strength(strength)
+        self.bundle.check_strength(strength)
         pairs = [(style, 1.0)] if isinstance(style, np.ndarray | Path | str) else list(style)
         if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
             raise UsageError('several styles must be a list of pairs, as [("a.png", 0.7), ("b.png", 0.3)]')
@@ -252,12 +248,12 @@ class Stylizer:
     def use_style(self, style: EncodedStyle, strength: float = 1.0) -> None:
         """Set the style to one that is encoded (or blended) already: no engine runs.
 
-        Costs nothing where style and strength are those in use. Raises UsageError for a strength out of
+        Costs nothing if style and strength are already in use. Raises UsageError for a strength out of
         range, or a style in the shape of another bundle.
         """
         if self._style is not None and self._style[0] is style and self._style[1] == strength:
             return
-        self._check_strength(strength)
+        self.bundle.check_strength(strength)
         made_for = (1, int(self.bundle.style["tokens"]), int(self.bundle.style["dim"]))
         if style.tokens.shape != made_for:
             raise UsageError(
@@ -268,10 +264,10 @@ class Stylizer:
         self._conditioning.clear()
 
     def set_prompt(self, prompt: str, negative: str | None = None) -> None:
-        """Set the prompt, for a bundle that has its text encoders.
+        """Set the prompt, for a bundle that has text encoders.
 
         ``negative`` None is the model's empty negative prompt; it matters with guidance only. Raises
-        UsageError where the bundle's prompt is baked in.
+        UsageError if the bundle's prompt is baked in.
         """
         if self._prompts is None:
             self._prompts = TextEncoder(self.bundle, self._openers.text)
@@ -290,7 +286,7 @@ class Stylizer:
     def state_for(self, at: Quality | Size, *, seed: int = 0) -> State:
         """The state a stream starts from at a quality, or at a working size (H, W) and the usual steps.
 
-        For one size, a seed gives the same noise whatever the steps, as far as they need any.
+        For one size, a seed draws the same noise whatever the steps.
         """
         quality = self.quality_at(at)
         draws = noise_draws(self.bundle.coefficients(quality.steps))
@@ -316,7 +312,7 @@ class Stylizer:
     def fit(self, frame: Frame, quality: Quality | None = None) -> Frame:
         """A frame uint8 [H, W, 3] at its working size, or at that of ``quality``: what `run` takes.
 
-        The frame itself where it has that size already.
+        The frame itself if it already has that size.
         """
         frame = _checked(frame)
         shape = (frame.shape[0], frame.shape[1])
@@ -326,8 +322,8 @@ class Stylizer:
     def unfit(self, styled: Frame, shape: tuple[int, int]) -> Frame:
         """A result of `run` in the aspect of its frame, whose ``shape`` was (h, w) px.
 
-        At the resolution of the working size, never larger than that frame; ``styled`` itself where it has
-        that size already.
+        At the resolution of the working size, never larger than that frame; ``styled`` itself if it
+        already has that size.
         """
         size = (styled.shape[0], styled.shape[1])
         result = fit.result_size((shape[0], shape[1]), size)
@@ -338,7 +334,7 @@ class Stylizer:
     ) -> Frame:
         """Stylize one frame of a working size, as `fit` returns it, with the noise of ``state``.
 
-        ``quality`` (of that size) sets the number of steps. Raises UsageError where frame, state and quality
+        ``quality`` (of that size) sets the number of steps. Raises UsageError if frame, state and quality
         differ in size.
         """
         return self.run_many([working], [state], mark, quality=quality, frames=1)[0]
@@ -399,7 +395,7 @@ class Stylizer:
         self.close()
 
     def _state_for(self, state: State | None, size: Size) -> State:
-        """``state`` itself, or one with the same seed where the stream has changed its size (or steps)."""
+        """``state`` itself, or one with the same seed if the stream has changed its size or steps."""
         if state is None:
             return self.state_for(size)
         enough = len(state.noise) >= noise_draws(self.coefficients)
@@ -411,9 +407,9 @@ class Stylizer:
         return size[0] // self.bundle.vae_scale, size[1] // self.bundle.vae_scale
 
     def conditioning(self, size: Size) -> Conditioning:
-        """What the UNet gets at a working size; the same object until style or prompt change.
+        """The UNet's inputs at a working size; the same object until style or prompt change.
 
-        Raises UsageError where no style is set.
+        Raises UsageError if no style is set.
         """
         if self._style is None:
             raise UsageError("no style is set; call set_style(picture) first")
@@ -425,7 +421,7 @@ class Stylizer:
         return self._conditioning[size]
 
     def runner(self, key: RunnerKey) -> CachedRunner:
-        """The runner of a key, which begins to open in the background where it is not open."""
+        """The runner of a key, which starts to open in the background if necessary."""
         self._check_open()
         return self._cache.get(key)
 
@@ -444,17 +440,12 @@ class Stylizer:
                 "use state_for(...) with this size and these steps"
             )
 
-    def _check_strength(self, strength: float) -> None:
-        low, high = self.bundle.style.get("strength_range", (0, 2))
-        if not low <= strength <= high:
-            raise UsageError(f"style strength must be in {low:g}..{high:g}, got {strength:g}")
-
     def _check_open(self) -> None:
         if self._closed:
             raise UsageError("the stylizer was closed; load it again with Stylizer.load()")
 
     def _open_style_encoder(self) -> Future[Engine]:
-        """The style encoder, opening in the background; opened again where that failed."""
+        """The style encoder, opening in the background; again, if that failed."""
         self._check_open()
         with self._style_lock:
             if self._style_engine is None or has_failed(self._style_engine):
@@ -464,7 +455,7 @@ class Stylizer:
             return self._style_engine
 
     def _open_runner(self, key: RunnerKey) -> CachedRunner:
-        """Begin to open a runner in the background."""
+        """Start to open a runner in the background."""
         text = {name: value.shape[1:] for name, value in self._text.items()}
         program, specs = program_for(self.bundle, key, self.guidance, text)
         runner = self._pool.submit(self._openers.runner, program, specs)

@@ -1,4 +1,4 @@
-"""The text encoder at run time: CLIP's tokenizer and the bundle's text encoders, without transformers.
+"""The run-time text encoder: CLIP's tokenizer and the bundle's text encoders, without transformers.
 
     encoder = TextEncoder(bundle, open_graph)
     encoder.encode("ink on paper, (bold lines:1.2)", "photo")  # the UNet's text inputs
@@ -29,14 +29,14 @@ Opener = Callable[[GraphSpec], Engine]
 
 
 class ClipTokenizer:
-    """Text -> ids as transformers' ``CLIPTokenizer`` gives them, without begin, end and padding.
+    """Text -> ids, equal to transformers' ``CLIPTokenizer``, without begin, end and padding.
 
-    ``length``: tokens the encoder takes at once. ``begin``, ``end``, ``pad``: ids. On disk it is a folder
+    ``length``: tokens per call of the encoder. ``begin``, ``end``, ``pad``: ids. On disk it is a folder
     with ``tokenizer.json`` (the format of the package ``tokenizers``) and these four in ``config.json``.
     """
 
     def __init__(self, rules: str, length: int, begin: int, end: int, pad: int) -> None:
-        """``rules`` is the text of ``tokenizer.json``. Raises UsageError where the package is missing."""
+        """``rules`` is the text of ``tokenizer.json``. Raises UsageError if the package is missing."""
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
@@ -51,7 +51,7 @@ class ClipTokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> ClipTokenizer:
-        """A bundle's tokenizer. Raises BundleError where it is damaged, UsageError without the package."""
+        """A bundle's tokenizer. Raises BundleError if it is damaged, UsageError without the package."""
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             numbers = [int(config[key]) for key in ("length", "begin", "end", "pad")]
@@ -69,7 +69,7 @@ class ClipTokenizer:
             (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
     def __call__(self, text: str) -> list[int]:
-        """Ids of ``text``, however long. Raises UsageError on half a surrogate pair, which is no text."""
+        """Ids of ``text``, however long. Raises UsageError on half a surrogate pair, which is not text."""
         try:
             return list(self._encode(text, add_special_tokens=False).ids)
         except (UnicodeEncodeError, TypeError) as error:
@@ -79,15 +79,15 @@ class ClipTokenizer:
 class TextEncoder:
     """A bundle's text encoders: prompts in, the UNet's text inputs out, each pair of prompts once.
 
-    Engines open at the first prompt and stay open until `release`. Not for two threads at once.
+    Engines open at the first prompt and stay open until `release`. Use it from one thread at a time.
     """
 
     def __init__(self, bundle: Bundle, open_graph: Opener, remember: int = 32) -> None:
-        """``open_graph`` opens one graph at static shapes. Raises UsageError where prompts are baked in."""
+        """``open_graph`` opens one graph at static shapes. Raises UsageError if prompts are baked in."""
         text = bundle.manifest["text"]
         if text["mode"] != "encoder":
             if text["mode"] == "none":
-                raise UsageError(f"bundle '{bundle.name}' has no text encoders, so it takes no --prompt")
+                raise UsageError(f"bundle '{bundle.name}' has no text encoders; leave out --prompt")
             raise UsageError(
                 f"bundle '{bundle.name}' has its prompt baked in ({text.get('prompt') or 'none'}) and "
                 "takes no other; export it with --prompts encoder"
@@ -102,8 +102,8 @@ class TextEncoder:
     def encode(self, prompt: str, negative: str | None = None) -> Encoding:
         """encoder_hidden_states [1, 77 K, D], text_embeds [1, P], and both with ``negative_`` before.
 
-        K, the number of chunks, is the same for both. ``negative`` None is zeros where the model has it
-        so, "" the empty prompt. Raises UsageError on a weight beyond use, BackendError where a graph
+        K, the number of chunks, is the same for both. ``negative`` None is zeros if the model was trained
+        so, "" the empty prompt. Raises UsageError on an absurd weight, BackendError if a graph
         does not open. The arrays are shared: do not write into them.
         """
         key = (prompt, negative)
@@ -125,11 +125,9 @@ class TextEncoder:
     def _run(self, role: str) -> RunEncoder:
         def run(ids: Ids) -> Mapping[str, Any]:
             if role not in self._engines:
-                self._engines[role] = self._open_graph(self._spec(role))
+                shapes = {"input_ids": (1, self._tokenizers[role].length)}
+                spec = GraphSpec(role, self._bundle.graph_path(role), shapes, self._bundle.digest)
+                self._engines[role] = self._open_graph(spec)
             return self._engines[role](input_ids=np.ascontiguousarray(ids))
 
         return run
-
-    def _spec(self, role: str) -> GraphSpec:
-        shape = (1, self._tokenizers[role].length)
-        return GraphSpec(role, self._bundle.graph_path(role), {"input_ids": shape}, self._bundle.digest)

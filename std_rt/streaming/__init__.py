@@ -1,1 +1,1 @@
-"""Many frames."""
+"""Processing of frame streams: batching, temporal filter, optical flow, frame skipping."""

@@ -1,11 +1,11 @@
-"""The one way in which a stream of frames is stylized: packets in, styled packets out, in order.
+"""The single code path for stylizing frame streams: packets in, styled packets out, in order.
 
     stream = FrameStream(stylizer, mixer.at, temporal=TemporalFilter("full"))
     for packet in stream.run(packets):
         show(packet.styled)
 
 `stylize`, `live`, `evaluate` and `bench` all use it. For each frame: fit it to the working size, look up the
-style of this instant, follow the motion, run the engines, settle, and bring the result back to the frame's
+current style, follow the motion, run the engines, settle, and bring the result back to the frame's
 aspect. How frames share calls of the engines (the batching mode) changes the speed, not the result.
 """
 
@@ -14,29 +14,42 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
+from std_rt.core.arrays import Frame, Size
 from std_rt.engines.program import Mark, no_mark
 from std_rt.pipeline.conditioning import EncodedStyle
 from std_rt.pipeline.stylizer import Quality, State, Stylizer
-from std_rt.streaming.frame_packet import FramePacket
 from std_rt.streaming.similarity import SimilarityFilter
 from std_rt.streaming.stream_batch import StreamBatch
 from std_rt.streaming.temporal import Motion, TemporalFilter
 
-__all__ = ["GROUPED", "ONE_BY_ONE", "STREAM_BATCH", "FrameStream", "StyleAt"]
+__all__ = ["GROUPED", "ONE_BY_ONE", "STREAM_BATCH", "FramePacket", "FrameStream", "StyleAt"]
 
-Frame = NDArray[np.uint8]
-Size = tuple[int, int]  # (H, W) in pixels
 StyleAt = Callable[[float], tuple[EncodedStyle, float]]  # time in s -> style and strength at that instant
 
-# Batching modes: lowest latency; N steps of N consecutive frames in one call of the UNet (more frames a
-# second, N - 1 frames later); several whole frames in one call of each graph (for files).
+# Batching modes: lowest latency; N steps of N consecutive frames in one call of the UNet (more frames
+# per second, N - 1 frames later); several whole frames in one call of each graph (for files).
 ONE_BY_ONE, STREAM_BATCH, GROUPED = "one by one", "stream batch", "grouped"
+
+
+@dataclass(eq=False, slots=True)
+class FramePacket:
+    """One frame uint8 [H, W, 3] with its result; handed from thread to thread, used by one at a time.
+
+    ``captured_s``: when the source had it. ``style_s``: when its style was looked up. ``styled``: the result,
+    None until there is one. ``skipped``: it shows the result of an earlier, similar frame. ``stages_ms``: the
+    duration of each stage.
+    """
+
+    frame: Frame
+    captured_s: float = 0.0
+    index: int = 0
+    style_s: float = 0.0
+    styled: Frame | None = None
+    skipped: bool = False
+    stages_ms: dict[str, float] = field(default_factory=dict)
 
 
 class _Batcher(Protocol):
@@ -49,25 +62,11 @@ class _Batcher(Protocol):
         """Finish the frames still inside."""
 
 
-class _OneByOne:
-    """A frame is finished before the next one is looked at."""
-
-    def __init__(self, stylizer: Stylizer, quality: Quality) -> None:
-        self._stylizer, self._quality = stylizer, quality
-
-    def push(self, working: Frame, state: State, mark: Mark = no_mark) -> list[Frame]:
-        return [self._stylizer.run(working, state, mark, quality=self._quality)]
-
-    def flush(self, mark: Mark = no_mark) -> Iterator[Frame]:
-        return iter(())
-
-
 class _Grouped:
-    """As many frames in one call of each graph as are fastest at their size."""
+    """``room`` frames in one call of each graph."""
 
-    def __init__(self, stylizer: Stylizer, quality: Quality) -> None:
-        self._stylizer, self._quality = stylizer, quality
-        self._room = stylizer.frames_per_call(quality.size)
+    def __init__(self, stylizer: Stylizer, quality: Quality, room: int) -> None:
+        self._stylizer, self._quality, self._room = stylizer, quality, room
         self._waiting: list[tuple[Frame, State]] = []
 
     def push(self, working: Frame, state: State, mark: Mark = no_mark) -> list[Frame]:
@@ -81,15 +80,15 @@ class _Grouped:
 
 
 _BATCHERS: dict[str, Callable[[Stylizer, Quality], _Batcher]] = {
-    ONE_BY_ONE: _OneByOne,
+    ONE_BY_ONE: lambda stylizer, quality: _Grouped(stylizer, quality, 1),
     STREAM_BATCH: StreamBatch,
-    GROUPED: _Grouped,
+    GROUPED: lambda stylizer, quality: _Grouped(stylizer, quality, stylizer.frames_per_call(quality.size)),
 }
 
 
 @dataclass(eq=False, slots=True)
 class _Inside:
-    """A packet inside the engines, with what is needed when it comes out."""
+    """A packet inside the engines, and the data to finish it with."""
 
     packet: FramePacket
     motion: Motion
@@ -97,7 +96,7 @@ class _Inside:
 
 
 class FrameStream:
-    """Frames of one stream. One thread at a time."""
+    """Stylizes the frames of one stream. Use it from one thread at a time."""
 
     def __init__(
         self,
@@ -113,7 +112,7 @@ class FrameStream:
         """``style_at`` None: the style set on the stylizer. ``temporal`` None: mode off.
 
         ``similarity`` skips frames that hardly differ from the one before: they get its result. Raises
-        ValueError for an unknown batching mode, or one that ``similarity`` does not go with.
+        ValueError for an unknown batching mode, or one that cannot be combined with ``similarity``.
         """
         if batching not in _BATCHERS:
             raise ValueError(f"unknown batching mode {batching!r}; use one of {', '.join(_BATCHERS)}")
@@ -143,7 +142,7 @@ class FrameStream:
             self._begin(quality)
 
     def discard(self) -> int:
-        """Drop the packets inside the engines, as after a pause. Returns their number."""
+        """Drop the packets inside the engines, e.g. after a pause. Returns their number."""
         dropped = len(self._inside)
         if self._quality is not None:
             self._begin(self._quality)
@@ -187,7 +186,7 @@ class FrameStream:
             yield self._finish(styled)
 
     def _follow_shape(self, shape: Size) -> Iterator[FramePacket]:
-        """Begin anew where frames of this shape have another working size."""
+        """Start over if frames of this shape have another working size."""
         if shape != self._shape:
             self._shape = shape
             before, self._usual = self._usual, self._stylizer.quality(*shape)
@@ -202,11 +201,11 @@ class FrameStream:
         self._batcher = _BATCHERS[self._batching](self._stylizer, quality)
 
     def _look_up_style(self, packet: FramePacket) -> bool:
-        """Note the style of this instant; True where it differs from that of the frame before."""
-        packet.painted_s = self._now()
+        """Look up the current style; True if it differs from that of the frame before."""
+        packet.style_s = self._now()
         if self._style_at is None:
             return False
-        style = self._style_at(packet.painted_s)
+        style = self._style_at(packet.style_s)
         before, self._style = self._style, style
         return before is not None and (style[0] is not before[0] or style[1] != before[1])
 

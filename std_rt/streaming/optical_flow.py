@@ -1,12 +1,12 @@
-"""Optical flow with trust: where each pixel of a frame was in the frame before, and how far to believe it.
+"""Optical flow with trust: where each pixel was in the previous frame, with a confidence.
 
 Two dense inverse searches (DIS, Kroeger et al. 2016), a fine one backwards and a coarse one forwards, on
-frames that are reduced where they are large. A pixel is trusted where
+frames that are reduced if they are large. A pixel is trusted if
 
-* both directions agree (Sundaram et al. 2010), or it may as well not have moved, and
-* the warped picture looks like the new frame. What is warped is not the frame before but a history of the
-  content, mixed with the same weights as the styled frames: where it has a ghost, the styled history has one
-  too, and neither is trusted any more.
+* both directions agree (Sundaram et al. 2010), or it may just as well not have moved, and
+* the warped picture looks like the new frame. Not the previous frame is warped but a history of the
+  content, mixed with the same weights as the styled frames: where it has a ghost, so does the styled history,
+  and neither is trusted any more.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from std_rt.core.arrays import Array, Frame, Size
+
 __all__ = ["SMALLEST_PX", "Followed", "Follower", "enlarged", "reduced", "unmoved"]
 
-Frame = NDArray[np.uint8]
-Array = NDArray[np.float32]
-Size = tuple[int, int]  # (H, W) in pixels
 
 # 256 px of any aspect is followed at its own size, 512 px at half. Noise moves by cells and needs less.
 _MOST_PX, _MOST_PX_COARSE = 120_000, 30_000
@@ -33,11 +32,13 @@ _SAME_SIDE = 5  # px: what "looks the same" is averaged over
 # Measured on the clips of docs/lab-notes.md (2026-11-21): twice as strict costs a tenth of the steadiness.
 _LEVELS = 25.0  # difference (of 255) at which half of the trust is gone
 _OFF_PX2 = 1.5  # squared distance by which the two directions may miss each other
-_OFF_SHARE = 0.02  # and of the squared length of the way
-_STAYED_LEVELS = 0.5  # staying may look this much worse than moving, and is believed
-_STAYED_PX = 1.5  # a way so long that both directions agree on is believed
+_OFF_SHARE = 0.02  # and of the squared length of the motion
+_STAYED_LEVELS = 0.5  # staying is believed even if it looks this much worse than moving
+_STAYED_PX = 1.5  # a longer motion on which both directions agree is believed
 
-# As `evaluation.measures` tells a cut: little can be followed, or what is followed does not look alike.
+_ERODED = np.ones((3, 3), np.uint8)  # trust ends one pixel before untrusted ones
+
+# The rule of `evaluation.measures` for a cut: little can be followed, or what is followed looks different.
 _FEWEST_FOLLOWED = 0.15
 _CUT_LEVELS = 25.5
 
@@ -58,7 +59,8 @@ class Follower:
 
         ``weight`` 0..1: the share of a trusted history in the next picture.
         """
-        self._back, self._forth = _fine(), _coarse()
+        self._back = _fine()
+        self._forth = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
         self._most_px = _MOST_PX if fine else _MOST_PX_COARSE
         self._weight = np.float32(weight)
         self._grey: Frame | None = None
@@ -101,13 +103,13 @@ class Follower:
         if _is_cut(agreed, moved_off):
             return None
         alike = np.clip(1.5 - moved_off / _LEVELS, 0, 1)
-        trust = np.asarray(cv2.erode(agreed * _inside(source) * alike, _ring()), np.float32)
+        trust = np.asarray(cv2.erode(agreed * _inside(source) * alike, _ERODED), np.float32)
         self._history = new + (self._weight * trust)[..., None] * (carried - new)
         return source, trust
 
 
 def reduced(frame: Frame, most_px: int = _MOST_PX) -> Frame:
-    """``frame`` at 1/2, 1/3 ... of its size where it has more than ``most_px`` pixels."""
+    """``frame`` at 1/2, 1/3 ... of its size if it has more than ``most_px`` pixels."""
     h, w = frame.shape[:2]
     parts = 1
     while (h // parts) * (w // parts) > most_px and min(h, w) // (parts + 1) >= SMALLEST_PX:
@@ -122,21 +124,18 @@ def enlarged(source: Array, trust: Array, size: Size) -> Followed:
     h, w = source.shape[:2]
     if (h, w) == size:
         return Followed(source, trust)
-    way = source - unmoved((h, w))
-    way *= np.array([size[1] / w, size[0] / h], np.float32)
+    motion = source - unmoved((h, w))
+    motion *= np.array([size[1] / w, size[0] / h], np.float32)
     full = (size[1], size[0])
-    larger = np.asarray(cv2.resize(way, full, interpolation=cv2.INTER_LINEAR), np.float32)
+    larger = np.asarray(cv2.resize(motion, full, interpolation=cv2.INTER_LINEAR), np.float32)
     wide = np.asarray(cv2.resize(trust, full, interpolation=cv2.INTER_LINEAR), np.float32)
     return Followed(larger + unmoved(size), wide)
 
 
+@lru_cache(maxsize=8)  # grids of the sizes in use
 def unmoved(size: Size) -> Array:
     """The source of a frame in which nothing moved: x and y of each pixel, [H, W, 2]. Read-only."""
-    return _unmoved(int(size[0]), int(size[1]))
-
-
-@lru_cache(maxsize=8)  # grids of the sizes in use
-def _unmoved(h: int, w: int) -> Array:
+    h, w = size
     grid = np.ascontiguousarray(np.stack(np.meshgrid(np.arange(w), np.arange(h)), -1), np.float32)
     grid.flags.writeable = False
     return grid
@@ -150,10 +149,6 @@ def _fine() -> cv2.DISOpticalFlow:
     search.setVariationalRefinementIterations(3)
     search.setPatchStride(5)
     return search
-
-
-def _coarse() -> cv2.DISOpticalFlow:
-    return cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
 
 
 def _read(picture: Array, source: Array) -> Array:
@@ -182,10 +177,6 @@ def _inside(source: Array) -> NDArray[np.bool_]:
     h, w = source.shape[:2]
     x, y = cv2.split(source)
     return np.asarray((x >= 0) & (x <= w - 1) & (y >= 0) & (y <= h - 1))
-
-
-def _ring() -> Frame:
-    return np.ones((3, 3), np.uint8)
 
 
 def _is_cut(agreed: Array, unlike: Array) -> bool:

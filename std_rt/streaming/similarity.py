@@ -14,77 +14,57 @@ import random
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
+from std_rt.core.arrays import Frame
 from std_rt.core.errors import UsageError
 
 __all__ = ["SimilarityFilter", "similarity", "thumbnail"]
 
-Frame = NDArray[np.uint8]
 
 _CELLS = 32  # along the long side
-_SAMPLES = 8  # pixels a cell is averaged over, along one side
+_SAMPLES = 8  # pixels per cell side that are averaged
 _MOST_CHANGED = 0.01  # share of the cells
 
 
 class SimilarityFilter:
     """For one stream in one thread. The same frames and seed give the same decisions."""
 
-    def __init__(
-        self, threshold: float = 0.98, max_skip: int = 10, seed: int = 0, *, frames_inside: int = 1
-    ) -> None:
+    def __init__(self, threshold: float = 0.98, max_skip: int = 10, seed: int = 0) -> None:
         """``threshold`` 0..1: frames less similar are never skipped. ``max_skip``: skips in a row.
 
-        ``frames_inside``: frames that must enter a stream batch for one to come out. After a change that many
-        more are processed, or what is shown while nothing moves would date from before it.
-        Raises UsageError for a threshold outside 0 <= threshold < 1 or numbers below 1.
+        Raises UsageError for a threshold outside 0 <= threshold < 1 or a ``max_skip`` below 1.
         """
         if not 0 <= threshold < 1:
             raise UsageError(f"the similarity threshold must be at least 0 and below 1, got {threshold:g}")
-        if min(max_skip, frames_inside) < 1:
-            raise UsageError(f"frames to skip in a row must be 1 or more, got {min(max_skip, frames_inside)}")
-        self.threshold, self.max_skip, self._frames_inside = threshold, max_skip, frames_inside
-        self.skips = 0
-        self.similarity: float | None = None
-        """Of the last frame to the last processed one before it; None where there was none to compare."""
+        if max_skip < 1:
+            raise UsageError(f"frames to skip in a row must be 1 or more, got {max_skip}")
+        self.threshold, self.max_skip = threshold, max_skip
         self._random = random.Random(seed)
         self._processed: Frame | None = None
         self._in_a_row = 0
-        self._due = 0
 
     def skip(self, frame: Frame) -> bool:
         """Whether this frame uint8 [H, W, 3] can be shown with the last processed frame's result."""
         small = thumbnail(frame)
-        self.similarity = self._compare(small)
-        if self.similarity is None or self.similarity <= self.threshold:
-            self._due = self._frames_inside
-        if self._due or self._in_a_row >= self.max_skip or not self._drawn():
+        alike = 0.0
+        if self._processed is not None and self._processed.shape == small.shape:
+            alike = similarity(self._processed, small)
+        chance = (alike - self.threshold) / (1 - self.threshold)  # equation 6 of the paper
+        if chance <= 0 or self._in_a_row >= self.max_skip or self._random.random() >= chance:
             self._processed, self._in_a_row = small, 0
-            self._due = max(0, self._due - 1)
             return False
         self._in_a_row += 1
-        self.skips += 1
         return True
 
     def force(self) -> None:
-        """Process the next frame whatever it looks like, as after a change of style."""
+        """Process the next frame whatever it looks like, e.g. after a change of style."""
         self._processed = None
-
-    def _compare(self, small: Frame) -> float | None:
-        if self._processed is None or self._processed.shape != small.shape:
-            return None
-        return similarity(self._processed, small)
-
-    def _drawn(self) -> bool:
-        """A draw with the probability of a skip (equation 6 of the paper)."""
-        share = ((self.similarity or 0.0) - self.threshold) / (1 - self.threshold)
-        return self._random.random() < share
 
 
 def thumbnail(frame: Frame) -> Frame:
     """Means of the cells of a frame uint8 [H, W, 3]: uint8 [h, w, 3], the longer of h and w being 32.
 
-    Of a large frame some 8 x 8 pixels a cell are looked at, so that the cost (0.1 ms) does not grow with it.
+    Of a large frame 8 x 8 pixels per cell are sampled, so that the cost (0.1 ms) does not grow with its size.
     """
     scale = _CELLS / max(frame.shape[:2])
     h, w = (max(1, round(side * scale)) for side in frame.shape[:2])

@@ -5,7 +5,7 @@
         results = batch.push(stylizer.fit(frame), state)  # empty until N frames have entered
     results = list(batch.flush())  # the frames still inside
 
-More frames a second, N - 1 frames later (StreamDiffusion, arXiv 2312.12491, section 3.1). A frame keeps the
+More frames per second, N - 1 frames later (StreamDiffusion, arXiv 2312.12491, section 3.1). A frame keeps the
 style and the noise it entered with through all its steps, so each comes out as it does one by one. The
 launches are in `pipeline.stream_program`.
 """
@@ -15,9 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
+from std_rt.core.arrays import Array, Frame, Size
 from std_rt.core.errors import UsageError
 from std_rt.engines.program import Mark, no_mark
 from std_rt.pipeline.conditioning import Conditioning
@@ -26,24 +24,20 @@ from std_rt.pipeline.stylizer import State, Stylizer
 
 __all__ = ["StreamBatch"]
 
-Frame = NDArray[np.uint8]
-Array = NDArray[np.float32]
-Size = tuple[int, int]  # (H, W) in pixels
-
 
 @dataclass(frozen=True, eq=False)
 class _Slot:
-    """What a frame entered with."""
+    """The inputs a frame entered with."""
 
     conditioning: Conditioning
     noise: Array
 
 
 class StreamBatch:
-    """Frames of one quality on their way through the slots, one a step. One thread at a time."""
+    """Frames of one quality in the slots, one per step. Use it from one thread at a time."""
 
     def __init__(self, stylizer: Stylizer, at: Quality | Size) -> None:
-        """``at``: a quality, or a working size (H, W) and the stylizer's steps. Its engines begin to open."""
+        """``at``: a quality, or a working size (H, W) and the stylizer's steps. Its engines start to open."""
         self._stylizer = stylizer
         self._key = RunnerKey(stylizer.quality_at(at), stream=True)
         stylizer.runner(self._key)
@@ -53,11 +47,6 @@ class StreamBatch:
         self._last: Frame | None = None
 
     @property
-    def latency_frames(self) -> int:
-        """Frames that enter before the result of one comes out."""
-        return len(self._slots)
-
-    @property
     def inside(self) -> int:
         """Frames that have entered and not come out."""
         return sum(slot is not None for slot in self._slots)
@@ -65,7 +54,7 @@ class StreamBatch:
     def push(self, working: Frame, state: State, mark: Mark = no_mark) -> list[Frame]:
         """Take a frame uint8 [H, W, 3] of the working size; the result of the frame N - 1 pushes ago, if any.
 
-        Style and noise are those of this moment. Raises UsageError where frame or state have another size.
+        The current style and noise are used. Raises UsageError if frame or state have another size.
         After an error of the engines, the frames inside are lost.
         """
         runner = self._stylizer.runner(self._key)
@@ -95,7 +84,7 @@ class StreamBatch:
         return [styled[0]] if slots[-1] is not None else []
 
     def _claim(self, runner: CachedRunner) -> None:
-        """Take over the runner's slots; UsageError where another stream batch did, and frames are lost."""
+        """Take over the runner's slots; UsageError if another stream batch took them and frames are lost."""
         if runner.user is self:
             return
         lost = self.inside

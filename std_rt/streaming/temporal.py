@@ -1,4 +1,4 @@
-"""The temporal filter: strokes stay where the content goes, and flicker is mixed away.
+"""The temporal filter: strokes follow the content, and flicker is averaged out.
 
     temporal = TemporalFilter("full")
     for working in frames:
@@ -8,12 +8,12 @@
 
 * ``off``: the same noise in the same place for every frame; results are shown as they are.
 * ``noise``: the noise follows the motion of the content (`streaming.noise_warp`).
-* ``full``: and each styled frame is mixed with the warped frames before it, where the motion can be trusted
+* ``full``: and each styled frame is mixed with the warped frames before it, where the motion is trusted
   (`streaming.optical_flow`).
 
-Finished pictures are mixed, not latents: that measured best (docs/lab-notes.md, 2026-11-21). Latents at an
-eighth of the resolution cannot be warped by less than a cell, and previous results fed back into the start
-pile up the style. It is also independent of stream batch and backend.
+Finished pictures are mixed, not latents: this measured best (docs/lab-notes.md, 2026-11-21). Latents at an
+eighth of the resolution cannot be warped by less than a cell, and feeding previous results back into the
+start latents compounds the style. It is also independent of stream batch and backend.
 """
 
 from __future__ import annotations
@@ -23,22 +23,19 @@ from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
+from std_rt.core.arrays import Array, Frame, Size
 from std_rt.evaluation.measures import Flow
 from std_rt.pipeline.stylizer import State
 from std_rt.streaming.noise_warp import MovingNoise
-from std_rt.streaming.optical_flow import SMALLEST_PX, Followed, Follower, reduced
+from std_rt.streaming.optical_flow import SMALLEST_PX, Followed, Follower, enlarged, reduced
 
 __all__ = ["TEMPORAL_MODES", "Motion", "TemporalFilter"]
 
-Frame = NDArray[np.uint8]
-Array = NDArray[np.float32]
-Size = tuple[int, int]  # (H, W) in pixels
 
 TEMPORAL_MODES = ("off", "noise", "full")
 
-# A history never counts for more than this, so no picture freezes: what is 15 frames old has a fifth left.
+# A history never counts for more than this, so no picture freezes: after 15 frames a fifth is left.
 _WEIGHT = 0.9
 _CHANGING_WEIGHT = 0.5  # while styles fade into each other
 _JUMP = 3.0  # times the usual difference from the history: another style altogether
@@ -47,7 +44,7 @@ _USUAL_LEVELS = 5.0  # that difference before there is one
 _DETAIL_PX, _REGION_PX = 7, 17  # what counts as detail; over how much of the picture its strength is compared
 _DETAIL_SHARE, _MOST_DETAIL = 0.9, 2.0
 
-_SAMPLED, _FIRST_SAMPLE = 30, 8  # the flicker of one pair in so many is measured, from this one on
+_SAMPLED, _FIRST_SAMPLE = 30, 8  # flicker is measured for one pair of frames in 30, from the 8th on
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,44 +52,34 @@ class Motion:
     """How a frame follows from the one before.
 
     ``followed`` None: no motion is known (the first frame, the first after a cut, every frame in mode off).
-    ``cut``: a new scene begins. ``judged``: the flow that flicker is measured by, where this pair is sampled.
+    ``judged``: the flow that flicker is measured by, if this pair is sampled.
     """
 
     index: int
     size: Size
     followed: Followed | None = None
-    cut: bool = False
     judged: Flow | None = None
 
 
 class TemporalFilter:
-    """Steadies one stream. One thread at a time; `warping_error` may be read from any thread."""
+    """Reduces the flicker of one stream. Use it from one thread at a time."""
 
     def __init__(self, mode: str, measured: Callable[[float], None] | None = None) -> None:
         """``mode``: one of `TEMPORAL_MODES`; ValueError for another.
 
-        ``measured`` is called with each warping error that goes into `warping_error`.
+        ``measured`` is called with the warping error (0..1, `Flow.difference`) of each sampled pair of
+        presented frames: `measures.WarpingError` of that pair, though above 256 px the flow is that of
+        reduced frames.
         """
         if mode not in TEMPORAL_MODES:
             raise ValueError(f"unknown temporal mode {mode!r}; use one of {', '.join(TEMPORAL_MODES)}")
         self.mode, self._measured = mode, measured
-        self.cuts = 0
         self._follower = Follower(fine=mode == "full", weight=_WEIGHT if mode == "full" else 0.0)
         self._mixer = _Mixer()
-        self._errors, self._pairs = 0.0, 0
         self.reset()
 
-    @property
-    def warping_error(self) -> float | None:
-        """Flicker of what was presented, 0..1: mean of `Flow.difference` over sampled pairs of frames.
-
-        It is `measures.WarpingError` of those pairs; above 256 px the flow is that of reduced frames.
-        None before the first sample.
-        """
-        return self._errors / self._pairs if self._pairs else None
-
     def reset(self) -> None:
-        """Forget the frames; `warping_error` and ``cuts`` are kept."""
+        """Forget the frames."""
         self._index = 0
         self._size: Size | None = None
         self._sample: Frame | None = None
@@ -110,20 +97,18 @@ class TemporalFilter:
             self.reset()
             self._size = size
         index, self._index = self._index, self._index + 1
-        if min(size) < SMALLEST_PX:  # nothing to search in; steadied as in mode off
+        if min(size) < SMALLEST_PX:  # too small to follow: as in mode off
             return Motion(index, size)
         judged = self._judge(index, working)
         if self.mode == "off":
             return Motion(index, size, judged=judged)
-        followed = self._follower.follow(working)
-        cut = followed is None and index > 0
-        self.cuts += cut
-        return Motion(index, size, followed, cut, judged)
+        return Motion(index, size, self._follower.follow(working), judged)
 
     def noise(self, state: State, motion: Motion) -> State:
-        """``state`` with the noise of this frame; ``state`` itself where no noise has moved.
+        """``state`` with the noise of this frame; ``state`` itself if no noise has moved.
 
-        Pass the stream's first state every time, or the last one returned. Call once a frame, after `follow`.
+        Pass the stream's first state every time, or the last one returned. Call once per frame, after
+        `follow`.
         """
         if self.mode == "off":
             return state
@@ -143,8 +128,8 @@ class TemporalFilter:
         """The frame to present, uint8 [H, W, 3]; ``styled`` itself in modes off and noise.
 
         Call in the order of `follow`, any number of frames later. ``changing``: its style differs from that
-        of the frame before, so earlier results count for less, or for nothing where the picture changed
-        entirely. Raises ValueError where the frame's size is not the one that was followed.
+        of the frame before, so earlier results count for less, or not at all if the picture changed
+        entirely. Raises ValueError if the frame's size is not the one that was followed.
         """
         if (styled.shape[0], styled.shape[1]) != motion.size:
             raise ValueError(
@@ -175,14 +160,12 @@ class TemporalFilter:
         if motion.judged is None or shown is None or shown[0] != motion.index - 1:
             return
         error = motion.judged.difference(shown[1], result)
-        if np.isfinite(error):
-            self._errors, self._pairs = self._errors + error, self._pairs + 1
-            if self._measured is not None:
-                self._measured(error)
+        if np.isfinite(error) and self._measured is not None:
+            self._measured(error)
 
 
 class _Mixer:
-    """Mixes each styled frame with those before it."""
+    """Mixes each styled frame with its predecessors."""
 
     def __init__(self) -> None:
         self.reset()
@@ -193,7 +176,7 @@ class _Mixer:
         self._usual = _USUAL_LEVELS
 
     def mix(self, styled: Frame, followed: Followed | None, changing: bool) -> Frame:
-        """``styled`` mixed with its history; ``styled`` itself where no motion is known."""
+        """``styled`` mixed with its history; ``styled`` itself if no motion is known."""
         new = styled.astype(np.float32)
         history, self._history = self._history, new
         if history is None or followed is None:
@@ -250,14 +233,7 @@ def _is_sampled(index: int) -> bool:
 
 
 def _flow_of(before: Frame, after: Frame) -> Flow:
-    """`Flow.between`, of reduced frames where they are large."""
+    """`Flow.between`, of reduced frames if they are large."""
     small = Flow.between(reduced(before), reduced(after))
-    h, w = small.followed.shape
-    size = (after.shape[0], after.shape[1])
-    if (h, w) == size:
-        return small
-    wide = (size[1], size[0])
-    scale = np.array([size[1] / w, size[0] / h], np.float32)
-    source = cv2.resize(small.source, wide, interpolation=cv2.INTER_LINEAR) * scale + (scale - 1) / 2
-    followed = cv2.resize(small.followed.view(np.uint8), wide, interpolation=cv2.INTER_NEAREST) > 0
-    return Flow(np.asarray(source, np.float32), followed)
+    full = enlarged(small.source, small.followed.astype(np.float32), (after.shape[0], after.shape[1]))
+    return Flow(full.source, full.trust > 0.5)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from support.fake_engine import FakeEngine, float_ports
 from support.handmade import DIM, POOLED, TOKENS
 
 from std_rt.engines import GraphSpec
-from std_rt.engines.fake import FakeEngine, float_ports
 
 
 class Backend:

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from std_rt.core.errors import BackendError
-from std_rt.engines.cuda.probe import Gpu
 from std_rt.engines.glue import GLUE
+from std_rt.engines.gpu.probe import Gpu
 from std_rt.engines.program import Program, launch_specs
 from std_rt.engines.protocol import GraphSpec
 from std_rt.engines.tensorrt.engine_builder import EngineBuilder

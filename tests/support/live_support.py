@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from std_rt.live.session import Session
 from std_rt.media.camera.camera import Captured
 from std_rt.media.window.window import Event
-from std_rt.streaming.frame_packet import FramePacket
+from std_rt.streaming.frame_stream import FramePacket
 
 Frame = NDArray[np.uint8]
 

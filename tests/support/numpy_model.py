@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from support.fake_engine import FakeEngine, float_ports
 
 from std_rt.core.schedule import NoiseSchedule, StepCoefficients, trajectory_timesteps
-from std_rt.engines.fake import FakeEngine, float_ports
 from std_rt.engines.program import Program
 from std_rt.pipeline.denoise import noise_draws
 from std_rt.pipeline.program_builder import NEGATIVE, FrameNumbers, graph_shapes

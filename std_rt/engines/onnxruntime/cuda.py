@@ -1,11 +1,11 @@
-"""ONNX Runtime on an NVIDIA GPU (onnxruntime-gpu): buffers stay there, big graphs replay as CUDA graphs.
+"""ONNX Runtime on an NVIDIA GPU (onnxruntime-gpu): buffers stay there, large graphs replay as CUDA graphs.
 
-Graphs run in what they were exported in: fp32 (tensor cores in TF32 unless fp32 is asked for), fp16, or
-int8. bf16 is refused: the provider lacks kernels that SDXL needs in it (InstanceNormalization, Resize, Pad,
-ReduceMean), and would carry those layers back to the CPU. Each launch ends with a wait of microseconds;
+Graphs run in the precision they were exported in: fp32 (tensor cores in TF32 unless fp32 is asked for), fp16,
+or int8. bf16 is refused: the provider lacks kernels that SDXL needs in it (InstanceNormalization, Resize,
+Pad, ReduceMean), and would carry those layers back to the CPU. Each launch ends with a wait of microseconds;
 the TensorRT backends, which replay a whole frame, have none.
 
-Not run on a GPU by us.
+Untested on a real GPU.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import onnxruntime as ort
 
 from std_rt.core.errors import BackendError
 from std_rt.core.machine import install_hint
-from std_rt.engines.cuda.probe import probe
 from std_rt.engines.glue import GLUE
+from std_rt.engines.gpu.probe import probe
 from std_rt.engines.onnxruntime.io_binding import OrtRunner
 from std_rt.engines.onnxruntime.session import CPU, OnnxRuntimeEngine, check_precision, open_session
 from std_rt.engines.program import Launch, Program
@@ -65,8 +65,8 @@ def devices() -> str:
 def provider_options(precision: str, *, capture: bool) -> dict[str, str]:
     """Options of the CUDA provider.
 
-    Convolution algorithms are tried out once at the size in use; memory grows by what is asked for, because
-    several sessions share the card; ``fp32`` asked for by name means no TF32. With ``capture`` a session
+    Convolution algorithms are tried out once at the size in use; memory grows only as requested, because
+    several sessions share the card; an explicit ``fp32`` disables TF32. With ``capture`` a session
     records its kernels at the first run and replays them as one from then on.
     """
     return {
@@ -95,7 +95,7 @@ def _open(spec: GraphSpec, precision: str, *, capture: bool) -> ort.InferenceSes
     said = _load_libraries()
     provider = (_PROVIDER, provider_options(precision, capture=capture))
     session = open_session(spec, [provider, *CPU])
-    # ONNX Runtime goes on without a provider that it cannot load; a user who asked for a GPU must know.
+    # ONNX Runtime continues without a provider it cannot load; a user who asked for a GPU must know.
     if session.get_providers()[0] != _PROVIDER:
         raise BackendError(
             f"onnxruntime cannot load its CUDA provider: {said or 'CUDA or cuDNN libraries are missing'}; "
@@ -106,7 +106,7 @@ def _open(spec: GraphSpec, precision: str, *, capture: bool) -> ort.InferenceSes
 
 @cache
 def _load_libraries() -> str:
-    """Load CUDA and cuDNN from pip's packages, where ONNX Runtime does not look; what it printed."""
+    """Load CUDA and cuDNN from pip's packages, where ONNX Runtime does not look; returns what it printed."""
     if _PROVIDER not in ort.get_available_providers():
         raise BackendError(
             "this onnxruntime has no CUDA provider; run: "

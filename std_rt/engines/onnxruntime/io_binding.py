@@ -2,7 +2,7 @@
 
 Buffers are allocated once, constants copied there once, and every launch is bound once to the buffers it
 reads and writes (IO binding). So graphs pass their results on without a copy, and addresses never change,
-which CUDA graphs need. The same code runs on the CPU, where tests hold it against `HostRunner`.
+which CUDA graphs need. The same code runs on the CPU, where tests compare it with `HostRunner`.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class OrtRunner:
                 raise BackendError(one_line(call.spec, error)) from error
             mark(call.stage)
         styled: Frame = self._values[STYLED].numpy()
-        return styled.copy() if self._device == "cpu" else styled  # where it is the buffer itself
+        return styled.copy() if self._device == "cpu" else styled  # there it is the buffer itself
 
     def carried(self) -> dict[str, Array]:
         """See `Runner`."""
@@ -127,18 +127,14 @@ class OrtRunner:
             if id(spec) not in sessions:
                 sessions[id(spec)] = open_session(spec)
             session = sessions[id(spec)]
-            binding = self._binding(launch, session)
+            _check_ports(launch, session)
+            binding = session.io_binding()
+            for port, buffer in launch.inputs.items():
+                binding.bind_ortvalue_input(port, self._values[buffer])
+            for port, buffer in launch.outputs.items():
+                binding.bind_ortvalue_output(port, self._values[buffer])
             calls.append(_Call(spec, session, binding, options(index, launch), launch.stage))
         return calls
-
-    def _binding(self, launch: Launch, session: ort.InferenceSession) -> ort.IOBinding:
-        _check_ports(launch, session)
-        binding = session.io_binding()
-        for port, buffer in launch.inputs.items():
-            binding.bind_ortvalue_input(port, self._values[buffer])
-        for port, buffer in launch.outputs.items():
-            binding.bind_ortvalue_output(port, self._values[buffer])
-        return binding
 
     def _check_open(self) -> None:
         if not self._values:
@@ -159,9 +155,9 @@ def _allocate(buffers: Ports, device: str, device_id: int) -> dict[str, ort.OrtV
 
 def _check_ports(launch: Launch, session: ort.InferenceSession) -> None:
     takes = [port.name for port in session.get_inputs()]
-    gives = [port.name for port in session.get_outputs()]
-    if set(takes) != set(launch.inputs) or not set(gives).issuperset(launch.outputs):
+    returns = [port.name for port in session.get_outputs()]
+    if set(takes) != set(launch.inputs) or not set(returns).issuperset(launch.outputs):
         raise BackendError(
-            f"graph '{launch.graph}' takes {', '.join(takes)} and gives {', '.join(gives)}; the program has "
-            f"{', '.join(launch.inputs)} and {', '.join(launch.outputs)}"
+            f"graph '{launch.graph}' takes {', '.join(takes)} and returns {', '.join(returns)}; "
+            f"the program has {', '.join(launch.inputs)} and {', '.join(launch.outputs)}"
         )

@@ -1,9 +1,9 @@
-"""ONNX Runtime sessions with every axis fixed and readable errors; and the CPU backend made of them.
+"""ONNX Runtime sessions with fixed axes and readable errors, and the CPU backend built on them.
 
-The CPU provider computes fp32, fp16 and int8 (QDQ) graphs, no bf16. fp16 graphs give the right picture at no
-gain: most CPU kernels compute in fp32 between casts. Frames run graph by graph (`HostRunner`), not by IO
-binding: sessions read NumPy's memory and return theirs, so there is no copy to save, and buffers on a device
-would add two a frame.
+The CPU provider computes fp32, fp16 and int8 (QDQ) graphs, no bf16. fp16 graphs give the right picture but
+no speed: most CPU kernels compute in fp32 between casts. Frames run graph by graph (`HostRunner`), not by IO
+binding: sessions read NumPy's memory and return theirs, so there is no copy to save; buffers on a device
+would add two copies per frame.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def open_session(spec: GraphSpec, providers: Providers) -> ort.InferenceSession:
     options.intra_op_num_threads = _physical_cores()
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors only
-    # The graph with the weights beside it.
+    # The graph and its weights file.
     size = sum(path.stat().st_size for path in spec.path.parent.glob(f"{spec.path.stem}.*"))
     lean = list(providers) == CPU and size > _LEAN_FROM_BYTES
     if lean:
@@ -166,7 +166,7 @@ def _ports(ports: Sequence[Any], shapes: Mapping[str, tuple[int, ...]]) -> Ports
 
 
 def _physical_cores() -> int:
-    """0 lets ONNX Runtime choose (one thread a physical core); fewer where this process may not use all."""
+    """0 lets ONNX Runtime choose (one thread per physical core); fewer if this process may not use all."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
     return allowed if allowed < (os.cpu_count() or 1) else 0
 

@@ -2,8 +2,8 @@
 
 An engine file holds a whole opened graph: one line of JSON (ports, names, sizes of what follows), the
 compiled model, and the compiled model of the part that depends on steady inputs alone, if there is one. A
-compiled model refers to no other file, so its bytes, which the engine cache has checked, are all that is
-trusted.
+compiled model refers to no other file, so nothing is trusted but its bytes, which the engine cache has
+checked.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _compile(core: ov.Core, spec: GraphSpec, config: dict[str, str]) -> tuple[Co
 
 
 def engine_key(core: ov.Core, spec: GraphSpec, config: dict[str, str]) -> EngineKey:
-    """The cache key of ``spec``. The number of threads plays no part in what is compiled."""
+    """The cache key of ``spec``. The number of threads does not affect compilation."""
     formats = ",".join(sorted(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")))
     flags = {"config": config, "steady": sorted(spec.steady), "format": _FORMAT}
     return EngineKey(

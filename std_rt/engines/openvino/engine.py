@@ -1,4 +1,4 @@
-"""OpenVINO engines on the CPU, the default backend; bf16 if the processor has bf16 hardware.
+"""OpenVINO engines on the CPU, the default backend; in bf16 if the processor has bf16 hardware.
 
 Compiled models are kept in the engine cache (`compiled`). The part of the UNet that does not depend on the
 picture is computed once per style and step (`graph.split_steady`). A quantized graph runs its int8 layers in
@@ -54,7 +54,7 @@ def _cached(core: ov.Core, spec: GraphSpec, config: dict[str, str]) -> Compiled:
         if data is not None:
             return Compiled.read(data, core, config)
     except (BackendError, RuntimeError):
-        broken = True  # damaged, not of this machine (and so never imported), or refused by OpenVINO
+        broken = True  # damaged, from another machine (so never imported), or refused by OpenVINO
     compiled, weight_bytes = compile_graph(core, spec, config)
     if weight_bytes <= _LARGEST_CACHED_BYTES:
         try:
@@ -72,7 +72,7 @@ class Prepared:
         sizes = {name: int(np.prod(port.shape)) for name, port in zip(names, compiled.inputs, strict=True)}
         self.names = sorted(sizes, key=sizes.__getitem__)
         self._request = compiled.create_infer_request()
-        # A result keeps the name that its tensor had in the graph beside its own.
+        # A result has two names: its own, and that of its tensor in the graph.
         self._outputs = [
             next(name for name in port.get_names() if name.startswith(STEADY)) for port in compiled.outputs
         ]
@@ -162,7 +162,7 @@ def _tensor(array: Array) -> ov.Tensor:
 
 
 def _copy(tensor: ov.Tensor) -> ov.Tensor:
-    """Not by way of NumPy, which has no bfloat16."""
+    """A copy made without NumPy, which has no bfloat16."""
     copy = ov.Tensor(tensor.element_type, tensor.shape)
     tensor.copy_to(copy)
     return copy

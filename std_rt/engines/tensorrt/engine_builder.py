@@ -1,4 +1,4 @@
-"""The builder of TensorRT and TensorRT-RTX engines: from the cache, or built if the cache does not list them.
+"""Provides TensorRT and TensorRT-RTX engines: from the cache, or built if the cache does not have them.
 
 builder = EngineBuilder(trt, RTX, ("sm89", "sm120"), cache=EngineCache.open())
 data = builder.data(spec)
@@ -126,7 +126,7 @@ _progress: list[Progress] = []  # of `progress_to`, the innermost last
 
 @contextmanager
 def progress_to(progress: Progress) -> Iterator[None]:
-    """Inside, builds without a ``progress`` of their own report to this one, from whatever thread."""
+    """While the block runs, builds that were given no ``progress`` report to this one, in any thread."""
     _progress.append(progress)
     try:
         yield

@@ -1,12 +1,12 @@
 """The runner on TensorRT and TensorRT-RTX: every buffer on the GPU, and a frame as one CUDA graph.
 
-A frame (uint8) lies in page-locked memory; one launch copies it to the GPU, runs every graph and every
-operation between them, and copies the picture (uint8) back. Nothing else crosses, and the host waits once.
+The frame (uint8) is in page-locked memory; one launch copies it to the GPU, runs every graph and every
+operation between them, and copies the picture (uint8) back. Nothing else is copied, and the host waits once.
 
-Engines come from this machine's cache and from nowhere else (`engine_builder`). They run one after the other
+Engines come only from this machine's cache (`engine_builder`). They run one after the other
 on one stream, so they share one piece of working memory, as large as the largest of them needs.
 
-Not run on a GPU by us. Tests run all of this on tests/support/fake_gpu.py, a GPU and a TensorRT in NumPy.
+Untested on a real GPU. Tests run all of it on tests/support/fake_gpu.py, a GPU and a TensorRT in NumPy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 from std_rt.core.errors import BackendError
 from std_rt.engines.cache import EngineCache
-from std_rt.engines.cuda.driver import CudaDevice, cuda_device, driver_problem
+from std_rt.engines.gpu.driver import CudaDevice, cuda_device, driver_problem
 from std_rt.engines.program import (
     FRAME,
     STYLED,
@@ -44,13 +44,13 @@ from std_rt.engines.tensorrt.onnx_to_engine import (
     make_logger,
 )
 
-__all__ = ["RTX_BACKEND", "TENSORRT_BACKEND", "Backend", "GpuEngine", "GpuRunner", "Session"]
+__all__ = ["RTX_BACKEND", "TENSORRT_BACKEND", "GpuBackend", "GpuEngine", "GpuRunner", "GpuSession"]
 
 _WARM_UPS = 3  # the first runs load kernels and settle sizes, which must not happen inside a capture
 
 
 @dataclass(frozen=True)
-class Backend:
+class GpuBackend:
     """The backend of one product, as `std_rt.engines.registry` opens it.
 
     Engines that the cache does not list are built first, which takes minutes for a large UNet.
@@ -67,10 +67,10 @@ class Backend:
         return self._session(precision).open_runner(program, specs, precision)
 
     def devices(self) -> str:
-        """The GPU, or why there is none, for `std-rt doctor`."""
+        """The GPU, or why none can be used, for `std-rt doctor`."""
         return driver_problem() or f"{cuda_device().gpu}, {cuda_device().driver}"
 
-    def _session(self, precision: str) -> Session:
+    def _session(self, precision: str) -> GpuSession:
         """``precision`` fp32 turns TF32 off; everything else about precision is in the graphs."""
         trt = load_product(self.product)
         device = cuda_device()  # before the runtime: without a driver that one crashes at exit
@@ -82,17 +82,17 @@ class Backend:
             tf32=precision != "fp32",
             cache=EngineCache.open(),
         )
-        return Session(trt, device, builder)
+        return GpuSession(trt, device, builder)
 
 
-TENSORRT_BACKEND, RTX_BACKEND = Backend(TENSORRT), Backend(RTX)
+TENSORRT_BACKEND, RTX_BACKEND = GpuBackend(TENSORRT), GpuBackend(RTX)
 
 
-class Session:
+class GpuSession:
     """A TensorRT module, a GPU and a builder of engines: opens graphs and programs."""
 
     def __init__(self, trt: Any, device: CudaDevice, builder: EngineBuilder) -> None:
-        """Most callers want a `Backend`."""
+        """Use a `GpuBackend` unless in a test."""
         device.bind()
         self._trt, self._device, self._builder = trt, device, builder
         self._logger = make_logger(trt)
@@ -202,7 +202,7 @@ class Kernels:
 
     @classmethod
     def open(cls, builder: EngineBuilder, spec: GraphSpec, config: Any, device: CudaDevice) -> Kernels:
-        """Give a runtime config its kernel cache, filled with what the engine cache has for this engine."""
+        """Give a runtime config its kernel cache, filled from the engine cache."""
         cache = config.create_runtime_cache()
         known = b""
         if builder.cache is not None:
@@ -213,7 +213,7 @@ class Kernels:
         return cls(builder, spec, cache, device, known)
 
     def keep(self) -> None:
-        """Put what was compiled into the engine cache, if it is more than came from there."""
+        """Store newly compiled kernels in the engine cache."""
         blob = bytes(self.cache.serialize() or b"")
         if self.builder.cache is not None and blob and blob != self.known:
             key = self.builder.kernels_key(self.spec, self.device.driver)
@@ -284,7 +284,7 @@ class GpuEngine:
     """An `Engine` on the GPU, such as the style encoder's. Use it from one thread at a time."""
 
     def __init__(self, device: CudaDevice, graph: LoadedGraph, precision: str) -> None:
-        """Most callers want `Session.open_graph`."""
+        """Use `GpuSession.open_graph`."""
         self.inputs, self.outputs, self.precision = graph.inputs, graph.outputs, precision
         self._device, self._name = device, graph.name
         self._graph: LoadedGraph | None = graph
@@ -327,14 +327,22 @@ class GpuRunner:
     def __init__(
         self, device: CudaDevice, program: Program, graphs: Sequence[LoadedGraph], precision: str
     ) -> None:
-        """Most callers want `Session.open_runner`. ``graphs`` has the graph of each launch, in order."""
+        """Use `GpuSession.open_runner`. ``graphs`` has the graph of each launch, in order."""
         self.precision = precision
         self._device, self._program, self._graphs = device, program, list(graphs)
         self._check_ports()
         self._memory = Memory(device)
         self._stream = device.stream()
         self._addresses = {name: self._memory.take(_size(*port)) for name, port in program.buffers.items()}
-        self._unread = [self._scratch(i) for i in range(len(program.launches))]
+        # Outputs that a launch does not name: the engine writes them all the same.
+        self._unread = [
+            {
+                port: self._memory.take(_size(*kind))
+                for port, kind in graph.outputs.items()
+                if port not in launch.outputs
+            }
+            for launch, graph in zip(program.launches, self._graphs, strict=True)
+        ]
         self._frame = device.pinned(*program.buffers[FRAME])
         self._styled = device.pinned(*program.buffers[STYLED])
         self._fed: dict[str, Array] = {}
@@ -462,12 +470,6 @@ class GpuRunner:
                     f"{_describe(graph.outputs)}, but the program has {_describe(inputs)} and "
                     f"{_describe(outputs)}; export the bundle again"
                 )
-
-    def _scratch(self, index: int) -> dict[str, int]:
-        """Addresses for outputs that the launch does not name: the engine writes them all the same."""
-        launch, graph = self._program.launches[index], self._graphs[index]
-        unread = {port: spec for port, spec in graph.outputs.items() if port not in launch.outputs}
-        return {port: self._memory.take(_size(*spec)) for port, spec in unread.items()}
 
 
 def _size(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:

@@ -3,9 +3,9 @@
     trt = load_product(RTX)
     build_engine(trt, RTX, spec, Path("unet.engine"), targets=("sm89", "sm120"))
 
-Networks are strongly typed (the arithmetic is what the ONNX file says) and every shape is fixed. Nothing
-here touches the CUDA runtime: TensorRT-RTX builds for named GPUs on a machine without one. Our tests run
-TensorRT-RTX; TensorRT itself, whose vendor keeps it on another package index, has not been run by us.
+Networks are strongly typed (precision is as in the ONNX file) and every shape is fixed. Nothing
+here touches the CUDA runtime: TensorRT-RTX builds for named GPUs on a machine without one. Tests build
+with TensorRT-RTX; TensorRT itself, which is on another package index, is untested.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from std_rt.core.errors import BackendError
+from std_rt.core.files import is_inside
 from std_rt.core.machine import install_hint
 from std_rt.core.onnx_file import external_locations
 from std_rt.engines.protocol import GraphSpec
@@ -36,7 +37,7 @@ __all__ = [
     "make_logger",
 ]
 
-Progress = Callable[[str, float], None]  # (what is being built, share done in 0..1)
+Progress = Callable[[str, float], None]  # (graph, share done in 0..1)
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,15 @@ def build_engine(
     _fix_shapes(product, spec, network, logger)
     config = builder.create_builder_config()
     (config.set_flag if tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
-    _set_targets(trt, product, config, targets)
+    if targets:
+        config.num_compute_capabilities = len(targets)
+    for i, target in enumerate(targets):
+        config.set_compute_capability(capability(trt, product, target), i)
     if timings is not None:
         config.set_timing_cache(config.create_timing_cache(timings), ignore_mismatch=False)
-    monitor = _attach_monitor(trt, config, spec.name, progress)
+    monitor = None
+    if progress is not None and hasattr(trt, "IProgressMonitor"):
+        config.progress_monitor = monitor = _monitor(trt, spec.name, progress)  # must live as long as config
     try:
         done = _serialize(trt, builder, network, config, path)
     finally:
@@ -188,19 +194,13 @@ class Phases:
         return self.share
 
 
-def _attach_monitor(trt: Any, config: Any, name: str, progress: Progress | None) -> Any:
-    """Report a build's progress; the monitor returned (or None) must live as long as the config."""
-    if progress is None or not hasattr(trt, "IProgressMonitor"):
-        return None
-    config.progress_monitor = monitor = _monitor_class(trt)(name, progress)
-    return monitor
+def _monitor(trt: Any, name: str, progress: Progress) -> Any:
+    """Reports a build's progress; an error of ``progress`` ends the build, and `raise_failure` raises it."""
 
-
-def _monitor_class(trt: Any) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the module is not known before it runs
-        def __init__(self, name: str, progress: Progress) -> None:
+        def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self._name, self._progress, self._phases = name, progress, Phases()
+            self._phases = Phases()
             self._failure: BaseException | None = None
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
@@ -220,15 +220,15 @@ def _monitor_class(trt: Any) -> Any:
         def _report(self, share: float) -> None:
             try:
                 if self._failure is None:
-                    self._progress(self._name, share)
+                    progress(name, share)
             except BaseException as error:  # noqa: BLE001  # nothing may pass through C++; raised afterwards
                 self._failure = error
 
-    return Monitor
+    return Monitor()
 
 
 def _serialize(trt: Any, builder: Any, network: Any, config: Any, path: Path) -> bool:
-    """Build, straight into the file where the module can: an engine of 5 GB is then never in memory twice."""
+    """Build, if possible straight into the file, so that an engine of 5 GB is not in memory twice."""
     if not hasattr(builder, "build_serialized_network_to_stream"):
         data = builder.build_serialized_network(network, config)
         if data is not None:
@@ -262,9 +262,7 @@ def _check_weights(spec: GraphSpec) -> None:
     except (OSError, ValueError) as error:
         raise BackendError(f"graph '{spec.name}' cannot be read: {error}; export it again") from error
     for location in sorted(locations):
-        posix, windows = PurePosixPath(location), PureWindowsPath(location)
-        rooted = posix.is_absolute() or windows.drive or windows.root
-        if not location or rooted or ".." in posix.parts or ".." in windows.parts:
+        if not is_inside(location):
             raise BackendError(
                 f"graph '{spec.name}' reads weights from {location!r}, outside its folder; do not use it"
             )
@@ -290,14 +288,6 @@ def _fix_shapes(product: Product, spec: GraphSpec, network: Any, logger: Any) ->
         if any(side < 0 for side in shape):
             reason = f"the shape of its output {name} depends on the data"
             raise BackendError(_refusal(product, spec, reason))
-
-
-def _set_targets(trt: Any, product: Product, config: Any, targets: Sequence[str]) -> None:
-    if not targets:
-        return
-    config.num_compute_capabilities = len(targets)
-    for i, target in enumerate(targets):
-        config.set_compute_capability(capability(trt, product, target), i)
 
 
 def capability(trt: Any, product: Product, target: str) -> Any:

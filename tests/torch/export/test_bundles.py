@@ -45,7 +45,8 @@ def shapes(bundle: Bundle, graph: str, size: tuple[int, int] = (64, 64), batch: 
     scale = bundle.vae_scale
     axes = {"batch": batch, "height": size[0], "width": size[1], "text_tokens": 12}
     axes |= {"latent_height": size[0] // scale, "latent_width": size[1] // scale}
-    return {k: tuple(axes.get(a, a) for a in shape) for k, shape in bundle.graph_inputs(graph).items()}
+    inputs = bundle.manifest["graphs"][graph]["inputs"]
+    return {port["name"]: tuple(axes.get(a, a) for a in port["shape"]) for port in inputs}
 
 
 def open_(bundle: Bundle, graph: str, backend: str = "openvino", **at: Any) -> Engine:

@@ -165,7 +165,7 @@ def test_a_backend_that_is_not_installed(stylize: Cli, photo: Path, monkeypatch:
 
 
 def test_a_backend_that_nobody_knows(stylize: Cli, photo: Path) -> None:
-    assert "no backend 'cudda'" in stylize(photo, "--backend", "cudda").error
+    assert "unknown backend 'cudda'" in stylize(photo, "--backend", "cudda").error
 
 
 def test_steps_that_the_bundle_does_not_allow(stylize: Cli, photo: Path) -> None:

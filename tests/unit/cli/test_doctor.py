@@ -13,10 +13,10 @@ from std_rt.cli import doctor
 from std_rt.engines import BackendInfo
 from std_rt.engines import registry as base
 from std_rt.engines.cache import EngineCache, EngineKey
-from std_rt.engines.cuda import libraries as cuda_libraries
-from std_rt.engines.cuda import probe as cuda_probe
-from std_rt.engines.cuda.libraries import cuda_version, library_names, missing_libraries
-from std_rt.engines.cuda.probe import Gpu, Report
+from std_rt.engines.gpu import libraries as cuda_libraries
+from std_rt.engines.gpu import probe as cuda_probe
+from std_rt.engines.gpu.libraries import cuda_version, library_names, missing_libraries
+from std_rt.engines.gpu.probe import Gpu, Report
 
 ADA = Gpu("GeForce RTX 4090", (8, 9), 24 * 2**30)
 HOPPER = Gpu("H100", (9, 0), 80 * 2**30)

@@ -14,7 +14,7 @@ from support.cli_support import Cli
 from std_rt.cli.engines import _targets, plan, why_unused
 from std_rt.core.bundle import load_bundle
 from std_rt.engines.cache import EngineCache, EngineKey, Entry
-from std_rt.engines.cuda.driver import driver_problem
+from std_rt.engines.gpu.driver import driver_problem
 
 
 @pytest.fixture(autouse=True)

@@ -193,7 +193,7 @@ def test_other_refusals_are_one_line(gallery: Path, art: Path, tmp_path: Path) -
     cases = [
         ([str(tmp_path / "no.png")], "does not exist"),
         ([str(tmp_path / "no.png:0.5")], "no.png does not exist"),
-        ([str(tmp_path / "empty")], "holds no picture or style file"),
+        ([str(tmp_path / "empty")], "contains no picture or style file"),
         ([f"{gallery}:0.5"], "is a folder and cannot have a weight"),
         ([f"{art}:0", f"{gallery / 'a.png'}:0"], "all style weights are 0"),
     ]

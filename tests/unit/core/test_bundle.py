@@ -59,7 +59,7 @@ def test_what_was_written_is_what_is_read(handmade: Bundle) -> None:
     assert found.size_range == (16, 512)
     assert (found.size_multiple, found.vae_scale, found.latent_channels, found.style_px) == (8, 8, 3, 32)
     assert (found.eta, found.tau, found.default_steps, found.steps_allowed) == (0.5, 499, 4, [1, 2, 4])
-    assert found.graph_inputs("vae_decoder") == {"latents": ["batch", 3, "height", "width"]}
+    assert found.graph_outputs("vae_encoder")["latents"][:2] == ["batch", 3]
     assert found.graph_path("unet") == handmade.path / "unet.onnx"
 
 
@@ -109,7 +109,7 @@ def test_a_missing_file_is_named(folder: Path) -> None:
 def test_a_file_that_was_cut_off_is_refused_without_hashing(folder: Path) -> None:
     whole = (folder / "unet.onnx").read_bytes()
     (folder / "unet.onnx").write_bytes(whole[:-1])
-    with pytest.raises(BundleError, match=rf"{len(whole) - 1} bytes where the manifest says {len(whole)}"):
+    with pytest.raises(BundleError, match=rf"{len(whole) - 1} bytes, not {len(whole)}"):
         load_bundle(folder, verify=False)
 
 
@@ -135,7 +135,7 @@ def test_a_missing_graph_is_named(folder: Path) -> None:
 @pytest.mark.parametrize("key", ["vae_scale", "schedule", "text"])
 def test_a_manifest_that_lacks_a_part_says_which(folder: Path, key: str) -> None:
     reseal(folder, lambda manifest: manifest.pop(key))
-    with pytest.raises(BundleError, match=f"lacks {key}"):
+    with pytest.raises(BundleError, match=f"has no {key}"):
         load_bundle(folder)
 
 
@@ -171,7 +171,7 @@ def test_a_graph_that_reads_other_weights_than_its_own_is_refused(folder: Path, 
 
 def test_a_graph_file_without_a_hash_is_refused(folder: Path) -> None:
     reseal(folder, lambda manifest: manifest["files"].pop("unet.safetensors"))
-    with pytest.raises(BundleError, match=r"uses unet\.safetensors without listing its hash"):
+    with pytest.raises(BundleError, match=r"uses unet\.safetensors, whose hash is not listed"):
         load_bundle(folder)
 
 
@@ -212,7 +212,7 @@ def test_an_unknown_name_suggests_the_nearest(
 
 
 def test_a_folder_without_manifest_is_no_bundle(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"no manifest\.json in"):
+    with pytest.raises(BundleError, match=r"is not a bundle: it has no manifest\.json"):
         load_bundle(tmp_path)
 
 
@@ -237,7 +237,7 @@ def test_a_failing_export_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_what_does_not_load_never_gets_the_name(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="lacks"):
+    with pytest.raises(BundleError, match="has no vae_scale"):
         write_bundle(tmp_path / "new", lambda partial: {"name": "new"})
     assert list(tmp_path.iterdir()) == []
 
@@ -277,7 +277,7 @@ def test_an_existing_bundle_is_replaced_only_on_request(folder: Path) -> None:
 def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.jpg").write_bytes(b"x")
-    with pytest.raises(BundleError, match="is not a bundle, so it is left alone"):
+    with pytest.raises(BundleError, match="exists and is not a bundle; choose"):
         write_bundle(tmp_path / "photos", lambda partial: {}, overwrite=True)
     assert (tmp_path / "photos" / "one.jpg").read_bytes() == b"x"
 
@@ -309,7 +309,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(number: int | None, tmp_path
         # NumPy's tofile gives no number.
         raise OSError("331776 requested and 52008 written") if number is None else OSError(number, "full")
 
-    with pytest.raises(BundleError, match="cannot be written: the disk is full; nothing of it is left"):
+    with pytest.raises(BundleError, match="cannot be written: the disk is full; no partial bundle is left"):
         write_bundle(tmp_path / "b", fill)
     assert not list(tmp_path.iterdir())
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, load, numpy_helper, save_model
 
 from std_rt.core.bundle import load_bundle
-from std_rt.core.onnx_file import Port, axis_values, external_locations, fixed_shapes, read_ports
+from std_rt.core.onnx_file import axis_values, external_locations, fixed_shapes, read_ports
 from std_rt.engines.glue import GLUE, glue_path
 
 BUILT_IN = load_bundle(None, verify=False)
@@ -92,7 +92,7 @@ def test_it_reads_what_the_onnx_package_reads(path: Path) -> None:
         for port in theirs:
             axes = port.type.tensor_type.shape.dim
             wanted = tuple(axis.dim_param or axis.dim_value for axis in axes)
-            assert ours[port.name] == Port(port.type.tensor_type.elem_type, wanted)
+            assert ours[port.name] == wanted
 
 
 def test_weights_and_unnamed_axes_are_passed_over(tmp_path: Path) -> None:
@@ -102,8 +102,8 @@ def test_weights_and_unnamed_axes_are_passed_over(tmp_path: Path) -> None:
     graph.output.append(helper.make_tensor_value_info("y", TensorProto.FLOAT16, []))
     (tmp_path / "g.onnx").write_bytes(helper.make_model(graph).SerializeToString())
     found = read_ports(tmp_path / "g.onnx")
-    assert found.inputs == {"x": Port(10, (None, "batch", 3))}
-    assert found.outputs == {"y": Port(10, ())}
+    assert found.inputs == {"x": (None, "batch", 3)}
+    assert found.outputs == {"y": ()}
 
 
 @pytest.mark.parametrize("content", [b"", b"not onnx", FILES[0].read_bytes()[:200]])
@@ -114,7 +114,7 @@ def test_what_is_not_onnx_is_an_error(content: bytes, tmp_path: Path) -> None:
         read_ports(path)
 
 
-INPUTS = {"a": Port(1, ("batch", 3, "width")), "b": Port(1, ("batch", None))}
+INPUTS = {"a": ("batch", 3, "width"), "b": ("batch", None)}
 
 
 def test_named_axes_take_the_values_of_the_shapes() -> None:
@@ -136,6 +136,6 @@ def test_shapes_that_do_not_fit_are_errors(shapes: dict[str, tuple[int, ...]], w
 
 def test_outputs_are_known_where_their_axes_are() -> None:
     values = {"batch": 2, "width": 8}
-    assert fixed_shapes({"y": Port(1, ("batch", 1, "width"))}, values) == {"y": (2, 1, 8)}
-    assert fixed_shapes({"y": Port(1, ("batch", "other"))}, values) is None
-    assert fixed_shapes({"y": Port(1, (None,))}, values) is None
+    assert fixed_shapes({"y": ("batch", 1, "width")}, values) == {"y": (2, 1, 8)}
+    assert fixed_shapes({"y": ("batch", "other")}, values) is None
+    assert fixed_shapes({"y": (None,)}, values) is None

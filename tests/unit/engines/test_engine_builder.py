@@ -23,8 +23,8 @@ from std_rt.core.bundle import Bundle, load_bundle
 from std_rt.core.errors import BackendError
 from std_rt.core.schedule import NoiseSchedule, trajectory_timesteps
 from std_rt.engines.cache import EngineCache
-from std_rt.engines.cuda.driver import driver_problem
 from std_rt.engines.glue import GLUE, glue_path, glue_spec
+from std_rt.engines.gpu.driver import driver_problem
 from std_rt.engines.program import launch_specs
 from std_rt.engines.protocol import GraphSpec
 from std_rt.engines.tensorrt.engine_builder import EngineBuilder, progress_to
@@ -327,7 +327,7 @@ def test_a_product_that_is_missing_or_too_old_is_one_line(monkeypatch: pytest.Mo
 def test_without_a_driver_a_frame_is_refused_before_the_runtime_is_touched(decoder: GraphSpec) -> None:
     if not driver_problem():
         pytest.skip("there is a GPU here")
-    with pytest.raises(BackendError, match=r"there is no GPU to run on: .*; use --backend openvino"):
+    with pytest.raises(BackendError, match=r"no GPU can be used: .*; use --backend openvino"):
         RTX_BACKEND.open_graph(decoder, "auto")
     assert RTX_BACKEND.devices() == driver_problem()
 

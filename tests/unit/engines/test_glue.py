@@ -57,7 +57,7 @@ def test_inputs_and_outputs_together_are_the_ports_of_the_function(op: str) -> N
 
 def test_there_is_one_file_for_each_operation_and_no_other() -> None:
     assert {path.stem for path in glue_folder().iterdir()} == set(GLUE)
-    with pytest.raises(BackendError, match=r"no graph for the operation 'blur' \(known are frame_in"):
+    with pytest.raises(BackendError, match=r"no graph for the operation 'blur' \(known: frame_in"):
         glue_path("blur")
 
 
@@ -109,3 +109,27 @@ def test_tensorrt_takes_them(op: str) -> None:
     assert parser.parse_from_file(str(glue_path(op))), [str(parser.get_error(i)) for i in range(9)]
     assert [network.get_input(i).name for i in range(network.num_inputs)] == list(GLUE[op].inputs)
     assert [network.get_output(i).name for i in range(network.num_outputs)] == list(GLUE[op].outputs)
+
+
+def test_every_value_survives_the_conversion_to_an_image_and_back() -> None:
+    frame = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
+    image, back = np.empty((1, 3, 16, 16), np.float32), np.empty_like(frame)
+    GLUE["frame_in"].run(frame=frame, image=image)
+    assert image.min() == -1
+    assert image.max() == pytest.approx(1)
+    GLUE["frame_out"].run(image=image, frame=back)
+    np.testing.assert_array_equal(back, frame)
+
+
+def test_values_outside_the_range_are_clipped() -> None:
+    image = np.array([-9.0, -1.0, 1.0, 9.0], np.float32).reshape(1, 1, 2, 2).repeat(3, 1)
+    frame = np.empty((1, 2, 2, 3), np.uint8)
+    GLUE["frame_out"].run(image=image, frame=frame)
+    np.testing.assert_array_equal(frame[0, ..., 0], [[0, 0], [255, 255]])
+
+
+def test_channels_and_rows_keep_their_place() -> None:
+    frame = np.random.default_rng(0).integers(0, 256, (1, 8, 12, 3), np.uint8)
+    image = np.empty((1, 3, 8, 12), np.float32)
+    GLUE["frame_in"].run(frame=frame, image=image)
+    assert image[0, 2, 5, 11] == pytest.approx(frame[0, 5, 11, 2] / 127.5 - 1)

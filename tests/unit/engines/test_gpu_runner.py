@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.fake_engine import FakeEngine, float_ports
 from support.fake_gpu import FakeBuilder, FakeDevice, FakeTrt
 
 from std_rt.core.errors import BackendError
 from std_rt.core.schedule import NoiseSchedule, trajectory_timesteps
 from std_rt.engines.cache import EngineCache
-from std_rt.engines.fake import FakeEngine, float_ports
 from std_rt.engines.host import HostRunner
 from std_rt.engines.hot_swap import HotSwapRunner
 from std_rt.engines.program import Program, Runner
 from std_rt.engines.protocol import GraphSpec
-from std_rt.engines.tensorrt.gpu_runner import GpuRunner, Session
+from std_rt.engines.tensorrt.gpu_runner import GpuRunner, GpuSession
 from std_rt.engines.tensorrt.onnx_to_engine import RTX, TENSORRT
 from std_rt.pipeline.denoise import Guidance
 from std_rt.pipeline.program_builder import CONDITIONING, FrameNumbers, frame_program, graph_shapes
@@ -109,13 +109,13 @@ class Gpu:
     trt: FakeTrt
     builder: FakeBuilder
     folder: Path
-    sessions: list[Session]
+    sessions: list[GpuSession]
 
     def open(self, program: Program, precision: str = "auto") -> GpuRunner:
         specs = _specs(program, self.folder)
         self.trt.teach(program, specs, FUNCTIONS)
         self.device.bind()
-        self.sessions.append(Session(self.trt, self.device, self.builder))
+        self.sessions.append(GpuSession(self.trt, self.device, self.builder))
         return self.sessions[-1].open_runner(program, specs, precision)
 
 
@@ -325,7 +325,7 @@ def test_engines_whose_ports_are_not_the_frames_are_refused(gpu: Gpu) -> None:
     gpu.trt.know(specs["vae_decoder"], _decode, ports, float_ports(image=(1, CHANNELS, *SIZE)))
     gpu.device.bind()
     with pytest.raises(BackendError, match=r"engine of 'vae_decoder' takes latents float32 \[1, 3, 9, 9\]"):
-        Session(gpu.trt, gpu.device, gpu.builder).open_runner(program, specs)
+        GpuSession(gpu.trt, gpu.device, gpu.builder).open_runner(program, specs)
 
 
 def test_wrong_frames_and_feeds_are_refused(gpu: Gpu) -> None:
@@ -352,7 +352,7 @@ def test_one_graph_alone_gives_what_its_function_gives(gpu: Gpu, tmp_path: Path)
     spec = replace(GraphSpec("vae_decoder", path, {"latents": (1, 3, 2, 3)}, "b1"), compute="fp16")
     gpu.trt.know(spec, _decode, float_ports(latents=(1, 3, 2, 3)), float_ports(image=(1, 3, 16, 24)))
     gpu.device.bind()
-    engine = Session(gpu.trt, gpu.device, gpu.builder).open_graph(spec)
+    engine = GpuSession(gpu.trt, gpu.device, gpu.builder).open_graph(spec)
     assert engine.precision == "fp16"
     latents = np.random.default_rng(0).standard_normal((1, 3, 2, 3), np.float32)
     transposed = np.ascontiguousarray(latents.transpose(0, 1, 3, 2)).transpose(0, 1, 3, 2)
@@ -377,7 +377,7 @@ def test_outputs_that_nobody_reads_have_a_place_all_the_same(gpu: Gpu) -> None:
     inputs = float_ports(image=(1, CHANNELS, *SIZE))
     gpu.trt.know(specs["vae_encoder"], with_extra, inputs, float_ports(latents=(1, 3, 2, 3), extra=(1, 7)))
     gpu.device.bind()
-    runner = Session(gpu.trt, gpu.device, gpu.builder).open_runner(program, specs)
+    runner = GpuSession(gpu.trt, gpu.device, gpu.builder).open_runner(program, specs)
     _test_equal(runner, program, 0)
 
 

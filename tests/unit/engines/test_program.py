@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from support.fake_engine import FakeEngine, float_ports
 
 from std_rt.core.errors import BackendError
-from std_rt.engines.fake import FakeEngine, float_ports
 from std_rt.engines.host import HostRunner
 from std_rt.engines.program import FRAME, STYLED, Launch, Program
 
@@ -89,9 +89,9 @@ def test_what_is_carried_is_handed_out_and_taken_as_a_copy() -> None:
 def test_only_carried_buffers_are_carried_and_only_feeds_are_set() -> None:
     host = runner()
     zeros = np.zeros(SHAPE, np.float32)
-    with pytest.raises(BackendError, match="no buffer 'sum' to set; there are last"):
+    with pytest.raises(BackendError, match="no buffer 'sum' to set; known: last"):
         host.carry(sum=zeros)
-    with pytest.raises(BackendError, match="no buffer 'last' to set; there are none"):
+    with pytest.raises(BackendError, match="no buffer 'last' to set; known: none"):
         host.set(last=zeros)
-    with pytest.raises(BackendError, match=r"'last' is float32 \[1, 3, 1, 1\]; it was given float32 \[3\]"):
+    with pytest.raises(BackendError, match=r"'last' is float32 \[1, 3, 1, 1\]; got float32 \[3\]"):
         host.carry(last=zeros.reshape(3))

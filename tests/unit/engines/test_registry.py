@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from support.fake_engine import FakeEngine, float_ports
 
 from std_rt.core.errors import BackendError
 from std_rt.core.files import cache_root
 from std_rt.engines import GraphSpec, backends, choose_backend, open_engine
 from std_rt.engines import registry as base
-from std_rt.engines.cuda import probe as cuda_probe
-from std_rt.engines.cuda.probe import Gpu, Report
-from std_rt.engines.fake import FakeEngine, float_ports
+from std_rt.engines.gpu import probe as cuda_probe
+from std_rt.engines.gpu.probe import Gpu, Report
 from std_rt.engines.protocol import check_inputs
 
 Installs = Callable[..., None]
@@ -116,7 +116,7 @@ def test_rtx_is_passed_on_a_gpu_that_it_does_not_know(
     installed("tensorrt_rtx", "onnxruntime", "openvino", cuda=True)
     name, reason = choose_backend()
     assert name == "cuda"
-    assert "rtx is installed, but a datacentre GPU (SM90, 80 GB) is not among the GPUs it supports" in reason
+    assert "rtx is installed, but a datacentre GPU (SM90, 80 GB) is not a GPU it supports" in reason
     with pytest.raises(BackendError, match=r"'rtx' is installed but cannot be used here: .*SM75, SM80"):
         choose_backend("rtx")
 
@@ -143,13 +143,13 @@ def test_no_backend_at_all_lists_the_commands(installed: Installs) -> None:
 
 def test_an_unknown_backend_names_those_known() -> None:
     with pytest.raises(
-        BackendError, match="no backend 'tpu'; use --backend with one of auto, tensorrt, rtx, cuda, open"
+        BackendError, match="unknown backend 'tpu'; use --backend with one of auto, tensorrt, rtx, cuda, open"
     ):
         choose_backend("tpu")
 
 
 def test_an_unknown_precision_names_those_known(tmp_path: Path) -> None:
-    with pytest.raises(BackendError, match="no precision 'int3'; use one of auto, fp32, bf16"):
+    with pytest.raises(BackendError, match="unknown precision 'int3'; use one of auto, fp32, bf16"):
         open_engine("auto", GraphSpec("g", tmp_path, {}, ""), "int3")
 
 
@@ -157,11 +157,11 @@ def test_inputs_are_checked_by_name_shape_and_dtype() -> None:
     ports = float_ports(a=(1, 2), b=(3,))
     good = {"a": np.zeros((1, 2), np.float32), "b": np.zeros(3, np.float32)}
     check_inputs("g", ports, good)
-    with pytest.raises(BackendError, match=r"takes a, b; it was given a$"):
+    with pytest.raises(BackendError, match=r"takes a, b; got a$"):
         check_inputs("g", ports, {"a": good["a"]})
-    with pytest.raises(BackendError, match=r"takes b as float32 \[3\]; it was given float32 \[4\]"):
+    with pytest.raises(BackendError, match=r"takes b as float32 \[3\]; got float32 \[4\]"):
         check_inputs("g", ports, {**good, "b": np.zeros(4, np.float32)})
-    with pytest.raises(BackendError, match="it was given float64"):
+    with pytest.raises(BackendError, match="got float64"):
         check_inputs("g", ports, {**good, "b": np.zeros(3)})
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.fake_engine import FakeEngine, float_ports
 
 from std_rt.core.errors import BackendError
-from std_rt.engines.fake import FakeEngine, float_ports
 from std_rt.engines.host import SharedEngines
 from std_rt.engines.protocol import GraphSpec
 

@@ -233,7 +233,7 @@ def test_a_quality_off_the_ladder_and_costs_that_do_not_fall_are_refused() -> No
     for costs in ({0: 0.5, 1: 1.0}, {0: 1.0, 1: 0.0}, {}):
         with pytest.raises(ValueError, match="costs must fall"):
             Governor(15, costs)
-    with pytest.raises(UsageError, match="above 0, got 0"):
+    with pytest.raises(UsageError, match="positive number, got 0"):
         Governor(0, {0: 1.0})
 
 

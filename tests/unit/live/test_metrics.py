@@ -20,7 +20,7 @@ from std_rt.core.errors import MediaError
 from std_rt.live import metrics_file
 from std_rt.live.metrics import SCHEMA, Metrics, Recent
 from std_rt.live.metrics_file import MetricsWriter
-from std_rt.streaming.frame_packet import FramePacket
+from std_rt.streaming.frame_stream import FramePacket
 
 RESOLUTION = 0.006  # of a percentile: half a bin, and the rounding
 FRAME = np.zeros((1, 1, 3), np.uint8)
@@ -232,12 +232,12 @@ def test_a_style_switch_lasts_until_a_frame_that_was_painted_after_it() -> None:
     session.frames(5)
     session.metrics.style_asked()
     asked = session.clock.at
-    session.frame(0.05, painted_s=asked - 0.01)  # was in the engines already
+    session.frame(0.05, style_s=asked - 0.01)  # was in the engines already
     assert session.report()["style_switch_ms"]["count"] == 0
-    session.frame(0.05, painted_s=asked + 0.01)
+    session.frame(0.05, style_s=asked + 0.01)
     found = session.report()["style_switch_ms"]
     assert (found["count"], found["last"]) == (1, 100.0)
-    session.frame(0.05, painted_s=session.clock.at)
+    session.frame(0.05, style_s=session.clock.at)
     assert session.report()["style_switch_ms"]["count"] == 1
 
 
@@ -246,9 +246,9 @@ def test_of_several_commands_the_newest_shown_is_counted() -> None:
     start = session.clock.at
     for asked in (start, start + 0.02, start + 0.08):
         session.metrics.style_asked(asked)
-    session.frame(0.1, painted_s=start + 0.05)
+    session.frame(0.1, style_s=start + 0.05)
     assert session.report()["style_switch_ms"]["last"] == pytest.approx(80)
-    session.frame(0.1, painted_s=start + 0.15)
+    session.frame(0.1, style_s=start + 0.15)
     found = session.report()["style_switch_ms"]
     assert (found["count"], found["last"]) == (2, pytest.approx(120))
     assert found["worst"] == pytest.approx(120, rel=RESOLUTION)
@@ -260,7 +260,7 @@ def test_a_style_switch_that_meets_a_pause_is_not_counted() -> None:
     session.metrics.pause()
     session.metrics.style_asked()
     session.metrics.resume()
-    session.frame(painted_s=session.clock.at + 1)
+    session.frame(style_s=session.clock.at + 1)
     assert session.report()["style_switch_ms"]["count"] == 0
 
 
@@ -346,7 +346,7 @@ def test_memory_is_constant_however_long_it_runs() -> None:
 
     def play(seconds: int) -> int:
         for i in range(seconds):
-            session.frame(0.5, stages_ms={"unet": 1.0 + i % 90}, painted_s=0.0)
+            session.frame(0.5, stages_ms={"unet": 1.0 + i % 90}, style_s=0.0)
             session.metrics.style_asked()
         return sum(len(each) for each in vars(session.metrics).values() if hasattr(each, "__len__"))
 

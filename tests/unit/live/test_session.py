@@ -105,7 +105,7 @@ def test_an_error_in_the_engines_reaches_the_caller(
     def broken(*arguments: object, **named: object) -> Frame:
         raise RuntimeError("engine")
 
-    monkeypatch.setattr(stylizer, "run", broken)
+    monkeypatch.setattr(stylizer, "run_many", broken)
     source.give(FRAMES[0])
     with Session(stylizer, source, greys) as session:
         with pytest.raises(RuntimeError, match="engine"):
@@ -140,7 +140,7 @@ def test_the_governor_goes_down_when_the_target_is_missed(
             if len(levels) > 1:
                 break
         assert levels == ["72x48, 2 steps", "72x48, 1 step"]
-        assert session.notes[0] == "to hold 100 fps: 72x48, 1 step"
+        assert session.notes[0] == "now 72x48, 1 step to hold 100 fps"
 
 
 def test_a_quality_whose_engines_do_not_open_is_named_and_left_out(

@@ -381,7 +381,7 @@ def test_a_cycle_after_a_pause_is_one_step_and_one_style_stays(
     alone = _mixer(handmade, clock, 1)
     alone.cycle(1.0, 1.0)
     assert alone.at(200.0)[0] is alone.cards[0].style
-    with pytest.raises(UsageError, match="does not fit into 1 s for each style"):
+    with pytest.raises(UsageError, match="does not fit into 1 s per style"):
         mixer.cycle(1.0, 2.0)
 
 

@@ -14,10 +14,8 @@ from std_rt.pipeline.conditioning import (
     EncodedStyle,
     StyleEncoder,
     blend,
-    guided_inputs,
+    conditioning_for,
     square,
-    to_frame,
-    to_image,
     unet_inputs,
 )
 
@@ -25,25 +23,6 @@ from std_rt.pipeline.conditioning import (
 def _style(value: float, pooled: bool = True) -> EncodedStyle:
     tokens = np.full((1, 2, 4), value, np.float32)
     return EncodedStyle(tokens, np.full((1, 6), value, np.float32) if pooled else None)
-
-
-def test_every_value_survives_the_way_to_an_image_and_back() -> None:
-    frame = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
-    image = to_image(frame, np.empty((1, 3, 16, 16), np.float32))
-    assert image.min() == -1
-    assert image.max() == pytest.approx(1)
-    np.testing.assert_array_equal(to_frame(image), frame)
-
-
-def test_what_lies_outside_the_range_is_clipped() -> None:
-    image = np.array([-9.0, -1.0, 1.0, 9.0], np.float32).reshape(1, 1, 2, 2).repeat(3, 1)
-    np.testing.assert_array_equal(to_frame(image)[..., 0], [[0, 0], [255, 255]])
-
-
-def test_channels_and_rows_keep_their_place() -> None:
-    frame = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)
-    image = to_image(frame, np.empty((1, 3, 8, 12), np.float32))
-    assert image[0, 2, 5, 11] == pytest.approx(frame[5, 11, 2] / 127.5 - 1)
 
 
 @pytest.mark.parametrize("shape", [(40, 100), (100, 40), (7, 7), (1, 1)])
@@ -127,7 +106,7 @@ def test_weights_that_are_all_zero_are_refused() -> None:
 
 
 def test_styles_of_two_kinds_are_refused() -> None:
-    with pytest.raises(UsageError, match="two style encoders"):
+    with pytest.raises(UsageError, match="different style encoders"):
         blend([(_style(1.0), 1.0), (_style(2.0, pooled=False), 1.0)])
 
 
@@ -201,27 +180,19 @@ def _both() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     return text, unet_inputs(text, _style(1.0), 0.5, (64, 96))
 
 
-def test_full_guidance_puts_the_negative_first() -> None:
+@pytest.mark.parametrize("mode", ["full", "residual"])
+def test_the_negative_differs_in_prompt_and_style_only(mode: str) -> None:
     text, positive = _both()
-    fed = guided_inputs("full", text, positive)
-    assert fed.keys() == positive.keys()
+    found = conditioning_for(mode, text, positive)
+    assert found.positive is positive
+    assert found.negative.keys() == positive.keys()
     for name, value in positive.items():
-        assert fed[name].shape == (2, *value.shape[1:])
-        np.testing.assert_array_equal(fed[name][1:], value)
-        np.testing.assert_array_equal(fed[name][:1], text.get(f"negative_{name}", value))
-    assert fed["style_strength"].tolist() == [0.5, 0.5]
-
-
-def test_residual_guidance_has_the_negative_beside() -> None:
-    text, positive = _both()
-    fed = guided_inputs("residual", text, positive)
-    assert fed.keys() - positive.keys() == {name for name in text if name.startswith("negative_")}
-    assert all(fed[name] is positive[name] for name in positive)
-    assert guided_inputs("none", text, positive) is positive
+        np.testing.assert_array_equal(found.negative[name], text.get(f"negative_{name}", value))
+    assert not conditioning_for("none", text, positive).negative
 
 
 def test_a_negative_of_another_length_is_refused() -> None:
     text, positive = _both()
     text["negative_encoder_hidden_states"] = np.zeros((1, 4, 5), np.float32)
     with pytest.raises(BundleError, match=r"negative_encoder_hidden_states is \[1, 4, 5\] and the positive"):
-        guided_inputs("full", text, positive)
+        conditioning_for("full", text, positive)

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 from support import numpy_model
+from support.fake_engine import FakeEngine
 from support.numpy_model import KINDS, NUMBERS, SIZE, coefficients, encode, engines, unet
 
 from std_rt.core.schedule import StepCoefficients, add_noise, step, to_eps
-from std_rt.engines.fake import FakeEngine
 from std_rt.engines.host import HostRunner
 from std_rt.pipeline.denoise import Guidance, denoise
 from std_rt.pipeline.program_builder import (

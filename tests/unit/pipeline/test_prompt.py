@@ -17,9 +17,7 @@ from std_rt.pipeline.prompt import (
     apply_weights,
     chunk_prompts,
     encode_pair,
-    encode_prompt,
     encode_prompts,
-    format_prompt,
     parse_prompt,
 )
 
@@ -126,6 +124,23 @@ def test_text_without_brackets_is_one_piece_of_weight_one(text: str) -> None:
     assert parse_prompt(text) == [[Piece(text)]]
 
 
+def encode_prompt(text: str, tokenizers: list, encoders: list) -> dict[str, np.ndarray]:
+    """`encode_prompts` of one text."""
+    return encode_prompts([text], tokenizers, encoders)[0]
+
+
+def format_prompt(sections: list[list[Piece]]) -> str:
+    """The inverse of `parse_prompt`, for finite weights."""
+
+    def write(piece: Piece) -> str:
+        text = re.sub(r"[()\[\]\\]", r"\\\g<0>", piece.text).replace("BREAK", "BR\\EAK")
+        if piece.weight == 1 and text == text.strip():
+            return text
+        return f"({text}:{np.format_float_positional(piece.weight, trim='-')})"
+
+    return " BREAK ".join("".join(map(write, section)) for section in sections)
+
+
 @given(SYNTAX)
 def test_nothing_raises_and_what_is_read_can_be_written_and_read_again(text: str) -> None:
     sections = parse_prompt(text)
@@ -226,7 +241,7 @@ def test_two_encoders_lie_side_by_side_and_chunks_end_to_end() -> None:
     np.testing.assert_array_equal(hidden[0, 8:10, 0], [1, 100 + ord("g")])
     first = 1 + 2 + sum(100 + ord(sign) for sign in "abcdef")
     assert pooled.tolist() == [[first, 10.0]]
-    with pytest.raises(UsageError, match="no text encoder gives text_embeds"):
+    with pytest.raises(UsageError, match="no text encoder returns text_embeds"):
         encode_prompt("a", [Words()], [Encoder(pools=False)])
 
 

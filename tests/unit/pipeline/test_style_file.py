@@ -120,7 +120,7 @@ def test_a_style_of_another_encoder_is_refused_with_both_names(handmade: Bundle,
     save_style(tmp_path / "a.safetensors", _style(handmade))
     said = _refusal(tmp_path / "a.safetensors", other)
     assert "bundle 'handmade'" in said
-    assert "bundle 'other' has another" in said
+    assert "not for that of 'other'" in said
     assert said.endswith(
         f"std-rt styles save art.png -o {tmp_path / 'a.safetensors'} --bundle other --overwrite"
     )
@@ -163,7 +163,7 @@ def test_a_place_with_another_suffix_is_refused(handmade: Bundle, tmp_path: Path
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"style": EncodedStyle(np.full((1, 2, 4), np.nan, np.float32))}, "style_tokens holds NaN"),
+        ({"style": EncodedStyle(np.full((1, 2, 4), np.nan, np.float32))}, "style_tokens contains NaN"),
         ({"style": EncodedStyle(np.zeros((1, 2, 4)))}, "style_tokens is float64"),  # type: ignore[arg-type]
         ({"style": EncodedStyle(np.zeros((2, 2, 4), np.float32))}, "style_tokens has shape"),
         ({"thumbnail": np.zeros((129, 20, 3), np.uint8)}, "the limit is 128"),
@@ -200,7 +200,7 @@ def test_a_lora_given_by_mistake(handmade: Bundle, tmp_path: Path) -> None:
 
 
 def test_other_weights_given_by_mistake(handmade: Bundle, tmp_path: Path) -> None:
-    assert "is not a style file (it holds" in _refusal(handmade.weights_path("unet"), handmade)
+    assert "is not a style file (it contains" in _refusal(handmade.weights_path("unet"), handmade)
     save_file({"b": np.zeros(3), "a": np.zeros(2)}, tmp_path / "weights.safetensors", {"format": "pt"})
     assert "2 tensors, the first 'a'" in _refusal(tmp_path / "weights.safetensors", handmade)
 
@@ -215,18 +215,18 @@ def test_a_file_of_a_later_version(handmade: Bundle, tmp_path: Path) -> None:
 @pytest.mark.parametrize("notes", ["", "{", "[]", "null", '{"format_version": "x"}', "[" * 10_000])
 def test_notes_that_cannot_be_read(handmade: Bundle, tmp_path: Path, notes: str) -> None:
     save_file({"style_tokens": np.zeros(1)}, tmp_path / "a.safetensors", {"std_rt_style": notes})
-    assert "is damaged (its notes cannot be read)" in _refusal(tmp_path / "a.safetensors", handmade)
+    assert "is damaged (its metadata cannot be read)" in _refusal(tmp_path / "a.safetensors", handmade)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"style_tokens": None}, "it lacks style_tokens"),
-        ({"thumbnail": None}, "it lacks thumbnail"),
+        ({"style_tokens": None}, "style_tokens is missing"),
+        ({"thumbnail": None}, "thumbnail is missing"),
         ({"style_tokens": np.zeros((1, TOKENS, DIM), np.float16)}, "stored as F16 instead of F32"),
         ({"thumbnail": np.zeros((4, 4, 3), np.float32)}, "stored as F32 instead of U8"),
-        ({"style_tokens": np.full((1, TOKENS, DIM), np.inf, np.float32)}, "holds NaN or infinite"),
-        ({"text_embeds": np.full((1, POOLED), np.nan, np.float32)}, "text_embeds holds NaN or infinite"),
+        ({"style_tokens": np.full((1, TOKENS, DIM), np.inf, np.float32)}, "contains NaN or infinite"),
+        ({"text_embeds": np.full((1, POOLED), np.nan, np.float32)}, "text_embeds contains NaN or infinite"),
         ({"text_embeds": np.zeros((1, 0), np.float32)}, "text_embeds has shape"),
         ({"style_tokens": np.zeros((TOKENS, DIM), np.float32)}, "style_tokens has shape"),
         ({"thumbnail": np.zeros((4, 4), np.uint8)}, "thumbnail is uint8"),
@@ -256,7 +256,7 @@ def test_tokens_of_another_shape_than_the_bundles(handmade: Bundle, tmp_path: Pa
             EncodedStyle(np.zeros((1, TOKENS + 1, DIM), np.float32), pooled),
             "its tokens are [1, 3, 4] instead of [1, 2, 4]",
         ),
-        (EncodedStyle(tokens), "without text_embeds"),
+        (EncodedStyle(tokens), "it has no text_embeds"),
         (EncodedStyle(tokens, np.zeros((1, 9), np.float32)), "its text_embeds are [1, 9] instead of [1, 6]"),
     ):
         save_style(path, replace(_style(handmade), style=style), overwrite=True)
@@ -385,7 +385,7 @@ def test_a_folder_is_its_pictures_and_style_files_by_name(handmade: Bundle, tmp_
         (tmp_path / name).touch()
     (tmp_path / "sub.png").mkdir()
     assert [path.name for path in style_paths(tmp_path)] == ["A.jpg", "b.PNG", "c.safetensors"]
-    with pytest.raises(MediaError, match="holds no picture or style file"):
+    with pytest.raises(MediaError, match="contains no picture or style file"):
         style_paths(tmp_path / "sub.png")
     with pytest.raises(MediaError, match="cannot be read"):
         style_paths(tmp_path / "nowhere")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.fake_backend import Backend
+from support.fake_engine import FakeEngine
 from support.handmade import write_handmade
 
 from std_rt import State, Stylizer
@@ -16,7 +17,6 @@ from std_rt.core.bundle import Bundle
 from std_rt.core.errors import BundleError, UsageError
 from std_rt.core.schedule import add_noise, step, to_eps
 from std_rt.engines import Engine, GraphSpec, open_runner
-from std_rt.engines.fake import FakeEngine
 from std_rt.engines.host import HostRunner, open_on_host
 from std_rt.engines.program import Program
 from std_rt.pipeline.conditioning import choose_guidance
@@ -346,7 +346,7 @@ def test_guidance_that_does_not_fit_together_is_refused(
 
 def test_guidance_without_a_negative_is_refused(handmade: Bundle) -> None:
     with pytest.raises(
-        BundleError, match=r"no negative for guidance 4; use --guidance 1, or export it again"
+        BundleError, match=r"no negative prompt, which guidance 4 needs; use --guidance 1, or export it again"
     ):
         Stylizer(handmade, Backend(), guidance=4.0)
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from support.fake_backend import Backend
+from support.fake_engine import FakeEngine
 from support.handmade import write_handmade
 
 from std_rt import Stylizer
 from std_rt.core.bundle import Bundle, load_bundle
 from std_rt.core.errors import BackendError, BundleError, UsageError
 from std_rt.engines import GraphSpec
-from std_rt.engines.fake import FakeEngine
 from std_rt.engines.host import HostRunner, open_on_host
 from std_rt.engines.program import Program
 from std_rt.pipeline.conditioning import EncodedStyle, blend

@@ -12,8 +12,7 @@ from std_rt.core.bundle import Bundle
 from std_rt.examples import moving
 from std_rt.pipeline.conditioning import EncodedStyle
 from std_rt.pipeline.stylizer import Quality, Stylizer
-from std_rt.streaming.frame_packet import FramePacket
-from std_rt.streaming.frame_stream import GROUPED, ONE_BY_ONE, STREAM_BATCH, FrameStream
+from std_rt.streaming.frame_stream import GROUPED, ONE_BY_ONE, STREAM_BATCH, FramePacket, FrameStream
 from std_rt.streaming.similarity import SimilarityFilter
 
 Frame = NDArray[np.uint8]
@@ -163,7 +162,7 @@ def test_an_error_of_the_engines_is_raised(stylizer: Stylizer, monkeypatch: pyte
     def broken(*arguments: object, **named: object) -> Frame:
         raise RuntimeError("engine")
 
-    monkeypatch.setattr(stylizer, "run", broken)
+    monkeypatch.setattr(stylizer, "run_many", broken)
     with pytest.raises(RuntimeError, match="engine"):
         list(FrameStream(stylizer).frames(iter(_frames(2))))
 

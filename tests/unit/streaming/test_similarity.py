@@ -48,7 +48,7 @@ def moving(count: int) -> Iterator[Frame]:
 def test_sensor_noise_is_skipped_and_a_small_moving_thing_is_not() -> None:
     still, alive = SimilarityFilter(), SimilarityFilter()
     assert sum(still.skip(frame) for frame in noisy(5, 60)) > 30
-    assert sum(alive.skip(frame) for frame in moving(50)) == alive.skips <= 4
+    assert sum(alive.skip(frame) for frame in moving(50)) <= 4
 
 
 @pytest.mark.parametrize("size", [(256, 256), (192, 320), (512, 512), (768, 1024)])
@@ -67,12 +67,11 @@ def test_similarity_is_one_for_equals_and_nothing_for_opposites() -> None:
     assert similarity(black, part) == 0
 
 
-def test_equal_frames_are_skipped_up_to_the_limit_and_counted() -> None:
+def test_equal_frames_are_skipped_up_to_the_limit() -> None:
     similar = SimilarityFilter(max_skip=4)
     frame = next(noisy(0, 1))
     taken = [similar.skip(frame) for _ in range(16)]
     assert taken == [False, *[True] * 4] * 3 + [False]
-    assert similar.skips == 12
 
 
 @given(alike=st.floats(0.0, 1.0), threshold=st.floats(0.0, 0.99))
@@ -115,13 +114,6 @@ def test_force_and_another_size_are_processed() -> None:
     assert not similar.skip(frame)
     assert similar.skip(frame)
     assert not similar.skip(np.ascontiguousarray(frame[:, :192]))
-
-
-def test_a_stream_batch_gets_the_frames_it_needs_before_anything_is_skipped() -> None:
-    similar = SimilarityFilter(frames_inside=4)
-    frame, other = next(noisy(0, 1)), np.full((192, 320, 3), 9, np.uint8)
-    assert [similar.skip(frame) for _ in range(5)] == [False] * 4 + [True]
-    assert [similar.skip(other) for _ in range(5)] == [False] * 4 + [True]
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.0, math.nan])

@@ -2,9 +2,9 @@
 
     python -I probe.py        prints one JSON object
 
-A driver that is broken, half installed or stuck can hang or kill the process that asks it, so another process
-asks, once. If the driver's library is missing (as on most machines without a GPU) none is started. The probe
-needs nothing but Python itself. Not run on a GPU by us.
+A broken or half-installed driver can hang or kill its caller, so a subprocess queries it, once. If the
+driver's library is missing (as on most machines without a GPU), none is started. The probe needs nothing but
+Python itself. Untested on a real GPU.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 # Error codes of cuInit: CUresult in the driver API's manual.
 _ERRORS = {
     34: "the library found is a stub without a driver",
-    46: "the GPU is busy or closed to this process",
+    46: "the GPU is busy or not available to this process",
     100: "the NVIDIA driver finds no GPU",
-    101: "CUDA_VISIBLE_DEVICES names a GPU that is not there",
+    101: "CUDA_VISIBLE_DEVICES names a GPU that does not exist",
     802: "the system is not ready yet",
-    803: "the driver's parts are of two versions; restart the computer",
+    803: "the driver's components have mismatched versions; restart the computer",
     804: "the driver does not support this GPU in compatibility mode",
     999: "unknown error; restart the computer",
 }
@@ -53,7 +53,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Report:
-    """``problem`` is None if a driver answers and has a GPU. ``cuda``: the newest it runs, as "13.0"."""
+    """``problem`` is None if the driver answers and has a GPU. ``cuda``: the newest it runs, as "13.0"."""
 
     problem: str | None
     cuda: str = ""
@@ -62,7 +62,7 @@ class Report:
 
 @cache
 def probe() -> Report:
-    """Ask the driver, once per process; takes `TIMEOUT_S` at most, and no time without a driver."""
+    """Query the driver, once per process; takes at most `TIMEOUT_S`, and no time without a driver."""
     if not _has_library():
         return Report("no NVIDIA driver found")
     command = [sys.executable, "-I", __file__]
@@ -71,9 +71,9 @@ def probe() -> Report:
     except subprocess.TimeoutExpired:
         return Report(f"the NVIDIA driver does not answer within {TIMEOUT_S:.0f} s")
     except OSError as error:
-        return Report(f"the NVIDIA driver cannot be asked: {error}")
+        return Report(f"the NVIDIA driver cannot be queried: {error}")
     if done.returncode:
-        return Report(f"the NVIDIA driver crashed the process that asked it (exit {done.returncode})")
+        return Report(f"the NVIDIA driver crashed the probe process (exit {done.returncode})")
     return parse(done.stdout)
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from std_rt.core.errors import BackendError
-from std_rt.engines.cuda import driver as cuda_driver
-from std_rt.engines.cuda.driver import _FUNCTIONS, CudaDevice
+from std_rt.engines.gpu import driver as cuda_driver
+from std_rt.engines.gpu.driver import _FUNCTIONS, CudaDevice
 
 HANDLE = 0x7FFF_1234_5678_0000  # loses bits where an argument is passed as an int
 
@@ -207,9 +207,7 @@ def test_an_empty_capture_is_refused(library: Library) -> None:
 def test_refusals_are_one_line(library: Library) -> None:
     device = CudaDevice()
     library.fails = {"cuMemAlloc_v2": 2, "cuStreamSynchronize": 700}
-    with pytest.raises(
-        BackendError, match="Fake 9000 has 7 MB free and 30 MB more are needed; use a smaller"
-    ):
+    with pytest.raises(BackendError, match="Fake 9000 has 7 MB free, 30 MB more are needed; use a smaller"):
         device.allocate(30 * 2**20)
     with pytest.raises(
         BackendError, match="refused cuStreamSynchronize: out of luck; use --backend openvino"
@@ -229,6 +227,6 @@ def test_a_driver_without_a_function_is_too_old(monkeypatch: pytest.MonkeyPatch)
 def test_without_a_driver_there_is_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_driver, "driver_problem", lambda: "no NVIDIA driver found")
     with pytest.raises(
-        BackendError, match="no GPU to run on: no NVIDIA driver found; use --backend openvino"
+        BackendError, match="no GPU can be used: no NVIDIA driver found; use --backend openvino"
     ):
         cuda_driver.cuda_device.__wrapped__(0)

@@ -3,8 +3,8 @@
     device = cuda_device()        # BackendError if no driver answers
     address = device.allocate(1024)
 
-The context is the device's primary one, which TensorRT's own CUDA runtime uses too. Not run on a GPU by us:
-it is written against the driver's documented interface; what uses it is tested on tests/support/fake_gpu.py.
+The context is the device's primary one, which TensorRT's own CUDA runtime uses too. Untested on a real GPU:
+it follows the driver's documentation; its users are tested with tests/support/fake_gpu.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from std_rt.core.errors import BackendError
-from std_rt.engines.cuda.probe import Gpu, probe
+from std_rt.engines.gpu.probe import Gpu, probe
 
 __all__ = ["CudaDevice", "cuda_device", "driver_problem"]
 
@@ -78,7 +78,7 @@ def cuda_device(index: int = 0) -> CudaDevice:
     """The GPU, opened once per process and kept until it ends. Raises BackendError if there is none."""
     problem = driver_problem()
     if problem:
-        raise BackendError(f"there is no GPU to run on: {problem}; use --backend openvino")
+        raise BackendError(f"no GPU can be used: {problem}; use --backend openvino")
     return CudaDevice(index)
 
 
@@ -90,14 +90,17 @@ class CudaDevice:
     """
 
     def __init__(self, index: int = 0) -> None:
-        """Most callers want `cuda_device`, which first checks that the driver works."""
+        """Use `cuda_device`, which first checks that the driver works."""
         self._lib = _load()
         self._call("cuInit", 0)
         handle, context = c_int(), c_void_p()
         self._call("cuDeviceGet", byref(handle), index)
         self._call("cuDevicePrimaryCtxRetain", byref(context), handle)
         self._context = context
-        self.gpu, self.driver = self._describe(handle.value), self._version()
+        self.gpu = self._describe(handle.value)
+        version = c_int()
+        self._call("cuDriverGetVersion", byref(version))
+        self.driver = f"cuda {version.value // 1000}.{version.value % 1000 // 10}"
         self.bind()
 
     def bind(self) -> None:
@@ -109,8 +112,10 @@ class CudaDevice:
         address = _ADDRESS()
         code = self._lib.cuMemAlloc_v2(byref(address), max(size, 1))
         if code == _OUT_OF_MEMORY:
+            free, total = c_size_t(), c_size_t()
+            self._call("cuMemGetInfo_v2", byref(free), byref(total))
             raise BackendError(
-                f"{self.gpu.name} has {self._free_mb()} MB free and {size / 2**20:.0f} MB more are needed; "
+                f"{self.gpu.name} has {free.value // 2**20} MB free, {size / 2**20:.0f} MB more are needed; "
                 "use a smaller --size, or close what else uses the GPU"
             )
         self._check("cuMemAlloc_v2", code)
@@ -186,7 +191,7 @@ class CudaDevice:
     def _instantiate(self, graph: c_void_p) -> int:
         nodes, executable = c_size_t(), c_void_p()
         self._call("cuGraphGetNodes", graph, None, byref(nodes))
-        if not nodes.value:  # nothing reached this stream; replaying it would leave old pictures standing
+        if not nodes.value:  # nothing reached this stream; replaying it would repeat the last picture
             raise BackendError(f"nothing was captured on {self.gpu.name}; use --backend cuda or openvino")
         self._call("cuGraphInstantiateWithFlags", byref(executable), graph, 0)
         return int(executable.value or 0)
@@ -199,16 +204,6 @@ class CudaDevice:
         self._call("cuDeviceGetAttribute", byref(minor), _MINOR, handle)
         self._call("cuDeviceTotalMem_v2", byref(memory), handle)
         return Gpu(name.value.decode("utf-8", "replace"), (major.value, minor.value), memory.value)
-
-    def _version(self) -> str:
-        version = c_int()
-        self._call("cuDriverGetVersion", byref(version))
-        return f"cuda {version.value // 1000}.{version.value % 1000 // 10}"
-
-    def _free_mb(self) -> int:
-        free, total = c_size_t(), c_size_t()
-        self._call("cuMemGetInfo_v2", byref(free), byref(total))
-        return int(free.value // 2**20)
 
     def _call(self, name: str, *arguments: Any) -> None:
         self._check(name, getattr(self._lib, name)(*arguments))

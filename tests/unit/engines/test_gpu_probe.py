@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from std_rt.engines.cuda import probe as cuda_probe
-from std_rt.engines.cuda.probe import Gpu, ask, parse, probe
+from std_rt.engines.gpu import probe as cuda_probe
+from std_rt.engines.gpu.probe import Gpu, ask, parse, probe
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +105,7 @@ def test_a_driver_that_hangs_or_breaks_takes_only_its_own_process(monkeypatch: p
     assert "does not answer within 20 s" in str(probe().problem)
     probe.cache_clear()
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=-11))
-    assert "crashed the process that asked it (exit -11)" in str(probe().problem)
+    assert "crashed the probe process (exit -11)" in str(probe().problem)
 
 
 def test_the_driver_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:

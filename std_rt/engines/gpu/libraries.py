@@ -1,7 +1,7 @@
-"""The CUDA and cuDNN libraries that the installed onnxruntime-gpu needs and does not find.
+"""Finds CUDA and cuDNN libraries that the installed onnxruntime-gpu needs and that are missing.
 
 They come with ``pip install '.[cuda]'`` (in pip's ``nvidia`` packages) or with an installed CUDA
-toolkit. If one is missing, ONNX Runtime says "failed to create provider" and goes on with the CPU.
+toolkit. If one is missing, ONNX Runtime says "failed to create provider" and continues on the CPU.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def cuda_version() -> str | None:
     spec = find_spec("onnxruntime")
     if spec is None or spec.origin is None:
         return None
-    notes = Path(spec.origin).parent / "capi" / "build_and_package_info.py"
-    found = _VERSION.search(notes.read_text(encoding="utf-8")) if notes.is_file() else None
+    info = Path(spec.origin).parent / "capi" / "build_and_package_info.py"
+    found = _VERSION.search(info.read_text(encoding="utf-8")) if info.is_file() else None
     return found[1] if found else None
 
 

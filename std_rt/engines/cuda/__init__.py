@@ -1,1 +1,0 @@
-"""The CUDA driver and libraries, for the backends that run on an NVIDIA GPU."""
