@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from math import ceil, sqrt
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["over_white", "resize", "result_size", "working_size"]
+from std_rt.core.errors import UsageError
+
+__all__ = ["check_frame", "over_white", "resize", "result_size", "working_size"]
 
 Frame = NDArray[np.uint8]
 
@@ -54,6 +57,15 @@ def result_size(input_hw: tuple[int, int], working_hw: tuple[int, int]) -> tuple
     (h, w), (work_h, work_w) = input_hw, working_hw
     scale = min(1.0, work_h / h, work_w / w)
     return max(1, round(h * scale)), max(1, round(w * scale))
+
+
+def check_frame(frame: Any) -> Frame:
+    """``frame`` itself. Raises UsageError unless it is a uint8 array [H, W, 3] with pixels."""
+    right = isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3
+    if right and frame.shape[2] == 3 and frame.size:
+        return np.asarray(frame, np.uint8)
+    found = f"{frame.dtype} {list(frame.shape)}" if isinstance(frame, np.ndarray) else type(frame).__name__
+    raise UsageError(f"a frame must be a uint8 array [H, W, 3] in RGB, got {found}")
 
 
 def resize(frame: Frame, size: tuple[int, int]) -> Frame:

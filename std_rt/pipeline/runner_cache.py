@@ -25,6 +25,7 @@ from std_rt.core.errors import UsageError
 from std_rt.core.schedule import StepCoefficients
 from std_rt.engines.hot_swap import close_when_open, has_failed
 from std_rt.engines.program import Mark, Runner
+from std_rt.media.fit import check_frame
 from std_rt.pipeline.conditioning import Conditioning
 from std_rt.pipeline.denoise import noise_draws
 from std_rt.pipeline.program_builder import CONDITIONING, NEGATIVE, batch_rows
@@ -71,11 +72,17 @@ class CachedRunner:
     """A runner that is open or opening, and its last inputs."""
 
     def __init__(
-        self, key: RunnerKey, steps: Sequence[StepCoefficients], mode: str, runner: Future[Runner]
+        self,
+        key: RunnerKey,
+        steps: Sequence[StepCoefficients],
+        latents: tuple[int, ...],
+        mode: str,
+        runner: Future[Runner],
     ) -> None:
-        """``mode`` of guidance; ``steps`` of the key's quality."""
+        """``steps`` and shape of the ``latents`` [C, h, w] of the key's quality; ``mode`` of guidance."""
         self.key = key
         self.draws = noise_draws(steps)
+        self._latents = latents
         self.failed = False  # opening failed, and the error was raised to a caller
         self._user: ReferenceType[SlotUser] | None = None
         self._runner = runner
@@ -97,6 +104,20 @@ class CachedRunner:
     def holds_frames(self) -> bool:
         """Whether closing it would lose frames."""
         return self.user is not None and self.user.inside > 0
+
+    def check(self, frame: Frame, noise: Array) -> None:
+        """Raise UsageError unless frame and noise [K, C, h, w] have this runner's sizes and noise draws."""
+        (h, w), shape = self.key.quality.size, (self.draws, *self._latents)
+        if check_frame(frame).shape[:2] != (h, w):
+            raise UsageError(
+                f"the frame is {frame.shape[0]} x {frame.shape[1]} px instead of {h} x {w}; "
+                "use fit(frame) first"
+            )
+        if noise.shape[1:] != self._latents or len(noise) < self.draws:
+            raise UsageError(
+                f"the state has noise {list(noise.shape)} instead of {list(shape)}; "
+                "use state_for(...) with this size and these steps"
+            )
 
     @property
     def done(self) -> bool:

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
@@ -30,6 +29,7 @@ from std_rt.engines.hot_swap import close_when_open, has_failed
 from std_rt.engines.program import Mark, no_mark
 from std_rt.engines.registry import GPU_BACKENDS
 from std_rt.media import fit
+from std_rt.media.fit import check_frame
 from std_rt.pipeline.conditioning import (
     Conditioning,
     EncodedStyle,
@@ -314,10 +314,9 @@ class Stylizer:
 
         The frame itself if it already has that size.
         """
-        frame = _checked(frame)
-        shape = (frame.shape[0], frame.shape[1])
-        size = self.working_size(*shape) if quality is None else quality.size
-        return frame if shape == size else fit.resize(frame, size)
+        frame = check_frame(frame)
+        size = self.working_size(frame.shape[0], frame.shape[1]) if quality is None else quality.size
+        return fit.resize(frame, size)
 
     def unfit(self, styled: Frame, shape: tuple[int, int]) -> Frame:
         """A result of `run` in the aspect of its frame, whose ``shape`` was (h, w) px.
@@ -325,9 +324,7 @@ class Stylizer:
         At the resolution of the working size, never larger than that frame; ``styled`` itself if it
         already has that size.
         """
-        size = (styled.shape[0], styled.shape[1])
-        result = fit.result_size((shape[0], shape[1]), size)
-        return styled if result == size else fit.resize(styled, result)
+        return fit.resize(styled, fit.result_size(shape, (styled.shape[0], styled.shape[1])))
 
     def run(
         self, working: Frame, state: State, mark: Mark = no_mark, *, quality: Quality | None = None
@@ -357,13 +354,13 @@ class Stylizer:
             raise UsageError(f"every frame needs a state: got {len(working)} frames, {len(states)} states")
         if not working:
             return []
-        size = (_checked(working[0]).shape[0], working[0].shape[1])
+        size = (working[0].shape[0], working[0].shape[1])
         count = self.frames_per_call(size) if frames is None else frames
         if count < 1:
             raise UsageError(f"a call takes at least one frame, got {count}")
         runner = self.runner(RunnerKey(quality or self.quality_at(size), count))
         for frame, state in zip(working, states, strict=True):
-            self.check_fits(frame, state, runner)
+            runner.check(frame, state.noise)
         styled: list[Frame] = []
         for begin in range(0, len(working), count):
             group = [min(begin + i, len(working) - 1) for i in range(count)]
@@ -374,7 +371,7 @@ class Stylizer:
 
     def stylize(self, frame: Frame, seed: int = 0) -> Frame:
         """Stylize one frame on its own: `step` without a stream."""
-        frame = _checked(frame)
+        frame = check_frame(frame)
         return self.step(frame, self.state(*frame.shape[:2], seed=seed))[0]
 
     def close(self) -> None:
@@ -425,21 +422,6 @@ class Stylizer:
         self._check_open()
         return self._cache.get(key)
 
-    def check_fits(self, working: Frame, state: State, runner: CachedRunner) -> None:
-        """Raise UsageError unless frame and state have the size and the noise draws of a runner."""
-        size = runner.key.quality.size
-        shape = (runner.draws, self.bundle.latent_channels, *self._latent_size(size))
-        if _checked(working).shape[:2] != size:
-            raise UsageError(
-                f"the frame is {working.shape[0]} x {working.shape[1]} px instead of {size[0]} x {size[1]}; "
-                "use fit(frame) first"
-            )
-        if state.noise.shape[1:] != shape[1:] or len(state.noise) < shape[0]:
-            raise UsageError(
-                f"the state has noise {list(state.noise.shape)} instead of {list(shape)}; "
-                "use state_for(...) with this size and these steps"
-            )
-
     def _check_open(self) -> None:
         if self._closed:
             raise UsageError("the stylizer was closed; load it again with Stylizer.load()")
@@ -459,15 +441,9 @@ class Stylizer:
         text = {name: value.shape[1:] for name, value in self._text.items()}
         program, specs = program_for(self.bundle, key, self.guidance, text)
         runner = self._pool.submit(self._openers.runner, program, specs)
-        return CachedRunner(key, self.bundle.coefficients(key.quality.steps), self.guidance.mode, runner)
-
-
-def _checked(frame: Any) -> Frame:
-    right = isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3
-    if right and frame.shape[2] == 3 and frame.size:
-        return np.asarray(frame, np.uint8)
-    found = f"{frame.dtype} {list(frame.shape)}" if isinstance(frame, np.ndarray) else type(frame).__name__
-    raise UsageError(f"a frame must be a uint8 array [H, W, 3] in RGB, got {found}")
+        steps = self.bundle.coefficients(key.quality.steps)
+        latents = (self.bundle.latent_channels, *self._latent_size(key.quality.size))
+        return CachedRunner(key, steps, latents, self.guidance.mode, runner)
 
 
 def _frame(picture: Picture) -> Frame:
@@ -475,4 +451,4 @@ def _frame(picture: Picture) -> Frame:
         from std_rt.media.image import read_picture
 
         return read_picture(Path(picture)).frame
-    return _checked(picture)
+    return check_frame(picture)

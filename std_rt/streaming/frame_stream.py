@@ -19,6 +19,7 @@ from typing import Protocol
 
 from std_rt.core.arrays import Frame, Size
 from std_rt.engines.program import Mark, no_mark
+from std_rt.media import fit
 from std_rt.pipeline.conditioning import EncodedStyle
 from std_rt.pipeline.stylizer import Quality, State, Stylizer
 from std_rt.streaming.similarity import SimilarityFilter
@@ -163,9 +164,10 @@ class FrameStream:
     def _take(self, packet: FramePacket) -> Iterator[FramePacket]:
         mark = _stopwatch(packet, self._now)
         yield from self._follow_shape((packet.frame.shape[0], packet.frame.shape[1]))
+        assert self._quality is not None
         assert self._state is not None
         assert self._batcher is not None
-        working = self._stylizer.fit(packet.frame, self._quality)
+        working = fit.resize(packet.frame, self._quality.size)
         mark("convert")
         changing = self._look_up_style(packet)
         if changing and self._batching == GROUPED:  # one call has one style
@@ -223,7 +225,8 @@ class FrameStream:
         mark = _stopwatch(packet, self._now)
         settled = self._temporal.settle(styled, done.motion, changing=done.changing)
         mark("settle")
-        packet.styled = self._last = self._stylizer.unfit(settled, (shape[0], shape[1]))
+        size = fit.result_size((shape[0], shape[1]), (settled.shape[0], settled.shape[1]))
+        packet.styled = self._last = fit.resize(settled, size)
         mark("convert")
         return packet
 

@@ -58,7 +58,7 @@ class StreamBatch:
         After an error of the engines, the frames inside are lost.
         """
         runner = self._stylizer.runner(self._key)
-        self._stylizer.check_fits(working, state, runner)
+        runner.check(working, state.noise)
         self._claim(runner)
         self._last = working
         self._newest = _Slot(self._stylizer.conditioning(self._key.quality.size), state.noise)

@@ -53,7 +53,7 @@ class Openings:
 
     def __call__(self, key: RunnerKey) -> CachedRunner:
         self.futures.append((key, Future()))
-        return CachedRunner(key, coefficients(key.quality.steps), "none", self.futures[-1][1])
+        return CachedRunner(key, coefficients(key.quality.steps), (4, 8, 8), "none", self.futures[-1][1])
 
     def future(self, key: RunnerKey) -> Future[Runner]:
         """The latest of a key."""
@@ -161,7 +161,7 @@ def test_one_that_goes_while_it_opens_is_closed_when_it_is_there() -> None:
 def opened(how: RunnerKey, mode: str, gamma: float = 0.0) -> tuple[CachedRunner, Fake]:
     future, runner = Future[Runner](), Fake()
     future.set_result(runner)
-    return CachedRunner(how, coefficients(how.quality.steps, gamma), mode, future), runner
+    return CachedRunner(how, coefficients(how.quality.steps, gamma), (4, 8, 8), mode, future), runner
 
 
 def told(level: float, guided: bool = True) -> Conditioning:
