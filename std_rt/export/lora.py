@@ -98,12 +98,15 @@ def fuse_lora(
                 _noted_alpha(own, name, rank) if layer.alpha is None else float(file.get_tensor(layer.alpha))
             )
             strength = alpha / (math.sqrt(rank) if own.get("use_rslora") else rank)
-            # A convolution's kernel is a row of the same product.
-            delta = file.get_tensor(layer.up).float().flatten(1) @ file.get_tensor(
-                layer.down
-            ).float().flatten(1)
-            weight: Tensor = module.weight.data
-            weight.add_(delta.view_as(weight).to(weight.dtype), alpha=scale * strength)
+            _merge(module, file.get_tensor(layer.down), file.get_tensor(layer.up), scale * strength)
+
+
+def _merge(module: Any, down: Tensor, up: Tensor, strength: float) -> None:
+    """In a function, so that one layer's tensors are freed before the next layer's are read."""
+    # A convolution's kernel is a row of the same product.
+    delta = up.float().flatten(1) @ down.float().flatten(1)
+    weight: Tensor = module.weight.data
+    weight.add_(delta.view_as(weight).to(weight.dtype), alpha=strength)
 
 
 def check_lora(parts: Mapping[str, nn.Module], path: Path, *, elsewhere: Collection[str] = ()) -> None:
