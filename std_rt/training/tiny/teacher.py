@@ -30,11 +30,10 @@ from std_rt.core.schedule import (
     trajectory_timesteps,
 )
 from std_rt.models.autoencoder import AutoencoderPixelShuffle
-from std_rt.models.style_encoder import StyleEncoder
 from std_rt.pipeline.denoise import Guidance, denoise
 from std_rt.training.data.picture_set import load_pictures
 from std_rt.training.run.precision import mixed_precision
-from std_rt.training.run.recipe import DataConfig, FinishConfig, TeacherConfig
+from std_rt.training.run.recipe import DataConfig, FinishConfig, StylistConfig, TeacherConfig
 from std_rt.training.run.sheet import Pairs, save_sheet, spread_pairs, to_frames, to_tensor
 from std_rt.training.run.training_run import ModuleRun, cosine_rate
 from std_rt.training.tiny.latents import (
@@ -47,8 +46,8 @@ from std_rt.training.tiny.latents import (
 )
 from std_rt.training.tiny.pipeline import (
     TinyPipeline,
-    build_unet,
     load_tiny,
+    new_pipeline,
     random_time_ids,
     run_unet,
     save_tiny,
@@ -137,7 +136,7 @@ def sample(
 
     def predict(x: Tensor, timestep: int, unstyled: bool) -> Tensor:
         t, styled = torch.full((len(z),), timestep), 0 if unstyled else 1
-        return run_unet(pipeline.unet, x, t, styled * tokens, styled * pooled, ids)
+        return run_unet(pipeline.unet, x, t, styled * tokens, styled * pooled, ids, z)
 
     z_0 = denoise(
         z,
@@ -199,19 +198,7 @@ def _load_vae(config: TeacherConfig) -> AutoencoderPixelShuffle:
 
 def _build(config: TeacherConfig, vae: AutoencoderPixelShuffle) -> TinyPipeline:
     torch.manual_seed(config.seed)
-    model, v = config.model, vae.config
-    style = StyleEncoder(
-        latent_channels=v.latent_channels,
-        patchify_channels=tuple(v.channels),
-        patchify_blocks=v.encoder_blocks,
-        tokens=model.style_tokens,
-        dim=model.cross_attention_dim,
-        pooled_dim=model.pooled_dim,
-    )
-    style.patchify.load_state_dict(vae.encoder.state_dict())
-    shifted = NoiseSchedule.scaled_linear().shifted(config.snr_ratio)
-    schedule = NoiseSchedule(shifted.alphas_cumprod, "v_prediction")
-    pipeline = TinyPipeline(build_unet(model, v.latent_channels), style, vae, schedule)
+    pipeline = new_pipeline(config.model, vae, config.snr_ratio)
     if config.start_from:
         _copy_weights(Path(config.start_from), pipeline)
     return pipeline
@@ -242,7 +229,7 @@ def ema_update(average: TinyPipeline, live: TinyPipeline, step: int, decay: floa
 
 
 def pipeline_run(
-    config: TeacherConfig | FinishConfig, live: TinyPipeline, average: TinyPipeline
+    config: TeacherConfig | FinishConfig | StylistConfig, live: TinyPipeline, average: TinyPipeline
 ) -> ModuleRun:
     """A run that trains UNet and style encoder of ``live`` and keeps their moving average."""
     modules = {

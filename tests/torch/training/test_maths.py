@@ -106,14 +106,14 @@ def _write(tmp_path: Path, text: str) -> Path:
 def test_recipes_in_the_repository_load() -> None:
     folder = Path(__file__).parents[3] / "training"
     stages = {load_recipe(path).stage for path in folder.glob("*.toml")}
-    assert stages == {"autoencoder", "teacher", "finish", "distil"}
+    assert stages == {"autoencoder", "teacher", "finish", "stylist", "distil"}
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("stage = 'teacher'\nstep = 3\n", "did you mean steps"),
-        ("stage = 'teecher'\n", "known stages: autoencoder, teacher, finish, distil"),
+        ("stage = 'teecher'\n", "known stages: autoencoder, teacher, finish, stylist, distil"),
         (
             "stage = 'teacher'\noutput = 'x'\nautoencoder = 'x'\nsteps = 'many'\n",
             "steps = 'many': expected int, got text",
