@@ -15,14 +15,18 @@ from std_rt.training.tiny.perceptual import feature_distance, gram_distance, loa
 
 
 def choose_device(name: str) -> str:
-    """``auto`` is CUDA where there is one."""
+    """``auto`` is CUDA where there is one; RecipeError where CUDA is asked for and there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("device = 'cuda', but torch finds no CUDA GPU here; set device = 'auto' or 'cpu'")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def load_autoencoder(folder: str) -> AutoencoderPixelShuffle:
     """A trained autoencoder, frozen; RecipeError where the folder holds none."""
     if not (Path(folder) / "config.json").is_file():
-        raise RecipeError(f"no autoencoder in {folder} (it has no config.json)")
+        raise RecipeError(
+            f"no autoencoder in {folder}; train it first: std-rt train training/std_tiny_autoencoder.toml"
+        )
     return AutoencoderPixelShuffle.from_pretrained(folder).eval().requires_grad_(False)
 
 

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -128,7 +129,7 @@ def load_perceptual(path: str | Path) -> Vgg | SqueezeNet:
     try:
         state = load_file(path)
         network = Vgg(state) if any(key.startswith("vgg.") for key in state) else SqueezeNet(state)
-    except (OSError, KeyError, RuntimeError) as error:
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RecipeError(
             f"{path} does not hold VGG-19 or SqueezeNet 1.1 weights ({reason}); see docs/training.md"

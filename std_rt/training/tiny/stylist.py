@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from std_rt.core.schedule import NoiseSchedule, grid_timestep, start_index, trajectory_timesteps
+from std_rt.core.errors import RecipeError
+from std_rt.core.schedule import grid_timestep, start_index, trajectory_timesteps
 from std_rt.training.run.precision import attention_kernels, precision_context
 from std_rt.training.run.recipe import LOWEST_START_ETA, StylistConfig
 from std_rt.training.run.sheet import to_tensor
@@ -38,6 +39,8 @@ from std_rt.training.tiny.pipeline import (
 from std_rt.training.tiny.teacher import (
     NoisyBatch,
     ema_update,
+    load_start,
+    noisy_states,
     pipeline_run,
     teacher_sheet,
     v_loss,
@@ -55,13 +58,13 @@ class Sample:
     noisy: NoisyBatch
 
 
-def draw_levels(config: StylistConfig, count: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+def draw_levels(config: StylistConfig, count: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
     """Per sample a start ``tau`` and a timestep ``t <= tau``.
 
     Half the starts are those of ``eta``; three in four timesteps lie on a run of one of ``run_steps``.
     """
     low, high = start_index(LOWEST_START_ETA), start_index(config.start_eta)
-    levels = []
+    taus, ts = [], []
     for _ in range(count):
         main = rng.random() < 0.5
         index = start_index(config.eta) if main else int(rng.integers(low, high + 1))
@@ -70,27 +73,9 @@ def draw_levels(config: StylistConfig, count: int, rng: np.random.Generator) -> 
             t = int(rng.choice(trajectory_timesteps(1.0, int(rng.choice(config.run_steps)), start=tau)))
         else:
             t = grid_timestep(int(rng.integers(0, index + 1)))
-        levels.append((tau, t))
-    return levels
-
-
-def make_noisy(
-    z: Tensor, c: Tensor, s: Tensor, schedule: NoiseSchedule, config: StylistConfig, run: ModuleRun
-) -> NoisyBatch:
-    """States on trajectories from c to z (``teacher.py``), k jittered for robustness to own errors."""
-    levels = draw_levels(config, len(z), run.rng)
-
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=z.device)[:, None, None, None]
-
-    pairs = [schedule.alpha_sigma(t) for _, t in levels]
-    alpha, sigma = column([a for a, _ in pairs]), column([b for _, b in pairs])
-    start = column([b / a for a, b in (schedule.alpha_sigma(tau) for tau, _ in levels)])
-    jitter = column(np.exp(run.rng.normal(0, 0.25, len(z))).tolist())
-    k = (sigma / alpha / start).clamp(max=1.0) ** jitter
-    noise = torch.randn(z.shape, generator=run.generator).to(z.device)
-    x_t = alpha * ((1 - k) * z + k * c) + sigma * noise
-    return NoisyBatch(x_t, torch.tensor([t for _, t in levels], device=z.device), z, s, alpha, sigma)
+        taus.append(tau)
+        ts.append(t)
+    return taus, ts
 
 
 def _pooled_index(old: int, new: int, rest: int) -> Tensor:
@@ -144,7 +129,14 @@ def build_stylist(config: StylistConfig) -> TinyPipeline:
     vae = load_autoencoder(config.autoencoder)
     pipeline = new_pipeline(config.model, vae, config.snr_ratio, see_content=True)
     if config.start_from:
-        copy_weights(pipeline, load_tiny(Path(config.start_from)))
+        source = load_start(Path(config.start_from))
+        try:
+            copy_weights(pipeline, source)
+        except (RuntimeError, IndexError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise RecipeError(
+                f"start_from = {config.start_from!r} does not fit the recipe's model: {reason}"
+            ) from None
     return pipeline
 
 
@@ -169,7 +161,9 @@ class Stylist:
         )
         with self.precision():
             c, s, z = (self.live.vae.encode(x).latents.float() for x in (content, style, target))
-        return Sample(target, c, make_noisy(z, c, s, self.live.schedule, config, run))
+        levels = draw_levels(config, config.batch, run.rng)
+        noisy = noisy_states(z, c, s, self.live.schedule, levels, run.rng, run.generator)
+        return Sample(target, c, noisy)
 
     def precision(self) -> AbstractContextManager[None]:
         return precision_context("bf16" if self.config.bf16 else "fp32", self.device)

@@ -101,8 +101,10 @@ def test_gram_does_not_grow_with_the_picture() -> None:
 
 def test_foreign_weights_are_refused(tmp_path: Path) -> None:
     save_file({"layer.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(RecipeError, match=r"does not hold VGG-19 or SqueezeNet"):
-        load_perceptual(tmp_path / "other.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"no weights")
+    for name in ("other", "broken", "none"):
+        with pytest.raises(RecipeError, match=r"does not hold VGG-19 or SqueezeNet"):
+            load_perceptual(tmp_path / f"{name}.safetensors")
 
 
 def test_a_wider_latent_keeps_the_old_one_in_front() -> None:
@@ -155,13 +157,14 @@ def test_triplets_are_matched_by_name_and_half_written_ones_left_out(tmp_path: P
 
 
 def test_autoencoder_trains_with_every_extra(
-    autoencoder_config: AutoencoderConfig, vae_folder: Path, vgg_file: Path, tmp_path: Path
+    autoencoder_config: AutoencoderConfig, vae_folder: Path, squeezenet_file: Path, tmp_path: Path
 ) -> None:
     _write_triplets(tmp_path / "triplets", ["a"])
     config = replace(
         autoencoder_config, output=str(tmp_path / "run"), steps=2, snapshot_every=2, latent_channels=16,
-        encoder_channels=(4, 16), quarter_blocks=(1, 2), start_from=str(vae_folder), perceptual=str(vgg_file),
-        latents_like=str(vae_folder), triplets=str(tmp_path / "triplets"), device="auto", shortcut=True,
+        encoder_channels=(4, 16), quarter_blocks=(1, 2), start_from=str(vae_folder),
+        perceptual=str(squeezenet_file), latents_like=str(vae_folder), triplets=str(tmp_path / "triplets"),
+        device="auto", shortcut=True,
     )  # fmt: skip
     folder = train_autoencoder(config)
     vae = AutoencoderPixelShuffle.from_pretrained(folder)

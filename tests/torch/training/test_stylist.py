@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.distil_runs import assert_same, read_checkpoint
 
+from std_rt.core.errors import RecipeError
 from std_rt.training.run.recipe import AutoencoderConfig, StylistConfig, TeacherConfig
 from std_rt.training.tiny.autoencoder_stage import train_autoencoder
 from std_rt.training.tiny.pipeline import load_tiny, run_unet
@@ -66,6 +67,14 @@ def test_a_new_model_predicts_what_the_old_one_did(
     assert torch.allclose(after[:, :8], before, atol=1e-5)
 
 
+def test_a_start_that_does_not_fit_is_refused(stylist_config: StylistConfig, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="is not a pipeline folder"):
+        build_stylist(replace(stylist_config, start_from=str(tmp_path)))
+    narrower = replace(stylist_config.model, block_out_channels=(16, 32, 32))
+    with pytest.raises(RecipeError, match="does not fit the recipe's model"):
+        build_stylist(replace(stylist_config, model=narrower))
+
+
 def test_the_content_reaches_the_picture_beside_the_noise(stylist_folder: Path) -> None:
     pipeline = load_tiny(stylist_folder)
     assert pipeline.unet.config.in_channels == 32
@@ -88,8 +97,6 @@ def test_decoded_estimates_are_looked_at(
     train_stylist(config)
     plain = replace(config, output=str(tmp_path / "plain"), perceptual="")
     train_stylist(plain)
-    looked, unlooked = (
-        json.loads((folder / "log.jsonl").read_text(encoding="utf-8"))
-        for folder in (tmp_path, tmp_path / "plain")
-    )
+    folders = (tmp_path, tmp_path / "plain")
+    looked, unlooked = (json.loads((f / "log.jsonl").read_text(encoding="utf-8")) for f in folders)
     assert looked["loss"] > unlooked["loss"]
