@@ -1,9 +1,9 @@
-"""What an autoencoder leaves of a stylized picture: MicroAST's results, encoded and decoded.
+"""How much of a style survives an autoencoder: MicroAST's pictures, encoded and decoded.
 
     python -m tools.round_trip VAE_FOLDER... --contents FOLDER --styles FOLDER \
         --microast microast.safetensors --vgg adain_vgg19.safetensors [--sheet sheet.png]
 
-Lower is better, but for structure. ``own`` is VGG's style distance between a picture and its round trip;
+Lower is better, except for structure. ``own`` is VGG's style distance between a picture and its round trip;
 ``art own`` the same of the style pictures. GMAC: encoder and decoder at 256 px.
 """
 

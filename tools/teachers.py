@@ -202,7 +202,7 @@ class CdWct:
 
 
 class FixedStyle:
-    """A network of one style; the style picture it is given is not looked at."""
+    """A network of one style, which ignores the style picture."""
 
     def __init__(self, state: State, name: str) -> None:
         self.state, self.name = state, name

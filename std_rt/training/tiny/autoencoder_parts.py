@@ -124,7 +124,7 @@ def copy_overlap(model: nn.Sequential, source: nn.Sequential) -> None:
 
 
 class ExtraLosses:
-    """What is asked of the autoencoder beside L1: to look alike to VGG, to keep an older one's latents."""
+    """Losses beside L1: perceptual ones, and the distance to an older autoencoder's latents."""
 
     def __init__(self, config: AutoencoderConfig, device: str) -> None:
         self.config = config

@@ -165,11 +165,11 @@ def train_autoencoder(config: AutoencoderConfig, stop_after: int | None = None) 
                 z, target = F.avg_pool2d(z, 2), F.interpolate(images, scale_factor=0.5, mode="area")
             output = model.decode(z).sample
             # Features of half-size crops say little and would cost more than the step itself.
-            looks = extra.pictures(output, target) if not half_size else 0.0
+            perceptual = extra.pictures(output, target) if not half_size else 0.0
         # The small pull to zero keeps latents from drifting; standardize() sets their scale at the end.
         pull = 1e-4 * z.float().square().mean()
         loss = reconstruction_loss(output.float(), target, config.high_pass) + pull
-        run.update(loss + kept + looks, config.batch)
+        run.update(loss + kept + perceptual, config.batch)
         if run.due(step):
             run.save(step, **_sheet(model, watched, run.sheet(step), extra))
 

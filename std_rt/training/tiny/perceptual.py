@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -37,12 +36,6 @@ _POOLED = (1, 3, 7)
 _TAPPED = (0, 2, 4, 8)  # relu1_1, 2_1, 3_1, 4_1
 # (squeeze, each expand) of fire2 to fire7; a pool stands before fire2, fire4 and fire6
 _FIRES = {2: (16, 64), 3: (16, 64), 4: (32, 128), 5: (32, 128), 6: (48, 192), 7: (48, 192)}
-
-
-class Features(Protocol):
-    """A frozen network that gives feature maps ``[B, C, h, w]``, from fine to coarse."""
-
-    def __call__(self, images: Tensor, levels: int = 4) -> list[Tensor]: ...
 
 
 def _fold_input(conv: nn.Conv2d) -> None:

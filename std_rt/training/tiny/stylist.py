@@ -180,9 +180,11 @@ class Stylist:
         loss = v_loss(v, batch)
         if self.look is None or step < config.look_from:
             return loss
-        return loss + config.look_weight * self._looks(batch.alpha * batch.x_t - batch.sigma * v, sample, run)
+        return loss + config.look_weight * self._perceptual_loss(
+            batch.alpha * batch.x_t - batch.sigma * v, sample, run
+        )
 
-    def _looks(self, x_0: Tensor, sample: Sample, run: ModuleRun) -> Tensor:
+    def _perceptual_loss(self, x_0: Tensor, sample: Sample, run: ModuleRun) -> Tensor:
         """Features and Grams of the decoded estimate against the target's, in one window for the batch."""
         assert self.look is not None
         side, room = self.config.look_px // 8, x_0.shape[-1] - self.config.look_px // 8

@@ -40,7 +40,7 @@ def _by_name(folder: Path) -> dict[str, Path]:
 
 
 def find_triplets(folder: str | Path) -> list[Triplet]:
-    """All complete triplets of a folder, by name; RecipeError where there is none."""
+    """All complete triplets of a folder, sorted by name; RecipeError where there are none."""
     content, style, stylized = (_by_name(Path(folder) / name) for name in FOLDERS)
     names = sorted(content.keys() & style.keys() & stylized.keys())
     if not names:
@@ -63,12 +63,14 @@ class TripletSet:
             if content.shape == stylized.shape and min(content.shape[:2]) >= min_px:
                 self.items.append((content, style, stylized))
         if not self.items:
-            raise RecipeError(f"no triplets of at least {min_px} px in {folder}")
+            raise RecipeError(
+                f"no triplet in {folder} has a photo of {min_px} px or more and a stylized one of its size"
+            )
 
     def draw(self, crop_px: int, style_px: int, rng: np.random.Generator) -> tuple[Frame, Frame, Frame]:
         """Photo, style, stylized photo: first and last cropped alike, sides ``crop_px`` and ``style_px``.
 
-        Not resized but where the style is small: strokes keep their size against the style picture's.
+        Only small style pictures are resized, so that strokes keep their size relative to the style's.
         """
         content, style, stylized = self.items[int(rng.integers(len(self.items)))]
         y, x = (int(rng.integers(0, side - crop_px + 1)) for side in content.shape[:2])

@@ -107,6 +107,16 @@ def test_foreign_weights_are_refused(tmp_path: Path) -> None:
             load_perceptual(tmp_path / f"{name}.safetensors")
 
 
+def test_a_config_of_version_1_gives_the_network_it_gave() -> None:
+    config = {"latent_channels": 8, "channels": [64, 128], "encoder_blocks": 2, "decoder_blocks": 3}
+    vae = AutoencoderPixelShuffle.from_config(config)
+    shapes = {name: tuple(value.shape) for name, value in vae.state_dict().items()}
+    assert {name.split(".")[1] for name in shapes} <= {str(i) for i in range(12)}  # no shortcut
+    assert shapes["encoder.1.weight"] == (64, 48, 3, 3)
+    assert shapes["encoder.8.weight"] == (8, 128, 3, 3)
+    assert shapes["decoder.10.weight"] == (48, 64, 3, 3)
+
+
 def test_a_wider_latent_keeps_the_old_one_in_front() -> None:
     torch.manual_seed(0)
     old = AutoencoderPixelShuffle(4, (8, 16), 1, 1)
