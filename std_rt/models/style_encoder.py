@@ -8,6 +8,8 @@ come from channel means and standard deviations at three depths, half from a res
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -68,16 +70,16 @@ class StyleEncoder(ModelMixin, ConfigMixin):
         image_px: int = 256,
         latent_channels: int = 8,
         patchify_channels: tuple[int, int] = (64, 128),
-        patchify_blocks: int = 2,
+        patchify_blocks: int | Sequence[int] = 2,
         widths: tuple[int, int, int] = (96, 128, 192),
         tokens: int = 16,
         dim: int = 192,
         pooled_dim: int = 256,
+        patchify_shortcut: bool = False,
     ) -> None:
         super().__init__()
-        self.patchify = make_encoder(latent_channels, patchify_channels, patchify_blocks).requires_grad_(
-            False
-        )
+        patchify = make_encoder(latent_channels, patchify_channels, patchify_blocks, patchify_shortcut)
+        self.patchify = patchify.requires_grad_(False)
         self.stages = nn.ModuleList()
         before = latent_channels
         for i, width in enumerate(widths):

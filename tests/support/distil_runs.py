@@ -13,6 +13,7 @@ from std_rt.training.run.recipe import (
     DistilConfig,
     LatentsConfig,
     LoraConfig,
+    StylistConfig,
 )
 from std_rt.training.tiny.latents import Triple, save_latents
 
@@ -55,7 +56,7 @@ def small_recipe(output: Path, base: Path, latents: Path) -> DistilConfig:
     )
 
 
-def read_checkpoint(config: DistilConfig) -> dict[str, torch.Tensor]:
+def read_checkpoint(config: DistilConfig | StylistConfig) -> dict[str, torch.Tensor]:
     """All tensors of the newest checkpoint, as FILE/NAME."""
     root = Path(config.output) / "checkpoints"
     folder = root / (root / "newest").read_text(encoding="utf-8")

@@ -24,7 +24,9 @@ Counts = Annotated[tuple[Count, ...], Meta(min_length=1)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 PositiveShare = Annotated[float, Meta(gt=0, le=1)]
 Amount = Annotated[float, Meta(ge=0, le=1e9)]  # the upper end keeps infinity out
+Pair = tuple[Count, Count]
 Positive = Annotated[float, Meta(gt=0, le=1e9)]
+CropSide = Annotated[int, Meta(ge=32, multiple_of=8)]  # px
 Side = Annotated[int, Meta(ge=1, le=32)]  # in latent pixels: stored latents have at least this short side
 Sides = Annotated[tuple[Side, ...], Meta(min_length=1)]
 
@@ -59,10 +61,22 @@ class AutoencoderConfig:
     bf16: bool = True
     snapshot_every: Count = 500
     log_every: Count = 50
-    channels: Counts = (64, 128)
+    channels: Pair = (64, 128)  # at a quarter and at an eighth of the picture's size
+    encoder_channels: Pair | None = None  # left out: the decoder's
     encoder_blocks: Count = 2
     decoder_blocks: Count = 3
+    quarter_blocks: Pair | None = None  # (encoder's, decoder's) at a quarter; left out: as at an eighth
     latent_channels: Count = 8
+    shortcut: bool = False  # a linear code of 8x8 patches beside the convolutions, at next to no cost
+    device: Literal["auto", "cpu", "cuda"] = "cpu"  # auto: CUDA where there is one
+    start_from: str = ""  # autoencoder folder whose weights are copied as far as the shapes overlap
+    latents_like: str = ""  # autoencoder folder whose latents the first channels should keep near
+    latents_weight: Amount = 0.2
+    triplets: str = ""  # folder of triplets, for their stylized pictures; empty: none
+    stylized_share: Share = 0.5  # of each batch, where there are triplets
+    perceptual: str = ""  # VGG-19 or SqueezeNet weights; empty: no perceptual losses
+    feature_weight: Amount = 0.5
+    gram_weight: Amount = 0.5
 
 
 @dataclass(frozen=True)
@@ -130,6 +144,43 @@ class FinishConfig:
     bf16: bool = True
     snapshot_every: Count = 250
     log_every: Count = 50
+
+
+LOWEST_START_ETA = 0.4  # of the stylist stage
+
+
+@dataclass(frozen=True)
+class StylistConfig:
+    """Recipe of the triplet stage: a UNet that sees the content, taught by stylized pictures."""
+
+    output: str
+    autoencoder: str
+    triplets: str
+    data: DataConfig
+    stage: str = "stylist"
+    start_from: str = ""  # a pipeline folder whose weights are copied as far as the shapes overlap
+    seed: Whole = 0
+    steps: Count = 20_000
+    batch: Count = 6
+    crop_px: CropSide = 192
+    style_px: CropSide = 224
+    learning_rate: Positive = 4e-4
+    warmup: Whole = 200
+    ema_decay: Share = 0.999
+    drop_style: Share = 0.08
+    snr_ratio: Positive = 6.0
+    eta: PositiveShare = 0.75  # of the run that ships: half of all trajectories start here
+    start_eta: Annotated[float, Meta(ge=LOWEST_START_ETA, le=1)] = 0.95  # highest level trained
+    run_steps: Counts = (1, 2, 4)  # three in four samples lie on these runs' timesteps
+    perceptual: str = ""  # VGG-19 or SqueezeNet weights: the decoded estimate must look like the target
+    look_px: CropSide = 96  # side of the decoded window that is looked at
+    look_weight: Amount = 0.25
+    look_from: Whole = 0  # step at which that begins
+    bf16: bool = True
+    device: Literal["auto", "cpu", "cuda"] = "cpu"  # auto: CUDA where there is one
+    snapshot_every: Count = 250
+    log_every: Count = 50
+    model: UNetConfig = field(default_factory=UNetConfig)
 
 
 LORA_TARGETS = (
@@ -254,6 +305,7 @@ STAGES: dict[str, type] = {
     "autoencoder": AutoencoderConfig,
     "teacher": TeacherConfig,
     "finish": FinishConfig,
+    "stylist": StylistConfig,
     "distil": DistilConfig,
 }
 
@@ -283,7 +335,7 @@ def _check_keys(kind: type, table: dict[str, Any], prefix: str = "") -> None:
 
 def _explain(message: str, kind: type, table: dict[str, Any]) -> str:
     """msgspec's message (``Expected `int` >= 1 - at `$.lora.rank` ``) with the recipe's own words."""
-    what, _, path = message.replace("`", "").partition(" - at $.")
+    what, _, path = message.replace("`", "").replace(" | null", "").partition(" - at $.")
     if what.startswith("Object missing required field "):
         return f"the recipe lacks {path + '.' if path else ''}{what.split()[-1]}"
     value: Any = table
@@ -323,6 +375,15 @@ def _check_teacher(recipe: TeacherConfig) -> None:
         raise RecipeError("share_art and share_generated are both 0, which leaves nothing to train on")
     if recipe.model.cross_attention_dim % STYLE_HEADS:
         raise RecipeError(f"model.cross_attention_dim must be a multiple of {STYLE_HEADS}")
+
+
+def _check_stylist(recipe: StylistConfig) -> None:
+    if recipe.look_px > recipe.crop_px:
+        raise RecipeError(f"look_px = {recipe.look_px} is more than crop_px = {recipe.crop_px}")
+    try:
+        trajectory_timesteps(min(LOWEST_START_ETA, recipe.eta), max(recipe.run_steps))
+    except ValueError as error:
+        raise RecipeError(f"eta and run_steps do not fit together: {error}") from None
 
 
 def _check_distil(recipe: DistilConfig) -> None:
@@ -388,6 +449,8 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = (), given: dict[str, An
     recipe = _build(STAGES[stage], table)
     if isinstance(recipe, TeacherConfig):
         _check_teacher(recipe)
+    if isinstance(recipe, StylistConfig):
+        _check_stylist(recipe)
     if isinstance(recipe, DistilConfig):
         _check_distil(recipe)
     return recipe
@@ -410,7 +473,7 @@ def load_run_recipe(folder: Path) -> Any:
 
 # What may change between a run and its continuation; everything else makes it another run.
 FREE_KEYS = {
-    "bf16", "gradient_checkpointing", "learning_rate", "log_every", "output", "pictures.cache",
+    "bf16", "device", "gradient_checkpointing", "learning_rate", "log_every", "output", "pictures.cache",
     "pictures.workers", "precision", "sheet", "snapshot_every", "steps",
 }  # fmt: skip
 

@@ -30,13 +30,13 @@ from std_rt.core.schedule import (
     trajectory_timesteps,
 )
 from std_rt.models.autoencoder import AutoencoderPixelShuffle
-from std_rt.models.style_encoder import StyleEncoder
 from std_rt.pipeline.denoise import Guidance, denoise
 from std_rt.training.data.picture_set import load_pictures
 from std_rt.training.run.precision import mixed_precision
-from std_rt.training.run.recipe import DataConfig, FinishConfig, TeacherConfig
+from std_rt.training.run.recipe import DataConfig, FinishConfig, StylistConfig, TeacherConfig
 from std_rt.training.run.sheet import Pairs, save_sheet, spread_pairs, to_frames, to_tensor
 from std_rt.training.run.training_run import ModuleRun, cosine_rate
+from std_rt.training.tiny.autoencoder_parts import load_autoencoder
 from std_rt.training.tiny.latents import (
     Triple,
     build_latents,
@@ -47,8 +47,8 @@ from std_rt.training.tiny.latents import (
 )
 from std_rt.training.tiny.pipeline import (
     TinyPipeline,
-    build_unet,
     load_tiny,
+    new_pipeline,
     random_time_ids,
     run_unet,
     save_tiny,
@@ -97,18 +97,35 @@ def make_noisy(
     rng: np.random.Generator,
     generator: torch.Generator,
 ) -> NoisyBatch:
-    """States on trajectories from c to z (module docstring), k jittered for robustness to own errors."""
-    taus, ts = draw_levels(config, len(z), rng)
+    """States on trajectories from c to z at levels of the recipe."""
+    return noisy_states(z, c, s, schedule, draw_levels(config, len(z), rng), rng, generator)
+
+
+def noisy_states(
+    z: Tensor,
+    c: Tensor,
+    s: Tensor,
+    schedule: NoiseSchedule,
+    levels: tuple[list[int], list[int]],
+    rng: np.random.Generator,
+    generator: torch.Generator,
+) -> NoisyBatch:
+    """States on trajectories from c to z (module docstring), k jittered for robustness to own errors.
+
+    ``levels``: each sample's start ``tau``, and its timestep ``t <= tau``.
+    """
+    taus, ts = levels
     alpha, sigma = (
-        torch.tensor(v, dtype=torch.float32)[:, None, None, None]
+        torch.tensor(v, dtype=torch.float32, device=z.device)[:, None, None, None]
         for v in zip(*(schedule.alpha_sigma(t) for t in ts), strict=True)
     )
-    start = torch.tensor([s_ / a for a, s_ in map(schedule.alpha_sigma, taus)])[:, None, None, None]
-    jitter = torch.tensor(np.exp(rng.normal(0, 0.25, len(z))), dtype=torch.float32)[:, None, None, None]
-    k = (sigma / alpha / start).float().clamp(max=1.0) ** jitter
-    noise = torch.randn(z.shape, generator=generator)
+    starts = [s_ / a for a, s_ in map(schedule.alpha_sigma, taus)]
+    start = torch.tensor(starts, device=z.device)[:, None, None, None]
+    jitter = torch.tensor(np.exp(rng.normal(0, 0.25, len(z))), dtype=torch.float32, device=z.device)
+    k = (sigma / alpha / start).float().clamp(max=1.0) ** jitter[:, None, None, None]
+    noise = torch.randn(z.shape, generator=generator).to(z.device)
     x_t = alpha * ((1 - k) * z + k * c) + sigma * noise
-    return NoisyBatch(x_t, torch.tensor(ts), z, s, alpha, sigma)
+    return NoisyBatch(x_t, torch.tensor(ts, device=z.device), z, s, alpha, sigma)
 
 
 def v_loss(v: Tensor, batch: NoisyBatch) -> Tensor:
@@ -137,7 +154,7 @@ def sample(
 
     def predict(x: Tensor, timestep: int, unstyled: bool) -> Tensor:
         t, styled = torch.full((len(z),), timestep), 0 if unstyled else 1
-        return run_unet(pipeline.unet, x, t, styled * tokens, styled * pooled, ids)
+        return run_unet(pipeline.unet, x, t, styled * tokens, styled * pooled, ids, z)
 
     z_0 = denoise(
         z,
@@ -188,42 +205,26 @@ def _fingerprint(config: TeacherConfig, vae: AutoencoderPixelShuffle) -> str:
     return json.dumps(known, sort_keys=True)
 
 
-def _load_vae(config: TeacherConfig) -> AutoencoderPixelShuffle:
-    if not (Path(config.autoencoder) / "config.json").exists():
-        raise RecipeError(
-            f"no autoencoder in {config.autoencoder}; "
-            "train it first: std-rt train training/std_tiny_autoencoder.toml"
-        )
-    return AutoencoderPixelShuffle.from_pretrained(config.autoencoder).eval().requires_grad_(False)
-
-
 def _build(config: TeacherConfig, vae: AutoencoderPixelShuffle) -> TinyPipeline:
     torch.manual_seed(config.seed)
-    model, v = config.model, vae.config
-    style = StyleEncoder(
-        latent_channels=v.latent_channels,
-        patchify_channels=tuple(v.channels),
-        patchify_blocks=v.encoder_blocks,
-        tokens=model.style_tokens,
-        dim=model.cross_attention_dim,
-        pooled_dim=model.pooled_dim,
-    )
-    style.patchify.load_state_dict(vae.encoder.state_dict())
-    shifted = NoiseSchedule.scaled_linear().shifted(config.snr_ratio)
-    schedule = NoiseSchedule(shifted.alphas_cumprod, "v_prediction")
-    pipeline = TinyPipeline(build_unet(model, v.latent_channels), style, vae, schedule)
+    pipeline = new_pipeline(config.model, vae, config.snr_ratio)
     if config.start_from:
         _copy_weights(Path(config.start_from), pipeline)
     return pipeline
 
 
-def _copy_weights(folder: Path, pipeline: TinyPipeline) -> None:
-    """UNet and style encoder of a pipeline folder; RecipeError if there is none or it does not fit."""
+def load_start(folder: Path) -> TinyPipeline:
+    """The pipeline that ``start_from`` names; RecipeError where there is none."""
     if not (folder / "model_index.json").exists():
         raise RecipeError(
             f"start_from = {str(folder)!r} is not a pipeline folder (it has no model_index.json)"
         )
-    source = load_tiny(folder)
+    return load_tiny(folder)
+
+
+def _copy_weights(folder: Path, pipeline: TinyPipeline) -> None:
+    """UNet and style encoder of a pipeline folder; RecipeError where there is none or it does not fit."""
+    source = load_start(folder)
     try:
         pipeline.unet.load_state_dict(source.unet.state_dict())
         pipeline.style_encoder.load_state_dict(source.style_encoder.state_dict())
@@ -242,7 +243,7 @@ def ema_update(average: TinyPipeline, live: TinyPipeline, step: int, decay: floa
 
 
 def pipeline_run(
-    config: TeacherConfig | FinishConfig, live: TinyPipeline, average: TinyPipeline
+    config: TeacherConfig | FinishConfig | StylistConfig, live: TinyPipeline, average: TinyPipeline
 ) -> ModuleRun:
     """A run that trains UNet and style encoder of ``live`` and keeps their moving average."""
     modules = {
@@ -280,7 +281,7 @@ def train_teacher(config: TeacherConfig, stop_after: int | None = None) -> Path:
 
     ``stop_after`` ends the call after that many steps, as a kill would.
     """
-    vae = _load_vae(config)
+    vae = load_autoencoder(config.autoencoder)
     live, average = _build(config, vae), _build(config, vae)
     run = pipeline_run(config, live, average)
     latents = _latents(config, vae, run.folder)

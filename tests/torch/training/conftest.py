@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from support.weights import write_vgg
 
 from std_rt.training.run.recipe import AutoencoderConfig, DataConfig, FinishConfig, TeacherConfig, UNetConfig
 from std_rt.training.run.sheet import spread_pairs
@@ -47,6 +48,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
         for i in range(3):
             cv2.imwrite(str(root / name / f"{i}.png"), _picture(rng))
     return DataConfig(*(str(root / n) for n in ("photos", "art", "content", "style")))
+
+
+@pytest.fixture(scope="session")
+def vgg_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    return write_vgg(tmp_path_factory.mktemp("weights") / "vgg.safetensors")
 
 
 @pytest.fixture(scope="session")

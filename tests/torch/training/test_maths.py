@@ -106,14 +106,14 @@ def _write(tmp_path: Path, text: str) -> Path:
 def test_recipes_in_the_repository_load() -> None:
     folder = Path(__file__).parents[3] / "training"
     stages = {load_recipe(path).stage for path in folder.glob("*.toml")}
-    assert stages == {"autoencoder", "teacher", "finish", "distil"}
+    assert stages == {"autoencoder", "teacher", "finish", "stylist", "distil"}
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("stage = 'teacher'\nstep = 3\n", "did you mean steps"),
-        ("stage = 'teecher'\n", "known stages: autoencoder, teacher, finish, distil"),
+        ("stage = 'teecher'\n", "known stages: autoencoder, teacher, finish, stylist, distil"),
         (
             "stage = 'teacher'\noutput = 'x'\nautoencoder = 'x'\nsteps = 'many'\n",
             "steps = 'many': expected int, got text",
@@ -157,3 +157,24 @@ def test_values_outside_their_range_are_refused(assignment: str, message: str) -
     path = Path(__file__).parents[3] / "training" / "std_tiny_teacher.toml"
     with pytest.raises(RecipeError, match=message):
         load_recipe(path, (assignment,))
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("look_px=256", "look_px = 256 is more than crop_px = 192"),
+        ("crop_px=100", "crop_px = 100: expected int that's a multiple of 8"),
+        ("run_steps=[1, 40]", "eta and run_steps do not fit together"),
+        ("device=cud", "device = 'cud' must be one of auto, cpu, cuda; did you mean cuda"),
+    ],
+)
+def test_wrong_values_of_the_stylist_stage_are_refused(assignment: str, message: str) -> None:
+    path = Path(__file__).parents[3] / "training" / "std_tiny_stylist.toml"
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path, (assignment,))
+
+
+def test_a_pair_has_two_numbers() -> None:
+    path = Path(__file__).parents[3] / "training" / "std_tiny_autoencoder.toml"
+    with pytest.raises(RecipeError, match=r"quarter_blocks = \[1\]: expected a list of length 2"):
+        load_recipe(path, ("quarter_blocks=[1]",))

@@ -1,0 +1,228 @@
+"""The stylist stage of std-tiny: a UNet that sees the content, taught by triplets.
+
+Trajectories are those of the base stage (``teacher.py``), from a photo's latents to those of its stylized
+form. The photo's clean latents stand beside the noisy ones at the input, so that no drawing is lost to the
+noise and targets are nearly determined: one or two steps are enough.
+
+Two losses: the squared error of v, and, with a ``perceptual`` network, features and Gram matrices of the
+decoded clean estimate against those of the target, in a random window. The second is what makes strokes: the
+first alone asks for the mean of all that is possible, which has none.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from std_rt.core.errors import RecipeError
+from std_rt.core.schedule import grid_timestep, start_index, trajectory_timesteps
+from std_rt.training.run.precision import attention_kernels, precision_context
+from std_rt.training.run.recipe import LOWEST_START_ETA, StylistConfig
+from std_rt.training.run.sheet import to_tensor
+from std_rt.training.run.training_run import ModuleRun, cosine_rate
+from std_rt.training.tiny.autoencoder_parts import choose_device, load_autoencoder
+from std_rt.training.tiny.perceptual import feature_distance, gram_distance, load_perceptual
+from std_rt.training.tiny.pipeline import (
+    TinyPipeline,
+    load_tiny,
+    new_pipeline,
+    random_time_ids,
+    run_unet,
+    save_tiny,
+)
+from std_rt.training.tiny.teacher import (
+    NoisyBatch,
+    ema_update,
+    load_start,
+    noisy_states,
+    pipeline_run,
+    teacher_sheet,
+    v_loss,
+    watched_pairs,
+)
+from std_rt.training.tiny.triplets import TripletSet
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One batch on the training device: pictures in [-1, 1] and the latents made of them."""
+
+    target: Tensor  # [B, 3, crop, crop]
+    content: Tensor  # latents [B, C, crop / 8, crop / 8]
+    noisy: NoisyBatch
+
+
+def draw_levels(config: StylistConfig, count: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    """Per sample a start ``tau`` and a timestep ``t <= tau``.
+
+    Half the starts are those of ``eta``; three in four timesteps lie on a run of one of ``run_steps``.
+    """
+    low, high = start_index(LOWEST_START_ETA), start_index(config.start_eta)
+    taus, ts = [], []
+    for _ in range(count):
+        main = rng.random() < 0.5
+        index = start_index(config.eta) if main else int(rng.integers(low, high + 1))
+        tau = grid_timestep(index)
+        if rng.random() < 0.75:
+            t = int(rng.choice(trajectory_timesteps(1.0, int(rng.choice(config.run_steps)), start=tau)))
+        else:
+            t = grid_timestep(int(rng.integers(0, index + 1)))
+        taus.append(tau)
+        ts.append(t)
+    return taus, ts
+
+
+def _pooled_index(old: int, new: int, rest: int) -> Tensor:
+    """Where the style encoder's statistics of ``old`` latent channels stand among those of ``new``."""
+    channels = torch.arange(old)
+    pairs = (channels[:, None] * new + channels[None, :]).flatten()
+    start = 2 * new + new**2
+    return torch.cat([channels, new + channels, 2 * new + pairs, start + torch.arange(rest)])
+
+
+@torch.no_grad()
+def _copy_statistics(ours: nn.Sequential, theirs: nn.Sequential, index: Tensor) -> None:
+    """First two layers of the style encoder's head, whose inputs are statistics in a fixed order."""
+    mine, old = ours.state_dict(), theirs.state_dict()
+    mine["1.weight"].mul_(0.1)
+    for name in ("0.weight", "0.bias"):
+        mine[name][index] = old[name]
+    mine["1.weight"][:, index] = old["1.weight"]
+    mine["1.bias"].copy_(old["1.bias"])
+
+
+@torch.no_grad()
+def copy_weights(pipeline: TinyPipeline, source: TinyPipeline) -> None:
+    """Start from a model with fewer latent channels and no sight of the content.
+
+    Its latents are taken for the first of ours (``latents_like`` of the autoencoder's recipe); weights of
+    inputs that it lacks start at zero, so that they grow only where they help.
+    """
+    for ours, theirs in ((pipeline.unet, source.unet), (pipeline.style_encoder, source.style_encoder)):
+        old = theirs.state_dict()
+        for name, value in ours.state_dict().items():
+            if name.startswith("patchify") or name not in old:
+                continue
+            if value.shape == old[name].shape:
+                value.copy_(old[name])
+            elif value.dim() == 4:
+                kept = tuple(slice(0, n) for n in old[name].shape)
+                value[: kept[0].stop] = 0
+                value[kept] = old[name]
+            elif name.startswith("conv_out"):
+                value[: len(old[name])] = old[name]
+    mine, style = pipeline.style_encoder, source.style_encoder
+    rest = 2 * sum(style.config.widths)
+    index = _pooled_index(style.config.latent_channels, mine.config.latent_channels, rest)
+    _copy_statistics(mine.pooled, style.pooled, index)
+
+
+def build_stylist(config: StylistConfig) -> TinyPipeline:
+    """The recipe's pipeline, with older weights in it where ``start_from`` names some."""
+    torch.manual_seed(config.seed)
+    vae = load_autoencoder(config.autoencoder)
+    pipeline = new_pipeline(config.model, vae, config.snr_ratio, see_content=True)
+    if config.start_from:
+        source = load_start(Path(config.start_from))
+        try:
+            copy_weights(pipeline, source)
+        except (RuntimeError, IndexError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise RecipeError(
+                f"start_from = {config.start_from!r} does not fit the recipe's model: {reason}"
+            ) from None
+    return pipeline
+
+
+class Stylist:
+    """The networks of a run on their device, and its losses."""
+
+    def __init__(self, config: StylistConfig) -> None:
+        self.config, self.device = config, choose_device(config.device)
+        self.live, self.average = build_stylist(config), build_stylist(config)
+        for p in (self.live, self.average):
+            for part in (p.unet, p.style_encoder, p.vae):
+                part.to(self.device)
+        self.look = load_perceptual(config.perceptual).to(self.device) if config.perceptual else None
+
+    @torch.no_grad()
+    def draw(self, triplets: TripletSet, run: ModuleRun) -> Sample:
+        """A batch of crops, their latents, and states on trajectories between them."""
+        config = self.config
+        frames = [triplets.draw(config.crop_px, config.style_px, run.rng) for _ in range(config.batch)]
+        content, style, target = (
+            to_tensor(list(column)).to(self.device) for column in zip(*frames, strict=True)
+        )
+        with self.precision():
+            c, s, z = (self.live.vae.encode(x).latents.float() for x in (content, style, target))
+        levels = draw_levels(config, config.batch, run.rng)
+        noisy = noisy_states(z, c, s, self.live.schedule, levels, run.rng, run.generator)
+        return Sample(target, c, noisy)
+
+    def precision(self) -> AbstractContextManager[None]:
+        return precision_context("bf16" if self.config.bf16 else "fp32", self.device)
+
+    def loss(self, sample: Sample, run: ModuleRun, step: int) -> Tensor:
+        """v-loss plus, from ``look_from`` on, the weighted perceptual one."""
+        config, batch = self.config, sample.noisy
+        keep = torch.from_numpy(run.rng.random(config.batch) >= config.drop_style).float().to(self.device)
+        ids = random_time_ids(config.batch, run.rng).to(self.device)
+        with self.precision(), attention_kernels(self.device):
+            tokens, pooled = self.live.style_encoder.encode_latents(batch.s)
+            tokens, pooled = tokens * keep[:, None, None], pooled * keep[:, None]
+            v = run_unet(self.live.unet, batch.x_t, batch.t, tokens, pooled, ids, sample.content).float()
+        loss = v_loss(v, batch)
+        if self.look is None or step < config.look_from:
+            return loss
+        return loss + config.look_weight * self._perceptual_loss(
+            batch.alpha * batch.x_t - batch.sigma * v, sample, run
+        )
+
+    def _perceptual_loss(self, x_0: Tensor, sample: Sample, run: ModuleRun) -> Tensor:
+        """Features and Grams of the decoded estimate against the target's, in one window for the batch."""
+        assert self.look is not None
+        side, room = self.config.look_px // 8, x_0.shape[-1] - self.config.look_px // 8
+        y, x = (int(run.rng.integers(0, room + 1)) for _ in range(2))
+        # A rim of two latents is decoded with it, so that the window's edge is not the decoder's.
+        top, left = max(0, y - 2), max(0, x - 2)
+        crop = x_0[:, :, top : y + side + 2, left : x + side + 2]
+        rows, columns = (slice(8 * o, 8 * o + self.config.look_px) for o in (y, x))
+        inner = tuple(slice(8 * (o - t), 8 * (o - t) + self.config.look_px) for o, t in ((y, top), (x, left)))
+        with self.precision():
+            picture = self.live.vae.decode(crop).sample[:, :, inner[0], inner[1]]
+            with torch.no_grad():
+                wanted = self.look(sample.target[:, :, rows, columns], 3)
+            features = self.look(picture, 3)
+        loss = feature_distance(features, wanted) + F.l1_loss(picture, sample.target[:, :, rows, columns])
+        return loss + gram_distance([f.float() for f in features], [f.float() for f in wanted])
+
+
+def train_stylist(config: StylistConfig, stop_after: int | None = None) -> Path:
+    """Train (or go on training); returns the diffusers folder of the averaged weights.
+
+    ``stop_after`` ends the call at that step with a checkpoint written, as a kill would. The folder is also
+    written at every snapshot, so that it can be looked at while the run goes on.
+    """
+    triplets = TripletSet(config.triplets, config.crop_px)
+    stylist = Stylist(config)
+    run = pipeline_run(config, stylist.live, stylist.average)
+    pairs = watched_pairs(config.data)
+
+    def rate(step: int) -> float:
+        return cosine_rate(config.learning_rate, step, config.steps, config.warmup, 0.5)
+
+    for step in run.steps(rate, stop_after):
+        run.update(stylist.loss(stylist.draw(triplets, run), run, step), config.batch)
+        ema_update(stylist.average, stylist.live, step, config.ema_decay)
+        if run.due(step):
+            run.save(step)
+            save_tiny(stylist.average, run.folder / "pipeline")
+            copy = load_tiny(run.folder / "pipeline")
+            teacher_sheet(copy, pairs, run.sheet(step), [(1, 1.0), (2, 1.0), (4, 1.0)])
+    return run.folder / "pipeline"

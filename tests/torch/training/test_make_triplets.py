@@ -1,0 +1,66 @@
+"""Triplets are made deterministically, and a stopped run goes on with the same files."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.weights import random_conv
+
+from std_rt.training.run.recipe import DataConfig
+from std_rt.training.tiny.triplets import find_triplets
+from tools import make_triplets
+from tools.teachers import adain, style_swap, whiten_and_colour
+
+DECODER = (
+    "00.block4_conv1 512 256,01.block3_conv1 256 256,02.block3_conv2 256 256,03.block3_conv3 256 256,"
+    "04.block3_conv4 256 128,05.block2_conv1 128 128,06.block2_conv2 128 64,07.block1_conv1 64 64,"
+    "08.block1_conv2 64 3"
+)
+
+
+@pytest.fixture
+def maker(
+    data: DataConfig, vgg_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> make_triplets.Maker:
+    torch.manual_seed(0)
+    state = load_file(vgg_file)
+    for line in DECODER.split(","):
+        name, inputs, outputs = line.split()
+        random_conv(state, f"decoder.{name}_decode", int(inputs), int(outputs), 3)
+    save_file(state, tmp_path / "adain.safetensors")
+    monkeypatch.setattr(make_triplets, "SIDES_PX", (64, 96))
+    monkeypatch.setattr(make_triplets, "JUDGE_PX", 64)
+    monkeypatch.setattr(make_triplets, "LIMIT", (9.0, 9.0))
+    monkeypatch.setattr(make_triplets, "LIMITS", {})
+    args = Namespace(
+        adain=str(tmp_path / "adain.safetensors"), microast=None, cd_wct=None, magenta=None, fixed=None,
+        photos=data.photos, art=data.art, sources="", seed=3, candidates=2,
+    )  # fmt: skip
+    return make_triplets.Maker(args)
+
+
+def test_a_stopped_run_goes_on_with_the_same_files(maker: make_triplets.Maker, tmp_path: Path) -> None:
+    with torch.no_grad():
+        make_triplets.make_all(maker, tmp_path / "whole", range(4))
+        make_triplets.make_all(maker, tmp_path / "broken", range(2))
+        table = tmp_path / "broken" / "metadata.csv"
+        table.write_bytes(table.read_bytes()[:-9])  # the last line is cut off
+        make_triplets.make_all(maker, tmp_path / "broken", range(4))
+    assert len(find_triplets(tmp_path / "whole")) == 4
+    files = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*.*"))
+    for name in files:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes(), name
+
+
+def test_transfers_give_the_style_statistics() -> None:
+    torch.manual_seed(0)
+    x, style = torch.randn(1, 6, 12, 12), 2 * torch.randn(1, 6, 10, 14) + 1
+    assert torch.allclose(adain(x, style).mean((2, 3)), style.mean((2, 3)), atol=1e-4)
+    y = whiten_and_colour(x, style, 1.0)
+    assert torch.allclose(torch.cov(y[0].flatten(1)), torch.cov(style[0].flatten(1)), atol=1e-3)
+    # A picture swapped with its own patches stays what it is.
+    assert torch.allclose(style_swap(x, x), x, atol=1e-4)
