@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from tools.scenes import SCENES
-from tools.styles import STYLES
+from tools.style_pictures import STYLES
 
 SIDE_PX = 512
 QUALITY = 92  # without chroma subsampling: 40 dB from the rendering, a quarter of the size of a PNG

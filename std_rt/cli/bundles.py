@@ -112,7 +112,7 @@ def unpack(
     from std_rt.core.schedule import NoiseSchedule
     from std_rt.export.restore import load_torch_components
     from std_rt.models.style_encoder import StyleEncoder
-    from std_rt.training.tiny.pipeline import TinyPipeline, save_tiny
+    from std_rt.training.tiny.tiny_pipeline import TinyPipeline, save_tiny
 
     if output.exists():
         raise UsageError(f"{output} exists; choose another folder with -o")

@@ -38,7 +38,7 @@ def _read_recipe(context: typer.Context, source: str | None) -> str | None:
     if source is None or not source.endswith(".toml"):
         return source
     require("std-rt export", "export", *_MODULES)
-    from std_rt.export.options import load_recipe
+    from std_rt.export.export_options import load_recipe
 
     context.default_map = load_recipe(Path(source))
     base: str | None = context.default_map.pop("source", None)
@@ -121,7 +121,7 @@ def export(request: ExportRequest) -> None:
     parse_frame_size(request.size)
     require("std-rt export", "export", *_MODULES)
     from std_rt.core.bundle import check_target
-    from std_rt.export.options import check_choices
+    from std_rt.export.export_options import check_choices
     from std_rt.export.sources.resolve import resolve_sources
 
     console = Console(stderr=True)

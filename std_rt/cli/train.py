@@ -44,7 +44,7 @@ def train(
             return  # only the cost of a distillation can be estimated
     require("std-rt train", "train", "torch", "diffusers", "safetensors", "accelerate", "peft")
     if dry_run:
-        from std_rt.training.run.estimate import describe_run
+        from std_rt.training.run.cost import describe_run
 
         for line in describe_run(resolved):
             typer.echo(line)

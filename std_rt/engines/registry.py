@@ -90,7 +90,7 @@ BACKENDS: dict[str, Backend] = {  # in order of preference
         "onnxruntime",
         ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml"),
         install_hint("onnx"),
-        "std_rt.engines.onnxruntime.session",
+        "std_rt.engines.onnxruntime.ort_session",
     ),
 }
 GPU_BACKENDS = {name: backend.gpus for name, backend in BACKENDS.items() if backend.gpus is not None}

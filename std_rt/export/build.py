@@ -14,7 +14,8 @@ import torch
 
 from std_rt.core.bundle import Bundle, write_bundle
 from std_rt.core.errors import ExportError
-from std_rt.export.estimate import check_room, estimate_export
+from std_rt.export.export_options import LARGE, ExportOptions
+from std_rt.export.graph_precision import half_dtype, to_half, vae_compute, within_range
 from std_rt.export.graphs import (
     Example,
     Graph,
@@ -25,14 +26,11 @@ from std_rt.export.graphs import (
     vae_graphs,
 )
 from std_rt.export.ip_adapter import Branches, attach_diffusers, detach_diffusers
-from std_rt.export.lora import read_metadata, source_digest
+from std_rt.export.lora_fusion import read_metadata, source_digest
 from std_rt.export.modules import ClipStyleEncoder, prepare_attention
-from std_rt.export.options import LARGE, ExportOptions
 from std_rt.export.parity import check_graph, lint
-from std_rt.export.pipeline import Source, Style, read_source
-from std_rt.export.precision import half_dtype, to_half, vae_compute, within_range
-from std_rt.export.text import TextConstants, TextParts
-from std_rt.export.trajectory import (
+from std_rt.export.resources import check_room, estimate_export
+from std_rt.export.sampling_choice import (
     Trajectory,
     check_base,
     choose_trajectory,
@@ -41,6 +39,8 @@ from std_rt.export.trajectory import (
     remarks,
     schedule_section,
 )
+from std_rt.export.source_pipeline import Source, Style, read_source
+from std_rt.export.text import TextConstants, TextParts
 from std_rt.export.weights import externalize
 
 __all__ = ["export_pipeline"]

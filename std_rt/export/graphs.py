@@ -17,7 +17,7 @@ from torch.fx import config as fx_config
 from std_rt.core.schedule import NoiseSchedule
 from std_rt.export.components import Network, plain_config, quiet
 from std_rt.export.modules import UNet, VaeDecoder, VaeEncoder
-from std_rt.export.pipeline import Source, Style
+from std_rt.export.source_pipeline import Source, Style
 
 __all__ = [
     "Example",

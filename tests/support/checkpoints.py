@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from std_rt.export.lora import original_names
+from std_rt.export.lora_fusion import original_names
 
 __all__ = ["original_state", "write_checkpoint"]
 

@@ -23,7 +23,7 @@ from std_rt.core.machine import install_hint
 from std_rt.engines.glue import GLUE
 from std_rt.engines.gpu.probe import probe
 from std_rt.engines.onnxruntime.io_binding import OrtRunner
-from std_rt.engines.onnxruntime.session import CPU, OnnxRuntimeEngine, check_precision, open_session
+from std_rt.engines.onnxruntime.ort_session import CPU, OnnxRuntimeEngine, check_precision, open_session
 from std_rt.engines.program import Launch, Program
 from std_rt.engines.protocol import GraphSpec
 

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 
 from std_rt.core.errors import BackendError
-from std_rt.engines.onnxruntime.session import failures, one_line
+from std_rt.engines.onnxruntime.ort_session import failures, one_line
 from std_rt.engines.program import (
     FRAME,
     STYLED,

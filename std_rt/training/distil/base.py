@@ -19,7 +19,7 @@ from std_rt.core.base_model import licence, unet_digest
 from std_rt.core.errors import RecipeError
 from std_rt.core.schedule import NoiseSchedule
 from std_rt.models.style_encoder import StyleEncoder
-from std_rt.training.tiny.pipeline import load_tiny
+from std_rt.training.tiny.tiny_pipeline import load_tiny
 
 __all__ = [
     "Base",

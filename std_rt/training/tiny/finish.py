@@ -30,19 +30,19 @@ from std_rt.training.run.precision import mixed_precision
 from std_rt.training.run.recipe import FinishConfig, TeacherConfig, load_run_recipe
 from std_rt.training.run.training_run import cosine_rate
 from std_rt.training.tiny.latents import STYLE_LATENTS, Triple, load_latents, random_crop_of
-from std_rt.training.tiny.pipeline import (
-    TinyPipeline,
-    load_tiny,
-    random_time_ids,
-    run_unet,
-    save_tiny,
-)
 from std_rt.training.tiny.teacher import (
     denoising_loss,
     ema_update,
     pipeline_run,
     teacher_sheet,
     watched_pairs,
+)
+from std_rt.training.tiny.tiny_pipeline import (
+    TinyPipeline,
+    load_tiny,
+    random_time_ids,
+    run_unet,
+    save_tiny,
 )
 
 

@@ -31,7 +31,7 @@ from std_rt.training.run.checkpoint import whole_file
 from std_rt.training.run.recipe import LatentsConfig
 from std_rt.training.run.sheet import to_tensor
 from std_rt.training.tiny.generated_styles import content_version, draw_style
-from std_rt.training.tiny.pipeline import random_time_ids
+from std_rt.training.tiny.tiny_pipeline import random_time_ids
 
 STYLE_LATENTS = 28  # side of the style crops in latent pixels: 224 px
 

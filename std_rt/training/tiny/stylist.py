@@ -28,14 +28,6 @@ from std_rt.training.run.sheet import to_tensor
 from std_rt.training.run.training_run import ModuleRun, cosine_rate
 from std_rt.training.tiny.autoencoder_parts import choose_device, load_autoencoder
 from std_rt.training.tiny.perceptual import feature_distance, gram_distance, load_perceptual
-from std_rt.training.tiny.pipeline import (
-    TinyPipeline,
-    load_tiny,
-    new_pipeline,
-    random_time_ids,
-    run_unet,
-    save_tiny,
-)
 from std_rt.training.tiny.teacher import (
     NoisyBatch,
     ema_update,
@@ -45,6 +37,14 @@ from std_rt.training.tiny.teacher import (
     teacher_sheet,
     v_loss,
     watched_pairs,
+)
+from std_rt.training.tiny.tiny_pipeline import (
+    TinyPipeline,
+    load_tiny,
+    new_pipeline,
+    random_time_ids,
+    run_unet,
+    save_tiny,
 )
 from std_rt.training.tiny.triplets import TripletSet
 

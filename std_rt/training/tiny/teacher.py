@@ -45,7 +45,7 @@ from std_rt.training.tiny.latents import (
     load_latents,
     save_latents,
 )
-from std_rt.training.tiny.pipeline import (
+from std_rt.training.tiny.tiny_pipeline import (
     TinyPipeline,
     load_tiny,
     new_pipeline,

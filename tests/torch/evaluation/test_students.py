@@ -33,8 +33,8 @@ from std_rt.training.distil.sampling import (
     sample_latents,
 )
 from std_rt.training.run.recipe import LoraConfig
-from std_rt.training.tiny.pipeline import load_tiny
 from std_rt.training.tiny.teacher import sample
+from std_rt.training.tiny.tiny_pipeline import load_tiny
 
 TAU = 739
 NOTES = {"method": "std", "eta": "0.75", "tau": str(TAU), "base": "tiny", "guidance": "[2.0, 4.0]"}

@@ -42,7 +42,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """``recipe(eta=0.5, ...)`` is the path of a recipe with these values."""
 
     def write(**values: object) -> Path:
-        monkeypatch.setattr("std_rt.export.options.load_recipe", lambda _: dict(values), raising=False)
+        monkeypatch.setattr("std_rt.export.export_options.load_recipe", lambda _: dict(values), raising=False)
         return tmp_path / "recipe.toml"
 
     return write

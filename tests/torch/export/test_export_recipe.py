@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from std_rt.cli.app import app
 from std_rt.core.bundle import load_bundle
 from std_rt.core.errors import ExportError
-from std_rt.export import options as options_module
+from std_rt.export import export_options as options_module
 from std_rt.export.build import export_pipeline
-from std_rt.export.options import load_recipe
+from std_rt.export.export_options import load_recipe
 from std_rt.export.profiles import PROFILES
 
 RECIPES = sorted((Path(__file__).parents[3] / "export").glob("*.toml"))

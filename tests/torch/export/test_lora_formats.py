@@ -19,7 +19,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from std_rt.core.errors import ExportError
 from std_rt.export.components import quiet
-from std_rt.export.lora import fuse_lora, original_names
+from std_rt.export.lora_fusion import fuse_lora, original_names
 
 Parts = dict[str, nn.Module]
 
@@ -344,7 +344,7 @@ MEMORY = """
 import sys
 from pathlib import Path
 from torch import nn
-from std_rt.export.lora import fuse_lora
+from std_rt.export.lora_fusion import fuse_lora
 
 def status_mb(key):
     text = Path("/proc/self/status").read_text(encoding="utf-8")

@@ -17,10 +17,10 @@ from std_rt.core.base_model import unet_digest
 from std_rt.core.errors import ExportError
 from std_rt.core.schedule import NoiseSchedule
 from std_rt.export.build import export_pipeline
-from std_rt.export.lora import fuse_lora, read_metadata, source_digest
-from std_rt.export.options import ExportOptions
+from std_rt.export.export_options import ExportOptions
+from std_rt.export.lora_fusion import fuse_lora, read_metadata, source_digest
 from std_rt.export.profiles import PROFILES
-from std_rt.export.trajectory import (
+from std_rt.export.sampling_choice import (
     LoraNotes,
     Trajectory,
     choose_trajectory,

@@ -15,13 +15,13 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 
 from std_rt.core.errors import ExportError
+from std_rt.export.export_options import ExportOptions
 from std_rt.export.graphs import Example, Port, Trace, trace
 from std_rt.export.ip_adapter import choose_layers, cross_layers
-from std_rt.export.lora import fuse_lora
+from std_rt.export.lora_fusion import fuse_lora
 from std_rt.export.modules import CLIP_MEAN, CLIP_STD, VaeDecoder, VaeEncoder
-from std_rt.export.options import ExportOptions
 from std_rt.export.parity import check_graph
-from std_rt.export.pipeline import read_source
+from std_rt.export.source_pipeline import read_source
 from std_rt.export.weights import externalize
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from std_rt.core.errors import ExportError
-from std_rt.export.precision import half_dtype, to_half, vae_compute, within_range
+from std_rt.export.graph_precision import half_dtype, to_half, vae_compute, within_range
 
 
 class Net(nn.Module):

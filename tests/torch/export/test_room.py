@@ -13,8 +13,8 @@ pytest.importorskip("safetensors")
 from safetensors.numpy import save_file
 
 from std_rt.core.errors import ExportError
-from std_rt.export import estimate
-from std_rt.export.estimate import Need, check_room, estimate_export
+from std_rt.export import resources as estimate
+from std_rt.export.resources import Need, check_room, estimate_export
 
 GB = 2**30
 WEIGHTS = {"unet": 3000, "vae": 500, "image_encoder": 200, "text_encoder": 40, "text_encoder_2": 60}

@@ -18,8 +18,8 @@ from support.fake_hub import COMMIT, FakeHub, Repo, folder_files, serve
 from support.pipelines import write_lora, write_tiny_vae
 
 from std_rt.core.errors import ExportError
-from std_rt.export.options import ExportOptions
-from std_rt.export.pipeline import read_source
+from std_rt.export.export_options import ExportOptions
+from std_rt.export.source_pipeline import read_source
 from std_rt.export.sources import resolve as sources_module
 from std_rt.export.sources.resolve import BASE, IP_ADAPTERS, VAES, Sources, resolve_sources
 from std_rt.export.sources.weight_files import check_weights

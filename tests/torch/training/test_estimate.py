@@ -18,7 +18,7 @@ from std_rt.training.distil.bank import States
 from std_rt.training.distil.base import Conditioning, load_base
 from std_rt.training.distil.discriminator import Heads
 from std_rt.training.distil.lora import add_lora, lora_parameters
-from std_rt.training.run.estimate import (
+from std_rt.training.run.cost import (
     GIB,
     Estimate,
     _evaluations,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from std_rt.core.base_model import unet_digest
 from std_rt.core.errors import RecipeError
 from std_rt.core.schedule import trajectory_timesteps
-from std_rt.export.lora import fuse_lora
+from std_rt.export.lora_fusion import fuse_lora
 from std_rt.training.distil import lora as module
 from std_rt.training.distil.lora import (
     Average,
@@ -33,7 +33,7 @@ from std_rt.training.distil.lora import (
     save_lora,
 )
 from std_rt.training.run.recipe import LORA_TARGETS, LoraConfig, UNetConfig
-from std_rt.training.tiny.pipeline import build_unet
+from std_rt.training.tiny.tiny_pipeline import build_unet
 
 SMALL = LoraConfig(rank=4, alpha=6.0)
 NOTES = {"method": "std", "eta": "0.75"}

@@ -14,8 +14,8 @@ from std_rt.models.autoencoder import AutoencoderPixelShuffle
 from std_rt.training.run.recipe import AutoencoderConfig, FinishConfig, TeacherConfig
 from std_rt.training.tiny.autoencoder_stage import train_autoencoder
 from std_rt.training.tiny.finish import finish_pipeline
-from std_rt.training.tiny.pipeline import load_tiny, save_tiny
 from std_rt.training.tiny.teacher import sample, train_teacher
+from std_rt.training.tiny.tiny_pipeline import load_tiny, save_tiny
 
 
 def _same(a: Path, b: Path) -> None:

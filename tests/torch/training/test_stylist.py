@@ -15,9 +15,9 @@ from support.distil_runs import assert_same, read_checkpoint
 from std_rt.core.errors import RecipeError
 from std_rt.training.run.recipe import AutoencoderConfig, StylistConfig, TeacherConfig
 from std_rt.training.tiny.autoencoder_stage import train_autoencoder
-from std_rt.training.tiny.pipeline import load_tiny, run_unet
 from std_rt.training.tiny.stylist import build_stylist, train_stylist
 from std_rt.training.tiny.teacher import sample
+from std_rt.training.tiny.tiny_pipeline import load_tiny, run_unet
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from std_rt.engines.glue import glue_path
 from std_rt.engines.host import HostRunner
 from std_rt.engines.onnxruntime import cuda
 from std_rt.engines.onnxruntime.io_binding import OrtRunner
-from std_rt.engines.onnxruntime.session import CPU, open_session
+from std_rt.engines.onnxruntime.ort_session import CPU, open_session
 from std_rt.engines.program import FRAME, STYLED, Launch, Program
 
 NO_CUDA = "CUDAExecutionProvider" not in ort.get_available_providers()

@@ -19,7 +19,7 @@ from std_rt.engines import GraphSpec, open_engine
 from std_rt.engines.glue import GLUE
 from std_rt.engines.host import HostRunner
 from std_rt.engines.onnxruntime.io_binding import OrtRunner
-from std_rt.engines.onnxruntime.session import CPU, open_session
+from std_rt.engines.onnxruntime.ort_session import CPU, open_session
 from std_rt.engines.program import FRAME, STYLED, Launch, Program, launch_specs
 from std_rt.pipeline.denoise import Guidance
 from std_rt.pipeline.program_builder import FrameNumbers, frame_program, graph_shapes

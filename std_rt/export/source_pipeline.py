@@ -30,6 +30,7 @@ from std_rt.export.components import (
     resolve,
     text_roles,
 )
+from std_rt.export.export_options import ExportOptions
 from std_rt.export.ip_adapter import (
     Branches,
     check_encoder,
@@ -39,9 +40,8 @@ from std_rt.export.ip_adapter import (
     projection_config,
     read_ip_adapter,
 )
-from std_rt.export.lora import check_lora, fuse_lora
+from std_rt.export.lora_fusion import check_lora, fuse_lora
 from std_rt.export.modules import CLIP_MEAN, CLIP_STD, ClipStyleEncoder
-from std_rt.export.options import ExportOptions
 from std_rt.models.style_encoder import StyleEncoder
 
 __all__ = ["Source", "Style", "read_source"]

@@ -27,7 +27,7 @@ from std_rt.training.distil.lora import choose_layers
 from std_rt.training.distil.trajectory import last_index
 from std_rt.training.run.precision import DTYPES
 from std_rt.training.run.recipe import DistilConfig, distil_tau
-from std_rt.training.tiny.pipeline import add_style_attention
+from std_rt.training.tiny.tiny_pipeline import add_style_attention
 
 __all__ = ["Estimate", "describe", "describe_run", "estimate", "measure_flops"]
 

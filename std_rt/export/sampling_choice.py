@@ -17,7 +17,7 @@ from std_rt.core.schedule import (
     start_timestep,
     trajectory_timesteps,
 )
-from std_rt.export.options import ExportOptions
+from std_rt.export.export_options import ExportOptions
 from std_rt.export.profiles import PROFILES, Profile, find_profile, published_as
 
 __all__ = [
