@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from std_rt.core.errors import ExportError
+from std_rt.core.files import reason as cause
 from std_rt.core.samplers import SCHEDULES
 
 __all__ = ["LARGE", "ExportOptions", "check_choices", "load_recipe"]
@@ -148,7 +149,8 @@ def load_recipe(path: Path) -> dict[str, Any]:
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ExportError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
+        said = f"recipe {path} cannot be read: {cause(error)}; give a TOML file like export/std_tiny.toml"
+        raise ExportError(said) from error
     for key in found:
         if key not in _Recipe.__struct_fields__:
             near = difflib.get_close_matches(key.replace("-", "_"), _Recipe.__struct_fields__, 1)
