@@ -67,4 +67,4 @@ def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) 
     """Bit for bit."""
     assert ours.keys() == theirs.keys()
     different = [k for k in ours if not torch.equal(ours[k], theirs[k])]
-    assert not different
+    assert not different, different[:8]

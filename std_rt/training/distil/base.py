@@ -75,17 +75,22 @@ class Conditioning(Rows):
     pooled: Tensor  # [B, P]
     time_ids: Tensor  # [B, 6] original H, W, crop top, left, target H, W
     tokens: Tensor | None = None  # [B, T, D] style tokens, None if the base takes none
+    content: Tensor | None = None  # [B, C, h, w] clean content latents, for a UNet that sees them
 
     def __len__(self) -> int:
         return len(self.context)
 
     def masked(self, keep: Tensor) -> Conditioning:
-        """Rows where ``keep [B]`` is 0 become the unconditional branch: zeros, as SDXL's pipelines do."""
+        """Rows where ``keep [B]`` is 0 become the unconditional branch: zeros, as SDXL's pipelines do.
+
+        Sizes stay, and so does the content: guidance is on the style alone.
+        """
         k = keep.to(self.context)
-        return replace(self.map(lambda x: x * k.view(-1, *[1] * (x.ndim - 1))), time_ids=self.time_ids)
+        zeroed = self.map(lambda x: x * k.view(-1, *[1] * (x.ndim - 1)))
+        return replace(zeroed, time_ids=self.time_ids, content=self.content)
 
     def null(self) -> Conditioning:
-        """The unconditional branch of every row; sizes stay."""
+        """The unconditional branch of every row."""
         return self.masked(torch.zeros(len(self)))
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Conditioning:
@@ -144,6 +149,11 @@ class Base:
             self.text.pipeline.to(device)
 
     @property
+    def sees_content(self) -> bool:
+        """Whether the UNet takes the clean content latents beside the noisy ones."""
+        return bool(self.unet.config.in_channels > self.unet.config.out_channels)
+
+    @property
     def vae_scale(self) -> int:
         """Image pixels per latent pixel."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
@@ -158,6 +168,8 @@ class Base:
         added: dict[str, Any] = {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
         if cond.tokens is not None:
             added["image_embeds"] = [cond.tokens[:, None]]
+        if cond.content is not None:
+            x = torch.cat([x, cond.content], 1)
         dtype = next(self.unet.parameters()).dtype
         out = unet(x.to(dtype), t, cond.context.to(dtype), added_cond_kwargs=added, return_dict=False)[0]
         return cast(Tensor, out.float())

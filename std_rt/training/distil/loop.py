@@ -28,6 +28,7 @@ from std_rt.training.run.recipe import DistilConfig, distil_tau
 from std_rt.training.run.report import Stopwatch
 from std_rt.training.run.training_run import Run, cosine_rate
 from std_rt.training.tiny.latents import TripleSource
+from std_rt.training.tiny.triplets import TripletSource
 
 __all__ = ["train_distil"]
 
@@ -67,13 +68,21 @@ def _features(config: DistilConfig, base: Base) -> Features:
 
 
 def _source(config: DistilConfig, base: Base, rank: int, world: int) -> Source:
-    if not config.latents.file:
+    latents = config.latents
+    if config.pictures.folder:
         from std_rt.training.data.picture_source import PictureSource
 
         return PictureSource(config.pictures, base, seed=config.seed, rank=rank, world=world)
+    name = "latents.triplets" if latents.triplets else "latents.file"
     if base.style_encoder is None:
-        raise RecipeError("latents.file needs a base with a style encoder; set pictures.folder instead")
-    return TripleSource(config.latents, base, config.seed, rank, world)
+        raise RecipeError(f"{name} needs a base with a style encoder; set pictures.folder instead")
+    if base.sees_content != bool(latents.triplets):
+        other = "latents.file" if latents.triplets else "latents.triplets"
+        sees = "sees" if base.sees_content else "does not see"
+        raise RecipeError(f"base = {config.base!r} {sees} the content; set {other}, not {name}")
+    if latents.triplets:
+        return TripletSource(latents, base, config.seed, rank, world)
+    return TripleSource(latents, base, config.seed, rank, world)
 
 
 def lora_notes(config: DistilConfig, base: Base, step: int) -> dict[str, str]:

@@ -175,7 +175,14 @@ class StylistConfig:
     perceptual: str = ""  # VGG-19 or SqueezeNet weights: the decoded estimate must look like the target
     look_px: CropSide = 96  # side of the decoded window that is looked at
     look_weight: Amount = 0.25
+    v_weight: Amount = 1.0  # of the squared error of v, a few times larger than the perceptual terms at first
     look_from: Whole = 0  # step at which that begins
+    own_batch: Whole = 0  # further samples without a target, on the network's own runs
+    own_px: CropSide = 160
+    own_steps: Counts = (1, 2)  # lengths of those runs
+    style_weight: Amount = 1.0
+    content_weight: Amount = 0.5
+    colour_weight: Amount = 2.0
     bf16: bool = True
     device: Literal["auto", "cpu", "cuda"] = "cpu"  # auto: CUDA where there is one
     snapshot_every: Count = 250
@@ -242,9 +249,10 @@ class PicturesConfig:
 
 @dataclass(frozen=True)
 class LatentsConfig:
-    """Stored latents of a std-tiny teacher's run, instead of pictures."""
+    """The data of std-tiny instead of pictures: a teacher's stored latents, or a folder of triplets."""
 
     file: str = ""
+    triplets: str = ""  # for a base that sees the content
     side: Side = 16  # of the crops, in latent pixels
     paired: Share = 1.0  # share with a known target; the others: a photo under an unrelated style, as in use
     share_art: Share = 0.6  # (artwork, its content version) among these; the others: generated styles
@@ -404,9 +412,12 @@ def _check_distil(recipe: DistilConfig) -> None:
         raise RecipeError(f"tau = {tau} does not belong to eta {recipe.eta:g}; set {other}0 for {rule}")
     if recipe.guidance[0] > recipe.guidance[1]:
         raise RecipeError(f"guidance = {list(recipe.guidance)} must be a range [low, high]")
-    if bool(recipe.pictures.folder) == bool(recipe.latents.file):
-        raise RecipeError("set either pictures.folder or latents.file, the data to train on, and not both")
-    if bool(recipe.sheet.contents) != bool(recipe.sheet.styles) and recipe.latents.file:
+    latents = recipe.latents
+    if sum(map(bool, (recipe.pictures.folder, latents.file, latents.triplets))) != 1:
+        raise RecipeError(
+            "set the data to train on: pictures.folder, latents.file or latents.triplets, only one of them"
+        )
+    if bool(recipe.sheet.contents) != bool(recipe.sheet.styles) and not recipe.pictures.folder:
         raise RecipeError("set both sheet.contents and sheet.styles, or neither")
     if recipe.bank.enabled and recipe.method == "std" and recipe.bank.capacity < 2 * recipe.batch:
         raise RecipeError(

@@ -4,9 +4,13 @@ Trajectories are those of the base stage (``teacher.py``), from a photo's latent
 form. The photo's clean latents stand beside the noisy ones at the input, so that no drawing is lost to the
 noise and targets are nearly determined: one or two steps are enough.
 
-Two losses: the squared error of v, and, with a ``perceptual`` network, features and Gram matrices of the
-decoded clean estimate against those of the target, in a random window. The second is what makes strokes: the
-first alone asks for the mean of all that is possible, which has none.
+Losses on triplets: the squared error of v, and, with a ``perceptual`` network, features and Gram matrices of
+the decoded clean estimate against those of the target, in a random window. The second is what makes strokes:
+the first alone asks for the mean of all that is possible, which has none.
+
+Losses without a target, with ``own_batch``: the network runs its own one or two steps from any photo under
+any artwork, as the product does, and a decoded estimate is compared with the artwork (Gram matrices, colours)
+and with the photo (features). So its pictures can become better than its teachers'.
 """
 
 from __future__ import annotations
@@ -22,12 +26,20 @@ from torch import Tensor, nn
 
 from std_rt.core.errors import RecipeError
 from std_rt.core.schedule import grid_timestep, start_index, trajectory_timesteps
+from std_rt.pipeline.denoise import denoise
+from std_rt.training.data.picture_set import PictureSet, load_pictures, random_crop
 from std_rt.training.run.precision import attention_kernels, precision_context
 from std_rt.training.run.recipe import LOWEST_START_ETA, StylistConfig
 from std_rt.training.run.sheet import to_tensor
 from std_rt.training.run.training_run import ModuleRun, cosine_rate
 from std_rt.training.tiny.autoencoder_parts import choose_device, load_autoencoder
-from std_rt.training.tiny.perceptual import feature_distance, gram_distance, load_perceptual
+from std_rt.training.tiny.perceptual import (
+    colour_distance,
+    content_distance,
+    feature_distance,
+    gram_distance,
+    load_perceptual,
+)
 from std_rt.training.tiny.teacher import (
     NoisyBatch,
     ema_update,
@@ -140,6 +152,23 @@ def build_stylist(config: StylistConfig) -> TinyPipeline:
     return pipeline
 
 
+@dataclass(frozen=True)
+class Unpaired:
+    """Photos and artworks that have nothing to do with each other."""
+
+    photos: PictureSet
+    art: PictureSet
+
+    def draw(self, config: StylistConfig, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Photos ``[B, 3, own_px, own_px]`` and artworks ``[B, 3, style_px, style_px]``, in [-1, 1]."""
+        pictures = [
+            random_crop(kind.frames[kind.draw(rng)], side, rng)
+            for kind, side in ((self.photos, config.own_px), (self.art, config.style_px))
+            for _ in range(config.own_batch)
+        ]
+        return to_tensor(pictures[: config.own_batch]), to_tensor(pictures[config.own_batch :])
+
+
 class Stylist:
     """The networks of a run on their device, and its losses."""
 
@@ -178,6 +207,8 @@ class Stylist:
             tokens, pooled = tokens * keep[:, None, None], pooled * keep[:, None]
             v = run_unet(self.live.unet, batch.x_t, batch.t, tokens, pooled, ids, sample.content).float()
         loss = v_loss(v, batch)
+        run.add(v=loss)
+        loss = config.v_weight * loss
         if self.look is None or step < config.look_from:
             return loss
         return loss + config.look_weight * self._perceptual_loss(
@@ -202,6 +233,52 @@ class Stylist:
         loss = feature_distance(features, wanted) + F.l1_loss(picture, sample.target[:, :, rows, columns])
         return loss + gram_distance([f.float() for f in features], [f.float() for f in wanted])
 
+    def own_run_loss(self, unpaired: Unpaired, run: ModuleRun) -> Tensor:
+        """Style, colours and content of a decoded estimate at a random step of the network's own run."""
+        assert self.look is not None
+        config, live = self.config, self.live
+        photo, style = (x.to(self.device) for x in unpaired.draw(config, run.rng))
+        timesteps = trajectory_timesteps(config.eta, int(run.rng.choice(config.own_steps)))
+        coefficients = live.schedule.coefficients(timesteps)
+        at = int(run.rng.integers(len(coefficients)))
+        ids = random_time_ids(config.own_batch, run.rng).to(self.device)
+        with self.precision(), attention_kernels(self.device):
+            with torch.no_grad():
+                content, s = (live.vae.encode(x).latents.float() for x in (photo, style))
+            tokens, pooled = live.style_encoder.encode_latents(s)
+
+            def predict(x: Tensor, timestep: int, _: bool) -> Tensor:
+                t = torch.full((len(x),), timestep, device=self.device)
+                return run_unet(live.unet, x, t, tokens, pooled, ids, content).float()
+
+            noise = torch.randn(content.shape, generator=run.generator).to(self.device)
+            c = coefficients[at]
+            x = c.alpha_t * content + c.sigma_t * noise
+            if at:
+                with torch.no_grad():
+                    x = denoise(
+                        content,
+                        predict,
+                        noise=[noise],
+                        steps=coefficients[:at],
+                        prediction_type="v_prediction",
+                    )
+            picture = live.vae.decode(
+                c.alpha_t * x - c.sigma_t * predict(x, c.timestep, False)
+            ).sample.float()
+            with torch.no_grad():
+                wanted, kept = self.look(style), self.look(photo)
+            features = self.look(picture)
+        like = gram_distance([f.float() for f in features], [f.float() for f in wanted])
+        same = torch.stack(
+            [content_distance(f, k).mean() for f, k in zip(features[-2:], kept[-2:], strict=True)]
+        )
+        colours = colour_distance(picture, style, run.generator)
+        run.add(style=like, content=same.mean(), colour=colours)
+        return (
+            config.style_weight * like + config.content_weight * same.mean() + config.colour_weight * colours
+        )
+
 
 def train_stylist(config: StylistConfig, stop_after: int | None = None) -> Path:
     """Train (or go on training); returns the diffusers folder of the averaged weights.
@@ -213,12 +290,22 @@ def train_stylist(config: StylistConfig, stop_after: int | None = None) -> Path:
     stylist = Stylist(config)
     run = pipeline_run(config, stylist.live, stylist.average)
     pairs = watched_pairs(config.data)
+    data, unpaired = config.data, None
+    if config.own_batch:
+        if not config.perceptual:
+            raise RecipeError(
+                "own_batch needs a perceptual network; set perceptual to its weights, or own_batch = 0"
+            )
+        unpaired = Unpaired(load_pictures(data.photos, data.sources), load_pictures(data.art, data.sources))
 
     def rate(step: int) -> float:
         return cosine_rate(config.learning_rate, step, config.steps, config.warmup, 0.5)
 
     for step in run.steps(rate, stop_after):
-        run.update(stylist.loss(stylist.draw(triplets, run), run, step), config.batch)
+        loss = stylist.loss(stylist.draw(triplets, run), run, step)
+        if unpaired is not None:
+            loss = loss + stylist.own_run_loss(unpaired, run)
+        run.update(loss, config.batch + config.own_batch)
         ema_update(stylist.average, stylist.live, step, config.ema_decay)
         if run.due(step):
             run.save(step)

@@ -10,15 +10,22 @@ Files of one name (any suffix that pictures have) belong together. ``tools/make_
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
+import torch
 from rich.progress import track
 
 from std_rt.core.errors import RecipeError
 from std_rt.training.data.picture_set import SUFFIXES, Frame, random_crop, read_picture
+from std_rt.training.distil.bank import Shape
+from std_rt.training.distil.base import Base, Fresh
+from std_rt.training.run.recipe import LatentsConfig
+from std_rt.training.run.sheet import to_tensor
+from std_rt.training.tiny.tiny_pipeline import random_time_ids
 
 FOLDERS = ("content", "style", "stylized")
 
@@ -67,12 +74,16 @@ class TripletSet:
                 f"no triplet in {folder} has a photo of {min_px} px or more and a stylized one of its size"
             )
 
+    def any(self, rng: np.random.Generator) -> tuple[Frame, Frame, Frame]:
+        """Photo, style and stylized photo of one triplet, whole."""
+        return self.items[int(rng.integers(len(self.items)))]
+
     def draw(self, crop_px: int, style_px: int, rng: np.random.Generator) -> tuple[Frame, Frame, Frame]:
         """Photo, style, stylized photo: first and last cropped alike, sides ``crop_px`` and ``style_px``.
 
         Only small style pictures are resized, so that strokes keep their size relative to the style's.
         """
-        content, style, stylized = self.items[int(rng.integers(len(self.items)))]
+        content, style, stylized = self.any(rng)
         y, x = (int(rng.integers(0, side - crop_px + 1)) for side in content.shape[:2])
         window = slice(y, y + crop_px), slice(x, x + crop_px)
         a, b = content[window], stylized[window]
@@ -87,3 +98,51 @@ def _style_crop(style: Frame, side_px: int, rng: np.random.Generator) -> Frame:
         scale = side_px / short
         style = cv2.resize(style, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
     return random_crop(style, side_px, rng, min_scale=1.0) if min(style.shape[:2]) > side_px else style
+
+
+class TripletSource:
+    """The data of a distillation of a std-tiny that sees the content; each process has its own share."""
+
+    def __init__(self, config: LatentsConfig, base: Base, seed: int, rank: int = 0, world: int = 1) -> None:
+        self.config, self.base = config, base
+        self.triplets = TripletSet(config.triplets, config.side * base.vae_scale)
+        self.triplets.items = self.triplets.items[rank::world] or self.triplets.items
+        self.rng = np.random.default_rng((seed, rank, 7))
+        self.shapes: list[Shape] = [(config.side, config.side)]
+        self.weights = np.ones(1)
+
+    @torch.no_grad()
+    def take(self, n: int, shape: Shape) -> Fresh:
+        """``n`` new samples, encoded here, once per trajectory.
+
+        The share ``paired`` ends in a known picture. The others are photos under unrelated styles, as in use:
+        the photo stands for the target, and a crop of the style picture is the discriminator's real one.
+        """
+        side = shape[0] * self.base.vae_scale
+        rows = [self._one(side) for _ in range(n)]
+        device = next(self.base.vae.parameters()).device
+        z, c, real, style = (to_tensor(list(column)).to(device) for column in zip(*rows, strict=True))
+        # Contiguous, as they are after a checkpoint: other strides choose other kernels, whose sums differ.
+        z, c, real = (self.base.encode(x).cpu().contiguous() for x in (z, c, real))
+        cond = self.base.condition([], style, random_time_ids(n, self.rng).to(device)).to(
+            "cpu", torch.float32
+        )
+        return Fresh(z, c, real, replace(cond, content=c))
+
+    def _one(self, side_px: int) -> tuple[Frame, Frame, Frame, Frame]:
+        """Target, content, real and style pictures of one sample."""
+        photo, style, stylized = self.triplets.draw(side_px, self.base.style_px, self.rng)
+        if self.rng.random() < self.config.paired:
+            return stylized, photo, stylized, style
+        other = self.triplets.any(self.rng)[1]
+        style = _style_crop(other, self.base.style_px, self.rng)
+        return photo, photo, random_crop(style, side_px, self.rng, min_scale=1.0), style
+
+    def state(self) -> dict[str, Any]:
+        return {"rng": self.rng.bit_generator.state}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.rng.bit_generator.state = state["rng"]
+
+    def close(self) -> None:
+        """Nothing is open."""

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from support.weights import write_vgg
+from support.weights import write_squeezenet, write_vgg
 
 from std_rt.training.run.recipe import AutoencoderConfig, DataConfig, FinishConfig, TeacherConfig, UNetConfig
 from std_rt.training.run.sheet import spread_pairs
@@ -54,6 +54,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 def vgg_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     return write_vgg(tmp_path_factory.mktemp("weights") / "vgg.safetensors")
+
+
+@pytest.fixture(scope="session")
+def squeezenet_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    return write_squeezenet(tmp_path_factory.mktemp("weights") / "squeezenet.safetensors")
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from support.weights import random_conv
 from torch import Tensor
 
 from std_rt.core.errors import RecipeError
@@ -28,23 +27,6 @@ from std_rt.training.tiny.perceptual import (
     style_distance,
 )
 from std_rt.training.tiny.triplets import find_triplets
-
-FIRES = "2 64 16 64,3 128 16 64,4 128 32 128,5 256 32 128,6 256 48 192,7 384 48 192"
-
-
-@pytest.fixture(scope="module")
-def squeezenet_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    state: dict[str, Tensor] = {}
-    random_conv(state, "conv1", 3, 64, 3)
-    for line in FIRES.split(","):
-        n, inputs, few, many = map(int, line.split())
-        random_conv(state, f"fire{n}.squeeze1x1.fire{n}", inputs, few, 1)
-        random_conv(state, f"fire{n}.expand1x1.fire{n}", few, many, 1)
-        random_conv(state, f"fire{n}.expand3x3.fire{n}", few, many, 3)
-    path = tmp_path_factory.mktemp("weights") / "squeezenet.safetensors"
-    save_file(state, path)
-    return path
 
 
 def _picture(height: int = 64, width: int = 64, seed: int = 0) -> Tensor:

@@ -5,19 +5,29 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from support.distil_runs import assert_same, read_checkpoint
+from support.distil_runs import ADVERSARIAL, assert_same, read_checkpoint, small_recipe
 
 from std_rt.core.errors import RecipeError
-from std_rt.training.run.recipe import AutoencoderConfig, StylistConfig, TeacherConfig
+from std_rt.core.schedule import trajectory_timesteps
+from std_rt.training.data.picture_set import load_pictures
+from std_rt.training.distil.base import load_base
+from std_rt.training.distil.loop import train_distil
+from std_rt.training.distil.sampling import encode_scene, sample_latents
+from std_rt.training.run.recipe import AutoencoderConfig, LatentsConfig, StylistConfig, TeacherConfig
+from std_rt.training.run.sheet import spread_pairs, to_tensor
+from std_rt.training.run.training_run import ModuleRun
 from std_rt.training.tiny.autoencoder_stage import train_autoencoder
-from std_rt.training.tiny.stylist import build_stylist, train_stylist
+from std_rt.training.tiny.stylist import Stylist, Unpaired, build_stylist, train_stylist
 from std_rt.training.tiny.teacher import sample
 from std_rt.training.tiny.tiny_pipeline import load_tiny, run_unet
+from std_rt.training.tiny.triplets import TripletSource
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +110,100 @@ def test_decoded_estimates_are_looked_at(
     folders = (tmp_path, tmp_path / "plain")
     looked, unlooked = (json.loads((f / "log.jsonl").read_text(encoding="utf-8")) for f in folders)
     assert looked["loss"] > unlooked["loss"]
+
+
+def test_own_runs_teach_without_a_target(
+    stylist_config: StylistConfig, tmp_path: Path, vgg_file: Path
+) -> None:
+    config = replace(
+        stylist_config,
+        output=str(tmp_path / "a"),
+        perceptual=str(vgg_file),
+        look_px=64,
+        own_batch=2,
+        own_px=128,
+    )
+    train_stylist(config)
+    row = json.loads((tmp_path / "a" / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert {"style", "content", "colour"} <= row.keys()
+    broken = replace(config, output=str(tmp_path / "b"))
+    train_stylist(broken, stop_after=2)
+    train_stylist(broken)
+    assert_same(read_checkpoint(broken), read_checkpoint(config))
+    with pytest.raises(RecipeError, match="own_batch needs a perceptual network"):
+        train_stylist(replace(config, output=str(tmp_path / "c"), perceptual=""))
+
+
+def test_the_own_run_loss_falls_along_its_gradient(
+    stylist_config: StylistConfig, squeezenet_file: Path
+) -> None:
+    config = replace(stylist_config, perceptual=str(squeezenet_file), own_batch=2, own_px=64)
+    stylist, data = Stylist(config), config.data
+    unpaired = Unpaired(load_pictures(data.photos), load_pictures(data.art))
+
+    def loss() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(3)
+        run = SimpleNamespace(rng=np.random.default_rng(3), generator=generator, add=lambda **_: None)
+        return stylist.own_run_loss(unpaired, cast(ModuleRun, run))
+
+    before = loss()
+    before.backward()
+    with torch.no_grad():
+        for weight in stylist.live.unet.parameters():
+            weight -= 0.01 * (0 if weight.grad is None else weight.grad)
+    assert loss() < before
+
+
+def test_the_distillers_teacher_draws_what_the_pipeline_does(
+    stylist_config: StylistConfig, stylist_folder: Path
+) -> None:
+    pairs = spread_pairs(
+        Path(stylist_config.data.held_out_content), Path(stylist_config.data.held_out_style), 2, 64
+    )
+    base, pipeline = load_base(stylist_folder), load_tiny(stylist_folder)
+    scene = encode_scene(base, pairs)
+    assert scene.cond.content is not None
+    # `sample` draws one noise for all rows from this seed.
+    noise = torch.randn(scene.z.shape[1:], generator=torch.Generator().manual_seed(0)).expand(scene.z.shape)
+    z = sample_latents(base, scene.cond, scene.z, trajectory_timesteps(0.75, 2), 2.0, noise[None])
+    images, side = to_tensor(scene.contents), base.style_px
+    looks = to_tensor([cv2.resize(s, (side, side), interpolation=cv2.INTER_CUBIC) for s in scene.styles])
+    wanted = sample(pipeline, images, looks, 2, guidance=2.0)
+    assert torch.allclose(base.decode(z), wanted, atol=1e-4)
+
+
+def test_a_base_that_sees_the_content_is_distilled_and_resumed(
+    stylist_config: StylistConfig, stylist_folder: Path, tmp_path: Path
+) -> None:
+    data = LatentsConfig(triplets=stylist_config.triplets, side=8, paired=0.5)
+    config = replace(
+        small_recipe(tmp_path / "whole", stylist_folder, tmp_path), latents=data, adversarial=ADVERSARIAL
+    )
+    assert train_distil(config).is_file()
+    broken = replace(config, output=str(tmp_path / "broken"))
+    train_distil(broken, stop_after=3)
+    train_distil(broken)
+    assert_same(read_checkpoint(broken), read_checkpoint(config))
+
+
+def test_each_trajectory_keeps_its_own_content(stylist_config: StylistConfig, stylist_folder: Path) -> None:
+    base = load_base(stylist_folder)
+    data = LatentsConfig(triplets=stylist_config.triplets, side=8, paired=0.5)
+    new = TripletSource(data, base, 0).take(8, (8, 8))
+    assert new.cond.content is not None
+    assert torch.equal(new.cond.content, new.c)
+    assert torch.equal(new.cond.null().content, new.c)
+    unpaired = (new.z == new.c).flatten(1).all(1)
+    assert 0 < unpaired.sum() < 8
+    assert not (new.real == new.z).flatten(1).all(1)[unpaired].any()
+
+
+def test_data_that_does_not_fit_the_base_is_refused(
+    stylist_config: StylistConfig, stylist_folder: Path, teacher_folder: Path, tmp_path: Path
+) -> None:
+    stored = small_recipe(tmp_path / "a", stylist_folder, tmp_path / "latents")
+    with pytest.raises(RecipeError, match=r"sees the content; set latents\.triplets, not latents\.file"):
+        train_distil(stored)
+    data = LatentsConfig(triplets=stylist_config.triplets, side=8)
+    with pytest.raises(RecipeError, match=r"does not see the content; set latents\.file"):
+        train_distil(replace(stored, base=str(teacher_folder), output=str(tmp_path / "b"), latents=data))
