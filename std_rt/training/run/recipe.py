@@ -179,6 +179,7 @@ class StylistConfig:
     look_from: Whole = 0  # step at which that begins
     own_batch: Whole = 0  # further samples without a target, on the network's own runs
     own_px: CropSide = 160
+    own_vgg: str = ""  # VGG-19 weights: Gram matrices of its first three levels count there too
     own_steps: Counts = (1, 2)  # lengths of those runs
     style_weight: Amount = 1.0
     content_weight: Amount = 0.5

@@ -169,9 +169,13 @@ def gram_distance(x: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
     L1, not the norm of ``style_distance``: its gradient does not leave the many weak channels, in which fine
     strokes live, to a few strong ones.
     """
+    return relative_l1([gram(a) for a in x], [gram(b) for b in target])
+
+
+def relative_l1(x: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
+    """Mean over lists of matrices ``[B, C, C]`` and samples of the L1 relative to the target's, a scalar."""
     total = x[0].new_zeros(())
-    for a, b in zip(x, target, strict=True):
-        ours, wanted = gram(a), gram(b)
+    for ours, wanted in zip(x, target, strict=True):
         size = wanted.abs().sum((1, 2)).clamp_min(1e-8)
         total = total + ((ours - wanted).abs().sum((1, 2)) / size).mean()
     return total / len(x)

@@ -37,8 +37,10 @@ from std_rt.training.tiny.perceptual import (
     colour_distance,
     content_distance,
     feature_distance,
+    gram,
     gram_distance,
     load_perceptual,
+    relative_l1,
 )
 from std_rt.training.tiny.teacher import (
     NoisyBatch,
@@ -160,13 +162,20 @@ class Unpaired:
     art: PictureSet
 
     def draw(self, config: StylistConfig, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Photos ``[B, 3, own_px, own_px]`` and artworks ``[B, 3, style_px, style_px]``, in [-1, 1]."""
+        """Photos ``[B, 3, own_px, own_px]`` and artworks ``[ceil(B / 2), 3, style_px, style_px]``.
+
+        Pictures are in [-1, 1]. Each artwork is for two photos: its features are a third of a sample's cost.
+        """
+        count = config.own_batch
         pictures = [
             random_crop(kind.frames[kind.draw(rng)], side, rng)
-            for kind, side in ((self.photos, config.own_px), (self.art, config.style_px))
-            for _ in range(config.own_batch)
+            for kind, side, n in (
+                (self.photos, config.own_px, count),
+                (self.art, config.style_px, -(-count // 2)),
+            )
+            for _ in range(n)
         ]
-        return to_tensor(pictures[: config.own_batch]), to_tensor(pictures[config.own_batch :])
+        return to_tensor(pictures[:count]), to_tensor(pictures[count:])
 
 
 class Stylist:
@@ -179,6 +188,7 @@ class Stylist:
             for part in (p.unet, p.style_encoder, p.vae):
                 part.to(self.device)
         self.look = load_perceptual(config.perceptual).to(self.device) if config.perceptual else None
+        self.vgg = load_perceptual(config.own_vgg).to(self.device) if config.own_vgg else None
 
     @torch.no_grad()
     def draw(self, triplets: TripletSet, run: ModuleRun) -> Sample:
@@ -236,48 +246,52 @@ class Stylist:
     def own_run_loss(self, unpaired: Unpaired, run: ModuleRun) -> Tensor:
         """Style, colours and content of a decoded estimate at a random step of the network's own run."""
         assert self.look is not None
-        config, live = self.config, self.live
+        config = self.config
         photo, style = (x.to(self.device) for x in unpaired.draw(config, run.rng))
+        with self.precision(), attention_kernels(self.device):
+            picture = self.live.vae.decode(self._own_estimate(photo, style, run)).sample.float()
+            features = self.look(picture)
+            styled = features + ([] if self.vgg is None else self.vgg(picture, 3))
+            with torch.no_grad():
+                kept, wanted = self.look(photo), self.look(style)
+                wanted = wanted + ([] if self.vgg is None else self.vgg(style, 3))
+        grams = [_twice(gram(f.float()), photo) for f in wanted]
+        like = relative_l1([gram(f.float()) for f in styled], grams)
+        deepest = zip(features[-2:], kept[-2:], strict=True)
+        same = torch.stack([content_distance(f, k).mean() for f, k in deepest]).mean()
+        colours = colour_distance(picture, _twice(style, photo), run.generator)
+        run.add(style=like, content=same, colour=colours)
+        return config.style_weight * like + config.content_weight * same + config.colour_weight * colours
+
+    def _own_estimate(self, photo: Tensor, style: Tensor, run: ModuleRun) -> Tensor:
+        """Clean latents as estimated at a random step of a run; gradients of that step only."""
+        config, live = self.config, self.live
         timesteps = trajectory_timesteps(config.eta, int(run.rng.choice(config.own_steps)))
         coefficients = live.schedule.coefficients(timesteps)
         at = int(run.rng.integers(len(coefficients)))
-        ids = random_time_ids(config.own_batch, run.rng).to(self.device)
-        with self.precision(), attention_kernels(self.device):
-            with torch.no_grad():
-                content, s = (live.vae.encode(x).latents.float() for x in (photo, style))
-            tokens, pooled = live.style_encoder.encode_latents(s)
+        ids = random_time_ids(len(photo), run.rng).to(self.device)
+        with torch.no_grad():
+            content, s = (live.vae.encode(x).latents.float() for x in (photo, style))
+        tokens, pooled = (_twice(x, photo) for x in live.style_encoder.encode_latents(s))
+        noise = torch.randn(content.shape, generator=run.generator).to(self.device)
 
-            def predict(x: Tensor, timestep: int, _: bool) -> Tensor:
-                t = torch.full((len(x),), timestep, device=self.device)
-                return run_unet(live.unet, x, t, tokens, pooled, ids, content).float()
+        def predict(x: Tensor, timestep: int, _: bool) -> Tensor:
+            t = torch.full((len(x),), timestep, device=self.device)
+            return run_unet(live.unet, x, t, tokens, pooled, ids, content).float()
 
-            noise = torch.randn(content.shape, generator=run.generator).to(self.device)
-            c = coefficients[at]
-            x = c.alpha_t * content + c.sigma_t * noise
-            if at:
-                with torch.no_grad():
-                    x = denoise(
-                        content,
-                        predict,
-                        noise=[noise],
-                        steps=coefficients[:at],
-                        prediction_type="v_prediction",
-                    )
-            picture = live.vae.decode(
-                c.alpha_t * x - c.sigma_t * predict(x, c.timestep, False)
-            ).sample.float()
+        c = coefficients[at]
+        x = c.alpha_t * content + c.sigma_t * noise
+        if at:
             with torch.no_grad():
-                wanted, kept = self.look(style), self.look(photo)
-            features = self.look(picture)
-        like = gram_distance([f.float() for f in features], [f.float() for f in wanted])
-        same = torch.stack(
-            [content_distance(f, k).mean() for f, k in zip(features[-2:], kept[-2:], strict=True)]
-        )
-        colours = colour_distance(picture, style, run.generator)
-        run.add(style=like, content=same.mean(), colour=colours)
-        return (
-            config.style_weight * like + config.content_weight * same.mean() + config.colour_weight * colours
-        )
+                x = denoise(
+                    content, predict, noise=[noise], steps=coefficients[:at], prediction_type="v_prediction"
+                )
+        return c.alpha_t * x - c.sigma_t * predict(x, c.timestep, False)
+
+
+def _twice(rows: Tensor, photos: Tensor) -> Tensor:
+    """Each row for two photos, as `Unpaired` draws them."""
+    return rows.repeat_interleave(2, 0)[: len(photos)]
 
 
 def train_stylist(config: StylistConfig, stop_after: int | None = None) -> Path:
