@@ -173,10 +173,14 @@ def gram_distance(x: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
 
 
 def relative_l1(x: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
-    """Mean over lists of matrices ``[B, C, C]`` and samples of the L1 relative to the target's, a scalar."""
+    """Mean over lists of matrices ``[B, C, C]`` and samples of their L1 distance, a scalar.
+
+    Relative to the larger of the two (a constant to the gradient): relative to the target alone, one
+    dark style outweighs a whole batch.
+    """
     total = x[0].new_zeros(())
     for ours, wanted in zip(x, target, strict=True):
-        size = wanted.abs().sum((1, 2)).clamp_min(1e-8)
+        size = torch.maximum(ours.detach().abs().sum((1, 2)), wanted.abs().sum((1, 2))).clamp_min(1e-8)
         total = total + ((ours - wanted).abs().sum((1, 2)) / size).mean()
     return total / len(x)
 

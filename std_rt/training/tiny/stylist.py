@@ -251,10 +251,12 @@ class Stylist:
         with self.precision(), attention_kernels(self.device):
             picture = self.live.vae.decode(self._own_estimate(photo, style, run)).sample.float()
             features = self.look(picture)
-            styled = features + ([] if self.vgg is None else self.vgg(picture, 3))
             with torch.no_grad():
-                kept, wanted = self.look(photo), self.look(style)
-                wanted = wanted + ([] if self.vgg is None else self.vgg(style, 3))
+                kept = self.look(photo)
+            # The deepest level has too few positions in a crop for statistics: it stands for content alone.
+            styled, wanted = features[:3], self.look(style, 3)
+            if self.vgg is not None:
+                styled, wanted = styled + self.vgg(picture, 3), wanted + self.vgg(style, 3)
         grams = [_twice(gram(f.float()), photo) for f in wanted]
         like = relative_l1([gram(f.float()) for f in styled], grams)
         deepest = zip(features[-2:], kept[-2:], strict=True)
