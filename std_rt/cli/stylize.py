@@ -62,10 +62,14 @@ def stylize(request: StylizeRequest) -> int:
     from std_rt.pipeline.style_file import encode_styles, open_styles
 
     weights = [parse_style(text) for text in request.style]
-    jobs = plan_outputs(request.inputs, request.output, overwrite=request.overwrite)
     console = Console(stderr=True)
+
+    def say(line: str) -> None:
+        note(console, f"note: {line}")
+
+    jobs = plan_outputs(request.inputs, request.output, overwrite=request.overwrite, say=say)
     with open_stylizer(request, console) as stylizer:
-        styles = open_styles(weights, stylizer.bundle)
+        styles = open_styles(weights, stylizer.bundle, say)
         if request.prompt is not None:
             stylizer.set_prompt(request.prompt, request.negative_prompt)
         work = _Work(stylizer, request, console)
@@ -169,12 +173,16 @@ class _Work:
 
         started = time.perf_counter()
         picture, self._first = self._first or read_picture(job.source), None
-        styled = self._stylizer.stylize(picture.frame, self._request.seed)
+        for line in picture.notes:
+            note(self._console, f"note: {job.source.name}: {line}")
+        frame, alpha = picture.frame, picture.alpha
+        if alpha is not None:
+            frame = fit.spread(frame, alpha)
+        styled = self._stylizer.stylize(frame, self._request.seed)
         height, width = styled.shape[:2]
-        alpha = picture.alpha
         if alpha is not None and alpha.shape != (height, width):
             alpha = np.ascontiguousarray(fit.resize(alpha, (height, width)))
-        write_picture(job.sink, styled, alpha)
+        write_picture(job.sink, styled, alpha, exif=picture.exif)
         typer.echo(f"{job.sink} ({width}x{height}, {time.perf_counter() - started:.2f} s)")
 
     def _clip(self, job: Job, bar: Progress) -> None:
