@@ -234,7 +234,7 @@ def _pages_note(picture: Image.Image) -> list[str]:
 
 
 def _kept_exif(picture: Image.Image) -> bytes:
-    """What `Picture.exif` says. Tags that are damaged are left out, each for itself."""
+    """What `Picture.exif` says. Of a damaged block, what comes before the damage."""
     kept = Image.Exif()
     with suppress(*DAMAGE):
         found = picture.getexif()
@@ -243,8 +243,9 @@ def _kept_exif(picture: Image.Image) -> bytes:
         gps = found.get_ifd(ExifTags.IFD.GPSInfo)
         _copy(gps, kept.get_ifd(ExifTags.IFD.GPSInfo), tuple(gps))
     with suppress(*DAMAGE):
-        is_file = isinstance(picture, ImageFile.ImageFile)
-        iptc = (IptcImagePlugin.getiptcinfo(picture) if is_file else None) or {}
+        iptc: Any = {}
+        if isinstance(picture, ImageFile.ImageFile):
+            iptc = IptcImagePlugin.getiptcinfo(picture) or {}
         for tag, (record, keyword) in _ELSEWHERE.items():
             said = iptc.get(record) or picture.info.get(keyword)
             text = b", ".join(said) if isinstance(said, list) else said
@@ -258,9 +259,7 @@ def _copy(source: Any, target: Any, tags: tuple[int, ...]) -> None:
     for tag in tags:
         value = source.get(tag)
         if isinstance(value, str) and not value.isascii():
-            value = value.encode(
-                "latin-1", "replace"
-            )  # The bytes, mostly UTF-8, that Pillow took for Latin-1.
+            value = value.encode("latin-1", "replace")  # the bytes, mostly UTF-8, that Pillow read as Latin-1
         with suppress(*DAMAGE):
             trial = Image.Exif()
             trial[tag] = value
