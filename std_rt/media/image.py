@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,9 +239,11 @@ def _kept_exif(picture: Image.Image) -> bytes:
     with suppress(*DAMAGE):
         found = picture.getexif()
         _copy(found, kept, _KEPT_TAGS)
-        _copy(found.get_ifd(ExifTags.IFD.Exif), kept.get_ifd(ExifTags.IFD.Exif), _KEPT_EXIF_TAGS)
-        gps = found.get_ifd(ExifTags.IFD.GPSInfo)
-        _copy(gps, kept.get_ifd(ExifTags.IFD.GPSInfo), tuple(gps))
+        for part, tags in ((ExifTags.IFD.Exif, _KEPT_EXIF_TAGS), (ExifTags.IFD.GPSInfo, range(32))):
+            copied: dict[int, Any] = {}
+            _copy(found.get_ifd(part), copied, tags)
+            if copied:
+                kept[part] = copied
     with suppress(*DAMAGE):
         iptc: Any = {}
         if isinstance(picture, ImageFile.ImageFile):
@@ -251,11 +253,10 @@ def _kept_exif(picture: Image.Image) -> bytes:
             text = b", ".join(said) if isinstance(said, list) else said
             if text and tag not in kept:
                 kept[tag] = text if isinstance(text, bytes) else text.encode("utf-8")
-    parts = (kept, kept.get_ifd(ExifTags.IFD.Exif), kept.get_ifd(ExifTags.IFD.GPSInfo))
-    return kept.tobytes() if any(len(part) for part in parts) else b""
+    return kept.tobytes() if len(kept) else b""
 
 
-def _copy(source: Any, target: Any, tags: tuple[int, ...]) -> None:
+def _copy(source: Any, target: Any, tags: Iterable[int]) -> None:
     for tag in tags:
         value = source.get(tag)
         if isinstance(value, str) and not value.isascii():
