@@ -37,7 +37,10 @@ _INTERRUPTED = 130
 class StylizeRequest(StylizerFlags):
     """What ``std-rt stylize`` was asked to do."""
 
-    inputs: Annotated[list[Path], Argument(metavar="INPUT...", help="Pictures, clips or folders.")]
+    inputs: Annotated[
+        list[Path],
+        Argument(metavar="INPUT...", help="Pictures (HEIC and JPEG XL: extra photos), clips or folders."),
+    ]
     style: Annotated[
         list[str],
         Option(

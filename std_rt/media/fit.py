@@ -15,6 +15,7 @@ __all__ = ["check_frame", "over_white", "resize", "result_size", "spread", "work
 
 Frame = NDArray[np.uint8]
 
+_SPREAD_PX = 2048 * 2048  # more than any bundle works at
 _SPREAD_CELLS = 128  # along the longer side: colours reach about one of them beyond their edge
 _SPREAD_FULL = 16  # mean alpha of a neighbourhood from which on it lends its colour in full
 
@@ -93,9 +94,12 @@ def spread(frame: Frame, alpha: Frame) -> Frame:
 
     The white in what is partly transparent gives way to the colours next to it, and so does the white near
     it: a cut-out stylized with this and given its alpha again has no white rim. Far from all colours it
-    stays white.
+    stays white. More than 4 megapixels are scaled down to that, for the sake of time.
     """
     h, w = alpha.shape
+    if h * w > _SPREAD_PX:
+        h, w = (max(1, int(side * sqrt(_SPREAD_PX / (h * w)))) for side in (h, w))
+        frame, alpha = resize(frame, (h, w)), resize(alpha, (h, w))
     visible = np.dstack([frame.astype(np.float32) + alpha[:, :, None] - 255, alpha])  # premultiplied
     scale = min(1.0, _SPREAD_CELLS / max(h, w))
     cells = (max(1, round(w * scale)), max(1, round(h * scale)))

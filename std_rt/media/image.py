@@ -51,6 +51,7 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "TIFF": {"compression": "tiff_lzw"},
 }
 _WITH_ALPHA = frozenset({"PNG", "WEBP", "TIFF", "AVIF"})
+_UNUSED_ALPHA = frozenset({"BMP", "DIB", "TGA"})  # programs leave 0 in it throughout, and mean opaque
 _WITH_QUALITY = frozenset({"JPEG", "WEBP", "AVIF"})
 _WITH_EXIF = frozenset({"JPEG", "PNG", "WEBP", "AVIF", "TIFF"})
 # The transposition that undoes an EXIF orientation. (Pillow's exif_transpose also rewrites the EXIF block,
@@ -135,6 +136,11 @@ def _decoded(path: Path, picture: Image.Image, notes: list[str]) -> Picture:
     except DAMAGE as error:
         raise MediaError(f"{path} is damaged and cannot be read completely: {reason(error)}") from error
     assert frame is not None
+    if alpha is not None and not alpha.any():
+        if picture.format in _UNUSED_ALPHA:
+            alpha = None
+        else:
+            notes = [*notes, "it is transparent everywhere, which makes it all white"]
     if alpha is not None and (alpha == 255).all():
         alpha = None
     shown = frame if alpha is None else over_white(frame, alpha)

@@ -382,6 +382,23 @@ def test_1_bit_tiffs(tmp_path: Path, compression: str) -> None:
     np.testing.assert_array_equal(picture.frame, np.asarray(source.convert("RGB")))
 
 
+@pytest.mark.parametrize(("name", "means_opaque"), [("a.tga", True), ("a.bmp", True), ("a.png", False)])
+def test_alpha_that_is_0_throughout(tmp_path: Path, name: str, means_opaque: bool) -> None:
+    source = Image.new("RGBA", (8, 8), (200, 40, 20, 0))
+    if name == "a.bmp":
+        header = struct.pack(
+            "<IiiHHIIiiII4I", 108, 8, 8, 1, 32, 3, 256, 0, 0, 0, 0, 255 << 16, 255 << 8, 255, 255 << 24
+        )
+        data = header + b"BGRs" + bytes(48) + bytes((20, 40, 200, 0)) * 64
+        (tmp_path / name).write_bytes(b"BM" + struct.pack("<IHHI", 14 + len(data), 0, 0, 14 + 108) + data)
+    else:
+        source.save(tmp_path / name)
+    picture = read_picture(tmp_path / name)
+    assert (picture.alpha is None) == means_opaque
+    assert picture.frame[4, 4].tolist() == ([200, 40, 20] if means_opaque else [255] * 3)
+    assert len(picture.notes) == (0 if means_opaque else 1)
+
+
 def test_progressive_jpegs(tmp_path: Path) -> None:
     whole = read_picture(_saved(tmp_path, Image.fromarray(COLOUR), "a.jpg")).frame
     progressive = _saved(tmp_path, Image.fromarray(COLOUR), "b.jpg", progressive=True)
