@@ -172,11 +172,12 @@ class _Work:
         import numpy as np
 
         from std_rt.media import fit
-        from std_rt.media.image import read_picture, write_picture
+        from std_rt.media.image import read_picture, stores_exif, write_picture
 
         started = time.perf_counter()
         picture, self._first = self._first or read_picture(job.source), None
-        for line in picture.notes:
+        lost = ["its EXIF (date, author, ...) cannot be stored as " + job.sink.suffix]
+        for line in (*picture.notes, *(lost if picture.exif and not stores_exif(job.sink) else ())):
             note(self._console, f"note: {job.source.name}: {line}")
         frame, alpha = picture.frame, picture.alpha
         if alpha is not None:

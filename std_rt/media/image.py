@@ -37,6 +37,7 @@ __all__ = [
     "is_animated",
     "open_picture",
     "read_picture",
+    "stores_exif",
     "write_picture",
 ]
 
@@ -65,6 +66,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_PHOTOSHOP_EXIF = 1058  # an image resource
 _NEW_SUBFILE_TYPE = 254  # TIFF tags and their values
 _UNSIGNED, _PREMULTIPLIED, _ALPHA = 1, 1, 2
 _PILLOW = threading.RLock()
@@ -244,6 +246,10 @@ def _kept_exif(picture: Image.Image) -> bytes:
     kept = Image.Exif()
     with suppress(*DAMAGE):
         found = picture.getexif()
+        for number, _, data in getattr(picture, "resources", ()):
+            if number == _PHOTOSHOP_EXIF:
+                found = Image.Exif()
+                found.load(data)
         _copy(found, kept, _KEPT_TAGS)
         for part, tags in ((ExifTags.IFD.Exif, _KEPT_EXIF_TAGS), (ExifTags.IFD.GPSInfo, range(32))):
             copied: dict[int, Any] = {}
@@ -348,13 +354,18 @@ def write_picture(
     options = dict(_SAVE_OPTIONS.get(file_format, {}))
     if file_format in _WITH_QUALITY:
         options["quality"] = quality
-    if exif and file_format in _WITH_EXIF:
+    if exif and stores_exif(path):
         options |= _exif_options(file_format, exif)
     with atomic_file(path, error=MediaError) as partial:
         try:
             picture.save(partial, **options)
         except DAMAGE as error:
             raise MediaError(f"{path} cannot be written: {reason(error)}") from error
+
+
+def stores_exif(path: Path) -> bool:
+    """Whether `write_picture` stores EXIF in a file of this name."""
+    return Image.registered_extensions().get(path.suffix.lower()) in _WITH_EXIF
 
 
 def _exif_options(file_format: str, exif: bytes) -> dict[str, Any]:

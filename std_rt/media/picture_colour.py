@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ __all__ = ["scale_note", "to_8bit", "to_srgb"]
 
 Pixels = NDArray[np.uint8]  # [H, W, 3]
 
+_LONGEST_PROFILE = 1 << 22  # bytes; those of presses, the largest, have two million
 _ROWS = 256  # converted at a time
 _LINEAR_LEVELS = 1 << 14  # of the table from linear light to sRGB: steps below half an 8-bit level
 _PQ, _HLG, _LINEAR, _GAMMA_28 = 16, 18, 8, 5  # H.273 transfer characteristics that are not sRGB-like
@@ -81,7 +83,7 @@ def to_srgb(picture: Image.Image) -> tuple[Image.Image, Image.Image | None, list
     if picture.mode == "F":
         notes += scale_note(np.asarray(picture))
     colours, alpha = _split(picture, chunks)
-    profile, cicp = picture.info.get("icc_profile"), chunks.get(b"cICP")
+    profile, cicp = _profile(picture), chunks.get(b"cICP")
     if profile and cicp is None:
         return _apply_profile(colours, profile), alpha, notes
     encoding = _encoding(picture, cicp)
@@ -127,7 +129,7 @@ def _png_chunks(picture: Image.Image) -> dict[bytes, bytes]:
     found: dict[bytes, bytes] = {}
     if picture.format != "PNG":
         return found
-    with open(picture.filename, "rb") as file:  # type: ignore[attr-defined]  # noqa: PTH123
+    with Path(picture.filename).open("rb") as file:  # type: ignore[attr-defined]
         file.seek(8)
         while len(head := file.read(8)) == 8 and head[4:] not in (b"IDAT", b"IEND"):
             length = int.from_bytes(head[:4], "big")
@@ -179,6 +181,21 @@ def _eight_bit_key(key: Any, bits: int) -> Any:
 
 
 # Profiles
+
+
+def _profile(picture: Image.Image) -> bytes | None:
+    """The picture's ICC profile; that of JPEG 2000 from its colour box, which Pillow passes over."""
+    profile: bytes | None = picture.info.get("icc_profile")
+    if profile or picture.format != "JPEG2000":
+        return profile
+    head = _first_bytes(picture, _LONGEST_PROFILE).partition(b"jp2c")[0]  # then come the pixels
+    at = head.find(b"colr\x02")
+    return head[at + 7 : at - 4 + int.from_bytes(head[at - 4 : at], "big")] if at >= 4 else None
+
+
+def _first_bytes(picture: Image.Image, count: int) -> bytes:
+    with Path(picture.filename).open("rb") as file:  # type: ignore[attr-defined]
+        return file.read(count)
 
 
 def _apply_profile(picture: Image.Image, profile: bytes | None) -> Image.Image:
@@ -242,8 +259,7 @@ def _colour_box(picture: Image.Image) -> tuple[int, int]:
         said = picture.info.get("nclx_profile") or {}
         return int(said.get("color_primaries", 2)), int(said.get("transfer_characteristics", 2))
     if picture.format == "AVIF":  # Pillow does not tell; all properties lie in the box at the beginning.
-        with open(picture.filename, "rb") as file:  # type: ignore[attr-defined]  # noqa: PTH123
-            head = file.read(1 << 16)
+        head = _first_bytes(picture, 1 << 16)
         at = head.find(b"colrnclx")
         if 0 <= at <= len(head) - 12:
             primaries, transfer = struct.unpack_from(">HH", head, at + 8)

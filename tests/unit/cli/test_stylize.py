@@ -273,9 +273,11 @@ def test_a_result_keeps_who_made_the_picture(stylize: Cli, tmp_path: Path) -> No
     exif[0x8298], exif[0x0112] = "me", 6
     Image.linear_gradient("L").resize((60, 40)).save(tmp_path / "a.jpg", exif=exif)
     assert stylize(tmp_path / "a.jpg").code == 0
-    with Image.open(tmp_path / "a_styled.jpg") as result:
-        assert result.size == (40, 60)
-        assert dict(result.getexif()) == {0x8298: "me"}
+    with Image.open(tmp_path / "a_styled.jpg") as written:
+        assert written.size == (40, 60)
+        assert dict(written.getexif()) == {0x8298: "me"}
+    result = stylize(tmp_path / "a.jpg", "-o", tmp_path / "a.bmp")
+    assert "note: a.jpg: its EXIF (date, author, ...) cannot be stored as .bmp" in result.err
 
 
 def test_notes_on_a_picture_and_a_style_are_shown(cli: Cli, bundle: Path, photo: Path) -> None:

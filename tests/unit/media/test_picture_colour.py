@@ -239,6 +239,19 @@ def test_wide_colours_reach_srgb(tmp_path: Path, name: str) -> None:
     assert wide[0] > plain[0] + 8
 
 
+def test_the_profile_of_jpeg_2000_is_honoured(tmp_path: Path) -> None:
+    path = tmp_path / "a.jp2"
+    Image.fromarray(GREYS).convert("RGB").save(path)
+    data = path.read_bytes()
+    at, header = data.index(b"colr") - 4, data.index(b"jp2h") - 4
+    profile = b"colr\x02\0\0" + matrix_profile("sRGB", gamma=1.0)
+    box = struct.pack(">I", len(profile) + 4) + profile
+    end = at + int.from_bytes(data[at : at + 4], "big")
+    size = int.from_bytes(data[header : header + 4], "big") + len(box) - (end - at)
+    path.write_bytes(data[:header] + struct.pack(">I", size) + data[header + 4 : at] + box + data[end:])
+    np.testing.assert_allclose(read_picture(path).frame[..., 1].ravel(), _srgb(RAMP), atol=2)
+
+
 @pytest.mark.parametrize("gamma", [1.0, 1.8])
 def test_png_gamma_is_applied(tmp_path: Path, gamma: float) -> None:
     said = (b"gAMA", struct.pack(">I", round(1e5 / gamma)))
@@ -328,10 +341,17 @@ def test_adobe_rgb_by_the_mark_of_cameras(tmp_path: Path) -> None:
 
 def test_a_lab_photoshop_file_is_read(tmp_path: Path) -> None:
     h, w = 4, 4
-    head = b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, h, w, 8, 9) + bytes(12)
+    exif = Image.Exif()
+    exif[0x8298] = "me"
+    block = exif.tobytes()[6:]
+    resource = b"8BIM" + struct.pack(">HHI", 1058, 0, len(block)) + block + bytes(len(block) % 2)
+    head = b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, h, w, 8, 9)
+    head += struct.pack(">II", 0, len(resource)) + resource + bytes(4)
     planes = [np.full((h, w), value, np.uint8).tobytes() for value in (255, 128, 128)]
     (tmp_path / "a.psd").write_bytes(head + struct.pack(">H", 0) + b"".join(planes))
-    np.testing.assert_allclose(read_picture(tmp_path / "a.psd").frame, 255, atol=4)
+    picture = read_picture(tmp_path / "a.psd")
+    np.testing.assert_allclose(picture.frame, 255, atol=4)
+    assert b"me\0" in picture.exif
 
 
 def test_cv2_and_the_samples_of_this_test_agree(tmp_path: Path) -> None:
