@@ -25,6 +25,7 @@ from std_rt.media.picture_formats import (
     PICTURE_SUFFIXES,
     WRITABLE_SUFFIXES,
     UnreadablePictureError,
+    psd_is_transparent,
     refused_kind,
     tiff_tags,
 )
@@ -138,15 +139,19 @@ def _decoded(path: Path, picture: Image.Image, notes: list[str]) -> Picture:
     except DAMAGE as error:
         raise MediaError(f"{path} is damaged and cannot be read completely: {reason(error)}") from error
     assert frame is not None
-    if alpha is not None and not alpha.any():
-        if picture.format in _UNUSED_ALPHA:
-            alpha = None
-        else:
-            notes = [*notes, "it is transparent everywhere, which makes it all white"]
-    if alpha is not None and (alpha == 255).all():
+    if alpha is not None and ((alpha == 255).all() or not _is_meant(alpha, picture)):
         alpha = None
+    elif alpha is not None and not alpha.any():
+        notes = [*notes, "it is transparent everywhere, which makes it all white"]
     shown = frame if alpha is None else over_white(frame, alpha)
     return Picture(np.ascontiguousarray(shown), alpha, _kept_exif(picture), (*notes, *more))
+
+
+def _is_meant(alpha: NDArray[np.uint8], picture: Image.Image) -> bool:
+    """Whether the fourth channel is the picture's transparency."""
+    if picture.format == "PSD":
+        return psd_is_transparent(Path(picture.filename))  # type: ignore[attr-defined]
+    return picture.format not in _UNUSED_ALPHA or bool(alpha.any())
 
 
 @contextmanager

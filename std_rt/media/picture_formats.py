@@ -6,6 +6,7 @@ first picture is a thumbnail.
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -26,6 +27,7 @@ __all__ = [
     "WRITABLE_SUFFIXES",
     "RefusedKind",
     "UnreadablePictureError",
+    "psd_is_transparent",
     "refused_kind",
     "tiff_tags",
 ]
@@ -170,6 +172,19 @@ def _refused_tiff(path: Path) -> RefusedKind | None:
         return _RAW
     kinds, bits = (tags.get(tag, ()) for tag in (TiffImagePlugin.SAMPLEFORMAT, TiffImagePlugin.BITSPERSAMPLE))
     return _HALF_FLOAT if _IEEE_FLOAT in kinds and 16 in bits else None
+
+
+def psd_is_transparent(path: Path) -> bool:
+    """Whether the first channel after a Photoshop file's colours is transparency, not a saved selection.
+
+    Then its number of layers is stored as a negative number (Adobe Photoshop File Formats, "Layer info").
+    """
+    with path.open("rb") as file:
+        file.seek(26)
+        for _ in ("colour mode data", "image resources"):
+            file.seek(int.from_bytes(file.read(4), "big"), os.SEEK_CUR)
+        sizes, count = file.read(8), file.read(2)  # of the section and of its first part
+    return sizes[4:] > bytes(4) and int.from_bytes(count, "big", signed=True) < 0
 
 
 def _refused_text(head: bytes) -> RefusedKind | None:
