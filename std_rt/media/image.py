@@ -25,6 +25,7 @@ from std_rt.media.picture_formats import (
     PICTURE_SUFFIXES,
     WRITABLE_SUFFIXES,
     UnreadablePictureError,
+    jxl_size,
     psd_is_transparent,
     refused_kind,
     tiff_tags,
@@ -163,6 +164,9 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
     check_input(path)
     with _quiet_pillow():
         _refuse(path)
+        jxl = jxl_size(path)
+        if jxl is not None:
+            _check_size(path, jxl, MAX_PIXELS)
         Image.init()  # Asked for some formats by name, Pillow would not load all of their readers.
         formats = [name for name in Image.ID if name in PICTURE_FORMATS]
         if path.suffix.lower() == ".tga":  # It has no signature: it is believed only under its own name.

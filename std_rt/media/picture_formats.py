@@ -27,6 +27,7 @@ __all__ = [
     "WRITABLE_SUFFIXES",
     "RefusedKind",
     "UnreadablePictureError",
+    "jxl_size",
     "psd_is_transparent",
     "refused_kind",
     "tiff_tags",
@@ -172,6 +173,32 @@ def _refused_tiff(path: Path) -> RefusedKind | None:
         return _RAW
     kinds, bits = (tags.get(tag, ()) for tag in (TiffImagePlugin.SAMPLEFORMAT, TiffImagePlugin.BITSPERSAMPLE))
     return _HALF_FLOAT if _IEEE_FLOAT in kinds and 16 in bits else None
+
+
+def jxl_size(path: Path) -> tuple[int, int] | None:
+    """(width, height) px of a JPEG XL as its header says, or None; its reader would decode it to tell.
+
+    ISO/IEC 18181-1, SizeHeader: fields of bits, the lowest first.
+    """
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
+    start = head.find(b"\xff\x0a")
+    if not head.startswith(_JXL_BEGINNINGS) or start < 0:
+        return None
+    bits = int.from_bytes(head[start + 2 : start + 18], "little")
+
+    def take(count: int) -> int:
+        nonlocal bits
+        value, bits = bits & ((1 << count) - 1), bits >> count
+        return value
+
+    def side() -> int:
+        return 8 * (take(5) + 1) if is_small else take((9, 13, 18, 30)[take(2)]) + 1
+
+    is_small = take(1)
+    height = side()
+    ratio = (None, (1, 1), (6, 5), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))[take(3)]
+    return (side() if ratio is None else height * ratio[0] // ratio[1]), height
 
 
 def psd_is_transparent(path: Path) -> bool:

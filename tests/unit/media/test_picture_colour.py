@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
-from support.media_samples import matrix_profile
+from support.media_samples import SRGB_PRIMARIES, Xyz, matrix_profile
 from support.picture_samples import write_png, write_tiff
 
 from std_rt.media import read_picture
@@ -20,6 +20,17 @@ from std_rt.media.fit import spread
 
 Array = NDArray[Any]
 RAMP = np.linspace(0, 1, 256)
+# XYZ (D50) of red, green and blue
+DISPLAY_P3: tuple[Xyz, Xyz, Xyz] = (
+    (0.5151, 0.2412, -0.0011),
+    (0.2920, 0.6922, 0.0419),
+    (0.1571, 0.0666, 0.7841),
+)
+ADOBE_RGB: tuple[Xyz, Xyz, Xyz] = (
+    (0.6097, 0.3111, 0.0195),
+    (0.2053, 0.6257, 0.0609),
+    (0.1492, 0.0632, 0.7446),
+)
 GREYS = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
 
@@ -217,26 +228,19 @@ def test_srgb_by_another_name_changes_nothing(tmp_path: Path) -> None:
     np.testing.assert_array_equal(_with_profile(tmp_path, renamed), np.arange(256))
 
 
-@pytest.mark.parametrize("name", ["Display P3", "Adobe RGB"])
-def test_wide_colours_reach_srgb(tmp_path: Path, name: str) -> None:
-    # What sRGB's red is in that space, stored there, comes back as red.
-    primaries, gamma, stored = {
-        "Display P3": (
-            ((0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841)),
-            2.2,
-            0.92,
-        ),
-        "Adobe RGB": (
-            ((0.6097, 0.3111, 0.0195), (0.2053, 0.6257, 0.0609), (0.1492, 0.0632, 0.7446)),
-            2.2,
-            0.86,
-        ),
-    }[name]
-    profile = matrix_profile(name, primaries, gamma)  # type: ignore[arg-type]
-    Image.new("RGB", (4, 4), (round(stored * 255), 0, 0)).save(tmp_path / "a.png", icc_profile=profile)
-    Image.new("RGB", (4, 4), (round(stored * 255), 0, 0)).save(tmp_path / "plain.png")
-    wide, plain = (read_picture(tmp_path / f"{stem}.png").frame[0, 0] for stem in ("a", "plain"))
-    assert wide[0] > plain[0] + 8
+@pytest.mark.parametrize("primaries", [DISPLAY_P3, ADOBE_RGB], ids=["Display P3", "Adobe RGB"])
+@pytest.mark.parametrize("colour", [(230, 40, 60), (30, 200, 90), (128, 128, 128)])
+def test_colours_of_wide_spaces_come_back(
+    tmp_path: Path, primaries: tuple[Xyz, Xyz, Xyz], colour: tuple[int, int, int]
+) -> None:
+    level = np.array(colour) / 255
+    light = np.where(level <= 0.04045, level / 12.92, ((level + 0.055) / 1.055) ** 2.4)
+    wide = np.linalg.solve(np.transpose(primaries), np.transpose(SRGB_PRIMARIES) @ light)
+    stored = np.rint(255 * wide ** (1 / 2.2)).astype(np.uint8)
+    assert colour[0] == colour[1] or np.abs(stored - np.array(colour)).max() > 10
+    picture = Image.fromarray(np.ascontiguousarray(np.broadcast_to(stored, (4, 4, 3))))
+    picture.save(tmp_path / "a.png", icc_profile=matrix_profile("sRGB", primaries))
+    np.testing.assert_allclose(read_picture(tmp_path / "a.png").frame[0, 0], colour, atol=2)
 
 
 def test_the_profile_of_jpeg_2000_is_honoured(tmp_path: Path) -> None:
@@ -328,8 +332,7 @@ def test_adobe_rgb_by_the_mark_of_cameras(tmp_path: Path) -> None:
     flat = Image.new("RGB", (16, 16), (180, 60, 60))
     flat.save(tmp_path / "plain.jpg", quality=100, subsampling=0)
     flat.save(tmp_path / "marked.jpg", quality=100, subsampling=0, exif=exif)
-    primaries = ((0.6097, 0.3111, 0.0195), (0.2053, 0.6257, 0.0609), (0.1492, 0.0632, 0.7446))
-    profile = matrix_profile("Adobe RGB", primaries, 563 / 256)
+    profile = matrix_profile("Adobe RGB", ADOBE_RGB, 563 / 256)
     flat.save(tmp_path / "profile.jpg", quality=100, subsampling=0, icc_profile=profile)
     plain, marked, right = (
         read_picture(tmp_path / f"{stem}.jpg").frame[8, 8].astype(int)

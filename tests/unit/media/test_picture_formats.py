@@ -153,6 +153,25 @@ def test_heic_is_read_where_its_library_is(tmp_path: Path) -> None:
     assert expand_inputs([tmp_path]) == [tmp_path / "b.jpg"]
 
 
+def test_a_huge_jpeg_xl_is_refused_undecoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(picture_formats, "_load_jxl", lambda: None)
+    height, width = ((side - 1) << 2 | 3 for side in (30_000, 40_000))  # 30 bits each
+    header = height << 1 | width << 36
+    (tmp_path / "a.jxl").write_bytes(b"\xff\x0a" + header.to_bytes(16, "little"))
+    with pytest.raises(MediaError, match=r"40000 x 30000 px \(1,200 megapixels\)"):
+        read_picture(tmp_path / "a.jxl")
+
+
+@pytest.mark.parametrize("size", [(8, 8), (256, 64), (64, 32), (300, 200), (7, 701), (1920, 1080), (9000, 1)])
+@pytest.mark.parametrize("container", [False, True])
+def test_the_size_of_a_jpeg_xl_is_that_of_its_reader(
+    tmp_path: Path, size: tuple[int, int], container: bool
+) -> None:
+    pytest.importorskip("pillow_jxl")
+    Image.new("L", size).save(tmp_path / "a.jxl", use_container=container, effort=1)
+    assert picture_formats.jxl_size(tmp_path / "a.jxl") == size
+
+
 def test_jpeg_xl_is_read_where_its_library_is(tmp_path: Path) -> None:
     pytest.importorskip("pillow_jxl")
     exif = Image.Exif()
