@@ -79,8 +79,14 @@ _KEPT_TAGS = (
     *(_Tag.XPTitle, _Tag.XPComment, _Tag.XPAuthor, _Tag.XPKeywords, _Tag.XPSubject),
 )
 _KEPT_EXIF_TAGS = (
-    *(_Tag.DateTimeOriginal, _Tag.DateTimeDigitized, _Tag.OffsetTime, _Tag.OffsetTimeOriginal),
-    *(_Tag.OffsetTimeDigitized, _Tag.SubsecTime, _Tag.SubsecTimeOriginal, _Tag.SubsecTimeDigitized),
+    *(_Tag.ExifVersion, _Tag.DateTimeOriginal, _Tag.DateTimeDigitized, _Tag.OffsetTime),
+    *(
+        _Tag.OffsetTimeOriginal,
+        _Tag.OffsetTimeDigitized,
+        _Tag.SubsecTime,
+        _Tag.SubsecTimeOriginal,
+        _Tag.SubsecTimeDigitized,
+    ),
     *(_Tag.UserComment, _Tag.CameraOwnerName, _Tag.LensMake, _Tag.LensModel),
 )
 # Where pictures without these tags state the same: IPTC data sets of agencies, keywords of PNG texts.
