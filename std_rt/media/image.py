@@ -68,7 +68,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_PHOTOSHOP_EXIF = 1058  # an image resource
+_PHOTOSHOP_VERSION, _PHOTOSHOP_EXIF = 1057, 1058  # image resources
 _NEW_SUBFILE_TYPE = 254  # TIFF tags and their values
 _UNSIGNED, _PREMULTIPLIED, _ALPHA = 1, 1, 2
 _PILLOW = threading.RLock()
@@ -186,7 +186,19 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
                 " give a JPEG, PNG, WebP, AVIF, TIFF, BMP or GIF"
             ) from error
         with picture:
+            version = _photoshop_resource(picture, _PHOTOSHOP_VERSION)
+            if version[4:5] == b"\0":  # no merged picture: in its place, Photoshop stores white
+                raise MediaError(
+                    f"{path} holds layers without the picture that they make; save it in Photoshop with"
+                    " 'Maximize compatibility', or as PNG"
+                )
             yield picture
+
+
+def _photoshop_resource(picture: Image.Image, number: int) -> bytes:
+    """The image resource of that number of a Photoshop file; empty if there is none."""
+    found = getattr(picture, "resources", ())
+    return next((bytes(data) for kind, _, data in found if kind == number), b"")
 
 
 def _refuse(path: Path) -> None:
@@ -261,10 +273,10 @@ def _kept_exif(picture: Image.Image) -> bytes:
     kept = Image.Exif()
     with suppress(*DAMAGE):
         found = picture.getexif()
-        for number, _, data in getattr(picture, "resources", ()):
-            if number == _PHOTOSHOP_EXIF:
-                found = Image.Exif()
-                found.load(data)
+        block = _photoshop_resource(picture, _PHOTOSHOP_EXIF)
+        if block:
+            found = Image.Exif()
+            found.load(block)
         _copy(found, kept, _KEPT_TAGS)
         for part, tags in ((ExifTags.IFD.Exif, _KEPT_EXIF_TAGS), (ExifTags.IFD.GPSInfo, range(32))):
             copied: dict[int, Any] = {}

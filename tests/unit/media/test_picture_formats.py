@@ -93,6 +93,20 @@ def test_a_raw_file_is_not_read_as_its_thumbnail(tmp_path: Path, name: str, make
         plan_outputs([path], None)
 
 
+@pytest.mark.parametrize("is_merged", [True, False])
+def test_a_photoshop_file_of_layers_only_is_refused(tmp_path: Path, is_merged: bool) -> None:
+    version = struct.pack(">IB", 1, is_merged) + bytes(9)
+    resource = b"8BIM" + struct.pack(">HHI", 1057, 0, len(version)) + version
+    head = b"8BPS" + struct.pack(">H6xHIIHHII", 1, 3, 8, 8, 8, 3, 0, len(resource)) + resource + bytes(6)
+    (tmp_path / "a.psd").write_bytes(head + b"\xff" * 192)
+    assert media_kind(tmp_path / "a.psd") == "picture"
+    if is_merged:
+        assert read_picture(tmp_path / "a.psd").frame.shape == (8, 8, 3)
+    else:
+        with pytest.raises(MediaError, match="Maximize compatibility"):
+            read_picture(tmp_path / "a.psd")
+
+
 def test_a_jpeg_with_the_name_of_a_raw_file_is_read(tmp_path: Path) -> None:
     write_picture(tmp_path / "a.jpg", GREY)
     assert read_picture((tmp_path / "a.jpg").rename(tmp_path / "a.cr2")).frame.shape == (8, 8, 3)
