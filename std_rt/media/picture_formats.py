@@ -210,8 +210,8 @@ def psd_is_transparent(path: Path) -> bool:
         file.seek(26)
         for _ in ("colour mode data", "image resources"):
             file.seek(int.from_bytes(file.read(4), "big"), os.SEEK_CUR)
-        sizes, count = file.read(8), file.read(2)  # of the section and of its first part
-    return sizes[4:] > bytes(4) and int.from_bytes(count, "big", signed=True) < 0
+        section, layers, count = file.read(4), file.read(4), file.read(2)  # the first two are sizes
+    return any(section) and any(layers) and int.from_bytes(count, "big", signed=True) < 0
 
 
 def _refused_text(head: bytes) -> RefusedKind | None:

@@ -382,15 +382,21 @@ def test_1_bit_tiffs(tmp_path: Path, compression: str) -> None:
     np.testing.assert_array_equal(picture.frame, np.asarray(source.convert("RGB")))
 
 
-@pytest.mark.parametrize("is_transparency", [True, False])
-def test_a_fourth_channel_of_photoshop_may_be_a_selection(tmp_path: Path, is_transparency: bool) -> None:
-    size, layers = 4, struct.pack(">IIh2x", 8, 4, -1 if is_transparency else 1)
+@pytest.mark.parametrize(
+    ("layers", "is_transparency"),
+    [(struct.pack(">IIh2x", 8, 4, -1), True), (struct.pack(">IIh2x", 8, 4, 1), False), (bytes(4), False)],
+    ids=["transparency", "selection", "selection, no layers"],
+)
+def test_a_fourth_channel_of_photoshop_may_be_a_selection(
+    tmp_path: Path, layers: bytes, is_transparency: bool
+) -> None:
+    size = 4
     head = b"8BPS" + struct.pack(">H6xHIIHH", 1, 4, size, size, 8, 3) + bytes(8) + layers
-    planes = b"".join(bytes([value]) * size * size for value in (200, 40, 20, 0))
+    planes = b"".join(bytes([value]) * size * size for value in (200, 240, 220, 0))
     (tmp_path / "a.psd").write_bytes(head + bytes(2) + planes)
     picture = read_picture(tmp_path / "a.psd")
     assert (picture.alpha is not None) == is_transparency
-    assert picture.frame[2, 2].tolist() == ([255] * 3 if is_transparency else [200, 40, 20])
+    assert picture.frame[2, 2].tolist() == ([255] * 3 if is_transparency else [200, 240, 220])
 
 
 @pytest.mark.parametrize(("name", "means_opaque"), [("a.tga", True), ("a.bmp", True), ("a.png", False)])
