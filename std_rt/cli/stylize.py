@@ -37,7 +37,10 @@ _INTERRUPTED = 130
 class StylizeRequest(StylizerFlags):
     """What ``std-rt stylize`` was asked to do."""
 
-    inputs: Annotated[list[Path], Argument(metavar="INPUT...", help="Pictures, clips or folders.")]
+    inputs: Annotated[
+        list[Path],
+        Argument(metavar="INPUT...", help="Pictures (HEIC and JPEG XL: extra photos), clips or folders."),
+    ]
     style: Annotated[
         list[str],
         Option(
@@ -62,10 +65,14 @@ def stylize(request: StylizeRequest) -> int:
     from std_rt.pipeline.style_file import encode_styles, open_styles
 
     weights = [parse_style(text) for text in request.style]
-    jobs = plan_outputs(request.inputs, request.output, overwrite=request.overwrite)
     console = Console(stderr=True)
+
+    def say(line: str) -> None:
+        note(console, f"note: {line}")
+
+    jobs = plan_outputs(request.inputs, request.output, overwrite=request.overwrite, say=say)
     with open_stylizer(request, console) as stylizer:
-        styles = open_styles(weights, stylizer.bundle)
+        styles = open_styles(weights, stylizer.bundle, say)
         if request.prompt is not None:
             stylizer.set_prompt(request.prompt, request.negative_prompt)
         work = _Work(stylizer, request, console)
@@ -165,16 +172,21 @@ class _Work:
         import numpy as np
 
         from std_rt.media import fit
-        from std_rt.media.image import read_picture, write_picture
+        from std_rt.media.image import read_picture, stores_exif, write_picture
 
         started = time.perf_counter()
         picture, self._first = self._first or read_picture(job.source), None
-        styled = self._stylizer.stylize(picture.frame, self._request.seed)
+        lost = ["its EXIF (date, author, ...) cannot be stored as " + job.sink.suffix]
+        for line in (*picture.notes, *(lost if picture.exif and not stores_exif(job.sink) else ())):
+            note(self._console, f"note: {job.source.name}: {line}")
+        frame, alpha = picture.frame, picture.alpha
+        if alpha is not None:
+            frame = fit.spread(frame, alpha)
+        styled = self._stylizer.stylize(frame, self._request.seed)
         height, width = styled.shape[:2]
-        alpha = picture.alpha
         if alpha is not None and alpha.shape != (height, width):
             alpha = np.ascontiguousarray(fit.resize(alpha, (height, width)))
-        write_picture(job.sink, styled, alpha)
+        write_picture(job.sink, styled, alpha, exif=picture.exif)
         typer.echo(f"{job.sink} ({width}x{height}, {time.perf_counter() - started:.2f} s)")
 
     def _clip(self, job: Job, bar: Progress) -> None:

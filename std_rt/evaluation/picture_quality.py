@@ -87,8 +87,13 @@ def clip_frames(path: Path, count: int) -> list[Frame]:
 
 
 def read_mask(path: Path, side_px: int) -> Mask:
-    """A mask picture as a bool square; white = stylize. Raises UsageError if it is all black."""
-    frame = square(read_picture(path).frame, side_px)
+    """A mask picture as a bool square; white = stylize, transparent = not. UsageError if it is all black."""
+    picture = read_picture(path)
+    frame = picture.frame
+    if picture.alpha is not None:  # over black instead of white
+        hidden = np.broadcast_to(255 - picture.alpha[:, :, None], frame.shape)
+        frame = np.maximum(frame, hidden) - hidden
+    frame = square(frame, side_px)
     mask = np.asarray(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) > 127)
     if not mask.any():
         raise UsageError(f"--mask {path} is all black; paint white what is to be stylized")

@@ -11,9 +11,13 @@ from numpy.typing import NDArray
 
 from std_rt.core.errors import UsageError
 
-__all__ = ["check_frame", "over_white", "resize", "result_size", "working_size"]
+__all__ = ["check_frame", "over_white", "resize", "result_size", "spread", "working_size"]
 
 Frame = NDArray[np.uint8]
+
+_SPREAD_PX = 2048 * 2048  # more than any bundle works at
+_SPREAD_CELLS = 128  # along the longer side: colours reach about one of them beyond their edge
+_SPREAD_FULL = 16  # mean alpha of a neighbourhood from which on it lends its colour in full
 
 
 def working_size(
@@ -83,3 +87,26 @@ def over_white(rgb: Frame, alpha: Frame) -> Frame:
     """``rgb`` (uint8 [H, W, 3], not premultiplied) laid over white by ``alpha`` (uint8 [H, W])."""
     a = alpha[:, :, None].astype(np.uint16)
     return ((rgb * a + 255 * (255 - a) + 127) // 255).astype(np.uint8)
+
+
+def spread(frame: Frame, alpha: Frame) -> Frame:
+    """``frame``, laid over white by ``alpha`` (uint8 [H, W]), with colours that reach beyond their edge.
+
+    The white in what is partly transparent gives way to the colours next to it, and so does the white near
+    it: a cut-out stylized with this and given its alpha again has no white rim. Far from all colours it
+    stays white. More than 4 megapixels are scaled down to that, for the sake of time.
+    """
+    h, w = alpha.shape
+    if h * w > _SPREAD_PX:
+        h, w = (max(1, int(side * sqrt(_SPREAD_PX / (h * w)))) for side in (h, w))
+        frame, alpha = resize(frame, (h, w)), resize(alpha, (h, w))
+    visible = np.dstack([frame.astype(np.float32) + alpha[:, :, None] - 255, alpha])  # premultiplied
+    scale = min(1.0, _SPREAD_CELLS / max(h, w))
+    cells = (max(1, round(w * scale)), max(1, round(h * scale)))
+    near = cv2.blur(cv2.resize(visible, cells, interpolation=cv2.INTER_AREA), (3, 3))
+    near = cv2.resize(near, (w, h), interpolation=cv2.INTER_LINEAR)
+    share = near[:, :, 3:]
+    fading = np.minimum(1, share / _SPREAD_FULL)
+    behind = near[:, :, :3] / np.maximum(share, 1e-3) * 255 * fading + 255 * (1 - fading)
+    filled = visible[:, :, :3] + (1 - visible[:, :, 3:] / 255) * behind
+    return np.asarray(np.clip(np.rint(filled), 0, 255), dtype=np.uint8)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
-import struct
 import threading
 import warnings
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +13,23 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageCms, TiffImagePlugin
+from PIL import ExifTags, Image, ImageFile, IptcImagePlugin, TiffImagePlugin
 
 from std_rt.core.errors import MediaError
 from std_rt.core.files import atomic_file, check_input, reason
 from std_rt.media.fit import over_white
+from std_rt.media.picture_colour import scale_note, to_8bit, to_srgb
+from std_rt.media.picture_formats import (
+    DAMAGE,
+    PICTURE_FORMATS,
+    PICTURE_SUFFIXES,
+    WRITABLE_SUFFIXES,
+    UnreadablePictureError,
+    jxl_size,
+    psd_is_transparent,
+    refused_kind,
+    tiff_tags,
+)
 
 __all__ = [
     "MAX_PIXELS",
@@ -30,31 +39,24 @@ __all__ = [
     "is_animated",
     "open_picture",
     "read_picture",
+    "stores_exif",
     "write_picture",
 ]
 
 MAX_PIXELS = 200_000_000
 """Largest picture that is decoded (200 megapixels: 600 MB as RGB); a larger one is refused unread."""
-WRITABLE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif", ".ppm"}
-)
-PICTURE_SUFFIXES = WRITABLE_SUFFIXES.union(
-    {".mpo", ".apng", ".dib", ".pgm", ".pbm", ".pnm", ".jp2", ".ico", ".psd", ".qoi", ".tga"}
-)
 
 Frame = NDArray[np.uint8]  # [H, W, 3] RGB
 
-# Formats whose first bytes identify them; Pillow knows more, some of which claim any file.
-_FORMATS = frozenset(
-    {"JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000", "ICO", "PSD", "QOI"}
-)
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"subsampling": 0},
     "PNG": {"compress_level": 4},
     "TIFF": {"compression": "tiff_lzw"},
 }
 _WITH_ALPHA = frozenset({"PNG", "WEBP", "TIFF", "AVIF"})
+_UNUSED_ALPHA = frozenset({"BMP", "DIB", "TGA"})  # programs leave 0 in it throughout, and mean opaque
 _WITH_QUALITY = frozenset({"JPEG", "WEBP", "AVIF"})
+_WITH_EXIF = frozenset({"JPEG", "PNG", "WEBP", "AVIF", "TIFF"})
 # The transposition that undoes an EXIF orientation. (Pillow's exif_transpose also rewrites the EXIF block,
 # which fails on the ones that some cameras write.)
 _UPRIGHT = {
@@ -66,76 +68,143 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# What decoders raise on damaged files.
-_DAMAGE = (
-    *(OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, AttributeError),
-    *(AssertionError, MemoryError, RuntimeError, struct.error, zlib.error),
-)
+_PHOTOSHOP_VERSION, _PHOTOSHOP_EXIF = 1057, 1058  # image resources
+_NEW_SUBFILE_TYPE = 254  # TIFF tags and their values
+_UNSIGNED, _PREMULTIPLIED, _ALPHA = 1, 1, 2
 _PILLOW = threading.RLock()
+_Tag = ExifTags.Base
+# What stays true of a stylized picture, as of a clip; not its size, orientation, colour space or thumbnail.
+_KEPT_TAGS = (
+    *(_Tag.ImageDescription, _Tag.Make, _Tag.Model, _Tag.DateTime, _Tag.Artist, _Tag.Copyright),
+    *(_Tag.XPTitle, _Tag.XPComment, _Tag.XPAuthor, _Tag.XPKeywords, _Tag.XPSubject),
+)
+_KEPT_EXIF_TAGS = (
+    *(_Tag.ExifVersion, _Tag.DateTimeOriginal, _Tag.DateTimeDigitized, _Tag.OffsetTime),
+    *(
+        _Tag.OffsetTimeOriginal,
+        _Tag.OffsetTimeDigitized,
+        _Tag.SubsecTime,
+        _Tag.SubsecTimeOriginal,
+        _Tag.SubsecTimeDigitized,
+    ),
+    *(_Tag.UserComment, _Tag.CameraOwnerName, _Tag.LensMake, _Tag.LensModel),
+)
+# Where pictures without these tags state the same: IPTC data sets of agencies, keywords of PNG texts.
+_ELSEWHERE = {
+    _Tag.Artist: ((2, 80), "Author"),
+    _Tag.Copyright: ((2, 116), "Copyright"),
+    _Tag.ImageDescription: ((2, 120), "Description"),
+}
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One decoded picture: upright, sRGB, EXIF and ICC applied and dropped.
+    """One decoded picture: upright, sRGB, EXIF orientation and ICC applied and dropped.
 
-    frame: ``uint8 [H, W, 3]`` RGB, contiguous; not premultiplied by alpha.
+    frame: ``uint8 [H, W, 3]`` RGB, contiguous; laid over white where it is transparent.
     alpha: ``uint8 [H, W]``, or None if the picture is fully opaque.
+    exif: date, author, copyright, place and camera as an EXIF block for `write_picture`; empty if unknown.
+    notes: one line each on what a user may want to know (several pages, HDR, ...).
     """
 
     frame: Frame
     alpha: NDArray[np.uint8] | None = None
+    exif: bytes = b""
+    notes: tuple[str, ...] = ()
 
 
 def read_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Picture:
     """Read the first (or only) picture of a file.
 
-    Any Pillow mode, 16-bit and float included; EXIF orientation applied, an ICC profile converted to sRGB.
-    Raises MediaError (one line) for everything that cannot be read: missing, folder, empty, not a
-    picture, truncated, or more than ``max_pixels`` (checked before decoding).
+    Any Pillow mode, 16-bit and float included; EXIF orientation applied, colours converted to sRGB. Raises
+    MediaError (one line) for everything that cannot be read: missing, folder, empty, not a picture, of a
+    kind that needs another program, truncated, or more than ``max_pixels`` (checked before decoding).
     """
     check_input(path)
     with _quiet_pillow():
-        size = _float_tiff_size(path)
-    if size is not None:
-        _check_size(path, size, max_pixels)
-        return Picture(to_8bit(_read_float_tiff(path)))
+        _refuse(path)
+        tags = tiff_tags(path)
+        if tags is not None and _needs_opencv(tags):
+            _check_size(
+                path, (tags[TiffImagePlugin.IMAGEWIDTH], tags[TiffImagePlugin.IMAGELENGTH]), max_pixels
+            )
+            return _decoded(path, *_read_tiff(path, tags))
     with open_picture(path) as picture:
         _check_size(path, picture.size, max_pixels)
-        try:
-            picture.load()
-            upright = _UPRIGHT.get(_orientation(picture))
-            layers = [
-                None if layer is None else np.asarray(layer if upright is None else layer.transpose(upright))
-                for layer in _to_srgb(picture)
-            ]
-        except _DAMAGE as error:
-            raise MediaError(f"{path} is damaged and cannot be read completely: {reason(error)}") from error
-    frame, alpha = layers
+        return _decoded(path, picture, _pages_note(picture))
+
+
+def _decoded(path: Path, picture: Image.Image, notes: list[str]) -> Picture:
+    try:
+        picture.load()
+        upright = _UPRIGHT.get(_orientation(picture))
+        colours, transparency, more = to_srgb(picture)
+        frame, alpha = (
+            None if layer is None else np.asarray(layer if upright is None else layer.transpose(upright))
+            for layer in (colours, transparency)
+        )
+    except DAMAGE as error:
+        raise MediaError(f"{path} is damaged and cannot be read completely: {reason(error)}") from error
     assert frame is not None
-    return Picture(frame, None if alpha is None or (alpha == 255).all() else alpha)
+    if alpha is not None and ((alpha == 255).all() or not _is_meant(alpha, picture)):
+        alpha = None
+    elif alpha is not None and not alpha.any():
+        notes = [*notes, "it is transparent everywhere, which makes it all white"]
+    shown = frame if alpha is None else over_white(frame, alpha)
+    return Picture(np.ascontiguousarray(shown), alpha, _kept_exif(picture), (*notes, *more))
+
+
+def _is_meant(alpha: NDArray[np.uint8], picture: Image.Image) -> bool:
+    """Whether the fourth channel is the picture's transparency."""
+    if picture.format == "PSD":
+        return psd_is_transparent(Path(picture.filename))  # type: ignore[attr-defined]
+    return picture.format not in _UNUSED_ALPHA or bool(alpha.any())
 
 
 @contextmanager
 def open_picture(path: Path) -> Iterator[Image.Image]:
     """The Pillow image of a file, header read only, without Pillow's warnings and size limit inside.
 
-    Raises MediaError if it is not a known picture.
+    Raises UnreadablePictureError if it is of a known kind that is not read here, MediaError if it is none.
     """
     check_input(path)
     with _quiet_pillow():
+        _refuse(path)
+        jxl = jxl_size(path)
+        if jxl is not None:
+            _check_size(path, jxl, MAX_PIXELS)
         Image.init()  # Asked for some formats by name, Pillow would not load all of their readers.
-        formats = [name for name in Image.ID if name in _FORMATS]
+        formats = [name for name in Image.ID if name in PICTURE_FORMATS]
         if path.suffix.lower() == ".tga":  # It has no signature: it is believed only under its own name.
             formats.append("TGA")
         try:
             picture = Image.open(path, formats=formats)
-        except _DAMAGE as error:
+        except DAMAGE as error:
+            found = "a TIFF of a rare layout, or damaged" if tiff_tags(path) else "damaged, or misnamed"
             raise MediaError(
-                f"{path} cannot be read as a picture (damaged, or misnamed);"
+                f"{path} cannot be read as a picture ({found});"
                 " give a JPEG, PNG, WebP, AVIF, TIFF, BMP or GIF"
             ) from error
         with picture:
+            version = _photoshop_resource(picture, _PHOTOSHOP_VERSION)
+            if version[4:5] == b"\0":  # no merged picture: in its place, Photoshop stores white
+                raise MediaError(
+                    f"{path} holds layers without the picture that they make; save it in Photoshop with"
+                    " 'Maximize compatibility', or as PNG"
+                )
             yield picture
+
+
+def _photoshop_resource(picture: Image.Image, number: int) -> bytes:
+    """The image resource of that number of a Photoshop file; empty if there is none."""
+    found = getattr(picture, "resources", ())
+    return next((bytes(data) for kind, _, data in found if kind == number), b"")
+
+
+def _refuse(path: Path) -> None:
+    kind = refused_kind(path)
+    if kind is not None:
+        raise UnreadablePictureError(path, kind)
 
 
 @contextmanager
@@ -157,7 +226,7 @@ def is_animated(picture: Image.Image) -> bool:
     """
     try:
         return picture.format in ("GIF", "PNG") and bool(getattr(picture, "is_animated", False))
-    except _DAMAGE:  # Broken after its first frame.
+    except DAMAGE:  # Broken after its first frame.
         return False
 
 
@@ -171,118 +240,130 @@ def _check_size(path: Path, size: tuple[int, int], max_pixels: int) -> None:
 
 
 def _orientation(picture: Image.Image) -> int:
-    """The EXIF orientation still to apply, asked after loading (TIFF and AVIF apply and drop it)."""
+    """The EXIF orientation still to apply, asked after loading (TIFF, AVIF and HEIC apply and drop it)."""
+    if picture.format == "JXL" and not getattr(picture, "jpeg", False):
+        return 1  # Its decoder has applied its own; what Exif says does not count.
     try:
         return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
-    except _DAMAGE:  # A damaged EXIF block says nothing about the pixels.
+    except DAMAGE:  # A damaged EXIF block says nothing about the pixels.
         return 1
 
 
-def _to_srgb(picture: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """The colours as an RGB image and, if the picture has any transparency, its alpha."""
-    profile = picture.info.get("icc_profile")
-    if picture.mode[0] in "IF":
-        return _apply_profile(Image.fromarray(to_8bit(np.asarray(picture))), profile), None
-    if not picture.has_transparency_data:
-        return _apply_profile(picture, profile), None
-    with_alpha = picture.convert("RGBA")
-    # A grey profile fits grey pixels only, so LA keeps its one channel.
-    colours = picture.getchannel("L") if picture.mode == "LA" else with_alpha.convert("RGB")
-    return _apply_profile(colours, profile), with_alpha.getchannel("A")
-
-
-def to_8bit(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """Integers of 16 or 32 bits or floats to 0..255, by the smallest usual white: 1 (floats), 255, 65535.
-
-    Values beyond that are stretched from their minimum to their maximum; NaN becomes black.
-    """
-    real = np.nan_to_num(values.astype(np.float32), nan=0.0)
-    low, high = 0.0, float(real.max())
-    if values.dtype == np.uint16:
-        high = 65535.0
-    elif high <= 65535 and real.min() >= 0:
-        whites = (1.0, 255.0, 65535.0) if values.dtype.kind == "f" else (255.0, 65535.0)
-        high = next(white for white in whites if high <= white)
-    else:
-        low = float(real.min())
-    scaled = (real - low) * (255 / max(high - low, 1e-12))
-    return np.asarray(np.clip(np.rint(scaled), 0, 255), dtype=np.uint8)
-
-
-def _apply_profile(picture: Image.Image, profile: bytes | None) -> Image.Image:
-    """RGB in sRGB. A profile that is broken or of another colour space is ignored, as viewers do."""
-    if picture.mode == "LAB":
-        return _transform(picture, ImageCms.createProfile("LAB"))
-    plain = picture if picture.mode in ("L", "RGB", "CMYK") else picture.convert("RGB")
-    if not profile:
-        return plain.convert("RGB")
+def _pages_note(picture: Image.Image) -> list[str]:
+    """A line if a file holds more pictures than the first; asked before loading."""
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if plain.mode == "RGB" and ImageCms.getProfileDescription(source).startswith("sRGB"):
-            return plain
-        return _transform(plain, source)
-    except (ImageCms.PyCMSError, OSError):
-        return plain.convert("RGB")
+        if picture.format not in ("TIFF", "WEBP", "AVIF", "GIF", "PNG") or not getattr(
+            picture, "is_animated", False
+        ):
+            return []
+        count = getattr(picture, "n_frames", 0)
+        if picture.format == "TIFF":  # Some list a small copy of the first page as the second.
+            picture.seek(1)
+            is_copy = int(picture.tag_v2.get(_NEW_SUBFILE_TYPE, 0)) & 1  # type: ignore[attr-defined]
+            picture.seek(0)
+            if is_copy:
+                return []
+    except DAMAGE:  # Broken after the first.
+        return []
+    return [f"only the first of its {count} pictures was used"]
 
 
-def _transform(picture: Image.Image, source: Any) -> Image.Image:
-    converted = ImageCms.profileToProfile(
-        picture,
-        source,
-        ImageCms.createProfile("sRGB"),
-        renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
-        outputMode="RGB",
-        flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
-    )
-    assert converted is not None  # Only the in-place form, not used here, returns nothing.
-    return converted
+def _kept_exif(picture: Image.Image) -> bytes:
+    """What `Picture.exif` says. Of a damaged block, what comes before the damage."""
+    kept = Image.Exif()
+    with suppress(*DAMAGE):
+        found = picture.getexif()
+        block = _photoshop_resource(picture, _PHOTOSHOP_EXIF)
+        if block:
+            found = Image.Exif()
+            found.load(block)
+        _copy(found, kept, _KEPT_TAGS)
+        for part, tags in ((ExifTags.IFD.Exif, _KEPT_EXIF_TAGS), (ExifTags.IFD.GPSInfo, range(32))):
+            copied: dict[int, Any] = {}
+            _copy(found.get_ifd(part), copied, tags)
+            if copied:
+                kept[part] = copied
+    with suppress(*DAMAGE):
+        iptc: Any = {}
+        if isinstance(picture, ImageFile.ImageFile):
+            iptc = IptcImagePlugin.getiptcinfo(picture) or {}
+        for tag, (record, keyword) in _ELSEWHERE.items():
+            said = iptc.get(record) or picture.info.get(keyword)
+            text = b", ".join(said) if isinstance(said, list) else said
+            if text and tag not in kept:
+                kept[tag] = text if isinstance(text, bytes) else text.encode("utf-8")
+    return kept.tobytes() if len(kept) else b""
 
 
-# Colour TIFFs of 32-bit floats: the one common kind that Pillow does not read, and OpenCV does.
+def _copy(source: Any, target: Any, tags: Iterable[int]) -> None:
+    for tag in tags:
+        value = source.get(tag)
+        if isinstance(value, str) and not value.isascii():
+            value = value.encode("latin-1", "replace")  # the bytes, mostly UTF-8, that Pillow read as Latin-1
+        with suppress(*DAMAGE):
+            trial = Image.Exif()
+            trial[tag] = value
+            if value not in (None, "", b"") and trial.tobytes():
+                target[tag] = value
 
 
-def _float_tiff_size(path: Path) -> tuple[int, int] | None:
-    """(width, height) px if ``path`` is a TIFF of float colours, else None; reads its directory only."""
-    with path.open("rb") as file:
-        head = file.read(8)
-        if head[:4] not in (b"II*\0", b"MM\0*"):
-            return None
-        tags: Any = TiffImagePlugin.ImageFileDirectory_v2(head)
-        file.seek(tags.next)
-        try:
-            tags.load(file)
-            samples, sample_format = tags[TiffImagePlugin.SAMPLESPERPIXEL], tags[TiffImagePlugin.SAMPLEFORMAT]
-            if samples < 3 or sample_format[0] != 3:  # 3: IEEE floats
-                return None
-            return int(tags[TiffImagePlugin.IMAGEWIDTH]), int(tags[TiffImagePlugin.IMAGELENGTH])
-        except (OSError, ValueError, TypeError, LookupError):
-            return None  # Not this kind; the ordinary reader reports what is wrong.
+# TIFFs that Pillow does not read and OpenCV does: colours of 32 bits and all of 64, floats or integers.
 
 
-def _read_float_tiff(path: Path) -> NDArray[np.float32]:
-    """float32 [H, W, 3] RGB as stored (any range; a fourth channel is dropped). MediaError if damaged."""
+def _needs_opencv(tags: Any) -> bool:
+    try:
+        samples, kinds = (
+            tags.get(tag, usual)
+            for tag, usual in ((TiffImagePlugin.SAMPLESPERPIXEL, 1), (TiffImagePlugin.SAMPLEFORMAT, (1,)))
+        )
+        bits = tags[TiffImagePlugin.BITSPERSAMPLE][0]
+        plain = tags[TiffImagePlugin.PHOTOMETRIC_INTERPRETATION] in (1, 2) and samples != 2
+        lost = bits == 64 or (bits == 32 and (samples > 2 or kinds[0] == _UNSIGNED))
+        return bool(plain and lost and tags[TiffImagePlugin.IMAGEWIDTH] and tags[TiffImagePlugin.IMAGELENGTH])
+    except (ValueError, TypeError, LookupError):
+        return False  # The ordinary reader reports what is wrong.
+
+
+def _read_tiff(path: Path, tags: Any) -> tuple[Image.Image, list[str]]:
+    """The picture with its profile and EXIF, and notes. MediaError if damaged."""
     log = cv2.utils.logging
     before = log.setLogLevel(log.LOG_LEVEL_SILENT)  # It prints on damaged files; the error below is enough.
     try:
         # Through bytes: OpenCV's own file names break on non-ASCII paths under Windows.
-        bgr = cv2.imdecode(np.fromfile(path, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
+        data = path.read_bytes()
+        values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except (OSError, cv2.error):
-        bgr = None
+        values = None
     finally:
         log.setLogLevel(before)
-    if bgr is None or bgr.ndim != 3:
+    if values is None:
         raise MediaError(f"{path} is damaged and cannot be read completely")
-    return np.ascontiguousarray(bgr[:, :, 2::-1], dtype=np.float32)
+    notes = scale_note(values) if values.dtype.kind == "f" else []
+    if values.ndim == 3:
+        extra = tags.get(TiffImagePlugin.EXTRASAMPLES, (0,))[0]
+        values = values[:, :, [2, 1, 0, 3] if extra in (_PREMULTIPLIED, _ALPHA) else [2, 1, 0]]  # was BGR(A)
+        if extra == _PREMULTIPLIED:
+            values[:, :, :3] = values[:, :, :3] / np.maximum(values[:, :, 3:], 1e-6)
+    picture = Image.fromarray(to_8bit(values))
+    picture.info["exif"] = data  # An EXIF block is a TIFF, and the other way round.
+    if TiffImagePlugin.ICCPROFILE in tags:
+        picture.info["icc_profile"] = bytes(tags[TiffImagePlugin.ICCPROFILE])
+    return picture, notes
 
 
 def write_picture(
-    path: Path, frame: Frame, alpha: NDArray[np.uint8] | None = None, quality: int = 95
+    path: Path,
+    frame: Frame,
+    alpha: NDArray[np.uint8] | None = None,
+    quality: int = 95,
+    exif: bytes = b"",
 ) -> None:
     """Write ``frame`` (uint8 [H, W, 3] RGB) atomically; an existing file is replaced.
 
     The suffix selects the format: :data:`WRITABLE_SUFFIXES`. ``alpha`` (uint8 [H, W]) is stored if
     the format supports it (png, webp, tiff, avif); otherwise the picture is laid over white. quality: 1..100
-    for jpg, webp and avif. Raises MediaError for an unknown suffix or a place that cannot be written.
+    for jpg, webp and avif. exif: of a `Picture`, stored in png, webp, tiff, avif and jpg. Raises MediaError
+    for an unknown suffix or a place that cannot be written.
     """
     suffix = path.suffix.lower()
     if suffix not in WRITABLE_SUFFIXES:
@@ -300,8 +381,26 @@ def write_picture(
     options = dict(_SAVE_OPTIONS.get(file_format, {}))
     if file_format in _WITH_QUALITY:
         options["quality"] = quality
+    if exif and stores_exif(path):
+        options |= _exif_options(file_format, exif)
     with atomic_file(path, error=MediaError) as partial:
         try:
             picture.save(partial, **options)
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise MediaError(f"{path} cannot be written: {reason(error)}") from error
+
+
+def stores_exif(path: Path) -> bool:
+    """Whether `write_picture` stores EXIF in a file of this name."""
+    return Image.registered_extensions().get(path.suffix.lower()) in _WITH_EXIF
+
+
+def _exif_options(file_format: str, exif: bytes) -> dict[str, Any]:
+    if file_format != "TIFF":
+        return {"exif": exif}
+    tags = Image.Exif()
+    tags.load(exif)
+    for tag in _KEPT_TAGS:
+        if isinstance(tags.get(tag), str):  # As bytes: for TIFF, Pillow would reduce text to ASCII.
+            tags[tag] = tags[tag].encode("latin-1", "replace")
+    return {"exif": tags, "compression": "raw"}  # With compression, libtiff writes and refuses EXIF.

@@ -5,6 +5,7 @@ The content decides whether a file is a picture or a clip; its suffix only if th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,7 @@ from typing import Literal
 from std_rt.core.errors import MediaError
 from std_rt.core.files import check_input, check_output, reason
 from std_rt.media.image import PICTURE_SUFFIXES, WRITABLE_SUFFIXES, is_animated, open_picture
+from std_rt.media.picture_formats import RefusedKind, UnreadablePictureError, refused_kind
 from std_rt.media.video.clip import open_clip
 from std_rt.media.video.transcode import CLIP_SUFFIXES, default_clip_suffix
 
@@ -35,6 +37,7 @@ VIDEO_SUFFIXES = frozenset(
 # Treated as clips, so that the error says they contain only sound.
 _AUDIO_SUFFIXES = frozenset({".mp3", ".m4a", ".aac", ".wav", ".flac", ".ogg", ".opus", ".wma"})
 _MARK = "_styled"
+_NAMED = 8  # files in a line
 
 Kind = Literal["picture", "video"]
 
@@ -43,12 +46,15 @@ def media_kind(path: Path) -> Kind:
     """``"picture"`` or ``"video"``; animated GIF and PNG are videos, still ones are pictures.
 
     Reads headers only. A damaged file counts as what its suffix says; reading it then reports the error.
-    Raises MediaError if the file is missing, a folder, empty, or neither content nor suffix is known.
+    Raises MediaError if the file is missing, a folder, empty, a picture of a kind that is not read, or if
+    neither content nor suffix is known.
     """
     check_input(path)
     try:
         with open_picture(path) as picture:
             return "video" if is_animated(picture) else "picture"
+    except UnreadablePictureError:
+        raise
     except MediaError:  # Not a picture.
         suffix = path.suffix.lower()
     try:
@@ -79,16 +85,18 @@ class Job:
     is_video: bool
 
 
-def expand_inputs(paths: list[Path]) -> list[Path]:
+def expand_inputs(paths: list[Path], say: Callable[[str], None] = lambda line: None) -> list[Path]:
     """Files as they are; a folder becomes the pictures and clips in it, by name, not recursive.
 
     Known suffixes only, hidden files and results of an earlier run (``x_styled.png`` next to ``x.*``)
-    left out; each file once. Raises MediaError for a missing path or a folder without any.
+    left out; each file once. So are a folder's pictures of a kind that is not read (raw files, HEIC without
+    its library), and ``say`` is given a line that counts and names them. Raises MediaError for a missing
+    path or a folder without any.
     """
     found: dict[Path, Path] = {}
     for path in paths:
         try:
-            for file in _folder_files(path) if path.is_dir() else [path]:
+            for file in _folder_files(path, say) if path.is_dir() else [path]:
                 found.setdefault(file.resolve(strict=True), file)
         except FileNotFoundError:
             raise MediaError(f"{path} does not exist; check the spelling and the folder") from None
@@ -97,16 +105,37 @@ def expand_inputs(paths: list[Path]) -> list[Path]:
     return list(found.values())
 
 
-def _folder_files(folder: Path) -> list[Path]:
+def _folder_files(folder: Path, say: Callable[[str], None]) -> list[Path]:
     names = sorted(entry for entry in folder.iterdir() if entry.is_file() and not entry.name.startswith("."))
     known = [entry for entry in names if entry.suffix.lower() in PICTURE_SUFFIXES | VIDEO_SUFFIXES]
     results = {f"{entry.stem}{_MARK}" for entry in known}
-    files = [entry for entry in known if entry.stem not in results]
+    files: list[Path] = []
+    refused: dict[RefusedKind, list[str]] = {}
+    for entry in known:
+        if entry.stem in results:
+            continue
+        kind = refused_kind(entry)
+        if kind is None:
+            files.append(entry)
+        else:
+            refused.setdefault(kind, []).append(entry.name)
+    left_out = [_left_out(kind, names) for kind, names in refused.items()]
     if not files:
+        found = f", only {' and '.join(left_out)}" if left_out else ""
         raise MediaError(
-            f"{folder} holds no picture or clip (subfolders are not searched); give files or another folder"
+            f"{folder} holds no picture or clip that can be read{found} (subfolders are not searched);"
+            " give files or another folder"
         )
+    for line in left_out:
+        say(f"{folder}: left out {line}")
     return files
+
+
+def _left_out(kind: RefusedKind, names: list[str]) -> str:
+    """Such as ``3 files (a.NEF, b.NEF, c.NEF), each a raw file of a camera: develop it first ...``."""
+    shown = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+    count = "1 file" if len(names) == 1 else f"{len(names)} files"
+    return f"{count} ({shown}), {'' if len(names) == 1 else 'each '}{kind.name}: {kind.remedy}"
 
 
 def output_path(source: Path, out: Path | None, many: bool, is_video: bool) -> Path:
@@ -140,13 +169,19 @@ def output_path(source: Path, out: Path | None, many: bool, is_video: bool) -> P
     return folder / f"{source.stem}{_MARK}{suffix}"
 
 
-def plan_outputs(inputs: list[Path], out: Path | None, *, overwrite: bool = False) -> list[Job]:
-    """Expand, classify, name and check everything before any work: the list of jobs.
+def plan_outputs(
+    inputs: list[Path],
+    out: Path | None,
+    *,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Job]:
+    """Expand (``say``: see `expand_inputs`), classify, name and check everything before any work.
 
     Raises MediaError for the first input that is missing or not a picture or clip, for two inputs with one
     output, for an output that exists (without ``overwrite``), is an input, or cannot be written.
     """
-    sources = expand_inputs(inputs)
+    sources = expand_inputs(inputs, say)
     jobs: dict[Path, Job] = {}
     for source in sources:
         is_video = media_kind(source) == "video"

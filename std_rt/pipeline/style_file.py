@@ -137,15 +137,23 @@ def read_style(source: Path | Frame, bundle: Bundle, encode: Encode, name: str |
     )
 
 
-def open_styles(pairs: Sequence[tuple[Path, float]], bundle: Bundle) -> list[tuple[StyleSource, float]]:
+def open_styles(
+    pairs: Sequence[tuple[Path, float]], bundle: Bundle, say: Callable[[str], None] = lambda line: None
+) -> list[tuple[StyleSource, float]]:
     """Weighted files, read before any engine is opened: pictures as frames, style files as styles.
 
-    Raises MediaError as `read_picture` and `load_style` do.
+    ``say`` is given the notes on pictures, a line each. Raises MediaError as `read_picture` and `load_style`.
     """
-    return [
-        (load_style(path, bundle).style if is_style_file(path) else read_picture(path).frame, weight)
-        for path, weight in pairs
-    ]
+    opened: list[tuple[StyleSource, float]] = []
+    for path, weight in pairs:
+        if is_style_file(path):
+            opened.append((load_style(path, bundle).style, weight))
+            continue
+        picture = read_picture(path)
+        opened.append((picture.frame, weight))
+        for line in picture.notes:
+            say(f"{path.name}: {line}")
+    return opened
 
 
 def encode_styles(

@@ -231,21 +231,33 @@ def yuv_to_rgb(planes: tuple[Array, Array, Array], matrix: int, full: bool) -> A
     return np.asarray(np.clip(255 * np.stack([r, g, b], axis=2), 0, 255))
 
 
+SRGB_PRIMARIES = ((0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141))  # XYZ, D50
+
+
 def swapped_profile() -> bytes:
-    """An ICC profile like sRGB (gamma 1) with the red and green primaries exchanged."""
+    """An ICC profile like sRGB (gamma 2.2) with the red and green primaries exchanged."""
+    red, green, blue = SRGB_PRIMARIES
+    return matrix_profile("swapped", (green, red, blue))
+
+
+Xyz = tuple[float, float, float]
+
+
+def matrix_profile(name: str, primaries: tuple[Xyz, Xyz, Xyz] = SRGB_PRIMARIES, gamma: float = 2.2) -> bytes:
+    """An RGB profile of that description, with XYZ (D50) of red, green and blue, and a power as its curve."""
 
     def xyz(*values: float) -> bytes:
         return b"XYZ \0\0\0\0" + b"".join(struct.pack(">i", round(v * 65536)) for v in values)
 
-    curve = b"curv\0\0\0\0" + struct.pack(">I", 1) + struct.pack(">H", round(2.2 * 256)) + b"\0\0"
-    text = b"desc\0\0\0\0" + struct.pack(">I", 8) + b"swapped\0" + bytes(78)
-    red, green, blue = (0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141)
+    curve = b"curv\0\0\0\0" + struct.pack(">I", 1) + struct.pack(">H", round(gamma * 256)) + b"\0\0"
+    text = b"desc\0\0\0\0" + struct.pack(">I", len(name) + 1) + name.encode("ascii") + bytes(79)
+    red, green, blue = primaries
     tags = {
         b"desc": text,
         b"cprt": b"text\0\0\0\0none\0\0\0\0",
         b"wtpt": xyz(0.9642, 1.0, 0.8249),
-        b"rXYZ": xyz(*green),
-        b"gXYZ": xyz(*red),
+        b"rXYZ": xyz(*red),
+        b"gXYZ": xyz(*green),
         b"bXYZ": xyz(*blue),
         b"rTRC": curve,
         b"gTRC": curve,

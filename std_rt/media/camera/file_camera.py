@@ -19,7 +19,7 @@ import av
 from std_rt.core.errors import MediaError
 from std_rt.core.prefetcher import Prefetcher
 from std_rt.media.camera.frame_source import Captured, Frame, Pause, Sleep, after
-from std_rt.media.fit import over_white, resize
+from std_rt.media.fit import resize
 from std_rt.media.image import read_picture
 from std_rt.media.video.clip import nothing_decoded, open_clip, probe
 
@@ -190,8 +190,7 @@ def still_playback(path: Path, fps: float) -> tuple[float, Play]:
 
     A picture larger than 4K is scaled down to it. Raises MediaError if it cannot be read.
     """
-    picture = read_picture(path)
-    frame = picture.frame if picture.alpha is None else over_white(picture.frame, picture.alpha)
+    frame = read_picture(path).frame
     h, w = frame.shape[:2]
     scale = math.sqrt(_CAMERA_PX / (h * w))
     if scale < 1:

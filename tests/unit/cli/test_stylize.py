@@ -214,3 +214,77 @@ def test_overwrite_replaces(stylize: Cli, photo: Path) -> None:
     target.write_bytes(b"old")
     assert stylize(photo, "--overwrite").code == 0
     assert read_picture(target).frame.shape == (40, 60, 3)
+
+
+# Pictures as people have them
+
+
+def _hidden(path: Path, hidden: int) -> Path:
+    """A ring on a transparent ground, whose hidden pixels have the level ``hidden``."""
+    y, x = np.mgrid[:48, :48] - 24
+    alpha = np.where(np.abs(np.hypot(x, y) - 14) < 5, 255, 0).astype(np.uint8)
+    colours = np.full((48, 48, 3), hidden, np.uint8)
+    colours[alpha > 0] = (200, 40, 20)
+    Image.fromarray(np.dstack([colours, alpha])).save(path)
+    return path
+
+
+def test_hidden_pixels_change_neither_input_nor_style(
+    cli: Cli, bundle: Path, photo: Path, tmp_path: Path
+) -> None:
+    plain = Image.open(_hidden(tmp_path / "a.png", 0))
+    on_white = Image.new("RGBA", plain.size, "white")
+    on_white.alpha_composite(plain)
+    on_white.convert("RGB").save(tmp_path / "white.png")
+
+    def run(source: Path, style: Path, name: str) -> np.ndarray:
+        result = cli("stylize", source, "-s", style, "-b", bundle, "-o", tmp_path / name)
+        assert result.code == 0
+        return np.asarray(Image.open(tmp_path / name))
+
+    black, red = _hidden(tmp_path / "black.png", 0), _hidden(tmp_path / "red.png", 250)
+    np.testing.assert_array_equal(run(photo, black, "1.png"), run(photo, tmp_path / "white.png", "2.png"))
+    np.testing.assert_array_equal(run(photo, red, "3.png"), np.asarray(Image.open(tmp_path / "1.png")))
+    np.testing.assert_array_equal(run(black, red, "4.png"), run(red, red, "5.png"))
+
+
+def test_a_folder_says_what_it_leaves_out_and_does_the_rest(stylize: Cli, tmp_path: Path) -> None:
+    picture(tmp_path / "in" / "a.jpg", 40, 40)
+    for name in ("b.RAF", "c.RAF"):
+        (tmp_path / "in" / name).write_bytes(b"FUJIFILMCCD-RAW 0201" + bytes(200))
+    result = stylize(tmp_path / "in", "-o", tmp_path / "out")
+    assert result.code == 0
+    assert files_in(tmp_path / "out") == {"a_styled.jpg"}
+    assert "left out 2 files (b.RAF, c.RAF), each a raw file" in result.err
+
+
+def test_a_raw_file_is_refused_as_input_and_as_style(
+    cli: Cli, stylize: Cli, bundle: Path, photo: Path
+) -> None:
+    raw = photo.with_name("a.RAF")
+    raw.write_bytes(b"FUJIFILMCCD-RAW 0201" + bytes(200))
+    assert "a raw file of a camera; develop it first" in stylize(raw).error
+    assert "a raw file of a camera; develop it first" in cli("stylize", photo, "-s", raw, "-b", bundle).error
+    assert files_in(photo.parent) == {"photo.png", "a.RAF", "art"}
+
+
+def test_a_result_keeps_who_made_the_picture(stylize: Cli, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x8298], exif[0x0112] = "me", 6
+    Image.linear_gradient("L").resize((60, 40)).save(tmp_path / "a.jpg", exif=exif)
+    assert stylize(tmp_path / "a.jpg").code == 0
+    with Image.open(tmp_path / "a_styled.jpg") as written:
+        assert written.size == (40, 60)
+        assert dict(written.getexif()) == {0x8298: "me"}
+    result = stylize(tmp_path / "a.jpg", "-o", tmp_path / "a.bmp")
+    assert "note: a.jpg: its EXIF (date, author, ...) cannot be stored as .bmp" in result.err
+
+
+def test_notes_on_a_picture_and_a_style_are_shown(cli: Cli, bundle: Path, photo: Path) -> None:
+    pages = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    for name in ("pages.tif", "style.tif"):
+        pages[0].save(photo.with_name(name), save_all=True, append_images=pages[1:])
+    result = cli("stylize", photo.with_name("pages.tif"), "-s", photo.with_name("style.tif"), "-b", bundle)
+    assert result.code == 0
+    for name in ("pages.tif", "style.tif"):
+        assert f"note: {name}: only the first of its 2 pictures was used" in result.err

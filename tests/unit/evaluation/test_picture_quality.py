@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from std_rt.core.bundle import Bundle
 from std_rt.evaluation.measures import WarpingError
-from std_rt.evaluation.picture_quality import judge_clip, paint_clip
+from std_rt.evaluation.picture_quality import judge_clip, paint_clip, read_mask
 from std_rt.examples import moving
 from std_rt.pipeline.stylizer import Stylizer
 from std_rt.streaming.temporal import TemporalFilter
@@ -54,3 +56,12 @@ def test_a_clip_of_cuts_says_nothing_about_flicker(stylizer: Stylizer) -> None:
     rng = np.random.default_rng(0)
     cuts = [rng.integers(0, 256, (64, 64, 3), np.uint8) for _ in range(3)]
     assert judge_clip(stylizer, cuts, cuts[0]) == {}
+
+
+def test_what_a_mask_leaves_transparent_is_not_stylized(tmp_path: Path) -> None:
+    painted = Image.new("RGBA", (64, 64))
+    painted.paste("white", (0, 0, 32, 64))
+    painted.save(tmp_path / "mask.png")
+    mask = read_mask(tmp_path / "mask.png", 64)
+    assert mask[:, :30].all()
+    assert not mask[:, 34:].any()
