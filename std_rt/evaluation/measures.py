@@ -162,7 +162,9 @@ def sharpness(outputs: Sequence[Frame], contents: Sequence[Frame], mask: Mask | 
     of all frames. Like a difference between frames, it is in proportion to contrast and falls with blur. A
     flat content counts as having one grey level of gradient.
     """
-    ours, theirs = (np.mean([_gradient_energy(f, mask) for f in frames]) for frames in (outputs, contents))
+    ours, theirs = (
+        float(np.mean([_gradient_energy(frame, mask) for frame in frames])) for frames in (outputs, contents)
+    )
     return float(np.sqrt(ours / max(theirs, 1.0)))
 
 

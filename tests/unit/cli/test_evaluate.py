@@ -68,8 +68,9 @@ def test_pictures_are_scored_at_any_size(
     sheet = tmp_path / "sheet.png"
     flags = ("--pairs", 2, "--size", size, "--bundle", bundle, "-o", sheet)
     scores = _last(cli("evaluate", *folders, *flags))["scores"]
-    assert scores.keys() == {"std-rt", "reinhard", "cv2.stylization"}
+    assert list(scores) == ["handmade-4-step", "reinhard", "cv2.stylization", "photo"]
     assert all(0 <= value["colour"] < 1 for value in scores.values())
+    assert scores["photo"]["ssim"] == scores["photo"]["sharpness"] == pytest.approx(1)
     assert sheet.exists()
 
 
@@ -85,9 +86,12 @@ def test_a_clip_is_judged_for_flicker(
     found = _last(cli("evaluate", *folders, *flags, "-o", tmp_path / "sheet.png", "--table", table))
     assert found["warping"].keys() == {str(clip), str(other)}
     for errors in found["warping"].values():
-        assert errors.keys() == {"source", "std-rt", "std-rt, temporal off", "reinhard", "cv2.stylization"}
+        ours = {"handmade-4-step", "handmade-4-step, temporal off"}
+        assert errors.keys() == {"source", *ours, "reinhard", "cv2.stylization"}
         assert 0 <= errors["source"] < 0.1
-    assert found["scores"]["reinhard"].keys() == {"colour", "texture", "structure", "ssim"}
+    assert found["sharpness"].keys() == found["warping"].keys()
+    assert all(row["source"] == pytest.approx(1) for row in found["sharpness"].values())
+    assert found["scores"]["reinhard"].keys() == {"colour", "texture", "structure", "ssim", "sharpness"}
     assert json.loads(table.read_text(encoding="utf-8")) == found
 
 
@@ -155,7 +159,7 @@ def test_a_mask_and_a_clip(cli: Cli, folders: tuple[Path, Path], teacher: Path, 
             tmp_path / "b.png",
         )
     )
-    assert all(row["mean"]["warping"] > 0 for row in moving["table"])
+    assert all(row["mean"]["warping"] > 0 and row["mean"]["clip_sharpness"] > 0 for row in moving["table"])
     assert list(moving["warping_of_source"]) == [str(tmp_path / "clip.mp4")]
 
 
@@ -165,8 +169,8 @@ def test_what_does_not_fit_together_is_one_line(
     write_picture(tmp_path / "black.png", np.zeros((64, 64, 3), np.uint8))
     cases: list[tuple[tuple[object, ...], str]] = [
         (("--lora", loras[0]), "--lora needs --teacher"),
-        (("--steps", 2, "--steps", 4), "one step count"),
         (("--teacher", teacher, "--bundle", "x"), "mutually exclusive"),
+        (("--teacher", teacher, "--peer", "a=b"), "mutually exclusive"),
         (("--teacher", teacher, "--size", "64x32"), "square"),
         (("--teacher", teacher, "--size", 72), "not a multiple of 16"),
         (("--teacher", teacher, "--size", 16), "too small"),
