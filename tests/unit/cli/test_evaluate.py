@@ -190,3 +190,91 @@ def test_what_does_not_fit_together_is_one_line(
         error = cli("evaluate", *folders, *flags, "-o", tmp_path / "sheet.png", "--pairs", 1).error
         assert reason in error, (flags, error)
         assert not (tmp_path / "sheet.png").exists()
+
+
+def _saved(cli: Cli, bundle: Path, folders: tuple[Path, Path], folder: Path) -> dict[str, Any]:
+    flags = ("--pairs", 2, "--size", 64, "--steps", 1, "--steps", 2, "--bundle", bundle, "--frames", 3)
+    return _last(
+        cli("evaluate", *folders, *flags, "-o", folder.parent / "first.png", "--save-outputs", folder)
+    )
+
+
+def test_saved_outputs_come_back_as_a_peer_with_the_same_scores(
+    cli: Cli, bundle: Path, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    make_clip(folders[0] / "2.mp4")
+    saved, sheet, blind = tmp_path / "pairs", tmp_path / "sheet.png", tmp_path / "blind.png"
+    first = _saved(cli, bundle, folders, saved)
+    assert {path.name for path in saved.iterdir()} == {
+        *("content", "style", "handmade-1-step", "handmade-2-step")
+    }
+    assert {path.name for path in (saved / "content").iterdir()} == {"0--1.png", "1--0.png", "2--1"}
+    peers = ("--peer", f"one={saved / 'handmade-1-step'}", "--peer", f"photo_={saved / 'content'}")
+    result = cli(
+        *("evaluate", *folders, "--pairs", 2, "--size", 64, "--frames", 3, "--steps", 2),
+        *("--bundle", f"mine={bundle}", *peers, "-o", sheet, "--blind", blind),
+    )
+    second = _last(result)
+    assert list(second["scores"]) == [
+        *("mine-2-step", "one", "photo_", "reinhard", "cv2.stylization", "photo")
+    ]
+    assert second["scores"]["one"] == pytest.approx(first["scores"]["handmade-1-step"])
+    assert second["scores"]["mine-2-step"] == pytest.approx(first["scores"]["handmade-2-step"])
+    assert second["scores"]["photo_"] == second["scores"]["photo"]
+    for name in ("warping", "sharpness"):
+        (before,), (after,) = first[name].values(), second[name].values()
+        assert after["one"] == pytest.approx(before["handmade-1-step"])
+    key = json.loads((tmp_path / "blind.key.json").read_text(encoding="utf-8"))
+    assert all(sorted(row) == ["mine-2-step", "one", "photo_"] for row in key["rows"])
+    assert not any(label in line for line in result.out.splitlines() if "blind" in line for label in key)
+
+
+def test_a_peer_of_another_size_is_resized_with_a_note(
+    cli: Cli, bundle: Path, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for name in ("0--1", "1--0"):
+        picture(tmp_path / "peer" / f"{name}.jpg", 96, 96)
+    flags = ("--pairs", 2, "--size", 64, "--bundle", bundle, "--peer", f"other={tmp_path / 'peer'}")
+    result = cli("evaluate", *folders, *flags, "-o", tmp_path / "sheet.png")
+    assert "other" in _last(result)["scores"]
+    assert "outputs of other were resized from 96x96 to 64x64 px" in result.err
+
+
+def test_outputs_that_do_not_fit_are_one_line_before_any_work(
+    cli: Cli, bundle: Path, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    empty, wide, clip = tmp_path / "empty", tmp_path / "wide", tmp_path / "clip"
+    empty.mkdir()
+    for name in ("0--1", "1--0"):
+        picture(wide / f"{name}.png", 64, 48)
+        picture(clip / f"{name}.png", 64, 64)
+    picture(clip / "2--1" / "0000.png", 64, 64)
+    make_clip(folders[0] / "2.mp4")
+    cases: list[tuple[tuple[object, ...], str]] = [
+        (("--peer", empty), f"has no name; write NAME=FOLDER, as in --peer MicroAST={empty}"),
+        (("--peer", f"a={tmp_path / 'none'}"), "there is no folder"),
+        (("--peer", f"a={empty}"), "lacks 2 of 2 pictures, such as 0--1.png"),
+        (("--peer", f"a={wide}"), "0--1.png is 64x48 px, but pairs are square; give outputs of 64x64 px"),
+        (("--peer", f"a={clip}"), "lacks 2 of 3 pictures, such as 2--1/0001.png"),
+        (("--peer", f"photo={clip}"), "cannot be called 'photo'"),
+        (("--peer", f"a/b={clip}"), "cannot be called 'a/b'"),
+        (("--peer", f"a={clip}", "--peer", f"a={clip}"), "two candidates are called 'a'"),
+        (("--bundle", bundle, "--bundle", bundle), "two candidates are called 'handmade-4-step'"),
+        (("--blind", tmp_path / "blind.png"), "2 to 26 candidates, got 1"),
+        (("--save-outputs", wide), "is not empty; add --overwrite"),
+        (("--steps", 77), "77"),
+    ]
+    for flags, reason in cases:
+        given = ("--pairs", 2, "--size", 64, "--frames", 3, "--bundle", bundle, *flags)
+        error = cli("evaluate", *folders, *given, "-o", tmp_path / "sheet.png").error
+        assert reason in error, (flags, error)
+        assert not list(tmp_path.glob("*.png"))
+
+
+def test_files_of_one_name_are_told_apart_or_refused(
+    cli: Cli, bundle: Path, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    picture(folders[0] / "0.jpg", 64, 64, seed=5)
+    (folders[1] / "1.png").unlink()
+    flags = ("--pairs", 3, "--size", 64, "--bundle", bundle, "-o", tmp_path / "sheet.png")
+    assert "have one name without suffix" in cli("evaluate", *folders, *flags).error

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from std_rt.core.bundle import Bundle
 from std_rt.evaluation.bundle_comparison import Contender, Material, Results
 from std_rt.evaluation.measures import WarpingError
-from std_rt.evaluation.picture_quality import Clip, pair_files, paint_clip
+from std_rt.evaluation.picture_quality import Clip, paint_clip, pair_files
 from std_rt.examples import moving
 from std_rt.pipeline.stylizer import Stylizer
 from std_rt.streaming.temporal import TemporalFilter
