@@ -278,3 +278,27 @@ def test_files_of_one_name_are_told_apart_or_refused(
     (folders[1] / "1.png").unlink()
     flags = ("--pairs", 3, "--size", 64, "--bundle", bundle, "-o", tmp_path / "sheet.png")
     assert "have one name without suffix" in cli("evaluate", *folders, *flags).error
+
+
+def test_vgg_weights_add_two_columns(
+    cli: Cli, bundle: Path, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("torch")
+    from support.weights import write_vgg
+
+    flags = ("--pairs", 1, "--size", 64, "--bundle", bundle, "-o", tmp_path / "sheet.png")
+    result = cli("evaluate", *folders, *flags, "--vgg", write_vgg(tmp_path / "vgg.safetensors"))
+    scores = _last(result)["scores"]
+    assert "VGG style  VGG content" in result.out
+    assert scores["photo"]["vgg_content"] == 0
+    assert 0 < scores["reinhard"]["vgg_style"] < 1
+    other = cli("evaluate", *folders, *flags, "--overwrite", "--vgg", tmp_path / "sheet.png")
+    assert "does not hold VGG-19" in other.error
+
+
+def test_vgg_without_torch_is_one_line(
+    cli: Cli, folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("std_rt.core.machine.find_spec", lambda name: None if name == "torch" else name)
+    error = cli("evaluate", *folders, "--vgg", "vgg.safetensors", "-o", tmp_path / "sheet.png").error
+    assert "std-rt evaluate with --vgg needs torch; run: pip install" in error

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from std_rt.evaluation.measures import WarpingError
+from std_rt.evaluation.measures import WarpingError, sharpness
 from std_rt.pipeline.stylizer import State, draw_noise
 from std_rt.streaming.noise_warp import MovingNoise
 from std_rt.streaming.optical_flow import Followed, Follower, enlarged, reduced, unmoved
@@ -93,6 +93,14 @@ def test_full_lowers_the_warping_error_by_more_than_two_fifths() -> None:
     off = _error(contents, outputs)
     assert off > 0.04
     assert _error(contents, _settled(TemporalFilter("full"), contents, outputs)) < 0.6 * off
+
+
+def test_what_is_measured_is_the_pair_that_was_presented() -> None:
+    contents, measured = _pan(12), []
+    temporal = TemporalFilter("full", lambda *figures: measured.append(figures))
+    settled = _settled(temporal, contents, _flickering(contents))
+    error = WarpingError(contents[7:9]).of(settled[7:9])
+    assert measured == [(pytest.approx(error), pytest.approx(sharpness(settled[8:9], contents[8:9])))]
 
 
 def test_noise_leaves_the_frames_of_the_engines_alone() -> None:
