@@ -6,7 +6,7 @@ Without ``--teacher`` it judges bundles and needs no torch, except for scores wi
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -183,7 +183,7 @@ class EvaluateRequest:
             raise UsageError("--mask is for pictures, --video for clips; give one of them")
 
 
-def _refuse(flags: dict[str, object], reason: str) -> None:
+def _refuse(flags: Mapping[str, object], reason: str) -> None:
     """Raise UsageError for the first flag that was given."""
     for name, value in flags.items():
         if value:

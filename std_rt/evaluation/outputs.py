@@ -42,7 +42,7 @@ def check_labels(labels: Sequence[str]) -> None:
             taken = ", ".join(sorted(_TAKEN))
             raise UsageError(
                 f"a candidate cannot be called {label!r}; use letters, digits, '.', '_', '-' and '+' "
-                f"(and not {taken})"
+                f"(and not {taken}), as in --bundle NAME=FOLDER"
             )
         if labels.count(label) > 1:
             raise UsageError(f"two candidates are called {label!r}; rename one, as in --bundle NAME=FOLDER")
@@ -107,20 +107,22 @@ class Peer:
 
         Raises UsageError for missing pictures and for those that are not square.
         """
-        found = {name: self._find(name) for name in names}
-        missing = [name for name, path in found.items() if path is None]
+        paths = [self._find(name) for name in names]
+        missing = [name for name, path in zip(names, paths, strict=True) if path is None]
         if missing:
             raise UsageError(
-                f"--peer {self.label}: {self.folder} lacks {len(missing)} of {len(found)} pictures, such as "
+                f"--peer {self.label}: {self.folder} lacks {len(missing)} of {len(paths)} pictures, such as "
                 f"{missing[0]}.png; run it on what --save-outputs FOLDER writes"
             )
-        frames = [read_picture(path).frame for path in map(found.get, names) if path is not None]
-        for name, (height, width) in ((name, f.shape[:2]) for name, f in zip(names, frames, strict=True)):
+        found = {path: read_picture(path).frame for path in paths if path is not None}
+        for path, frame in found.items():
+            height, width = frame.shape[:2]
             if height != width:
                 raise UsageError(
-                    f"--peer {self.label}: {found[name]} is {width}x{height} px, "
+                    f"--peer {self.label}: {path} is {width}x{height} px, "
                     f"but pairs are square; give outputs of {side_px}x{side_px} px"
                 )
+        frames = [found[path] for path in paths if path is not None]
         odd = sorted({len(frame) for frame in frames} - {side_px})
         sizes = ", ".join(f"{side}x{side}" for side in odd)
         note = f"outputs of {self.label} were resized from {sizes} to {side_px}x{side_px} px" if odd else ""
