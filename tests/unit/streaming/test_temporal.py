@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import cv2
 import numpy as np
@@ -62,6 +62,11 @@ def _settled(temporal: TemporalFilter, contents: Sequence[Frame], outputs: Seque
     return [temporal.settle(o, temporal.follow(c)) for c, o in zip(contents, outputs, strict=True)]
 
 
+def _into(figures: list[tuple[float, float]]) -> Callable[[float, float], None]:
+    """For `TemporalFilter`: error and sharpness as measured."""
+    return lambda error, sharp: figures.append((error, sharp))
+
+
 def _state(size: Size = _SIZE, seed: int = 0) -> State:
     return State(seed, 0, draw_noise(seed, (2, 4, size[0] // 8, size[1] // 8)))
 
@@ -93,14 +98,6 @@ def test_full_lowers_the_warping_error_by_more_than_two_fifths() -> None:
     off = _error(contents, outputs)
     assert off > 0.04
     assert _error(contents, _settled(TemporalFilter("full"), contents, outputs)) < 0.6 * off
-
-
-def test_what_is_measured_is_the_pair_that_was_presented() -> None:
-    contents, measured = _pan(12), []
-    temporal = TemporalFilter("full", lambda *figures: measured.append(figures))
-    settled = _settled(temporal, contents, _flickering(contents))
-    error = WarpingError(contents[7:9]).of(settled[7:9])
-    assert measured == [(pytest.approx(error), pytest.approx(sharpness(settled[8:9], contents[8:9])))]
 
 
 def test_noise_leaves_the_frames_of_the_engines_alone() -> None:
@@ -266,13 +263,13 @@ def test_noise_goes_on_from_the_first_state_or_the_last() -> None:
 def test_settling_later_gives_the_same() -> None:
     contents = _pan(10)
     outputs = _flickering(contents)
-    errors: tuple[list[float], list[float]] = ([], [])
-    now, later = (TemporalFilter("full", each.append) for each in errors)
+    figures: tuple[list[tuple[float, float]], list[tuple[float, float]]] = ([], [])
+    now, later = (TemporalFilter("full", _into(each)) for each in figures)
     motions = [later.follow(content) for content in contents]
     delayed = [later.settle(o, m) for o, m in zip(outputs, motions, strict=True)]
     for a, b in zip(_settled(now, contents, outputs), delayed, strict=True):
         assert np.array_equal(a, b)
-    assert errors[0] == errors[1] != []
+    assert figures[0] == figures[1] != []
 
 
 def test_a_frame_that_got_lost_is_not_bridged() -> None:
@@ -327,23 +324,25 @@ def test_a_crossfade_is_not_held_back() -> None:
 
 
 @pytest.mark.parametrize("mode", TEMPORAL_MODES)
-def test_the_error_is_that_of_the_sampled_pairs(mode: str) -> None:
+def test_error_and_sharpness_are_those_of_the_sampled_pairs(mode: str) -> None:
     contents = _pan(40)
     outputs = _flickering(contents)
-    errors: list[float] = []
-    temporal = TemporalFilter(mode, errors.append)
+    figures: list[tuple[float, float]] = []
+    temporal = TemporalFilter(mode, _into(figures))
     settled = _settled(temporal, contents[:8], outputs[:8])
-    assert not errors
+    assert not figures
     settled += _settled(temporal, contents[8:], outputs[8:])
     pairs = [_error(contents[i - 1 : i + 1], settled[i - 1 : i + 1]) for i in (8, 38)]
-    assert errors == pytest.approx(pairs, rel=1e-6)
+    assert [error for error, _ in figures] == pytest.approx(pairs, rel=1e-6)
+    sharp = [sharpness(settled[i : i + 1], contents[i : i + 1]) for i in (8, 38)]
+    assert [found for _, found in figures] == pytest.approx(sharp, rel=1e-6)
 
 
 def test_the_error_is_not_that_of_a_cut() -> None:
     contents = [*_pan(8), *(np.asarray(_soft(i) // 2, np.uint8) for i in (50, 51))]
-    errors: list[float] = []
-    _settled(TemporalFilter("off", errors.append), contents, contents)
-    assert not errors
+    figures: list[tuple[float, float]] = []
+    _settled(TemporalFilter("off", _into(figures)), contents, contents)
+    assert not figures
 
 
 def test_large_frames_are_followed_at_a_reduced_size() -> None:
@@ -357,10 +356,11 @@ def test_large_frames_are_followed_at_a_reduced_size() -> None:
     assert np.abs(way - np.array([6, 0])).mean() < 0.2
     assert found.trust[64:-64, 64:-64].mean() > 0.9
     contents = _pan(10, step=6, size=size)
-    errors: list[float] = []
-    _settled(TemporalFilter("off", errors.append), contents, contents)
-    assert len(errors) == 1
-    assert errors[0] < 0.01
+    figures: list[tuple[float, float]] = []
+    _settled(TemporalFilter("off", _into(figures)), contents, contents)
+    ((error, sharp),) = figures
+    assert error < 0.01
+    assert sharp == 1
 
 
 def test_a_flow_of_half_the_size_points_to_the_same_places() -> None:
