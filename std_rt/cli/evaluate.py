@@ -204,7 +204,7 @@ def evaluate(request: EvaluateRequest) -> None:
     for path in (request.output, request.table):
         if path is not None:
             check_output(path, overwrite=request.overwrite)
-    found, details = (_judge_bundles(request), {}) if request.teacher is None else _judge_students(request)
+    found, details = _judge_bundles(request) if request.teacher is None else _judge_students(request)
     if request.table is not None:
         with writing(request.table):
             write_text(request.table, json.dumps(found | details, indent=2) + "\n")
@@ -234,12 +234,13 @@ def _judge_with(request: EvaluateRequest, device: str = "cpu") -> Judge:
     return judge
 
 
-def _judge_bundles(request: EvaluateRequest) -> Found:
-    """Mean scores by candidate, warping errors and sharpness of clips: printed and returned."""
+def _judge_bundles(request: EvaluateRequest) -> tuple[Found, Found]:
+    """Mean scores by candidate and figures of clips, printed and for JSON; all pairs for the table."""
     from rich.console import Console
 
     from std_rt.evaluation.blind import key_path, write_blind
     from std_rt.evaluation.bundle_comparison import Results, contenders, save_material
+    from std_rt.evaluation.measures import means
     from std_rt.evaluation.outputs import Peer
 
     bundles = contenders(request.bundle or [None], request.steps or [])
@@ -262,13 +263,14 @@ def _judge_bundles(request: EvaluateRequest) -> Found:
         status.update("baselines")
         results.add_baselines()
         headings = results.write_sheet(request.output)
-        scores = results.scores(judge, status.update)
+        by_pair = results.scores(judge, status.update)
+    scores = {label: means(list(rows.values())) for label, rows in by_pair.items()}
     _print_scores(scores)
     _print_clips(results.steady)
     typer.echo(f"sheet ({' | '.join(headings)}): {request.output}")
     if request.blind is not None:
         typer.echo(f"blind sheet: {request.blind}; its key: {key_path(request.blind)}")
-    return {
+    found = {
         "scores": scores,
         "warping": results.clip_figures("warping"),
         "sharpness": results.clip_figures("sharpness"),
@@ -276,6 +278,7 @@ def _judge_bundles(request: EvaluateRequest) -> Found:
         "pairs": request.pairs,
         "size_px": side,
     }
+    return found, {"by_pair": by_pair}
 
 
 def _check_plan(request: EvaluateRequest, labels: list[str]) -> None:

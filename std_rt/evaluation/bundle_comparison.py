@@ -16,7 +16,7 @@ import numpy as np
 
 from std_rt.core.bundle import Bundle, load_bundle
 from std_rt.evaluation import outputs
-from std_rt.evaluation.measures import Frame, means, reinhard
+from std_rt.evaluation.measures import Frame, reinhard
 from std_rt.evaluation.outputs import BASELINES, Peer
 from std_rt.evaluation.picture_quality import (
     Clip,
@@ -156,14 +156,14 @@ class Results:
                 if name != "photo":  # the clip itself is ``source``
                     self._add_clip(name, clip, [make(frame, clip.style) for frame in clip.frames])
 
-    def scores(self, judge: Judge, told: Callable[[str], None]) -> dict[str, dict[str, float]]:
-        """Mean of each measure over all pairs, by label."""
-        found: dict[str, list[dict[str, float]]] = {label: [] for label in self.pictures}
-        for i, (content, style) in enumerate(self.material.pairs):
+    def scores(self, judge: Judge, told: Callable[[str], None]) -> dict[str, dict[str, dict[str, float]]]:
+        """Every measure of every output: label -> name of the pair -> numbers."""
+        found: dict[str, dict[str, dict[str, float]]] = {label: {} for label in self.pictures}
+        for i, (name, pair) in enumerate(zip(self.material.names, self.material.pairs, strict=True)):
             told(f"judging: {i} of {len(self.material.pairs)} pairs")
             for label, frames in self.pictures.items():
-                found[label].append(judge(frames[i], content, style, None))
-        return {label: means(rows) for label, rows in found.items()}
+                found[label][name] = judge(frames[i], *pair, None)
+        return found
 
     def clip_figures(self, name: str) -> dict[str, dict[str, float]]:
         """``warping`` or ``sharpness``: clip -> label -> figure."""

@@ -92,7 +92,13 @@ def test_a_clip_is_judged_for_flicker(
     assert found["sharpness"].keys() == found["warping"].keys()
     assert all(row["source"] == pytest.approx(1) for row in found["sharpness"].values())
     assert found["scores"]["reinhard"].keys() == {"colour", "texture", "structure", "ssim", "sharpness"}
-    assert json.loads(table.read_text(encoding="utf-8")) == found
+    whole = json.loads(table.read_text(encoding="utf-8"))
+    by_pair = whole.pop("by_pair")
+    assert whole == found
+    for label, rows in by_pair.items():
+        assert list(rows) == ["0--1", "1--0", "clip--1"]
+        mean = np.mean([row["colour"] for row in rows.values()])
+        assert found["scores"][label]["colour"] == pytest.approx(mean)
 
 
 def test_students_beside_their_teacher(
