@@ -32,10 +32,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from std_rt.models.perceptual import Vgg, content_distance, load_perceptual, style_distance
 from std_rt.training.data.picture_set import Frame, load_pictures
 from std_rt.training.run.sheet import to_frames, to_tensor
 from std_rt.training.tiny.generated_styles import draw_style
-from std_rt.training.tiny.perceptual import Vgg, content_distance, load_perceptual, style_distance
 from tools.teachers import AdaIn, CdWct, Magenta, MicroAst, Teacher, load_fixed
 
 SIDES_PX = (256, 288, 320, 352, 384)

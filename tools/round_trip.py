@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from std_rt.evaluation.measures import score
 from std_rt.models.autoencoder import AutoencoderPixelShuffle
+from std_rt.models.perceptual import content_distance, load_perceptual, style_distance
 from std_rt.training.data.picture_set import Frame
 from std_rt.training.run.sheet import save_sheet, spread_pairs, to_frames, to_tensor
-from std_rt.training.tiny.perceptual import content_distance, load_perceptual, style_distance
 from tools.teachers import MicroAst
 
 COLUMNS = ("colour", "texture", "structure", "style", "content", "own", "art own", "GMAC enc", "GMAC dec")

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from std_rt.training.tiny.perceptual import Vgg
+from std_rt.models.perceptual import Vgg
 
 State = dict[str, Tensor]
 Teacher = Callable[[Tensor, Tensor], Tensor]

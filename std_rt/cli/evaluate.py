@@ -1,12 +1,12 @@
-"""`std-rt evaluate`: compares a bundle with two baselines, or LoRAs with their teacher.
+"""`std-rt evaluate`: compares bundles with baselines and other programs, or LoRAs with their teacher.
 
-Without ``--teacher`` it judges a bundle and needs no torch.
+Without ``--teacher`` it judges bundles and needs no torch, except for scores with weights.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,21 +15,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from std_rt.cli.options import BackendOption, BundleOption, OverwriteOption, SizeOption, parse_size
+from std_rt.cli.options import BackendOption, OverwriteOption, SizeOption, parse_size
 from std_rt.cli.terminal import print_table
 from std_rt.core.errors import UsageError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from std_rt.evaluation.bundle_comparison import Contender, Material, PeerOutputs, Results
     from std_rt.evaluation.candidates import Candidate
     from std_rt.evaluation.measures import Frame, Mask
-    from std_rt.evaluation.picture_quality import Judge, Pair
+    from std_rt.evaluation.outputs import Peer
+    from std_rt.evaluation.picture_quality import Clip, Judge, Pair
     from std_rt.evaluation.students import Comparison, Row, Setting
 
 __all__ = ["EvaluateRequest", "evaluate"]
 
 Found = dict[str, Any]  # for JSON
 
-# Measure of a student -> heading of its column; the others are in the JSON only.
+# Measure -> heading of its column; the others are in the JSON only.
 _COLUMNS = {
     "latent_rmse": "latents",
     "psnr_db": "PSNR dB",
@@ -37,17 +41,23 @@ _COLUMNS = {
     "texture": "texture",
     "structure": "structure",
     "ssim": "SSIM",
+    "sharpness": "sharpness",
     "warping": "warping",
+    "clip_sharpness": "clip sharpness",
     "outside_max": "outside",
     "clip_content": "CLIP content",
     "clip_style": "CLIP style",
     "dino_content": "DINO content",
     "csd": "CSD",
     "aesthetic": "aesthetic",
+    "vgg_style": "VGG style",
+    "vgg_content": "VGG content",
 }
+_WEIGHTS = ("clip", "dino", "csd", "aesthetic", "vgg")
 
 _students = partial(Option, rich_help_panel="Comparing students with their teacher")
 _weights = partial(Option, rich_help_panel="Scores that need model weights")
+_others = partial(Option, rich_help_panel="Other programs, and judging by eye")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,17 +72,35 @@ class EvaluateRequest:
         "eval.png"
     )
     table: Annotated[Path | None, Option(metavar="OUT.json", help="Also write all numbers there.")] = None
-    pairs: Annotated[int, Option(help="Pairs, spread evenly over both folders.")] = 12
+    pairs: Annotated[int, Option(help="Pairs, spread evenly over both folders; always the same ones.")] = 12
     size: SizeOption = None
-    steps: Annotated[list[int] | None, Option(help="Denoising steps; repeatable with --teacher.")] = None
+    steps: Annotated[list[int] | None, Option(help="Denoising steps; repeatable.")] = None
     video: Annotated[
         list[Path] | None, Option(metavar="FILE", help="A clip to judge for flicker; repeatable.")
     ] = None
     frames: Annotated[int, Option(min=2, help="Frames to judge per clip.")] = 48
     precision: Annotated[str, Option(help="auto, fp32 or bf16.")] = "auto"
     overwrite: OverwriteOption = False
-    bundle: BundleOption = None
+    bundle: Annotated[
+        list[str] | None,
+        Option("--bundle", "-b", metavar="[LABEL=]NAME|FOLDER", help="A model to judge; repeatable."),
+    ] = None
     backend: BackendOption = "auto"
+    peer: Annotated[
+        list[str] | None,
+        _others(metavar="NAME=FOLDER", help="Another program's outputs, CONTENT--STYLE.png; repeatable."),
+    ] = None
+    save_outputs: Annotated[
+        Path | None,
+        _others(metavar="FOLDER", help="Write the pairs and the bundles' outputs, as --peer reads them."),
+    ] = None
+    blind: Annotated[
+        Path | None,
+        _others(
+            metavar="SHEET.png",
+            help="Also a sheet without names, shuffled row by row by --seed, and its key.",
+        ),
+    ] = None
     teacher: Annotated[Path | None, _students(metavar="FOLDER", help="The teacher: a diffusers folder.")] = (
         None
     )
@@ -101,7 +129,7 @@ class EvaluateRequest:
     mask: Annotated[Path | None, _students(metavar="FILE", help="Mask: stylize only where it is white.")] = (
         None
     )
-    seed: Annotated[int, _students(min=0, help="Noise seed.")] = 0
+    seed: Annotated[int, Option(min=0, help="Seed of the students' noise, and of --blind's order.")] = 0
     batch: Annotated[int, _students(min=1, help="Pictures at a time.")] = 4
     device: Annotated[str, _students(help="auto, cpu, cuda or cuda:1.")] = "auto"
     clip: Annotated[Path | None, _weights(metavar="FOLDER", help="A CLIPModel.")] = None
@@ -110,6 +138,7 @@ class EvaluateRequest:
     aesthetic: Annotated[Path | None, _weights(metavar="FILE", help="LAION's predictor; needs --clip.")] = (
         None
     )
+    vgg: Annotated[Path | None, _weights(metavar="FILE", help="VGG-19: style and content distance.")] = None
 
     def __post_init__(self) -> None:
         if self.teacher is None:
@@ -127,18 +156,15 @@ class EvaluateRequest:
             "--reference-guidance": self.reference_guidance,
             "--prompt": self.prompt,
         }
-        for name, value in given.items():
-            if value:
-                raise UsageError(f"{name} needs --teacher FOLDER")
-        if len(self.steps or ()) > 1:
-            asked = " ".join(f"--steps {count}" for count in self.steps or ())
-            raise UsageError(f"a bundle is judged at one step count, got {asked}")
+        _refuse(given, "needs --teacher FOLDER")
 
     def _check_student_flags(self) -> None:
         from std_rt.core.schedule import GRID_POINTS
 
-        if self.bundle is not None:
-            raise UsageError("--bundle and --teacher are mutually exclusive; give one")
+        others = {"--peer": self.peer, "--save-outputs": self.save_outputs, "--blind": self.blind}
+        _refuse(
+            {"--bundle": self.bundle, **others}, "and --teacher are mutually exclusive; give one of the two"
+        )
         if isinstance(parse_size(self.size), tuple):
             raise UsageError(
                 f"--size {self.size}: with --teacher pictures are square; give one side, such as 256"
@@ -157,10 +183,17 @@ class EvaluateRequest:
             raise UsageError("--mask is for pictures, --video for clips; give one of them")
 
 
-def evaluate(request: EvaluateRequest) -> None:
-    """Judge a bundle, or LoRAs against their teacher: a sheet, a table, and JSON as the last line.
+def _refuse(flags: Mapping[str, object], reason: str) -> None:
+    """Raise UsageError for the first flag that was given."""
+    for name, value in flags.items():
+        if value:
+            raise UsageError(f"{name} {reason}")
 
-    std-rt evaluate photos paintings --bundle engines/mine
+
+def evaluate(request: EvaluateRequest) -> None:
+    """Judge bundles, or LoRAs against their teacher: a sheet, a table, and JSON as the last line.
+
+    std-rt evaluate photos paintings --bundle engines/mine --steps 2 --steps 4 --peer MicroAST=pairs/microast
 
     std-rt evaluate photos paintings --teacher FOLDER --lora runs/std-0/lora.safetensors --steps 2 --steps 4
 
@@ -171,7 +204,7 @@ def evaluate(request: EvaluateRequest) -> None:
     for path in (request.output, request.table):
         if path is not None:
             check_output(path, overwrite=request.overwrite)
-    found, details = (_judge_bundle(request), {}) if request.teacher is None else _judge_students(request)
+    found, details = _judge_bundles(request) if request.teacher is None else _judge_students(request)
     if request.table is not None:
         with writing(request.table):
             write_text(request.table, json.dumps(found | details, indent=2) + "\n")
@@ -183,10 +216,11 @@ def _judge_with(request: EvaluateRequest, device: str = "cpu") -> Judge:
     from std_rt.core.machine import require
     from std_rt.evaluation.picture_quality import weight_free
 
-    files = {name: getattr(request, name) for name in ("clip", "dino", "csd", "aesthetic")}
-    if not any(files.values()):
+    files = {name: getattr(request, name) for name in _WEIGHTS}
+    given = " ".join(f"--{name}" for name, path in files.items() if path)
+    if not given:
         return weight_free
-    require("std-rt evaluate with --clip, --dino or --csd", "train", "torch", "transformers", "safetensors")
+    require(f"std-rt evaluate with {given}", "train", "torch", "transformers", "safetensors")
     from std_rt.evaluation.scorers import load_scorers
 
     scorers = load_scorers(**files, device=device)
@@ -200,55 +234,121 @@ def _judge_with(request: EvaluateRequest, device: str = "cpu") -> Judge:
     return judge
 
 
-def _clips(request: EvaluateRequest, pairs: list[Pair], side_px: int) -> dict[str, list[Pair]]:
-    """Frames of each clip as squares, each clip with the style of the pair at its position."""
-    from std_rt.evaluation.picture_quality import clip_frames, clips_among
-    from std_rt.pipeline.conditioning import square
-
-    return {
-        str(path): [
-            (square(frame, side_px), pairs[i % len(pairs)][1]) for frame in clip_frames(path, request.frames)
-        ]
-        for i, path in enumerate(clips_among(request.contents, request.video or ()))
-    }
-
-
-def _judge_bundle(request: EvaluateRequest) -> Found:
-    """Mean scores by method and warping errors of clips, printed and returned."""
+def _judge_bundles(request: EvaluateRequest) -> tuple[Found, Found]:
+    """Mean scores by candidate and figures of clips, printed and for JSON; all pairs for the table."""
     from rich.console import Console
 
-    from std_rt.evaluation.picture_quality import draw_pairs, judge_clip, judge_pictures
+    from std_rt.evaluation.blind import key_path, write_blind
+    from std_rt.evaluation.bundle_comparison import Results, contenders, save_material
+    from std_rt.evaluation.measures import means
+    from std_rt.evaluation.outputs import Peer
+
+    bundles = contenders(request.bundle or [None], request.steps or [])
+    peers = [Peer.parse(text) for text in request.peer or ()]
+    _check_plan(request, [*(one.label for one in bundles), *(peer.label for peer in peers)])
+    size = parse_size(request.size) or bundles[0].bundle.size_default
+    side = max(size) if isinstance(size, tuple) else size
+    console = Console(stderr=True)
+    with console.status("reading pictures") as status:
+        judge = _judge_with(request)
+        results = Results(_read_material(request, side))
+        ready = _read_peers(peers, results.material, console)
+        if request.save_outputs is not None:
+            save_material(request.save_outputs, results.material)
+        _paint(request, bundles, size, results, status.update)
+        for outputs in ready:
+            results.add_peer(outputs)
+        if request.blind is not None:
+            write_blind(request.blind, results.material.pairs, results.pictures, request.seed)
+        status.update("baselines")
+        results.add_baselines()
+        headings = results.write_sheet(request.output)
+        by_pair = results.scores(judge, status.update)
+    scores = {label: means(list(rows.values())) for label, rows in by_pair.items()}
+    _print_scores(scores)
+    _print_clips(results.steady)
+    typer.echo(f"sheet ({' | '.join(headings)}): {request.output}")
+    if request.blind is not None:
+        typer.echo(f"blind sheet: {request.blind}; its key: {key_path(request.blind)}")
+    found = {
+        "scores": scores,
+        "warping": results.clip_figures("warping"),
+        "sharpness": results.clip_figures("sharpness"),
+        "bundles": {one.label: one.as_dict() for one in bundles},
+        "pairs": request.pairs,
+        "size_px": side,
+    }
+    return found, {"by_pair": by_pair}
+
+
+def _check_plan(request: EvaluateRequest, labels: list[str]) -> None:
+    """Refuse, before any work, names that clash and outputs that cannot be written."""
+    from std_rt.core.files import check_output
+    from std_rt.evaluation.blind import check_count, key_path
+    from std_rt.evaluation.outputs import check_folder, check_labels
+
+    check_labels(labels)
+    if request.blind is not None:
+        check_count(len(labels))
+        for path in (request.blind, key_path(request.blind)):
+            check_output(path, overwrite=request.overwrite, flag="--blind")
+    if request.save_outputs is not None:
+        check_folder(request.save_outputs, overwrite=request.overwrite)
+
+
+def _read_material(request: EvaluateRequest, side_px: int) -> Material:
+    from std_rt.evaluation.bundle_comparison import Material
+    from std_rt.evaluation.picture_quality import clips_among, pair_files
+
+    files = pair_files(request.contents, request.styles, request.pairs)
+    clips = clips_among(request.contents, request.video or ())
+    return Material.read(files, side_px, clips, request.frames)
+
+
+def _read_peers(peers: list[Peer], material: Material, console: Console) -> list[PeerOutputs]:
+    from std_rt.cli.terminal import note
+    from std_rt.evaluation.bundle_comparison import PeerOutputs
+
+    found = [PeerOutputs.read(peer, material) for peer in peers]
+    for line in [line for outputs in found for line in outputs.notes]:
+        note(console, line)
+    return found
+
+
+def _paint(
+    request: EvaluateRequest,
+    bundles: list[Contender],
+    size: int | tuple[int, int],
+    results: Results,
+    told: Callable[[str], None],
+) -> None:
+    """Every bundle in turn, opened with its number of steps."""
     from std_rt.pipeline.stylizer import Stylizer
 
-    judge = _judge_with(request)
-    loaded = Stylizer.load(
-        request.bundle,
-        backend=request.backend,
-        size=parse_size(request.size),
-        steps=request.steps[0] if request.steps else None,
-        precision=request.precision,
-    )
-    with loaded as stylizer, Console(stderr=True).status("judging pictures") as status:
-        side = max(stylizer.size if isinstance(stylizer.size, tuple) else (stylizer.size,))
-        pairs = draw_pairs(request.contents, request.styles, request.pairs, side)
-        scores = judge_pictures(stylizer, pairs, request.output, judge)
-        warping = {}
-        for name, clip in _clips(request, pairs, side).items():
-            status.update(f"judging {name}")
-            warping[name] = judge_clip(stylizer, [frame for frame, _ in clip], clip[0][1])
-        described = {
-            "bundle": stylizer.bundle.name,
-            "digest": stylizer.bundle.digest,
-            "steps": stylizer.steps,
-        }
-    for title, rows in (("mean score", scores), ("warping error", warping)):
-        names = list(dict.fromkeys(name for row in rows.values() for name in row))
-        cells = ([f"{row[name]:.3f}" if name in row else "" for name in names] for row in rows.values())
-        if rows:
-            table = ([name, *row] for name, row in zip(rows, cells, strict=True))
-            print_table(table, [title, *names], numeric=True)
-    typer.echo(f"sheet (content | style | std-rt | baselines): {request.output}")
-    return {"scores": scores, "warping": warping, "pairs": len(pairs), "size_px": side, **described}
+    for one in bundles:
+        with Stylizer.load(
+            one.bundle, backend=request.backend, size=size, steps=one.steps, precision=request.precision
+        ) as stylizer:
+            results.add_bundle(one, stylizer, request.save_outputs, told)
+
+
+def _print_scores(scores: dict[str, dict[str, float]]) -> None:
+    names = [name for name in _COLUMNS if name in next(iter(scores.values()))]
+    rows = [[label, *(f"{row[name]:.3f}" for name in names)] for label, row in scores.items()]
+    print_table(rows, ["mean score", *(_COLUMNS[name] for name in names)], numeric=True)
+
+
+def _print_clips(steady: dict[str, dict[str, dict[str, float]]]) -> None:
+    """One row per candidate, one column per clip: warping error / sharpness."""
+    judged = {Path(clip).stem: rows for clip, rows in steady.items() if rows}
+    labels = dict.fromkeys(label for rows in judged.values() for label in rows)
+
+    def cell(row: dict[str, float] | None) -> str:
+        return "-" if row is None else f"{row['warping']:.4f} / {row['sharpness']:.2f}"
+
+    if judged:
+        table = [[label, *(cell(rows.get(label)) for rows in judged.values())] for label in labels]
+        print_table(table, ["warping error / sharpness", *judged], numeric=True)
 
 
 def _judge_students(request: EvaluateRequest) -> tuple[Found, Found]:
@@ -256,18 +356,23 @@ def _judge_students(request: EvaluateRequest) -> tuple[Found, Found]:
     from std_rt.core.machine import require
 
     require("std-rt evaluate --teacher", "train", "torch", "diffusers", "peft", "safetensors")
-    from std_rt.evaluation.picture_quality import draw_pairs
+    from std_rt.evaluation.picture_quality import clips_among, draw_pairs, pair_files, read_clips
     from std_rt.evaluation.students import Setting, aggregate
 
     side = parse_size(request.size) or 256
     assert isinstance(side, int)
-    pairs = draw_pairs(request.contents, request.styles, request.pairs, side)
+    files = pair_files(request.contents, request.styles, request.pairs)
+    pairs = draw_pairs(files, side)
     settings = [
         Setting(steps, guidance, request.schedule)
         for steps in request.steps or [4]
         for guidance in request.guidance or [1.0]
     ]
-    comparison, candidates, floor = _prepare(request, pairs, side)
+    clips = []
+    if request.mask is None:
+        clips = read_clips(clips_among(request.contents, request.video or ()), files, pairs, request.frames)
+    comparison, candidates = _prepare(request, pairs, clips)
+    floor = {str(clip.path): clip.meter.floor for clip in clips if clip.meter.floor is not None}
     rows = _run(comparison, candidates, settings)
     _write_sheet(request.output, pairs, rows)
     groups = aggregate(rows)
@@ -288,11 +393,10 @@ def _judge_students(request: EvaluateRequest) -> tuple[Found, Found]:
 
 
 def _prepare(
-    request: EvaluateRequest, pairs: list[Pair], side_px: int
-) -> tuple[Comparison, list[Candidate], dict[str, float]]:
-    """Everything loaded and encoded, and the warping errors of the clips themselves."""
+    request: EvaluateRequest, pairs: list[Pair], clips: list[Clip]
+) -> tuple[Comparison, list[Candidate]]:
+    """Everything loaded and encoded."""
     from std_rt.evaluation.candidates import read_candidate, teachers
-    from std_rt.evaluation.measures import WarpingError
     from std_rt.evaluation.picture_quality import read_mask
     from std_rt.evaluation.students import Comparison, choose_device
     from std_rt.training.distil.base import load_base
@@ -313,26 +417,24 @@ def _prepare(
         device=device,
         batch=request.batch,
     )
-    mask = None if request.mask is None else read_mask(request.mask, side_px)
-    clips = _clips(request, pairs, side_px) if mask is None else {}
-    meters = {name: WarpingError([content for content, _ in clip]) for name, clip in clips.items()}
+    mask = None if request.mask is None else read_mask(request.mask, len(pairs[0][0]))
 
-    def warping(meter: WarpingError, outputs: Sequence[Frame]) -> dict[str, float]:
-        value = meter.of(outputs)
-        return {} if value is None else {"warping": value}
+    def steadiness(clip: Clip, outputs: Sequence[Frame]) -> dict[str, float]:
+        found = clip.meter.judge(outputs)
+        return {"warping": found["warping"], "clip_sharpness": found["sharpness"]} if found else {}
 
+    scenes = [encode([(frame, clip.style) for frame in clip.frames], one_noise=True) for clip in clips]
     comparison = Comparison(
         base,
         encode(pairs, mask=mask),
         judge,
-        [(encode(clip, one_noise=True), partial(warping, meters[name])) for name, clip in clips.items()],
+        [(scene, partial(steadiness, clip)) for scene, clip in zip(scenes, clips, strict=True)],
         request.reference_steps,
         request.reference_guidance,
         request.batch,
         request.precision == "bf16",
     )
-    floor = {name: meter.floor for name, meter in meters.items() if meter.floor is not None}
-    return comparison, [*teachers(loras, request.eta), *loras], floor
+    return comparison, [*teachers(loras, request.eta), *loras]
 
 
 def _run(comparison: Comparison, candidates: list[Candidate], settings: list[Setting]) -> list[Row]:

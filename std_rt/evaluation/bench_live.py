@@ -105,6 +105,7 @@ def _print(report: dict[str, Any]) -> None:
         "drops / skips / stalls": f"{report['drops']} / {report['skips']} / {report['stalls']}",
         "style switch p50 / worst ms": f"{switch['p50']} / {switch['worst']}",
         "warping error": report["warping_error"],
+        "sharpness beside the clip": report["sharpness"],
         "peak memory MB": report["peak_memory_mb"],
     }
     table = Table(box=None, show_header=False, pad_edge=False)

@@ -8,7 +8,8 @@ For one output, compared with its content and style (frames uint8 [H, W, 3] in R
 * ssim: structural similarity of the grey picture to the content's, -1..1 (1 = same picture)
 
 With a mask (bool [H, W], True = judged) each looks only at the output's pixels inside.
-For clips, `WarpingError` follows the content's optical flow from frame to frame.
+For clips, `WarpingError` follows the content's optical flow from frame to frame. A blurred or pale output
+hardly flickers, so `sharpness` (gradient strength relative to the content) is reported beside it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ __all__ = [
     "means",
     "reinhard",
     "score",
+    "sharpness",
     "sliced_wasserstein",
     "ssim",
     "structure_agreement",
@@ -153,6 +155,27 @@ def structure_agreement(frame: Frame, content: Frame, mask: Mask | None = None) 
     return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
 
 
+def sharpness(outputs: Sequence[Frame], contents: Sequence[Frame], mask: Mask | None = None) -> float:
+    """Strength of the outputs' gradients relative to their contents': 1 = as sharp, 0 = flat; strokes add.
+
+    Root of the mean squared Sobel gradient of the grey pictures (Tenengrad: Krotkov 1988), over all pixels
+    of all frames. Like a difference between frames, it is in proportion to contrast and falls with blur. A
+    flat content counts as having one grey level of gradient.
+    """
+    ours, theirs = (
+        float(np.mean([_gradient_energy(frame, mask) for frame in frames])) for frames in (outputs, contents)
+    )
+    return float(np.sqrt(ours / max(theirs, 1.0)))
+
+
+def _gradient_energy(frame: Frame, mask: Mask | None) -> float:
+    """Mean squared gradient, in grey levels per pixel."""
+    grey = _grey(frame)
+    x, y = (cv2.Sobel(grey, cv2.CV_32F, *axis, scale=1 / 8) for axis in ((1, 0), (0, 1)))
+    energy = np.square(x) + np.square(y)
+    return float((energy if mask is None or not mask.any() else energy[mask]).mean())
+
+
 def ssim(frame: Frame, content: Frame, mask: Mask | None = None) -> float:
     """Structural similarity of the grey pictures, -1..1 (Wang et al. 2004: 11x11 Gaussian window, sigma 1.5).
 
@@ -245,6 +268,7 @@ class WarpingError:
 
     def __init__(self, contents: Sequence[Frame]) -> None:
         """``contents``: neighbouring frames of one size. Pairs across a cut are left out."""
+        self._contents = contents
         neighbours = pairwise(contents)
         flows = [(i, Flow.between(*pair)) for i, pair in enumerate(neighbours, 1)]
         self._flows = [(i, flow) for i, flow in flows if not flow.is_cut(contents[i - 1], contents[i])]
@@ -255,3 +279,8 @@ class WarpingError:
         """Mean over the pairs; ``outputs`` are those of the contents. None if no pair is followed."""
         off = [flow.difference(outputs[i - 1], outputs[i]) for i, flow in self._flows]
         return float(np.mean(off)) if off else None
+
+    def judge(self, outputs: Sequence[Frame]) -> dict[str, float]:
+        """`of` as ``warping``, with `sharpness` beside it; {} if no pair is followed."""
+        error = self.of(outputs)
+        return {} if error is None else {"warping": error, "sharpness": sharpness(outputs, self._contents)}

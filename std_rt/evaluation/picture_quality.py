@@ -1,16 +1,16 @@
-"""Picture quality of a bundle: pairs to judge it on, two baselines, and a contact sheet.
+"""Pairs and clips to judge candidates on, their measures, and contact sheets.
 
-For each (content, style) pair: the bundle's picture next to Reinhard colour transfer and OpenCV's
-``stylization`` filter, with the numbers of `evaluation.measures`. Of a clip, the first frame is scored like a
-picture; the clip itself is rendered exactly as `std-rt stylize` would, to measure flicker.
+A pair is (content, style); of a clip among the contents, the first frame is a content. The clip itself is
+rendered exactly as `std-rt stylize` would, to measure flicker.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
-from itertools import islice
+from dataclasses import asdict, dataclass
+from itertools import count, islice
+from math import gcd
 from pathlib import Path
 
 import cv2
@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from std_rt.core.errors import UsageError
-from std_rt.evaluation.measures import Mask, WarpingError, means, reinhard, score
+from std_rt.evaluation.measures import Mask, WarpingError, score, sharpness
+from std_rt.media.fit import resize
 from std_rt.media.image import read_picture, write_picture
 from std_rt.media.sources import expand_inputs, is_video
 from std_rt.media.video.clip import open_clip
@@ -28,14 +29,17 @@ from std_rt.streaming.frame_stream import GROUPED, FrameStream
 from std_rt.streaming.temporal import TemporalFilter
 
 __all__ = [
+    "Clip",
     "Judge",
     "Pair",
     "clip_frames",
     "clips_among",
     "draw_pairs",
-    "judge_clip",
-    "judge_pictures",
     "paint_clip",
+    "paint_picture",
+    "pair_files",
+    "pair_name",
+    "read_clips",
     "read_mask",
     "weight_free",
     "write_sheet",
@@ -50,16 +54,44 @@ SMALLEST_PX = 32  # below it, a quarter of the size has hardly any 5x5 patches
 _GAP_PX, _HEADER_PX = 4, 18
 
 
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """Frames of a clip as squares, with the style they are judged in; ``name`` as `pair_name`."""
+
+    path: Path
+    name: str
+    frames: list[Frame]
+    style: Frame
+    meter: WarpingError
+
+
 def weight_free(frame: Frame, content: Frame, style: Frame, mask: Mask | None = None) -> dict[str, float]:
     """The measures that need no weights, by name."""
-    return asdict(score(frame, content, style, mask))
+    numbers = asdict(score(frame, content, style, mask))
+    return numbers | {"sharpness": sharpness([frame], [content], mask)}
 
 
-def draw_pairs(contents: Path, styles: Path, count: int, side_px: int) -> list[Pair]:
-    """``count`` pairs spread evenly over two folders, as centred squares; clips give their first frame."""
+def pair_files(contents: Path, styles: Path, number: int) -> list[tuple[Path, Path]]:
+    """``number`` pairs (content, style) of two folders, the same ones for the same files.
+
+    Of the C contents by name, pair i has the one at i C / number, rounded down, and of the S styles the one
+    at (7 i + 1) modulo S (7, or the next number prime to S): no style comes twice before all came once, and
+    in another order than the contents.
+    """
+    if number < 1:
+        raise UsageError(f"--pairs must be at least 1, got {number}")
     a, b = expand_inputs([contents]), expand_inputs([styles])
-    if count < 1:
-        raise UsageError(f"--pairs must be at least 1, got {count}")
+    stride = next(step for step in count(7) if gcd(step, len(b)) == 1)
+    return [(a[i * len(a) // number], b[(stride * i + 1) % len(b)]) for i in range(number)]
+
+
+def pair_name(content: Path, style: Path) -> str:
+    """The name of a pair in folders of outputs: CONTENT--STYLE, both without suffix."""
+    return f"{content.stem}--{style.stem}"
+
+
+def draw_pairs(files: Sequence[tuple[Path, Path]], side_px: int) -> list[Pair]:
+    """Both pictures of every pair as centred squares; clips give their first frame."""
     if side_px < SMALLEST_PX:
         raise UsageError(f"--size {side_px} is too small to judge; use at least {SMALLEST_PX}")
 
@@ -67,8 +99,7 @@ def draw_pairs(contents: Path, styles: Path, count: int, side_px: int) -> list[P
         frame = clip_frames(path, 1)[0] if is_video(path) else read_picture(path).frame
         return square(frame, side_px)
 
-    # 7 is prime to most folder sizes, so that styles come round in another order than contents.
-    return [(still(a[i * len(a) // count]), still(b[(7 * i + 1) % len(b)])) for i in range(count)]
+    return [(still(content), still(style)) for content, style in files]
 
 
 def clips_among(contents: Path, videos: Iterable[Path] = ()) -> list[Path]:
@@ -86,6 +117,18 @@ def clip_frames(path: Path, count: int) -> list[Frame]:
     return frames
 
 
+def read_clips(
+    clips: Sequence[Path], files: Sequence[tuple[Path, Path]], pairs: Sequence[Pair], frames: int
+) -> list[Clip]:
+    """The first ``frames`` of each clip, at the size of the pairs; clip i has the style of pair i."""
+    found = []
+    for i, path in enumerate(clips):
+        style_path, style = files[i % len(files)][1], pairs[i % len(pairs)][1]
+        squares = [square(frame, len(style)) for frame in clip_frames(path, frames)]
+        found.append(Clip(path, pair_name(path, style_path), squares, style, WarpingError(squares)))
+    return found
+
+
 def read_mask(path: Path, side_px: int) -> Mask:
     """A mask picture as a bool square; white = stylize, transparent = not. UsageError if it is all black."""
     picture = read_picture(path)
@@ -100,56 +143,17 @@ def read_mask(path: Path, side_px: int) -> Mask:
     return mask
 
 
-def judge_pictures(
-    stylizer: Stylizer, pairs: list[Pair], sheet: Path, judge: Judge = weight_free
-) -> dict[str, dict[str, float]]:
-    """Stylize all pairs, write the sheet (content, style, ours, Reinhard, cv2); mean scores by method."""
-    scores: dict[str, list[dict[str, float]]] = {"std-rt": [], "reinhard": [], "cv2.stylization": []}
-    rows = []
-    for content, style in pairs:
-        stylizer.set_style(style)
-        ours = _of_size(stylizer.stylize(content), content)
-        outputs = [ours, reinhard(content, style), _stylization(content)]
-        for name, output in zip(scores, outputs, strict=True):
-            scores[name].append(judge(output, content, style, None))
-        rows.append([content, style, *outputs])
-    write_sheet(sheet, rows, columns=2)
-    return {name: means(each) for name, each in scores.items()}
-
-
-def judge_clip(stylizer: Stylizer, frames: list[Frame], style: Frame) -> dict[str, float]:
-    """Warping error (0..1) of a clip by method, and of its ``source``; {} for nothing but cuts.
-
-    ``std-rt`` is rendered with ``--temporal full``, the default of `std-rt stylize`.
-    """
+def paint_picture(stylizer: Stylizer, content: Frame, style: Frame) -> Frame:
+    """A pair stylized, at its content's size."""
     stylizer.set_style(style)
-    meter = WarpingError(frames)
-    found = {
-        "source": meter.floor,
-        "std-rt": meter.of(paint_clip(stylizer, frames, "full")),
-        "std-rt, temporal off": meter.of(paint_clip(stylizer, frames, "off")),
-        "reinhard": meter.of([reinhard(frame, style) for frame in frames]),
-        "cv2.stylization": meter.of([_stylization(frame) for frame in frames]),
-    }
-    return {name: value for name, value in found.items() if value is not None}
+    return resize(stylizer.stylize(content), (content.shape[0], content.shape[1]))
 
 
 def paint_clip(stylizer: Stylizer, frames: list[Frame], temporal: str) -> list[Frame]:
     """Frames stylized as by `std-rt stylize --temporal TEMPORAL`, each at its content's size."""
     stream = FrameStream(stylizer, batching=GROUPED, temporal=TemporalFilter(temporal))
-    return [_of_size(styled, frame) for styled, frame in zip(stream.frames(frames), frames, strict=True)]
-
-
-def _stylization(content: Frame) -> Frame:
-    return np.asarray(cv2.stylization(content), np.uint8)
-
-
-def _of_size(frame: Frame, like: Frame) -> Frame:
-    """Resize to the content's size (the working size is rounded and capped)."""
-    if frame.shape == like.shape:
-        return frame
-    size = (like.shape[1], like.shape[0])
-    return np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_CUBIC), np.uint8)
+    styled = zip(stream.frames(frames), frames, strict=True)
+    return [resize(one, (frame.shape[0], frame.shape[1])) for one, frame in styled]
 
 
 def write_sheet(

@@ -1,13 +1,15 @@
-"""Scores that need weights: CLIP, DINOv2, CSD and LAION's aesthetic predictor.
+"""Scores that need weights: CLIP, DINOv2, CSD, LAION's aesthetic predictor and VGG distances.
 
 Nothing is downloaded, and no file may run code: safetensors, or ``torch.load(weights_only=True)``. All are
-cosines in -1..1, except the aesthetic score, which is about 1..10.
+cosines in -1..1, except the aesthetic score, which is about 1..10, and VGG's two distances (0 = equal).
 
 * CLIP: a transformers folder of a CLIPModel; output to content and output to style
 * DINOv2: a transformers folder of a Dinov2Model; class token of output to content
 * CSD (Somepalli et al. 2024, arXiv 2404.01292): the published checkpoint (``pytorch_model.bin`` of the
   authors, or its weights as safetensors); style vector of output to style
 * aesthetic: ``sac+logos+ava1-l14-linearMSE.pth`` of LAION's improved predictor, over CLIP ViT-L/14
+* VGG: weights of VGG-19 as training takes them (`models.perceptual`); ``vgg_style`` compares the normalised
+  Gram matrices of relu1_1 to relu4_1 with the style's, ``vgg_content`` relu4_1 with the content's
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import hashlib
 import pickle
 import warnings
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +32,9 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Model
 from transformers.utils import logging
 
-from std_rt.core.errors import UsageError
+from std_rt.core.errors import RecipeError, UsageError
 from std_rt.evaluation.measures import Frame
+from std_rt.models.perceptual import Vgg, content_distance, load_perceptual, style_distance
 from std_rt.training.run.sheet import to_tensor
 
 __all__ = ["Scorer", "load_scorers"]
@@ -65,6 +69,7 @@ def load_scorers(
     dino: Path | None = None,
     csd: Path | None = None,
     aesthetic: Path | None = None,
+    vgg: Path | None = None,
     device: str = "cpu",
 ) -> list[Scorer]:
     """The scorers whose weights are given. Raises UsageError if a file or folder does not contain them."""
@@ -80,6 +85,8 @@ def load_scorers(
         scorers.append(_cosines(_load_dino(dino, device), content="dino_content"))
     if csd is not None:
         scorers.append(_cosines(_load_csd(csd, device), style="csd"))
+    if vgg is not None:
+        scorers.append(_load_vgg(vgg, device))
     return scorers
 
 
@@ -248,5 +255,37 @@ def _load_aesthetic(path: Path, embedder: _Embedder, device: str) -> Scorer:
         for weight, bias in layers:
             x = F.linear(x, weight, bias)
         return {"aesthetic": float(x)}
+
+    return scorer
+
+
+def _load_vgg(path: Path, device: str) -> Scorer:
+    """Style and content distance, at the pictures' own sizes."""
+    try:
+        network = load_perceptual(path)
+    except RecipeError:
+        network = None
+    if not isinstance(network, Vgg):
+        raise UsageError(
+            f"--vgg {path} does not hold VGG-19 (tensors vgg.00.block1_conv1.weight to vgg.08.output.bias); "
+            "see docs/evaluation.md"
+        )
+    network.to(device)
+
+    @lru_cache(maxsize=2)  # several outputs for one pair come one after the other
+    def known(data: bytes, shape: tuple[int, ...]) -> list[Tensor]:
+        return features(np.frombuffer(data, np.uint8).reshape(shape).copy())
+
+    @torch.no_grad()
+    def features(frame: Frame) -> list[Tensor]:
+        taps: list[Tensor] = network(to_tensor([frame]).to(device))
+        return taps
+
+    def scorer(output: Frame, content: Frame, style: Frame) -> dict[str, float]:
+        x, photo, art = features(output), *(known(f.tobytes(), f.shape) for f in (content, style))
+        return {
+            "vgg_style": float(style_distance(x, art)),
+            "vgg_content": float(content_distance(x[-1], photo[-1])),
+        }
 
     return scorer

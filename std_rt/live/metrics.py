@@ -81,6 +81,7 @@ class Counts:
     source_stalls: int = 0
     warped: int = 0
     warping: float = 0.0  # sum
+    sharpness: float = 0.0  # sum, over the same frames
     switched_ms: float = 0.0  # the last style switch
     latency: Histogram = field(default_factory=_empty)
     interval: Histogram = field(default_factory=_empty)
@@ -210,12 +211,16 @@ class Metrics:
             if not self._pauses:
                 self._commands_s.append(at)
 
-    def warped(self, error: float) -> None:
-        """The warping error of a presented frame; one that is not finite (nothing to follow) is ignored."""
+    def warped(self, error: float, sharpness: float) -> None:
+        """The warping error of a presented frame, and its sharpness relative to the camera's picture.
+
+        An error that is not finite (nothing to follow) is ignored.
+        """
         if math.isfinite(error):
             with self._lock:
                 self._counts.warped += 1
                 self._counts.warping += error
+                self._counts.sharpness += sharpness
 
     def quality(self, name: str) -> None:
         """Running time counts for this quality from now on."""
@@ -309,6 +314,7 @@ class Metrics:
                 "last": _rounded(counts.switched_ms if count else None, 2),
             },
             "warping_error": _rounded(counts.warping / counts.warped if counts.warped else None, 5),
+            "sharpness": _rounded(counts.sharpness / counts.warped if counts.warped else None, 3),
             "levels_s": {name: _rounded(spent, 3) for name, spent in counts.levels_s.items() if name},
             "first_frame_s": _rounded(self._first_frame_s, 2),
             "peak_memory_mb": _rounded(peak_memory_mb(), 2),

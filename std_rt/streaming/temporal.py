@@ -25,7 +25,7 @@ import cv2
 import numpy as np
 
 from std_rt.core.arrays import Array, Frame, Size
-from std_rt.evaluation.measures import Flow
+from std_rt.evaluation.measures import Flow, sharpness
 from std_rt.pipeline.stylizer import State
 from std_rt.streaming.noise_warp import MovingNoise
 from std_rt.streaming.optical_flow import SMALLEST_PX, Followed, Follower, enlarged, reduced
@@ -52,24 +52,24 @@ class Motion:
     """How a frame follows from the one before.
 
     ``followed`` None: no motion is known (the first frame, the first after a cut, every frame in mode off).
-    ``judged``: the flow that flicker is measured by, if this pair is sampled.
+    ``judged``: the flow that flicker is measured by, and the frame itself, if this pair is sampled.
     """
 
     index: int
     size: Size
     followed: Followed | None = None
-    judged: Flow | None = None
+    judged: tuple[Flow, Frame] | None = None
 
 
 class TemporalFilter:
     """Reduces the flicker of one stream. Use it from one thread at a time."""
 
-    def __init__(self, mode: str, measured: Callable[[float], None] | None = None) -> None:
+    def __init__(self, mode: str, measured: Callable[[float, float], None] | None = None) -> None:
         """``mode``: one of `TEMPORAL_MODES`; ValueError for another.
 
-        ``measured`` is called with the warping error (0..1, `Flow.difference`) of each sampled pair of
-        presented frames: `measures.WarpingError` of that pair, though above 256 px the flow is that of
-        reduced frames.
+        ``measured`` is called with the warping error (0..1, `Flow.difference`) and the `sharpness` of each
+        sampled pair of presented frames: `measures.WarpingError` of that pair, though above 256 px the flow
+        is that of reduced frames; the sharpness is of its second frame.
         """
         if mode not in TEMPORAL_MODES:
             raise ValueError(f"unknown temporal mode {mode!r}; use one of {', '.join(TEMPORAL_MODES)}")
@@ -143,15 +143,15 @@ class TemporalFilter:
         self._measure(result, motion)
         return result
 
-    def _judge(self, index: int, working: Frame) -> Flow | None:
-        """The flow of this pair, from a finer search than the one used for mixing."""
+    def _judge(self, index: int, working: Frame) -> tuple[Flow, Frame] | None:
+        """The flow of this pair, from a finer search than the one used for mixing, and its second frame."""
         before, self._sample = self._sample, None
         if _is_sampled(index + 1):
             self._sample = working.copy()
         if before is None or not _is_sampled(index):
             return None
         flow = _flow_of(before, working)
-        return None if flow.is_cut(before, working) else flow
+        return None if flow.is_cut(before, working) else (flow, working.copy())
 
     def _measure(self, result: Frame, motion: Motion) -> None:
         shown, self._shown = self._shown, None
@@ -159,9 +159,10 @@ class TemporalFilter:
             self._shown = (motion.index, result.copy())
         if motion.judged is None or shown is None or shown[0] != motion.index - 1:
             return
-        error = motion.judged.difference(shown[1], result)
+        flow, content = motion.judged
+        error = flow.difference(shown[1], result)
         if np.isfinite(error) and self._measured is not None:
-            self._measured(error)
+            self._measured(error, sharpness([result], [content]))
 
 
 class _Mixer:

@@ -32,8 +32,8 @@ ALLOWED: dict[str, set[str]] = {
     "export": {"models", "pipeline", "engines", "core", "examples"},
     "training": {"models", "core", DENOISE, MEASURES},
     "evaluation": {
-        *("training", "export", "live", "streaming", "pipeline", "engines", "media", "core", "examples"),
-        *(DENOISE, MEASURES),
+        *("models", "training", "export", "live", "streaming", "pipeline", "engines", "media", "core"),
+        *("examples", DENOISE, MEASURES),
     },
 }
 HEAVY = {

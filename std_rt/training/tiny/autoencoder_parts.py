@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from std_rt.core.errors import RecipeError
 from std_rt.models.autoencoder import AutoencoderPixelShuffle, Shortcut, body_of
+from std_rt.models.perceptual import feature_distance, gram_distance, load_perceptual
 from std_rt.training.run.recipe import AutoencoderConfig
-from std_rt.training.tiny.perceptual import feature_distance, gram_distance, load_perceptual
 
 
 def choose_device(name: str) -> str:

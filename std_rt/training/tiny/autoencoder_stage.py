@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from std_rt.models.autoencoder import AutoencoderPixelShuffle
+from std_rt.models.perceptual import style_distance
 from std_rt.training.data.picture_set import (
     Frame,
     PictureSet,
@@ -39,7 +40,6 @@ from std_rt.training.tiny.autoencoder_parts import (
     load_autoencoder,
 )
 from std_rt.training.tiny.generated_styles import draw_style
-from std_rt.training.tiny.perceptual import style_distance
 from std_rt.training.tiny.triplets import find_triplets
 
 

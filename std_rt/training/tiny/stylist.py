@@ -26,14 +26,7 @@ from torch import Tensor, nn
 
 from std_rt.core.errors import RecipeError
 from std_rt.core.schedule import grid_timestep, start_index, trajectory_timesteps
-from std_rt.pipeline.denoise import denoise
-from std_rt.training.data.picture_set import PictureSet, load_pictures, random_crop
-from std_rt.training.run.precision import attention_kernels, precision_context
-from std_rt.training.run.recipe import LOWEST_START_ETA, StylistConfig
-from std_rt.training.run.sheet import to_tensor
-from std_rt.training.run.training_run import ModuleRun, cosine_rate
-from std_rt.training.tiny.autoencoder_parts import choose_device, load_autoencoder
-from std_rt.training.tiny.perceptual import (
+from std_rt.models.perceptual import (
     colour_distance,
     content_distance,
     feature_distance,
@@ -42,6 +35,13 @@ from std_rt.training.tiny.perceptual import (
     load_perceptual,
     relative_l1,
 )
+from std_rt.pipeline.denoise import denoise
+from std_rt.training.data.picture_set import PictureSet, load_pictures, random_crop
+from std_rt.training.run.precision import attention_kernels, precision_context
+from std_rt.training.run.recipe import LOWEST_START_ETA, StylistConfig
+from std_rt.training.run.sheet import to_tensor
+from std_rt.training.run.training_run import ModuleRun, cosine_rate
+from std_rt.training.tiny.autoencoder_parts import choose_device, load_autoencoder
 from std_rt.training.tiny.teacher import (
     NoisyBatch,
     ema_update,

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from support.pipelines import randomize
+from support.weights import write_vgg
 from torch import Tensor, nn
 from transformers import (
     CLIPConfig,
@@ -25,6 +26,7 @@ from transformers import (
 
 from std_rt.core.errors import UsageError
 from std_rt.evaluation.scorers import load_scorers
+from std_rt.models.perceptual import load_perceptual
 
 Frame = NDArray[np.uint8]
 PX, DIM = 32, 12
@@ -250,3 +252,36 @@ def test_fixtures_are_the_published_layout(clip: Path) -> None:
     names = load_file(clip / "model.safetensors")
     assert "visual_projection.weight" in names
     assert "vision_model.post_layernorm.weight" in names
+
+
+def test_vgg_compares_grams_with_the_style_and_relu4_1_with_the_content(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path = write_vgg(tmp_path / "vgg.safetensors")
+    output, content, style = _frames(3)
+    style = style[:40, :32] // 2  # any size
+    (scorer,) = load_scorers(vgg=path)
+    network = load_perceptual(path)
+
+    def taps(frame: Frame) -> list[NDArray[np.float32]]:
+        x = torch.from_numpy(frame).permute(2, 0, 1)[None] / 127.5 - 1
+        return [tap[0].flatten(1).numpy() for tap in network(x)]
+
+    ours, theirs, photo = taps(output), taps(style), taps(content)[-1]
+    grams = [[t @ t.T / t.shape[1] for t in one] for one in (ours, theirs)]
+    norm = np.linalg.norm
+    parts = [norm(a - b) / max(norm(a), norm(b)) for a, b in zip(*grams, strict=True)]
+    unit = [
+        (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5) for x in (ours[-1], photo)
+    ]
+    found = scorer(output, content, style)
+    assert found["vgg_style"] == pytest.approx(np.mean(parts), rel=1e-3)
+    assert found["vgg_content"] == pytest.approx(np.square(unit[0] - unit[1]).mean(), rel=1e-3)
+    same = scorer(content, content, content)
+    assert (same["vgg_style"], same["vgg_content"]) == (0, 0)
+
+
+def test_vgg_takes_nothing_else(tmp_path: Path) -> None:
+    save_file({"conv1.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    for name in ("other", "missing"):
+        with pytest.raises(UsageError, match=r"--vgg .* does not hold VGG-19"):
+            load_scorers(vgg=tmp_path / f"{name}.safetensors")

@@ -15,10 +15,7 @@ from torch import Tensor
 
 from std_rt.core.errors import RecipeError
 from std_rt.models.autoencoder import AutoencoderPixelShuffle
-from std_rt.training.run.recipe import AutoencoderConfig
-from std_rt.training.tiny.autoencoder_parts import copy_overlap, fit_shortcut
-from std_rt.training.tiny.autoencoder_stage import train_autoencoder
-from std_rt.training.tiny.perceptual import (
+from std_rt.models.perceptual import (
     SqueezeNet,
     Vgg,
     content_distance,
@@ -26,6 +23,9 @@ from std_rt.training.tiny.perceptual import (
     load_perceptual,
     style_distance,
 )
+from std_rt.training.run.recipe import AutoencoderConfig
+from std_rt.training.tiny.autoencoder_parts import copy_overlap, fit_shortcut
+from std_rt.training.tiny.autoencoder_stage import train_autoencoder
 from std_rt.training.tiny.triplets import find_triplets
 
 

@@ -68,8 +68,9 @@ def test_pictures_are_scored_at_any_size(
     sheet = tmp_path / "sheet.png"
     flags = ("--pairs", 2, "--size", size, "--bundle", bundle, "-o", sheet)
     scores = _last(cli("evaluate", *folders, *flags))["scores"]
-    assert scores.keys() == {"std-rt", "reinhard", "cv2.stylization"}
+    assert list(scores) == ["handmade-4-step", "reinhard", "cv2.stylization", "photo"]
     assert all(0 <= value["colour"] < 1 for value in scores.values())
+    assert scores["photo"]["ssim"] == scores["photo"]["sharpness"] == pytest.approx(1)
     assert sheet.exists()
 
 
@@ -85,10 +86,19 @@ def test_a_clip_is_judged_for_flicker(
     found = _last(cli("evaluate", *folders, *flags, "-o", tmp_path / "sheet.png", "--table", table))
     assert found["warping"].keys() == {str(clip), str(other)}
     for errors in found["warping"].values():
-        assert errors.keys() == {"source", "std-rt", "std-rt, temporal off", "reinhard", "cv2.stylization"}
+        ours = {"handmade-4-step", "handmade-4-step, temporal off"}
+        assert errors.keys() == {"source", *ours, "reinhard", "cv2.stylization"}
         assert 0 <= errors["source"] < 0.1
-    assert found["scores"]["reinhard"].keys() == {"colour", "texture", "structure", "ssim"}
-    assert json.loads(table.read_text(encoding="utf-8")) == found
+    assert found["sharpness"].keys() == found["warping"].keys()
+    assert all(row["source"] == pytest.approx(1) for row in found["sharpness"].values())
+    assert found["scores"]["reinhard"].keys() == {"colour", "texture", "structure", "ssim", "sharpness"}
+    whole = json.loads(table.read_text(encoding="utf-8"))
+    by_pair = whole.pop("by_pair")
+    assert whole == found
+    for label, rows in by_pair.items():
+        assert list(rows) == ["0--1", "1--0", "clip--1"]
+        mean = np.mean([row["colour"] for row in rows.values()])
+        assert found["scores"][label]["colour"] == pytest.approx(mean)
 
 
 def test_students_beside_their_teacher(
@@ -155,7 +165,7 @@ def test_a_mask_and_a_clip(cli: Cli, folders: tuple[Path, Path], teacher: Path, 
             tmp_path / "b.png",
         )
     )
-    assert all(row["mean"]["warping"] > 0 for row in moving["table"])
+    assert all(row["mean"]["warping"] > 0 and row["mean"]["clip_sharpness"] > 0 for row in moving["table"])
     assert list(moving["warping_of_source"]) == [str(tmp_path / "clip.mp4")]
 
 
@@ -165,8 +175,8 @@ def test_what_does_not_fit_together_is_one_line(
     write_picture(tmp_path / "black.png", np.zeros((64, 64, 3), np.uint8))
     cases: list[tuple[tuple[object, ...], str]] = [
         (("--lora", loras[0]), "--lora needs --teacher"),
-        (("--steps", 2, "--steps", 4), "one step count"),
         (("--teacher", teacher, "--bundle", "x"), "mutually exclusive"),
+        (("--teacher", teacher, "--peer", "a=b"), "mutually exclusive"),
         (("--teacher", teacher, "--size", "64x32"), "square"),
         (("--teacher", teacher, "--size", 72), "not a multiple of 16"),
         (("--teacher", teacher, "--size", 16), "too small"),
@@ -186,3 +196,115 @@ def test_what_does_not_fit_together_is_one_line(
         error = cli("evaluate", *folders, *flags, "-o", tmp_path / "sheet.png", "--pairs", 1).error
         assert reason in error, (flags, error)
         assert not (tmp_path / "sheet.png").exists()
+
+
+def _saved(cli: Cli, bundle: Path, folders: tuple[Path, Path], folder: Path) -> dict[str, Any]:
+    flags = ("--pairs", 2, "--size", 64, "--steps", 1, "--steps", 2, "--bundle", bundle, "--frames", 3)
+    return _last(
+        cli("evaluate", *folders, *flags, "-o", folder.parent / "first.png", "--save-outputs", folder)
+    )
+
+
+def test_saved_outputs_come_back_as_a_peer_with_the_same_scores(
+    cli: Cli, bundle: Path, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    make_clip(folders[0] / "2.mp4")
+    saved, sheet, blind = tmp_path / "pairs", tmp_path / "sheet.png", tmp_path / "blind.png"
+    first = _saved(cli, bundle, folders, saved)
+    assert {path.name for path in saved.iterdir()} == {
+        *("content", "style", "handmade-1-step", "handmade-2-step")
+    }
+    assert {path.name for path in (saved / "content").iterdir()} == {"0--1.png", "1--0.png", "2--1"}
+    peers = ("--peer", f"one={saved / 'handmade-1-step'}", "--peer", f"photo_={saved / 'content'}")
+    result = cli(
+        *("evaluate", *folders, "--pairs", 2, "--size", 64, "--frames", 3, "--steps", 2),
+        *("--bundle", f"mine={bundle}", *peers, "-o", sheet, "--blind", blind),
+    )
+    second = _last(result)
+    assert list(second["scores"]) == [
+        *("mine-2-step", "one", "photo_", "reinhard", "cv2.stylization", "photo")
+    ]
+    assert second["scores"]["one"] == pytest.approx(first["scores"]["handmade-1-step"])
+    assert second["scores"]["mine-2-step"] == pytest.approx(first["scores"]["handmade-2-step"])
+    assert second["scores"]["photo_"] == second["scores"]["photo"]
+    for name in ("warping", "sharpness"):
+        (before,), (after,) = first[name].values(), second[name].values()
+        assert after["one"] == pytest.approx(before["handmade-1-step"])
+    key = json.loads((tmp_path / "blind.key.json").read_text(encoding="utf-8"))
+    assert all(sorted(row) == ["mine-2-step", "one", "photo_"] for row in key["rows"])
+    assert not any(label in line for line in result.out.splitlines() if "blind" in line for label in key)
+
+
+def test_a_peer_of_another_size_is_resized_with_a_note(
+    cli: Cli, bundle: Path, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for name in ("0--1", "1--0"):
+        picture(tmp_path / "peer" / f"{name}.jpg", 96, 96)
+    flags = ("--pairs", 2, "--size", 64, "--bundle", bundle, "--peer", f"other={tmp_path / 'peer'}")
+    result = cli("evaluate", *folders, *flags, "-o", tmp_path / "sheet.png")
+    assert "other" in _last(result)["scores"]
+    assert "outputs of other were resized from 96x96 to 64x64 px" in result.err
+
+
+def test_outputs_that_do_not_fit_are_one_line_before_any_work(
+    cli: Cli, bundle: Path, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    empty, wide, clip = tmp_path / "empty", tmp_path / "wide", tmp_path / "clip"
+    empty.mkdir()
+    for name in ("0--1", "1--0"):
+        picture(wide / f"{name}.png", 64, 48)
+        picture(clip / f"{name}.png", 64, 64)
+    picture(clip / "2--1" / "0000.png", 64, 64)
+    make_clip(folders[0] / "2.mp4")
+    cases: list[tuple[tuple[object, ...], str]] = [
+        (("--peer", empty), f"has no name; write NAME=FOLDER, as in --peer MicroAST={empty}"),
+        (("--peer", f"a={tmp_path / 'none'}"), "there is no folder"),
+        (("--peer", f"a={empty}"), "lacks 2 of 2 pictures, such as 0--1.png"),
+        (("--peer", f"a={wide}"), "0--1.png is 64x48 px, but pairs are square; give outputs of 64x64 px"),
+        (("--peer", f"a={clip}"), "lacks 2 of 3 pictures, such as 2--1/0001.png"),
+        (("--peer", f"photo={clip}"), "cannot be called 'photo'"),
+        (("--peer", f"a/b={clip}"), "cannot be called 'a/b'"),
+        (("--peer", f"a={clip}", "--peer", f"a={clip}"), "two candidates are called 'a'"),
+        (("--bundle", bundle, "--bundle", bundle), "two candidates are called 'handmade-4-step'"),
+        (("--blind", tmp_path / "blind.png"), "2 to 26 candidates, got 1"),
+        (("--save-outputs", wide), "is not empty; add --overwrite"),
+        (("--steps", 77), "77"),
+    ]
+    for flags, reason in cases:
+        given = ("--pairs", 2, "--size", 64, "--frames", 3, "--bundle", bundle, *flags)
+        error = cli("evaluate", *folders, *given, "-o", tmp_path / "sheet.png").error
+        assert reason in error, (flags, error)
+        assert not list(tmp_path.glob("*.png"))
+
+
+def test_files_of_one_name_are_told_apart_or_refused(
+    cli: Cli, bundle: Path, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    picture(folders[0] / "0.jpg", 64, 64, seed=5)
+    (folders[1] / "1.png").unlink()
+    flags = ("--pairs", 3, "--size", 64, "--bundle", bundle, "-o", tmp_path / "sheet.png")
+    assert "have one name without suffix" in cli("evaluate", *folders, *flags).error
+
+
+def test_vgg_weights_add_two_columns(
+    cli: Cli, bundle: Path, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("torch")
+    from support.weights import write_vgg
+
+    flags = ("--pairs", 1, "--size", 64, "--bundle", bundle, "-o", tmp_path / "sheet.png")
+    result = cli("evaluate", *folders, *flags, "--vgg", write_vgg(tmp_path / "vgg.safetensors"))
+    scores = _last(result)["scores"]
+    assert "VGG style  VGG content" in result.out
+    assert scores["photo"]["vgg_content"] == 0
+    assert 0 < scores["reinhard"]["vgg_style"] < 1
+    other = cli("evaluate", *folders, *flags, "--overwrite", "--vgg", tmp_path / "sheet.png")
+    assert "does not hold VGG-19" in other.error
+
+
+def test_vgg_without_torch_is_one_line(
+    cli: Cli, folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("std_rt.core.machine.find_spec", lambda name: None if name == "torch" else name)
+    error = cli("evaluate", *folders, "--vgg", "vgg.safetensors", "-o", tmp_path / "sheet.png").error
+    assert "std-rt evaluate with --vgg needs torch; run: pip install" in error

@@ -30,6 +30,7 @@ CONTRACT = {
     "stalls",
     "style_switch_ms",
     "warping_error",
+    "sharpness",
     "peak_memory_mb",
     "settings",
 }

@@ -13,6 +13,7 @@ from std_rt.evaluation.measures import (
     Flow,
     WarpingError,
     score,
+    sharpness,
     sliced_wasserstein,
     ssim,
     structure_agreement,
@@ -154,3 +155,31 @@ def test_cuts_are_left_out() -> None:
     meter = WarpingError(frames)
     assert (meter.pairs, meter.floor, meter.of(frames)) == (0, None, None)
     assert WarpingError([_soft(0), _soft(0), _soft(5)]).pairs == 1
+
+
+def test_sharpness_is_the_slope_of_a_ramp() -> None:
+    """Two ways to one answer: a ramp's gradient is known, and it scales with contrast."""
+    ramp = np.repeat(np.tile(np.arange(0, 96, 2, np.uint8), (48, 1))[..., None], 3, axis=2)
+    assert sharpness([ramp * 2], [ramp]) == pytest.approx(2, rel=1e-3)
+    half = np.zeros(ramp.shape[:2], np.bool_)
+    half[:, :20] = True
+    spoiled = np.where(half[..., None], ramp * 2, ramp).astype(np.uint8)
+    assert sharpness([spoiled], [ramp]) > 2.1  # the step between them counts
+    inner = np.zeros_like(half)
+    inner[:, 2:18] = True
+    assert sharpness([spoiled], [ramp], inner) == pytest.approx(2, rel=1e-3)
+    assert sharpness([_grey(9)], [_grey(9)]) == 0
+
+
+def test_blur_lowers_the_warping_error_and_is_seen_in_the_sharpness() -> None:
+    wide, rng = _soft(0, 128), np.random.default_rng(5)
+    contents = [np.ascontiguousarray(wide[:96, 2 * i : 2 * i + 96]) for i in range(5)]
+    grain = [rng.integers(0, 60, (96, 96, 1), np.uint8) for _ in contents]
+    painted = [frame // 2 + 60 + one for frame, one in zip(contents, grain, strict=True)]
+    blurred = [np.asarray(cv2.GaussianBlur(frame, (0, 0), 3), np.uint8) for frame in painted]
+    meter = WarpingError(contents)
+    crisp, soft = meter.judge(painted), meter.judge(blurred)
+    assert soft["warping"] < 0.5 * crisp["warping"]
+    assert soft["sharpness"] < 0.5 * crisp["sharpness"]
+    assert meter.judge(contents) == {"warping": meter.floor, "sharpness": pytest.approx(1)}
+    assert WarpingError([contents[0]]).judge(contents[:1]) == {}

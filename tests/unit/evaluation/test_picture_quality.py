@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from std_rt.core.bundle import Bundle
+from std_rt.evaluation.bundle_comparison import Contender, Material, Results
 from std_rt.evaluation.measures import WarpingError
-from std_rt.evaluation.picture_quality import judge_clip, paint_clip, read_mask
+from std_rt.evaluation.picture_quality import Clip, paint_clip, pair_files, read_mask
 from std_rt.examples import moving
 from std_rt.pipeline.stylizer import Stylizer
 from std_rt.streaming.temporal import TemporalFilter
@@ -32,6 +33,13 @@ def clip() -> list[Frame]:
     return list(moving(12, 64, 64))
 
 
+def _judged(stylizer: Stylizer, frames: list[Frame], style: Frame) -> dict[str, dict[str, float]]:
+    clip = Clip(Path("clip.mp4"), "clip--style", frames, style, WarpingError(frames))
+    results = Results(Material([], [], [clip]))
+    results.add_bundle(Contender("ours", stylizer.bundle, 2), stylizer, None, lambda _: None)
+    return results.steady["clip.mp4"]
+
+
 def test_the_flicker_reported_is_the_products(stylizer: Stylizer, clip: list[Frame]) -> None:
     """By hand, as `std-rt stylize --temporal full` does: follow the motion, move the noise, mix."""
     style = np.full((32, 32, 3), 200, np.uint8)
@@ -40,11 +48,11 @@ def test_the_flicker_reported_is_the_products(stylizer: Stylizer, clip: list[Fra
         motion = temporal.follow(frame)
         styled = stylizer.run(frame, temporal.noise(state, motion))
         steady.append(temporal.settle(styled, motion))
-    found, meter = judge_clip(stylizer, clip, style), WarpingError(clip)
-    assert found["std-rt"] == pytest.approx(meter.of(steady), rel=0.01)
+    found, meter = _judged(stylizer, clip, style), WarpingError(clip)
+    assert found["ours"] == pytest.approx(meter.judge(steady), rel=0.01)
     alone = [stylizer.step(frame)[0] for frame in clip]
-    assert found["std-rt, temporal off"] == pytest.approx(meter.of(alone), rel=0.01)
-    assert found["std-rt"] < 0.9 * found["std-rt, temporal off"]
+    assert found["ours, temporal off"] == pytest.approx(meter.judge(alone), rel=0.01)
+    assert found["ours"]["warping"] < 0.9 * found["ours, temporal off"]["warping"]
 
 
 def test_painted_frames_have_the_size_of_their_contents(stylizer: Stylizer) -> None:
@@ -55,7 +63,20 @@ def test_painted_frames_have_the_size_of_their_contents(stylizer: Stylizer) -> N
 def test_a_clip_of_cuts_says_nothing_about_flicker(stylizer: Stylizer) -> None:
     rng = np.random.default_rng(0)
     cuts = [rng.integers(0, 256, (64, 64, 3), np.uint8) for _ in range(3)]
-    assert judge_clip(stylizer, cuts, cuts[0]) == {}
+    assert _judged(stylizer, cuts, cuts[0]) == {}
+
+
+@pytest.mark.parametrize("styles", [1, 5, 7, 24])
+def test_every_style_comes_before_one_comes_again(tmp_path: Path, styles: int) -> None:
+    for kind, count in (("contents", 10), ("styles", styles)):
+        (tmp_path / kind).mkdir()
+        for i in range(count):
+            (tmp_path / kind / f"{i:02d}.png").touch()
+    pairs = pair_files(tmp_path / "contents", tmp_path / "styles", 2 * styles)
+    assert pairs == pair_files(tmp_path / "contents", tmp_path / "styles", 2 * styles)
+    for half in (pairs[:styles], pairs[styles:]):
+        assert len({style for _, style in half}) == styles
+    assert len({content for content, _ in pairs}) == min(10, 2 * styles)
 
 
 def test_what_a_mask_leaves_transparent_is_not_stylized(tmp_path: Path) -> None:

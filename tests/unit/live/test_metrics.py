@@ -91,7 +91,7 @@ def test_an_empty_session_reports_nothing_as_none_and_is_json() -> None:
     assert found["fps"] is None
     assert found["latency_ms"] == {"p50": None, "p95": None, "p99": None}
     assert found["style_switch_ms"] == {"count": 0, "p50": None, "p95": None, "worst": None, "last": None}
-    assert found["warping_error"] is None
+    assert found["warping_error"] is found["sharpness"] is None
     assert found["frames"] == found["drops"] == found["skips"] == found["stalls"] == 0
     assert found["settings"] == {"steps": 4, "size": [256, 320]}
     assert found["peak_memory_mb"] > 0
@@ -100,7 +100,8 @@ def test_an_empty_session_reports_nothing_as_none_and_is_json() -> None:
 def test_the_contract_names_everything_the_docs_promise() -> None:
     promised = (
         "schema fps fps_processed latency_ms interval_ms stages_ms frames skips captured drops stalls "
-        "source_stalls seconds first_frame_s style_switch_ms warping_error levels_s peak_memory_mb settings"
+        "source_stalls seconds first_frame_s style_switch_ms warping_error sharpness levels_s "
+        "peak_memory_mb settings"
     )
     assert set(Session().report()) == set(promised.split())
 
@@ -272,11 +273,11 @@ def test_drops_warping_and_qualities_add_up() -> None:
     session.frames(10, 0.05)
     session.metrics.dropped()
     session.metrics.dropped(4)
-    for error in (0.02, 0.04, math.nan):
-        session.metrics.warped(error)
+    for error, sharpness in ((0.02, 0.7), (0.04, 0.9), (math.nan, 5)):
+        session.metrics.warped(error, sharpness)
     found = session.report()
     assert found["drops"] == 5
-    assert found["warping_error"] == 0.03
+    assert (found["warping_error"], found["sharpness"]) == (0.03, 0.8)
     assert found["levels_s"] == {"256x256, 4 steps": 1.0, "192x192, 2 steps": 0.5}
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from std_rt.evaluation.measures import WarpingError
+from std_rt.evaluation.measures import WarpingError, sharpness
 from std_rt.pipeline.stylizer import State, draw_noise
 from std_rt.streaming.noise_warp import MovingNoise
 from std_rt.streaming.optical_flow import Followed, Follower, enlarged, reduced, unmoved
@@ -60,6 +60,11 @@ def _flickering(contents: Sequence[Frame], levels: float = 14.0) -> list[Frame]:
 
 def _settled(temporal: TemporalFilter, contents: Sequence[Frame], outputs: Sequence[Frame]) -> list[Frame]:
     return [temporal.settle(o, temporal.follow(c)) for c, o in zip(contents, outputs, strict=True)]
+
+
+def _into(figures: list[tuple[float, float]]) -> Callable[[float, float], None]:
+    """For `TemporalFilter`: error and sharpness as measured."""
+    return lambda error, sharp: figures.append((error, sharp))
 
 
 def _state(size: Size = _SIZE, seed: int = 0) -> State:
@@ -258,13 +263,13 @@ def test_noise_goes_on_from_the_first_state_or_the_last() -> None:
 def test_settling_later_gives_the_same() -> None:
     contents = _pan(10)
     outputs = _flickering(contents)
-    errors: tuple[list[float], list[float]] = ([], [])
-    now, later = (TemporalFilter("full", each.append) for each in errors)
+    figures: tuple[list[tuple[float, float]], list[tuple[float, float]]] = ([], [])
+    now, later = (TemporalFilter("full", _into(each)) for each in figures)
     motions = [later.follow(content) for content in contents]
     delayed = [later.settle(o, m) for o, m in zip(outputs, motions, strict=True)]
     for a, b in zip(_settled(now, contents, outputs), delayed, strict=True):
         assert np.array_equal(a, b)
-    assert errors[0] == errors[1] != []
+    assert figures[0] == figures[1] != []
 
 
 def test_a_frame_that_got_lost_is_not_bridged() -> None:
@@ -319,23 +324,25 @@ def test_a_crossfade_is_not_held_back() -> None:
 
 
 @pytest.mark.parametrize("mode", TEMPORAL_MODES)
-def test_the_error_is_that_of_the_sampled_pairs(mode: str) -> None:
+def test_error_and_sharpness_are_those_of_the_sampled_pairs(mode: str) -> None:
     contents = _pan(40)
     outputs = _flickering(contents)
-    errors: list[float] = []
-    temporal = TemporalFilter(mode, errors.append)
+    figures: list[tuple[float, float]] = []
+    temporal = TemporalFilter(mode, _into(figures))
     settled = _settled(temporal, contents[:8], outputs[:8])
-    assert not errors
+    assert not figures
     settled += _settled(temporal, contents[8:], outputs[8:])
     pairs = [_error(contents[i - 1 : i + 1], settled[i - 1 : i + 1]) for i in (8, 38)]
-    assert errors == pytest.approx(pairs, rel=1e-6)
+    assert [error for error, _ in figures] == pytest.approx(pairs, rel=1e-6)
+    sharp = [sharpness(settled[i : i + 1], contents[i : i + 1]) for i in (8, 38)]
+    assert [found for _, found in figures] == pytest.approx(sharp, rel=1e-6)
 
 
 def test_the_error_is_not_that_of_a_cut() -> None:
     contents = [*_pan(8), *(np.asarray(_soft(i) // 2, np.uint8) for i in (50, 51))]
-    errors: list[float] = []
-    _settled(TemporalFilter("off", errors.append), contents, contents)
-    assert not errors
+    figures: list[tuple[float, float]] = []
+    _settled(TemporalFilter("off", _into(figures)), contents, contents)
+    assert not figures
 
 
 def test_large_frames_are_followed_at_a_reduced_size() -> None:
@@ -349,10 +356,11 @@ def test_large_frames_are_followed_at_a_reduced_size() -> None:
     assert np.abs(way - np.array([6, 0])).mean() < 0.2
     assert found.trust[64:-64, 64:-64].mean() > 0.9
     contents = _pan(10, step=6, size=size)
-    errors: list[float] = []
-    _settled(TemporalFilter("off", errors.append), contents, contents)
-    assert len(errors) == 1
-    assert errors[0] < 0.01
+    figures: list[tuple[float, float]] = []
+    _settled(TemporalFilter("off", _into(figures)), contents, contents)
+    ((error, sharp),) = figures
+    assert error < 0.01
+    assert sharp == 1
 
 
 def test_a_flow_of_half_the_size_points_to_the_same_places() -> None:

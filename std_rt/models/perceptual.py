@@ -2,8 +2,9 @@
 
 Weights are files the user brings (safetensors, see docs/training.md); none are part of the repository.
 Pictures are ``[B, 3, H, W]`` RGB in [-1, 1]. The style distance compares normalised Gram matrices after
-Gatys et al. (arXiv 1508.06576), relative to the style's own, so that every layer counts alike; the content
-distance compares relu4_1 after instance normalisation, so that a change of palette alone costs little.
+Gatys et al. (arXiv 1508.06576), relative to the larger of the two, so that every layer counts alike; the
+content distance compares relu4_1 after instance normalisation, so that a change of palette alone costs
+little.
 """
 
 from __future__ import annotations
