@@ -27,8 +27,10 @@ __all__ = [
     "PICTURE_SUFFIXES",
     "WRITABLE_SUFFIXES",
     "Picture",
+    "decode_picture",
     "is_animated",
     "open_picture",
+    "quiet_pillow",
     "read_picture",
     "write_picture",
 ]
@@ -54,6 +56,7 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "TIFF": {"compression": "tiff_lzw"},
 }
 _WITH_ALPHA = frozenset({"PNG", "WEBP", "TIFF", "AVIF"})
+_ANIMATED = frozenset({"GIF", "PNG", "WEBP", "AVIF"})
 _WITH_QUALITY = frozenset({"JPEG", "WEBP", "AVIF"})
 # The transposition that undoes an EXIF orientation. (Pillow's exif_transpose also rewrites the EXIF block,
 # which fails on the ones that some cameras write.)
@@ -94,22 +97,27 @@ def read_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Picture:
     picture, truncated, or more than ``max_pixels`` (checked before decoding).
     """
     check_input(path)
-    with _quiet_pillow():
+    with quiet_pillow():
         size = _float_tiff_size(path)
     if size is not None:
         _check_size(path, size, max_pixels)
         return Picture(to_8bit(_read_float_tiff(path)))
     with open_picture(path) as picture:
         _check_size(path, picture.size, max_pixels)
-        try:
-            picture.load()
-            upright = _UPRIGHT.get(_orientation(picture))
-            layers = [
-                None if layer is None else np.asarray(layer if upright is None else layer.transpose(upright))
-                for layer in _to_srgb(picture)
-            ]
-        except _DAMAGE as error:
-            raise MediaError(f"{path} is damaged and cannot be read completely: {reason(error)}") from error
+        return decode_picture(path, picture)
+
+
+def decode_picture(path: Path, picture: Image.Image) -> Picture:
+    """The frame that an opened picture is at; ``path`` is for messages. Raises MediaError if damaged."""
+    try:
+        picture.load()
+        upright = _UPRIGHT.get(_orientation(picture))
+        layers = [
+            None if layer is None else np.asarray(layer if upright is None else layer.transpose(upright))
+            for layer in _to_srgb(picture)
+        ]
+    except _DAMAGE as error:
+        raise MediaError(f"{path} is damaged and cannot be read completely: {reason(error)}") from error
     frame, alpha = layers
     assert frame is not None
     return Picture(frame, None if alpha is None or (alpha == 255).all() else alpha)
@@ -122,7 +130,7 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
     Raises MediaError if it is not a known picture.
     """
     check_input(path)
-    with _quiet_pillow():
+    with quiet_pillow():
         Image.init()  # Asked for some formats by name, Pillow would not load all of their readers.
         formats = [name for name in Image.ID if name in _FORMATS]
         if path.suffix.lower() == ".tga":  # It has no signature: it is believed only under its own name.
@@ -139,7 +147,7 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
 
 
 @contextmanager
-def _quiet_pillow() -> Iterator[None]:
+def quiet_pillow() -> Iterator[None]:
     """No warnings, no limit (callers check sizes). Both are process-wide, hence one picture at a time."""
     with _PILLOW, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -151,12 +159,9 @@ def _quiet_pillow() -> Iterator[None]:
 
 
 def is_animated(picture: Image.Image) -> bool:
-    """Whether an opened picture is an animated GIF or PNG.
-
-    Animated WebP and AVIF count as pictures (their first frame): FFmpeg cannot decode the former.
-    """
+    """Whether an opened picture is an animated GIF, PNG, WebP or AVIF."""
     try:
-        return picture.format in ("GIF", "PNG") and bool(getattr(picture, "is_animated", False))
+        return picture.format in _ANIMATED and bool(getattr(picture, "is_animated", False))
     except _DAMAGE:  # Broken after its first frame.
         return False
 

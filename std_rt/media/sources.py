@@ -40,7 +40,7 @@ Kind = Literal["picture", "video"]
 
 
 def media_kind(path: Path) -> Kind:
-    """``"picture"`` or ``"video"``; animated GIF and PNG are videos, still ones are pictures.
+    """``"picture"`` or ``"video"``; animated GIF, PNG, WebP and AVIF are videos, still ones are pictures.
 
     Reads headers only. A damaged file counts as what its suffix says; reading it then reports the error.
     Raises MediaError if the file is missing, a folder, empty, or neither content nor suffix is known.
@@ -109,12 +109,12 @@ def _folder_files(folder: Path) -> list[Path]:
     return files
 
 
-def output_path(source: Path, out: Path | None, many: bool, is_video: bool) -> Path:
+def output_path(source: Path, out: Path | None, many: bool, is_video: bool, sound: str = "auto") -> Path:
     """Where the result of ``source`` goes.
 
     ``out`` None: ``<stem>_styled<suffix>`` next to the source. ``out`` a folder (exists, or has no suffix):
     the same name in it. Else ``out`` itself. Suffix: kept if it can be written, else .png for pictures
-    and .mp4 for clips (.mkv if the sound does not fit mp4; animated GIF and PNG become .mp4).
+    and .mp4 for clips (.mkv if the sound does not fit mp4; animated pictures become .mp4).
     Raises MediaError if ``out`` has a suffix that does not fit (photo to .mp4, clip to .png, unknown) or is
     one file for ``many`` inputs.
     """
@@ -134,14 +134,18 @@ def output_path(source: Path, out: Path | None, many: bool, is_video: bool) -> P
     if folder.is_file():
         raise MediaError(f"{folder} is a file without a suffix; give -o a folder or a name such as out.png")
     if is_video:
-        suffix = default_clip_suffix(source)
+        suffix = default_clip_suffix(source, sound)
     else:
         suffix = source.suffix if source.suffix.lower() in WRITABLE_SUFFIXES else ".png"
     return folder / f"{source.stem}{_MARK}{suffix}"
 
 
-def plan_outputs(inputs: list[Path], out: Path | None, *, overwrite: bool = False) -> list[Job]:
+def plan_outputs(
+    inputs: list[Path], out: Path | None, *, overwrite: bool = False, sound: str = "auto"
+) -> list[Job]:
     """Expand, classify, name and check everything before any work: the list of jobs.
+
+    sound: what becomes of the sound of clips, see `transcode_stream`.
 
     Raises MediaError for the first input that is missing or not a picture or clip, for two inputs with one
     output, for an output that exists (without ``overwrite``), is an input, or cannot be written.
@@ -150,7 +154,7 @@ def plan_outputs(inputs: list[Path], out: Path | None, *, overwrite: bool = Fals
     jobs: dict[Path, Job] = {}
     for source in sources:
         is_video = media_kind(source) == "video"
-        sink = output_path(source, out, len(sources) > 1, is_video)
+        sink = output_path(source, out, len(sources) > 1, is_video, sound)
         twin = jobs.setdefault(sink.absolute(), Job(source, sink, is_video))
         if twin.source != source:
             raise MediaError(

@@ -176,11 +176,10 @@ def _play_clip(path: Path, is_behind: Callable[[], bool]) -> Generator[PlaybackF
             gap_s = 0.0 if last_pts is None else float((item.pts - last_pts) * clip.time_base)
             at_s, last_pts = at_s + min(gap_s, _LONGEST_S), item.pts
             lasts_s = min(float(item.duration * clip.time_base), _LONGEST_S) or step_s
-            skips = clip.video.codec_context.skip_frame != "DEFAULT"
             # How many frames of the average length would have been in the gap.
-            skipped = max(0, round(gap_s / step_s) - 1) if skips else 0
+            skipped = max(0, round(gap_s / step_s) - 1) if clip.skips else 0
             yield PlaybackFrame(item.rgb, at_s, lasts_s, skipped)
-            clip.video.codec_context.skip_frame = "NONREF" if is_behind() else "DEFAULT"
+            clip.skips = is_behind()
     if last_pts is None:
         raise nothing_decoded(path)
 
