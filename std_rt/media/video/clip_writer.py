@@ -76,7 +76,8 @@ class ClipWriter:
         """One line each on what will not be in the file as it was in the source."""
         losses, mkv = self._clip.losses(), self._sink.with_suffix(".mkv").name
         if self._tells_conversion:
-            losses += [conversion_note(stream, name, self._sink) for stream, name in self._plan if name]
+            lines = [conversion_note(stream, name, self._sink) for stream, name in self._plan if name]
+            losses += dict.fromkeys(lines)
         left_out = [stream for stream in self._clip.subtitles if stream not in self._subtitles]
         if left_out:
             kinds = ", ".join(sorted({stream.codec_context.codec.canonical_name for stream in left_out}))
@@ -152,10 +153,10 @@ class ClipWriter:
     def _mux_options(self) -> dict[str, str]:
         """For MP4: index in front, and clocks that hold the source's times (else starts are cut to ms).
 
-        For Matroska: the tracks that the source plays by default, and no others.
+        For Matroska: no subtitles by default that the source does not show by default.
         """
         if MUXERS[self._suffix] not in ("mp4", "mov"):
-            return {"default_mode": "passthrough"}
+            return {"default_mode": "infer_no_subs"}
         options = {"movflags": "+faststart"}
         ticks = self._clip.time_base.denominator
         if self._clip.time_base.numerator == 1:

@@ -77,7 +77,7 @@ def conversion_note(stream: AudioStream, encoder: str, sink: Path) -> str:
         keep = "; --sound copy keeps it as it is"
     else:
         keep = f"; -o {sink.with_suffix(others[0]).name} keeps it as it is" if others else ""
-    target = encoder.removeprefix("lib").upper()
+    target = "AAC" if encoder == _ENCODER else "Opus"
     return f"its {_name(stream)} sound is converted to {target}{mixed}{keep}"
 
 
