@@ -32,6 +32,7 @@ from std_rt.core.errors import MediaError
 from std_rt.core.files import check_input, reason
 from std_rt.media.video.animation import PictureClip, is_animated_picture
 from std_rt.media.video.base import Clip, DecodedFrame, Tags
+from std_rt.media.video.clock import may_jump, packets_of
 from std_rt.media.video.colour import colour_of, format_has_alpha, to_rgb
 from std_rt.media.video.deinterlacer import Deinterlacer
 
@@ -254,9 +255,8 @@ class ContainerClip(Clip):
         """
         starts = [s.start_time * s.time_base for s in sounds if s.start_time is not None and s.time_base]
         start_s = min([first.pts * self.time_base, *starts])
-        is_broadcast = self.container.format.name in ("mpegts", "mpeg")  # a clock that wraps is below zero
-        if start_s <= 0:
-            return start_s if is_broadcast else Fraction(0)
+        if start_s <= 0:  # Or a clock that wraps.
+            return start_s if may_jump(self.container) else Fraction(0)
         if "mp4" in self.container.format.name:
             with open_container(self.path, ignore_editlist="1") as unedited:
                 stored = next(unedited.demux(), None)
@@ -332,12 +332,11 @@ class ContainerClip(Clip):
     def _packets(self) -> Iterator[Packet[Stream]]:
         """All packets; those of sound too, which show where the file ends."""
         try:
-            for packet in self.container.demux([self.video, *self.sound]):
-                if packet.size:  # The empty ones at the end flush decoders; read() does that itself.
-                    if packet.pts is not None:
-                        end_s = float((packet.pts + (packet.duration or 0)) * packet.time_base)
-                        self._end_s = max(self._end_s, end_s)
-                    yield packet
+            for packet in packets_of(self.container, [self.video, *self.sound]):
+                if packet.pts is not None:
+                    end_s = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                    self._end_s = max(self._end_s, end_s)
+                yield packet
         except av.FFmpegError:
             self.damage += 1
 

@@ -29,6 +29,7 @@ from std_rt.core.files import reason
 from std_rt.media.fit import resize
 from std_rt.media.video.base import Clip, DecodedFrame
 from std_rt.media.video.clip import open_container
+from std_rt.media.video.clock import packets_of
 from std_rt.media.video.colour import Colour
 from std_rt.media.video.encoder import MUXERS, Encoder, VideoTrack, even_size
 from std_rt.media.video.sound import Track, conversion_note, open_track, plan_sound
@@ -318,9 +319,5 @@ def _as_rgba(styled: Frame, alpha: Frame | None) -> Frame:
 
 
 def _copied_packets(container: InputContainer, streams: Sequence[Stream]) -> Iterator[Packet[Any]]:
-    try:
-        for packet in container.demux([container.streams[stream.index] for stream in streams]):
-            if packet.size:
-                yield packet
-    except av.FFmpegError:  # Broken off here; reading the frames notices it, and says so.
-        return
+    with suppress(av.FFmpegError):  # Broken off; reading the frames notices it, and says so.
+        yield from packets_of(container, [container.streams[stream.index] for stream in streams])

@@ -30,6 +30,7 @@ from support.media_samples import (
 from std_rt.core.errors import UsageError
 from std_rt.media.sources import media_kind
 from std_rt.media.video.clip import open_clip
+from std_rt.media.video.deinterlacer import Deinterlacer
 
 TICK = Fraction(1, 25)
 STEADY = ClipSpec(codec="mpeg4", options={}, pts=range(15), time_base=TICK)
@@ -105,6 +106,34 @@ def test_a_segment_of_a_stream_starts_at_zero(tmp_path: Path) -> None:
     assert frame_times(source)[0] == 500
     transcode(source, tmp_path / "out.mp4", same)
     assert frame_times(tmp_path / "out.mp4") == [Fraction(n, 25) for n in range(12)]
+
+
+@pytest.mark.parametrize("offset_s", ["0", "5000"])
+@pytest.mark.parametrize("first", ["early", "late"])
+@pytest.mark.parametrize("suffix", [".ts", ".mpg"])
+def test_joined_recordings_play_one_after_the_other(
+    tmp_path: Path, suffix: str, first: str, offset_s: str
+) -> None:
+    spec = ClipSpec(pts=tuple(range(0, 50 * 512, 512)), audio="aac")
+    if suffix == ".mpg":
+        spec = replace(STEADY, codec="mpeg2video", audio="mp2", pts=range(50))
+    parts = [
+        make_clip(tmp_path / f"{name}{suffix}", replace(spec, container_options={"output_ts_offset": offset}))
+        for name, offset in (("early", "0"), ("late", offset_s))
+    ]
+    joined = tmp_path / f"joined{suffix}"
+    joined.write_bytes(b"".join(part.read_bytes() for part in (parts if first == "early" else parts[::-1])))
+    report = transcode(joined, tmp_path / "out.mkv", same)
+    assert report.frames == 100
+    times, sounds = frame_times(report.output), sound_packets(report.output)
+    assert times[0] <= Fraction(1, 25)
+    np.testing.assert_allclose(np.diff([float(at) for at in times]), 0.04, atol=0.041)
+    assert abs(times[-1] - Fraction(99, 25)) < Fraction(1, 5)
+    steps = np.diff([float(at) for at, _ in sounds])
+    assert steps.max() < 0.15
+    lost = 2 * len(sound_packets(parts[0])) - len(sounds)
+    assert lost <= 4
+    assert abs(sounds[-1][0] - times[-1]) < Fraction(1, 5)
 
 
 # --- sound -----------------------------------------------------------------------------------------------
@@ -613,3 +642,23 @@ def test_progressive_clips_are_not_touched(tmp_path: Path) -> None:
         for ours, frame in zip(clip.read(), container.decode(video=0), strict=True):
             assert np.abs(ours.rgb.astype(int) - frame.to_ndarray(format="rgb24")).mean() < 2
         assert clip.notes(stopped=False) == []
+
+
+def test_progressive_frames_of_an_interlaced_clip_are_not_touched(tmp_path: Path) -> None:
+    spec = ClipSpec(
+        width=96, height=64, options={"preset": "ultrafast", "bf": "0"}, pts=range(8), time_base=TICK
+    )
+    clips = (
+        _interlaced(tmp_path / "a.mp4", "libx264", preset="ultrafast"),
+        make_clip(tmp_path / "b.mp4", spec),
+    )
+    deinterlacer, done = Deinterlacer(), []
+    with av.open(str(clips[0])) as first, av.open(str(clips[1])) as second:
+        frames = [*first.decode(video=0), *second.decode(video=0)]
+        for index, frame in enumerate(frames):
+            frame.pts, frame.time_base = index, TICK
+            done += deinterlacer.run(frame)
+        done += deinterlacer.flush()
+    assert [frame.pts for frame in done] == list(range(16))
+    for before, after in zip(frames[8:], done[8:], strict=True):
+        np.testing.assert_array_equal(before.to_ndarray(), after.to_ndarray())
