@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from av.container.core import Chapter
     from av.stream import AttachmentStream
     from av.subtitles.stream import SubtitleStream
+    from av.video.stream import VideoStream
 
 __all__ = ["Clip", "DecodedFrame", "Tags"]
 
@@ -112,6 +113,11 @@ class Clip(ABC):
     @property
     def attachments(self) -> Sequence[AttachmentStream]:
         """Files inside the file, such as fonts."""
+        return ()
+
+    @property
+    def covers(self) -> Sequence[tuple[VideoStream, bytes]]:
+        """Cover pictures, which containers list as video: stream and JPEG, PNG or BMP file."""
         return ()
 
     @property

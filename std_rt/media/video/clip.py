@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -53,6 +55,13 @@ _CONTAINERS = (
     "mov,mp4,matroska,webm,avi,mpeg,mpegts,flv,asf,ogg,gif,apng,mxf,ivf,yuv4mpegpipe,h264,hevc,obu,nut,dv,rm,"
     "mpegvideo,m4v,mp3,wav,aac,flac,aiff"
 )
+_MARKS = {
+    "A53_CC": "closed captions inside the picture",
+    "STEREO3D": "the layout of its 3-D picture",
+    "SPHERICAL": "its 360-degree projection",
+    "DOVI_METADATA": "Dolby Vision",
+}
+_MARKED_FRAMES = 12  # captions do not come with the very first one
 _LARGE_PX = 1920 * 1088
 _LAST_PACKET_S = 0.2  # longer than any packet of sound, whose duration FLV does not store
 # ISO files that hold a picture, which the mov reader would return as the tiles of a mosaic.
@@ -218,6 +227,14 @@ class ContainerClip(Clip):
     def attachments(self) -> Sequence[AttachmentStream]:
         """Files inside the file, such as fonts."""
         return self.container.streams.attachments
+
+    @cached_property
+    def covers(self) -> list[tuple[VideoStream, bytes]]:
+        """Cover pictures: stream and JPEG, PNG or BMP file."""
+        covers = [stream for stream in self.container.streams.video if _is_cover(stream)]
+        with open_container(self.path) as again:
+            pictures = [next(again.demux(again.streams[stream.index]), None) for stream in covers]
+        return [(s, bytes(p)) for s, p in zip(covers, pictures, strict=True) if p is not None and p.size]
 
     @property
     def chapters(self) -> list[Chapter]:
@@ -403,8 +420,6 @@ class ContainerClip(Clip):
         streams, losses = self.container.streams, []
         if sum(not _is_cover(stream) for stream in streams.video) > 1:
             losses.append("only the first video stream is used")
-        if any(_is_cover(stream) for stream in streams.video):
-            losses.append("its cover picture is not copied")
         unknown = len(streams.audio) - len(self.sound) + len(streams.subtitles) - len(self.subtitles)
         if unknown:
             losses.append(f"{unknown} of its tracks (sound or subtitles in an unknown format) are not copied")
@@ -414,7 +429,19 @@ class ContainerClip(Clip):
         if data:
             names = ", ".join(sorted({stream.name or "of an unknown kind" for stream in data}))
             losses.append(f"data tracks are not copied ({names})")
+        if marks := self._marks():
+            losses.append(f"not kept: {', '.join(marks)}")
         return losses
+
+    def _marks(self) -> list[str]:
+        """What the first frames carry that a new encoding does not."""
+        found: set[str] = set()
+        with open_container(self.path) as container, suppress(av.FFmpegError):
+            video = container.streams.video[self.container.streams.video.index(self.video)]
+            for frame in islice(container.decode(video), _MARKED_FRAMES):
+                side_data: Mapping[str, Buffer] = cast(Any, SideDataContainer)(frame)
+                found |= {name for name in _MARKS if name in side_data}
+        return [words for name, words in _MARKS.items() if name in found]
 
     def notes(self, *, stopped: bool) -> list[str]:
         """After reading: one line each on what a user may want to know about the input."""

@@ -40,6 +40,7 @@ __all__ = ["ClipWriter"]
 _OLD_TAGS = frozenset({"major_brand", "minor_version", "compatible_brands", "encoder"})
 # Tags that stay true; statistics of the old file do not.
 _STREAM_TAGS = frozenset({"language", "title", "handler_name"})
+_WITH_COVERS = ("mp4", "matroska")
 # Raised by containers for packets of damaged sound; never for frames encoded here.
 _BAD_PACKET = (av.ArgumentError, av.InvalidDataError)
 
@@ -86,6 +87,8 @@ class ClipWriter:
         names = [stream.name or "unnamed" for stream in self._clip.attachments]
         if names and not self._keeps_attachments:
             losses.append(f"its attachments ({', '.join(names)}) are not copied; -o {mkv} keeps them")
+        if self._clip.covers and MUXERS[self._suffix] not in _WITH_COVERS:
+            losses.append(f"its cover picture is not copied; -o {mkv} keeps it")
         if self._clip.has_alpha and not self._encoder.has_alpha:
             others = " or ".join(self._sink.with_suffix(s).name for s in (".webm", ".mov"))
             losses.append(f"transparent parts are laid over white; -o {others} keeps them transparent")
@@ -209,8 +212,27 @@ class ClipWriter:
             new.disposition = stream.disposition
         for attachment in clip.attachments if self._keeps_attachments else ():
             self._container.add_stream_from_template(attachment)
+        covers = self._add_covers(self._container)
         self._container.start_encoding()
+        self._container.mux(covers)
         return track
+
+    def _add_covers(self, container: OutputContainer) -> list[Packet[Any]]:
+        """Streams or attachments for cover pictures; returns the packets to be written behind the header."""
+        packets, muxer = [], MUXERS[self._suffix]
+        for cover, data in self._clip.covers if muxer in _WITH_COVERS else ():
+            kind = {"mjpeg": "jpeg"}.get(cover.codec_context.name, cover.codec_context.name)
+            if muxer == "matroska":
+                name = cover.metadata.get("filename", f"cover.{kind.replace('jpeg', 'jpg')}")
+                container.add_attachment(name, cover.metadata.get("mimetype", f"image/{kind}"), data)
+                continue
+            packet: Packet[Any] = Packet(data)
+            packet.stream = container.add_stream_from_template(cover, opaque=True)
+            packet.stream.disposition = cover.disposition
+            packet.pts = packet.dts = 0
+            packet.time_base = Fraction(1, 1000)
+            packets.append(packet)
+        return packets
 
     def _chapters(self) -> list[Any]:
         """Those of the source, from its start on."""

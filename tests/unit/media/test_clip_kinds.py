@@ -430,6 +430,79 @@ def _with_subtitles(path: Path) -> Path:
     return path
 
 
+def test_closed_captions_and_3d_layouts_are_named_before_work(tmp_path: Path) -> None:
+    plain = {"preset": "ultrafast", "bf": "0"}
+    flat = make_clip(tmp_path / "flat.h264", ClipSpec(options=plain))
+    assert announced(flat, tmp_path / "flat.mp4") == []
+    options = plain | {"x264-params": "frame-packing=3"}
+    stereo = make_clip(tmp_path / "3d.mp4", ClipSpec(options=options))
+    assert announced(stereo, tmp_path / "x.mp4") == ["not kept: the layout of its 3-D picture"]
+    # ATSC A/53 part 4: one pair of bytes in each picture, in front of its slice.
+    captions = b"\xb5\x00\x31GA94\x03\xc1\xff\xfc\x94\x20\xff"
+    message = b"\x00\x00\x01\x06\x04" + bytes([len(captions)]) + captions + b"\x80"
+    data = flat.read_bytes()
+    for slice_start in (b"\x00\x00\x01\x65", b"\x00\x00\x01\x41"):
+        data = data.replace(slice_start, message + slice_start)
+    (tmp_path / "cc.h264").write_bytes(data)
+    lines = announced(tmp_path / "cc.h264", tmp_path / "cc.mp4")
+    assert lines == ["not kept: closed captions inside the picture"]
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".webm"])
+def test_a_cover_is_kept_or_named(tmp_path: Path, name: str, suffix: str) -> None:
+    source = _with_cover(tmp_path / "a.mp4")
+    if name != source.name:
+        source = transcode(source, tmp_path / name, same).output
+    lost = ["its cover picture is not copied; -o out.mkv keeps it"]
+    assert announced(source, tmp_path / f"out{suffix}") == (lost if suffix in (".webm", ".mov") else [])
+    assert len(frame_times(tmp_path / f"out{suffix}")) == 5
+    found = _covers(tmp_path / f"out{suffix}")
+    assert found == ([] if suffix in (".webm", ".mov") else _covers(source))
+
+
+def _covers(path: Path) -> list[bytes]:
+    with av.open(str(path)) as container:
+        covers = [
+            stream for stream in container.streams.video if stream.disposition & Disposition.attached_pic
+        ]
+        return [bytes(next(container.demux(stream))) for stream in covers]
+
+
+def _with_cover(path: Path) -> Path:
+    with av.open(str(path), "w") as container:
+        video: Any = container.add_stream("mpeg4", rate=25)
+        video.width, video.height = 64, 48
+        cover: Any = container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 16, 16, "yuvj420p"
+        cover.disposition = Disposition.attached_pic
+        image = av.VideoFrame.from_ndarray(np.zeros((24, 16), np.uint8), format="yuvj420p")
+        container.mux([*cover.encode(image), *cover.encode(None)])
+        for index in range(5):
+            frame = av.VideoFrame.from_ndarray(moving_bar(index))
+            frame.pts, frame.time_base = index, TICK
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+    assert len(_covers(path)) == 1
+    return path
+
+
+def test_data_tracks_are_named_before_work(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "a.ts"), "w") as container:
+        video: Any = container.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
+        video.width, video.height = 64, 48
+        data: Any = container.add_data_stream("klv")
+        for index in range(5):
+            frame = av.VideoFrame.from_ndarray(moving_bar(index))
+            frame.pts, frame.time_base = index, TICK
+            container.mux(video.encode(frame))
+            packet: Any = av.Packet(b"position")
+            packet.stream, packet.pts, packet.dts, packet.time_base = data, index, index, TICK
+            container.mux(packet)
+        container.mux(video.encode(None))
+    assert announced(tmp_path / "a.ts", tmp_path / "out.mp4") == ["data tracks are not copied (klv)"]
+
+
 # --- transparency ----------------------------------------------------------------------------------------
 
 RED, GREEN = (200, 0, 0), (0, 255, 0)
