@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from std_rt.core.errors import MediaError
 from std_rt.core.files import atomic_file, check_output
 from std_rt.core.prefetcher import Prefetcher
+from std_rt.media.video.animation import is_animated_picture
 from std_rt.media.video.base import Clip, DecodedFrame
-from std_rt.media.video.clip import nothing_decoded, open_clip
+from std_rt.media.video.clip import copied_streams, nothing_decoded, open_clip, open_container
 from std_rt.media.video.clip_writer import ClipWriter
 from std_rt.media.video.encoder import CLIP_SUFFIXES
 from std_rt.media.video.sound import sound_fits
@@ -58,8 +59,10 @@ def default_clip_suffix(source: Path, sound: str = "auto") -> str:
     """
     if source.suffix.lower() in CLIP_SUFFIXES:
         return source.suffix
-    with open_clip(source) as clip:
-        sounds = clip.sound if sound in ("auto", "copy") else ()
+    if sound in ("convert", "drop") or is_animated_picture(source):
+        return ".mp4"
+    with open_container(source) as container:
+        sounds = copied_streams(container)[0]
         in_mp4 = all(sound_fits(stream, ".mp4", usual=True) for stream in sounds)
         return ".mkv" if not in_mp4 and all(sound_fits(stream, ".mkv") for stream in sounds) else ".mp4"
 
