@@ -385,7 +385,10 @@ class ContainerClip(Clip):
 
     def _next_pts(self, frame: VideoFrame) -> int:
         """The frame's time; if it is missing or runs backwards, the next one that fits."""
-        pts = frame.pts if frame.pts is not None else frame.dts
+        times = [frame.pts, frame.dts]
+        if self.container.format.name == "avi":  # It stores no pts; FFmpeg's guess is wrong for H.264.
+            times.reverse()
+        pts = times[0] if times[0] is not None else times[1]
         if self._last_pts is not None:
             pts = self._last_pts + self.frame_step if pts is None else max(pts, self._last_pts + 1)
         self._last_pts = pts or 0

@@ -136,6 +136,16 @@ def test_joined_recordings_play_one_after_the_other(
     assert abs(sounds[-1][0] - times[-1]) < Fraction(1, 5)
 
 
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4", "mjpeg"])
+def test_frames_of_an_avi_are_steady(tmp_path: Path, codec: str) -> None:
+    # With B-frames, whose times an AVI does not store.
+    options = {"libx264": {"bf": "2", "preset": "ultrafast"}, "mpeg4": {"bf": "2"}}.get(codec, {})
+    pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    source = make_clip(tmp_path / "a.avi", replace(STEADY, codec=codec, options=options, pix_fmt=pix_fmt))
+    transcode(source, tmp_path / "out.mp4", same)
+    assert frame_times(tmp_path / "out.mp4") == [Fraction(n, 25) for n in range(15)]
+
+
 # --- sound -----------------------------------------------------------------------------------------------
 
 

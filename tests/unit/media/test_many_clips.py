@@ -78,7 +78,7 @@ def look(path: Path) -> Heard:
                 heard = sounds[packet.stream.index]
                 heard.append((_sound_time(packet, heard), digest))
             elif packet.stream.index == video.index:
-                times += _times(packet)
+                times += _times(packet, by_dts=container.format.name == "avi")
         rising = _rising(times, step)
         ticks = [stream.time_base for stream in container.streams.audio]
         return Heard([t * video.time_base for t in rising], list(sounds.values()), video.time_base, ticks)
@@ -105,9 +105,11 @@ def _payload(packet: Any) -> bytes:
     return data[7 if data[1] & 1 else 9 :] if is_adts else data
 
 
-def _times(packet: Any) -> list[Any]:
+def _times(packet: Any, by_dts: bool) -> list[Any]:
+    """As stored: AVI has no pts, and FFmpeg makes up some that do not rise."""
     try:
-        return [frame.pts if frame.pts is not None else frame.dts for frame in packet.decode()]
+        pairs = [(frame.dts, frame.pts) if by_dts else (frame.pts, frame.dts) for frame in packet.decode()]
+        return [first if first is not None else second for first, second in pairs]
     except av.FFmpegError:
         return []
 
