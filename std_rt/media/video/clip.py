@@ -452,7 +452,7 @@ class ContainerClip(Clip):
         if self.damage or (not stopped and self.is_short):
             notes.append("the input is damaged or truncated; everything decodable was processed")
         if self._deinterlacer.used:
-            notes.append("it is interlaced; its lines were joined into whole frames (bwdif)")
+            notes.append("it is interlaced and was deinterlaced (bwdif)")
         if self.is_hdr:
             notes.append("HDR brightness (PQ or HLG) was used as it is, without tone mapping")
         return notes

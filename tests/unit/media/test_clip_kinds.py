@@ -23,6 +23,7 @@ from support.media_samples import (
     frame_times,
     make_clip,
     moving_bar,
+    rgb_to_yuv420,
     sound_packets,
     transcode,
 )
@@ -61,7 +62,7 @@ def announced(source: Path, sink: Path, **options: Any) -> list[str]:
 # --- clocks ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("offset_s", ["0", "95000"])
+@pytest.mark.parametrize("offset_s", ["0", "95000", "95443.5"])  # the last wraps in MPEG's 33 bits
 @pytest.mark.parametrize(
     ("name", "spec"),
     [
@@ -75,8 +76,7 @@ def announced(source: Path, sink: Path, **options: Any) -> list[str]:
 def test_a_clock_that_starts_late_starts_at_zero(
     tmp_path: Path, name: str, spec: ClipSpec, offset_s: str
 ) -> None:
-    given = {} if name == "a.mpg" and offset_s != "0" else {"output_ts_offset": offset_s}
-    source = make_clip(tmp_path / name, replace(spec, container_options=given))
+    source = make_clip(tmp_path / name, replace(spec, container_options={"output_ts_offset": offset_s}))
     for sink in ("out.mp4", "out.mkv"):
         transcode(source, tmp_path / sink, same)
         with av.open(str(tmp_path / sink)) as container:
@@ -296,6 +296,21 @@ def test_sound_of_many_channels_is_converted(tmp_path: Path, channels: str) -> N
     assert ("mixed down to stereo" in line) == (count in (3, 4))
     with av.open(str(tmp_path / "out.mp4")) as container:
         assert container.streams.audio[0].codec_context.channels == (2 if count in (3, 4) else count)
+
+
+def test_sound_whose_channels_change_is_converted(tmp_path: Path) -> None:
+    plain = ClipSpec(pts=tuple(range(0, 50 * 512, 512)))
+    parts = [
+        make_clip(tmp_path / f"{count}.ts", replace(plain, sounds=[Sound("ac3", count)])) for count in (1, 2)
+    ]
+    (tmp_path / "a.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
+    report = transcode(tmp_path / "a.ts", tmp_path / "out.mp4", same, sound="convert")
+    assert (report.frames, report.notes) == (100, ())
+    samples = heard(report.output)
+    assert abs(len(samples) - 4 * 48_000) < 0.15 * 48_000
+    loud = np.abs(samples[: len(samples) // 4800 * 4800].reshape(-1, 4800)).mean(axis=1)
+    assert np.median(loud[:20]) > 0.02
+    assert np.median(loud[20:]) > 0.02
 
 
 def test_sound_can_be_dropped(tmp_path: Path) -> None:
@@ -711,12 +726,38 @@ def test_interlaced_clips_come_out_without_doubled_edges(
         return frame
 
     report = transcode(source, tmp_path / "out.mp4", see)
-    assert report.notes == ("it is interlaced; its lines were joined into whole frames (bwdif)",)
+    assert report.notes == ("it is interlaced and was deinterlaced (bwdif)",)
     assert frame_times(report.output) == frame_times(source)
     with av.open(str(source)) as container:
         before = [_combing(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
     assert min(before) > 5
     assert max(_combing(frame) for frame in seen[1:]) < 1
+
+
+def test_rotation_range_and_matrix_survive_deinterlacing(tmp_path: Path) -> None:
+    tags = (1, 2, 1, 1)  # BT.709, full range
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        options = {"preset": "ultrafast", "crf": "4", "x264-params": "tff=1"}
+        stream: Any = container.add_stream("libx264", rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        stream.set_display_rotation(90, hflip=False, vflip=False)
+        context = stream.codec_context
+        context.flags |= Flags.interlaced_dct
+        context.colorspace, context.color_range, context.color_primaries, context.color_trc = tags
+        rgb = np.full((64, 96, 3), (200, 60, 30), np.uint8)
+        for index in range(4):
+            planes = rgb_to_yuv420(rgb, matrix=1, full=True)
+            frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
+            frame.colorspace, frame.color_range, frame.color_primaries, frame.color_trc = tags
+            frame.pts, frame.time_base = index, TICK
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with open_clip(tmp_path / "a.mp4") as clip:
+        frames = list(clip.read())
+        assert "deinterlaced" in clip.notes(stopped=False)[0]
+    for one in frames:
+        assert (one.rgb.shape, one.rotation) == ((96, 64, 3), 270)
+        np.testing.assert_allclose(one.rgb.mean(axis=(0, 1)), (200, 60, 30), atol=3)
 
 
 def test_progressive_clips_are_not_touched(tmp_path: Path) -> None:
