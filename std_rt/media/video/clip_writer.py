@@ -56,12 +56,13 @@ class ClipWriter:
 
     def __init__(self, sink: Path, clip: Clip, codec: str | None, crf: int, sound: str = "auto") -> None:
         self._sink, self._clip, self._suffix = sink, clip, sink.suffix.lower()
-        self._encoder = Encoder.for_file(sink, codec, crf, alpha=clip.has_alpha)
+        self._has_alpha = clip.has_alpha
+        self._encoder = Encoder.for_file(sink, codec, crf, alpha=self._has_alpha)
         clip.keeps_alpha = self._encoder.has_alpha
         self._plan: list[tuple[AudioStream, str | None]] = list(
             zip(clip.sound, plan_sound(clip.sound, sink, sound), strict=False)
         )
-        self._subtitles = [stream for stream in clip.subtitles if self._takes(stream)]
+        self._subtitles = [stream for stream in clip.subtitles if _takes(self._suffix, stream)]
         self._tells_conversion = sound == "auto"
         self._start_s = Fraction(0)  # of the source's clock
         self.frames = 0
@@ -83,26 +84,21 @@ class ClipWriter:
         left_out = [stream for stream in self._clip.subtitles if stream not in self._subtitles]
         if left_out:
             kinds = ", ".join(sorted({stream.codec_context.codec.canonical_name for stream in left_out}))
-            losses.append(f"its subtitles ({kinds}) are not copied; -o {mkv} may keep them")
+            others = [s for s in (".mkv", ".mp4") if all(_takes(s, stream) for stream in left_out)]
+            keep = f"; -o {self._sink.with_suffix(others[0]).name} keeps them" if others else ""
+            losses.append(f"its subtitles ({kinds}) are not copied{keep}")
         names = [stream.name or "unnamed" for stream in self._clip.attachments]
         if names and not self._keeps_attachments:
             losses.append(f"its attachments ({', '.join(names)}) are not copied; -o {mkv} keeps them")
         if self._clip.covers and MUXERS[self._suffix] not in _WITH_COVERS:
             losses.append(f"its cover picture is not copied; -o {mkv} keeps it")
-        if self._clip.has_alpha and not self._encoder.has_alpha:
-            others = " or ".join(self._sink.with_suffix(s).name for s in (".webm", ".mov"))
-            losses.append(f"transparent parts are laid over white; -o {others} keeps them transparent")
+        if self._has_alpha and not self._encoder.has_alpha:
+            better = " or ".join(self._sink.with_suffix(s).name for s in (".webm", ".mov"))
+            losses.append(f"transparent parts are laid over white; -o {better} keeps them transparent")
         timecode = self._clip.tags.timecode
         if timecode and not self._keeps_timecode:
             losses.append(f"its timecode ({timecode}) does not fit {self._suffix} and is not copied")
         return losses
-
-    def _takes(self, stream: SubtitleStream) -> bool:
-        with self._trial() as trial:
-            _SubtitleTrack(trial, stream)
-            trial.start_encoding()
-            return True
-        return False
 
     @property
     def _keeps_attachments(self) -> bool:
@@ -111,23 +107,13 @@ class ClipWriter:
     @property
     def _keeps_timecode(self) -> bool:
         """Tried: MP4 and MOV count frames in it, and not at every rate."""
-        clip = self._clip
-        with self._trial() as trial:
-            black = Colour(1, False, 1, 1)
-            track = VideoTrack(trial, self._encoder, (64, 64), clip.rate, clip.time_base, black)
+        clip, colour = self._clip, Colour(1, False, 1, 1)
+        with _trial(self._suffix) as trial:
+            track = VideoTrack(trial, self._encoder, (64, 64), clip.rate, clip.time_base, colour)
             track.stream.metadata["timecode"] = clip.tags.timecode or ""
             trial.start_encoding()
             return True
         return False
-
-    @contextmanager
-    def _trial(self) -> Iterator[OutputContainer]:
-        """A container like the file, in memory; what it refuses ends the block."""
-        with (
-            av.open(io.BytesIO(), "w", format=MUXERS[self._suffix]) as trial,
-            suppress(ValueError, av.FFmpegError),
-        ):
-            yield trial
 
     @contextmanager
     def open(self, partial: Path) -> Iterator[None]:
@@ -327,6 +313,21 @@ class _SubtitleTrack(Track):
         """The packet, if it says when it is due."""
         packet.stream = self.stream
         return [packet] if packet.dts is not None else []
+
+
+@contextmanager
+def _trial(suffix: str) -> Iterator[OutputContainer]:
+    """A container like that of a file, in memory; what it refuses ends the block."""
+    with av.open(io.BytesIO(), "w", format=MUXERS[suffix]) as trial, suppress(ValueError, av.FFmpegError):
+        yield trial
+
+
+def _takes(suffix: str, stream: SubtitleStream) -> bool:
+    with _trial(suffix) as trial:
+        _SubtitleTrack(trial, stream)
+        trial.start_encoding()
+        return True
+    return False
 
 
 def _lasting(tags: Mapping[str, str]) -> dict[str, str]:

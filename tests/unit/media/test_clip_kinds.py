@@ -421,7 +421,7 @@ def test_chapters_move_with_the_clock(tmp_path: Path) -> None:
 def test_subtitles_are_copied_or_named(tmp_path: Path, sink: str, kept: bool) -> None:
     source = _with_subtitles(tmp_path / "a.mkv")
     lines = announced(source, tmp_path / sink)
-    assert lines == ([] if kept else ["its subtitles (subrip) are not copied; -o out.mkv may keep them"])
+    assert lines == ([] if kept else ["its subtitles (subrip) are not copied; -o out.mkv keeps them"])
     with av.open(str(tmp_path / sink)) as container:
         texts = (
             [bytes(packet) for packet in container.demux(*container.streams.subtitles) if packet.size]
