@@ -13,14 +13,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from fractions import Fraction
 from math import lcm
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import av
 import numpy as np
 from av.audio.stream import AudioStream
 from av.container import InputContainer, OutputContainer
 from av.packet import Packet
-from av.stream import Stream
+from av.stream import Disposition, Stream
 from av.subtitles.stream import SubtitleStream
 from numpy.typing import NDArray
 
@@ -185,7 +185,7 @@ class ClipWriter:
         aspect = clip.pixel_aspect
         track = VideoTrack(self._container, self._encoder, size, clip.rate, clip.time_base, colour, aspect)
         track.stream.metadata.update(_lasting(tags.video))
-        track.stream.disposition = tags.disposition
+        _dispose(track.stream, tags.disposition)
         if tags.timecode and self._keeps_timecode:
             track.stream.metadata["timecode"] = tags.timecode
         for sound, encoder in self._plan:
@@ -195,7 +195,7 @@ class ClipWriter:
         for stream in (*(sound for sound, _ in self._plan), *self._subtitles):
             new = self._tracks[stream.index].stream
             new.metadata.update(_lasting(stream.metadata))
-            new.disposition = stream.disposition
+            _dispose(new, stream.disposition)
         for attachment in clip.attachments if self._keeps_attachments else ():
             self._container.add_stream_from_template(attachment)
         covers = self._add_covers(self._container)
@@ -214,7 +214,7 @@ class ClipWriter:
                 continue
             packet: Packet[Any] = Packet(data)
             packet.stream = container.add_stream_from_template(cover, opaque=True)
-            packet.stream.disposition = cover.disposition
+            _dispose(packet.stream, cover.disposition)
             packet.pts = packet.dts = 0
             packet.time_base = Fraction(1, 1000)
             packets.append(packet)
@@ -328,6 +328,10 @@ def _takes(suffix: str, stream: SubtitleStream) -> bool:
         trial.start_encoding()
         return True
     return False
+
+
+def _dispose(stream: Stream, disposition: Disposition) -> None:
+    stream.disposition = cast(Disposition, disposition.value)  # PyAV 17 takes the number only.
 
 
 def _lasting(tags: Mapping[str, str]) -> dict[str, str]:
