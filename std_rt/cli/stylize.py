@@ -1,7 +1,7 @@
 """`std-rt stylize`: pictures, clips and folders, in the style of a picture.
 
-Exits with 2 if an input failed (the others are still processed), with 130 if Ctrl-C ended a clip early; the
-partial clip is playable.
+Exits with 2 if an input failed (the others are still processed), with 130 if Ctrl-C, SIGTERM or SIGHUP ended
+a clip early; the partial clip is playable.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from typer import Argument, Option
+from typer import Argument, BadParameter, Option
 
 from std_rt.cli.options import StylizerFlags, TemporalOption, parse_size, parse_style
-from std_rt.cli.terminal import builds_shown, interruptible, note
+from std_rt.cli.terminal import builds_shown, ended_as_by_ctrl_c, interruptible, note
 from std_rt.core.errors import MediaError, StdRtError, UsageError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["StylizeRequest", "check_size", "describe", "open_stylizer", "stylize"]
 
 _INTERRUPTED = 130
+_ENDING = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,19 @@ class StylizeRequest(StylizerFlags):
         Option("--output", "-o", metavar="FILE|FOLDER", help="Default: NAME_styled next to each input."),
     ] = None
     temporal: TemporalOption = "full"  # docs/results.md has what it costs and gains
+    sound: Annotated[
+        str,
+        Option(
+            metavar="auto|copy|convert|drop",
+            help="Sound of clips. auto: copied, or AAC (WebM: Opus) where the output cannot hold it.",
+        ),
+    ] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        modes = ("auto", "copy", "convert", "drop")
+        if self.sound not in modes:
+            raise BadParameter(f"--sound must be one of {', '.join(modes)}, got {self.sound!r}")
 
 
 def stylize(request: StylizeRequest) -> int:
@@ -70,8 +84,10 @@ def stylize(request: StylizeRequest) -> int:
     def say(line: str) -> None:
         note(console, f"note: {line}")
 
-    jobs = plan_outputs(request.inputs, request.output, overwrite=request.overwrite, say=say)
-    with open_stylizer(request, console) as stylizer:
+    jobs = plan_outputs(
+        request.inputs, request.output, overwrite=request.overwrite, sound=request.sound, say=say
+    )
+    with ended_as_by_ctrl_c("SIGTERM", "SIGHUP"), open_stylizer(request, console) as stylizer:
         styles = open_styles(weights, stylizer.bundle, say)
         if request.prompt is not None:
             stylizer.set_prompt(request.prompt, request.negative_prompt)
@@ -201,18 +217,26 @@ class _Work:
         def show(done: int, total: int | None) -> None:
             bar.update(task, completed=done, total=None if total is None else max(total, done))
 
-        with interruptible("SIGINT") as interrupted:
+        told: list[str] = []
+
+        def tell(line: str) -> None:
+            told.append(line)
+            note(self._console, f"note: {job.source.name}: {line}")
+
+        with interruptible(*_ENDING) as interrupted:
             report = transcode_stream(
                 job.source,
                 job.sink,
                 stream.frames,
                 overwrite=self._request.overwrite,
                 progress=show,
+                sound=self._request.sound,
+                announce=tell,
                 should_stop=interrupted,
             )
         self._interrupted = report.stopped
-        for line in report.notes:
-            note(self._console, f"note: {job.source.name}: {line}")
+        for line in report.notes[len(told) :]:
+            tell(line)
         if report.stopped and not report.frames:
             return
         fps = report.frames / report.seconds if report.seconds else 0.0

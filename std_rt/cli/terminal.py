@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from rich.console import Console
 
-__all__ = ["builds_shown", "interruptible", "note", "print_table"]
+__all__ = ["builds_shown", "ended_as_by_ctrl_c", "interruptible", "note", "print_table"]
 
 _WIDE = 200  # characters of a table of numbers in a file or a pipe, which has no edge to wrap at
 
@@ -76,16 +77,36 @@ def interruptible(*names: str) -> Iterator[Callable[[], bool]]:
     def ask(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         asked = True
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
+    before = _handlers(names)
+    with _handled(before, ask):
+        yield lambda: asked
+
+
+@contextmanager
+def ended_as_by_ctrl_c(*names: str) -> Iterator[None]:
+    """Inside the block these signals raise KeyboardInterrupt, so that partial files are removed."""
+    with _handled(_handlers(names), signal.default_int_handler):
+        yield
+
+
+def _handlers(names: Sequence[str]) -> dict[signal.Signals, Any]:
+    """Handlers of those signals that this system has and that are not ignored."""
     known = [getattr(signal, name) for name in names if hasattr(signal, name)]
     found = {kind: signal.getsignal(kind) for kind in known}
     # None: a handler that was not installed from Python, and cannot be put back.
-    before = {kind: handler for kind, handler in found.items() if handler not in (signal.SIG_IGN, None)}
+    return {kind: handler for kind, handler in found.items() if handler not in (signal.SIG_IGN, None)}
+
+
+@contextmanager
+def _handled(
+    before: Mapping[signal.Signals, Any], handler: Callable[[int, FrameType | None], Any]
+) -> Iterator[None]:
     for kind in before:
-        signal.signal(kind, ask)
+        signal.signal(kind, handler)
     try:
-        yield lambda: asked
+        yield
     finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
+        for kind, old in before.items():
+            signal.signal(kind, old)

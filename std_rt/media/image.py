@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +36,10 @@ __all__ = [
     "PICTURE_SUFFIXES",
     "WRITABLE_SUFFIXES",
     "Picture",
+    "decode_picture",
     "is_animated",
     "open_picture",
+    "quiet_pillow",
     "read_picture",
     "stores_exif",
     "write_picture",
@@ -55,6 +57,7 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
 }
 _WITH_ALPHA = frozenset({"PNG", "WEBP", "TIFF", "AVIF"})
 _UNUSED_ALPHA = frozenset({"BMP", "DIB", "TGA"})  # programs leave 0 in it throughout, and mean opaque
+_ANIMATED = frozenset({"GIF", "PNG", "WEBP", "AVIF"})
 _WITH_QUALITY = frozenset({"JPEG", "WEBP", "AVIF"})
 _WITH_EXIF = frozenset({"JPEG", "PNG", "WEBP", "AVIF", "TIFF"})
 # The transposition that undoes an EXIF orientation. (Pillow's exif_transpose also rewrites the EXIF block,
@@ -121,20 +124,21 @@ def read_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Picture:
     kind that needs another program, truncated, or more than ``max_pixels`` (checked before decoding).
     """
     check_input(path)
-    with _quiet_pillow():
+    with quiet_pillow():
         _refuse(path)
         tags = tiff_tags(path)
         if tags is not None and _needs_opencv(tags):
             _check_size(
                 path, (tags[TiffImagePlugin.IMAGEWIDTH], tags[TiffImagePlugin.IMAGELENGTH]), max_pixels
             )
-            return _decoded(path, *_read_tiff(path, tags))
+            return decode_picture(path, *_read_tiff(path, tags))
     with open_picture(path) as picture:
         _check_size(path, picture.size, max_pixels)
-        return _decoded(path, picture, _pages_note(picture))
+        return decode_picture(path, picture, _pages_note(picture))
 
 
-def _decoded(path: Path, picture: Image.Image, notes: list[str]) -> Picture:
+def decode_picture(path: Path, picture: Image.Image, notes: Sequence[str] = ()) -> Picture:
+    """The frame that an opened picture is at; ``path`` is for messages. Raises MediaError if damaged."""
     try:
         picture.load()
         upright = _UPRIGHT.get(_orientation(picture))
@@ -168,7 +172,7 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
     Raises UnreadablePictureError if it is of a known kind that is not read here, MediaError if it is none.
     """
     check_input(path)
-    with _quiet_pillow():
+    with quiet_pillow():
         _refuse(path)
         jxl = jxl_size(path)
         if jxl is not None:
@@ -208,7 +212,7 @@ def _refuse(path: Path) -> None:
 
 
 @contextmanager
-def _quiet_pillow() -> Iterator[None]:
+def quiet_pillow() -> Iterator[None]:
     """No warnings, no limit (callers check sizes). Both are process-wide, hence one picture at a time."""
     with _PILLOW, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -220,12 +224,9 @@ def _quiet_pillow() -> Iterator[None]:
 
 
 def is_animated(picture: Image.Image) -> bool:
-    """Whether an opened picture is an animated GIF or PNG.
-
-    Animated WebP and AVIF count as pictures (their first frame): FFmpeg cannot decode the former.
-    """
+    """Whether an opened picture is an animated GIF, PNG, WebP or AVIF."""
     try:
-        return picture.format in ("GIF", "PNG") and bool(getattr(picture, "is_animated", False))
+        return picture.format in _ANIMATED and bool(getattr(picture, "is_animated", False))
     except DAMAGE:  # Broken after its first frame.
         return False
 

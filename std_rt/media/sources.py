@@ -43,7 +43,7 @@ Kind = Literal["picture", "video"]
 
 
 def media_kind(path: Path) -> Kind:
-    """``"picture"`` or ``"video"``; animated GIF and PNG are videos, still ones are pictures.
+    """``"picture"`` or ``"video"``; animated GIF, PNG, WebP and AVIF are videos, still ones are pictures.
 
     Reads headers only. A damaged file counts as what its suffix says; reading it then reports the error.
     Raises MediaError if the file is missing, a folder, empty, a picture of a kind that is not read, or if
@@ -138,12 +138,12 @@ def _left_out(kind: RefusedKind, names: list[str]) -> str:
     return f"{count} ({shown}), {'' if len(names) == 1 else 'each '}{kind.name}: {kind.remedy}"
 
 
-def output_path(source: Path, out: Path | None, many: bool, is_video: bool) -> Path:
+def output_path(source: Path, out: Path | None, many: bool, is_video: bool, sound: str = "auto") -> Path:
     """Where the result of ``source`` goes.
 
     ``out`` None: ``<stem>_styled<suffix>`` next to the source. ``out`` a folder (exists, or has no suffix):
     the same name in it. Else ``out`` itself. Suffix: kept if it can be written, else .png for pictures
-    and .mp4 for clips (.mkv if the sound does not fit mp4; animated GIF and PNG become .mp4).
+    and .mp4 for clips (.mkv if the sound does not fit mp4; animated pictures become .mp4).
     Raises MediaError if ``out`` has a suffix that does not fit (photo to .mp4, clip to .png, unknown) or is
     one file for ``many`` inputs.
     """
@@ -163,7 +163,7 @@ def output_path(source: Path, out: Path | None, many: bool, is_video: bool) -> P
     if folder.is_file():
         raise MediaError(f"{folder} is a file without a suffix; give -o a folder or a name such as out.png")
     if is_video:
-        suffix = default_clip_suffix(source)
+        suffix = default_clip_suffix(source, sound)
     else:
         suffix = source.suffix if source.suffix.lower() in WRITABLE_SUFFIXES else ".png"
     return folder / f"{source.stem}{_MARK}{suffix}"
@@ -174,9 +174,12 @@ def plan_outputs(
     out: Path | None,
     *,
     overwrite: bool = False,
+    sound: str = "auto",
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Job]:
     """Expand (``say``: see `expand_inputs`), classify, name and check everything before any work.
+
+    sound: what becomes of the sound of clips, see `transcode_stream`.
 
     Raises MediaError for the first input that is missing or not a picture or clip, for two inputs with one
     output, for an output that exists (without ``overwrite``), is an input, or cannot be written.
@@ -185,7 +188,7 @@ def plan_outputs(
     jobs: dict[Path, Job] = {}
     for source in sources:
         is_video = media_kind(source) == "video"
-        sink = output_path(source, out, len(sources) > 1, is_video)
+        sink = output_path(source, out, len(sources) > 1, is_video, sound)
         twin = jobs.setdefault(sink.absolute(), Job(source, sink, is_video))
         if twin.source != source:
             raise MediaError(

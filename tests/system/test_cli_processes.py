@@ -80,6 +80,29 @@ def test_however_it_ends_the_recording_plays(
     assert _report(out)["frames"] == len(frame_times(recording))
 
 
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])  # the latter does not exist on Windows
+def test_a_clip_that_a_signal_ends_is_kept(handmade: Bundle, tmp_path: Path, name: str) -> None:
+    clip = make_clip(tmp_path / "clip.mp4", ClipSpec(pts=tuple(range(0, 4000 * 512, 512))))
+    art = picture(tmp_path / "art.png", 32, 32, seed=1)
+    flags = ("-s", art, "--bundle", handmade.path, "--size", "64x48", "-o", tmp_path / "out.mkv")
+    command = [sys.executable, "-m", "std_rt", "stylize", clip, *flags]
+    with subprocess.Popen(map(str, command), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        end = time.monotonic() + 60
+        while sum(part.stat().st_size for part in tmp_path.glob(".out.*")) < 5000:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        process.send_signal(getattr(signal, name))
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert b"stopped early, playable" in out
+    assert 0 < len(frame_times(tmp_path / "out.mkv")) < 4000
+    assert {path.name for path in tmp_path.iterdir()} >= {"clip.mp4", "art.png", "out.mkv"}
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_two_sessions_at_once(command: list[str]) -> None:
     command += ["--duration", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

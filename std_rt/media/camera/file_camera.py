@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -168,7 +169,7 @@ def clip_playback(path: Path) -> tuple[float | None, Play]:
 
 
 def _play_clip(path: Path, is_behind: Callable[[], bool]) -> Generator[PlaybackFrame, None, None]:
-    """One pass through a clip; its first frame is at 0 whatever its timestamp."""
+    """One pass through a clip, with square pixels; its first frame is at 0 whatever its timestamp."""
     with open_clip(path) as clip:
         step_s = float(clip.frame_step * clip.time_base)
         at_s, last_pts = 0.0, None
@@ -176,13 +177,27 @@ def _play_clip(path: Path, is_behind: Callable[[], bool]) -> Generator[PlaybackF
             gap_s = 0.0 if last_pts is None else float((item.pts - last_pts) * clip.time_base)
             at_s, last_pts = at_s + min(gap_s, _LONGEST_S), item.pts
             lasts_s = min(float(item.duration * clip.time_base), _LONGEST_S) or step_s
-            skips = clip.video.codec_context.skip_frame != "DEFAULT"
             # How many frames of the average length would have been in the gap.
-            skipped = max(0, round(gap_s / step_s) - 1) if skips else 0
-            yield PlaybackFrame(item.rgb, at_s, lasts_s, skipped)
-            clip.video.codec_context.skip_frame = "NONREF" if is_behind() else "DEFAULT"
+            skipped = max(0, round(gap_s / step_s) - 1) if clip.skips else 0
+            yield PlaybackFrame(_square_pixels(item.rgb, clip.pixel_aspect), at_s, lasts_s, skipped)
+            clip.skips = is_behind()
     if last_pts is None:
         raise nothing_decoded(path)
+
+
+def _square_pixels(frame: Frame, pixel_aspect: Fraction | None) -> Frame:
+    """A frame whose pixels are oblong, as windows, calls and recordings show it; no side gets shorter."""
+    h, w = frame.shape[:2]
+    if pixel_aspect is None:
+        return frame
+    size = (h, round(w * pixel_aspect)) if pixel_aspect > 1 else (round(h / pixel_aspect), w)
+    return _at_most_4k(frame, size)
+
+
+def _at_most_4k(frame: Frame, size: tuple[int, int]) -> Frame:
+    """``frame`` at ``size`` (H, W), or smaller in the same aspect."""
+    scale = min(1.0, math.sqrt(_CAMERA_PX / (size[0] * size[1])))
+    return resize(frame, (max(1, int(size[0] * scale)), max(1, int(size[1] * scale))))
 
 
 def still_playback(path: Path, fps: float) -> tuple[float, Play]:
@@ -191,10 +206,7 @@ def still_playback(path: Path, fps: float) -> tuple[float, Play]:
     A picture larger than 4K is scaled down to it. Raises MediaError if it cannot be read.
     """
     frame = read_picture(path).frame
-    h, w = frame.shape[:2]
-    scale = math.sqrt(_CAMERA_PX / (h * w))
-    if scale < 1:
-        frame = resize(frame, (max(1, int(h * scale)), max(1, int(w * scale))))
+    frame = _at_most_4k(frame, (frame.shape[0], frame.shape[1]))
 
     def play(_: Callable[[], bool]) -> Generator[PlaybackFrame, None, None]:
         yield PlaybackFrame(frame.copy(), 0.0, 1 / fps)

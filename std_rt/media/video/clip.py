@@ -1,4 +1,4 @@
-"""The clip reader: decodes an open container into upright RGB frames with timestamps.
+"""The clip reader: decodes a file into upright RGB frames with timestamps.
 
 FFmpeg is limited to known containers: it would also play text files, and playlists that fetch other files.
 """
@@ -6,12 +6,14 @@ FFmpeg is limited to known containers: it would also play text files, and playli
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import av
 import numpy as np
@@ -21,30 +23,45 @@ from av.codec.context import ThreadType
 from av.container import InputContainer
 from av.packet import Packet
 from av.sidedata.sidedata import SideDataContainer
-from av.stream import Disposition, Stream
+from av.stream import AttachmentStream, Disposition, Stream
+from av.subtitles.stream import SubtitleStream
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from std_rt.core.errors import MediaError
 from std_rt.core.files import check_input, reason
-from std_rt.media.video.colour import Colour, colour_of, to_rgb
+from std_rt.media.video.animation import PictureClip, is_animated_picture
+from std_rt.media.video.base import Clip, DecodedFrame, Tags
+from std_rt.media.video.clock import may_jump, packets_of
+from std_rt.media.video.colour import colour_of, format_has_alpha, to_rgb
+from std_rt.media.video.deinterlacer import Deinterlacer
+
+if TYPE_CHECKING:
+    from av.container.core import Chapter
 
 __all__ = [
-    "Clip",
-    "DecodedFrame",
+    "ContainerClip",
     "VideoInfo",
+    "copied_streams",
     "nothing_decoded",
     "open_clip",
     "open_container",
     "probe",
-    "sound_streams",
 ]
 
 _CONTAINERS = (
     "mov,mp4,matroska,webm,avi,mpeg,mpegts,flv,asf,ogg,gif,apng,mxf,ivf,yuv4mpegpipe,h264,hevc,obu,nut,dv,rm,"
     "mpegvideo,m4v,mp3,wav,aac,flac,aiff"
 )
+_MARKS = {
+    "A53_CC": "closed captions inside the picture",
+    "STEREO3D": "the layout of its 3-D picture",
+    "SPHERICAL": "its 360-degree projection",
+    "DOVI_METADATA": "Dolby Vision",
+}
+_MARKED_FRAMES = 12  # captions do not come with the very first one
 _LARGE_PX = 1920 * 1088
 _LAST_PACKET_S = 0.2  # longer than any packet of sound, whose duration FLV does not store
 # ISO files that hold a picture, which the mov reader would return as the tiles of a mosaic.
@@ -90,20 +107,6 @@ class Orientation:
 
 
 @dataclass(frozen=True)
-class DecodedFrame:
-    """One upright frame: rgb uint8 [H, W, 3]; pts and duration in the stream's time base (0 = unknown).
-
-    orientation: what turned it upright.
-    """
-
-    rgb: NDArray[np.uint8]
-    pts: int
-    duration: int
-    colour: Colour
-    orientation: Orientation
-
-
-@dataclass(frozen=True)
 class VideoInfo:
     """Facts about a clip; ``width`` x ``height`` px is the upright picture.
 
@@ -127,9 +130,9 @@ def probe(path: Path) -> VideoInfo:
         return VideoInfo(
             width=first.rgb.shape[1],
             height=first.rgb.shape[0],
-            rotation=first.orientation.degrees,
+            rotation=first.rotation,
             frames=clip.frames,
-            average_rate=clip.video.average_rate,
+            average_rate=clip.average_rate,
         )
 
 
@@ -139,10 +142,13 @@ def nothing_decoded(path: Path) -> MediaError:
 
 
 @contextmanager
-def open_container(path: Path) -> Iterator[InputContainer]:
-    """The container of a clip (or of sound). Raises MediaError if it is not one of the known kinds."""
+def open_container(path: Path, **options: str) -> Iterator[InputContainer]:
+    """The container of a clip (or of sound), with options of its demuxer.
+
+    Raises MediaError if it is not one of the known kinds.
+    """
     check_input(path)
-    options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
+    options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"} | options
     try:
         container = av.open(str(path.absolute()), container_options=options, metadata_errors="replace")
     except (av.FFmpegError, ValueError, OSError) as error:
@@ -161,6 +167,10 @@ def open_clip(path: Path) -> Iterator[Clip]:
 
     Raises MediaError if it is not a video, has no video stream, or this FFmpeg cannot decode it.
     """
+    if is_animated_picture(path):
+        with closing(PictureClip(path)) as animation:
+            yield animation
+        return
     with open_container(path) as container:
         video = next((stream for stream in container.streams.video if not _is_cover(stream)), None)
         if video is None:
@@ -170,12 +180,13 @@ def open_clip(path: Path) -> Iterator[Clip]:
             raise MediaError(
                 f"{path}: this build cannot decode its video codec; convert the clip to H.264 first"
             )
-        yield Clip(container, video)
+        yield ContainerClip(path, container=container, video=video)
 
 
-def sound_streams(container: InputContainer) -> list[AudioStream]:
-    """Audio streams that can be copied."""
-    return [stream for stream in container.streams.audio if stream.codec_context is not None]
+def copied_streams(container: InputContainer) -> tuple[list[AudioStream], list[SubtitleStream]]:
+    """Sound and subtitles that can be copied."""
+    sounds = [stream for stream in container.streams.audio if stream.codec_context is not None]
+    return sounds, [stream for stream in container.streams.subtitles if stream.codec_context is not None]
 
 
 def _is_cover(stream: VideoStream) -> bool:
@@ -183,26 +194,60 @@ def _is_cover(stream: VideoStream) -> bool:
     return bool(stream.disposition & Disposition.attached_pic)
 
 
-@dataclass
-class Clip:
-    """Frames of an open container, in file order, and counts of what went wrong."""
+def _tag(tags: Mapping[str, str], name: str) -> str | None:
+    """A tag by its name, which Matroska writes in capitals."""
+    return next((value for key, value in tags.items() if key.lower() == name), None)
+
+
+@dataclass(kw_only=True)
+class ContainerClip(Clip):
+    """A clip that FFmpeg decodes, and counts of what went wrong."""
 
     container: InputContainer
     video: VideoStream
     damage: int = 0  # packets that could not be decoded, and reads that broke off
     hidden: int = 0  # packets an edit list keeps for decoding only
-    decoded: int = 0  # frames
-    ended: bool = False  # read to its end, or as far as it goes
     is_hdr: bool = False
-    transposed: bool = False  # the last frame's height was its stored width
     _last_pts: int | None = field(default=None, repr=False)
     _end_pts: int = field(default=0, repr=False)  # of the last frame
     _end_s: float = field(default=0.0, repr=False)  # of the last packet, sound or video
+    _deinterlacer: Deinterlacer = field(default_factory=Deinterlacer, repr=False)
 
     @property
     def sound(self) -> list[AudioStream]:
         """Audio streams that can be copied."""
-        return sound_streams(self.container)
+        return copied_streams(self.container)[0]
+
+    @property
+    def subtitles(self) -> list[SubtitleStream]:
+        """Subtitles that can be copied."""
+        return copied_streams(self.container)[1]
+
+    @property
+    def attachments(self) -> Sequence[AttachmentStream]:
+        """Files inside the file, such as fonts."""
+        return self.container.streams.attachments
+
+    @cached_property
+    def covers(self) -> list[tuple[VideoStream, bytes]]:
+        """Cover pictures: stream and JPEG, PNG or BMP file."""
+        covers = [stream for stream in self.container.streams.video if _is_cover(stream)]
+        with open_container(self.path) as again:
+            pictures = [next(again.demux(again.streams[stream.index]), None) for stream in covers]
+        return [(s, bytes(p)) for s, p in zip(covers, pictures, strict=True) if p is not None and p.size]
+
+    @property
+    def chapters(self) -> list[Chapter]:
+        """Chapters, in the file's own time."""
+        return self.container.chapters()
+
+    @property
+    def tags(self) -> Tags:
+        """What the file says about itself."""
+        streams: list[Stream] = [self.video, *self.container.streams.data]
+        places = [*(stream.metadata for stream in streams), self.container.metadata]
+        timecode = next(filter(None, (_tag(tags, "timecode") for tags in places)), None)
+        return Tags(self.container.metadata, self.video.metadata, self.video.disposition, timecode)
 
     @property
     def time_base(self) -> Fraction:
@@ -211,8 +256,30 @@ class Clip:
 
     @property
     def rate(self) -> Fraction:
-        """Average frames per second (25 if the file does not say)."""
-        return self.video.average_rate or self.video.guessed_rate or Fraction(25)
+        """Average frames per second, or a guess."""
+        return self.average_rate or self.video.guessed_rate or Fraction(25)
+
+    @property
+    def average_rate(self) -> Fraction | None:
+        """Average frames per second; None if the file does not say."""
+        return self.video.average_rate or None
+
+    def start_s(self, sounds: Sequence[AudioStream], first: DecodedFrame) -> Fraction:
+        """When the first of the video and ``sounds`` starts: clocks of broadcasts start anywhere.
+
+        0 for sound that begins before zero (its encoder's delay, cut off by players), and for an MP4 whose
+        edit list starts it late: that one means it.
+        """
+        starts = [s.start_time * s.time_base for s in sounds if s.start_time is not None and s.time_base]
+        start_s = min([first.pts * self.time_base, *starts])
+        if start_s <= 0:  # Or a clock that wraps.
+            return start_s if may_jump(self.container) else Fraction(0)
+        if "mp4" in self.container.format.name:
+            with open_container(self.path, ignore_editlist="1") as unedited:
+                stored = next(unedited.demux(), None)
+            if stored is None or not stored.dts:  # What it stores starts at zero.
+                return Fraction(0)
+        return start_s
 
     @property
     def duration_s(self) -> float | None:
@@ -226,7 +293,10 @@ class Clip:
         """Number of frames as the file says, else an estimate, else None."""
         if self.video.frames:
             return self.video.frames
-        return round(self.duration_s * self.rate) or None if self.duration_s else None
+        seconds, start_s = self.duration_s, float((self.video.start_time or 0) * self.time_base)
+        if seconds and self.container.format.name.startswith(("matroska", "asf")) and seconds > start_s:
+            seconds -= start_s  # They count from zero.
+        return round(seconds * self.rate) or None if seconds else None
 
     @property
     def pixel_aspect(self) -> Fraction | None:
@@ -237,59 +307,88 @@ class Clip:
         return 1 / aspect if self.transposed else aspect
 
     @property
-    def frame_step(self) -> int:
-        """Units of pts from one frame to the next at the average rate; at least 1."""
-        return max(1, round(1 / (self.rate * self.time_base)))
+    def has_alpha(self) -> bool:
+        """True if its pixels have alpha; of GIF and APNG, which always do, if any is transparent."""
+        if self._alpha_decoder is not None:
+            return True
+        name = self.video.codec_context.pix_fmt
+        if name is None or not format_has_alpha(av.VideoFormat(name, 2, 2)):
+            return False
+        if self.container.format.name not in ("gif", "apng"):
+            return True
+        with open_clip(self.path) as again, closing(again.read()) as frames:
+            return any(again.laid_over_white for _ in frames)
+
+    @property
+    def _alpha_decoder(self) -> str | None:
+        """The decoder that also returns the alpha of VP8 and VP9, which FFmpeg's own ones leave out."""
+        known = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+        has_alpha = _tag(self.video.metadata, "alpha_mode") == "1"
+        return known.get(self.video.codec_context.codec.canonical_name) if has_alpha else None
 
     def read(self) -> Generator[DecodedFrame, None, None]:
         """Upright frames until the end, or as far as a damaged file goes."""
+        decoder = self.video.codec_context
+        if self._alpha_decoder is not None:
+            decoder = cast(VideoCodecContext, av.CodecContext.create(self._alpha_decoder, "r"))
+            decoder.extradata = self.video.codec_context.extradata
         # Frames decoded in several threads come late, and PyAV loses those that wait when the last one is
         # damaged. One thread does 1080p far faster than any frame is stylized.
         large = self.video.width * self.video.height > _LARGE_PX
-        self.video.thread_type = ThreadType.AUTO if large else ThreadType.SLICE
+        decoder.thread_type = ThreadType.AUTO if large else ThreadType.SLICE
         for packet in self._packets():
             if packet.stream.index == self.video.index:
                 self.hidden += packet.is_discard
-                yield from self._decode(cast("Packet[VideoStream]", packet))
-        yield from self._decode(None)
+                decoder.skip_frame = "NONREF" if self.skips else "DEFAULT"
+                yield from self._decode(decoder, packet)
+        yield from self._decode(decoder, None)
+        for frame in self._deinterlacer.flush():
+            yield self._upright(frame)
         self.ended = True
 
     def _packets(self) -> Iterator[Packet[Stream]]:
         """All packets; those of sound too, which show where the file ends."""
         try:
-            for packet in self.container.demux([self.video, *self.sound]):
-                if packet.size:  # The empty ones at the end flush decoders; read() does that itself.
-                    if packet.pts is not None:
-                        end_s = float((packet.pts + (packet.duration or 0)) * packet.time_base)
-                        self._end_s = max(self._end_s, end_s)
-                    yield packet
+            for packet in packets_of(self.container, [self.video, *self.sound]):
+                if packet.pts is not None:
+                    end_s = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                    self._end_s = max(self._end_s, end_s)
+                yield packet
         except av.FFmpegError:
             self.damage += 1
 
-    def _decode(self, packet: Packet[VideoStream] | None) -> Iterator[DecodedFrame]:
+    def _decode(self, decoder: VideoCodecContext, packet: Packet[Stream] | None) -> Iterator[DecodedFrame]:
         try:
-            frames = self.video.decode(packet)
+            frames = decoder.decode(packet)
         except av.EOFError:
             return
         except av.FFmpegError:
             self.damage += 1
             return
         for frame in frames:
-            yield self._upright(frame)
+            frame.pts, frame.time_base = self._next_pts(frame), self.time_base
+            for progressive in self._deinterlacer.run(frame):
+                yield self._upright(progressive)
 
     def _upright(self, frame: VideoFrame) -> DecodedFrame:
         colour, orientation = colour_of(frame), Orientation.of(frame)
         self.decoded += 1
         self.is_hdr |= colour.is_hdr
         self.transposed = orientation.transpose
-        rgb = orientation.apply(to_rgb(frame, colour))
-        pts, duration = self._next_pts(frame), frame.duration or 0
+        rgb, alpha = to_rgb(frame, colour)
+        rgb, alpha = self._visible(
+            orientation.apply(rgb), None if alpha is None else orientation.apply(alpha)
+        )
+        pts, duration = frame.pts or 0, frame.duration or 0
         self._end_pts = pts + duration
-        return DecodedFrame(rgb, pts, duration, colour, orientation)
+        return DecodedFrame(rgb, pts, duration, colour, orientation.degrees, alpha)
 
     def _next_pts(self, frame: VideoFrame) -> int:
         """The frame's time; if it is missing or runs backwards, the next one that fits."""
-        pts = frame.pts if frame.pts is not None else frame.dts
+        times = [frame.pts, frame.dts]
+        if self.container.format.name == "avi":  # It stores no pts; FFmpeg's guess is wrong for H.264.
+            times.reverse()
+        pts = times[0] if times[0] is not None else times[1]
         if self._last_pts is not None:
             pts = self._last_pts + self.frame_step if pts is None else max(pts, self._last_pts + 1)
         self._last_pts = pts or 0
@@ -319,15 +418,41 @@ class Clip:
         # AVI counts places in time, some of which may hold no frame.
         return self._end_pts < self.video.frames * self.frame_step
 
+    def losses(self) -> list[str]:
+        """One line each on what is in the file and never used, known before it is read."""
+        streams, losses = self.container.streams, []
+        if sum(not _is_cover(stream) for stream in streams.video) > 1:
+            losses.append("only the first video stream is used")
+        unknown = len(streams.audio) - len(self.sound) + len(streams.subtitles) - len(self.subtitles)
+        if unknown:
+            losses.append(f"{unknown} of its tracks (sound or subtitles in an unknown format) are not copied")
+        # Chapters of an MP4 and its timecode are data streams, too, and are kept on their own.
+        data = [stream for stream in streams.data if _tag(stream.metadata, "timecode") is None]
+        data = [stream for stream in data if not (self.chapters and stream.name == "bin_data")]
+        if data:
+            names = ", ".join(sorted({stream.name or "of an unknown kind" for stream in data}))
+            losses.append(f"data tracks are not copied ({names})")
+        if marks := self._marks():
+            losses.append(f"not kept: {', '.join(marks)}")
+        return losses
+
+    def _marks(self) -> list[str]:
+        """What the first frames carry that a new encoding does not."""
+        found: set[str] = set()
+        with open_container(self.path) as container, suppress(av.FFmpegError):
+            video = container.streams.video[self.container.streams.video.index(self.video)]
+            for frame in islice(container.decode(video), _MARKED_FRAMES):
+                side_data: Mapping[str, Buffer] = cast(Any, SideDataContainer)(frame)
+                found |= {name for name in _MARKS if name in side_data}
+        return [words for name, words in _MARKS.items() if name in found]
+
     def notes(self, *, stopped: bool) -> list[str]:
         """After reading: one line each on what a user may want to know about the input."""
         notes = []
         if self.damage or (not stopped and self.is_short):
             notes.append("the input is damaged or truncated; everything decodable was processed")
-        if self.container.streams.subtitles:
-            notes.append("subtitles were not copied")
-        if sum(not _is_cover(stream) for stream in self.container.streams.video) > 1:
-            notes.append("only the first video stream was used")
+        if self._deinterlacer.used:
+            notes.append("it is interlaced and was deinterlaced (bwdif)")
         if self.is_hdr:
             notes.append("HDR brightness (PQ or HLG) was used as it is, without tone mapping")
         return notes

@@ -9,21 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from av.video.format import VideoFormat
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Interpolation
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from std_rt.media.fit import over_white
-
-__all__ = ["Colour", "colour_of", "tag_stream", "to_rgb", "to_yuv"]
+__all__ = ["Colour", "colour_of", "format_has_alpha", "tag_stream", "to_rgb", "to_yuv"]
 
 # FFmpeg's AVColorSpace numbers; the last two are what unknown frames are taken for.
 _RGB, _BT709, _UNSPECIFIED, _BT470BG, _SMPTE170M, _BT2020 = 0, 1, 2, 5, 6, 9
 _SWSCALE = {_BT709: 1, 4: 4, _BT470BG: 5, _SMPTE170M: 5, 7: 7, _BT2020: 9, 10: 9}
 _HD_LINES = 720
 _HDR_CURVES = frozenset({16, 18})  # PQ and HLG
-_WITH_ALPHA = frozenset({"pal8", "rgba", "bgra", "argb", "abgr", "rgba64be", "rgba64le", "ya8", "ya16be"})
 
 
 @dataclass(frozen=True)
@@ -56,25 +54,38 @@ def colour_of(frame: VideoFrame) -> Colour:
     return Colour(matrix, full, int(frame.color_primaries), int(frame.color_trc))
 
 
-def to_rgb(frame: VideoFrame, colour: Colour) -> NDArray[np.uint8]:
-    """uint8 [H, W, 3] of a decoded frame; transparent pixels (GIF, APNG) laid over white."""
-    if frame.format.name in _WITH_ALPHA:
+def format_has_alpha(kind: VideoFormat) -> bool:
+    """True if pixels of this format may be transparent."""
+    return kind.has_palette or any(component.is_alpha for component in kind.components)
+
+
+def to_rgb(frame: VideoFrame, colour: Colour) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
+    """uint8 [H, W, 3] of a decoded frame, and its alpha, uint8 [H, W], or None if its format has none."""
+    has_alpha = format_has_alpha(frame.format)
+    if has_alpha and not frame.format.name.startswith("yuva"):
         rgba = np.asarray(frame.to_ndarray(format="rgba"), dtype=np.uint8)
-        return over_white(rgba[:, :, :3], rgba[:, :, 3])
-    rgb = frame.reformat(
-        format="rgb24",
-        src_colorspace=_SWSCALE[colour.matrix],
-        src_color_range=ColorRange.JPEG if colour.full_range else ColorRange.MPEG,
-        dst_color_range=ColorRange.JPEG,
-        interpolation=Interpolation.BILINEAR,
-    )
-    return np.asarray(rgb.to_ndarray(), dtype=np.uint8)
+    else:
+        rgba = np.asarray(
+            frame.reformat(
+                format="rgba" if has_alpha else "rgb24",
+                src_colorspace=_SWSCALE[colour.matrix],
+                src_color_range=ColorRange.JPEG if colour.full_range else ColorRange.MPEG,
+                dst_color_range=ColorRange.JPEG,
+                interpolation=Interpolation.BILINEAR,
+            ).to_ndarray(),
+            dtype=np.uint8,
+        )
+    return (np.ascontiguousarray(rgba[:, :, :3]), rgba[:, :, 3]) if has_alpha else (rgba, None)
 
 
-def to_yuv(rgb: NDArray[np.uint8], colour: Colour) -> VideoFrame:
-    """A limited-range yuv420p frame of ``rgb`` (uint8 [H, W, 3]) by the matrix of ``colour``."""
-    frame = VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24").reformat(
-        format="yuv420p",
+def to_yuv(rgb: NDArray[np.uint8], colour: Colour, pix_fmt: str = "yuv420p") -> VideoFrame:
+    """A limited-range frame of ``rgb`` (uint8 [H, W, 3], or 4 with alpha) by the matrix of ``colour``.
+
+    pix_fmt: a YUV format, one with alpha if ``rgb`` has it.
+    """
+    given = "rgb24" if rgb.shape[2] == 3 else "rgba"
+    frame = VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format=given).reformat(
+        format=pix_fmt,
         dst_colorspace=_SWSCALE[colour.matrix],
         src_color_range=ColorRange.JPEG,
         dst_color_range=ColorRange.MPEG,

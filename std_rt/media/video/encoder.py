@@ -27,6 +27,9 @@ __all__ = ["CLIP_SUFFIXES", "MUXERS", "Encoder", "VideoTrack", "even_size"]
 MUXERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm"}
 CLIP_SUFFIXES = frozenset(MUXERS)
 _TRIAL_PX = 256
+# Encoders that keep transparency, and the format in which they take it; the one for each suffix.
+_WITH_ALPHA = {"libvpx-vp9": "yuva420p", "prores_ks": "yuva444p10le"}
+_ALPHA_ENCODERS = {".webm": "libvpx-vp9", ".mkv": "libvpx-vp9", ".mov": "prores_ks"}
 
 Frame = NDArray[np.uint8]
 
@@ -38,41 +41,52 @@ class Encoder:
     name: str
     options: dict[str, str] = field(default_factory=dict)
     threads: int = 0
+    pix_fmt: str = "yuv420p"
 
     @staticmethod
-    def for_file(sink: Path, codec: str | None, crf: int, *, live: bool = False) -> Encoder:
+    def for_file(
+        sink: Path, codec: str | None, crf: int, *, live: bool = False, alpha: bool = False
+    ) -> Encoder:
         """The encoder for ``sink``: ``codec``, or libx264, or libvpx-vp9 for .webm.
 
-        live: one that holds no frame back and uses one thread. Raises MediaError for an unknown suffix or
-        encoder, and for an encoder that fails here (a trial frame).
+        live: one that holds no frame back and uses one thread. alpha: one that keeps transparency if there is
+        one (VP9 for .webm and .mkv, ProRes 4444 for .mov): see `has_alpha`. Raises MediaError for an unknown
+        suffix or encoder, and for an encoder that fails here (a trial frame).
         """
         suffix = sink.suffix.lower()
         if suffix not in MUXERS:
             found, known = suffix or "a name without suffix", " ".join(sorted(MUXERS))
             raise MediaError(f"{sink}: cannot write a clip as {found!r}; use one of {known}")
         usual = "libvpx-vp9" if suffix == ".webm" else "libx264"
-        name = codec or usual
+        name = codec or (_ALPHA_ENCODERS.get(suffix, usual) if alpha else usual)
         try:
             av.Codec(name, "w")
         except ValueError as error:
             raise MediaError(f"this FFmpeg has no video encoder {name!r}; use {usual}") from error
         try:
-            return _tried(name, crf, live, suffix)
+            return _tried(name, crf, live, suffix, alpha)
         except (ValueError, OSError, av.FFmpegError) as error:
             raise MediaError(
                 f"video encoder {name!r} does not work for {suffix} here ({reason(error)}); use {usual}"
             ) from error
 
+    @property
+    def has_alpha(self) -> bool:
+        """True if it keeps transparency."""
+        return self.pix_fmt.startswith("yuva")
+
 
 @cache
-def _tried(name: str, crf: int, live: bool, suffix: str) -> Encoder:
+def _tried(name: str, crf: int, live: bool, suffix: str, alpha: bool) -> Encoder:
     """An encoder that has encoded a trial frame. Raises what PyAV raises.
 
     One for other hardware, or whose codec the container cannot hold, would fail only when used.
     """
-    options = _options(name, crf)
-    encoder = Encoder(name, options | _live_options(name), 1) if live else Encoder(name, options)
-    black, shape = np.zeros((_TRIAL_PX, _TRIAL_PX, 3), np.uint8), (_TRIAL_PX, _TRIAL_PX)
+    options = _options(name, crf) | (_live_options(name) if live else {})
+    pix_fmt = _WITH_ALPHA.get(name, "yuv420p") if alpha else "yuv420p"
+    encoder = Encoder(name, options, threads=1 if live else 0, pix_fmt=pix_fmt)
+    shape = _TRIAL_PX, _TRIAL_PX
+    black = np.zeros((*shape, 4 if encoder.has_alpha else 3), np.uint8)
     with av.open(io.BytesIO(), "w", format=MUXERS[suffix]) as container:
         track = VideoTrack(container, encoder, shape, Fraction(25), Fraction(1, 25), Colour(1, False, 1, 1))
         container.mux([*track.encode(black, 0, 1), *track.flush()])
@@ -91,6 +105,7 @@ def _options(codec: str, crf: int) -> dict[str, str]:
         "libx265": {"crf": str(crf), "preset": "veryfast", "bf": "0", "x265-params": "log-level=error"},
         "libvpx-vp9": {"crf": of_63, "deadline": "realtime", "cpu-used": "8", "row-mt": "1"},
         "libsvtav1": {"crf": of_63, "preset": "10"},
+        "prores_ks": {"profile": "4444", "vendor": "apl0"},
     }
     return known.get(codec, {})
 
@@ -130,7 +145,7 @@ class VideoTrack:
         pixel_aspect: Fraction | None = None,
     ) -> None:
         self.size, self.resized = size, 0
-        self._time_base, self._colour = time_base, colour
+        self._time_base, self._colour, self._pix_fmt = time_base, colour, encoder.pix_fmt
         stream = container.add_stream(
             encoder.name,
             rate=rate,
@@ -138,6 +153,7 @@ class VideoTrack:
             width=size[1],
             height=size[0],
             time_base=time_base,
+            pix_fmt=encoder.pix_fmt,
         )
         assert isinstance(stream, VideoStream)
         self.stream = stream
@@ -150,8 +166,11 @@ class VideoTrack:
         tag_stream(stream, colour)
 
     def encode(self, rgb: Frame, pts: int, duration: int, *, key: bool = False) -> list[Packet[VideoStream]]:
-        """Packets that are ready after ``rgb`` (uint8 [H, W, 3]); key: players can start at this frame."""
-        frame = to_yuv(self._fit(rgb), self._colour)
+        """Packets that are ready after ``rgb`` (uint8 [H, W, 3], or 4 with alpha if the encoder keeps it).
+
+        key: players can start at this frame.
+        """
+        frame = to_yuv(self._fit(rgb), self._colour, self._pix_fmt)
         frame.pts, frame.duration, frame.time_base = pts, duration, self._time_base
         if key:
             frame.pict_type = PictureType.I

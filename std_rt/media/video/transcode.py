@@ -15,9 +15,12 @@ from numpy.typing import NDArray
 from std_rt.core.errors import MediaError
 from std_rt.core.files import atomic_file, check_output
 from std_rt.core.prefetcher import Prefetcher
-from std_rt.media.video.clip import Clip, DecodedFrame, nothing_decoded, open_clip, open_container
-from std_rt.media.video.clip_writer import ClipWriter, sound_fits
+from std_rt.media.video.animation import is_animated_picture
+from std_rt.media.video.base import Clip, DecodedFrame
+from std_rt.media.video.clip import copied_streams, nothing_decoded, open_clip, open_container
+from std_rt.media.video.clip_writer import ClipWriter
 from std_rt.media.video.encoder import CLIP_SUFFIXES
+from std_rt.media.video.sound import sound_fits
 
 __all__ = ["CLIP_SUFFIXES", "VideoReport", "default_clip_suffix", "transcode_stream"]
 
@@ -49,12 +52,19 @@ class VideoReport:
     notes: tuple[str, ...] = ()
 
 
-def default_clip_suffix(source: Path) -> str:
-    """The clip's own suffix if it can be written, else .mp4, or .mkv if mp4 cannot hold its sound."""
+def default_clip_suffix(source: Path, sound: str = "auto") -> str:
+    """The clip's own suffix if it can be written, else .mp4, or .mkv if only that can hold its sound as is.
+
+    sound: as in `transcode_stream`; sound that is converted or dropped fits .mp4.
+    """
     if source.suffix.lower() in CLIP_SUFFIXES:
         return source.suffix
+    if sound in ("convert", "drop") or is_animated_picture(source):
+        return ".mp4"
     with open_container(source) as container:
-        return ".mp4" if all(sound_fits(stream, ".mp4") for stream in container.streams.audio) else ".mkv"
+        sounds = copied_streams(container)[0]
+        in_mp4 = all(sound_fits(stream, ".mp4", usual=True) for stream in sounds)
+        return ".mkv" if not in_mp4 and all(sound_fits(stream, ".mkv") for stream in sounds) else ".mp4"
 
 
 class _StoppedAtOnceError(Exception):
@@ -70,9 +80,11 @@ def transcode_stream(
     progress: Callable[[int, int | None], None] | None = None,
     codec: str | None = None,
     crf: int = 18,
+    sound: str = "auto",
+    announce: Callable[[str], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> VideoReport:
-    """Every frame of ``source`` through ``stream`` into ``sink``, same timestamps, audio copied.
+    """Every frame of ``source`` through ``stream`` into ``sink``, same timestamps from 0 on, audio copied.
 
     stream: an iterator of frames (uint8 [H, W, 3] RGB, upright) to one of as many frames (uint8
     [H', W', 3]), in order; it may take several before it returns one, and may keep the arrays. The
@@ -80,7 +92,9 @@ def transcode_stream(
     even sides). It runs in its own thread, between one that decodes and this one, which encodes.
     progress(done, total): called after each frame; total None if unknown. should_stop: called before each
     frame is written. codec: an FFmpeg encoder, default libx264, libvpx-vp9 for .webm. crf: 0..51, lower is
-    better. The suffix of ``sink`` selects the container: .mp4 .m4v .mov .mkv .webm.
+    better. The suffix of ``sink`` selects the container: .mp4 .m4v .mov .mkv .webm. sound: auto (copied, or
+    converted to AAC or Opus where ``sink`` cannot hold it), copy, convert or drop. announce: called before
+    any frame with each note on what will not be kept as it is; ``notes`` of the report has them, too.
 
     Stopped early: a playable file with what was done. Any exception (from ``stream`` too, passed on as it
     is): no file. Raises MediaError before any work for an output that exists (without ``overwrite``), is
@@ -90,7 +104,11 @@ def transcode_stream(
     check_output(sink, source=source, overwrite=overwrite)
     stopped = False
     with open_clip(source) as clip:
-        writer, total = ClipWriter(sink, clip, codec, crf), clip.frames
+        writer, total = ClipWriter(sink, clip, codec, crf, sound), clip.frames
+        losses = writer.losses()
+        if announce is not None:
+            for line in losses:
+                announce(line)
         try:
             with atomic_file(sink, error=MediaError) as partial:
                 with writer.open(partial), _stylized(clip, stream) as frames:
@@ -105,7 +123,7 @@ def transcode_stream(
                     raise _StoppedAtOnceError if stopped else nothing_decoded(source)
         except _StoppedAtOnceError:
             pass
-        notes = (*clip.notes(stopped=stopped), *writer.notes())
+        notes = (*losses, *clip.notes(stopped=stopped), *writer.notes())
     width, height = writer.size
     seconds = time.perf_counter() - started_s
     return VideoReport(sink, writer.frames, seconds, width, height, stopped, notes)

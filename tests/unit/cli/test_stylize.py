@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -135,14 +137,18 @@ def test_a_clip_has_one_noise(stylize: Cli, tmp_path: Path) -> None:
     still = ClipSpec(picture=lambda index: np.full((48, 64, 3), 120, np.uint8), options={"crf": "0"})
     clip = make_clip(tmp_path / "clip.mkv", still)
     assert stylize(clip).code == 0
-    import av
-
     with av.open(str(tmp_path / "clip_styled.mkv")) as container:
         frames = [frame.to_ndarray(format="rgb24").astype(int) for frame in container.decode(video=0)]
     assert max(np.abs(frame - frames[0]).mean() for frame in frames) < 2
 
 
-def test_ctrl_c_leaves_a_playable_clip(stylize: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+@pytest.mark.parametrize("kind", ENDING)
+def test_a_signal_leaves_a_playable_clip(
+    stylize: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: signal.Signals
+) -> None:
     clip = make_clip(tmp_path / "clip.mp4", ClipSpec(pts=tuple(range(0, 60 * 512, 512))))
     calls = 0
     run_many = Stylizer.run_many
@@ -151,16 +157,17 @@ def test_ctrl_c_leaves_a_playable_clip(stylize: Cli, tmp_path: Path, monkeypatch
         nonlocal calls
         calls += 1
         if calls == 4:  # of 15, and what waits between the threads is some ten frames
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(kind)
         return run_many(self, *arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Stylizer, "run_many", counted)
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(kind)
     result = stylize(clip)
     assert result.code == 130
     assert "stopped early" in result.out
     assert 1 <= len(frame_times(tmp_path / "clip_styled.mp4")) < 30
-    assert signal.getsignal(signal.SIGINT) is before
+    assert files_in(tmp_path) == {"clip.mp4", "clip_styled.mp4", "art"}
+    assert signal.getsignal(kind) is before
 
 
 def test_ctrl_c_between_pictures_leaves_no_partial(
@@ -175,7 +182,57 @@ def test_ctrl_c_between_pictures_leaves_no_partial(
     assert files_in(tmp_path) == {"photo.png", "art"}
 
 
-@pytest.mark.parametrize("name", ["a.gif", "a.png"])
+@pytest.mark.parametrize("kind", ENDING)
+def test_a_signal_while_a_picture_is_written_leaves_no_partial(
+    stylize: Cli, tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch, kind: signal.Signals
+) -> None:
+    def ended(self: Image.Image, path: Path, **_: object) -> None:
+        path.write_bytes(b"half")
+        signal.raise_signal(kind)
+
+    monkeypatch.setattr(Image.Image, "save", ended)
+    before = signal.getsignal(kind)
+    assert stylize(photo).code == 130
+    assert files_in(tmp_path) == {"photo.png", "art"}
+    assert signal.getsignal(kind) is before
+
+
+def test_a_signal_that_is_ignored_stays_ignored(
+    stylize: Cli, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not hasattr(signal, "SIGHUP"):
+        pytest.skip("no such signal on Windows")
+    stylized = Stylizer.stylize
+
+    def hung_up(self: Stylizer, *arguments: object, **options: object) -> object:
+        signal.raise_signal(signal.SIGHUP)
+        return stylized(self, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Stylizer, "stylize", hung_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        assert stylize(photo).code == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_losses_of_a_clip_are_told_and_sound_follows_its_flag(stylize: Cli, tmp_path: Path) -> None:
+    spec = ClipSpec(codec="mpeg4", options={}, audio="adpcm_ms", time_base=Fraction(1, 25), pts=range(6))
+    clip = make_clip(tmp_path / "clip.avi", spec)
+    result = stylize(clip)
+    assert result.code == 0
+    assert result.err.count("note: clip.avi: its adpcm_ms sound is converted to AAC") == 1
+    assert len(sound_packets(tmp_path / "clip_styled.mp4")) > 3
+    assert stylize(clip, "--sound", "copy", "-o", tmp_path / "x.mkv").code == 2
+    assert stylize(clip, "--sound", "drop", "--overwrite").code == 0
+    with av.open(str(tmp_path / "clip_styled.mp4")) as container:
+        assert not container.streams.audio
+    result = stylize(clip, "--sound", "loud")
+    assert result.code == 2
+    assert "--sound must be one of auto, copy, convert, drop, got 'loud'" in result.err
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.avif"])
 def test_an_animation_becomes_a_clip(stylize: Cli, tmp_path: Path, name: str) -> None:
     frames = [Image.new("RGB", (33, 21), (80 * i, 90, 200)) for i in range(3)]
     frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=100, loop=0)

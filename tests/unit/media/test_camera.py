@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -609,6 +610,27 @@ def test_a_round_of_a_steady_clip_joins_the_next_without_a_jump(tmp_path: Path, 
     source.close()
     assert source.fps == 25.0
     assert np.diff(times) == pytest.approx(0.04, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("aspect", "degrees", "shape"),
+    [
+        (Fraction(16, 9), 0, (240, 320)),  # 180x240 of video discs and anamorphic cameras
+        (Fraction(3, 4), 0, (320, 180)),
+        (Fraction(16, 9), 90, (320, 240)),
+        (None, 0, (240, 180)),
+    ],
+)
+def test_oblong_pixels_are_shown_square(
+    tmp_path: Path, aspect: Fraction | None, degrees: int, shape: tuple[int, int]
+) -> None:
+    spec = ClipSpec(width=180, height=240, aspect=aspect, rotate=(degrees, False, False), pts=(0, 512))
+    source = open_source(str(make_clip(tmp_path / "a.mp4", spec)))
+    with closing(source):
+        first, taken = source.first_frame(), source.read()
+    assert first is not None
+    assert taken is not None
+    assert first.shape[:2] == taken.frame.shape[:2] == shape
 
 
 def test_frames_are_those_of_the_file(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from support.clip_cases import (
     CONTAINERS,
     DAMAGES,
     EDITS,
+    MP4S,
     RATES,
     SINKS,
     SOUNDS,
@@ -77,7 +78,7 @@ def look(path: Path) -> Heard:
                 heard = sounds[packet.stream.index]
                 heard.append((_sound_time(packet, heard), digest))
             elif packet.stream.index == video.index:
-                times += _times(packet)
+                times += _times(packet, by_dts=container.format.name == "avi")
         rising = _rising(times, step)
         ticks = [stream.time_base for stream in container.streams.audio]
         return Heard([t * video.time_base for t in rising], list(sounds.values()), video.time_base, ticks)
@@ -104,9 +105,11 @@ def _payload(packet: Any) -> bytes:
     return data[7 if data[1] & 1 else 9 :] if is_adts else data
 
 
-def _times(packet: Any) -> list[Any]:
+def _times(packet: Any, by_dts: bool) -> list[Any]:
+    """As stored: AVI has no pts, and FFmpeg makes up some that do not rise."""
     try:
-        return [frame.pts if frame.pts is not None else frame.dts for frame in packet.decode()]
+        pairs = [(frame.dts, frame.pts) if by_dts else (frame.pts, frame.dts) for frame in packet.decode()]
+        return [first if first is not None else second for first, second in pairs]
     except av.FFmpegError:
         return []
 
@@ -125,21 +128,23 @@ def _rising(times: list[Any], step: int) -> list[int]:
 
 
 def convert(case: Case, source: Path, folder: Path) -> VideoReport | None:
-    """Transcode as drawn; where the sound does not fit, into what the error says; None if into nothing."""
+    """Transcode as drawn, copying sound; if it does not fit, into what the error says; None if nowhere."""
     sink = folder / f"out{case.sink}"
     try:
-        return transcode(source, sink, case.stylize)
+        return transcode(source, sink, case.stylize, sound="copy")
     except MediaError as error:
-        other = re.search(r"sound cannot be copied into \.\w+; use -o (out\.\w+)$", str(error))
-        if other is None and "sound cannot be copied into any container" not in str(error):
+        other = re.search(r"sound cannot be copied into \.\w+; use -o (out\.\w+) or", str(error))
+        if other is None and "sound cannot be copied at all; use --sound convert" not in str(error):
             raise
-    return transcode(source, folder / other[1], case.stylize) if other else None
+    return transcode(source, folder / other[1], case.stylize, sound="copy") if other else None
 
 
 def check(case: Case, folder: Path) -> None:
     """A clip of the draw, made, transcoded and compared; raises AssertionError with what differs."""
     source = case.make(folder)
     before = look(source)
+    if case.suffix not in MP4S:
+        before = from_zero(before)
     report = convert(case, source, folder)
     if report is None:
         assert set(case.sounds) & HOMELESS
@@ -168,12 +173,30 @@ def in_ticks(times: list[Fraction], tick: Fraction, shift: int = 0) -> list[int]
     return _rising(whole, 1)
 
 
+def _starts(before: Heard) -> list[Fraction]:
+    return [before.frames[0], *(sound[0][0] for sound in before.sounds if sound)]
+
+
+def from_zero(before: Heard) -> Heard:
+    """With a clock that starts later set to zero, all streams alike; an MP4 means it, by its edit list."""
+    start = max(Fraction(0), min(_starts(before)))
+
+    def moved(at: Fraction, tick: Fraction) -> Fraction:
+        return at - round(start / tick) * tick
+
+    sounds = [
+        [(moved(at, tick), digest) for at, digest in sound]
+        for sound, tick in zip(before.sounds, before.sound_ticks, strict=True)
+    ]
+    frames = [moved(at, before.video_tick) for at in before.frames]
+    return dataclasses.replace(before, frames=frames, sounds=sounds)
+
+
 def _most_shift(before: Heard, suffix: str) -> int:
     """Matroska has no time before zero: sound that starts there may move everything, in milliseconds."""
     if suffix not in (".mkv", ".webm"):
         return 0
-    starts = [before.frames[0], *(sound[0][0] for sound in before.sounds if sound)]
-    return max(0, -min(in_ticks([start], Fraction(1, 1000))[0] for start in starts))
+    return max(0, -min(in_ticks([start], Fraction(1, 1000))[0] for start in _starts(before)))
 
 
 def left_over(folder: Path) -> list[str]:
@@ -293,7 +316,7 @@ def test_sound_refused_only_with_the_head_of_the_file_is_refused_before_any_work
 ) -> None:
     source = clip_of(tmp_path / "a.mkv", "mpeg4", sounds=[Sound(codec)])
     with pytest.raises(MediaError, match=r"sound cannot be copied into \.mov; use -o out\.mkv"):
-        transcode(source, tmp_path / "out.mov", _never)
+        transcode(source, tmp_path / "out.mov", _never, sound="copy")
 
 
 def _never(frame: Array) -> Array:
@@ -303,14 +326,14 @@ def _never(frame: Array) -> Array:
 def test_the_way_out_is_one_for_all_sounds(tmp_path: Path) -> None:
     wma = Sound("wmav2", 2, options={"b": "128k"})
     source = clip_of(tmp_path / "a.wmv", "msmpeg4", sounds=[Sound("libmp3lame"), wma])
-    with pytest.raises(MediaError, match=r"cannot be copied into any container; convert"):
-        transcode(source, tmp_path / "out.webm", _never)
+    with pytest.raises(MediaError, match=r"cannot be copied at all; use --sound convert"):
+        transcode(source, tmp_path / "out.webm", _never, sound="copy")
 
 
 @pytest.mark.parametrize("channels", [1, 2])
 def test_pcm_of_matroska_fits_mp4(tmp_path: Path, channels: int) -> None:
     source = clip_of(tmp_path / "a.mkv", "mpeg4", sounds=[Sound("pcm_s16le", channels)])
-    transcode(source, tmp_path / "out.mp4", same)
+    transcode(source, tmp_path / "out.mp4", same, sound="copy")
     assert digests(tmp_path / "out.mp4") == digests(source)
 
 
@@ -330,7 +353,7 @@ def test_the_last_packet_is_not_hidden_where_its_duration_is_unknown(tmp_path: P
 def test_ogg_vorbis_whose_last_packet_is_cut_or_has_no_time(tmp_path: Path, frames: int) -> None:
     vorbis = Sound("vorbis", 2, options={"strict": "-2"})
     source = clip_of(tmp_path / "a.ogv", "libvpx", frames, sounds=[vorbis], options={"cpu-used": "8"})
-    report = transcode(source, tmp_path / "out.mp4", same)
+    report = transcode(source, tmp_path / "out.mp4", same, sound="copy")
     assert report.notes == ()
     assert len(digests(tmp_path / "out.mp4")) == len(raw_digests(source))
 

@@ -111,12 +111,21 @@ def test_animated_gif_becomes_mp4(folder: Path) -> None:
     assert output_path(folder / "animated.gif", None, many=False, is_video=True).name == "animated_styled.mp4"
 
 
-def test_sound_that_mp4_cannot_hold_goes_to_mkv(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sound", "mode", "suffix"),
+    [
+        ("pcm_s16le", "auto", ".mkv"),  # MP4 takes it, players of MP4 do not
+        ("pcm_s16le", "convert", ".mp4"),
+        ("pcm_mulaw", "auto", ".mp4"),  # converted: Matroska does not take it either
+        ("libmp3lame", "auto", ".mp4"),
+    ],
+)
+def test_sound_decides_between_mp4_and_mkv(tmp_path: Path, sound: str, mode: str, suffix: str) -> None:
     path = make_clip(
         tmp_path / "a.avi",
-        ClipSpec(codec="mpeg4", options={}, audio="pcm_mulaw", time_base=Fraction(1, 25), pts=(0, 1)),
+        ClipSpec(codec="mpeg4", options={}, audio=sound, time_base=Fraction(1, 25), pts=(0, 1)),
     )
-    assert output_path(path, None, many=False, is_video=True).suffix == ".mkv"
+    assert output_path(path, None, many=False, is_video=True, sound=mode).suffix == suffix
 
 
 @pytest.mark.parametrize(

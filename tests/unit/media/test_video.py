@@ -94,6 +94,8 @@ def test_frames_keep_their_number_and_times(tmp_path: Path, name: str, out: str,
     source = make_clip(tmp_path / name, spec)
     report = transcode(source, tmp_path / out if out != name else tmp_path / f"x{out}", same)
     expected = frame_times(source)
+    if not name.endswith((".mp4", ".mov")):  # Only an edit list means a late start.
+        expected = [at - expected[0] for at in expected]
     assert len(expected) == len(spec.pts)  # the sample itself is whole
     assert report.frames == len(expected)
     assert not report.stopped
@@ -167,8 +169,8 @@ def test_late_sound_stays_late(tmp_path: Path) -> None:
 
 def test_sound_that_does_not_fit_is_refused_with_the_way_out(tmp_path: Path) -> None:
     source = make_clip(tmp_path / "a.mp4", ClipSpec(audio="aac"))
-    with pytest.raises(MediaError, match=r"aac sound .* out\.mkv"):
-        transcode(source, tmp_path / "out.webm", same)
+    with pytest.raises(MediaError, match=r"aac sound .* out\.mkv or --sound convert"):
+        transcode(source, tmp_path / "out.webm", _never, sound="copy")
     assert left_over(tmp_path, "a.mp4") == []
 
 
