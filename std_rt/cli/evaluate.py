@@ -16,7 +16,7 @@ import typer
 from typer import Argument, Option
 
 from std_rt.cli.options import BackendOption, BundleOption, OverwriteOption, SizeOption, parse_size
-from std_rt.cli.terminal import print_table
+from std_rt.cli.terminal import print_table, progress_lines
 from std_rt.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -343,13 +343,15 @@ def _run(comparison: Comparison, candidates: list[Candidate], settings: list[Set
     from std_rt.evaluation.students import compare
 
     shown = (settings[0].steps, settings[0].guidance)
-    rows = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    rows, console = [], Console(stderr=True)
+    lines = progress_lines(console)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("comparing", total=len(candidates) * len(settings) + 1)
         for row in compare(comparison, candidates, settings):
             keep = row.label == "reference" or (row.steps, row.guidance) == shown
             rows.append(row if keep else replace(row, frames=[]))
             progress.update(task, advance=1, description=f"{row.label}, {row.steps} steps")
+            lines("settings", len(rows), len(candidates) * len(settings) + 1)
     return rows
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from typer import Argument, Option
 
 from std_rt.cli.options import OverwriteOption, parse_frame_size
-from std_rt.cli.terminal import note
+from std_rt.cli.terminal import note, working
 from std_rt.core.errors import UsageError
 from std_rt.core.machine import require
 
@@ -158,8 +158,8 @@ def export(request: ExportRequest) -> None:
         "remark": lambda line: note(console, f"note: {line}"),
     }
     folder = options.pop("folder")
-    with console.status("exporting") as status:
-        bundle = _export(folder, output, options, pictures, lambda line: status.update(line))
+    with working(console, "exporting") as progress:
+        bundle = _export(folder, output, options, pictures, progress)
     typer.echo(f"{bundle.path} ({bundle.name}, {bundle.total_bytes / 2**20:.1f} MB)")
     for graph, parity in bundle.manifest["parity"].items():
         typer.echo(f"  {graph}: {parity['psnr_db']:.1f} dB against {parity['against']} ({parity['runtime']})")
