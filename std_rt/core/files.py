@@ -146,7 +146,7 @@ def missing(path: Path | str) -> str:
         return f"{match[1]}://{match[2]} is an address; give the path alone"
     if match is not None:
         url = f"{match[1]}://{match[2]}"
-        return f"{url} is a web address, and std-rt reads files; download it first: curl -LO {url}"
+        return f'{url} is a web address, and std-rt reads files; download it first: curl -LOJ "{url}"'
     if text.startswith("~"):
         return f"{path} does not exist: the shell has not expanded ~; write the whole path"
     if any(mark in text for mark in "*?["):
