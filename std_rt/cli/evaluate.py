@@ -164,7 +164,7 @@ def evaluate(request: EvaluateRequest) -> None:
 
     std-rt evaluate photos paintings --teacher FOLDER --lora runs/std-0/lora.safetensors --steps 2 --steps 4
 
-    --teacher and scores with weights need: pip install '.\\[train]'
+    --teacher and scores with weights need the extra \\[train]: std-rt doctor says how to install it.
     """
     from std_rt.core.files import check_output, write_text, writing
 

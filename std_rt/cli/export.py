@@ -110,7 +110,7 @@ class ExportRequest:
 
 
 def export(request: ExportRequest) -> None:
-    """Turn a diffusers pipeline (and a LoRA) into a bundle. Needs: pip install '.\\[export]'
+    """Turn a diffusers pipeline (and a LoRA) into a bundle. Needs the extra \\[export]: see std-rt doctor.
 
     std-rt export --eta 0.75 --steps 4
 

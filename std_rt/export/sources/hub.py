@@ -444,4 +444,6 @@ def _by_hand(ref: HubRef) -> str:
     """What to type on a machine that is online."""
     revision = "" if ref.revision == constants.DEFAULT_REVISION else f" --revision {ref.revision}"
     what = f" {ref.path}" if PurePosixPath(ref.path).suffix else ""
+    if ref.path and not what:
+        what = f" --include '{ref.path.rstrip('/')}/*'"
     return f"when online type: hf download {ref.repo}{what}{revision}, or give a local file or folder"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -380,3 +382,25 @@ def test_the_environment_means_what_it_means_elsewhere(
         hub.requests.clear()
         subprocess.run(run, env=env | {"HF_HUB_OFFLINE": "1"}, check=True, capture_output=True)
         assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("ref", "wanted"),
+    [
+        (HubRef("me/xl"), {"repo_id": "me/xl"}),
+        (HubRef("me/xl", "v2"), {"repo_id": "me/xl", "revision": "v2"}),
+        (HubRef("me/xl", path="a/x.safetensors"), {"repo_id": "me/xl", "filenames": ["a/x.safetensors"]}),
+        (HubRef("me/xl", path="models/encoder"), {"repo_id": "me/xl", "include": ["models/encoder/*"]}),
+    ],
+)
+def test_the_hubs_own_tool_takes_what_is_to_be_typed(ref: HubRef, wanted: dict[str, object]) -> None:
+    """Parsed by ``hf`` itself."""
+    from huggingface_hub.cli.hf import app
+
+    line = re.search(r"type: (hf download .*), or give", hub_module._by_hand(ref))
+    assert line is not None
+    _, name, *arguments = shlex.split(line[1])
+    command = app.commands[name]
+    context = command.make_context(name, arguments)
+    found = {key: list(value) if isinstance(value, tuple) else value for key, value in context.params.items()}
+    assert {key: found[key] for key in wanted} == wanted
