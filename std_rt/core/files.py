@@ -149,6 +149,8 @@ def missing(path: Path | str) -> str:
         return f'{url} is a web address, and std-rt reads files; download it first: curl -LOJ "{url}"'
     if text.startswith("~"):
         return f"{path} does not exist: the shell has not expanded ~; write the whole path"
+    if os.name == "posix" and "\\" in text:
+        return f"{path} does not exist; on this system / separates folders, and \\ is a part of a name"
     if any(mark in text for mark in "*?["):
         return f"no file matches {path}; check the pattern and the folder"
     return f"{path} does not exist; check the spelling and the folder"

@@ -5,6 +5,7 @@ The content decides whether a file is a picture or a clip; its suffix only if th
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -44,6 +45,7 @@ VIDEO_SUFFIXES = frozenset(
 # Treated as clips, so that the error says they contain only sound.
 _AUDIO_SUFFIXES = frozenset({".mp3", ".m4a", ".aac", ".wav", ".flac", ".ogg", ".opus", ".wma"})
 _MARK = "_styled"
+_NAME_BYTES, _LONGEST_SUFFIX = 255, ".jpeg"  # of a file's name, on every usual file system
 STANDARD_STREAM = Path("-")
 """As an input stdin, as an output stdout."""
 
@@ -115,7 +117,7 @@ def expand_inputs(paths: list[Path]) -> list[Path]:
 def _folder_files(folder: Path) -> list[Path]:
     names = sorted(entry for entry in folder.iterdir() if entry.is_file() and not entry.name.startswith("."))
     known = [entry for entry in names if entry.suffix.lower() in PICTURE_SUFFIXES | VIDEO_SUFFIXES]
-    results = {f"{entry.stem}{_MARK}" for entry in known}
+    results = {_marked(entry.stem, "") for entry in known}
     files = [entry for entry in known if entry.stem not in results]
     if not files:
         raise MediaError(
@@ -152,7 +154,14 @@ def output_path(source: Path, out: Path | None, many: bool, is_video: bool) -> P
         suffix = default_clip_suffix(source)
     else:
         suffix = source.suffix if source.suffix.lower() in WRITABLE_SUFFIXES else ".png"
-    return folder / f"{source.stem}{_MARK}{suffix}"
+    return folder / _marked(source.stem, suffix)
+
+
+def _marked(stem: str, suffix: str) -> str:
+    """The name of a result; the end of a stem gives way if file systems could not hold it."""
+    while stem and len(os.fsencode(f"{stem}{_MARK}{_LONGEST_SUFFIX}")) > _NAME_BYTES:
+        stem = stem[:-1]
+    return f"{stem}{_MARK}{suffix}"
 
 
 def plan_outputs(

@@ -16,6 +16,7 @@ from support.cli_support import Cli, files_in, picture
 from support.media_samples import ClipSpec, frame_times, make_clip
 
 from std_rt.cli.terminal import progress_lines, working
+from std_rt.core.machine import install_hint
 from std_rt.media import probe, read_picture
 
 
@@ -148,6 +149,11 @@ def test_streams_that_cannot_work_are_one_line(
         ("none*.png", "no file matches none*.png"),
         ("/dev/null", "is a pipe or a device"),
         ("none.png", "none.png does not exist"),
+        pytest.param(
+            r"in\a.png",
+            "on this system / separates folders",
+            marks=pytest.mark.skipif(os.name == "nt", reason=""),
+        ),
     ],
 )
 def test_what_is_no_file_is_named(cli: Cli, bundle: Path, photo: Path, name: str, words: str) -> None:
@@ -262,3 +268,41 @@ def test_upscaling_follows_the_edges_of_the_input() -> None:
     flat = np.full((32, 32, 3), 90, np.uint8)  # the painting has no such edge, and gets none
     assert (fit.upscale(flat, large) == 90).all()
     assert fit.upscale(large, large) is large
+
+
+@pytest.mark.parametrize("stem", ["x" * 246, "日" * 82])
+def test_a_name_that_is_long_gets_a_result_all_the_same(stylize: Cli, tmp_path: Path, stem: str) -> None:
+    """255 bytes are the limit; the input's own name is just within it."""
+    picture(tmp_path / "in" / "a.png", 60, 40).rename(tmp_path / "in" / f"{stem}.png")
+    assert stylize(tmp_path / "in").code == 0
+    (result,) = files_in(tmp_path / "in") - {f"{stem}.png"}
+    assert result.endswith("_styled.png")
+    assert "1 of 1 results exist already" in stylize(tmp_path / "in", "--skip-existing").err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have Unicode names only")
+def test_names_that_are_no_text(stylize: Cli, tmp_path: Path) -> None:
+    """Of an older Linux, in Latin-1: a picture and a clip."""
+    (tmp_path / "in").mkdir()
+    for path, name in (
+        (picture(tmp_path / "a.png", 60, 40), b"\xe9.png"),
+        (make_clip(tmp_path / "c.mp4"), b"\xe8.mp4"),
+    ):
+        path.rename(tmp_path / "in" / os.fsdecode(name))
+    result = stylize(tmp_path / "in", "-o", tmp_path / "out")
+    assert result.code == 0
+    assert "\\udce9_styled.png" in result.out
+    assert {os.fsencode(name) for name in files_in(tmp_path / "out")} == {
+        b"\xe9_styled.png",
+        b"\xe8_styled.mp4",
+    }
+
+
+def test_a_current_folder_that_is_gone(
+    stylize: Cli, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert stylize(photo).code == 0
+    assert "pip install" in install_hint("cuda")
