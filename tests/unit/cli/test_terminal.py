@@ -192,6 +192,13 @@ def test_a_second_run_makes_what_is_missing(stylize: Cli, tmp_path: Path) -> Non
     assert "exclude each other" in stylize(tmp_path / "in", "--skip-existing", "--overwrite").error
 
 
+def test_results_of_results_are_left_out_too(stylize: Cli, tmp_path: Path) -> None:
+    for marks in ("", "_styled", "_styled_styled"):
+        picture(tmp_path / f"a{marks}.png", 60, 40)
+    assert stylize(*sorted(tmp_path.glob("a*.png")), "--skip-existing").code == 0
+    assert files_in(tmp_path) == {"a.png", "a_styled.png", "a_styled_styled.png", "art"}
+
+
 def test_skip_existing_never_takes_the_input_for_its_result(stylize: Cli, photo: Path) -> None:
     assert "input itself" in stylize(photo, "-o", photo, "--skip-existing").error
 
