@@ -170,8 +170,13 @@ def _bundle_name(request: ExportRequest) -> str:
     source, profile = request.source, request.profile
     if source is None:
         return f"sdxl-{profile or f'std-{0.75 if request.eta is None else request.eta:g}'}"
-    # A folder by its own name, a hub id without its revision, a file without its suffix.
+    # A folder by its own name, a hub id (or its page) without its revision, a file without its suffix.
     path = Path(source)
+    if source.startswith("https:"):
+        from std_rt.export.sources.hub import parse_ref
+
+        ref = parse_ref(source)
+        source = source if ref is None else ref.path or ref.repo
     name = path.resolve().name if path.is_dir() else re.split(r"[/:\\]", source.partition("@")[0])[-1]
     name = name.removesuffix(".safetensors") or "bundle"
     return f"{name}-{profile}" if profile else name

@@ -163,3 +163,17 @@ def test_a_pickle_on_the_hub_is_refused_before_it_is_fetched(flag: str) -> None:
         resolve._check_suffix(listing, "x.bin", flag)
     resolve._check_suffix(listing, "x.bin", "--ip-adapter")
     resolve._check_suffix(listing, "x.safetensors", flag)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("me/xl@v2", "xl"),
+        ("https://huggingface.co/me/xl/tree/main", "xl"),
+        ("https://huggingface.co/me/xl/resolve/main/ink.safetensors?download=true", "ink"),
+    ],
+)
+def test_a_bundle_is_named_after_its_source(source: str, name: str) -> None:
+    from std_rt.cli.export import ExportRequest, _bundle_name
+
+    assert _bundle_name(ExportRequest(source=source)) == name
