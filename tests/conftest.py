@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from pathlib import Path
 
 import pytest
 from support.cli_support import Cli, Result
@@ -16,6 +17,9 @@ from std_rt.core.bundle import Bundle
 # threads gain nothing, and where something else runs too (another worker, say) each spends its time waiting
 # for the other: eight times the processor time, measured on training runs. Read when torch is first imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# As in an environment that is activated: install hints then say ``pip``, not the path of this Python.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 # Tracing makes millions of objects that live on, and a collection walks over all of them: at Python's own
 # thresholds 13 % of an export's time. Tests that count objects collect by themselves.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated
 
@@ -64,6 +65,9 @@ app.add_typer(styles_app, name="styles")
 
 def main() -> None:
     """Entry point ``std-rt``: a user error is one line on stderr and exit 2, Ctrl-C is exit 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show must not end a batch
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="std-rt")
     except StdRtError as error:

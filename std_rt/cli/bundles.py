@@ -106,7 +106,10 @@ def unpack(
     ],
     bundle: BundleArgument = None,
 ) -> None:
-    """Turn a bundle back into a diffusers folder, to train on. Needs: pip install '.\\[export]'"""
+    """Turn a bundle back into a diffusers folder, to train on.
+
+    Needs the extra \\[export]: see std-rt doctor.
+    """
     require("std-rt bundles unpack", "export", "torch", "diffusers", "safetensors")
     from std_rt.core.bundle import load_bundle
     from std_rt.core.schedule import NoiseSchedule

@@ -13,6 +13,7 @@ from typer import Option
 
 from std_rt.cli.options import BackendOption, BundleOption
 from std_rt.cli.stylize import StylizeRequest
+from std_rt.cli.terminal import progress_lines, working
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,12 +82,15 @@ def _stylize(
 
     console = Console(stderr=True)
     folder.mkdir(exist_ok=True)
-    results, seconds = {}, []
+    results: Pictures = {}
+    seconds: list[float] = []
+    lines = progress_lines(console)
     pairs = [(scene, style) for style in styles for scene in scenes]
     with Stylizer.load(bundle, backend=backend, size=size) as stylizer:
         stylizer.prepare(EXAMPLE_PX, EXAMPLE_PX)
         hidden = not console.is_terminal
         for scene, style in track(pairs, f"{size} px", console=console, transient=True, disable=hidden):
+            lines(f"pictures at {size} px", len(results), len(pairs))
             stylizer.set_style(styles[style])
             begun = time.perf_counter()
             results[f"{scene}_{style}"] = stylizer.stylize(scenes[scene])
@@ -108,7 +112,7 @@ def _clip(style: Frame, output: Path, bundle: str | None, backend: str) -> None:
     from std_rt.streaming.temporal import TemporalFilter
 
     source, sink = output / "inputs" / "moving.mp4", output / "moving_styled.mp4"
-    status = Console(stderr=True).status("rendering and stylizing a clip")
+    status = working(Console(stderr=True), "rendering and stylizing a clip")
     with status, Stylizer.load(bundle, backend=backend) as stylizer:
         write_moving(source, CLIP_FRAMES, width_px=EXAMPLE_PX, height_px=EXAMPLE_PX * 3 // 4)
         stylizer.set_style(style)

@@ -30,6 +30,13 @@ _RIVALS = (
     ("onnxruntime-gpu", "onnxruntime-directml"),
     ("opencv-python-headless", "opencv-python"),
 )
+# Extra, what needs it, packages that tell whether it is there. (Backends and cameras have rows of their own.)
+_EXTRAS = (
+    ("export", "std-rt export and bundles unpack", ("torch", "diffusers", "onnxscript")),
+    ("train", "std-rt train and evaluate --teacher", ("torch", "diffusers", "accelerate", "peft")),
+    ("int8", "export --precision int8", ("nncf",)),
+    ("text", "--prompt", ("tokenizers",)),
+)
 _LITTLE_MEMORY_GB, _LITTLE_DISK_GB = 2.0, 1.0  # less than the built-in model needs with some room to spare
 
 Row = tuple[str, str, str]  # mark, name, detail
@@ -45,8 +52,16 @@ def doctor() -> None:
     from std_rt.engines import backends
 
     found, known = backends(probe=True), list_bundles()
-    rows = [*_system(), *_gpus(), *_backends(found), *_packages(), *_cache(), *_bundles(known), *_cameras()]
-    rows.append((_NOTE, "install", "run `pip install .` commands in the folder of the std-rt repository"))
+    rows = [
+        *_system(),
+        *_gpus(),
+        *_backends(found),
+        *_packages(),
+        *_extras(),
+        *_cache(),
+        *_bundles(known),
+        *_cameras(),
+    ]
     print_table((mark, f"[bold]{name}[/]", escape(detail)) for mark, name, detail in rows)
     built_in = any(isinstance(item, Bundle) and item.name == BUILT_IN for item in known)
     raise typer.Exit(0 if built_in and any(info.available for info in found) else 1)
@@ -106,6 +121,14 @@ def _packages() -> Iterator[Row]:
         if {first, second} <= installed:
             fix = f"pip uninstall {first} {second}, then install the one you want"
             yield _BAD, "packages", f"{first} and {second} overwrite each other; run: {fix}"
+
+
+def _extras() -> Iterator[Row]:
+    """Commands that need more packages than the runtime, and how to add them."""
+    for extra, what, modules in _EXTRAS:
+        missing = [name for name in modules if find_spec(name) is None]
+        if missing:
+            yield _NOTE, extra, f"for {what}: not installed; to add it: {install_hint(extra)}"
 
 
 def _cache() -> Iterator[Row]:

@@ -16,7 +16,7 @@ import typer
 from typer import Argument, Option
 
 from std_rt.cli.options import BackendOption, OverwriteOption, SizeOption, parse_size
-from std_rt.cli.terminal import print_table
+from std_rt.cli.terminal import print_table, progress_lines
 from std_rt.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def evaluate(request: EvaluateRequest) -> None:
 
     std-rt evaluate photos paintings --teacher FOLDER --lora runs/std-0/lora.safetensors --steps 2 --steps 4
 
-    --teacher and scores with weights need: pip install '.\\[train]'
+    --teacher and scores with weights need the extra \\[train]: std-rt doctor says how to install it.
     """
     from std_rt.core.files import check_output, write_text, writing
 
@@ -445,13 +445,15 @@ def _run(comparison: Comparison, candidates: list[Candidate], settings: list[Set
     from std_rt.evaluation.students import compare
 
     shown = (settings[0].steps, settings[0].guidance)
-    rows = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    rows, console = [], Console(stderr=True)
+    lines = progress_lines(console)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("comparing", total=len(candidates) * len(settings) + 1)
         for row in compare(comparison, candidates, settings):
             keep = row.label == "reference" or (row.steps, row.guidance) == shown
             rows.append(row if keep else replace(row, frames=[]))
             progress.update(task, advance=1, description=f"{row.label}, {row.steps} steps")
+            lines("settings", len(rows), len(candidates) * len(settings) + 1)
     return rows
 
 

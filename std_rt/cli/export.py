@@ -13,7 +13,7 @@ from rich.console import Console
 from typer import Argument, Option
 
 from std_rt.cli.options import OverwriteOption, parse_frame_size
-from std_rt.cli.terminal import note
+from std_rt.cli.terminal import note, working
 from std_rt.core.errors import UsageError
 from std_rt.core.machine import require
 
@@ -110,7 +110,7 @@ class ExportRequest:
 
 
 def export(request: ExportRequest) -> None:
-    """Turn a diffusers pipeline (and a LoRA) into a bundle. Needs: pip install '.\\[export]'
+    """Turn a diffusers pipeline (and a LoRA) into a bundle. Needs the extra \\[export]: see std-rt doctor.
 
     std-rt export --eta 0.75 --steps 4
 
@@ -158,8 +158,8 @@ def export(request: ExportRequest) -> None:
         "remark": lambda line: note(console, f"note: {line}"),
     }
     folder = options.pop("folder")
-    with console.status("exporting") as status:
-        bundle = _export(folder, output, options, pictures, lambda line: status.update(line))
+    with working(console, "exporting") as progress:
+        bundle = _export(folder, output, options, pictures, progress)
     typer.echo(f"{bundle.path} ({bundle.name}, {bundle.total_bytes / 2**20:.1f} MB)")
     for graph, parity in bundle.manifest["parity"].items():
         typer.echo(f"  {graph}: {parity['psnr_db']:.1f} dB against {parity['against']} ({parity['runtime']})")
@@ -170,8 +170,13 @@ def _bundle_name(request: ExportRequest) -> str:
     source, profile = request.source, request.profile
     if source is None:
         return f"sdxl-{profile or f'std-{0.75 if request.eta is None else request.eta:g}'}"
-    # A folder by its own name, a hub id without its revision, a file without its suffix.
+    # A folder by its own name, a hub id (or its page) without its revision, a file without its suffix.
     path = Path(source)
+    if source.startswith("https:"):
+        from std_rt.export.sources.hub import parse_ref
+
+        ref = parse_ref(source)
+        source = source if ref is None else ref.path or ref.repo
     name = path.resolve().name if path.is_dir() else re.split(r"[/:\\]", source.partition("@")[0])[-1]
     name = name.removesuffix(".safetensors") or "bundle"
     return f"{name}-{profile}" if profile else name

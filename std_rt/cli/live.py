@@ -93,7 +93,7 @@ class LiveRequest(StylizerFlags):
         bool,
         Option(
             "--virtual-camera",
-            help="Also send frames to a virtual camera (for calls). Needs: pip install '.\\[live]'",
+            help="Also send frames to a virtual camera (for calls). Extra \\[live]: see std-rt doctor.",
         ),
     ] = False
     virtual_device: Annotated[

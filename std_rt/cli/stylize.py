@@ -13,12 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from rich.console import Console
 from typer import Argument, BadParameter, Option
 
 from std_rt.cli.options import StylizerFlags, TemporalOption, parse_size, parse_style
-from std_rt.cli.terminal import builds_shown, ended_as_by_ctrl_c, interruptible, note
+from std_rt.cli.terminal import (
+    builds_shown,
+    ended_as_by_ctrl_c,
+    interruptible,
+    note,
+    progress_lines,
+    say,
+)
 from std_rt.core.errors import MediaError, StdRtError, UsageError
 
 if TYPE_CHECKING:
@@ -32,6 +38,7 @@ __all__ = ["StylizeRequest", "check_size", "describe", "open_stylizer", "stylize
 
 _INTERRUPTED = 130
 _ENDING = ("SIGINT", "SIGTERM", "SIGHUP")
+_WHOLE = 0.98  # of a clip's frames, whose number is an estimate in some containers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +47,10 @@ class StylizeRequest(StylizerFlags):
 
     inputs: Annotated[
         list[Path],
-        Argument(metavar="INPUT...", help="Pictures (HEIC and JPEG XL: extra photos), clips or folders."),
+        Argument(
+            metavar="INPUT...",
+            help="Pictures (HEIC and JPEG XL: extra photos), clips or folders; - is stdin.",
+        ),
     ]
     style: Annotated[
         list[str],
@@ -50,8 +60,19 @@ class StylizeRequest(StylizerFlags):
     ]
     output: Annotated[
         Path | None,
-        Option("--output", "-o", metavar="FILE|FOLDER", help="Default: NAME_styled next to each input."),
+        Option(
+            "--output",
+            "-o",
+            metavar="FILE|FOLDER",
+            help="Default: NAME_styled next to each input; - is stdout.",
+        ),
     ] = None
+    skip_existing: Annotated[
+        bool, Option("--skip-existing", help="Keep results that exist and make the others.")
+    ] = False
+    upscale: Annotated[
+        bool, Option("--upscale", help="Bring results back to the size of their input, along its edges.")
+    ] = False
     temporal: TemporalOption = "full"  # docs/results.md has what it costs and gains
     sound: Annotated[
         str,
@@ -66,6 +87,13 @@ class StylizeRequest(StylizerFlags):
         modes = ("auto", "copy", "convert", "drop")
         if self.sound not in modes:
             raise BadParameter(f"--sound must be one of {', '.join(modes)}, got {self.sound!r}")
+        if self.skip_existing and self.overwrite:
+            raise UsageError("--skip-existing and --overwrite exclude each other; give one of them")
+
+    @property
+    def to_stdout(self) -> bool:
+        """The result goes to stdout, which must carry nothing else."""
+        return self.output == Path("-")
 
 
 def stylize(request: StylizeRequest) -> int:
@@ -75,29 +103,73 @@ def stylize(request: StylizeRequest) -> int:
 
     std-rt stylize clip.mp4 -s art.png:0.7 -s ink.png:0.3 -o styled.mp4 --size 512
     """
-    from std_rt.media.sources import plan_outputs
-    from std_rt.pipeline.style_file import encode_styles, open_styles
+    from std_rt.media.sources import is_stream, plan_outputs, spooled_inputs, spooled_output
 
     weights = [parse_style(text) for text in request.style]
+    if request.output is None and any(map(is_stream, request.inputs)):
+        raise UsageError(
+            "stdin and pipes have no name to derive another from; give -o FILE, or -o - for stdout"
+        )
     console = Console(stderr=True)
 
-    def say(line: str) -> None:
+    def tell(line: str) -> None:
         note(console, f"note: {line}")
 
-    jobs = plan_outputs(
-        request.inputs, request.output, overwrite=request.overwrite, sound=request.sound, say=say
-    )
+    paths, count = [*request.inputs, *(path for path, _ in weights)], len(request.inputs)
+    with spooled_inputs(paths) as found, spooled_output(request.output) as output:
+        jobs = plan_outputs(
+            found[:count],
+            output,
+            overwrite=request.overwrite,
+            skip_existing=request.skip_existing,
+            sound=request.sound,
+            say=tell,
+        )
+        styles = [(path, weight) for path, (_, weight) in zip(found[count:], weights, strict=True)]
+        return _stylize(request, jobs, styles, console)
+
+
+def _stylize(
+    request: StylizeRequest, jobs: Sequence[Job], weights: list[tuple[Path, float]], console: Console
+) -> int:
+    from std_rt.pipeline.style_file import encode_styles, open_styles
+
+    if request.to_stdout and len(jobs) > 1:
+        raise UsageError(f"-o - takes one input, got {len(jobs)}; give a folder, such as -o out")
+    todo = _without_done(jobs, console)
+    if not todo:
+        return 0
     with ended_as_by_ctrl_c("SIGTERM", "SIGHUP"), open_stylizer(request, console) as stylizer:
-        styles = open_styles(weights, stylizer.bundle, say)
+        styles = open_styles(weights, stylizer.bundle, lambda line: note(console, f"note: {line}"))
         if request.prompt is not None:
             stylizer.set_prompt(request.prompt, request.negative_prompt)
         work = _Work(stylizer, request, console)
         with builds_shown(console, stylizer.backend):
-            work.prepare(jobs)
+            work.prepare(todo)
             style = encode_styles(stylizer.encode_style, styles, stylizer.bundle)
             stylizer.use_style(style, request.style_strength)
             note(console, describe(stylizer))
-            return work.run(jobs)
+            return work.run(todo)
+
+
+def _without_done(jobs: Sequence[Job], console: Console) -> list[Job]:
+    """The jobs still to do; a line about the others, and about clips among them that were stopped early."""
+    from std_rt.media.video.clip import probe
+
+    done = [job for job in jobs if job.is_done]
+    if done:
+        note(console, f"{len(done)} of {len(jobs)} results exist already and stay (--skip-existing)")
+    for job in done:
+        with suppress(MediaError):
+            there, wanted = (
+                (probe(path).frames for path in (job.sink, job.source)) if job.is_video else (0, 0)
+            )
+            if there and wanted and there < _WHOLE * wanted:
+                note(
+                    console,
+                    f"note: {job.sink} has {there} of {wanted} frames; delete it to make it again",
+                )
+    return [job for job in jobs if not job.is_done]
 
 
 @contextmanager
@@ -143,6 +215,8 @@ class _Work:
         self._stylizer, self._request, self._console = stylizer, request, console
         self._interrupted = False
         self._first: Picture | None = None
+        self._lines = progress_lines(console)
+        self._has_told_size = request.upscale
 
     def prepare(self, jobs: Sequence[Job]) -> None:
         """Start opening the engines that the first input needs, while the style is encoded."""
@@ -163,7 +237,8 @@ class _Work:
         failed, pictures = 0, sum(not job.is_video for job in jobs)
         with _progress(self._console) as bar:
             whole = bar.add_task("pictures", total=pictures, unit="/s", visible=pictures > 1)
-            for job in jobs:
+            for index, job in enumerate(jobs):
+                self._lines("inputs", index, len(jobs))
                 try:
                     if job.is_video:
                         self._clip(job, bar)
@@ -199,13 +274,39 @@ class _Work:
         if alpha is not None:
             frame = fit.spread(frame, alpha)
         styled = self._stylizer.stylize(frame, self._request.seed)
+        if self._request.upscale:
+            styled = fit.upscale(styled, frame)
         height, width = styled.shape[:2]
         if alpha is not None and alpha.shape != (height, width):
             alpha = np.ascontiguousarray(fit.resize(alpha, (height, width)))
         write_picture(job.sink, styled, alpha, exif=picture.exif)
-        typer.echo(f"{job.sink} ({width}x{height}, {time.perf_counter() - started:.2f} s)")
+        self._report(job, (width, height), f"{time.perf_counter() - started:.2f} s")
+        self._tell_size(job, (picture.frame.shape[1], picture.frame.shape[0]), (width, height))
+
+    def _report(self, job: Job, size: tuple[int, int], what: str) -> None:
+        """A line on a result; on stderr if stdout has the result itself."""
+        line = f"({size[0]}x{size[1]}, {what})"
+        if self._request.to_stdout:
+            note(self._console, f"stdout {line}")
+        else:
+            say(f"{job.sink} {line}")
+
+    def _tell_size(self, job: Job, before: tuple[int, int], after: tuple[int, int]) -> None:
+        """Once: that a result is smaller than its input, and what changes that. Sizes are (width, height)."""
+        if self._has_told_size or before[0] * before[1] <= after[0] * after[1]:
+            return
+        self._has_told_size = True
+        note(
+            self._console,
+            f"note: {job.source.name} is {before[0]}x{before[1]} and its result {after[0]}x{after[1]}, "
+            "the size the model worked at; --size sets that "
+            f"(up to {self._stylizer.bundle.size_range[1]} px), --upscale brings results back to their "
+            "input's size",
+        )
 
     def _clip(self, job: Job, bar: Progress) -> None:
+        from std_rt.media import fit
+        from std_rt.media.video.clip import probe
         from std_rt.media.video.transcode import transcode_stream
         from std_rt.streaming.frame_stream import GROUPED, FrameStream
         from std_rt.streaming.temporal import TemporalFilter
@@ -216,6 +317,7 @@ class _Work:
 
         def show(done: int, total: int | None) -> None:
             bar.update(task, completed=done, total=None if total is None else max(total, done))
+            self._lines(f"{job.source.name}, frames", done, total)
 
         told: list[str] = []
 
@@ -227,7 +329,7 @@ class _Work:
             report = transcode_stream(
                 job.source,
                 job.sink,
-                stream.frames,
+                fit.upscaling(stream.frames) if self._request.upscale else stream.frames,
                 overwrite=self._request.overwrite,
                 progress=show,
                 sound=self._request.sound,
@@ -241,9 +343,11 @@ class _Work:
             return
         fps = report.frames / report.seconds if report.seconds else 0.0
         early = ", stopped early, playable" if report.stopped else ""
-        typer.echo(
-            f"{report.output} ({report.width}x{report.height}, {report.frames} frames, {fps:.1f} fps{early})"
-        )
+        size = (report.width, report.height)
+        self._report(job, size, f"{report.frames} frames, {fps:.1f} fps{early}")
+        if not self._has_told_size:
+            info = probe(job.source)
+            self._tell_size(job, (info.width, info.height), size)
 
 
 def _progress(console: Console) -> Progress:

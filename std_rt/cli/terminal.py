@@ -2,22 +2,87 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import typer
 from rich.console import Console
 
-__all__ = ["builds_shown", "ended_as_by_ctrl_c", "interruptible", "note", "print_table"]
+from std_rt.core.files import reason
 
+__all__ = [
+    "builds_shown",
+    "ended_as_by_ctrl_c",
+    "interruptible",
+    "note",
+    "print_table",
+    "progress_lines",
+    "say",
+    "working",
+]
+
+_LINE_EVERY_S = 30.0
 _WIDE = 200  # characters of a table of numbers in a file or a pipe, which has no edge to wrap at
 
 
 def note(console: Console, line: str) -> None:
     """Print a line in grey, exactly as it is."""
     console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def say(line: str) -> None:
+    """Print a line of results. A stdout that takes no more (``| head``) ends the lines, not the work."""
+    try:
+        typer.echo(line)
+    except OSError as error:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        note(Console(stderr=True), f"note: stdout takes no more lines ({reason(error)}); the work goes on")
+
+
+def progress_lines(
+    console: Console, *, every_s: float = _LINE_EVERY_S, now: Callable[[], float] = time.monotonic
+) -> Callable[[str, int, int | None], None]:
+    """A function (what, done, total) for logs: it prints a line now and then, and nothing on a terminal,
+    which has a bar."""
+    begun_s = last_s = now()
+
+    def show(what: str, done: int, total: int | None) -> None:
+        nonlocal last_s
+        if console.is_terminal or now() - last_s < every_s:
+            return
+        last_s = now()
+        spent_s = last_s - begun_s
+        of, left = "", ""
+        if total is not None and done:
+            of = f" of {total}"
+            left = f", {_duration(spent_s / done * max(total - done, 0))} left"
+        note(console, f"{what}: {done}{of} after {_duration(spent_s)}{left}")
+
+    return show
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+@contextmanager
+def working(console: Console, what: str) -> Iterator[Callable[[str], None]]:
+    """Show ``what`` is being done; yields a function that changes it. In a log, each change is a line."""
+    if not console.is_terminal:
+        note(console, what)
+        yield lambda line: note(console, line)
+        return
+    spinner = "dots" if console.encoding.startswith("utf") else "line"
+    with console.status(what, spinner=spinner) as status:
+        yield lambda line: status.update(line)
 
 
 def print_table(rows: Iterable[Sequence[str]], titles: Sequence[str] = (), *, numeric: bool = False) -> None:

@@ -28,7 +28,9 @@ def train(
         bool, Option("--dry-run", help="Print the recipe, parameters, memory and time; train nothing.")
     ] = False,
 ) -> None:
-    """Run a training recipe; an interrupted run continues where it stopped. Needs: pip install '.\\[train]'
+    """Run a training recipe; an interrupted run continues where it stopped.
+
+    Needs the extra \\[train]: see std-rt doctor.
 
     std-rt train training/std_tiny.toml --set method=tcd --output runs/tcd --seed 1
     """

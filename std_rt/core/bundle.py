@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from std_rt.core.errors import BundleError, UsageError
 from std_rt.core.files import file_digest, is_inside, writing
-from std_rt.core.machine import install_hint
+from std_rt.core.machine import install_hint, upgrade_hint
 from std_rt.core.onnx_file import external_locations
 from std_rt.core.schedule import StepCoefficients
 
@@ -372,7 +372,7 @@ def _read_manifest(folder: Path) -> Manifest:
     if manifest["schema"] > SCHEMA:
         raise BundleError(
             f"bundle {folder} has schema {manifest['schema']} and this std-rt reads up to {SCHEMA}; "
-            f"upgrade std-rt: git pull, then {install_hint()}"
+            f"upgrade std-rt: {upgrade_hint()}"
         )
     if manifest.get("manifest_sha256") != manifest_digest(manifest):
         raise BundleError(f"{path} has changed since export (its hash does not match); {_repair(folder)}")

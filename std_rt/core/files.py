@@ -13,7 +13,9 @@ import errno
 import glob
 import hashlib
 import os
+import re
 import secrets
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -29,6 +31,7 @@ __all__ = [
     "disk_is_full",
     "file_digest",
     "is_inside",
+    "missing",
     "reason",
     "user_folder",
     "write_bytes",
@@ -38,6 +41,7 @@ __all__ = [
 
 _ANOTHER_PLACE = "choose another place with -o"
 _LEFT_BEHIND_S = 24 * 3600  # no file takes that long to write
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)", re.IGNORECASE)  # a Path has one slash of the two
 _CLOSE_IT = "close the program that has it open, or choose another place with -o"  # Windows refuses then
 
 
@@ -119,17 +123,37 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
 def check_input(path: Path) -> None:
     """Raise MediaError unless ``path`` is a readable file with at least one byte."""
     try:
-        size = path.stat().st_size
-        if path.is_dir():
+        found = path.stat()
+        if stat.S_ISDIR(found.st_mode):
             raise MediaError(f"{path} is a folder; name a picture or video file")
-        if size == 0:
+        if not stat.S_ISREG(found.st_mode):
+            raise MediaError(f"{path} is a pipe or a device, not a file; save what it gives to a file first")
+        if found.st_size == 0:
             raise MediaError(f"{path} is empty (zero bytes); nothing can be read from it")
         with path.open("rb"):
             pass
     except FileNotFoundError:
-        raise MediaError(f"{path} does not exist; check the spelling and the folder") from None
+        raise MediaError(missing(path)) from None
     except (OSError, ValueError) as error:
         raise MediaError(f"{path} cannot be read: {reason(error)}") from error
+
+
+def missing(path: Path | str) -> str:
+    """What to say of a file that is not there: an address, a pattern, a ``~`` and a wrong name differ."""
+    text = path.as_posix() if isinstance(path, Path) else path
+    match = _ADDRESS.fullmatch(text)
+    if match is not None and match[1].lower() == "file":
+        return f"{match[1]}://{match[2]} is an address; give the path alone"
+    if match is not None:
+        url = f"{match[1]}://{match[2]}"
+        return f'{url} is a web address, and std-rt reads files; download it first: curl -LOJ "{url}"'
+    if text.startswith("~"):
+        return f"{path} does not exist: the shell has not expanded ~; write the whole path"
+    if os.name == "posix" and "\\" in text:
+        return f"{path} does not exist; on this system / separates folders, and \\ is a part of a name"
+    if any(mark in text for mark in "*?["):
+        return f"no file matches {path}; check the pattern and the folder"
+    return f"{path} does not exist; check the spelling and the folder"
 
 
 def check_output(
@@ -153,6 +177,11 @@ def check_output(
 
 
 def _refuse_taken(sink: Path, source: Path | None, overwrite: bool, flag: str) -> None:
+    if sink.parts[:1] == ("~",) and not Path("~").exists():
+        raise MediaError(
+            f"{sink} would make a folder named ~ here: the shell expands it only at the beginning of a word; "
+            f"write {flag} {sink}, with a space"
+        )
     if sink.is_dir():
         raise MediaError(f"{sink} is a folder; give a file name with {flag}, such as {sink / 'out.png'}")
     if not sink.exists():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,6 +25,7 @@ __all__ = [
     "install_hint",
     "peak_memory_mb",
     "require",
+    "upgrade_hint",
 ]
 
 # Vector units and number formats that decide how fast a network runs.
@@ -105,8 +110,66 @@ def require(what: str, extra: str, *modules: str) -> None:
 
 
 def install_hint(extra: str = "") -> str:
-    """The command, run in a clone (std-rt is not on PyPI), that installs it with ``extra``."""
-    return f"pip install '.[{extra}]'" if extra else "pip install ."
+    """The command that installs std-rt with ``extra`` into this Python, typed in the current folder.
+
+    std-rt is not on PyPI: a clone is named by its folder, and an installed package, whose extras pip finds in
+    its own metadata, by its name, or by where it came from if it is to be installed itself.
+    """
+    clone = _clone()
+    if clone is not None:
+        place = "." if _is_here(clone) else str(clone)
+    else:
+        place = "std-rt" if extra else _origin()
+    what = f"{place}[{extra}]" if extra else place
+    return f"{_pip_install()} {_quoted(what)}"
+
+
+def upgrade_hint() -> str:
+    """What to type for a newer std-rt."""
+    if _clone() is not None:
+        return f"git pull, then {install_hint()}"
+    return f"{install_hint()} --upgrade --no-deps, from its newer release"
+
+
+def _clone() -> Path | None:
+    """The repository that this package lies in; None for one in site-packages."""
+    folder = Path(__file__).resolve().parents[2]
+    return folder if (folder / "pyproject.toml").is_file() else None
+
+
+def _is_here(folder: Path) -> bool:
+    try:
+        return folder.samefile(".")
+    except OSError:  # the current folder is gone
+        return False
+
+
+def _origin() -> str:
+    """Where pip had this package from: a wheel or a repository; its name if that is not known."""
+    try:
+        noted = json.loads(metadata.distribution("std-rt").read_text("direct_url.json") or "{}")
+    except (metadata.PackageNotFoundError, ValueError):
+        return "std-rt"
+    url = str(noted.get("url", "std-rt"))
+    return f"{noted['vcs_info']['vcs']}+{url}" if "vcs_info" in noted else url
+
+
+def _pip_install() -> str:
+    """``pip install`` of this Python: by its path if the pip on the search path is another's."""
+    here = Path(sys.executable).parent
+    pip = shutil.which("pip")
+    if pip is not None and Path(pip).parent in (here, here / "Scripts"):
+        return "pip install"
+    if find_spec("pip") is None:
+        return f"uv pip install --python {_quoted(sys.executable)}"
+    return f"{_quoted(sys.executable)} -m pip install"
+
+
+def _quoted(text: str) -> str:
+    """For the shell; cmd.exe knows double quotes only."""
+    if os.name == "nt":
+        return f'"{text}"' if re.search(r"[\s\[]", text) else text
+    return shlex.quote(text)
 
 
 def _usable_cores() -> int:

@@ -168,6 +168,11 @@ def _read_layers(path: Path, shapes: Shapes) -> list[_Layer]:
         raise ExportError(f"LoRA {path} has no LoRA weights in it")
     if odd := sorted((down.keys() ^ up.keys()) | (alpha.keys() - down.keys())):
         raise ExportError(f"LoRA {path} has only a part of the layer {odd[0]}; download it again")
+    if all(stem.startswith("lora_te_") for stem in down):
+        raise ExportError(
+            f"LoRA {path} changes only the text encoder of Stable Diffusion 1.x or 2.x (lora_te_*); give one "
+            "made for SDXL, whose files have lora_unet_*, lora_te1_* and lora_te2_*"
+        )
     layers = []
     for stem in down:
         bare = stem.removeprefix("base_model.model.")

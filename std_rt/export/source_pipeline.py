@@ -212,8 +212,23 @@ def read_source(options: ExportOptions) -> Source:
     if not own:
         check_encoder(adapter, encoder)
     layout, layers = choose_layers(unet, options.style_layers, own_encoder=own)
-    schedule = NoiseSchedule.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
+    schedule = _schedule(folder / "scheduler" / "scheduler_config.json")
     return Source(options, unet, vae_config, roles, adapter, layout, tuple(layers), schedule)
+
+
+def _schedule(path: Path) -> NoiseSchedule:
+    """Raises ExportError for a schedule that is not of SDXL's kind, which default betas would hide."""
+    config = read_json(path)
+    kind = str(config.get("_class_name", ""))
+    if kind.startswith(("EDM", "FlowMatch")):
+        raise ExportError(
+            f"{path} names {kind}: a CosXL, Playground 2.5 or flow model, whose noise levels are not SDXL's; "
+            "std-rt exports SDXL pipelines"
+        )
+    try:
+        return NoiseSchedule.from_config(config)
+    except ValueError as error:
+        raise ExportError(f"{path} cannot be used: {error}") from error
 
 
 def _check_unet(config: dict[str, Any]) -> None:

@@ -24,10 +24,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import numpy as np
 
+from std_rt.core.errors import UsageError
 from std_rt.core.prefetcher import Prefetcher
 from std_rt.live.governor import QualityControl
 from std_rt.live.metrics import Metrics
@@ -99,9 +101,12 @@ class Session:
         self._captured: Prefetcher[FramePacket] | None = None
         self._styled: Prefetcher[FramePacket] | None = None
         self._lost = False
+        self._presenting = Lock()
 
     def start(self) -> None:
-        """Start capturing and stylizing."""
+        """Start capturing and stylizing, once. Raises UsageError the second time."""
+        if self._styled is not None:
+            raise UsageError("this session has started already; make a new Session for another run")
         self._captured = Prefetcher(
             self._capture(), room=1, latest=True, name="capture", dropped=lambda _: self.metrics.dropped()
         )
@@ -132,12 +137,20 @@ class Session:
             yield packet
 
     def get(self, timeout_s: float) -> FramePacket | None:
-        """The next styled packet, or None if none came in time. Raises errors of the engines."""
-        lost = "lost" in self.source.status
-        if lost != self._lost:  # a lost camera stops the metrics' clock until its next frame
-            (self.metrics.pause if lost else self.metrics.resume)("source")
-        self._lost = lost
-        return None if self._styled is None else self._styled.get(timeout_s)
+        """The next styled packet, or None if none came in time.
+
+        Raises errors of the engines, and UsageError while another thread waits here: frames come in order.
+        """
+        if not self._presenting.acquire(blocking=False):
+            raise UsageError("another thread presents this session; take its packets in one thread")
+        try:
+            lost = "lost" in self.source.status
+            if lost != self._lost:  # a lost camera stops the metrics' clock until its next frame
+                (self.metrics.pause if lost else self.metrics.resume)("source")
+            self._lost = lost
+            return None if self._styled is None else self._styled.get(timeout_s)
+        finally:
+            self._presenting.release()
 
     def presented(self, packet: FramePacket) -> None:
         """Count a packet whose frame is now on the screen."""

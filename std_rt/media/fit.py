@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Iterator
 from math import ceil, sqrt
 from typing import Any
 
@@ -11,9 +13,20 @@ from numpy.typing import NDArray
 
 from std_rt.core.errors import UsageError
 
-__all__ = ["check_frame", "over_white", "resize", "result_size", "spread", "working_size"]
+__all__ = [
+    "check_frame",
+    "over_white",
+    "resize",
+    "result_size",
+    "spread",
+    "upscale",
+    "upscaling",
+    "working_size",
+]
 
 Frame = NDArray[np.uint8]
+_WINDOW = (7, 7)  # px of the small picture, over which a result is compared with the luma of its input
+_NOISE = 5.0**2  # variance of luma (0..255) below which a window counts as flat
 
 _SPREAD_PX = 2048 * 2048  # more than any bundle works at
 _SPREAD_CELLS = 128  # along the longer side: colours reach about one of them beyond their edge
@@ -81,6 +94,50 @@ def resize(frame: Frame, size: tuple[int, int]) -> Frame:
     shrinks = h * w < frame.shape[0] * frame.shape[1]
     method = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
     return np.asarray(cv2.resize(frame, (w, h), interpolation=method), dtype=np.uint8)
+
+
+def upscale(styled: Frame, guide: Frame) -> Frame:
+    """``styled`` (uint8 [h, w, 3]) at the size of its input ``guide`` (uint8 [H, W, 3]), along its edges.
+
+    Lanczos, plus the detail that the guide's luma has lost at [h, w], in proportion to how far the result
+    follows that luma around each pixel: the slope of a guided filter (He et al., "Guided Image Filtering",
+    2013). Where the painting has left the picture's drawing, that is nothing.
+    """
+    h, w = styled.shape[:2]
+    size = guide.shape[1], guide.shape[0]
+    if (w, h) == size:
+        return styled
+    luma = cv2.cvtColor(guide, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    small = cv2.resize(luma, (w, h), interpolation=cv2.INTER_AREA)
+    detail = luma - cv2.resize(small, size, interpolation=cv2.INTER_LANCZOS4)
+    mean = cv2.blur(small, _WINDOW)
+    variance = cv2.blur(small * small, _WINDOW) - mean * mean
+    large = cv2.resize(styled, size, interpolation=cv2.INTER_LANCZOS4)
+    for channel in range(3):
+        values = styled[:, :, channel].astype(np.float32)
+        slope = (cv2.blur(small * values, _WINDOW) - mean * cv2.blur(values, _WINDOW)) / (variance + _NOISE)
+        gain = cv2.resize(cv2.blur(slope, _WINDOW), size, interpolation=cv2.INTER_LINEAR)
+        large[:, :, channel] = np.clip(np.rint(large[:, :, channel] + gain * detail), 0, 255)
+    return np.asarray(large, np.uint8)
+
+
+def upscaling(
+    stream: Callable[[Iterator[Frame]], Iterator[Frame]],
+) -> Callable[[Iterator[Frame]], Iterator[Frame]]:
+    """``stream`` (frames in, as many results out, in order), with `upscale` behind it."""
+
+    def run(frames: Iterator[Frame]) -> Iterator[Frame]:
+        inside: deque[Frame] = deque()
+
+        def kept() -> Iterator[Frame]:
+            for frame in frames:
+                inside.append(frame)
+                yield frame
+
+        for styled in stream(kept()):
+            yield upscale(styled, inside.popleft())
+
+    return run
 
 
 def over_white(rgb: Frame, alpha: Frame) -> Frame:

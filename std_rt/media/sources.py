@@ -5,13 +5,18 @@ The content decides whether a file is a picture or a clip; its suffix only if th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 from std_rt.core.errors import MediaError
-from std_rt.core.files import check_input, check_output, reason
+from std_rt.core.files import check_input, check_output, missing, reason, writing
 from std_rt.media.image import PICTURE_SUFFIXES, WRITABLE_SUFFIXES, is_animated, open_picture
 from std_rt.media.picture_formats import RefusedKind, UnreadablePictureError, refused_kind
 from std_rt.media.video.clip import open_clip
@@ -19,13 +24,17 @@ from std_rt.media.video.transcode import CLIP_SUFFIXES, default_clip_suffix
 
 __all__ = [
     "PICTURE_SUFFIXES",
+    "STANDARD_STREAM",
     "VIDEO_SUFFIXES",
     "Job",
     "expand_inputs",
+    "is_stream",
     "is_video",
     "media_kind",
     "output_path",
     "plan_outputs",
+    "spooled_inputs",
+    "spooled_output",
 ]
 
 VIDEO_SUFFIXES = frozenset(
@@ -38,6 +47,9 @@ VIDEO_SUFFIXES = frozenset(
 _AUDIO_SUFFIXES = frozenset({".mp3", ".m4a", ".aac", ".wav", ".flac", ".ogg", ".opus", ".wma"})
 _MARK = "_styled"
 _NAMED = 8  # files in a line
+_NAME_BYTES, _LONGEST_SUFFIX = 255, ".jpeg"  # of a file's name, on every usual file system
+STANDARD_STREAM = Path("-")
+"""As an input stdin, as an output stdout."""
 
 Kind = Literal["picture", "video"]
 
@@ -78,11 +90,15 @@ def is_video(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Job:
-    """One input file and its output file; ``is_video``: a clip, not a picture."""
+    """One input file and its output file.
+
+    ``is_video``: a clip, not a picture. ``is_done``: the output exists and stays as it is.
+    """
 
     source: Path
     sink: Path
     is_video: bool
+    is_done: bool = False
 
 
 def expand_inputs(paths: list[Path], say: Callable[[str], None] = lambda line: None) -> list[Path]:
@@ -99,7 +115,7 @@ def expand_inputs(paths: list[Path], say: Callable[[str], None] = lambda line: N
             for file in _folder_files(path, say) if path.is_dir() else [path]:
                 found.setdefault(file.resolve(strict=True), file)
         except FileNotFoundError:
-            raise MediaError(f"{path} does not exist; check the spelling and the folder") from None
+            raise MediaError(missing(path)) from None
         except (OSError, ValueError) as error:
             raise MediaError(f"{path} cannot be read: {reason(error)}") from error
     return list(found.values())
@@ -108,7 +124,7 @@ def expand_inputs(paths: list[Path], say: Callable[[str], None] = lambda line: N
 def _folder_files(folder: Path, say: Callable[[str], None]) -> list[Path]:
     names = sorted(entry for entry in folder.iterdir() if entry.is_file() and not entry.name.startswith("."))
     known = [entry for entry in names if entry.suffix.lower() in PICTURE_SUFFIXES | VIDEO_SUFFIXES]
-    results = {f"{entry.stem}{_MARK}" for entry in known}
+    results = {_marked(entry.stem, "") for entry in known}
     files: list[Path] = []
     refused: dict[RefusedKind, list[str]] = {}
     for entry in known:
@@ -166,7 +182,14 @@ def output_path(source: Path, out: Path | None, many: bool, is_video: bool, soun
         suffix = default_clip_suffix(source, sound)
     else:
         suffix = source.suffix if source.suffix.lower() in WRITABLE_SUFFIXES else ".png"
-    return folder / f"{source.stem}{_MARK}{suffix}"
+    return folder / _marked(source.stem, suffix)
+
+
+def _marked(stem: str, suffix: str) -> str:
+    """The name of a result; the end of a stem gives way if file systems could not hold it."""
+    while stem and len(os.fsencode(f"{stem}{_MARK}{_LONGEST_SUFFIX}")) > _NAME_BYTES:
+        stem = stem[:-1]
+    return f"{stem}{_MARK}{suffix}"
 
 
 def plan_outputs(
@@ -174,6 +197,7 @@ def plan_outputs(
     out: Path | None,
     *,
     overwrite: bool = False,
+    skip_existing: bool = False,
     sound: str = "auto",
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Job]:
@@ -181,22 +205,101 @@ def plan_outputs(
 
     sound: what becomes of the sound of clips, see `transcode_stream`.
 
-    Raises MediaError for the first input that is missing or not a picture or clip, for two inputs with one
-    output, for an output that exists (without ``overwrite``), is an input, or cannot be written.
+    ``skip_existing``: a job whose output exists is done, and results of an earlier run among the inputs are
+    left out. Raises MediaError for the first input that is missing or not a picture or clip, for two inputs
+    with one output, for an output that exists (without either flag), is an input, or cannot be written.
     """
     sources = expand_inputs(inputs, say)
     jobs: dict[Path, Job] = {}
     for source in sources:
         is_video = media_kind(source) == "video"
         sink = output_path(source, out, len(sources) > 1, is_video, sound)
-        twin = jobs.setdefault(sink.absolute(), Job(source, sink, is_video))
+        is_done = skip_existing and sink.is_file() and not sink.samefile(source)
+        job = Job(source, sink, is_video, is_done)
+        twin = jobs.setdefault(sink.absolute(), job)
         if twin.source != source:
             raise MediaError(
                 f"{twin.source} and {source} would both become {sink}; stylize them one at a time with -o"
             )
-    taken = {job.source.resolve() for job in jobs.values()}
-    for job in jobs.values():
-        if job.sink.resolve() in taken - {job.source.resolve()}:
-            raise MediaError(f"{job.sink} is one of the inputs; give another folder with -o")
-        check_output(job.sink, source=job.source, overwrite=overwrite)
-    return list(jobs.values())
+    found = _without_results([*jobs.values()], leave_out=skip_existing)
+    existing = [job.sink for job in found if job.sink.is_file() and not job.sink.samefile(job.source)]
+    if existing and len(found) > 1 and not (overwrite or skip_existing):
+        raise MediaError(
+            f"{len(existing)} of {len(found)} results exist already, such as {existing[0]}; add "
+            "--skip-existing to keep them and make the others, --overwrite to replace them, or -o for "
+            "another folder"
+        )
+    for job in found:
+        if not job.is_done:
+            check_output(job.sink, source=job.source, overwrite=overwrite)
+    return found
+
+
+def _without_results(jobs: Sequence[Job], *, leave_out: bool) -> list[Job]:
+    """The jobs whose input is not the result of another; unless ``leave_out``, such an input is refused."""
+    sources = {job.source.resolve(): job for job in jobs}
+    for job in jobs:
+        earlier = sources.get(job.sink.resolve(), job)
+        if earlier is not job and not leave_out:
+            raise MediaError(
+                f"{job.sink} is one of the inputs; add --skip-existing to leave out what is done, "
+                "or give another folder with -o"
+            )
+    results = {job.sink.resolve() for job in jobs if job.sink.resolve() != job.source.resolve()}
+    return [job for source, job in sources.items() if source not in results]
+
+
+@contextmanager
+def spooled_inputs(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Files as they are; stdin (``-``) and pipes as temporary files, which decoders can seek in.
+
+    Raises MediaError if stdin is a terminal or named twice.
+    """
+    if list(paths).count(STANDARD_STREAM) > 1:
+        raise MediaError("stdin can be read once, and - is given twice; save it to a file first")
+    with ExitStack() as stack:
+        yield [_spooled(path, stack) if is_stream(path) else path for path in paths]
+
+
+def is_stream(path: Path) -> bool:
+    """Whether ``path`` is stdin (``-``) or a pipe, such as the shell's ``<(...)``: read once, no name."""
+    try:
+        return path == STANDARD_STREAM or path.is_fifo()
+    except (OSError, ValueError):  # reported when it is read
+        return False
+
+
+def _spooled(path: Path, stack: ExitStack) -> Path:
+    """What a stream gives, as a file with the suffix of its kind of picture, if it is one."""
+    is_stdin = path == STANDARD_STREAM
+    if is_stdin and (sys.stdin is None or sys.stdin.isatty()):
+        raise MediaError("- reads stdin, which is a terminal here; pipe a picture in, or name a file")
+    place = Path(stack.enter_context(TemporaryDirectory(prefix="std-rt-"))) / (
+        "stdin" if is_stdin else "pipe"
+    )
+    with writing(place.parent, advice="set TMPDIR to a folder with room"), place.open("wb") as file:
+        shutil.copyfileobj(sys.stdin.buffer if is_stdin else stack.enter_context(path.open("rb")), file)
+    with suppress(MediaError):  # a clip, or nothing that can be read: told when it is opened
+        with open_picture(place) as picture:
+            suffix = f".{str(picture.format).lower()}"
+        return place.rename(place.with_suffix(suffix))
+    return place
+
+
+@contextmanager
+def spooled_output(out: Path | None) -> Iterator[Path | None]:
+    """``out`` itself; for ``-`` a temporary folder, whose file goes to stdout at the end of the block.
+
+    Raises MediaError if stdout is a terminal, or closed.
+    """
+    if out != STANDARD_STREAM:
+        yield out
+        return
+    if sys.stdout is None or sys.stdout.isatty():
+        raise MediaError("-o - writes a picture to stdout, which is a terminal here; add > out.png")
+    with TemporaryDirectory(prefix="std-rt-") as folder:
+        yield Path(folder)
+        for path in Path(folder).iterdir():
+            with path.open("rb") as file, writing("stdout", advice="check what reads it"):
+                shutil.copyfileobj(file, sys.stdout.buffer)
+                sys.stdout.buffer.flush()

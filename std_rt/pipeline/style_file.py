@@ -26,7 +26,7 @@ from std_rt.core.arrays import Frame
 from std_rt.core.bundle import Bundle
 from std_rt.core.errors import MediaError, UsageError
 from std_rt.core.files import check_input, check_output, reason, write_bytes, writing
-from std_rt.core.machine import install_hint
+from std_rt.core.machine import upgrade_hint
 from std_rt.media.image import PICTURE_SUFFIXES, read_picture
 from std_rt.pipeline.conditioning import EncodedStyle, blend, square
 
@@ -336,7 +336,7 @@ def _read_metadata(path: Path, file: Any) -> dict[str, Any]:
     if version > FORMAT_VERSION:
         raise MediaError(
             f"{path} is a style file of version {version} and this std-rt reads up to {FORMAT_VERSION}; "
-            f"upgrade std-rt: git pull, then {install_hint()}"
+            f"upgrade std-rt: {upgrade_hint()}"
         )
     return dict(metadata)
 

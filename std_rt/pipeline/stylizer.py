@@ -13,10 +13,10 @@ the same noise on every backend. `step` is `fit`, `run` and `unfit`. For streams
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Lock
+from threading import Lock, RLock
 from types import TracebackType
 
 import numpy as np
@@ -82,7 +82,9 @@ def draw_noise(seed: int, shape: tuple[int, ...]) -> Array:
 class Stylizer:
     """A bundle, opened on a backend, with a style.
 
-    Use it from one thread at a time, except `encode_style`, `ready` and the functions that compute sizes.
+    Threads take turns: a frame of one waits for that of another; `encode_style` has its own engine and its
+    own turn, and `ready` never waits. ``lock`` makes several calls one turn, such as `use_style` and the
+    frames meant for that style.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class Stylizer:
         check_negative(bundle, self._text, self.guidance)
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="std-rt-open")
         self._closed = False
+        self.lock = RLock()
         self._style_lock = Lock()
         self._style_engine: Future[Engine] | None = None
         self._encoder: StyleEncoder | None = None
@@ -199,8 +202,9 @@ class Stylizer:
         one size share their engines, so another number of steps costs next to nothing. Raises UsageError for
         more than `runner_cache.MAX_KEPT`.
         """
-        self._check_open()
-        self._cache.keep([RunnerKey(quality, frames, stream_batch) for quality in qualities])
+        with self.lock:
+            self._check_open()
+            self._cache.keep([RunnerKey(quality, frames, stream_batch) for quality in qualities])
 
     def ready(self, quality: Quality, *, frames: int = 1, stream_batch: bool = False) -> bool:
         """True if a frame at ``quality`` would not wait for its engines.
@@ -239,8 +243,13 @@ class Stylizer:
         that cannot be read.
         """
         frame = _frame(picture)
-        engine = self._open_style_encoder().result()
+        try:
+            engine = self._open_style_encoder().result()
+        except CancelledError:  # closed meanwhile
+            self._check_open()
+            raise
         with self._style_lock:
+            self._check_open()
             if self._encoder is None:
                 self._encoder = StyleEncoder(engine, self.bundle.style_px)
             return self._encoder(frame)
@@ -251,7 +260,8 @@ class Stylizer:
         Costs nothing if style and strength are already in use. Raises UsageError for a strength out of
         range, or a style in the shape of another bundle.
         """
-        if self._style is not None and self._style[0] is style and self._style[1] == strength:
+        now = self._style
+        if now is not None and now[0] is style and now[1] == strength:
             return
         self.bundle.check_strength(strength)
         made_for = (1, int(self.bundle.style["tokens"]), int(self.bundle.style["dim"]))
@@ -260,8 +270,9 @@ class Stylizer:
                 f"a style of bundle '{self.bundle.name}' has tokens {list(made_for)}, got "
                 f"{list(style.tokens.shape)}; encode its picture with this bundle"
             )
-        self._style = (style, strength)
-        self._conditioning.clear()
+        with self.lock:
+            self._style = (style, strength)
+            self._conditioning.clear()
 
     def set_prompt(self, prompt: str, negative: str | None = None) -> None:
         """Set the prompt, for a bundle that has text encoders.
@@ -269,15 +280,16 @@ class Stylizer:
         ``negative`` None is the model's empty negative prompt; it matters with guidance only. Raises
         UsageError if the bundle's prompt is baked in.
         """
-        if self._prompts is None:
-            self._prompts = TextEncoder(self.bundle, self._openers.text)
-        found = dict(self._prompts.encode(prompt, negative))
-        self._prompts.release()
-        longer = found["encoder_hidden_states"].shape != self._text["encoder_hidden_states"].shape
-        self._text = {**self._text, **found}
-        self._conditioning.clear()
-        if longer:  # engines are built for one length of text
-            self._cache.clear()
+        with self.lock:
+            if self._prompts is None:
+                self._prompts = TextEncoder(self.bundle, self._openers.text)
+            found = dict(self._prompts.encode(prompt, negative))
+            self._prompts.release()
+            longer = found["encoder_hidden_states"].shape != self._text["encoder_hidden_states"].shape
+            self._text = {**self._text, **found}
+            self._conditioning.clear()
+            if longer:  # engines are built for one length of text
+                self._cache.clear()
 
     def state(self, height_px: int, width_px: int, *, seed: int = 0) -> State:
         """The state a stream of frames of the given size starts from."""
@@ -358,15 +370,16 @@ class Stylizer:
         count = self.frames_per_call(size) if frames is None else frames
         if count < 1:
             raise UsageError(f"a call takes at least one frame, got {count}")
-        runner = self.runner(RunnerKey(quality or self.quality_at(size), count))
-        for frame, state in zip(working, states, strict=True):
-            runner.check(frame, state.noise)
         styled: list[Frame] = []
-        for begin in range(0, len(working), count):
-            group = [min(begin + i, len(working) - 1) for i in range(count)]
-            together = np.stack([working[i] for i in group]) if count > 1 else working[begin][None]
-            noise = [states[i].noise for i in group]
-            styled.extend(runner.run(together, [self.conditioning(size)] * count, noise, mark))
+        with self.lock:
+            runner = self.runner(RunnerKey(quality or self.quality_at(size), count))
+            for frame, state in zip(working, states, strict=True):
+                runner.check(frame, state.noise)
+            for begin in range(0, len(working), count):
+                group = [min(begin + i, len(working) - 1) for i in range(count)]
+                together = np.stack([working[i] for i in group]) if count > 1 else working[begin][None]
+                noise = [states[i].noise for i in group]
+                styled.extend(runner.run(together, [self.conditioning(size)] * count, noise, mark))
         return styled[: len(working)]
 
     def stylize(self, frame: Frame, seed: int = 0) -> Frame:
@@ -376,12 +389,15 @@ class Stylizer:
 
     def close(self) -> None:
         """Close every engine; the stylizer must not be used afterwards."""
-        self._closed = True
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._cache.clear()
-        if self._style_engine is not None:
-            close_when_open(self._style_engine)
-            self._style_engine = self._encoder = None
+        with self.lock:
+            with self._style_lock:
+                self._closed = True
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._cache.clear()
+            with self._style_lock:
+                if self._style_engine is not None:
+                    close_when_open(self._style_engine)
+                    self._style_engine = self._encoder = None
 
     def __enter__(self) -> Stylizer:
         return self
@@ -408,19 +424,24 @@ class Stylizer:
 
         Raises UsageError if no style is set.
         """
-        if self._style is None:
-            raise UsageError("no style is set; call set_style(picture) first")
-        if size not in self._conditioning:
-            if len(self._conditioning) >= _CACHED_SIZES:
-                del self._conditioning[next(iter(self._conditioning))]
-            positive = unet_inputs(self._text, *self._style, size)
-            self._conditioning[size] = conditioning_for(self.guidance.mode, self._text, positive)
-        return self._conditioning[size]
+        with self.lock:
+            if self._style is None:
+                raise UsageError("no style is set; call set_style(picture) first")
+            if size not in self._conditioning:
+                if len(self._conditioning) >= _CACHED_SIZES:
+                    del self._conditioning[next(iter(self._conditioning))]
+                positive = unet_inputs(self._text, *self._style, size)
+                self._conditioning[size] = conditioning_for(self.guidance.mode, self._text, positive)
+            return self._conditioning[size]
 
     def runner(self, key: RunnerKey) -> CachedRunner:
-        """The runner of a key, which starts to open in the background if necessary."""
-        self._check_open()
-        return self._cache.get(key)
+        """The runner of a key, which starts to open in the background if necessary.
+
+        Hold ``lock`` while it runs; another thread may have it closed otherwise.
+        """
+        with self.lock:
+            self._check_open()
+            return self._cache.get(key)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -428,8 +449,8 @@ class Stylizer:
 
     def _open_style_encoder(self) -> Future[Engine]:
         """The style encoder, opening in the background; again, if that failed."""
-        self._check_open()
         with self._style_lock:
+            self._check_open()
             if self._style_engine is None or has_failed(self._style_engine):
                 shapes = {"style_image": (1, 3, *[self.bundle.style_px] * 2)}
                 spec = graph_spec(self.bundle, "style_encoder", shapes)

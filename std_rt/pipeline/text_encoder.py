@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,7 @@ class ClipTokenizer:
 class TextEncoder:
     """A bundle's text encoders: prompts in, the UNet's text inputs out, each pair of prompts once.
 
-    Engines open at the first prompt and stay open until `release`. Use it from one thread at a time.
+    Engines open at the first prompt and stay open until `release`. Threads take turns.
     """
 
     def __init__(self, bundle: Bundle, open_graph: Opener, remember: int = 32) -> None:
@@ -96,6 +97,7 @@ class TextEncoder:
         self._zero_negative = bool(text.get("zero_negative", True))
         folders = {role: bundle.path / folder for role, folder in text["tokenizers"].items()}
         self._tokenizers = {role: ClipTokenizer.load(path) for role, path in folders.items()}
+        self._lock = Lock()
         self._engines: dict[str, Engine] = {}
         self._known: OrderedDict[tuple[str, str | None], Encoding] = OrderedDict()
 
@@ -107,18 +109,19 @@ class TextEncoder:
         does not open. The arrays are shared: do not write into them.
         """
         key = (prompt, negative)
-        if key not in self._known:
-            while len(self._known) >= self._remember:
-                self._known.popitem(last=False)
-            runs = [self._run(role) for role in self._tokenizers]
-            words = list(self._tokenizers.values())
-            self._known[key] = encode_pair(prompt, negative, words, runs, zero_negative=self._zero_negative)
-        self._known.move_to_end(key)
-        return self._known[key]
+        with self._lock:
+            if key not in self._known:
+                while len(self._known) >= self._remember:
+                    self._known.popitem(last=False)
+                runs = [self._run(role) for role in self._tokenizers]
+                words, zero = list(self._tokenizers.values()), self._zero_negative
+                self._known[key] = encode_pair(prompt, negative, words, runs, zero_negative=zero)
+            self._known.move_to_end(key)
+            return self._known[key]
 
     def release(self) -> None:
         """Close the engines, which are large and idle between prompts; the next new prompt opens them."""
-        with ExitStack() as stack:
+        with self._lock, ExitStack() as stack:
             while self._engines:
                 stack.callback(self._engines.popitem()[1].close)
 

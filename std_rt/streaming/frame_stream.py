@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from std_rt.core.arrays import Frame, Size
+from std_rt.core.errors import UsageError
 from std_rt.engines.program import Mark, no_mark
 from std_rt.media import fit
 from std_rt.pipeline.conditioning import EncodedStyle
@@ -97,7 +98,7 @@ class _Inside:
 
 
 class FrameStream:
-    """Stylizes the frames of one stream. Use it from one thread at a time."""
+    """Stylizes the frames of one stream, in one thread; streams in several threads may share a stylizer."""
 
     def __init__(
         self,
@@ -128,6 +129,7 @@ class FrameStream:
         self._batcher: _Batcher | None = None
         self._state: State | None = None
         self._style: tuple[EncodedStyle, float] | None = None
+        self._running = False
         self._inside: deque[_Inside] = deque()
         self._last: Frame | None = None
 
@@ -150,10 +152,21 @@ class FrameStream:
         return dropped
 
     def run(self, packets: Iterable[FramePacket]) -> Iterator[FramePacket]:
-        """Every packet with its result, in order. `switch` and `discard` may be called in between."""
-        for packet in packets:
-            yield from self._take(packet)
-        yield from self._flush()
+        """Every packet with its result, in order. `switch` and `discard` may be called in between.
+
+        Raises UsageError if another `run` of this stream has not ended: their frames would mix.
+        """
+        if self._running:
+            raise UsageError(
+                "this FrameStream is running already, and its frames come in order; make one for each thread"
+            )
+        self._running = True
+        try:
+            for packet in packets:
+                yield from self._take(packet)
+            yield from self._flush()
+        finally:
+            self._running = False
 
     def frames(self, frames: Iterable[Frame]) -> Iterator[Frame]:
         """`run` for bare frames uint8 [H, W, 3]."""
@@ -169,11 +182,11 @@ class FrameStream:
         assert self._batcher is not None
         working = fit.resize(packet.frame, self._quality.size)
         mark("convert")
-        changing = self._look_up_style(packet)
+        style = self._look_up_style(packet)
+        changing = _differ(self._style, style)
         if changing and self._batching == GROUPED:  # one call has one style
             yield from self._flush()
-        if self._style is not None:
-            self._stylizer.use_style(*self._style)
+        self._style = style
         if self._may_skip(working, changing):
             packet.styled, packet.skipped = self._last, True
             yield packet
@@ -182,7 +195,10 @@ class FrameStream:
         state = self._temporal.noise(self._state, motion)
         mark("follow")
         self._inside.append(_Inside(packet, motion, changing))
-        for styled in self._batcher.push(working, state, mark):
+        with self._stylizer.lock:
+            self._use_style()
+            done = self._batcher.push(working, state, mark)
+        for styled in done:
             if self._batching == STREAM_BATCH:  # the time of the call it comes out of
                 self._inside[0].packet.stages_ms = packet.stages_ms
             yield self._finish(styled)
@@ -202,14 +218,14 @@ class FrameStream:
         self._inside.clear()
         self._batcher = _BATCHERS[self._batching](self._stylizer, quality)
 
-    def _look_up_style(self, packet: FramePacket) -> bool:
-        """Look up the current style; True if it differs from that of the frame before."""
+    def _look_up_style(self, packet: FramePacket) -> tuple[EncodedStyle, float] | None:
         packet.style_s = self._now()
-        if self._style_at is None:
-            return False
-        style = self._style_at(packet.style_s)
-        before, self._style = self._style, style
-        return before is not None and (style[0] is not before[0] or style[1] != before[1])
+        return None if self._style_at is None else self._style_at(packet.style_s)
+
+    def _use_style(self) -> None:
+        """Set the style of the frames that run next: another stream may have set its own."""
+        if self._style is not None:
+            self._stylizer.use_style(*self._style)
 
     def _may_skip(self, working: Frame, changing: bool) -> bool:
         if self._similarity is None:
@@ -231,9 +247,23 @@ class FrameStream:
         return packet
 
     def _flush(self) -> Iterator[FramePacket]:
-        if self._inside and self._batcher is not None:
-            for styled in self._batcher.flush():
-                yield self._finish(styled)
+        if not self._inside or self._batcher is None:
+            return
+        flushing = self._batcher.flush()
+        while True:
+            with self._stylizer.lock:
+                self._use_style()
+                styled = next(flushing, None)
+            if styled is None:
+                return
+            yield self._finish(styled)
+
+
+def _differ(before: tuple[EncodedStyle, float] | None, style: tuple[EncodedStyle, float] | None) -> bool:
+    """Whether the style has changed since the frame before."""
+    if before is None or style is None:
+        return False
+    return style[0] is not before[0] or style[1] != before[1]
 
 
 def _stopwatch(packet: FramePacket, now: Callable[[], float]) -> Mark:

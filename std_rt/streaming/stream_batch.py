@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from threading import get_ident
 
 from std_rt.core.arrays import Array, Frame, Size
 from std_rt.core.errors import UsageError
@@ -34,7 +35,10 @@ class _Slot:
 
 
 class StreamBatch:
-    """Frames of one quality in the slots, one per step. Use it from one thread at a time."""
+    """Frames of one quality in the slots, one per step.
+
+    For one thread at a time: while frames are inside, another thread is refused, which would get them.
+    """
 
     def __init__(self, stylizer: Stylizer, at: Quality | Size) -> None:
         """``at``: a quality, or a working size (H, W) and the stylizer's steps. Its engines start to open."""
@@ -43,6 +47,7 @@ class StreamBatch:
         stylizer.runner(self._key)
         steps = len(stylizer.bundle.coefficients(self._key.quality.steps))
         self._slots: list[_Slot | None] = [None] * (steps - 1)  # before a run: slot 1 and up
+        self._thread = 0  # of the frames inside
         self._newest: _Slot | None = None
         self._last: Frame | None = None
 
@@ -57,19 +62,22 @@ class StreamBatch:
         The current style and noise are used. Raises UsageError if frame or state have another size.
         After an error of the engines, the frames inside are lost.
         """
-        runner = self._stylizer.runner(self._key)
-        runner.check(working, state.noise)
-        self._claim(runner)
-        self._last = working
-        self._newest = _Slot(self._stylizer.conditioning(self._key.quality.size), state.noise)
-        return self._advance(runner, self._newest, mark)
+        with self._stylizer.lock:
+            runner = self._stylizer.runner(self._key)
+            runner.check(working, state.noise)
+            self._claim(runner)
+            self._last = working
+            self._newest = _Slot(self._stylizer.conditioning(self._key.quality.size), state.noise)
+            return self._advance(runner, self._newest, mark)
 
     def flush(self, mark: Mark = no_mark) -> Iterator[Frame]:
         """The results of the frames still inside, in order; then it is empty and can be used again."""
         while any(self._slots):
-            runner = self._stylizer.runner(self._key)
-            self._claim(runner)
-            yield from self._advance(runner, None, mark)
+            with self._stylizer.lock:
+                runner = self._stylizer.runner(self._key)
+                self._claim(runner)
+                found = self._advance(runner, None, mark)
+            yield from found
 
     def _advance(self, runner: CachedRunner, entering: _Slot | None, mark: Mark) -> list[Frame]:
         """One run. An empty slot gets the newest frame's inputs, so that nothing is fed for it."""
@@ -84,7 +92,14 @@ class StreamBatch:
         return [styled[0]] if slots[-1] is not None else []
 
     def _claim(self, runner: CachedRunner) -> None:
-        """Take over the runner's slots; UsageError if another stream batch took them and frames are lost."""
+        """Take over the runner's slots. Raises UsageError if another stream batch took them and frames are
+        lost, or if the frames inside are another thread's."""
+        if self.inside and self._thread != get_ident():
+            raise UsageError(
+                "the frames inside this stream batch are another thread's; give each thread a StreamBatch of "
+                "its own, or call flush() in that thread first"
+            )
+        self._thread = get_ident()
         if runner.user is self:
             return
         lost = self.inside

@@ -59,6 +59,9 @@ _TRANSPORT: Any = HfHubHTTPError.__mro__[1]  # the client's own errors: httpx's,
 
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _REF = re.compile(rf"({_NAME}/{_NAME})(?:@([^\s:]+))?(?::(.+))?")
+_PAGE = re.compile(
+    rf"https://(?:huggingface\.co|hf\.co)/({_NAME}/{_NAME})(?:/(?:blob|resolve|tree)/([^/]+)(?:/(.*))?)?"
+)
 _REF_PATH = re.compile(rf"({_NAME}/{_NAME})/(.+\.(?:safetensors|bin))")
 
 
@@ -117,7 +120,9 @@ class Fetch:
 
 
 def parse_ref(text: str) -> HubRef | None:
-    """``owner/name[@revision][:path]`` or ``owner/name/file.safetensors``; None if it is neither."""
+    """``owner/name[@revision][:path]``, ``owner/name/file.safetensors`` or the page of one; else None."""
+    if (page := _PAGE.fullmatch(text.partition("?")[0].rstrip("/"))) is not None:
+        text = f"{page[1]}@{page[2] or constants.DEFAULT_REVISION}" + (f":{page[3]}" if page[3] else "")
     match = _REF.fullmatch(text)
     if match is not None and not match[1].endswith(".safetensors"):
         found = HubRef(match[1], match[2] or constants.DEFAULT_REVISION, match[3] or "")
@@ -439,4 +444,6 @@ def _by_hand(ref: HubRef) -> str:
     """What to type on a machine that is online."""
     revision = "" if ref.revision == constants.DEFAULT_REVISION else f" --revision {ref.revision}"
     what = f" {ref.path}" if PurePosixPath(ref.path).suffix else ""
+    if ref.path and not what:
+        what = f" --include '{ref.path.rstrip('/')}/*'"
     return f"when online type: hf download {ref.repo}{what}{revision}, or give a local file or folder"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from std_rt.core.base_model import licence
 from std_rt.core.errors import ExportError
+from std_rt.core.files import missing
 from std_rt.export.components import read_json
 from std_rt.export.ip_adapter import projection_reads
 from std_rt.export.profiles import PROFILES, find_profile
@@ -219,9 +220,10 @@ class _Resolver:
                 check_single_file(base.path)
             return base, self._configs()
         if ref is None:
-            raise ExportError(
+            raise _unknown(
+                text,
                 f"{text} is neither a folder or file here nor a hub id (owner/name); "
-                "give one of these, or omit BASE for the published SDXL recipe"
+                "give one of these, or omit BASE for the published SDXL recipe",
             )
         return self._hub_pipeline(ref), None
 
@@ -263,7 +265,7 @@ class _Resolver:
             return _Place(Path(text))
         ref = parse_ref(text)
         if ref is None or ref.path:
-            raise ExportError(f"--config {text} is neither a folder here nor a hub id (owner/name)")
+            raise _unknown(text, f"--config {text} is neither a folder here nor a hub id (owner/name)")
         listing = self._list(ref)
         self.wanted.append(Fetch(listing, choose_configs(listing)))
         return _Place(listing.folder, listing)
@@ -276,9 +278,12 @@ class _Resolver:
         if path.is_dir():
             raise ExportError(f"{flag} {text} is a folder; give the file in it")
         if ref is None:
-            raise ExportError(f"{flag} {text} does not exist here, and is not a hub name (owner/name:file)")
+            raise _unknown(
+                text, f"{flag} {text} does not exist here, and is not a hub name (owner/name:file)"
+            )
         listing = self._list(ref)
         name = ref.path or _only_weights(listing, flag)
+        _check_suffix(listing, name, flag)
         self.wanted.append(Fetch(listing, choose_file(listing, name)))
         return _Place(listing.folder / name, listing)
 
@@ -289,8 +294,8 @@ class _Resolver:
             return _Place(path)
         if ref is None or path.is_file():
             names = f", or {' or '.join(VAES)}" if flag == "--vae" else ""
-            raise ExportError(
-                f"{flag} {text} is neither a folder here nor a hub id (owner/name[:folder]){names}"
+            raise _unknown(
+                text, f"{flag} {text} is neither a folder here nor a hub id (owner/name[:folder]){names}"
             )
         listing = self._list(ref)
         inside = ref.path.rstrip("/")
@@ -330,6 +335,25 @@ class _Resolver:
         place = self._folder(name, "--image-encoder")
         self._fetch()
         return place
+
+
+def _unknown(text: str, usual: str) -> ExportError:
+    """The error for a name that is neither here nor on the hub: ``usual``, or what else the name is."""
+    path = Path(text)
+    if text == "-" or (path.exists() and not path.is_file() and not path.is_dir()):
+        return ExportError(
+            f"{text} is a pipe or a device, and weights are read from files; save it to one first"
+        )
+    return ExportError(missing(text) if "://" in text else usual)
+
+
+def _check_suffix(listing: Listing, name: str, flag: str) -> None:
+    """Raise ExportError before a file is fetched that would be refused afterwards."""
+    if name.endswith(".safetensors") or (flag == "--ip-adapter" and name.endswith(".bin")):
+        return
+    others = [other for other in listing.files if other.endswith(".safetensors")]
+    instead = f"give {listing.ref.repo}:{others[0]}" if others else "choose another repository"
+    raise ExportError(f"{flag} {listing.ref.repo}:{name} is not a .safetensors file; {instead}")
 
 
 def _only_weights(listing: Listing, flag: str) -> str:

@@ -40,6 +40,7 @@ _PREFIXES = {
     "text_encoder_2": "conditioner.embedders.1.model.",
 }
 _NOT_WEIGHTS = ("position_ids", "logit_scale")  # in a checkpoint, and of no use to the networks
+_PREDICTIONS = ("", "epsilon", "eps", "v", "v_prediction")  # that a checkpoint's metadata may note
 _FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 # A key's beginning that gives another kind of file away, and what that is.
 _OTHERS = (
@@ -47,14 +48,24 @@ _OTHERS = (
     ("cond_stage_model.model.", "a Stable Diffusion 2.x checkpoint"),
     ("conditioner.embedders.0.model.", "an SDXL refiner"),
     ("edm_mean", "a Playground 2.5 checkpoint (an EDM schedule)"),
+    ("edm_vpred.", "a CosXL checkpoint (an EDM schedule with v-prediction)"),
     ("model.diffusion_model.double_blocks.", "a FLUX checkpoint"),
     ("double_blocks.", "a FLUX checkpoint"),
     ("model.diffusion_model.joint_blocks.", "a Stable Diffusion 3 checkpoint"),
-    ("lora_unet_", "a LoRA (give it with --lora)"),
-    ("unet.down_blocks.", "a LoRA (give it with --lora)"),
+    ("lora_", "a LoRA (give it with --lora)"),
     ("image_proj.", "an IP-Adapter (give it with --ip-adapter)"),
     ("down_blocks.", "one part of a diffusers pipeline (give the folder of the whole)"),
     ("encoder.", "one part of a pipeline (give the whole)"),
+)
+
+# A part of a key that gives packed weights or a LoRA away.
+_PACKED = (
+    ("scaled_fp8", "has fp8 weights with scales; give the fp16 file of the same model"),
+    (".scale_weight", "has fp8 weights with scales; give the fp16 file of the same model"),
+    (".weight_scale", "has quantized weights with scales; give the fp16 file of the same model"),
+    (".absmax", "has 4-bit weights (bitsandbytes); give the fp16 file of the same model"),
+    (".lora_", "is a LoRA (give it with --lora); std-rt exports SDXL checkpoints"),
+    ("lora.down.", "is a LoRA (give it with --lora); std-rt exports SDXL checkpoints"),
 )
 
 
@@ -64,6 +75,9 @@ def check_single_file(path: Path) -> None:
     for start, kind in _OTHERS:
         if any(key.startswith(start) for key in shapes):
             raise ExportError(f"{path} is {kind}; std-rt exports SDXL checkpoints")
+    for mark, trouble in _PACKED:
+        if any(mark in key for key in shapes):
+            raise ExportError(f"{path} {trouble}")
     if _FIRST not in shapes:
         raise ExportError(f"{path} is not an SDXL checkpoint in the original layout: it has no {_FIRST}")
     channels = shapes[_FIRST][1]
@@ -187,6 +201,8 @@ def _note_prediction(work: Path, path: Path, shapes: Shapes) -> None:
     with open_weights(path) as file:
         noted = (file.metadata() or {}).get("modelspec.prediction_type", "")
     changes: dict[str, Any] = {}
+    if noted not in _PREDICTIONS:
+        raise ExportError(f"{path} says that it predicts {noted!r}; std-rt exports epsilon and v-prediction")
     if "v_pred" in shapes or noted in ("v", "v_prediction"):
         changes["prediction_type"] = "v_prediction"
     if "ztsnr" in shapes:

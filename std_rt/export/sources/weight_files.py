@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -28,6 +29,19 @@ __all__ = [
 ]
 
 _WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}
+# A file's beginning (lower case) that gives another kind away, and what to do with it.
+_KINDS = (
+    (b"gguf", "a GGUF file, whose weights are quantized; give the .safetensors of the same model"),
+    (b"<", "a web page, not weights: a download that needed a login or another link; download it again"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the weights; run: git lfs pull"),
+)
+_PICKLE = (
+    "a PyTorch pickle, which may run code and is not opened; give the .safetensors of the same model, or "
+    'convert it: python -c "import torch, safetensors.torch as s; '
+    "f = torch.load('{path}', 'cpu', weights_only=True); "
+    "s.save_file({{k: v.clone().contiguous() for k, v in f.get('state_dict', f).items() "
+    "if hasattr(v, 'clone')}}, '{stem}.safetensors')\""
+)
 _STEMS = ("diffusion_pytorch_model", "model")
 
 
@@ -42,6 +56,8 @@ def open_weights(path: Path, what: str = "") -> Any:
     except FileNotFoundError as error:
         raise ExportError(f"{named} does not exist") from error
     except (OSError, SafetensorError, ValueError) as error:
+        if kind := _other_kind(path):
+            raise ExportError(f"{named} is {kind}") from error
         raise ExportError(f"{named} cannot be read: it {_damage(path, error)}; download it again") from error
 
 
@@ -110,6 +126,23 @@ def check_weights(folder: Path) -> None:
     for path in sorted(folder.glob("*.safetensors")):
         with open_weights(path):
             pass
+
+
+def _other_kind(path: Path) -> str:
+    """What else a file is by its first bytes, and what to do with it; "" if they say nothing."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            is_pickle = any(name.endswith("data.pkl") for name in archive.namelist())
+        if not is_pickle:
+            return "a zip archive; unpack it and give the .safetensors file in it"
+        return _PICKLE.format(path=path.as_posix(), stem=path.with_suffix("").as_posix())
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return _PICKLE.format(path=path.as_posix(), stem=path.with_suffix("").as_posix())
+    return next((kind for start, kind in _KINDS if head.lstrip().lower().startswith(start)), "")
 
 
 def _damage(path: Path, error: Exception) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -380,3 +382,36 @@ def test_the_environment_means_what_it_means_elsewhere(
         hub.requests.clear()
         subprocess.run(run, env=env | {"HF_HUB_OFFLINE": "1"}, check=True, capture_output=True)
         assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("ref", "wanted"),
+    [
+        (HubRef("me/xl"), {"repo_id": "me/xl"}),
+        (HubRef("me/xl", "v2"), {"repo_id": "me/xl", "revision": "v2"}),
+        (HubRef("me/xl", path="a/x.safetensors"), {"repo_id": "me/xl", "filename": "a/x.safetensors"}),
+        (
+            HubRef("me/xl", path="models/encoder"),
+            {"repo_id": "me/xl", "allow_patterns": ["models/encoder/*"]},
+        ),
+    ],
+)
+def test_the_hubs_own_tool_takes_what_is_to_be_typed(
+    ref: HubRef, wanted: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run by ``hf`` itself, up to the transfer."""
+    from huggingface_hub.cli import download
+    from huggingface_hub.cli.hf import app
+
+    asked: dict[str, object] = {}
+
+    def fetch(**options: object) -> str:
+        asked.update(options)
+        return "."
+
+    monkeypatch.setattr(download, "snapshot_download", fetch)
+    monkeypatch.setattr(download, "hf_hub_download", fetch)
+    line = re.search(r"type: (hf download .*), or give", hub_module._by_hand(ref))
+    assert line is not None
+    app.main(args=shlex.split(line[1])[1:], prog_name="hf", standalone_mode=False)
+    assert {key: asked[key] for key in wanted} == wanted

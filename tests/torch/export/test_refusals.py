@@ -51,6 +51,16 @@ CASES: dict[str, tuple[Break, dict[str, Any], str]] = {
         r"no \.safetensors weights",
     ),
     "config is no json": (lambda f: (f / "vae" / "config.json").write_text("{"), {}, "cannot be read"),
+    "an EDM schedule": (
+        lambda f: edit(f / "scheduler" / "scheduler_config.json", _class_name="EDMEulerScheduler"),
+        {},
+        "names EDMEulerScheduler: a CosXL",
+    ),
+    "unknown betas": (
+        lambda f: edit(f / "scheduler" / "scheduler_config.json", beta_schedule="cosine"),
+        {},
+        "cannot be used: beta_schedule 'cosine'",
+    ),
     "unknown vae": (lambda f: edit(f / "vae" / "config.json", _class_name="VQModel"), {}, "class VQModel"),
     "not text_time": (
         lambda f: edit(f / "unet" / "config.json", addition_embed_type=None),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +231,29 @@ def test_a_graph_that_does_not_open_leaves_the_encoder_usable(bundle: Bundle) ->
         encoder.encode("the cat")
     works = True
     assert encoder.encode("the cat")["text_embeds"].shape == (1, 3)
+
+
+def test_prompts_of_several_threads_are_those_of_one(bundle: Bundle) -> None:
+    class Slow(Graph):
+        def __call__(self, **inputs: Any) -> dict[str, Any]:
+            found = super().__call__(**inputs)
+            time.sleep(0.002)  # another call in between would overwrite it
+            return found
+
+    prompts = [f"prompt {'ink ' * i}" for i in range(12)]
+    wanted = [TextEncoder(bundle, Opener()).encode(prompt) for prompt in prompts]
+    shared = TextEncoder(bundle, Slow)
+
+    def encode(prompt: str) -> Any:
+        try:
+            return shared.encode(prompt)
+        finally:
+            shared.release()
+
+    with ThreadPoolExecutor(4) as pool:
+        for found, right in zip(pool.map(encode, prompts), wanted, strict=True):
+            for name, value in right.items():
+                np.testing.assert_array_equal(found[name], value)
 
 
 def test_a_bundle_with_its_prompt_baked_in_says_so(bundle: Bundle) -> None:
