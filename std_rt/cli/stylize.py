@@ -65,14 +65,14 @@ def stylize(request: StylizeRequest) -> int:
     jobs = plan_outputs(request.inputs, request.output, overwrite=request.overwrite)
     console = Console(stderr=True)
     with open_stylizer(request, console) as stylizer:
-        styles = open_styles(weights, stylizer.bundle)
+        styles = open_styles(weights, stylizer.bundle, request.stroke_size)
         if request.prompt is not None:
             stylizer.set_prompt(request.prompt, request.negative_prompt)
         work = _Work(stylizer, request, console)
         with builds_shown(console, stylizer.backend):
             work.prepare(jobs)
-            style = encode_styles(stylizer.encode_style, styles, stylizer.bundle)
-            stylizer.use_style(style, request.style_strength)
+            style = encode_styles(stylizer.encode_style, styles, stylizer.bundle, request.stroke_size)
+            stylizer.use_style(style, request.style_strength, keep_colours=request.keep_colours)
             note(console, describe(stylizer))
             return work.run(jobs)
 

@@ -5,8 +5,9 @@
         show(packet.styled)
 
 `stylize`, `live`, `evaluate` and `bench` all use it. For each frame: fit it to the working size, look up the
-current style, follow the motion, run the engines, settle, and bring the result back to the frame's
-aspect. How frames share calls of the engines (the batching mode) changes the speed, not the result.
+current style, follow the motion, run the engines, settle, bring the result back to the frame's aspect, and
+keep the frame's colours if the stylizer is told to. How frames share calls of the engines (the batching mode)
+changes the speed, not the result.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Protocol
 
 from std_rt.core.arrays import Frame, Size
 from std_rt.engines.program import Mark, no_mark
-from std_rt.media import fit
+from std_rt.media import chroma, fit
 from std_rt.pipeline.conditioning import EncodedStyle
 from std_rt.pipeline.stylizer import Quality, State, Stylizer
 from std_rt.streaming.similarity import SimilarityFilter
@@ -94,6 +95,7 @@ class _Inside:
     packet: FramePacket
     motion: Motion
     changing: bool  # its style differs from that of the frame before
+    keep_colours: bool
 
 
 class FrameStream:
@@ -130,6 +132,7 @@ class FrameStream:
         self._style: tuple[EncodedStyle, float] | None = None
         self._inside: deque[_Inside] = deque()
         self._last: Frame | None = None
+        self._keep_colours = stylizer.keep_colours  # of the last frame
 
     @property
     def quality(self) -> Quality | None:
@@ -174,14 +177,15 @@ class FrameStream:
             yield from self._flush()
         if self._style is not None:
             self._stylizer.use_style(*self._style)
-        if self._may_skip(working, changing):
+        before, self._keep_colours = self._keep_colours, self._stylizer.keep_colours
+        if self._may_skip(working, changing or before != self._keep_colours):
             packet.styled, packet.skipped = self._last, True
             yield packet
             return
         motion = self._temporal.follow(working)
         state = self._temporal.noise(self._state, motion)
         mark("follow")
-        self._inside.append(_Inside(packet, motion, changing))
+        self._inside.append(_Inside(packet, motion, changing, self._keep_colours))
         for styled in self._batcher.push(working, state, mark):
             if self._batching == STREAM_BATCH:  # the time of the call it comes out of
                 self._inside[0].packet.stages_ms = packet.stages_ms
@@ -226,8 +230,12 @@ class FrameStream:
         settled = self._temporal.settle(styled, done.motion, changing=done.changing)
         mark("settle")
         size = fit.result_size((shape[0], shape[1]), (settled.shape[0], settled.shape[1]))
-        packet.styled = self._last = fit.resize(settled, size)
+        packet.styled = fit.resize(settled, size)
         mark("convert")
+        if done.keep_colours:
+            packet.styled = chroma.keep_colours(packet.frame, packet.styled)
+            mark("colours")
+        self._last = packet.styled
         return packet
 
     def _flush(self) -> Iterator[FramePacket]:

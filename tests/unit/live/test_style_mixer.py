@@ -24,7 +24,7 @@ from std_rt.pipeline.style_file import read_style, save_style
 WAIT_S = 30
 
 
-def encode(frame: np.ndarray) -> EncodedStyle:
+def encode(frame: np.ndarray, stroke_size: float = 1.0) -> EncodedStyle:
     """Tokens of a made-up encoder: random, but the same for the same picture."""
     rng = np.random.default_rng(int(frame[0, 0, 0]))
     return EncodedStyle(rng.standard_normal((1, 2, 4), np.float32), rng.standard_normal((1, 6), np.float32))
@@ -472,7 +472,7 @@ def test_a_dropped_folder_shows_its_first_readable_picture(
 
 
 def test_failures_in_the_background_are_one_line_each(handmade: Bundle, clock: Clock, tmp_path: Path) -> None:
-    def broken(frame: np.ndarray) -> EncodedStyle:
+    def broken(frame: np.ndarray, stroke_size: float) -> EncodedStyle:
         if frame[0, 0, 0] == 99:
             raise RuntimeError("engine\nfailed")
         return encode(frame)
@@ -501,7 +501,7 @@ def test_failures_in_the_background_are_one_line_each(handmade: Bundle, clock: C
 def test_frames_do_not_wait_for_the_encoder(handmade: Bundle, clock: Clock, tmp_path: Path) -> None:
     begun, go_on = threading.Event(), threading.Event()
 
-    def slow(frame: np.ndarray) -> EncodedStyle:
+    def slow(frame: np.ndarray, stroke_size: float) -> EncodedStyle:
         if threading.current_thread() is not threading.main_thread():
             begun.set()
             assert go_on.wait(WAIT_S)

@@ -34,7 +34,7 @@ from std_rt.pipeline.style_file import (
 )
 
 
-def encode(frame: np.ndarray) -> EncodedStyle:
+def encode(frame: np.ndarray, stroke_size: float = 1.0) -> EncodedStyle:
     """As the bundle made by hand does it: all tokens hold the picture's mean."""
     mean = np.float32(frame.mean() / 127.5 - 1)
     return EncodedStyle(np.full((1, TOKENS, DIM), mean), np.full((1, POOLED), mean))
@@ -321,7 +321,7 @@ def test_a_picture_a_frame_and_a_style_file_read_alike(handmade: Bundle, tmp_pat
     save_style(tmp_path / "a.safetensors", drawn)
     path.unlink()
 
-    def never(frame: np.ndarray) -> EncodedStyle:
+    def never(frame: np.ndarray, stroke_size: float) -> EncodedStyle:
         raise AssertionError("a style file needs no encoder")
 
     _assert_same(read_style(tmp_path / "a.safetensors", handmade, never), drawn)
