@@ -105,7 +105,7 @@ def style_views(frame: Frame, side_px: int, stroke_size: float = 1.0) -> list[tu
         others = [np.asarray(mirrored, np.uint8)]
     else:
         large = style_square(frame, side_px)
-        half = max(1, len(large) // 2)
+        half = (len(large) + 1) // 2
         starts = (0, len(large) - half)
         others = [square(large[y : y + half, x : x + half], side_px) for y in starts for x in starts]
     weighted = [(whole, 1 - share), *((view, share / len(others)) for view in others)]
