@@ -173,7 +173,8 @@ class StyleMixer:
         """
         asked = self._asked_stroke_size
         if isinstance(source, Path) and not is_style_file(source):
-            source, name = read_picture(source).frame, name or source.stem
+            name = name or source.stem
+            source = read_picture(source).frame
         if not isinstance(source, Path):
             asked = self._stroke_size
         loaded = read_style(source, self._bundle, self._encode, name, stroke_size=asked)

@@ -298,7 +298,7 @@ def load_style(path: Path, bundle: Bundle | None, stroke_size: float | None = No
         own = "several stroke sizes" if style.stroke_size is None else f"stroke size {style.stroke_size:g}"
         again = f"std-rt styles save {source} --stroke-size {stroke_size:g} -o {path} --overwrite"
         raise MediaError(
-            f"{path} was saved at {own} without its picture, which {stroke_size:g} would need; "
+            f"{path} was saved at {own} without its picture, which stroke size {stroke_size:g} needs; "
             f"leave out --stroke-size, or save it again: {again}"
         )
     return style

@@ -79,7 +79,7 @@ def test_a_stroke_size_is_refused_where_the_picture_is_gone(
 ) -> None:
     kept, out = tmp_path / "kept.safetensors", tmp_path / "out.safetensors"
     cli("styles", "save", art, "-o", kept, "-b", bundle)
-    said = "kept.safetensors was saved at stroke size 1 without its picture, which 1.5 would need"
+    said = "kept.safetensors was saved at stroke size 1 without its picture, which stroke size 1.5 needs"
     size = ("--stroke-size", 1.5)
     assert said in cli("styles", "save", kept, "-o", out, "-b", bundle, *size).error
     assert said in cli("stylize", photo, "-s", kept, "-b", bundle, *size).error

@@ -343,7 +343,7 @@ def test_the_stroke_size_is_stored_and_another_one_refused(handmade: Bundle, tmp
     with pytest.raises(MediaError) as caught:
         load_style(path, handmade, 0.5)
     assert str(caught.value) == (
-        f"{path} was saved at stroke size 1.5 without its picture, which 0.5 would need; leave out "
+        f"{path} was saved at stroke size 1.5 without its picture, which stroke size 0.5 needs; leave out "
         f"--stroke-size, or save it again: std-rt styles save ink.png --stroke-size 0.5 -o {path} --overwrite"
     )
 
@@ -355,7 +355,7 @@ def test_a_blend_has_a_stroke_size_if_its_parts_agree(handmade: Bundle, tmp_path
     assert blend_files([(one, 1.0), (three, 0.0)], "one").stroke_size == 1.5
     save_style(path, blend_files([(one, 1.0), (three, 1.0)], "mixed"))
     assert load_style(path, handmade).stroke_size is None
-    with pytest.raises(MediaError, match=r"saved at several stroke sizes without its picture, which 1\.5"):
+    with pytest.raises(MediaError, match=r"saved at several stroke sizes without its picture, which stroke size 1\.5"):
         load_style(path, handmade, 1.5)
 
 
