@@ -722,7 +722,9 @@ def test_a_stroke_size_that_was_asked_for_must_be_that_of_style_files(
     mixer = StyleMixer(at_size, handmade, stroke_size=1.5, now=clock)
     mixer.add(_frame(0))
     assert _level(mixer, clock.at) == 0.15
-    with pytest.raises(MediaError, match=r"was saved at stroke size 1 without its picture, which stroke size 1\.5"):
+    with pytest.raises(
+        MediaError, match=r"was saved at stroke size 1 without its picture, which stroke size 1\.5"
+    ):
         mixer.add(path)
     with pytest.raises(UsageError, match="stroke size must be in"):
         StyleMixer(at_size, handmade, stroke_size=3)

@@ -355,7 +355,9 @@ def test_a_blend_has_a_stroke_size_if_its_parts_agree(handmade: Bundle, tmp_path
     assert blend_files([(one, 1.0), (three, 0.0)], "one").stroke_size == 1.5
     save_style(path, blend_files([(one, 1.0), (three, 1.0)], "mixed"))
     assert load_style(path, handmade).stroke_size is None
-    with pytest.raises(MediaError, match=r"saved at several stroke sizes without its picture, which stroke size 1\.5"):
+    with pytest.raises(
+        MediaError, match=r"saved at several stroke sizes without its picture, which stroke size 1\.5"
+    ):
         load_style(path, handmade, 1.5)
 
 
