@@ -170,7 +170,13 @@ def live(request: LiveRequest) -> None:
         stylizer = stack.enter_context(open_stylizer(request, console))
         if request.prompt is not None:
             stylizer.set_prompt(request.prompt, request.negative_prompt)
-        mixer = StyleMixer(stylizer.encode_style, stylizer.bundle, strength=request.style_strength)
+        stylizer.keep_colours = request.keep_colours
+        mixer = StyleMixer(
+            stylizer.encode_style,
+            stylizer.bundle,
+            strength=request.style_strength,
+            stroke_size=request.stroke_size,
+        )
         stack.enter_context(closing(mixer))
         mixer.cycle(request.cycle_s, request.crossfade)
         with builds_shown(console, stylizer.backend):

@@ -22,8 +22,10 @@ __all__ = [
     "OverwriteOption",
     "SizeOption",
     "StepsOption",
+    "StrokeSizeOption",
     "StylizerFlags",
     "TemporalOption",
+    "check_stroke_option",
     "command_of",
     "parse_frame_size",
     "parse_size",
@@ -48,6 +50,13 @@ SizeOption = Annotated[
 ]
 StepsOption = Annotated[
     int | None, Option(help="Denoising steps; a count the bundle supports (std-rt bundles info).")
+]
+StrokeSizeOption = Annotated[
+    float | None,
+    Option(
+        metavar="0.5..2",
+        help="Size of the style's strokes; 1: as in its picture. Default: a style file's own, else 1.",
+    ),
 ]
 BackendOption = Annotated[
     str, Option(help="auto, cpu, or a backend listed by `std-rt doctor`, e.g. openvino or rtx.")
@@ -84,6 +93,13 @@ class StylizerFlags(EngineFlags):
     """How a command stylizes. Raises UsageError for flags that do not fit together."""
 
     style_strength: Annotated[float, Option(help="0: no effect, 1: as trained.")] = 1.0
+    stroke_size: StrokeSizeOption = None
+    keep_colours: Annotated[
+        bool,
+        Option(
+            "--keep-colours", "--keep-colors", help="The input's colours with the result's light and dark."
+        ),
+    ] = False
     seed: Annotated[int, Option(min=0, help="Noise seed; the same seed gives the same noise.")] = 0
     prompt: Annotated[str | None, Option(help="For bundles exported with --prompts encoder.")] = None
     negative_prompt: Annotated[str | None, Option(help="What to avoid; needs --prompt and guidance.")] = None
@@ -100,6 +116,7 @@ class StylizerFlags(EngineFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_stroke_option(self.stroke_size)
         if self.negative_prompt is not None and self.prompt is None:
             raise UsageError("--negative-prompt needs --prompt; give both")
 
@@ -132,6 +149,14 @@ def parse_size(text: str | None) -> int | Size | None:
     if match is None or int(match[1]) == 0 or (match[2] and int(match[2]) == 0):
         raise BadParameter(f"{text!r} is not a size; use pixels such as 512, or WIDTHxHEIGHT such as 512x384")
     return (int(match[2]), int(match[1])) if match[2] else int(match[1])
+
+
+def check_stroke_option(stroke_size: float | None) -> None:
+    """Raise UsageError for a stroke size out of range."""
+    if stroke_size is not None:
+        from std_rt.pipeline.conditioning import check_stroke_size
+
+        check_stroke_size(stroke_size)
 
 
 def parse_frame_size(text: str | None) -> Size | None:

@@ -11,7 +11,15 @@ import typer
 from rich.markup import escape
 from typer import Argument, Option
 
-from std_rt.cli.options import BackendOption, BundleOption, OverwriteOption, parse_style, split_number
+from std_rt.cli.options import (
+    BackendOption,
+    BundleOption,
+    OverwriteOption,
+    StrokeSizeOption,
+    check_stroke_option,
+    parse_style,
+    split_number,
+)
 from std_rt.cli.terminal import print_table
 from std_rt.core.errors import UsageError
 
@@ -33,6 +41,7 @@ def save(
     ],
     output: Annotated[Path, Option("--output", "-o", metavar="NAME.safetensors", help="The style file.")],
     name: Annotated[str | None, Option(help="The style's name; default: the file's.")] = None,
+    stroke_size: StrokeSizeOption = None,
     bundle: BundleOption = None,
     backend: BackendOption = "auto",
     overwrite: OverwriteOption = False,
@@ -48,11 +57,16 @@ def save(
     from std_rt.pipeline.stylizer import Stylizer
 
     pairs = [parse_style(text) for text in styles]
+    check_stroke_option(stroke_size)
     check_style_output(output, overwrite)
     for path, _ in pairs:
         check_input(path)
     with Stylizer.load(bundle, backend=backend) as stylizer:
-        parts = [(read_style(path, stylizer.bundle, stylizer.encode_style), weight) for path, weight in pairs]
+        encode = stylizer.encode_style
+        parts = [
+            (read_style(path, stylizer.bundle, encode, stroke_size=stroke_size), weight)
+            for path, weight in pairs
+        ]
     style = blend_files(parts, name or output.stem)
     save_style(output, style, overwrite)
     size = f"{output.stat().st_size / 1000:.1f} kB"
@@ -85,6 +99,7 @@ def _facts(path: Path, style: StyleFile) -> Iterator[tuple[str, str]]:
     yield "style", f"{tokens} tokens of {dim} numbers{pooled}"
     yield "thumbnail", f"{width} x {height} px"
     yield "from", _sources(style)
+    yield "stroke size", "several" if style.stroke_size is None else f"{style.stroke_size:g}"
     yield "made with", f"bundle {style.bundle}"
     yield "style encoder", style.encoder
     none = "no bundle here; export the bundle that it was made with, or save the style again"

@@ -140,14 +140,16 @@ def _stylize(
     if not todo:
         return 0
     with ended_as_by_ctrl_c("SIGTERM", "SIGHUP"), open_stylizer(request, console) as stylizer:
-        styles = open_styles(weights, stylizer.bundle, lambda line: note(console, f"note: {line}"))
+        styles = open_styles(
+            weights, stylizer.bundle, request.stroke_size, say=lambda line: note(console, f"note: {line}")
+        )
         if request.prompt is not None:
             stylizer.set_prompt(request.prompt, request.negative_prompt)
         work = _Work(stylizer, request, console)
         with builds_shown(console, stylizer.backend):
             work.prepare(todo)
-            style = encode_styles(stylizer.encode_style, styles, stylizer.bundle)
-            stylizer.use_style(style, request.style_strength)
+            style = encode_styles(stylizer.encode_style, styles, stylizer.bundle, request.stroke_size)
+            stylizer.use_style(style, request.style_strength, keep_colours=request.keep_colours)
             note(console, describe(stylizer))
             return work.run(todo)
 

@@ -21,6 +21,8 @@ class Action(StrEnum):
     MIX_STYLE = "mix style"  # into the blend or out of it; amount: its number, from 1
     WEIGHT = "weight"  # of the style chosen or mixed in last; amount is added
     STRENGTH = "strength"  # of all style; amount is added
+    STROKES = "strokes"  # stroke size; amount is added
+    COLOURS = "colours"  # the camera's, or those of the style
     CROSSFADE = "crossfade"  # duration in seconds; amount is added
     COMPARE = "compare"
     MIRROR = "mirror"
@@ -35,7 +37,9 @@ class Action(StrEnum):
     QUIT = "quit"
 
 
-_REPEATING = frozenset({Action.WEIGHT, Action.STRENGTH, Action.CROSSFADE})  # while the key is held
+_REPEATING = frozenset(
+    {Action.WEIGHT, Action.STRENGTH, Action.STROKES, Action.CROSSFADE}
+)  # while the key is held
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,13 @@ BINDINGS: tuple[Binding, ...] = (
         "Style", "its weight in the blend", ("+", "−"), _steps(Action.WEIGHT, 0.1, ("plus",), ("minus",))
     ),
     Binding("Style", "strength", ("↑", "↓"), _steps(Action.STRENGTH, 0.05, ("up",), ("down",))),
+    Binding(
+        "Style",
+        "strokes: larger, smaller",
+        ("B", "Shift+B"),
+        _steps(Action.STROKES, 0.1, ("b",), ("shift+b",)),
+    ),
+    Binding("Style", "keep the camera's colours", ("K",), _any(Action.COLOURS, 0, "k")),
     Binding(
         "Style",
         "crossfade: longer, shorter",

@@ -276,10 +276,11 @@ class Presenter:
                 self._flash(f"crossfade {self._fade_s:g} s")
             case Action.COMPARE | Action.FIGURES | Action.STRIP:
                 self._shown ^= {action}
-            case Action.MIRROR:
-                self._session.mirror = not self._session.mirror
-            case Action.PAUSE:
-                self._session.pause(not self._session.paused)
+            case Action.STROKES:
+                self._mixer.nudge_stroke_size(amount)
+                self._flash(f"stroke size {self._mixer.stroke_size:g}")
+            case Action.COLOURS | Action.MIRROR | Action.PAUSE:
+                self._change_session(action)
             case Action.SNAPSHOT:
                 self._save_snapshot()
             case Action.RECORD:
@@ -288,6 +289,15 @@ class Presenter:
                 self._quit = True
             case _ if self._out.window is not None:
                 self._change_window(self._out.window, action)
+
+    def _change_session(self, action: Action) -> None:
+        match action:
+            case Action.COLOURS:
+                self._session.keep_colours = not self._session.keep_colours
+            case Action.MIRROR:
+                self._session.mirror = not self._session.mirror
+            case Action.PAUSE:
+                self._session.pause(not self._session.paused)
 
     def _change_window(self, window: Window, action: Action) -> None:
         match action:

@@ -80,7 +80,7 @@ class Session:
         """The mixer holds at least one style. Nothing runs before `start` (or ``with``)."""
         self.settings = settings = settings or Settings()
         self.mixer, self.source, self.mirror, self.paused = mixer, source, mirror, False
-        self._now = now
+        self._now, self._stylizer = now, stylizer
         self.metrics = Metrics(_described(stylizer, source, settings), now=now)
         self._stream = FrameStream(
             stylizer,
@@ -171,6 +171,15 @@ class Session:
         self.paused = paused
         (self.metrics.pause if paused else self.metrics.resume)("pause")
 
+    @property
+    def keep_colours(self) -> bool:
+        """Whether frames keep their colours; may be set at any time, for the next frame."""
+        return self._stylizer.keep_colours
+
+    @keep_colours.setter
+    def keep_colours(self, keep: bool) -> None:
+        self._stylizer.keep_colours = keep
+
     def lines(self) -> list[str]:
         """The overlay: a label, a tab and its value in each line."""
         recent, quality, settings = self.metrics.recent(), self._stream.quality, self.settings
@@ -189,6 +198,8 @@ class Session:
             "skipped": _per_second(recent.skips_per_s) if settings.similar is not None else "",
             "style": self.mixer.title(self._now()),
             "strength": "" if self.mixer.strength == 1 else f"{self.mixer.strength:.2f}",
+            "strokes": "" if self.mixer.stroke_size == 1 else f"{self.mixer.stroke_size:g}",
+            "colours": "kept" if self.keep_colours else "",
             "steps": "" if quality is None else f"{quality.steps} at {quality.size[1]}x{quality.size[0]}",
             "mode": ", ".join(mode for mode, is_on in modes.items() if is_on),
         }

@@ -19,15 +19,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import RLock
 
 from std_rt.core.arrays import Frame
 from std_rt.core.bundle import Bundle
 from std_rt.core.errors import StdRtError, UsageError
-from std_rt.pipeline.conditioning import EncodedStyle, blend
-from std_rt.pipeline.style_file import read_style, style_paths, thumbnail
+from std_rt.media.image import read_picture
+from std_rt.pipeline.conditioning import STROKE_SIZES, EncodedStyle, blend, check_stroke_size, style_square
+from std_rt.pipeline.style_file import Encode, is_style_file, read_style, style_paths, thumbnail
 
 __all__ = ["Card", "Ramp", "StyleMixer"]
 
@@ -45,11 +46,16 @@ _LEAST_SHARE = 1e-4  # smaller remainders, left by many interrupted crossfades, 
 
 @dataclass(frozen=True, eq=False)
 class Card:
-    """One loaded style. ``thumbnail``: uint8 [h, w, 3], at most 96 px per side."""
+    """One loaded style at a stroke size. ``thumbnail``: uint8 [h, w, 3], at most 96 px per side.
+
+    ``picture``: what to encode again at another stroke size (`style_square`); None for a style file.
+    """
 
     name: str
     thumbnail: Frame
     style: EncodedStyle
+    picture: Frame | None
+    stroke_size: float | None
 
 
 @dataclass(frozen=True)
@@ -122,15 +128,18 @@ class StyleMixer:
 
     def __init__(
         self,
-        encode: Callable[[Frame], EncodedStyle],
+        encode: Encode,
         bundle: Bundle,
         *,
         strength: float = 1.0,
+        stroke_size: float | None = None,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         """``encode`` is the stylizer's, and must be safe to call from two threads.
 
-        ``strength`` as in `set_strength`; ``now`` is the clock, in seconds, whose times are passed to `at`.
+        ``strength`` as in `set_strength`. Until `set_stroke_size`, ``stroke_size`` is that of pictures, and
+        style files must have it; None: 1 for pictures, any for style files. ``now`` is the clock, in seconds,
+        whose times are passed to `at`.
         """
         self._encode, self._bundle, self._now = encode, bundle, now
         self.problems: deque[str] = deque(maxlen=_PROBLEMS_KEPT)
@@ -141,9 +150,13 @@ class StyleMixer:
         self._others: Weights = {}  # the others' shares before `adjust` gave one style everything
         self._strength_before = self._strength = self._bundle.check_strength(strength)
         self._strength_ramp = Ramp()
+        self._asked_stroke_size = stroke_size
+        self._stroke_size = check_stroke_size(1.0 if stroke_size is None else stroke_size)
         self._cycle: tuple[float, float] | None = None  # seconds for each style, and for its crossfade
         self._next_s = math.inf  # time of the cycle's next step
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="std-rt-styles")
+        # Not behind a folder that is still being loaded.
+        self._strokes = ThreadPoolExecutor(max_workers=1, thread_name_prefix="std-rt-strokes")
         self._closed = False
 
     # Loading
@@ -158,10 +171,23 @@ class StyleMixer:
 
         A file is read once. The first style is shown immediately. Raises as `read_style` does.
         """
-        loaded = read_style(source, self._bundle, self._encode, name)
-        card = Card(loaded.name, thumbnail(loaded.thumbnail, _THUMBNAIL_PX), loaded.style)
+        asked = self._asked_stroke_size
+        if isinstance(source, Path) and not is_style_file(source):
+            name = name or source.stem
+            source = read_picture(source).frame
+        if not isinstance(source, Path):
+            asked = self._stroke_size
+        loaded = read_style(source, self._bundle, self._encode, name, stroke_size=asked)
+        card = Card(
+            loaded.name,
+            thumbnail(loaded.thumbnail, _THUMBNAIL_PX),
+            loaded.style,
+            None if isinstance(source, Path) else style_square(source, self._bundle.style_px),
+            loaded.stroke_size,
+        )
         with self._lock:
             self._cards = (*self._cards, card)
+            self._follow_stroke_size()  # it may have changed meanwhile
             index = len(self._cards) - 1
             if self._fade is None:
                 only = _Blend({index: 1.0}, card.style)
@@ -236,7 +262,8 @@ class StyleMixer:
         """Stop loading; returns when the encoder is no longer in use. The styles stay."""
         with self._lock:
             self._closed = True
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._pool, self._strokes):
+            pool.shutdown(wait=True, cancel_futures=True)
 
     # Changing
 
@@ -324,6 +351,68 @@ class StyleMixer:
         with self._lock:
             self.set_strength(round(min(high, max(low, self._strength + delta)), 6), seconds)
 
+    @property
+    def stroke_size(self) -> float:
+        """The stroke size of pictures, or the one they are being encoded at."""
+        return self._stroke_size
+
+    def set_stroke_size(self, stroke_size: float) -> None:
+        """Encode the pictures again at a stroke size, in the background, and crossfade to it.
+
+        Style files keep theirs. Raises UsageError out of range, or if only style files are shown.
+        """
+        stroke_size = check_stroke_size(stroke_size)
+        with self._lock:
+            shown = [self._cards[index] for index in self._current.target.weights]
+            if all(card.picture is None for card in shown):
+                raise UsageError(
+                    f"style '{shown[0].name}' is a style file without its picture: its stroke size stays"
+                )
+            self._asked_stroke_size, self._stroke_size = None, stroke_size
+            self._follow_stroke_size()
+
+    def nudge_stroke_size(self, delta: float) -> None:
+        """Move the stroke size by ``delta``, within its range."""
+        low, high = STROKE_SIZES
+        with self._lock:
+            self.set_stroke_size(round(min(high, max(low, self._stroke_size + delta)), 6))
+
+    def _out_of_date(self) -> list[int]:
+        """The pictures to encode next at the stroke size asked for: all that are shown, else the first."""
+        cards, shown = self._cards, self._current.target.weights
+        old = [
+            i
+            for i, card in enumerate(cards)
+            if card.picture is not None and card.stroke_size != self._stroke_size
+        ]
+        return [i for i in old if i in shown] or old[:1]
+
+    def _follow_stroke_size(self) -> None:
+        if self._fade is not None and self._out_of_date() and not self._closed:
+            self._strokes.submit(self._encode_again)
+
+    def _encode_again(self) -> None:
+        while not self._closed:
+            with self._lock:
+                size, cards = self._stroke_size, {index: self._cards[index] for index in self._out_of_date()}
+            if not cards:
+                return
+            try:
+                again = {
+                    index: replace(card, style=self._encode(card.picture, size), stroke_size=size)
+                    for index, card in cards.items()
+                    if card.picture is not None
+                }
+            except Exception as error:  # noqa: BLE001 (the session goes on with the styles it has)
+                self._note(f"stroke size {size:g} cannot be set: {type(error).__name__}: {error}")
+                return
+            with self._lock:
+                self._cards = tuple(again.get(index, card) for index, card in enumerate(self._cards))
+                fade, now = self._current, self._now()
+                if again.keys() & fade.target.weights.keys():
+                    left_s = fade.ramp.start_s + fade.ramp.seconds - now
+                    self._fade_to(fade.target.weights, max(NUDGE_S, left_s), now, encoded_again=True)
+
     # Reading
 
     def at(self, now: float) -> tuple[EncodedStyle, float]:
@@ -371,15 +460,18 @@ class StyleMixer:
             now = self._now() if now is None else now
             self._restart_cycle(now)
             self._others = {}
-            fade = self._current
-            target, ramp = fade.target, fade.ramp.then(now, seconds)
-            if weights != target.weights:
-                parts = [(self._cards[index].style, share) for index, share in weights.items()]
-                target = _Blend(weights, blend(parts))
-            elif not ramp.is_sooner(fade.ramp):
-                return
-            before = _Blend(fade.weights_at(now), fade.style_at(now))
-            self._fade = _Crossfade(before, target, ramp)
+            self._fade_to(weights, seconds, now)
+
+    def _fade_to(self, weights: Weights, seconds: float, now: float, *, encoded_again: bool = False) -> None:
+        fade = self._current
+        target, ramp = fade.target, fade.ramp.then(now, seconds)
+        if encoded_again or weights != target.weights:
+            parts = [(self._cards[index].style, share) for index, share in weights.items()]
+            target = _Blend(weights, blend(parts))
+        elif not ramp.is_sooner(fade.ramp):
+            return
+        before = _Blend(fade.weights_at(now), fade.style_at(now))
+        self._fade = _Crossfade(before, target, ramp)
 
     def _restart_cycle(self, now: float) -> None:
         self._next_s = math.inf if self._cycle is None else now + self._cycle[0]

@@ -7,8 +7,10 @@ mean of their tokens. All arrays are float32 with a leading batch axis of 1.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import cv2
@@ -23,17 +25,24 @@ from std_rt.pipeline.denoise import GUIDANCE_MODES, Guidance
 from std_rt.pipeline.program_builder import NEGATIVE
 
 __all__ = [
+    "STROKE_SIZES",
     "Conditioning",
     "EncodedStyle",
     "StyleEncoder",
     "blend",
     "check_negative",
+    "check_stroke_size",
     "choose_guidance",
     "conditioning_for",
     "square",
+    "style_square",
+    "style_views",
     "time_ids",
     "unet_inputs",
 ]
+
+STROKE_SIZES = (0.5, 2.0)
+"""Smallest and largest stroke size."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +72,44 @@ def square(frame: Frame, side_px: int) -> Frame:
     how = cv2.INTER_AREA if side > side_px else cv2.INTER_CUBIC
     resized = cv2.resize(frame[y : y + side, x : x + side], (side_px, side_px), interpolation=how)
     return np.asarray(resized, np.uint8)
+
+
+def check_stroke_size(stroke_size: float) -> float:
+    """``stroke_size`` itself. Raises UsageError unless it is in `STROKE_SIZES`."""
+    low, high = STROKE_SIZES
+    if not low <= stroke_size <= high:
+        raise UsageError(f"stroke size must be in {low:g}..{high:g}, got {stroke_size:g}")
+    return float(stroke_size)
+
+
+def style_square(frame: Frame, side_px: int) -> Frame:
+    """All that any stroke size needs of a picture: its centred square, at most 2 ``side_px`` a side."""
+    return square(frame, min(2 * side_px, *frame.shape[:2]))
+
+
+def style_views(frame: Frame, side_px: int, stroke_size: float = 1.0) -> list[tuple[Frame, float]]:
+    """Squares of ``side_px`` that the style encoder sees of a picture [H, W, 3], with their weights.
+
+    Stroke size 1 is the centred square; 2 is its quarters, where strokes are twice as large; 0.5 is the whole
+    at half its size, mirrored to fill the square. In between, two of these are blended: other crops and
+    borders would count some parts of the picture twice, and the palette would change. Raises as
+    `check_stroke_size` does.
+    """
+    whole = square(frame, side_px)
+    share = abs(math.log2(check_stroke_size(stroke_size)))
+    if stroke_size < 1:
+        inner = square(whole, max(1, side_px // 2))
+        before = (side_px - len(inner)) // 2
+        after = side_px - len(inner) - before
+        mirrored = cv2.copyMakeBorder(inner, before, after, before, after, cv2.BORDER_REFLECT)
+        others = [np.asarray(mirrored, np.uint8)]
+    else:
+        large = style_square(frame, side_px)
+        half = (len(large) + 1) // 2
+        starts = (0, len(large) - half)
+        others = [square(large[y : y + half, x : x + half], side_px) for y in starts for x in starts]
+    weighted = [(whole, 1 - share), *((view, share / len(others)) for view in others)]
+    return [(view, weight) for view, weight in weighted if weight]
 
 
 def blend(styles: Sequence[tuple[EncodedStyle, float]]) -> EncodedStyle:
@@ -113,19 +160,31 @@ def _mean(parts: list[tuple[np.float32, Array]]) -> Array:
 class StyleEncoder:
     """Frames of any size -> `EncodedStyle`, each picture once."""
 
-    def __init__(self, run: Callable[..., dict[str, NDArray[Any]]], side_px: int, remember: int = 64) -> None:
+    def __init__(
+        self, run: Callable[..., dict[str, NDArray[Any]]], side_px: int, remember: int = 128
+    ) -> None:
         """``run`` is the ``style_encoder`` engine, opened at [1, 3, side_px, side_px]."""
         self._run, self._side_px, self._remember = run, side_px, remember
         self._known: dict[str, EncodedStyle] = {}
 
-    def __call__(self, frame: Frame) -> EncodedStyle:
-        """Encode a frame uint8 [H, W, 3] by its centred square."""
-        pixels = square(frame, self._side_px)
-        key = hashlib.sha256(pixels.tobytes()).hexdigest()
+    def __call__(self, frame: Frame, stroke_size: float = 1.0) -> EncodedStyle:
+        """Encode a frame uint8 [H, W, 3] by its `style_views`, which raises."""
+        views = style_views(frame, self._side_px, stroke_size)
+        digests = [hashlib.sha256(view.tobytes()).hexdigest() for view, _ in views]
+        parts = [
+            (self._remembered(digest, partial(self._encode, view)), weight)
+            for digest, (view, weight) in zip(digests, views, strict=True)
+        ]
+        if len(parts) == 1:
+            return parts[0][0]
+        return self._remembered(f"{digests} {stroke_size!r}", partial(blend, parts))
+
+    def _remembered(self, key: str, make: Callable[[], EncodedStyle]) -> EncodedStyle:
         if key not in self._known:
-            if len(self._known) >= self._remember:
+            made = make()
+            while len(self._known) >= self._remember:
                 del self._known[next(iter(self._known))]
-            self._known[key] = self._encode(pixels)
+            self._known[key] = made
         return self._known[key]
 
     def _encode(self, pixels: Frame) -> EncodedStyle:

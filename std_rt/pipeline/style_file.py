@@ -3,7 +3,8 @@
     style_tokens   float32 [1, T, D]
     text_embeds    float32 [1, P], if the style encoder returns them
     thumbnail      uint8 [h, w, 3] RGB, at most 128 px per side
-    metadata       ``std_rt_style``: JSON with name, format_version, style_encoder, bundle, sources, sha256
+    metadata       ``std_rt_style``: JSON with name, format_version, style_encoder, bundle, sources, sha256;
+                   stroke_size unless it is 1 (null: a blend of several)
 
 Tokens fit only the style encoder that made them, so a file names it by its hashes in the bundle's manifest:
 bundles that share a style encoder share style files.
@@ -50,7 +51,7 @@ __all__ = [
 ]
 
 StyleSource = Frame | EncodedStyle
-Encode = Callable[[Frame], EncodedStyle]
+Encode = Callable[[Frame, float], EncodedStyle]  # of a picture, at a stroke size
 
 FORMAT_VERSION = 1
 SUFFIX = ".safetensors"
@@ -67,7 +68,7 @@ class StyleFile:
 
     ``thumbnail``: uint8 [h, w, 3], at most 128 px per side. ``encoder``: `style_encoder_id` of the bundle
     that made the tokens, ``bundle`` its name. ``sources``: (name of a picture, its share of the blend); the
-    shares add up to 1.
+    shares add up to 1. ``stroke_size``: that of all of them, None if they differ.
     """
 
     style: EncodedStyle
@@ -76,6 +77,7 @@ class StyleFile:
     encoder: str
     bundle: str
     sources: tuple[tuple[str, float], ...] = ()
+    stroke_size: float | None = 1.0
 
 
 def style_encoder_id(bundle: Bundle) -> str:
@@ -114,31 +116,44 @@ def style_paths(folder: Path) -> list[Path]:
     return sorted(styles, key=lambda path: (path.name.casefold(), path.name))
 
 
-def read_style(source: Path | Frame, bundle: Bundle, encode: Encode, name: str | None = None) -> StyleFile:
+def read_style(
+    source: Path | Frame,
+    bundle: Bundle,
+    encode: Encode,
+    name: str | None = None,
+    *,
+    stroke_size: float | None = None,
+) -> StyleFile:
     """A style from a picture or a style file; ``encode`` encodes pictures for ``bundle``.
 
-    ``source`` is a path or a frame uint8 [H, W, 3]. ``name``: default is the file's own, or its stem. Raises
-    MediaError if it cannot be read or was made for another style encoder.
+    ``source`` is a path or a frame uint8 [H, W, 3]. ``name``: default is the file's own, or its stem.
+    ``stroke_size`` None: a style file's own, 1 for a picture. Raises MediaError as `load_style` does, or if a
+    picture cannot be read.
     """
     if isinstance(source, Path):
         if is_style_file(source):
-            loaded = load_style(source, bundle)
+            loaded = load_style(source, bundle, stroke_size)
             return loaded if name is None else replace(loaded, name=clean_name(name))
         frame, origin, called = read_picture(source).frame, source.name, name or source.stem
     else:
         frame, origin, called = source, name or "a picture", name or "style"
+    stroke_size = 1.0 if stroke_size is None else stroke_size
     return StyleFile(
-        style=encode(frame),
+        style=encode(frame, stroke_size),
         name=clean_name(called),
         thumbnail=thumbnail(frame),
         encoder=style_encoder_id(bundle),
         bundle=bundle.name,
         sources=((clean_name(origin), 1.0),),
+        stroke_size=stroke_size,
     )
 
 
 def open_styles(
-    pairs: Sequence[tuple[Path, float]], bundle: Bundle, say: Callable[[str], None] = lambda line: None
+    pairs: Sequence[tuple[Path, float]],
+    bundle: Bundle,
+    stroke_size: float | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[tuple[StyleSource, float]]:
     """Weighted files, read before any engine is opened: pictures as frames, style files as styles.
 
@@ -147,7 +162,7 @@ def open_styles(
     opened: list[tuple[StyleSource, float]] = []
     for path, weight in pairs:
         if is_style_file(path):
-            opened.append((load_style(path, bundle).style, weight))
+            opened.append((load_style(path, bundle, stroke_size).style, weight))
             continue
         picture = read_picture(path)
         opened.append((picture.frame, weight))
@@ -157,12 +172,17 @@ def open_styles(
 
 
 def encode_styles(
-    encode: Encode, pairs: Sequence[tuple[StyleSource | Path, float]], bundle: Bundle
+    encode: Encode,
+    pairs: Sequence[tuple[StyleSource | Path, float]],
+    bundle: Bundle,
+    stroke_size: float | None = None,
 ) -> EncodedStyle:
     """One style from weighted paths, frames and styles; raises as `read_style` and `blend` do."""
 
     def one(source: StyleSource | Path) -> EncodedStyle:
-        return source if isinstance(source, EncodedStyle) else read_style(source, bundle, encode).style
+        if isinstance(source, EncodedStyle):
+            return source
+        return read_style(source, bundle, encode, stroke_size=stroke_size).style
 
     return blend([(one(source), weight) for source, weight in pairs])
 
@@ -175,7 +195,15 @@ def blend_files(parts: list[tuple[StyleFile, float]], name: str) -> StyleFile:
     shared = [(part, weight / top / total) for part, weight in parts if weight]
     sources = [(source, share * own) for part, share in shared for source, own in part.sources]
     first = shared[0][0]
-    return StyleFile(style, clean_name(name), _stripes(shared), first.encoder, first.bundle, tuple(sources))
+    return StyleFile(
+        style=style,
+        name=clean_name(name),
+        thumbnail=_stripes(shared),
+        encoder=first.encoder,
+        bundle=first.bundle,
+        sources=tuple(sources),
+        stroke_size=first.stroke_size if len({part.stroke_size for part, _ in shared}) == 1 else None,
+    )
 
 
 def _stripes(parts: list[tuple[StyleFile, float]]) -> Frame:
@@ -233,6 +261,8 @@ def _metadata(style: StyleFile, tensors: dict[str, NDArray[Any]]) -> dict[str, A
         "bundle": clean_name(style.bundle),
         "sources": [[clean_name(name), share] for name, share in style.sources],
     }
+    if style.stroke_size != 1:
+        body["stroke_size"] = style.stroke_size
     return body | {"sha256": _digest(body, tensors)}
 
 
@@ -250,17 +280,18 @@ def _digest(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> str:
     return digest.hexdigest()
 
 
-def load_style(path: Path, bundle: Bundle | None) -> StyleFile:
+def load_style(path: Path, bundle: Bundle | None, stroke_size: float | None = None) -> StyleFile:
     """Read a style file for ``bundle``; None reads a style of any bundle, to inspect it.
 
     Raises MediaError, one line, if the file is missing, not safetensors, not a style (a LoRA), damaged,
-    from a later std-rt, made for another style encoder, or holds arrays of other shapes than the bundle's.
+    from a later std-rt, made for another style encoder or at another ``stroke_size`` (None: any), or holds
+    arrays of other shapes than the bundle's.
     """
     style = _read(path)
     if bundle is None:
         return style
+    source = style.sources[0][0] if len(style.sources) == 1 else "art.png"
     if style.encoder != style_encoder_id(bundle):
-        source = style.sources[0][0] if len(style.sources) == 1 else "art.png"
         raise MediaError(
             f"{path} was made for the style encoder of bundle '{style.bundle}' ({style.encoder[:12]}), "
             f"not for that of '{bundle.name}' ({style_encoder_id(bundle)[:12]}); make it again: "
@@ -269,6 +300,13 @@ def load_style(path: Path, bundle: Bundle | None) -> StyleFile:
     problem = _shape_problem(style.style, bundle)
     if problem:
         raise MediaError(f"{path} does not fit bundle '{bundle.name}': {problem}; {_again(path)}")
+    if stroke_size not in (None, style.stroke_size):
+        own = "several stroke sizes" if style.stroke_size is None else f"stroke size {style.stroke_size:g}"
+        again = f"std-rt styles save {source} --stroke-size {stroke_size:g} -o {path} --overwrite"
+        raise MediaError(
+            f"{path} was saved at {own} without its picture, which stroke size {stroke_size:g} needs; "
+            f"leave out --stroke-size, or save it again: {again}"
+        )
     return style
 
 
@@ -287,6 +325,7 @@ def _read(path: Path) -> StyleFile:
     try:
         if metadata.get("sha256") != _digest(metadata, tensors):
             raise damaged
+        stroke_size = metadata.get("stroke_size", 1.0)
         return StyleFile(
             style=EncodedStyle(tensors["style_tokens"], tensors.get("text_embeds")),
             name=clean_name(str(metadata["name"])),
@@ -294,6 +333,7 @@ def _read(path: Path) -> StyleFile:
             encoder=str(metadata["style_encoder"]),
             bundle=clean_name(str(metadata["bundle"])),
             sources=tuple((clean_name(str(name)), float(share)) for name, share in metadata["sources"]),
+            stroke_size=None if stroke_size is None else float(stroke_size),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise damaged from error

@@ -6,8 +6,8 @@
 
 Each frame goes through `denoise.img2img`, which runs here as a compiled program on a backend. `State` is a
 value: noise is drawn once per (seed, size), so a stream keeps its noise from frame to frame, and a seed draws
-the same noise on every backend. `step` is `fit`, `run` and `unfit`. For streams there is
-`std_rt.streaming.frame_stream`.
+the same noise on every backend. `step` is `fit`, `run` and `unfit`, then `chroma.keep_colours` if wanted. For
+streams there is `std_rt.streaming.frame_stream`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from std_rt.engines import Engine
 from std_rt.engines.hot_swap import close_when_open, has_failed
 from std_rt.engines.program import Mark, no_mark
 from std_rt.engines.registry import GPU_BACKENDS
-from std_rt.media import fit
+from std_rt.media import chroma, fit
 from std_rt.media.fit import check_frame
 from std_rt.pipeline.conditioning import (
     Conditioning,
@@ -36,6 +36,7 @@ from std_rt.pipeline.conditioning import (
     StyleEncoder,
     blend,
     check_negative,
+    check_stroke_size,
     choose_guidance,
     conditioning_for,
     unet_inputs,
@@ -113,6 +114,8 @@ class Stylizer:
         self._asked_steps = bundle.default_steps if steps is None else steps
         self._text = bundle.conditioning()
         check_negative(bundle, self._text, self.guidance)
+        self.keep_colours = False
+        """Whether results get the colours of their frames (`media.chroma`); any thread may set it."""
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="std-rt-open")
         self._closed = False
         self.lock = RLock()
@@ -223,25 +226,36 @@ class Stylizer:
             return 1
         return max(1, min(_FRAMES_PER_CALL, _FRAMES_PER_CALL * 256 * 256 // (size[0] * size[1])))
 
-    def set_style(self, style: Picture | Sequence[tuple[Picture, float]], strength: float = 1.0) -> None:
+    def set_style(
+        self,
+        style: Picture | Sequence[tuple[Picture, float]],
+        strength: float = 1.0,
+        *,
+        stroke_size: float = 1.0,
+        keep_colours: bool = False,
+    ) -> None:
         """Set the style: one picture, or (picture, weight) pairs that blend.
 
         A picture is a frame uint8 [H, W, 3] or the path of a file. ``strength`` scales the style's
-        effect; 0 is none, 1 as trained. Raises UsageError on a weight or strength out of range,
-        MediaError on an unreadable file.
+        effect; 0 is none, 1 as trained. ``stroke_size`` (0.5..2) scales its strokes; 1 is as in the picture.
+        ``keep_colours`` gives results the colours of their frames. Raises UsageError on a weight, strength or
+        stroke size out of range, MediaError on an unreadable file.
         """
         self.bundle.check_strength(strength)
         pairs = [(style, 1.0)] if isinstance(style, np.ndarray | Path | str) else list(style)
         if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
             raise UsageError('several styles must be a list of pairs, as [("a.png", 0.7), ("b.png", 0.3)]')
-        self.use_style(blend([(self.encode_style(one), float(weight)) for one, weight in pairs]), strength)
+        encoded = [(self.encode_style(one, stroke_size), float(weight)) for one, weight in pairs]
+        self.use_style(blend(encoded), strength, keep_colours=keep_colours)
 
-    def encode_style(self, picture: Picture) -> EncodedStyle:
+    def encode_style(self, picture: Picture, stroke_size: float = 1.0) -> EncodedStyle:
         """A style as a value for `use_style`: the same object for the same picture, as long as it is cached.
 
-        May run in another thread than frames do: the encoder has its own engine. Raises MediaError for a file
-        that cannot be read.
+        ``stroke_size`` (0.5..2): see `conditioning.style_views`. May run in another thread than frames do:
+        the encoder has its own engine. Raises MediaError for a file that cannot be read, UsageError for a
+        stroke size out of range.
         """
+        check_stroke_size(stroke_size)
         frame = _frame(picture)
         try:
             engine = self._open_style_encoder().result()
@@ -252,14 +266,18 @@ class Stylizer:
             self._check_open()
             if self._encoder is None:
                 self._encoder = StyleEncoder(engine, self.bundle.style_px)
-            return self._encoder(frame)
+            return self._encoder(frame, stroke_size)
 
-    def use_style(self, style: EncodedStyle, strength: float = 1.0) -> None:
+    def use_style(
+        self, style: EncodedStyle, strength: float = 1.0, *, keep_colours: bool | None = None
+    ) -> None:
         """Set the style to one that is encoded (or blended) already: no engine runs.
 
-        Costs nothing if style and strength are already in use. Raises UsageError for a strength out of
-        range, or a style in the shape of another bundle.
+        Costs nothing if style and strength are already in use. ``keep_colours`` None leaves it as it is.
+        Raises UsageError for a strength out of range, or a style in the shape of another bundle.
         """
+        if keep_colours is not None:
+            self.keep_colours = keep_colours
         now = self._style
         if now is not None and now[0] is style and now[1] == strength:
             return
@@ -319,6 +337,9 @@ class Stylizer:
         result = self.unfit(styled, (shape[0], shape[1]))
         if result is not styled:
             mark("convert")
+        if self.keep_colours:
+            result = chroma.keep_colours(frame, result)
+            mark("colours")
         return result, replace(state, index=state.index + 1)
 
     def fit(self, frame: Frame, quality: Quality | None = None) -> Frame:

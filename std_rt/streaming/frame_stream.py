@@ -5,8 +5,9 @@
         show(packet.styled)
 
 `stylize`, `live`, `evaluate` and `bench` all use it. For each frame: fit it to the working size, look up the
-current style, follow the motion, run the engines, settle, and bring the result back to the frame's
-aspect. How frames share calls of the engines (the batching mode) changes the speed, not the result.
+current style, follow the motion, run the engines, settle, bring the result back to the frame's aspect, and
+keep the frame's colours if the stylizer is told to. How frames share calls of the engines (the batching mode)
+changes the speed, not the result.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Protocol
 from std_rt.core.arrays import Frame, Size
 from std_rt.core.errors import UsageError
 from std_rt.engines.program import Mark, no_mark
-from std_rt.media import fit
+from std_rt.media import chroma, fit
 from std_rt.pipeline.conditioning import EncodedStyle
 from std_rt.pipeline.stylizer import Quality, State, Stylizer
 from std_rt.streaming.similarity import SimilarityFilter
@@ -95,6 +96,7 @@ class _Inside:
     packet: FramePacket
     motion: Motion
     changing: bool  # its style differs from that of the frame before
+    keep_colours: bool
 
 
 class FrameStream:
@@ -132,6 +134,7 @@ class FrameStream:
         self._running = False
         self._inside: deque[_Inside] = deque()
         self._last: Frame | None = None
+        self._keep_colours = stylizer.keep_colours  # of the last frame
 
     @property
     def quality(self) -> Quality | None:
@@ -187,14 +190,15 @@ class FrameStream:
         if changing and self._batching == GROUPED:  # one call has one style
             yield from self._flush()
         self._style = style
-        if self._may_skip(working, changing):
+        before, self._keep_colours = self._keep_colours, self._stylizer.keep_colours
+        if self._may_skip(working, changing or before != self._keep_colours):
             packet.styled, packet.skipped = self._last, True
             yield packet
             return
         motion = self._temporal.follow(working)
         state = self._temporal.noise(self._state, motion)
         mark("follow")
-        self._inside.append(_Inside(packet, motion, changing))
+        self._inside.append(_Inside(packet, motion, changing, self._keep_colours))
         with self._stylizer.lock:
             self._use_style()
             done = self._batcher.push(working, state, mark)
@@ -242,8 +246,12 @@ class FrameStream:
         settled = self._temporal.settle(styled, done.motion, changing=done.changing)
         mark("settle")
         size = fit.result_size((shape[0], shape[1]), (settled.shape[0], settled.shape[1]))
-        packet.styled = self._last = fit.resize(settled, size)
+        packet.styled = fit.resize(settled, size)
         mark("convert")
+        if done.keep_colours:
+            packet.styled = chroma.keep_colours(packet.frame, packet.styled)
+            mark("colours")
+        self._last = packet.styled
         return packet
 
     def _flush(self) -> Iterator[FramePacket]:

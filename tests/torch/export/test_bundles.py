@@ -254,6 +254,21 @@ def test_the_reference_inside_is_reproduced(bundle: Bundle) -> None:
             assert psnr_db(results[name], value) > 50, (graph, name)
 
 
+def test_the_stroke_size_works_with_every_style_encoder(bundle: Bundle) -> None:
+    """CLIP or ours: tokens move steadily from the whole picture to the mean of its quarters."""
+    side = bundle.style_px
+    picture = np.random.default_rng(0).integers(0, 256, (2 * side, 2 * side, 3), np.uint8)
+    picture[:side] //= 3
+    parts = [picture[y : y + side, x : x + side] for y in (0, side) for x in (0, side)]
+    with Stylizer.load(bundle, backend="openvino", precision="fp32") as stylizer:
+        one, *others = (stylizer.encode_style(picture, size).tokens for size in (1.0, 1.2, 1.5, 1.9, 2.0))
+        quarters = np.mean([stylizer.encode_style(part).tokens for part in parts], axis=0)
+    np.testing.assert_allclose(others[-1], quarters, atol=1e-5)
+    moved = [np.abs(tokens - one).mean() for tokens in others]
+    assert moved == sorted(moved)
+    assert moved[0] > 0
+
+
 def test_a_prompt_at_run_time_paints_what_the_baked_one_paints(clip_bundle: Bundle) -> None:
     pytest.importorskip("tokenizers")
     frame = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)

@@ -72,6 +72,21 @@ def test_the_last_line_is_the_contract(live: Cli) -> None:
     assert report["settings"]["source"] == "clip.mp4"
 
 
+def test_colours_are_kept_if_asked(live: Cli) -> None:
+    for flags in ((), ("--keep-colours",)):
+        report = report_of(live("--once", *flags).out)
+        assert ("colours" in report["stages_ms"]) == bool(flags)
+
+
+def test_a_style_file_of_another_stroke_size_is_refused(
+    cli: Cli, bundle: Path, art: Path, clip: Path, tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept.safetensors"
+    cli("styles", "save", art, "-o", kept, "--bundle", bundle, "--stroke-size", 2)
+    result = cli("live", "-s", kept, "-c", clip, "--no-window", "--bundle", bundle, "--stroke-size", 1)
+    assert "was saved at stroke size 2 without its picture" in result.error
+
+
 def test_any_camera_source_takes_camera_flags(live: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
     source = ScriptedSource(time.perf_counter, *[np.zeros((48, 64, 3), np.uint8)] * 3)
@@ -145,6 +160,7 @@ def test_a_folder_of_styles_and_a_style_file(live: Cli, cli: Cli, bundle: Path, 
         (("--camera", "97"), "camera 97"),
         (("--style", "nowhere.png"), "does not exist"),
         (("--style-strength", 9), "strength"),
+        (("--stroke-size", 9), "stroke size must be in 0.5..2, got 9"),
         (("--duration", 0), "--duration"),
         (("--skip-similar", 1), "--skip-similar"),
         (("--target-fps", 0), "--target-fps"),

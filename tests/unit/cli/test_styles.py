@@ -12,7 +12,7 @@ from support.cli_support import Cli, files_in, picture
 from std_rt.cli.styles import expand_styles
 from std_rt.core.bundle import load_bundle
 from std_rt.core.errors import MediaError, UsageError
-from std_rt.media import read_picture
+from std_rt.media import read_picture, write_picture
 from std_rt.pipeline.style_file import load_style
 from std_rt.pipeline.stylizer import Stylizer
 
@@ -52,6 +52,40 @@ def test_save_blends_pictures_and_style_files(
         mixed = load_style(both, stylizer.bundle).style.tokens
     np.testing.assert_allclose(mixed, 0.75 * parts[0] + 0.25 * parts[1], rtol=1e-5)
     assert load_style(one, None).name == "my ink"
+
+
+def test_save_stores_the_stroke_size_of_a_picture(
+    cli: Cli, bundle: Path, art: Path, photo: Path, tmp_path: Path
+) -> None:
+    kept, size = tmp_path / "kept.safetensors", ("--stroke-size", 2)
+    spot = np.zeros((3, 3, 3), np.uint8)  # its middle is in all four quarters, so this encoder's mean changes
+    spot[1, 1] = 255
+    write_picture(art, spot)
+    assert cli("styles", "save", art, "-o", kept, "-b", bundle, *size).code == 0
+    rows = [row.split() for row in cli("styles", "show", kept).out.splitlines()]
+    assert ["stroke", "size", "2"] in rows
+    for name, style, flags in (("a", art, size), ("b", kept, size), ("c", kept, ()), ("d", art, ())):
+        assert (
+            cli("stylize", photo, "-s", style, "-o", tmp_path / f"{name}.png", "-b", bundle, *flags).code == 0
+        )
+    a, b, c, d = (read_picture(tmp_path / f"{name}.png").frame for name in "abcd")
+    np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(a, c)
+    assert (a != d).any()
+
+
+def test_a_stroke_size_is_refused_where_the_picture_is_gone(
+    cli: Cli, bundle: Path, art: Path, photo: Path, tmp_path: Path
+) -> None:
+    kept, out = tmp_path / "kept.safetensors", tmp_path / "out.safetensors"
+    cli("styles", "save", art, "-o", kept, "-b", bundle)
+    said = "kept.safetensors was saved at stroke size 1 without its picture, which stroke size 1.5 needs"
+    size = ("--stroke-size", 1.5)
+    assert said in cli("styles", "save", kept, "-o", out, "-b", bundle, *size).error
+    assert said in cli("stylize", photo, "-s", kept, "-b", bundle, *size).error
+    assert "must be in 0.5..2, got 3" in cli("styles", "save", art, "-o", out, "--stroke-size", 3).error
+    assert "must be in 0.5..2, got 0" in cli("stylize", photo, "-s", art, "--stroke-size", 0).error
+    assert files_in(tmp_path) == {"kept.safetensors", "photo.png", "art"}
 
 
 def test_show_says_what_is_inside_and_who_can_use_it(

@@ -16,6 +16,7 @@ from support.media_samples import ClipSpec, frame_times, make_clip, sound_packet
 from std_rt import Stylizer
 from std_rt.core.bundle import Bundle
 from std_rt.media import probe, read_picture
+from std_rt.media.chroma import keep_colours
 
 
 def test_a_picture_is_written_beside_its_input(stylize: Cli, photo: Path) -> None:
@@ -30,19 +31,36 @@ def test_a_picture_is_written_beside_its_input(stylize: Cli, photo: Path) -> Non
 def test_the_picture_is_that_of_the_python_api(
     stylize: Cli, handmade: Bundle, photo: Path, art: Path
 ) -> None:
-    stylize(photo, "-o", photo.with_name("a.png"), "--seed", 4, "--steps", 2, "--style-strength", 0.5)
+    flags = ("--steps", 2, "--style-strength", 0.5, "--stroke-size", 0.8, "--keep-colors")
+    stylize(photo, "-o", photo.with_name("a.png"), "--seed", 4, *flags)
     with Stylizer.load(handmade, steps=2) as stylizer:
-        stylizer.set_style(art, 0.5)
+        stylizer.set_style(art, 0.5, stroke_size=0.8, keep_colours=True)
         expected = stylizer.stylize(read_picture(photo).frame, seed=4)
     np.testing.assert_array_equal(read_picture(photo.with_name("a.png")).frame, expected)
 
 
-@pytest.mark.parametrize("flag", [("--seed", 1), ("--style-strength", 0.2), ("--steps", 1)])
+@pytest.mark.parametrize(
+    "flag",
+    [("--seed", 1), ("--style-strength", 0.2), ("--steps", 1), ("--keep-colours",)],
+)
 def test_each_flag_changes_the_picture(stylize: Cli, photo: Path, flag: tuple[object, ...]) -> None:
     stylize(photo, "-o", photo.with_name("a.png"))
     stylize(photo, "-o", photo.with_name("b.png"), *flag)
     a, b = (read_picture(photo.with_name(name)).frame for name in ("a.png", "b.png"))
     assert (a != b).any()
+
+
+def test_kept_colours_leave_alpha_alone(stylize: Cli, tmp_path: Path) -> None:
+    rgba = np.random.default_rng(0).integers(0, 256, (40, 60, 4), np.uint8)
+    rgba[:, :30, 3] = 255
+    Image.fromarray(rgba).save(tmp_path / "cut.png")
+    stylize(tmp_path / "cut.png", "-o", tmp_path / "plain.png")
+    stylize(tmp_path / "cut.png", "-o", tmp_path / "kept.png", "--keep-colours")
+    plain, kept = (read_picture(tmp_path / f"{name}.png") for name in ("plain", "kept"))
+    assert kept.alpha is not None
+    np.testing.assert_array_equal(kept.alpha, rgba[..., 3])
+    opaque = keep_colours(rgba[..., :3], plain.frame)[:, :30]
+    np.testing.assert_array_equal(kept.frame[:, :30], opaque)
 
 
 def test_both_backends_write_the_same_picture(stylize: Cli, photo: Path) -> None:

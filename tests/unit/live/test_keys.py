@@ -39,6 +39,8 @@ def _names_the_window_gives() -> set[str]:
         ("shift+12", Command(Action.MIX_STYLE, 12)),
         ("minus", Command(Action.WEIGHT, -0.1)),
         ("up", Command(Action.STRENGTH, 0.05)),
+        ("shift+b", Command(Action.STROKES, -0.1)),
+        ("k", Command(Action.COLOURS)),
         ("bracketleft", Command(Action.CROSSFADE, -0.25)),
         ("shift+x", Command(Action.CROSSFADE, -0.25)),
         ("ctrl+c", Command(Action.QUIT)),

@@ -110,6 +110,20 @@ def test_keys_change_the_style(stage: Stage) -> None:
     assert switches["worst"] <= 150
 
 
+def test_keys_change_the_strokes_and_the_colours(stage: Stage) -> None:
+    stage.frames()
+    stage.press("b", "b", "shift+b")
+    assert stage.mixer.stroke_size == 1.1
+    assert "strokes\t1.1" in stage.window.shown["lines"]
+    assert stage.window.shown["banner"] == "stroke size 1.1"
+    assert stage.session.report()["style_switch_ms"]["count"] == 0
+    stage.press("k")
+    assert "colours\tkept" in stage.window.shown["lines"]
+    assert "colours" in stage.session.report()["stages_ms"]  # which test_frame_stream looks at
+    stage.press("k")
+    assert "colours\tkept" not in stage.window.shown["lines"]
+
+
 def test_a_number_without_a_style_is_announced(stage: Stage) -> None:
     stage.frames()
     stage.press("9")

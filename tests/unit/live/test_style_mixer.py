@@ -17,17 +17,23 @@ from support.live_support import Clock
 
 from std_rt.core.bundle import Bundle
 from std_rt.core.errors import MediaError, UsageError
-from std_rt.live.style_mixer import FADE_STEPS, Ramp, StyleMixer
+from std_rt.live.style_mixer import FADE_STEPS, NUDGE_S, Ramp, StyleMixer
 from std_rt.pipeline.conditioning import EncodedStyle, blend
 from std_rt.pipeline.style_file import read_style, save_style
 
 WAIT_S = 30
 
 
-def encode(frame: np.ndarray) -> EncodedStyle:
+def encode(frame: np.ndarray, stroke_size: float = 1.0) -> EncodedStyle:
     """Tokens of a made-up encoder: random, but the same for the same picture."""
     rng = np.random.default_rng(int(frame[0, 0, 0]))
     return EncodedStyle(rng.standard_normal((1, 2, 4), np.float32), rng.standard_normal((1, 6), np.float32))
+
+
+def at_size(frame: np.ndarray, stroke_size: float) -> EncodedStyle:
+    """Tokens that say which picture they are of, and at which stroke size."""
+    tokens = np.full((1, 2, 4), frame[0, 0, 0] + stroke_size / 10, np.float32)
+    return EncodedStyle(tokens, np.zeros((1, 6), np.float32))
 
 
 def _frame(value: int) -> np.ndarray:
@@ -65,7 +71,7 @@ def _names(mixer: StyleMixer) -> list[str]:
 def _wait(mixer: StyleMixer) -> None:
     """Until the background is done."""
     done = threading.Event()
-    mixer._pool.submit(done.set)
+    mixer._pool.submit(lambda: mixer._strokes.submit(done.set))
     assert done.wait(WAIT_S)
 
 
@@ -472,7 +478,7 @@ def test_a_dropped_folder_shows_its_first_readable_picture(
 
 
 def test_failures_in_the_background_are_one_line_each(handmade: Bundle, clock: Clock, tmp_path: Path) -> None:
-    def broken(frame: np.ndarray) -> EncodedStyle:
+    def broken(frame: np.ndarray, stroke_size: float) -> EncodedStyle:
         if frame[0, 0, 0] == 99:
             raise RuntimeError("engine\nfailed")
         return encode(frame)
@@ -501,7 +507,7 @@ def test_failures_in_the_background_are_one_line_each(handmade: Bundle, clock: C
 def test_frames_do_not_wait_for_the_encoder(handmade: Bundle, clock: Clock, tmp_path: Path) -> None:
     begun, go_on = threading.Event(), threading.Event()
 
-    def slow(frame: np.ndarray) -> EncodedStyle:
+    def slow(frame: np.ndarray, stroke_size: float) -> EncodedStyle:
         if threading.current_thread() is not threading.main_thread():
             begun.set()
             assert go_on.wait(WAIT_S)
@@ -602,3 +608,139 @@ def test_huge_weights_do_not_overflow(mixer: StyleMixer, clock: Clock) -> None:
     assert mixer.weights_at(clock.at) == {0: 0.5, 1: 0.5}
     with pytest.raises(UsageError, match="finite number"):
         mixer.adjust(0, math.nan)
+
+
+# Stroke size
+
+
+def _level(mixer: StyleMixer, now: float) -> float:
+    return round(float(_tokens(mixer, now)[0, 0, 0]), 4)
+
+
+@pytest.fixture
+def strokes(handmade: Bundle, clock: Clock) -> Iterator[StyleMixer]:
+    """Pictures 0, 1 and 2, encoded by `at_size`."""
+    mixer = StyleMixer(at_size, handmade, now=clock)
+    for value in range(3):
+        mixer.add(_frame(value))
+    yield mixer
+    mixer.close()
+
+
+def test_a_stroke_size_fades_in_and_holds_for_every_style(strokes: StyleMixer, clock: Clock) -> None:
+    strokes.set_stroke_size(2.0)
+    _wait(strokes)
+    assert strokes.stroke_size == 2
+    assert _level(strokes, clock.at) == 0.1
+    assert 0.1 < _level(strokes, clock.at + NUDGE_S / 2) < 0.2
+    assert _level(strokes, clock.at + NUDGE_S) == 0.2
+    strokes.select(2)
+    assert _level(strokes, clock.at) == 2.2
+    added = strokes.add(_frame(9))
+    strokes.select(added)
+    assert _level(strokes, clock.at) == 9.2
+
+
+def test_a_crossfade_goes_on_while_the_stroke_size_changes(strokes: StyleMixer, clock: Clock) -> None:
+    strokes.set_weights({0: 1, 1: 1}, 4.0)
+    clock.at += 1
+    before = _level(strokes, clock.at)
+    strokes.set_stroke_size(0.5)
+    _wait(strokes)
+    assert _level(strokes, clock.at) == before
+    assert strokes.weights_at(clock.at + 1)[1] < 0.5
+    assert _level(strokes, clock.at + 3) == 0.55
+
+
+def test_the_cycle_and_the_blend_do_not_notice_a_stroke_size(strokes: StyleMixer, clock: Clock) -> None:
+    strokes.adjust(1, 1.0)  # everything; the others' shares are remembered
+    strokes.cycle(10, 1)
+    clock.at += 6
+    strokes.set_stroke_size(1.5)
+    _wait(strokes)
+    assert strokes.weights_at(math.inf) == {1: 1.0}
+    strokes.at(clock.at + 5)
+    assert strokes.weights_at(math.inf) == {2: 1.0}
+
+
+def test_shown_styles_are_encoded_first_and_frames_do_not_wait(handmade: Bundle, clock: Clock) -> None:
+    asked, go_on, seen = threading.Event(), threading.Event(), []
+
+    def slow(frame: np.ndarray, stroke_size: float) -> EncodedStyle:
+        if stroke_size != 1:
+            seen.append((int(frame[0, 0, 0]), stroke_size))
+            asked.set()
+            assert go_on.wait(WAIT_S)
+        return at_size(frame, stroke_size)
+
+    mixer = StyleMixer(slow, handmade, now=clock)
+    for value in range(3):
+        mixer.add(_frame(value))
+    mixer.select(2)
+    mixer.set_stroke_size(1.5)
+    assert asked.wait(WAIT_S)
+    assert _level(mixer, clock.at) == 2.1  # as before, at once
+    mixer.set_stroke_size(0.5)
+    mixer.set_stroke_size(2.0)
+    go_on.set()
+    _wait(mixer)
+    assert _level(mixer, clock.at + 1) == 2.2
+    assert seen == [(2, 1.5), (2, 2.0), (0, 2.0), (1, 2.0)]  # 0.5 was overtaken
+    mixer.close()
+
+
+def test_a_nudge_stays_in_range(strokes: StyleMixer) -> None:
+    sizes = []
+    for delta in (0.1, 5, 0.1, -0.1, -9):
+        strokes.nudge_stroke_size(delta)
+        sizes.append(strokes.stroke_size)
+    assert sizes == [1.1, 2, 2, 1.9, 0.5]
+    with pytest.raises(UsageError, match=r"must be in 0\.5\.\.2, got 3"):
+        strokes.set_stroke_size(3)
+
+
+def test_style_files_keep_their_stroke_size(handmade: Bundle, clock: Clock, tmp_path: Path) -> None:
+    path = tmp_path / "mine.safetensors"
+    save_style(path, read_style(_frame(7), handmade, at_size, "mine"))
+    mixer = StyleMixer(at_size, handmade, now=clock)
+    mixer.add(path)
+    with pytest.raises(UsageError, match="style 'mine' is a style file without its picture"):
+        mixer.set_stroke_size(2.0)
+    mixer.select(mixer.add(_frame(1)))
+    mixer.set_stroke_size(2.0)
+    mixer.add(path)
+    _wait(mixer)
+    assert [round(float(card.style.tokens.max()), 4) for card in mixer.cards] == [7.1, 1.2, 7.1]
+    mixer.close()
+
+
+def test_a_stroke_size_that_was_asked_for_must_be_that_of_style_files(
+    handmade: Bundle, clock: Clock, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.safetensors"
+    save_style(path, read_style(_frame(7), handmade, at_size, "mine"))
+    mixer = StyleMixer(at_size, handmade, stroke_size=1.5, now=clock)
+    mixer.add(_frame(0))
+    assert _level(mixer, clock.at) == 0.15
+    with pytest.raises(
+        MediaError, match=r"was saved at stroke size 1 without its picture, which stroke size 1\.5"
+    ):
+        mixer.add(path)
+    with pytest.raises(UsageError, match="stroke size must be in"):
+        StyleMixer(at_size, handmade, stroke_size=3)
+    mixer.close()
+
+
+def test_an_encoder_that_fails_leaves_the_styles_as_they_are(handmade: Bundle, clock: Clock) -> None:
+    def broken(frame: np.ndarray, stroke_size: float) -> EncodedStyle:
+        if stroke_size != 1:
+            raise RuntimeError("engine\nfailed")
+        return at_size(frame, stroke_size)
+
+    mixer = StyleMixer(broken, handmade, now=clock)
+    mixer.add(_frame(3))
+    mixer.set_stroke_size(2.0)
+    _wait(mixer)
+    assert list(mixer.problems) == ["stroke size 2 cannot be set: RuntimeError: engine failed"]
+    assert _level(mixer, clock.at + 1) == 3.1
+    mixer.close()

@@ -16,6 +16,8 @@ from std_rt.pipeline.conditioning import (
     blend,
     conditioning_for,
     square,
+    style_square,
+    style_views,
     unet_inputs,
 )
 
@@ -131,6 +133,102 @@ def test_a_picture_is_encoded_once_and_the_oldest_is_forgotten() -> None:
         encoder(frame)
     encoder(frames[0])
     assert len(calls) == 4
+
+
+# Stroke size
+
+STROKES = (0.5, 0.6, 0.75, 0.9, 1.0, 1.1, 1.3, 1.7, 2.0)
+
+
+def _painting(side: int = 96) -> np.ndarray:
+    """A dark middle in a bright, red-edged frame: other crops of it have another palette."""
+    frame = np.full((side, side + 31, 3), 220, np.uint8)
+    frame[:, :40, 1:] = 20
+    frame[side // 4 : -side // 4, 40:-40] = 10
+    return frame
+
+
+def _waves() -> np.ndarray:
+    """Waves of 16 px where the encoder sees 128."""
+    wave = 127 + 100 * np.cos(2 * np.pi * (np.arange(256) + 0.5) / 32)
+    return np.broadcast_to(wave[None, :, None], (256, 256, 3)).astype(np.uint8)
+
+
+def _mean(views: list[tuple[np.ndarray, float]], power: int = 1) -> np.ndarray:
+    return np.sum([weight * (view.astype(float) ** power).mean((0, 1)) for view, weight in views], axis=0)
+
+
+def test_stroke_size_1_is_the_centred_square() -> None:
+    ((view, weight),) = style_views(_painting(), 32)
+    np.testing.assert_array_equal(view, square(_painting(), 32))
+    assert weight == 1
+
+
+@pytest.mark.parametrize("stroke_size", STROKES)
+@pytest.mark.parametrize("side_px", [32, 48, 96])
+def test_every_stroke_size_has_the_palette_of_the_whole_picture(stroke_size: float, side_px: int) -> None:
+    views, whole = style_views(_painting(), side_px, stroke_size), style_views(_painting(), side_px)
+    assert sum(weight for _, weight in views) == pytest.approx(1)
+    np.testing.assert_allclose(_mean(views), _mean(whole), atol=1.5)
+    np.testing.assert_allclose(np.sqrt(_mean(views, 2)), np.sqrt(_mean(whole, 2)), atol=3)
+
+
+@pytest.mark.parametrize("stroke_size", STROKES)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (3, 2), (15, 40)])
+def test_no_view_has_a_border_whatever_the_sides(stroke_size: float, shape: tuple[int, int]) -> None:
+    for view, _ in style_views(np.full((*shape, 3), 255, np.uint8), 7, stroke_size):
+        assert view.shape == (7, 7, 3)
+        assert view.min() == 255
+
+
+@pytest.mark.parametrize(("stroke_size", "period"), [(0.5, 8), (1, 16), (2, 32)])
+def test_strokes_are_seen_at_their_size(stroke_size: float, period: int) -> None:
+    for view, _ in style_views(_waves(), 128, stroke_size):
+        spectrum = np.abs(np.fft.rfft(view[0, :, 0] - view.mean()))
+        assert 128 / int(spectrum.argmax()) == period
+
+
+def test_a_style_moves_steadily_with_the_stroke_size() -> None:
+    def fineness(style_image: np.ndarray) -> dict[str, Any]:
+        steps = np.abs(np.diff(style_image, axis=3)).mean()
+        return {"style_tokens": np.full((1, 2, 4), steps, np.float32)}
+
+    encoder = StyleEncoder(fineness, 128)
+    levels = [float(encoder(_waves(), stroke_size).tokens[0, 0, 0]) for stroke_size in STROKES]
+    assert levels == sorted(levels, reverse=True)
+    assert levels[0] > 1.8 * levels[4] > 3 * levels[-1]
+
+
+def test_changing_the_stroke_size_encodes_each_view_once() -> None:
+    calls: list[int] = []
+
+    def run(style_image: np.ndarray) -> dict[str, Any]:
+        calls.append(1)
+        return {"style_tokens": np.full((1, 2, 4), style_image.mean(), np.float32)}
+
+    frame = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    encoder = StyleEncoder(run, 16)
+    counts = []
+    for stroke_size in (2.0, 1.5, 1.2, 1.0, 0.7, 0.5):
+        assert encoder(frame, stroke_size) is encoder(frame, stroke_size)
+        counts.append(len(calls))
+    assert counts == [4, 5, 5, 5, 6, 6]
+
+
+def test_what_is_kept_of_a_picture_is_enough_for_every_stroke_size() -> None:
+    frame = np.random.default_rng(0).integers(0, 256, (300, 200, 3), np.uint8)
+    kept = style_square(frame, 32)
+    assert kept.shape == (64, 64, 3)
+    for stroke_size in STROKES:
+        pairs = zip(style_views(kept, 32, stroke_size), style_views(frame, 32, stroke_size), strict=True)
+        for (ours, _), (theirs, _) in pairs:
+            assert np.abs(ours.astype(int) - theirs).max() <= 6  # resized in two steps, of noise
+
+
+@pytest.mark.parametrize("stroke_size", [0.49, 2.1, float("nan")])
+def test_a_stroke_size_out_of_range_is_refused(stroke_size: float) -> None:
+    with pytest.raises(UsageError, match=r"stroke size must be in 0\.5\.\.2, got"):
+        style_views(_painting(), 32, stroke_size)
 
 
 def test_tokens_outlive_the_engine_that_made_them() -> None:

@@ -34,7 +34,7 @@ from std_rt.pipeline.style_file import (
 )
 
 
-def encode(frame: np.ndarray) -> EncodedStyle:
+def encode(frame: np.ndarray, stroke_size: float = 1.0) -> EncodedStyle:
     """As the bundle made by hand does it: all tokens hold the picture's mean."""
     mean = np.float32(frame.mean() / 127.5 - 1)
     return EncodedStyle(np.full((1, TOKENS, DIM), mean), np.full((1, POOLED), mean))
@@ -321,13 +321,44 @@ def test_a_picture_a_frame_and_a_style_file_read_alike(handmade: Bundle, tmp_pat
     save_style(tmp_path / "a.safetensors", drawn)
     path.unlink()
 
-    def never(frame: np.ndarray) -> EncodedStyle:
+    def never(frame: np.ndarray, stroke_size: float) -> EncodedStyle:
         raise AssertionError("a style file needs no encoder")
 
     _assert_same(read_style(tmp_path / "a.safetensors", handmade, never), drawn)
     assert read_style(tmp_path / "a.safetensors", handmade, never, "b").name == "b"
     framed = read_style(np.zeros((5, 9, 3), np.uint8), handmade, encode)
     assert framed.thumbnail.shape == (5, 5, 3)
+
+
+def test_the_stroke_size_is_stored_and_another_one_refused(handmade: Bundle, tmp_path: Path) -> None:
+    def at_size(frame: np.ndarray, stroke_size: float) -> EncodedStyle:
+        return encode(np.full_like(frame, 100 * stroke_size))
+
+    source, path = picture(tmp_path / "ink.png", 20, 20), tmp_path / "a.safetensors"
+    drawn = read_style(source, handmade, at_size, stroke_size=1.5)
+    np.testing.assert_array_equal(drawn.style.tokens, encode(np.full((1, 1, 3), 150, np.uint8)).tokens)
+    save_style(path, drawn)
+    for wanted in (None, 1.5):
+        assert load_style(path, handmade, wanted).stroke_size == 1.5
+    with pytest.raises(MediaError) as caught:
+        load_style(path, handmade, 0.5)
+    assert str(caught.value) == (
+        f"{path} was saved at stroke size 1.5 without its picture, which stroke size 0.5 needs; leave out "
+        f"--stroke-size, or save it again: std-rt styles save ink.png --stroke-size 0.5 -o {path} --overwrite"
+    )
+
+
+def test_a_blend_has_a_stroke_size_if_its_parts_agree(handmade: Bundle, tmp_path: Path) -> None:
+    frame, path = np.zeros((9, 9, 3), np.uint8), tmp_path / "a.safetensors"
+    one, two, three = (read_style(frame, handmade, encode, stroke_size=size) for size in (1.5, 1.5, 2.0))
+    assert blend_files([(one, 1.0), (two, 1.0)], "same").stroke_size == 1.5
+    assert blend_files([(one, 1.0), (three, 0.0)], "one").stroke_size == 1.5
+    save_style(path, blend_files([(one, 1.0), (three, 1.0)], "mixed"))
+    assert load_style(path, handmade).stroke_size is None
+    with pytest.raises(
+        MediaError, match=r"saved at several stroke sizes without its picture, which stroke size 1\.5"
+    ):
+        load_style(path, handmade, 1.5)
 
 
 def test_weighted_pictures_and_style_files_become_one_style(handmade: Bundle, tmp_path: Path) -> None:

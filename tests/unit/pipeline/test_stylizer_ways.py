@@ -19,6 +19,7 @@ from std_rt.core.errors import BackendError, BundleError, UsageError
 from std_rt.engines import GraphSpec
 from std_rt.engines.host import HostRunner, open_on_host
 from std_rt.engines.program import Program
+from std_rt.media.chroma import keep_colours
 from std_rt.pipeline.conditioning import EncodedStyle, blend
 from std_rt.pipeline.openers import Openers
 from std_rt.pipeline.runner_cache import Quality
@@ -257,6 +258,29 @@ def test_an_encoded_style_is_what_set_style_sets(stylizer: Stylizer, backend: Ba
     assert not np.array_equal(stylizer.stylize(frames(1)[0]), expected)
     stylizer.use_style(style)
     np.testing.assert_array_equal(stylizer.stylize(frames(1)[0]), expected)
+
+
+def test_stroke_size_2_is_the_blend_of_the_quarters(stylizer: Stylizer) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    picture[:32, :32] //= 4
+    quarters = [picture[y : y + 32, x : x + 32] for y in (0, 32) for x in (0, 32)]
+    stylizer.set_style([(quarter, 1.0) for quarter in quarters])
+    expected = stylizer.stylize(frames(1)[0])
+    stylizer.set_style(picture, stroke_size=2)
+    np.testing.assert_array_equal(stylizer.stylize(frames(1)[0]), expected)
+    with pytest.raises(UsageError, match=r"stroke size must be in 0\.5\.\.2, got 3"):
+        stylizer.set_style(STYLE, stroke_size=3)
+
+
+def test_kept_colours_are_set_with_the_style_and_stay(stylizer: Stylizer) -> None:
+    (frame,) = frames(1)
+    plain = stylizer.stylize(frame)
+    stylizer.set_style(STYLE, keep_colours=True)
+    np.testing.assert_array_equal(stylizer.stylize(frame), keep_colours(frame, plain))
+    stylizer.use_style(stylizer.encode_style(STYLE))
+    assert stylizer.keep_colours
+    stylizer.use_style(stylizer.encode_style(STYLE), keep_colours=False)
+    np.testing.assert_array_equal(stylizer.stylize(frame), plain)
 
 
 def test_a_style_of_another_bundle_or_a_wrong_strength_is_refused(stylizer: Stylizer) -> None:

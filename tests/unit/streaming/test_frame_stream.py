@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 
 from std_rt.core.bundle import Bundle
 from std_rt.examples import moving
+from std_rt.media.chroma import keep_colours
 from std_rt.pipeline.conditioning import EncodedStyle
 from std_rt.pipeline.stylizer import Quality, Stylizer
 from std_rt.streaming.frame_stream import GROUPED, ONE_BY_ONE, STREAM_BATCH, FramePacket, FrameStream
 from std_rt.streaming.similarity import SimilarityFilter
+from std_rt.streaming.temporal import TemporalFilter
 
 Frame = NDArray[np.uint8]
 
@@ -131,6 +133,33 @@ def test_a_change_of_style_is_painted_though_the_frame_is_the_same(stylizer: Sty
         stylizer, lambda now: (next(turn), 1.0), similarity=SimilarityFilter(0.9, max_skip=100)
     )
     assert [packet.skipped for packet in stream.run(_packets([frame] * 4))] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("batching", [ONE_BY_ONE, STREAM_BATCH, GROUPED])
+def test_colours_are_kept_after_everything_else(stylizer: Stylizer, batching: str) -> None:
+    """Of the frame itself, on what the temporal filter made: nothing that flickers is mixed or added."""
+    frames = _frames(6, 100, 60)
+
+    def run() -> list[Frame]:
+        stream = FrameStream(stylizer, batching=batching, temporal=TemporalFilter("full"))
+        return list(stream.frames(iter(frames)))
+
+    plain = run()
+    stylizer.keep_colours = True
+    assert_same(run(), [keep_colours(*pair) for pair in zip(frames, plain, strict=True)])
+
+
+def test_a_frame_is_painted_when_its_colours_are_to_change(stylizer: Stylizer) -> None:
+    (frame,) = _frames(1)
+    stream = FrameStream(stylizer, similarity=SimilarityFilter(0.9, max_skip=100))
+    packets = []
+    for packet in stream.run(_packets([frame] * 4)):
+        packets.append(packet)
+        stylizer.keep_colours = len(packets) >= 2
+    assert [packet.skipped for packet in packets] == [False, True, False, True]
+    assert "colours" in packets[2].stages_ms
+    assert packets[0].styled is not None
+    np.testing.assert_array_equal(packets[3].styled, keep_colours(frame, packets[0].styled))
 
 
 def test_similar_frames_are_left_out_one_by_one_only(stylizer: Stylizer) -> None:
