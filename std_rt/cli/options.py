@@ -20,6 +20,7 @@ __all__ = [
     "BundleOption",
     "EngineFlags",
     "OverwriteOption",
+    "PrecisionOption",
     "SizeOption",
     "StepsOption",
     "StylizerFlags",
@@ -52,6 +53,7 @@ StepsOption = Annotated[
 BackendOption = Annotated[
     str, Option(help="auto, cpu, or a backend listed by `std-rt doctor`, e.g. openvino or rtx.")
 ]
+PrecisionOption = Annotated[str, Option(help="auto (what this processor is fastest at), fp32, bf16 or int8.")]
 TemporalOption = Annotated[
     str,
     Option(
@@ -70,7 +72,7 @@ class EngineFlags:
     size: SizeOption = None
     steps: StepsOption = None
     backend: BackendOption = "auto"
-    precision: Annotated[str, Option(help="auto, fp32 or bf16.")] = "auto"
+    precision: PrecisionOption = "auto"
     temporal: TemporalOption = "off"
 
     def __post_init__(self) -> None:
