@@ -211,8 +211,9 @@ class Gate:
         paths = self.accepted | {graph: path}
 
         def opened(spec: GraphSpec) -> Engine:
-            in_int8 = {"path": paths[spec.name], "compute": "int8"} if spec.name in paths else {}
-            return _open(replace(spec, **in_int8))
+            if spec.name in paths:
+                spec = replace(spec, path=paths[spec.name], compute="int8")
+            return _open(spec)
 
         found = _stylize(self._bundle, opened, self._pairs)
         rows = [_psnr(a, b) for a, b in zip(found, self._wanted, strict=True)]

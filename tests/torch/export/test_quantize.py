@@ -15,6 +15,8 @@ import pytest
 pytest.importorskip("nncf")
 
 import onnx
+from support.cli_support import Cli
+from support.handmade import write_handmade
 from support.once import made_once
 
 from std_rt.core.bundle import Bundle, load_bundle
@@ -240,3 +242,37 @@ def test_quality_needs_both_floors() -> None:
     assert passing.passes
     assert not replace(passing, mean_db=33.99).passes
     assert not replace(passing, worst_db=27.99).passes
+
+
+def test_bundles_int8_adds_the_form_and_says_its_numbers(
+    cli: Cli, handmade: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def made(bundle: Bundle, output: Path, pictures: Any, progress: Any, **options: Any) -> Bundle:
+        asked.append((bundle.name, len(pictures), options))
+        return write_handmade(output, int8=True)
+
+    monkeypatch.setattr(quantize, "quantize_bundle", made)
+    result = cli("bundles", "int8", handmade.path, "-o", tmp_path / "both")
+    assert asked == [("handmade", 0, {"overwrite": False})]
+    assert "unet, int8: pictures 40.0 dB (worst 35.0 dB) against fp32" in result.out
+    again = cli("bundles", "int8", handmade.path, "-o", tmp_path / "both")
+    assert (again.code, len(asked)) == (2, 1)
+    assert "exists already; add --overwrite" in again.error
+
+
+def test_an_export_whose_int8_form_fails_is_a_bundle_with_a_line(
+    handmade: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from std_rt.cli.export import _export
+
+    def fails(*_: Any, **options: Any) -> Bundle:
+        raise ExportError("int8 changes the pictures of 'x' too much")
+
+    said: list[str] = []
+    options = {"precision": "int8", "remark": said.append}
+    monkeypatch.setattr("std_rt.export.build.export_pipeline", lambda *_, **__: handmade)
+    monkeypatch.setattr(quantize, "quantize_bundle", fails)
+    assert _export(tmp_path, tmp_path / "out", options, [], said.append) is handmade
+    assert said == ["the bundle has no int8 form: int8 changes the pictures of 'x' too much"]
