@@ -118,8 +118,9 @@ class Bundle:
     def check_precision(self, precision: str) -> None:
         """Raise BundleError if int8 is asked for and not there."""
         if precision == "int8" and "int8" not in self.forms:
+            found = self.name if _known().get(self.name) == self.path else self.path
             raise BundleError(
-                f"bundle '{self.name}' has no int8 form; make one: std-rt bundles int8 {self.name} "
+                f"bundle '{self.name}' has no int8 form; make one: std-rt bundles int8 {found} "
                 f"-o engines/{self.name}-int8"
             )
 
