@@ -137,16 +137,16 @@ def choose_form(backend: str, precision: str, forms: tuple[str, ...]) -> tuple[s
                 f"backend '{backend}' runs no int8 graphs: their activations are uint8 with a zero point, "
                 f"which GPU engines refuse; use {instead}"
             )
-        return forms[0], "GPUs run graphs as they were exported"
+        return forms[0], f"{backend} runs graphs as they were exported"
     if precision != "auto":
         return forms[-1 if precision == "int8" else 0], "asked for"
-    arithmetic, why = fastest_arithmetic(describe_machine())
     if forms[0] == "int8":
         return "int8", "the bundle has no other form"
+    if backend != "openvino":  # ONNX Runtime was slower in int8 than in fp32, also with VNNI
+        return forms[0], f"{backend} runs graphs as they were exported"
+    arithmetic, why = fastest_arithmetic(describe_machine())
     if arithmetic != "int8":
         return forms[0], why
-    if backend != "openvino":
-        return forms[0], f"{backend} is slower in int8"
     return forms[-1], why if len(forms) > 1 else f"{why}, but the bundle has no int8 form"
 
 
