@@ -262,6 +262,23 @@ def test_bundles_int8_adds_the_form_and_says_its_numbers(
     assert "exists already; add --overwrite" in again.error
 
 
+def test_an_export_in_int8_adds_the_form_to_the_bundle_that_it_wrote(
+    handmade: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from std_rt.cli.export import _export
+
+    asked: list[Any] = []
+    monkeypatch.setattr("std_rt.export.build.export_pipeline", lambda *_, **__: handmade)
+    monkeypatch.setattr(
+        quantize, "quantize_bundle", lambda *given, **options: asked.append((given, options)) or "both"
+    )
+    pictures, say = [np.zeros((4, 4, 3), np.uint8)], print
+    for precision, made in (("fp32", handmade), ("int8", "both")):
+        assert _export(tmp_path, tmp_path / "out", {"precision": precision}, pictures, say) == made
+    wanted = {"overwrite": True, "name": "handmade"}
+    assert asked == [((handmade, tmp_path / "out", pictures, say), wanted)]
+
+
 def test_an_export_whose_int8_form_fails_is_a_bundle_with_a_line(
     handmade: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
