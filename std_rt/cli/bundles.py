@@ -1,4 +1,4 @@
-"""`std-rt bundles list | info | verify | unpack`: the models std-rt can find."""
+"""`std-rt bundles list | info | verify | unpack | int8`: the models std-rt can find."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from typer import Option
 
-from std_rt.cli.options import BundleArgument
+from std_rt.cli.options import BundleArgument, OverwriteOption
 from std_rt.cli.terminal import print_table
 from std_rt.core.errors import UsageError
 from std_rt.core.machine import require
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["bundles_app"]
 
 bundles_app = typer.Typer(
-    help="List, describe, verify and unpack bundles (exported models).", no_args_is_help=True
+    help="List, describe, verify, unpack and quantize bundles (exported models).", no_args_is_help=True
 )
 
 
@@ -82,6 +82,9 @@ def _facts(bundle: Bundle) -> Iterator[tuple[str, str]]:
         megabytes = bundle.weights_path(name).stat().st_size / 2**20
         checked = f", {parity['psnr_db']:.1f} dB against {parity['against']}" if parity else ""
         yield f"graph {name}", f"{megabytes:.1f} MB, weights {precision.get('weights', '?')}{checked}"
+    for name, row in bundle.int8_graphs.items():
+        near = f"{row['psnr_db']:.1f} dB (worst {row['worst_db']:.1f} dB)"
+        yield f"int8 {name}", f"the same weights, pictures {near} against fp32"
     for source in manifest.get("sources", []):
         origin = f"{source['id']} ({source['licence']}) sha256 {source['sha256'][:16]}"
         yield f"source {source['role']}", origin
@@ -131,3 +134,34 @@ def unpack(
     schedule = NoiseSchedule.from_config(noise)
     save_tiny(TinyPipeline(parts["unet"], parts["style_encoder"], parts["vae"], schedule), output)  # type: ignore[arg-type]
     typer.echo(output)
+
+
+@bundles_app.command("int8")
+def int8(
+    output: Annotated[
+        Path, Option("--output", "-o", metavar="FOLDER", help="The bundle to write, with both forms.")
+    ],
+    bundle: BundleArgument = None,
+    calibrate: Annotated[
+        Path | None, Option(metavar="FOLDER", help="Pictures to calibrate on; default: example pictures.")
+    ] = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Add an int8 form to a bundle in fp32, for processors with VNNI. Needs: pip install '.\\[export,int8]'
+
+    std-rt bundles int8 my-bundle -o engines/my-bundle-int8 --calibrate photos
+    """
+    from rich.console import Console
+
+    from std_rt.cli.export import print_int8, read_calibration
+    from std_rt.core.bundle import check_target, load_bundle
+
+    require("std-rt bundles int8", "export,int8", "onnx", "onnxscript", "nncf")
+    check_target(output, overwrite)
+    pictures, found = read_calibration(calibrate), load_bundle(bundle)
+    from std_rt.export.quantize import quantize_bundle
+
+    with Console(stderr=True).status("quantizing") as status:
+        made = quantize_bundle(found, output, pictures, status.update, overwrite=overwrite)
+    typer.echo(f"{made.path} ({made.name}, {made.total_bytes / 2**20:.1f} MB)")
+    print_int8(made)

@@ -15,7 +15,13 @@ from rich.markup import escape
 from std_rt import __version__
 from std_rt.cli.terminal import print_table
 from std_rt.core.errors import BackendError
-from std_rt.core.machine import available_memory_gb, describe_machine, free_disk_gb, install_hint
+from std_rt.core.machine import (
+    available_memory_gb,
+    describe_machine,
+    fastest_arithmetic,
+    free_disk_gb,
+    install_hint,
+)
 
 if TYPE_CHECKING:
     from std_rt.core.bundle import Bundle
@@ -165,9 +171,24 @@ def _bundles(known: Sequence[Bundle | tuple[str, Exception]]) -> Iterator[Row]:
             yield _BAD, "bundle", f"{item[0]}: {item[1]}"
         else:
             yield _GOOD, "bundle", f"{item.name} ({item.total_bytes / 2**20:.1f} MB) in {item.path}"
+            if item.name == BUILT_IN:
+                yield from _precision(item)
     if BUILT_IN not in [item[0] if isinstance(item, tuple) else item.name for item in known]:
         yield _BAD, "bundle", f"{BUILT_IN} is missing; run: {install_hint()} --force-reinstall --no-deps"
     yield _NOTE, "bundles", f"also looked in {', '.join(str(path) for path in search_paths())}"
+
+
+def _precision(bundle: Bundle) -> Iterator[Row]:
+    """What ``--precision auto`` is for a bundle here, and why."""
+    from std_rt.engines.registry import choose_backend, choose_form
+
+    try:
+        backend, _ = choose_backend()
+        form, why = choose_form(backend, "auto", bundle.forms)
+    except BackendError:
+        return  # listed as a backend that is missing
+    in_bf16 = form == "fp32" and fastest_arithmetic(describe_machine())[0] == "bf16"
+    yield _GOOD, "precision", f"{'bf16' if in_bf16 and backend == 'openvino' else form}: {why}"
 
 
 def _cameras() -> Iterator[Row]:

@@ -65,7 +65,9 @@ def engines_build(
     guidance_mode: Annotated[
         str | None, typer.Option("--guidance-mode", help="none, full or residual.")
     ] = None,
-    precision: Annotated[str, typer.Option("--precision", help="auto, or fp32 for no TF32.")] = "auto",
+    precision: Annotated[
+        str, typer.Option("--precision", help="auto; fp32 for no TF32 on GPUs; on CPUs bf16 or int8.")
+    ] = "auto",
     sm: Annotated[
         str,
         typer.Option("--sm", metavar="89,120", help="GPUs to build rtx engines for; default: the one here."),
@@ -75,7 +77,8 @@ def engines_build(
 
     std-rt engines build my-bundle --backend rtx --size 512 --sm 89,120
     """
-    from std_rt.engines.registry import BACKENDS, PRECISIONS
+    from std_rt.core.bundle import load_bundle
+    from std_rt.engines.registry import BACKENDS, PRECISIONS, choose_form
 
     if backend not in ("rtx", "tensorrt", "openvino"):
         known = backend in BACKENDS
@@ -88,6 +91,9 @@ def engines_build(
         )
     if precision not in PRECISIONS:
         raise UsageError(f"--precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    opened = load_bundle(bundle)
+    opened.check_precision(precision)
+    choose_form(backend, precision, opened.forms)  # raises if the backend cannot run it
     cache = _cache()
     wanted = plan(bundle, parse_size(size), parse_size(frame), steps, guidance, guidance_mode)
     if backend == "openvino":

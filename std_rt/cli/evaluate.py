@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from std_rt.cli.options import BackendOption, OverwriteOption, SizeOption, parse_size
+from std_rt.cli.options import (
+    BackendOption,
+    OverwriteOption,
+    PrecisionOption,
+    SizeOption,
+    parse_size,
+)
 from std_rt.cli.terminal import print_table, progress_lines
 from std_rt.core.errors import UsageError
 
@@ -79,7 +85,7 @@ class EvaluateRequest:
         list[Path] | None, Option(metavar="FILE", help="A clip to judge for flicker; repeatable.")
     ] = None
     frames: Annotated[int, Option(min=2, help="Frames to judge per clip.")] = 48
-    precision: Annotated[str, Option(help="auto, fp32 or bf16.")] = "auto"
+    precision: PrecisionOption = "auto"
     overwrite: OverwriteOption = False
     bundle: Annotated[
         list[str] | None,

@@ -93,7 +93,9 @@ class ExportRequest:
     size: Annotated[
         str | None, Option(metavar="PX|WxH", help="Working size; default: 512, or 256 for a small model.")
     ] = None
-    precision: Annotated[str, Option(help="auto, fp32, fp16, bf16 or int8: see docs/export.md.")] = "auto"
+    precision: Annotated[
+        str, Option(help="auto, fp32, fp16, bf16, or int8 (fp32 and int8 in one bundle): see docs/export.md.")
+    ] = "auto"
     weights: Annotated[str, Option(help="Storage of weights in fp32 graphs: fp16 or fp32.")] = "fp16"
     calibrate: Annotated[Path | None, Option(metavar="FOLDER", help="Pictures to calibrate int8 on.")] = None
     prompt: Annotated[str, Option(help="The fixed prompt, if the pipeline has text encoders.")] = ""
@@ -130,7 +132,11 @@ def export(request: ExportRequest) -> None:
     # Before gigabytes are downloaded.
     check_target(output, request.overwrite)
     check_choices(options)
-    pictures = _calibration_pictures(request)
+    if request.precision == "int8":
+        require("--precision int8", "int8", "nncf")
+    elif request.calibrate is not None:
+        raise UsageError("--calibrate needs --precision int8; give both or neither")
+    pictures = read_calibration(request.calibrate)
 
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -163,6 +169,7 @@ def export(request: ExportRequest) -> None:
     typer.echo(f"{bundle.path} ({bundle.name}, {bundle.total_bytes / 2**20:.1f} MB)")
     for graph, parity in bundle.manifest["parity"].items():
         typer.echo(f"  {graph}: {parity['psnr_db']:.1f} dB against {parity['against']} ({parity['runtime']})")
+    print_int8(bundle)
 
 
 def _bundle_name(request: ExportRequest) -> str:
@@ -182,13 +189,8 @@ def _bundle_name(request: ExportRequest) -> str:
     return f"{name}-{profile}" if profile else name
 
 
-def _calibration_pictures(request: ExportRequest) -> list[Any]:
-    """The user's pictures to calibrate int8 on; none if rendered ones are used."""
-    folder = request.calibrate
-    if request.precision == "int8":
-        require("--precision int8", "int8", "nncf")
-    elif folder is not None:
-        raise UsageError("--calibrate needs --precision int8; give both or neither")
+def read_calibration(folder: Path | None) -> list[Any]:
+    """The user's pictures to calibrate int8 on; none if example pictures are used."""
     if folder is None:
         return []
     from std_rt.media.image import read_picture
@@ -202,20 +204,27 @@ def _calibration_pictures(request: ExportRequest) -> list[Any]:
     return pictures
 
 
+def print_int8(bundle: Bundle) -> None:
+    """What is there in int8, and how near its pictures come."""
+    for graph, row in bundle.int8_graphs.items():
+        near = f"{row['psnr_db']:.1f} dB (worst {row['worst_db']:.1f} dB)"
+        typer.echo(f"  {graph}, int8: pictures {near} against fp32, with those above in int8 too")
+
+
 def _export(
     folder: Path, output: Path, options: dict[str, Any], pictures: list[Any], progress: Callable[[str], None]
 ) -> Bundle:
-    """Write the bundle; int8 is made from a whole fp32 bundle, which is deleted afterwards."""
+    """Write the bundle, then add the int8 form; one that does not pass is left out with a line."""
+    from std_rt.core.errors import ExportError
     from std_rt.export.build import export_pipeline
 
+    bundle = export_pipeline(folder, output, progress=progress, **options)
     if options["precision"] != "int8":
-        return export_pipeline(folder, output, progress=progress, **options)
-    from tempfile import TemporaryDirectory
-
+        return bundle
     from std_rt.export.quantize import quantize_bundle
 
-    overwrite, name = options.pop("overwrite"), options.pop("name") or output.resolve().name
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
-        exact = export_pipeline(folder, Path(scratch) / "exact", progress=progress, name=name, **options)
-        return quantize_bundle(exact, output, pictures, progress=progress, overwrite=overwrite, name=name)
+    try:
+        return quantize_bundle(bundle, output, pictures, progress, overwrite=True, name=bundle.name)
+    except ExportError as error:
+        options["remark"](f"the bundle has no int8 form: {error}")
+        return bundle

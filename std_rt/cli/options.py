@@ -20,6 +20,7 @@ __all__ = [
     "BundleOption",
     "EngineFlags",
     "OverwriteOption",
+    "PrecisionOption",
     "SizeOption",
     "StepsOption",
     "StrokeSizeOption",
@@ -61,6 +62,7 @@ StrokeSizeOption = Annotated[
 BackendOption = Annotated[
     str, Option(help="auto, cpu, or a backend listed by `std-rt doctor`, e.g. openvino or rtx.")
 ]
+PrecisionOption = Annotated[str, Option(help="auto (what this processor is fastest at), fp32, bf16 or int8.")]
 TemporalOption = Annotated[
     str,
     Option(
@@ -79,7 +81,7 @@ class EngineFlags:
     size: SizeOption = None
     steps: StepsOption = None
     backend: BackendOption = "auto"
-    precision: Annotated[str, Option(help="auto, fp32 or bf16.")] = "auto"
+    precision: PrecisionOption = "auto"
     temporal: TemporalOption = "off"
 
     def __post_init__(self) -> None:

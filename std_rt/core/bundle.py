@@ -4,6 +4,7 @@
       manifest.json         contents, settings, and the sha256 of every other file
       GRAPH.onnx            one per graph: style_encoder, vae_encoder, unet, vae_decoder
       GRAPH.safetensors     its weights, under the names of the torch module; the ONNX file points into it
+      GRAPH.int8.onnx       perhaps: the same graph in int8, which rounds the same weights when it is opened
       conditioning.npz      baked text: encoder_hidden_states [1, L, D], text_embeds [1, P]
       reference.npz         inputs and outputs for a self-check
 
@@ -97,6 +98,31 @@ class Bundle:
     def graph_outputs(self, name: str) -> dict[str, list[int | str]]:
         """Output name -> shape as exported; symbolic axes are names such as ``batch``."""
         return {entry["name"]: entry["shape"] for entry in self._graph(name)["outputs"]}
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """What the UNet is there in: fp32, fp16 or bf16 (int8 in old bundles), then int8 beside it."""
+        exported = str(self.manifest.get("precision", {}).get("unet", {}).get("compute", "fp32"))
+        return (exported, "int8") if self.int8_graphs else (exported,)
+
+    @property
+    def int8_graphs(self) -> dict[str, dict[str, Any]]:
+        """The int8 form: graph name -> its file, the weights file that it shares, and how near it comes."""
+        return dict(self.manifest.get("int8", {}).get("graphs", {}))
+
+    def int8_path(self, name: str) -> Path | None:
+        """Path of a graph's ONNX file in int8, if there is one."""
+        entry = self.int8_graphs.get(name)
+        return None if entry is None else self.path / str(entry["file"])
+
+    def check_precision(self, precision: str) -> None:
+        """Raise BundleError if int8 is asked for and not there."""
+        if precision == "int8" and "int8" not in self.forms:
+            found = self.name if _known().get(self.name) == self.path else self.path
+            raise BundleError(
+                f"bundle '{self.name}' has no int8 form; make one: std-rt bundles int8 {found} "
+                f"-o engines/{self.name}-int8"
+            )
 
     def _graph(self, name: str) -> dict[str, Any]:
         if name not in self.manifest["graphs"]:
@@ -397,7 +423,7 @@ def _check_structure(bundle: Bundle) -> None:
         missing += [f"{section}.{key}" for key in keys if key not in bundle.manifest.get(section, {})]
     if missing:
         raise BundleError(f"{bundle.path / MANIFEST} has no {', '.join(missing)}; {_repair(bundle.path)}")
-    for graph in REQUIRED_GRAPHS:
+    for graph in [*REQUIRED_GRAPHS, *bundle.int8_graphs]:
         if graph not in bundle.manifest["graphs"]:
             raise BundleError(f"bundle '{bundle.name}' has no graph '{graph}'; {_repair(bundle.path)}")
 
@@ -417,7 +443,7 @@ def _check_files(bundle: Bundle) -> None:
                 f"bundle '{bundle.name}' is damaged: {name} has {path.stat().st_size} bytes, "
                 f"not {entry['bytes']} as its manifest says; {_repair(bundle.path)}"
             )
-    graphs = bundle.manifest["graphs"].values()
+    graphs = [entry for _, entry in _all_graphs(bundle)]
     used = [bundle.manifest["text"]["file"], *(graph[key] for graph in graphs for key in ("file", "weights"))]
     for name in used:
         if name not in listed:
@@ -426,9 +452,14 @@ def _check_files(bundle: Bundle) -> None:
             )
 
 
+def _all_graphs(bundle: Bundle) -> list[tuple[str, dict[str, Any]]]:
+    """(name, entry) of every graph in every form."""
+    return [*bundle.manifest["graphs"].items(), *bundle.int8_graphs.items()]
+
+
 def _check_external(bundle: Bundle) -> None:
     """Graphs may read their own weights file and nothing else, whatever the path looks like."""
-    for name, graph in bundle.manifest["graphs"].items():
+    for name, graph in _all_graphs(bundle):
         try:
             outside = external_locations(bundle.path / graph["file"]) - {graph["weights"]}
         except ValueError as error:

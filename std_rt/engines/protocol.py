@@ -51,7 +51,7 @@ class GraphSpec:
     ``steady`` names inputs that rarely change. Engines may cache what depends only on them for as long as
     their values (compared at every call) stay the same; this does not change results. ``compute`` is the
     precision that the file's arithmetic is written in, as the bundle's manifest says: fp32, fp16, bf16 or
-    int8.
+    int8. ``int8`` is the file of the same graph in int8, if the bundle has one.
     """
 
     name: str
@@ -60,11 +60,18 @@ class GraphSpec:
     key: str
     steady: frozenset[str] = STEADY_INPUTS
     compute: str = "fp32"
+    int8: Path | None = None
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """What the graph can be opened in: ``compute``, then int8 if that is a file of its own."""
+        return (self.compute,) if self.int8 is None else (self.compute, "int8")
 
     @property
     def identity(self) -> tuple[Any, ...]:
         """Equal for specs that can share one engine; hashable."""
-        return self.name, str(self.path), tuple(sorted(self.shapes.items())), self.steady, self.compute
+        files = str(self.path), str(self.int8)
+        return self.name, *files, tuple(sorted(self.shapes.items())), self.steady, self.compute
 
     def describe_shapes(self) -> str:
         """The shapes for an error message: ``sample [1, 4, 8, 8], timestep [1]``."""

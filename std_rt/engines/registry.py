@@ -6,7 +6,7 @@ Backends are imported when they are first opened, so listing them costs no start
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +14,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from std_rt.core.errors import BackendError
-from std_rt.core.machine import install_hint
+from std_rt.core.machine import describe_machine, fastest_arithmetic, install_hint
 from std_rt.engines.protocol import Engine, GraphSpec
 
 if TYPE_CHECKING:
@@ -27,11 +27,13 @@ __all__ = [
     "BackendInfo",
     "backends",
     "choose_backend",
+    "choose_form",
+    "in_form",
     "open_engine",
     "open_runner",
 ]
 
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16", "int8")
 
 
 @dataclass(frozen=True)
@@ -121,15 +123,51 @@ def choose_backend(name: str = "auto") -> tuple[str, str]:
     return name, "asked for"
 
 
+def choose_form(backend: str, precision: str, forms: tuple[str, ...]) -> tuple[str, str]:
+    """(one of ``forms``, why): the form of graphs that a backend runs at a ``precision`` of `PRECISIONS`.
+
+    ``forms`` are what the graphs are there in (`Bundle.forms`, `GraphSpec.forms`). ``auto`` is int8 where the
+    processor has units for it and none for bf16. Raises BackendError if int8 is asked for, or all there is,
+    and the backend is for GPUs.
+    """
+    if backend in GPU_BACKENDS:
+        if forms[-1] == "int8" and (precision == "int8" or len(forms) == 1):
+            instead = "--precision auto" if len(forms) > 1 else "--backend cpu"
+            raise BackendError(
+                f"backend '{backend}' runs no int8 graphs: their activations are uint8 with a zero point, "
+                f"which GPU engines refuse; use {instead}"
+            )
+        return forms[0], f"{backend} runs graphs as they were exported"
+    if precision != "auto":
+        return forms[-1 if precision == "int8" else 0], "asked for"
+    if forms[0] == "int8":
+        return "int8", "the bundle has no other form"
+    if backend != "openvino":  # ONNX Runtime was slower in int8 than in fp32, also with VNNI
+        return forms[0], f"{backend} runs graphs as they were exported"
+    arithmetic, why = fastest_arithmetic(describe_machine())
+    if arithmetic != "int8":
+        return forms[0], why
+    return forms[-1], why if len(forms) > 1 else f"{why}, but the bundle has no int8 form"
+
+
+def in_form(backend: str, spec: GraphSpec, precision: str) -> tuple[GraphSpec, str]:
+    """``spec`` with the file that `choose_form` chooses, and the precision of what is not int8 in it."""
+    form, _ = choose_form(backend, precision, spec.forms)
+    if form != spec.compute and spec.int8 is not None:
+        spec = replace(spec, path=spec.int8, compute="int8")
+    return replace(spec, int8=None), "auto" if precision == "int8" else precision
+
+
 def open_engine(backend: str, spec: GraphSpec, precision: str = "auto") -> Engine:
     """Open ``spec`` on a backend name from `choose_backend` (or ``auto``).
 
-    ``precision`` of the arithmetic: ``auto`` is bf16 if the processor has bf16 hardware, else fp32. Raises
-    BackendError if the backend is missing, does not support the precision, or cannot run the graph.
+    ``precision`` of the arithmetic: ``auto`` is bf16 if the processor has bf16 hardware, else int8 if
+    `choose_form` says so and the graph is there in int8, else fp32. Raises BackendError if the backend is
+    missing, does not support the precision, or cannot run the graph.
     """
     _check_precision(precision)
     name, _ = choose_backend(backend)
-    engine: Engine = _implementation(name).open_graph(spec, precision)
+    engine: Engine = _implementation(name).open_graph(*in_form(name, spec, precision))
     return engine
 
 
@@ -149,7 +187,8 @@ def open_runner(
     name, _ = choose_backend(backend)
     implementation = _implementation(name)
     if hasattr(implementation, "open_runner"):
-        runner: Runner = implementation.open_runner(program, specs, precision)
+        chosen = {graph: in_form(name, spec, precision)[0] for graph, spec in specs.items()}
+        runner: Runner = implementation.open_runner(program, chosen, precision)
         return runner
     from std_rt.engines.host import open_on_host
 

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from std_rt.core.bundle import Bundle, load_bundle
-from std_rt.core.errors import BundleError, UsageError
+from std_rt.core.bundle import Bundle
+from std_rt.core.errors import UsageError
 from std_rt.core.machine import describe_machine, peak_memory_mb, require
 from std_rt.pipeline.stylizer import Stylizer
 from std_rt.streaming.frame_stream import FramePacket, FrameStream
@@ -226,29 +226,12 @@ def _size(stylizer: Stylizer) -> Size:
 def _against(stylizer: Stylizer, size: Size, name: str) -> Step:
     """The step of one of `AGAINST`, compiled if it asks for that."""
     title, precision, compiled = AGAINST[name]
-    bundle, scale = _in_float(stylizer.bundle), stylizer.guidance.scale
+    bundle, scale = stylizer.bundle, stylizer.guidance.scale
     step = diffusers_step(bundle, stylizer.steps, size, scale, precision=precision, compiled=compiled)
     slow = " (compiling takes a minute or two)" if compiled else ""
     with Console(stderr=True).status(f"{title}: first frame{slow}"):
         step()
     return step
-
-
-def _in_float(bundle: Bundle) -> Bundle:
-    """The bundle itself, or the one an int8 bundle was made from: torch cannot run int8 graphs."""
-    if "quantized" not in bundle.manifest:
-        return bundle
-    source = bundle.manifest["quantized"]["from"]
-    try:
-        found = load_bundle(source["name"])
-    except BundleError as error:
-        raise UsageError(f"--against needs the bundle that '{bundle.name}' was made from: {error}") from error
-    if found.digest != source["digest"]:
-        raise UsageError(
-            f"--against needs the bundle that '{bundle.name}' was made from, but {found.path} has changed "
-            f"since; give -b {found.path}, or quantize it again"
-        )
-    return found
 
 
 def run_first_frame(settings: Settings) -> None:
@@ -286,6 +269,7 @@ def _result(stylizer: Stylizer, size: Size, timing: Timing, peak_mb: float | Non
         "digest": stylizer.bundle.digest,
         "backend": stylizer.backend,
         "precision": stylizer.precision,
+        "precision_reason": stylizer.precision_reason,
         "size": [size[1], size[0]],
         "steps": stylizer.steps,
         "machine": str(describe_machine()),
@@ -295,6 +279,7 @@ def _result(stylizer: Stylizer, size: Size, timing: Timing, peak_mb: float | Non
 def _print(result: dict[str, Any], timings: dict[str, Timing]) -> None:
     width, height = result["size"]
     typer.echo(f"{result['bundle']}, {width}x{height}, {result['steps']} steps, batch 1")
+    typer.echo(result["precision_reason"])
     table = Table(box=None, pad_edge=False)
     table.add_column("ms per frame")
     for name in timings:

@@ -1,8 +1,7 @@
 """`std-rt bench --table`: frames per second by size, steps, backend and precision, in one run.
 
-Each cell is the median of a few frames. int8 needs a bundle (`std-rt export ... --precision int8`) named
-``NAME-int8`` and made from this bundle. Columns that cannot run on this machine are omitted, and listed below
-the table with the reason.
+Each cell is the median of a few frames. int8 needs a bundle that has that form (`std-rt bundles int8`).
+Columns that cannot run on this machine are omitted, and listed below the table with the reason.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from std_rt.core.bundle import Bundle, load_bundle
-from std_rt.core.errors import BackendError, BundleError
+from std_rt.core.errors import BackendError
 from std_rt.core.machine import describe_machine, install_hint
 from std_rt.engines import backends
 from std_rt.evaluation.bench import Settings, Timing, diffusers_step, measure, stream_step
@@ -57,8 +56,7 @@ def run_table(settings: Settings) -> None:
     """Measure every combination that runs here; of ``settings``, ``bundle`` and ``frames`` apply."""
     typer.echo(str(describe_machine()))
     bundle = load_bundle(settings.bundle)
-    quantized = _quantized(bundle)
-    columns, left_out = columns_here(quantized is not None)
+    columns, left_out = columns_here("int8" in bundle.forms)
     steps = [count for count in STEPS if count in bundle.steps_allowed]
     plan = [(size, count, column) for size in SIZES for count in steps for column in columns]
     console = Console(stderr=True)
@@ -67,9 +65,8 @@ def run_table(settings: Settings) -> None:
     for size, count, column in track(
         plan, "timing", console=console, transient=True, disable=not console.is_terminal
     ):
-        used = quantized if column.precision == "int8" and quantized is not None else bundle
         try:
-            timing = _measure(used, size, count, column, frames)
+            timing = _measure(bundle, size, count, column, frames)
         except BackendError as error:  # listed below the table
             left_out[str(column)] = str(error)
             continue
@@ -93,18 +90,8 @@ def _obstacle(column: Column, has_int8: bool) -> str:
     if not info.available:
         return f"not installed; run: {info.install}"
     if column.precision == "int8" and not has_int8:
-        return "there is no int8 bundle; see: std-rt export --help"
+        return "the bundle has no int8 form; see: std-rt bundles int8 --help"
     return ""
-
-
-def _quantized(bundle: Bundle) -> Bundle | None:
-    """The int8 bundle ``NAME-int8`` if it was made from this very bundle."""
-    try:
-        found = load_bundle(f"{bundle.name}-int8")
-    except BundleError:
-        return None
-    made_from = found.manifest.get("quantized", {}).get("from", {}).get("digest")
-    return found if made_from == bundle.digest else None
 
 
 def _measure(bundle: Bundle, size_px: int, steps: int, column: Column, frames: int) -> Timing:
@@ -112,9 +99,8 @@ def _measure(bundle: Bundle, size_px: int, steps: int, column: Column, frames: i
     if column.backend == "torch":
         theirs = diffusers_step(bundle, steps, size, precision=column.precision)
         return measure({"": theirs}, frames, _WARMUP, silent=True)[""]
-    precision = "auto" if column.precision == "int8" else column.precision
     with Stylizer.load(
-        bundle, backend=column.backend, size=size, steps=steps, precision=precision
+        bundle, backend=column.backend, size=size, steps=steps, precision=column.precision
     ) as stylizer:
         return measure({"": stream_step(stylizer, size)}, frames, _WARMUP, silent=True)[""]
 

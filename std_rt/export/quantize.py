@@ -1,11 +1,11 @@
-"""Quantization of a bundle to int8, from one in float: `std-rt export ... --precision int8`.
+"""An int8 form beside the graphs of a bundle in float: `std-rt export ... --precision int8`, `bundles int8`.
 
     quantize_bundle(load_bundle("std-tiny"), Path("engines/std-tiny-int8"))
 
 Needs the extra ``[int8]``. Activations are calibrated on what the graphs see in use: states on the bundle's
 own trajectory, from tau down, of pictures under real style tokens, at every step count that the bundle
 allows. Then pictures and styles that calibration has not seen are stylized in float and in int8 and compared:
-layers that cost too much stay in float, and a bundle that still differs is not written.
+layers that cost too much stay in float, and a form that still differs is not written.
 """
 
 from __future__ import annotations
@@ -61,6 +61,10 @@ class Quality:
         """At or above both floors."""
         return self.mean_db >= FLOOR_MEAN_DB and self.worst_db >= FLOOR_WORST_DB
 
+    def rounded(self) -> dict[str, float]:
+        """For a manifest."""
+        return {"psnr_db": round(self.mean_db, 2), "worst_db": round(self.worst_db, 2)}
+
     def __str__(self) -> str:
         return f"{self.mean_db:.1f} dB (worst {self.worst_db:.1f} dB)"
 
@@ -74,10 +78,10 @@ def quantize_bundle(
     overwrite: bool = False,
     name: str = "",
 ) -> Bundle:
-    """Write ``output``: ``bundle`` with UNet and VAE in int8, as far as pictures stay what they are.
+    """Write ``output``, perhaps the bundle's own folder: ``bundle`` with an int8 form beside its graphs.
 
     ``calibration`` are pictures uint8 [H, W, 3], of the kind that will be stylized; fewer than four are
-    filled up with example pictures. A VAE graph that does not pass stays in float. Raises ExportError if
+    filled up with example pictures. A VAE graph that does not pass has no int8 form. Raises ExportError if
     the UNet does not pass, the bundle does not compute in fp32, or NNCF is not installed.
     """
     _check(bundle)
@@ -141,6 +145,11 @@ def _fill(
     unseen: list[Pair],
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
+    replaced = {entry["file"] for entry in bundle.int8_graphs.values()}
+    for file in bundle.manifest["files"].keys() - replaced:
+        target = folder / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(bundle.path / file, target)
     progress(f"calibrating on {len(seen)} pictures")
     samples = _record(bundle, seen)
     progress(f"stylizing {len(unseen)} other pictures for comparison")
@@ -148,9 +157,13 @@ def _fill(
     done: dict[str, dict[str, Any]] = {}
     for graph in QUANTIZED:
         done |= _descend(bundle, folder, graph, samples[graph], gate, progress)
-    _copy_rest(bundle, folder, done)
+    added = ("schema", "files", "manifest_sha256")
+    manifest = deepcopy({key: value for key, value in bundle.manifest.items() if key not in added})
+    manifest["name"] = name
+    manifest["created_with"] |= {"nncf": metadata.version("nncf")}
     counts = {"pictures": len(seen), "unet_states": len(samples["unet"]), "judged_on": len(unseen)}
-    return _manifest(bundle, name, done, counts)
+    manifest["int8"] = {"calibration": counts, "graphs": done}
+    return manifest
 
 
 def _record(bundle: Bundle, pairs: list[Pair]) -> Samples:
@@ -194,11 +207,15 @@ class Gate:
         self.quality = Quality(float("inf"), float("inf"))
 
     def judge(self, graph: str, path: Path) -> Quality:
-        """The quality with ``graph`` from ``path`` on top of the graphs accepted before."""
+        """The quality with ``graph`` in int8 from ``path``, on top of the graphs accepted before."""
         paths = self.accepted | {graph: path}
-        found = _stylize(
-            self._bundle, lambda spec: _open(replace(spec, path=paths.get(spec.name, spec.path))), self._pairs
-        )
+
+        def opened(spec: GraphSpec) -> Engine:
+            if spec.name in paths:
+                spec = replace(spec, path=paths[spec.name], compute="int8")
+            return _open(spec)
+
+        found = _stylize(self._bundle, opened, self._pairs)
         rows = [_psnr(a, b) for a, b in zip(found, self._wanted, strict=True)]
         return Quality(float(np.mean(rows)), min(rows))
 
@@ -225,8 +242,8 @@ def _stylize(
 
 
 def _open(spec: GraphSpec) -> Engine:
-    """In fp32 (or int8, if the graph says so), uncached: what is tried here is opened once."""
-    return open_engine(choose_backend()[0], replace(spec, key=""), "fp32")
+    """In fp32 (or int8, if the file is), uncached: what is tried here is opened once."""
+    return open_engine(choose_backend("cpu")[0], replace(spec, key="", int8=None), "fp32")
 
 
 def _descend(
@@ -238,11 +255,10 @@ def _descend(
     progress: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
     """Quantize one graph, with more layers in float on every rung; {} where no rung passes."""
-    stored = bundle.manifest["precision"].get(graph, {}).get("weights", "fp32")
-    path, found, best = folder / f"{graph}.onnx", [], None
+    path, found, best = folder / f"{graph}.int8.onnx", [], None
     for rung, keep in enumerate(RUNGS):
         progress(f"quantizing {graph}" + (f", attempt {rung + 1}" if rung else ""))
-        kept = quantize_graph(bundle.graph_path(graph), folder, graph, samples, keep, weights=stored)
+        kept = quantize_graph(bundle.graph_path(graph), path, graph, samples, keep)
         if rung and kept == best:
             continue  # this graph has none of the layers that the rung names
         best = kept
@@ -251,58 +267,14 @@ def _descend(
         found.append(quality)
         if quality.passes:
             gate.accept(graph, path, quality)
-            return {
-                graph: {
-                    "kept_float": kept,
-                    "psnr_db": round(quality.mean_db, 2),
-                    "worst_db": round(quality.worst_db, 2),
-                }
-            }
+            entry = {"file": path.name, "weights": bundle.weights_path(graph).name, "kept_float": kept}
+            return {graph: entry | quality.rounded()}
     path.unlink()
-    (folder / f"{graph}.safetensors").unlink()
     if graph == "unet":
         raise ExportError(
             f"int8 changes the pictures of '{bundle.name}' too much: {', '.join(map(str, found))}, and "
-            f"{FLOOR_MEAN_DB:.0f} dB (worst {FLOOR_WORST_DB:.0f} dB) are required; use --precision bf16, or "
+            f"{FLOOR_MEAN_DB:.0f} dB (worst {FLOOR_WORST_DB:.0f} dB) are required; "
             "--calibrate with pictures like those you will stylize"
         )
     progress(f"{graph} stays in float: {found[-1]}")
     return {}
-
-
-def _copy_rest(bundle: Bundle, folder: Path, done: Mapping[str, Any]) -> None:
-    """Copy every file that int8 does not replace, without weights that no remaining graph reads."""
-    graphs = bundle.manifest["graphs"]
-    replaced = {graphs[graph]["file"] for graph in done}
-    weights = {entry["weights"] for entry in graphs.values()}
-    needed = {entry["weights"] for graph, entry in graphs.items() if graph not in done}
-    for name in bundle.manifest["files"]:
-        if name not in replaced and (name not in weights or name in needed):
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if target.exists():
-                raise ExportError(f"bundle '{bundle.name}' has a file {name} that int8 would overwrite")
-            shutil.copyfile(bundle.path / name, target)
-
-
-def _manifest(
-    bundle: Bundle, name: str, done: dict[str, dict[str, Any]], counts: dict[str, int]
-) -> dict[str, Any]:
-    added = ("schema", "files", "manifest_sha256")
-    manifest = deepcopy({key: value for key, value in bundle.manifest.items() if key not in added})
-    manifest["name"] = name
-    manifest["created_with"] |= {"nncf": metadata.version("nncf")}
-    manifest["quantized"] = {
-        "from": {"name": bundle.name, "digest": bundle.digest},
-        "calibration": counts,
-        "graphs": done,
-    }
-    for graph, row in done.items():
-        manifest["precision"][graph] = {"compute": "int8", "weights": "int8"}
-        manifest["graphs"][graph] |= {"weights": f"{graph}.safetensors", "renamed": {}}
-        manifest["parity"][graph] = {
-            "psnr_db": row["psnr_db"],
-            "against": "stylized in fp32",
-            "runtime": choose_backend()[0],
-        }
-    return manifest

@@ -1,29 +1,29 @@
 """Quantization of one ONNX graph to int8, by NNCF after training, written so that every runtime reads it.
 
 The result is an ordinary ONNX graph with QuantizeLinear and DequantizeLinear around convolutions and matrix
-products, weights stored as int8 in a safetensors file: a quarter of fp32. Sizes and batch stay open.
+products. Its weights are those of the float graph, in the same file: a runtime rounds them to int8 when it
+opens the graph, so a bundle with both forms is hardly larger than one. Sizes and batch stay open.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript.optimizer import fold_constants
-from safetensors.numpy import save
 
 from std_rt.core.errors import ExportError
 from std_rt.engines.protocol import STEADY_INPUTS
 from std_rt.export.components import quiet
 from std_rt.export.sources.weight_files import read_places
-from std_rt.export.weights import INLINE_ELEMENTS, StoredTensor, point_to_file
+from std_rt.export.weights import INLINE_ELEMENTS
 
 __all__ = ["RUNGS", "quantize_graph"]
 
@@ -38,27 +38,28 @@ _LARGEST_BYTES = 2**31 - 2**20  # of a protobuf message, as which NNCF handles a
 
 
 def quantize_graph(
-    source: Path,
-    folder: Path,
-    name: str,
-    samples: Sequence[Sample],
-    keep: Sequence[str] = (),
-    *,
-    weights: str = "fp32",
+    source: Path, target: Path, name: str, samples: Sequence[Sample], keep: Sequence[str] = ()
 ) -> list[str]:
-    """Write ``folder/name.onnx`` and ``folder/name.safetensors``: the graph ``source`` in int8.
+    """Write ``target``: the graph ``source`` in int8, which reads the same weights file beside it.
 
     ``samples`` are inputs as the graph sees them in use; from them come the ranges of activations.
     ``keep`` (a rung of `RUNGS`) says which layers stay in float; their weights' names are returned.
-    ``weights`` (fp16, fp32) is how the weights of all float layers are stored.
     Raises ExportError if the graph is too large, or NNCF does not take it.
     """
     model = ir.load(source)
     _check_size(model, name)
     kept = _kept(_layers(model), keep)
     folded = _folded(model)
+    before = {tensor.name: tensor.raw_data for tensor in folded.graph.initializer}
     quantized = _quantize(folded, name, samples, sorted({*kept, *_steady_layers(folded)}))
-    _write(quantized, folder / f"{name}.onnx", folder / f"{name}.safetensors", half=weights == "fp16")
+    del quantized.graph.value_info[:]  # shapes that shape inference found; runtimes find their own
+    same = {
+        tensor.name
+        for tensor in quantized.graph.initializer
+        if math.prod(tensor.dims) > INLINE_ELEMENTS and before.get(tensor.name) == tensor.raw_data
+    }
+    _share_constants(quantized.graph, onnx.load(source, load_external_data=False).graph, same)
+    onnx.save(quantized, target)
     return sorted(kept.values())
 
 
@@ -154,7 +155,10 @@ def _quantize(
                 model_type=nncf.ModelType.TRANSFORMER if has_attention else None,
                 ignored_scope=nncf.IgnoredScope(names=ignored) if ignored else None,
                 advanced_parameters=nncf.AdvancedQuantizationParameters(
-                    activations_range_estimator_params=ranges
+                    activations_range_estimator_params=ranges,
+                    # Weights stay what they are, for the float form reads them too.
+                    smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(convolution=-1, matmul=-1),
+                    backend_params={"compress_weights": False},
                 ),
             )
         except (nncf.NNCFError, RuntimeError, ValueError) as error:
@@ -164,26 +168,23 @@ def _quantize(
             ) from error
 
 
-def _write(proto: onnx.ModelProto, graph: Path, weights: Path, *, half: bool) -> None:
-    """Large tensors into ``weights`` under their names, the rest into ``graph``."""
-    del proto.graph.value_info[:]  # shapes that shape inference found; runtimes find their own
-    model = ir.from_proto(proto)
-    large = {
-        name: value
-        for name, value in model.graph.initializers.items()
-        if value.const_value is not None and value.const_value.size > INLINE_ELEMENTS
-    }
-    arrays = {name: _stored(value.const_value, half) for name, value in large.items()}
-    weights.write_bytes(save(arrays, {"format": "pt"}))
-    places = read_places(weights)
-    for name, value in large.items():
-        stored = StoredTensor(arrays[name].shape, arrays[name].dtype, places[name])
-        point_to_file(model.graph, value, stored, weights)
-    ir.save(model, graph)
-
-
-def _stored(tensor: Any, half: bool) -> NDArray[Any]:
-    """Float matrices as fp16 if ``half`` is set and they fit; everything else as it is."""
-    array = np.ascontiguousarray(tensor.numpy())
-    fits = array.dtype == np.float32 and np.abs(array).max() < np.finfo(np.float16).max
-    return array.astype(np.float16) if half and fits and array.ndim > 1 else array
+def _share_constants(graph: onnx.GraphProto, source: onnx.GraphProto, names: Collection[str]) -> None:
+    """Make ``graph`` read the constants ``names`` as ``source`` does: from the weights file, or through nodes
+    that follow from it (Cast, Transpose, Slice).
+    """
+    stored = {tensor.name for tensor in source.initializer}
+    makers: dict[str, onnx.NodeProto] = {}
+    for node in source.node:
+        if all(name in stored or name in makers for name in node.input if name):
+            makers.update(dict.fromkeys(node.output, node))
+    waiting, needed = [name for name in names if name in stored or name in makers], set[str]()
+    while waiting:
+        name = waiting.pop()
+        needed.add(name)
+        waiting += [name for name in makers[name].input if name] if name in makers else []
+    own = [tensor for tensor in graph.initializer if tensor.name not in needed]
+    shared = [tensor for tensor in source.initializer if tensor.name in needed]
+    nodes = [node for node in source.node if needed.intersection(node.output)]
+    for field, items in ((graph.initializer, [*own, *shared]), (graph.node, [*nodes, *graph.node])):
+        del field[:]
+        field.extend(items)

@@ -16,7 +16,7 @@ __all__ = ["Need", "check_room", "estimate_export"]
 _GB = 2**30
 _PARTS = ("unet", "vae", "image_encoder", "text_encoder", "text_encoder_2")
 _LOADED_BYTES = 4  # every part is read in fp32, one after the other
-_STORED_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 2}
+_STORED_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 _BESIDE_GB, _BESIDE_LARGE_GB = 1.0, 5.0  # Python, torch, activations; of SDXL 14.5 GB were measured
 _ON_DISK = 1.05  # graphs, reference pictures, the manifest
 
@@ -39,7 +39,7 @@ def estimate_export(
 ) -> Need:
     """What the export of a diffusers folder takes with weights stored in ``precision``.
 
-    ``precision``: fp32, fp16, bf16 or int8. ``parts`` are folders used instead of the source's own (as
+    ``precision``: fp32, fp16 or bf16. ``parts`` are folders used instead of the source's own (as
     ``{"vae": Path(...)}``), ``adapter`` an IP-Adapter file. ``text`` is False if prompts are baked in, so
     that text encoders are loaded and not stored. Raises ExportError on an unreadable weight file.
     """
@@ -51,10 +51,8 @@ def estimate_export(
     largest = max(sizes["unet"] + extra, *sizes.values())
     beside = _BESIDE_LARGE_GB if largest >= LARGE else _BESIDE_GB
     stored = extra + sum(size for part, size in sizes.items() if text or not part.startswith("text_"))
-    stored_bytes = _STORED_BYTES[precision] * stored
-    if precision == "int8":  # the UNet alone is quantized
-        stored_bytes -= sizes["unet"]
-    return Need(_LOADED_BYTES * largest / _GB + beside, _ON_DISK * stored_bytes / _GB)
+    stored_gb = _STORED_BYTES[precision] * stored / _GB
+    return Need(_LOADED_BYTES * largest / _GB + beside, _ON_DISK * stored_gb)
 
 
 def check_room(need: Need, output: Path) -> None:

@@ -30,7 +30,7 @@ Shape = tuple[int, ...]
 class Openers:
     """Functions that open one graph at static shapes, one text encoder, and a whole program.
 
-    ``backend``: the one chosen; ``reason``: why.
+    ``backend``: the one chosen; ``reason``: why. ``precision``: the one asked for.
     """
 
     graph: GraphOpener
@@ -38,6 +38,7 @@ class Openers:
     runner: RunnerOpener
     backend: str = ""
     reason: str = ""
+    precision: str = "auto"
 
     @classmethod
     def on_host(cls, graph: GraphOpener) -> Openers:
@@ -69,7 +70,7 @@ def openers(backend: str, precision: str, meanwhile: Callable[[str], None] | Non
     def open_text(spec: GraphSpec) -> Engine:
         return open_engine(first, spec, "fp32")  # runs once per prompt: exactness costs nothing
 
-    return Openers(open_graph, open_text, open_program, name, reason)
+    return Openers(open_graph, open_text, open_program, name, reason, precision)
 
 
 def _in_background(work: Callable[[], Runner]) -> Future[Runner]:
@@ -110,7 +111,8 @@ def program_for(
 def graph_spec(bundle: Bundle, name: str, shapes: Mapping[str, Shape]) -> GraphSpec:
     """One of a bundle's graphs at these shapes."""
     compute = bundle.manifest.get("precision", {}).get(name, {}).get("compute", "fp32")
-    return GraphSpec(name, bundle.graph_path(name), shapes, bundle.digest, compute=compute)
+    path, int8 = bundle.graph_path(name), bundle.int8_path(name)
+    return GraphSpec(name, path, shapes, bundle.digest, compute=compute, int8=int8)
 
 
 def _check_size(bundle: Bundle, size: tuple[int, int]) -> None:

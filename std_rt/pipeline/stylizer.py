@@ -27,7 +27,7 @@ from std_rt.core.errors import UsageError
 from std_rt.engines import Engine
 from std_rt.engines.hot_swap import close_when_open, has_failed
 from std_rt.engines.program import Mark, no_mark
-from std_rt.engines.registry import GPU_BACKENDS
+from std_rt.engines.registry import GPU_BACKENDS, choose_form
 from std_rt.media import chroma, fit
 from std_rt.media.fit import check_frame
 from std_rt.pipeline.conditioning import (
@@ -143,14 +143,18 @@ class Stylizer:
         """Open a bundle by name or folder (None: the built-in model) on a backend.
 
         With ``meanwhile``, frames run on a CPU backend until the engines of a GPU backend are built;
-        ``meanwhile`` is called with a message when that changes. Raises BundleError (unknown, damaged, wrong
-        step count) or BackendError (not installed), and UsageError if ``guidance`` and ``guidance_mode``
-        do not fit together.
+        ``meanwhile`` is called with a message when that changes. ``precision`` is auto (see
+        `engines.registry.choose_form`), fp32, bf16 or int8. Raises BundleError (unknown, damaged, wrong
+        step count, no int8 form) or BackendError (not installed, wrong precision), and UsageError if
+        ``guidance`` and ``guidance_mode`` do not fit together.
         """
         opened = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+        opened.check_precision(precision)
+        chosen = openers(backend, precision, meanwhile)
+        choose_form(chosen.backend, precision, opened.forms)  # raises if the backend cannot run it
         return cls(
             opened,
-            openers(backend, precision, meanwhile),
+            chosen,
             size=size,
             steps=steps,
             guidance=guidance,
@@ -168,6 +172,12 @@ class Stylizer:
         for runner in self._cache.values():
             return runner.wait().precision
         return "unknown"
+
+    @property
+    def precision_reason(self) -> str:
+        """`precision`, and why: ``int8: this processor has VNNI and no bf16 units``."""
+        why = choose_form(self.backend, self._openers.precision, self.bundle.forms)[1]
+        return f"{self.precision}: {why}"
 
     def working_size(self, height_px: int, width_px: int) -> Size:
         """(H, W) at which a frame of the given size is processed."""

@@ -26,8 +26,12 @@ def write_handmade(
     sequence: int = SEQUENCE,
     guidance: tuple[str, float] = ("none", 1.0),
     negative: float | None = None,
+    int8: bool = False,
 ) -> Bundle:
-    """Write the bundle to ``folder``, named after it; its negatives are filled with ``negative``."""
+    """Write the bundle to ``folder``, named after it; its negatives are filled with ``negative``.
+
+    ``int8`` adds an int8 form of the UNet: ``sample / 4 + ...``, so that a test sees which form runs.
+    """
 
     def fill(partial: Path) -> dict[str, Any]:
         graphs = {name: _write_graph(partial, name, model) for name, model in _models(sequence).items()}
@@ -40,7 +44,8 @@ def write_handmade(
             }
         np.savez(partial / "conditioning.npz", **stored)  # type: ignore[arg-type]
         mode, scale = guidance
-        return _manifest(folder.name, graphs, gamma) | {"guidance": {"mode": mode, "scale": scale}}
+        manifest = _manifest(folder.name, graphs, gamma) | {"guidance": {"mode": mode, "scale": scale}}
+        return manifest | ({"int8": _write_int8(partial, sequence)} if int8 else {})
 
     return write_bundle(folder, fill)
 
@@ -182,6 +187,17 @@ def _write_graph(folder: Path, name: str, model: Any) -> dict[str, Any]:
         "inputs": [_port(port) for port in model.graph.input],
         "outputs": [_port(port) for port in model.graph.output],
     }
+
+
+def _write_int8(folder: Path, sequence: int) -> dict[str, Any]:
+    from onnx import numpy_helper
+
+    unet = _models(sequence)["unet"]
+    half = next(tensor for tensor in unet.graph.initializer if tensor.name == "half")
+    half.CopyFrom(numpy_helper.from_array(np.full((), 0.25, np.float32), "half"))
+    (folder / "unet.int8.onnx").write_bytes(unet.SerializeToString())
+    near = {"psnr_db": 40.0, "worst_db": 35.0, "kept_float": []}
+    return {"graphs": {"unet": {"file": "unet.int8.onnx", "weights": "unet.safetensors", **near}}}
 
 
 def _port(port: Any) -> dict[str, Any]:

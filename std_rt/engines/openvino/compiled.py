@@ -78,7 +78,8 @@ def compile_graph(core: ov.Core, spec: GraphSpec, config: dict[str, str]) -> tup
 
 def _compile(core: ov.Core, spec: GraphSpec, config: dict[str, str]) -> tuple[Compiled, int]:
     model = core.read_model(spec.path)
-    keep_half_weights(model)
+    if spec.compute != "int8":  # whose weights are rounded once more, to a byte each
+        keep_half_weights(model)
     names = {port.get_any_name() for port in model.inputs}
     if names != set(spec.shapes):
         raise BackendError(
@@ -103,7 +104,7 @@ def _compile(core: ov.Core, spec: GraphSpec, config: dict[str, str]) -> tuple[Co
 def engine_key(core: ov.Core, spec: GraphSpec, config: dict[str, str]) -> EngineKey:
     """The cache key of ``spec``. The number of threads does not affect compilation."""
     formats = ",".join(sorted(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")))
-    flags = {"config": config, "steady": sorted(spec.steady), "format": _FORMAT}
+    flags = {"config": config, "steady": sorted(spec.steady), "format": _FORMAT, "compute": spec.compute}
     return EngineKey(
         bundle=spec.key,
         graph=spec.name,

@@ -1,7 +1,8 @@
-"""int8 bundles: what is quantized, what is not, and the gate in front of them."""
+"""The int8 form of a bundle: what is quantized, what is not, and the gate in front of it."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -14,10 +15,13 @@ import pytest
 pytest.importorskip("nncf")
 
 import onnx
+from support.cli_support import Cli
+from support.handmade import write_handmade
 from support.once import made_once
 
 from std_rt.core.bundle import Bundle, load_bundle
 from std_rt.core.errors import ExportError
+from std_rt.core.onnx_file import external_locations
 from std_rt.engines import GraphSpec, backends, open_engine
 from std_rt.export import quantize
 from std_rt.export.parity import psnr_db
@@ -45,7 +49,7 @@ def _waves(seed: int) -> np.ndarray[Any, Any]:
 
 @pytest.fixture(scope="module")
 def int8_bundle(own_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """`own_bundle` in int8; its random weights make noisy pictures, so the floors are lower."""
+    """`own_bundle` with an int8 form; its random weights make noisy pictures, so the floors are lower."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantize, "QUANTIZED", ("unet", "vae_decoder"))
         patch.setattr(quantize, "_PAIRS", 4)
@@ -60,32 +64,41 @@ def _inputs(bundle: Bundle, graph: str) -> dict[str, np.ndarray[Any, Any]]:
     return {k.removeprefix(start): v for k, v in bundle.reference().items() if k.startswith(start)}
 
 
-def _run(bundle: Bundle, graph: str, backend: str, inputs: dict[str, Any]) -> np.ndarray[Any, Any]:
-    spec = GraphSpec(graph, bundle.graph_path(graph), {k: v.shape for k, v in inputs.items()}, "")
-    engine = open_engine(backend, spec, "fp32")
+def _run(path: Path, graph: str, backend: str, inputs: dict[str, Any]) -> np.ndarray[Any, Any]:
+    shapes = {k: v.shape for k, v in inputs.items()}
+    engine = open_engine(backend, GraphSpec(graph, path, shapes, "", compute=_compute(path)), "auto")
     [result] = engine(**inputs).values()
     return result.copy()
 
 
-def test_the_manifest_says_what_is_int8_and_where_it_came_from(
+def _compute(path: Path) -> str:
+    return "int8" if ".int8." in path.name else "fp32"
+
+
+def test_the_manifest_says_what_is_int8_and_how_near_it_comes(
     own_bundle: Bundle, int8_bundle: Bundle
 ) -> None:
-    manifest = int8_bundle.manifest
-    assert manifest["quantized"]["from"]["digest"] == own_bundle.digest
-    done = manifest["quantized"]["graphs"]
+    done = int8_bundle.int8_graphs
     assert "unet" in done
-    for graph in int8_bundle.graph_names:
-        assert (manifest["precision"][graph]["compute"] == "int8") == (graph in done)
+    assert all(row["psnr_db"] >= row["worst_db"] >= 15 for row in done.values())
+    assert int8_bundle.manifest["int8"]["calibration"]["judged_on"] == 2
+    assert int8_bundle.forms == ("fp32", "int8")
     assert int8_bundle.name == "mini-int8"
-    assert "nncf" in manifest["created_with"]
+    assert "nncf" in int8_bundle.manifest["created_with"]
+    assert "int8" not in own_bundle.manifest
 
 
-def test_weights_are_stored_as_int8(own_bundle: Bundle, int8_bundle: Bundle) -> None:
-    model = onnx.load(int8_bundle.graph_path("unet"), load_external_data=False)
-    kinds = {tensor.data_type for tensor in model.graph.initializer if tensor.external_data}
-    assert onnx.TensorProto.INT8 in kinds
-    ours, theirs = (b.weights_path("unet").stat().st_size for b in (int8_bundle, own_bundle))
-    assert ours < 0.7 * theirs
+def test_both_forms_read_the_same_weights(own_bundle: Bundle, int8_bundle: Bundle) -> None:
+    added = int8_bundle.manifest["files"].keys() - own_bundle.manifest["files"].keys()
+    assert added == {entry["file"] for entry in int8_bundle.int8_graphs.values()}
+    for name, entry in own_bundle.manifest["files"].items():
+        assert int8_bundle.manifest["files"][name] == entry
+    path = int8_bundle.int8_path("unet")
+    assert path is not None
+    weights = own_bundle.weights_path("unet")
+    assert external_locations(path) == {weights.name}
+    # More than the float graph has to say, and far less than its weights.
+    assert path.stat().st_size < own_bundle.graph_path("unet").stat().st_size + 0.2 * weights.stat().st_size
 
 
 @pytest.mark.parametrize(
@@ -95,16 +108,22 @@ def test_every_cpu_runtime_gives_nearly_the_float_graph(
     backend: str, own_bundle: Bundle, int8_bundle: Bundle
 ) -> None:
     inputs = _inputs(own_bundle, "unet")
-    wanted = _run(own_bundle, "unet", backend, inputs)
-    found = _run(int8_bundle, "unet", backend, inputs)
+    wanted = _run(int8_bundle.graph_path("unet"), "unet", backend, inputs)
+    found = _run(_int8(int8_bundle, "unet"), "unet", backend, inputs)
     assert 25 < psnr_db(found, wanted) < 100  # and it is not the float graph
 
 
-def test_sizes_stay_open(own_bundle: Bundle, int8_bundle: Bundle) -> None:
+def _int8(bundle: Bundle, graph: str) -> Path:
+    path = bundle.int8_path(graph)
+    assert path is not None
+    return path
+
+
+def test_sizes_stay_open(int8_bundle: Bundle) -> None:
     frame = np.random.default_rng(0).integers(0, 255, (64, 128, 3), np.uint8)
     results = []
-    for bundle in (own_bundle, int8_bundle):
-        with Stylizer.load(bundle, size=(64, 128), precision="fp32") as stylizer:
+    for precision in ("fp32", "int8"):
+        with Stylizer.load(int8_bundle, size=(64, 128), precision=precision) as stylizer:
             stylizer.set_style(frame)
             results.append(stylizer.stylize(frame).astype(np.float64))
     assert psnr_db(results[1], results[0]) > 15
@@ -113,9 +132,9 @@ def test_sizes_stay_open(own_bundle: Bundle, int8_bundle: Bundle) -> None:
 def test_whatever_is_rounded_depends_on_the_picture(int8_bundle: Bundle) -> None:
     """With style, text and time held, another sample changes every rounded value."""
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = onnx.load(int8_bundle.graph_path("unet"))
+    model = onnx.load(_int8(int8_bundle, "unet"))
     rounded = {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
-    names = sorted(rounded - {port.name for port in model.graph.input})
+    names = sorted(rounded - {port.name for port in model.graph.input} - _constants(model.graph))
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     inputs = _inputs(int8_bundle, "unet")
@@ -125,13 +144,24 @@ def test_whatever_is_rounded_depends_on_the_picture(int8_bundle: Bundle) -> None
     assert not [name for name, before, after in pairs if np.array_equal(before, after)]
 
 
+def _constants(graph: onnx.GraphProto) -> set[str]:
+    """Names of weights, and of what follows from them."""
+    found = {tensor.name for tensor in graph.initializer}
+    for node in graph.node:
+        if node.input and found.issuperset(node.input):
+            found.update(node.output)
+    return found
+
+
 def test_what_follows_from_style_and_time_alone_stays_in_float(int8_bundle: Bundle) -> None:
-    model = onnx.load(int8_bundle.graph_path("unet"), load_external_data=False)
-    floats = {t.name for t in model.graph.initializer if t.data_type != onnx.TensorProto.INT8}
+    graph = onnx.load(_int8(int8_bundle, "unet"), load_external_data=False).graph
+    rounded = {node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
+    weights = _constants(graph)
     steady = ("time_embedding.linear_1.weight", "time_emb_proj.weight", "add_embedding.linear_1.weight")
     for part in steady:
-        assert any(part in name for name in floats), part
-    assert not any(name.endswith("resnets.0.conv1.weight") for name in floats)
+        assert any(part in name for name in weights), part
+        assert not any(part in name for name in rounded), part
+    assert any("resnets.0.conv1.weight" in name for name in rounded & weights)
 
 
 def test_a_bundle_that_differs_too_much_is_not_written(
@@ -139,14 +169,14 @@ def test_a_bundle_that_differs_too_much_is_not_written(
 ) -> None:
     rungs = []
 
-    def fake(source: Path, folder: Path, name: str, samples: Any, keep: Any = (), **_: Any) -> list[str]:
+    def fake(source: Path, target: Path, name: str, samples: Any, keep: Any = ()) -> list[str]:
         rungs.append((name, keep))
-        _copy(own_bundle, folder, name)
+        shutil.copyfile(source, target)
         return [str(keep)]
 
     monkeypatch.setattr(quantize, "quantize_graph", fake)
     monkeypatch.setattr(quantize.Gate, "judge", lambda self, graph, path: Quality(33.9, 30.0))
-    with pytest.raises(ExportError, match=r"33\.9 dB \(worst 30\.0 dB\).*34 dB.*--precision bf16"):
+    with pytest.raises(ExportError, match=r"33\.9 dB \(worst 30\.0 dB\).*34 dB.*--calibrate"):
         quantize_bundle(own_bundle, tmp_path / "bad")
     assert rungs == [("unet", keep) for keep in RUNGS]
     assert not list(tmp_path.iterdir())
@@ -155,8 +185,8 @@ def test_a_bundle_that_differs_too_much_is_not_written(
 def test_a_vae_that_does_not_pass_stays_in_float(
     own_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fake(source: Path, folder: Path, name: str, samples: Any, keep: Any = (), **_: Any) -> list[str]:
-        _copy(own_bundle, folder, name)
+    def fake(source: Path, target: Path, name: str, samples: Any, keep: Any = ()) -> list[str]:
+        shutil.copyfile(source, target)
         return [str(keep)]
 
     good, bad = Quality(50, 50), Quality(50, 27)
@@ -164,32 +194,34 @@ def test_a_vae_that_does_not_pass_stays_in_float(
     monkeypatch.setattr(quantize.Gate, "judge", lambda self, graph, path: bad if "vae" in graph else good)
     notes: list[str] = []
     made = quantize_bundle(own_bundle, tmp_path / "half", progress=notes.append)
-    assert list(made.manifest["quantized"]["graphs"]) == ["unet"]
-    assert made.manifest["precision"]["vae_decoder"] == own_bundle.manifest["precision"]["vae_decoder"]
-    assert made.graph_path("vae_decoder").read_bytes() == own_bundle.graph_path("vae_decoder").read_bytes()
+    assert list(made.int8_graphs) == ["unet"]
+    assert not list(made.path.glob("vae_*.int8.onnx"))
     assert any("vae_encoder stays in float: 50.0 dB (worst 27.0 dB)" in note for note in notes)
-
-
-def _copy(bundle: Bundle, folder: Path, graph: str) -> None:
-    (folder / f"{graph}.onnx").write_bytes(bundle.graph_path(graph).read_bytes())
-    (folder / bundle.weights_path(graph).name).write_bytes(bundle.weights_path(graph).read_bytes())
-    (folder / f"{graph}.safetensors").write_bytes(bundle.weights_path(graph).read_bytes())
+    # Once more, in place: the form is replaced.
+    monkeypatch.setattr(quantize, "QUANTIZED", ("unet", "vae_decoder"))
+    monkeypatch.setattr(quantize.Gate, "judge", lambda self, graph, path: good)
+    again = quantize_bundle(made, made.path, overwrite=True)
+    assert list(again.int8_graphs) == ["unet", "vae_decoder"]
+    assert again.name == made.name
 
 
 def test_the_ends_of_a_graph_can_stay_in_float(own_bundle: Bundle, tmp_path: Path) -> None:
     samples = [_inputs(own_bundle, "vae_decoder")]
-    kept = quantize_graph(own_bundle.graph_path("vae_decoder"), tmp_path, "vae_decoder", samples, ("ends",))
+    target = tmp_path / "vae_decoder.onnx"
+    kept = quantize_graph(own_bundle.graph_path("vae_decoder"), target, "vae_decoder", samples, ("ends",))
     assert len(kept) == 2
-    model = onnx.load(tmp_path / "vae_decoder.onnx", load_external_data=False)
+    model = onnx.load(target, load_external_data=False)
     convs = [node for node in model.graph.node if node.op_type == "Conv"]
     makers = {output: node.op_type for node in model.graph.node for output in node.output}
     fed = [makers.get(node.input[0]) == "DequantizeLinear" for node in convs]
     assert fed == [False, *[True] * (len(convs) - 2), False]
 
 
-def test_int8_of_int8_is_refused(int8_bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="computes unet in int8, and int8 is made from fp32"):
-        quantize_bundle(int8_bundle, tmp_path / "again")
+def test_int8_is_made_from_fp32_alone(own_bundle: Bundle, tmp_path: Path) -> None:
+    halves = {"precision": {"unet": {"compute": "fp16", "weights": "fp16"}}}
+    half = replace(own_bundle, manifest=own_bundle.manifest | halves)
+    with pytest.raises(ExportError, match="computes unet in fp16, and int8 is made from fp32"):
+        quantize_bundle(half, tmp_path / "again")
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 9, 40])
@@ -210,3 +242,54 @@ def test_quality_needs_both_floors() -> None:
     assert passing.passes
     assert not replace(passing, mean_db=33.99).passes
     assert not replace(passing, worst_db=27.99).passes
+
+
+def test_bundles_int8_adds_the_form_and_says_its_numbers(
+    cli: Cli, handmade: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def made(bundle: Bundle, output: Path, pictures: Any, progress: Any, **options: Any) -> Bundle:
+        asked.append((bundle.name, len(pictures), options))
+        return write_handmade(output, int8=True)
+
+    monkeypatch.setattr(quantize, "quantize_bundle", made)
+    result = cli("bundles", "int8", handmade.path, "-o", tmp_path / "both")
+    assert asked == [("handmade", 0, {"overwrite": False})]
+    assert "unet, int8: pictures 40.0 dB (worst 35.0 dB) against fp32" in result.out
+    again = cli("bundles", "int8", handmade.path, "-o", tmp_path / "both")
+    assert (again.code, len(asked)) == (2, 1)
+    assert "exists already; add --overwrite" in again.error
+
+
+def test_an_export_in_int8_adds_the_form_to_the_bundle_that_it_wrote(
+    handmade: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from std_rt.cli.export import _export
+
+    asked: list[Any] = []
+    monkeypatch.setattr("std_rt.export.build.export_pipeline", lambda *_, **__: handmade)
+    monkeypatch.setattr(
+        quantize, "quantize_bundle", lambda *given, **options: asked.append((given, options)) or "both"
+    )
+    pictures, say = [np.zeros((4, 4, 3), np.uint8)], print
+    for precision, made in (("fp32", handmade), ("int8", "both")):
+        assert _export(tmp_path, tmp_path / "out", {"precision": precision}, pictures, say) == made
+    wanted = {"overwrite": True, "name": "handmade"}
+    assert asked == [((handmade, tmp_path / "out", pictures, say), wanted)]
+
+
+def test_an_export_whose_int8_form_fails_is_a_bundle_with_a_line(
+    handmade: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from std_rt.cli.export import _export
+
+    def fails(*_: Any, **options: Any) -> Bundle:
+        raise ExportError("int8 changes the pictures of 'x' too much")
+
+    said: list[str] = []
+    options = {"precision": "int8", "remark": said.append}
+    monkeypatch.setattr("std_rt.export.build.export_pipeline", lambda *_, **__: handmade)
+    monkeypatch.setattr(quantize, "quantize_bundle", fails)
+    assert _export(tmp_path, tmp_path / "out", options, [], said.append) is handmade
+    assert said == ["the bundle has no int8 form: int8 changes the pictures of 'x' too much"]

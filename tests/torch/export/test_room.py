@@ -42,12 +42,6 @@ def test_the_disk_holds_every_part_once(source: Path, precision: str, width: int
     assert need.memory_gb == pytest.approx(1 + in_gb(WEIGHTS["unet"], 4), rel=1e-9)
 
 
-def test_int8_is_one_byte_for_the_unet_alone(source: Path) -> None:
-    others = sum(WEIGHTS.values()) - WEIGHTS["unet"]
-    need = estimate_export(source, "int8")
-    assert need.disk_gb == pytest.approx(1.05 * in_gb(2 * others + WEIGHTS["unet"], 1))
-
-
 def test_text_encoders_that_are_not_stored_take_no_disk(source: Path) -> None:
     less = estimate_export(source, "fp16").disk_gb - estimate_export(source, "fp16", text=False).disk_gb
     assert less == pytest.approx(1.05 * in_gb(WEIGHTS["text_encoder"] + WEIGHTS["text_encoder_2"], 2))

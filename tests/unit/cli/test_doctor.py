@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import typer
+from support.handmade import write_handmade
 
 from std_rt.cli import doctor
+from std_rt.core import machine
 from std_rt.engines import BackendInfo
 from std_rt.engines import registry as base
 from std_rt.engines.cache import EngineCache, EngineKey
@@ -156,3 +158,22 @@ def test_the_report_has_it_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     said = capsys.readouterr().out
     for name in ("memory", "disk", "gpu", "tensorrt", "rtx", "cuda", "openvino", "backends", "cache"):
         assert f"  {name} " in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "int8", "said"),
+    [
+        ("avx2 avx512_vnni", True, "int8: this processor has VNNI and no bf16 units"),
+        ("avx2 avx512_vnni", False, "fp32: this processor has VNNI and no bf16 units, but the bundle has no"),
+        ("avx2 avx512_bf16 avx512_vnni", True, "bf16: this processor has AVX-512 bf16 units"),
+        ("avx2", True, "fp32: this processor has neither bf16 units nor VNNI"),
+    ],
+)
+def test_the_form_that_auto_takes_and_why(
+    flags: str, int8: bool, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(machine, "_proc_cpuinfo", lambda: {"flags": flags})
+    monkeypatch.setattr(base, "choose_backend", lambda: ("openvino", "asked for"))
+    (line,) = lines(doctor._precision(write_handmade(tmp_path / "mine", int8=int8)))
+    assert line.startswith(f"precision: {said}")

@@ -291,6 +291,35 @@ def test_bundle_engines_and_the_door_of_export_load_no_torch() -> None:
     assert result.stdout.strip() == "set()"
 
 
+@pytest.mark.parametrize(
+    ("graph", "file", "weights", "said"),
+    [
+        ("unet", "other.onnx", "unet.safetensors", r"uses other\.onnx, whose hash is not listed"),
+        ("ghost", "unet.onnx", "unet.safetensors", "has no graph 'ghost'"),
+        ("unet", "large.onnx", "unet.safetensors", r"graph 'unet' reads weights from 'large\.safetensors'"),
+    ],
+)
+def test_an_int8_form_is_checked_as_the_other_form_is(
+    folder: Path, graph: str, file: str, weights: str, said: str
+) -> None:
+    model = load(folder / "unet.onnx")
+    model.graph.initializer.append(TensorProto(name="w", dims=[9], data_type=1, raw_data=bytes(36)))
+    save_model(
+        model,
+        folder / "large.onnx",
+        save_as_external_data=True,
+        location="large.safetensors",
+        size_threshold=9,
+    )
+    reseal(
+        folder,
+        lambda m: m.update(int8={"graphs": {graph: {"file": file, "weights": weights}}}),
+        rehash=("large.onnx", "large.safetensors"),
+    )
+    with pytest.raises(BundleError, match=said):
+        load_bundle(folder)
+
+
 def test_weights_written_beside_the_graph_are_accepted(folder: Path) -> None:
     model = load(folder / "unet.onnx")
     (folder / "unet.onnx").unlink()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from std_rt.core import machine
-from std_rt.core.machine import available_memory_gb, describe_machine, free_disk_gb
+from std_rt.core.machine import available_memory_gb, describe_machine, fastest_arithmetic, free_disk_gb
 
 
 def test_available_memory_is_a_part_of_all_memory() -> None:
@@ -56,3 +56,39 @@ def test_free_disk_of_a_folder_that_is_not_there_yet_is_that_of_its_parent(tmp_p
     free = shutil.disk_usage(tmp_path).free / 2**30
     assert free_disk_gb(tmp_path / "a" / "b" / "c") == pytest.approx(free, rel=0.1)
     assert free_disk_gb(Path("not-there-yet")) > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "arithmetic", "why"),
+    [
+        ("fma avx2 avx512f avx512_vnni amx_bf16 avx512_bf16 amx_int8", "bf16", "has AMX bf16 units"),
+        ("fma avx2 avx512f avx512_bf16 avx512_vnni", "bf16", "has AVX-512 bf16 units"),  # EPYC
+        ("fma avx2 avx512f avx512_vnni", "int8", "has VNNI and no bf16 units"),  # Xeon of 2019
+        ("fma avx2 avx_vnni", "int8", "has AVX-VNNI and no bf16 units"),  # laptop
+        ("fma avx2 avx512f amx_int8 amx_tile", "int8", "has AMX int8 and no bf16 units"),
+        ("fma avx2", "fp32", "has neither bf16 units nor VNNI"),
+    ],
+)
+def test_x86_flags_decide_the_arithmetic(
+    monkeypatch: pytest.MonkeyPatch, flags: str, arithmetic: str, why: str
+) -> None:
+    monkeypatch.setattr(machine, "_proc_cpuinfo", lambda: {"flags": flags})
+    assert fastest_arithmetic(describe_machine()) == (arithmetic, f"this processor {why}")
+
+
+@pytest.mark.parametrize(
+    ("features", "arithmetic"), [("fp asimd asimddp", "fp32"), ("fp asimd asimddp i8mm bf16 sve", "bf16")]
+)
+def test_arm_flags_decide_the_arithmetic(
+    monkeypatch: pytest.MonkeyPatch, features: str, arithmetic: str
+) -> None:
+    monkeypatch.setattr(machine, "_proc_cpuinfo", lambda: {"Features": features})
+    assert fastest_arithmetic(describe_machine())[0] == arithmetic
+
+
+def test_where_the_system_names_no_flags_fp32_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_proc_cpuinfo", dict)
+    assert fastest_arithmetic(describe_machine()) == (
+        "fp32",
+        "this system does not say what units the processor has",
+    )

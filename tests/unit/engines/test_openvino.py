@@ -139,12 +139,13 @@ def test_one_thing_different_another_engine(spec: GraphSpec, monkeypatch: pytest
         compiled.engine_key(core, replace(spec, shapes={**PORTS, "sample": (2, 4)}), config),
         compiled.engine_key(core, replace(spec, steady=frozenset()), config),
         compiled.engine_key(core, spec, backend._config("bf16")),
+        compiled.engine_key(core, replace(spec, compute="int8"), config),
     ]
     monkeypatch.setattr(compiled.ov, "__version__", "2099.1")
     keys.append(compiled.engine_key(core, spec, config))
     monkeypatch.setattr(compiled.ov.Core, "get_property", lambda self, device, name: ["another processor"])
     keys.append(compiled.engine_key(core, spec, config))
-    assert len({key.digest for key in keys}) == 8
+    assert len({key.digest for key in keys}) == 9
 
 
 def test_weights_too_large_to_keep_are_not(spec: GraphSpec, monkeypatch: pytest.MonkeyPatch) -> None:

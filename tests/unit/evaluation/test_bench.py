@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.handmade import write_handmade
 
 from std_rt.core.bundle import Bundle
 from std_rt.core.errors import BackendError, UsageError
@@ -17,7 +18,6 @@ from std_rt.evaluation.bench import (
     STAGES,
     Settings,
     Timing,
-    _in_float,
     measure,
     run_first_frame,
     sample_frame,
@@ -135,7 +135,16 @@ def test_the_table_has_every_combination_and_ends_with_json(
     cells = [(row["size"], row["steps"], row["backend"], row["precision"]) for row in result["table"]]
     assert cells == [(size, steps, "openvino", "fp32") for size in (32, 64) for steps in (1, 2, 4)]
     assert all(row["fps"] > 0 and set(row["stages_ms"]) == set(STAGES) for row in result["table"])
-    assert "left out: openvino int8: there is no int8 bundle" in out
+    assert "left out: openvino int8: the bundle has no int8 form; see: std-rt bundles int8 --help" in out
+
+
+def test_a_bundle_with_an_int8_form_fills_that_column(
+    quick_table: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = write_handmade(tmp_path / "both", int8=True)
+    run_table(replace(quick_table, bundle=str(both.path)))
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["table"]
+    assert [row["precision"] for row in rows] == ["fp32", "int8"] * 6
 
 
 def test_a_combination_that_cannot_run_is_left_out_and_said(
@@ -152,36 +161,6 @@ def test_a_combination_that_cannot_run_is_left_out_and_said(
     assert "left out: openvino fp32: too little memory" in out
     rows = json.loads(out.splitlines()[-1])["table"]
     assert [(row["size"], row["steps"], row["fps"]) for row in rows] == [(32, n, 125) for n in (1, 2, 4)]
-
-
-def test_int8_is_that_of_this_very_bundle(handmade: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def found(digest: str) -> Callable[[str], Bundle]:
-        manifest = handmade.manifest | {"quantized": {"from": {"digest": digest}}}
-        return lambda name: asked.append(name) or replace(handmade, manifest=manifest)  # type: ignore[func-returns-value]
-
-    monkeypatch.setattr(bench_table, "load_bundle", found("another"))
-    assert bench_table._quantized(handmade) is None
-    monkeypatch.setattr(bench_table, "load_bundle", found(handmade.digest))
-    assert bench_table._quantized(handmade) is not None
-    assert asked == ["handmade-int8"] * 2
-
-
-def test_a_bundle_in_int8_is_compared_with_the_one_it_was_made_from(
-    handmade: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def made_from(digest: str) -> Bundle:
-        source = {"name": "handmade", "digest": digest}
-        return replace(handmade, manifest=handmade.manifest | {"quantized": {"from": source}})
-
-    assert _in_float(handmade) is handmade
-    with pytest.raises(UsageError, match="made from: there is no bundle or folder 'handmade'"):
-        _in_float(made_from("any"))
-    monkeypatch.setattr("std_rt.evaluation.bench.load_bundle", lambda name: handmade)
-    assert _in_float(made_from(handmade.digest)) is handmade
-    with pytest.raises(UsageError, match="has changed since; give -b"):
-        _in_float(made_from("other"))
 
 
 def test_backends_that_are_not_installed_are_left_out_with_the_command(
