@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from std_rt.core.arrays import Size
+from std_rt.core.bundle import CONTENT
 from std_rt.core.schedule import StepCoefficients, step, to_eps
 from std_rt.engines.glue import GLUE
 from std_rt.engines.program import FRAME, STYLED, Launch, Program
@@ -49,12 +50,14 @@ _FLOAT, _BYTE = np.dtype(np.float32), np.dtype(np.uint8)
 class FrameNumbers:
     """The numbers of a model that decide shapes.
 
-    ``conditioning``: the shapes of `CONDITIONING` without the batch axis.
+    ``conditioning``: the shapes of `CONDITIONING` without the batch axis. ``unet_inputs``: what the UNet sees
+    beside the noisy latents (`Bundle.unet_inputs`).
     """
 
     vae_scale: int
     latent_channels: int
     conditioning: Mapping[str, tuple[int, ...]]
+    unet_inputs: tuple[str, ...] = ()
 
 
 def eps_factors(c: StepCoefficients, prediction_type: str) -> tuple[float, float]:
@@ -142,6 +145,13 @@ class ProgramWriter:
         self.launch("vae_encoder", {"image": image}, {"latents": z}, "vae_encoder")
         return z
 
+    def seen(self, z: str) -> dict[str, str]:
+        """What the UNet sees of the frame beside its noisy latents (port -> buffer [B, ...]).
+
+        ``z`` names the frame's clean latents.
+        """
+        return {"content_latents": z} if self._numbers.unet_inputs == CONTENT else {}
+
     def decode(self, latents: str) -> Program:
         """Decode the latents into the frame, which completes the program."""
         image = self.buffer("decoded", self._image)
@@ -150,7 +160,7 @@ class ProgramWriter:
         return Program(tuple(self._launches), self._buffers, self._constants, frozenset(self._carried))
 
     def unet(self, sample: str, timestep: str, given: Mapping[str, str], output: str) -> str:
-        """Call the UNet with ``given`` (name in `CONDITIONING` -> buffer); returns ``output``."""
+        """Call the UNet with ``given`` (name in `CONDITIONING`, or of `seen` -> buffer); returns ``output``."""
         self.buffer(output, self.shape(sample))
         inputs = {"sample": sample, "timestep": timestep, **given}
         self.launch("unet", inputs, {"noise_pred": output}, "unet")
@@ -234,6 +244,7 @@ class ProgramBuilder(ProgramWriter):
         self._guidance = guidance
         self._draws = 0
         self.x = ""
+        self._seen: dict[str, str] = {}
         self._first: StepCoefficients | None = None
         self._rows = len(batch_rows(batch, guidance.mode))  # of a call of the UNet
         self.feeds(self._rows)
@@ -243,7 +254,11 @@ class ProgramBuilder(ProgramWriter):
     def start(self, c: StepCoefficients) -> None:
         """Add the noise of the first timestep to the frame's latents."""
         self._first = c
-        self.x = self.combine("sample_0", [(self.encode(), c.alpha_t), (self._noise(), c.sigma_t)])
+        z = self.encode()
+        self.x = self.combine("sample_0", [(z, c.alpha_t), (self._noise(), c.sigma_t)])
+        self._seen = self.seen(z)
+        if self._guidance.mode == "full":
+            self._seen = {port: self.twice(x, f"double_{port}") for port, x in self._seen.items()}
 
     def step(self, index: int, c: StepCoefficients, *, last: bool) -> None:
         """One step, from the timestep of ``c`` to its target."""
@@ -281,12 +296,12 @@ class ProgramBuilder(ProgramWriter):
         """Call the UNet on ``_x``; the name of its output."""
         prefix = "negative_" if negative else ""
         given = {name: f"{prefix}{name}" if name in NEGATIVE else name for name in CONDITIONING}
-        return self.unet(self.x, f"timestep_{index}", given, f"{prefix}output_{index}")
+        return self.unet(self.x, f"timestep_{index}", given | self._seen, f"{prefix}output_{index}")
 
     def _unet_twice(self, index: int) -> tuple[str, str]:
         """Call the UNet at twice the batch; the names of its outputs for negative and positive."""
         double = self.twice(self.x, f"double_{index}")
-        given = {name: name for name in CONDITIONING}
+        given = {name: name for name in CONDITIONING} | self._seen
         output = self.unet(double, f"timestep_{index}", given, f"output_{index}")
         return self.halves(output, f"negative_output_{index}", f"positive_output_{index}")
 

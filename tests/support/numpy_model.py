@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from support.fake_engine import FakeEngine, float_ports
 
+from std_rt.core.bundle import CONTENT
 from std_rt.core.schedule import NoiseSchedule, StepCoefficients, trajectory_timesteps
 from std_rt.engines.program import Program
 from std_rt.pipeline.denoise import noise_draws
@@ -21,6 +23,8 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "style_strength": (),
 }
 NUMBERS = FrameNumbers(8, 3, SHAPES)
+# By what the UNet sees beside the noisy latents.
+MODELS = {"plain": NUMBERS, "content": replace(NUMBERS, unet_inputs=CONTENT)}
 SIZE = (16, 24)
 
 
@@ -30,11 +34,18 @@ def coefficients(steps: int = 4, gamma: float = 0.0) -> list[StepCoefficients]:
 
 
 def unet(
-    sample: Any, timestep: Any, style_tokens: Any, text_embeds: Any, style_strength: Any, **_: Any
+    sample: Any,
+    timestep: Any,
+    style_tokens: Any,
+    text_embeds: Any,
+    style_strength: Any,
+    content_latents: Any = 0,
+    **_: Any,
 ) -> Any:
     """Linear in the sample, and different for every conditioning and timestep; any precision, any batch."""
     level = style_tokens.mean((1, 2)) * style_strength + 0.5 * text_embeds.mean(1)
-    return (0.7 + timestep / 4000)[:, None, None, None] * sample + level[:, None, None, None]
+    seen = 0.3 * content_latents
+    return (0.7 + timestep / 4000)[:, None, None, None] * sample + level[:, None, None, None] + seen
 
 
 def encode(image: Any) -> dict[str, Any]:

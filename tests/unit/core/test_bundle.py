@@ -122,7 +122,7 @@ def test_an_edited_manifest_is_refused(folder: Path) -> None:
 
 def test_a_newer_schema_says_upgrade(folder: Path) -> None:
     reseal(folder, lambda manifest: manifest.update(schema=SCHEMA + 1))
-    with pytest.raises(BundleError, match=r"has schema 2 .* upgrade std-rt"):
+    with pytest.raises(BundleError, match=r"has schema 3 .* upgrade std-rt"):
         load_bundle(folder)
 
 

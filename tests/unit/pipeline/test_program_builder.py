@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support import numpy_model
 from support.fake_engine import FakeEngine
-from support.numpy_model import KINDS, NUMBERS, SIZE, coefficients, encode, engines, unet
+from support.numpy_model import KINDS, MODELS, NUMBERS, SIZE, coefficients, encode, engines, unet
 
 from std_rt.core.schedule import StepCoefficients, add_noise, step, to_eps
 from std_rt.engines.host import HostRunner
@@ -27,8 +27,10 @@ from std_rt.pipeline.program_builder import (
 class Scene(numpy_model.Scene):
     """Frames that can be run."""
 
+    model = "plain"
+
     def run(self, kind: str, guidance: Guidance) -> tuple[Any, HostRunner, dict[str, FakeEngine]]:
-        program = frame_program(NUMBERS, self.cs, kind, SIZE, guidance, self.batch)
+        program = frame_program(MODELS[self.model], self.cs, kind, SIZE, guidance, self.batch)
         opened = engines(program)
         runner = HostRunner(opened, program)
         runner.set(**self.feeds(guidance.mode))
@@ -43,10 +45,12 @@ def reference(scene: Scene, kind: str, guidance: Guidance) -> Any:
     """The readable loop, in float64."""
     z = encode((scene.frame / 127.5 - 1).transpose(0, 3, 1, 2))["latents"]
 
+    seen = {"content_latents": z} if scene.model == "content" else {}
+
     def predict(x: Any, timestep: int, negative: bool) -> Any:
         given = scene.negative if negative else scene.positive
         given = {name: value.astype(np.float64) for name, value in given.items()}
-        return unet(x, np.full(scene.batch, timestep, np.float64), **given)
+        return unet(x, np.full(scene.batch, timestep, np.float64), **given, **seen)
 
     noise = [value.astype(np.float64) for value in scene.noise]
     return denoise(z, predict, noise=noise, steps=scene.cs, prediction_type=kind, guidance=guidance)
@@ -78,8 +82,10 @@ def test_without_guidance_it_is_the_plain_loop_to_the_last_bit(kind: str, gamma:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("gamma", [0.0, 0.5])
 @pytest.mark.parametrize("mode", ["none", "full", "residual"])
-def test_every_mode_is_its_loop_reference(kind: str, gamma: float, mode: str) -> None:
+@pytest.mark.parametrize("model", MODELS)
+def test_every_mode_is_its_loop_reference(kind: str, gamma: float, mode: str, model: str) -> None:
     scene = Scene(coefficients(gamma=gamma), seed=1)
+    scene.model = model
     guidance = Guidance(mode, 1.0 if mode == "none" else 6.0)
     expected = reference(scene, kind, guidance)
     np.testing.assert_allclose(
