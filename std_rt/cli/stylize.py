@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from std_rt.media.image import Picture
     from std_rt.media.sources import Job
+    from std_rt.pipeline.mask import Mask
     from std_rt.pipeline.stylizer import Stylizer
 
 __all__ = ["StylizeRequest", "check_size", "describe", "open_stylizer", "stylize"]
@@ -49,6 +50,14 @@ class StylizeRequest(StylizerFlags):
         Option("--output", "-o", metavar="FILE|FOLDER", help="Default: NAME_styled next to each input."),
     ] = None
     temporal: TemporalOption = "full"  # docs/results.md has what it costs and gains
+    mask: Annotated[
+        Path | None,
+        Option(
+            "--mask",
+            metavar="PICTURE",
+            help="Paint where this picture is white, keep the input where it is black; grey mixes.",
+        ),
+    ] = None
 
 
 def stylize(request: StylizeRequest) -> int:
@@ -57,18 +66,22 @@ def stylize(request: StylizeRequest) -> int:
     std-rt stylize photo.jpg --style art.png
 
     std-rt stylize clip.mp4 -s art.png:0.7 -s ink.png:0.3 -o styled.mp4 --size 512
+
+    std-rt stylize photo.jpg -s art.png --mask sky.png -o styled.png
     """
     from std_rt.media.sources import plan_outputs
+    from std_rt.pipeline.mask import Mask, unless_whole
     from std_rt.pipeline.style_file import encode_styles, open_styles
 
     weights = [parse_style(text) for text in request.style]
     jobs = plan_outputs(request.inputs, request.output, overwrite=request.overwrite)
+    mask = None if request.mask is None else unless_whole(Mask.read(request.mask))
     console = Console(stderr=True)
     with open_stylizer(request, console) as stylizer:
         styles = open_styles(weights, stylizer.bundle)
         if request.prompt is not None:
             stylizer.set_prompt(request.prompt, request.negative_prompt)
-        work = _Work(stylizer, request, console)
+        work = _Work(stylizer, request, console, mask)
         with builds_shown(console, stylizer.backend):
             work.prepare(jobs)
             style = encode_styles(stylizer.encode_style, styles, stylizer.bundle)
@@ -116,8 +129,10 @@ def describe(stylizer: Stylizer) -> str:
 class _Work:
     """The jobs of one command on one stylizer."""
 
-    def __init__(self, stylizer: Stylizer, request: StylizeRequest, console: Console) -> None:
-        self._stylizer, self._request, self._console = stylizer, request, console
+    def __init__(
+        self, stylizer: Stylizer, request: StylizeRequest, console: Console, mask: Mask | None
+    ) -> None:
+        self._stylizer, self._request, self._console, self._mask = stylizer, request, console, mask
         self._interrupted = False
         self._first: Picture | None = None
 
@@ -130,10 +145,10 @@ class _Work:
         with suppress(MediaError) if len(jobs) > 1 else nullcontext():
             if jobs[0].is_video:
                 info = probe(jobs[0].source)
-                self._stylizer.prepare(info.height, info.width)
+                self._stylizer.prepare(info.height, info.width, masked=self._mask is not None)
             else:
                 self._first = read_picture(jobs[0].source)
-                self._stylizer.prepare(*self._first.frame.shape[:2])
+                self._stylizer.prepare(*self._first.frame.shape[:2], masked=self._mask is not None)
 
     def run(self, jobs: Sequence[Job]) -> int:
         """Do every job and return the exit code; among several, one that fails is reported and skipped."""
@@ -169,7 +184,7 @@ class _Work:
 
         started = time.perf_counter()
         picture, self._first = self._first or read_picture(job.source), None
-        styled = self._stylizer.stylize(picture.frame, self._request.seed)
+        styled = self._stylizer.stylize(picture.frame, self._request.seed, mask=self._mask)
         height, width = styled.shape[:2]
         alpha = picture.alpha
         if alpha is not None and alpha.shape != (height, width):
@@ -182,8 +197,13 @@ class _Work:
         from std_rt.streaming.frame_stream import GROUPED, FrameStream
         from std_rt.streaming.temporal import TemporalFilter
 
-        temporal = TemporalFilter(self._request.temporal)
-        stream = FrameStream(self._stylizer, batching=GROUPED, temporal=temporal, seed=self._request.seed)
+        stream = FrameStream(
+            self._stylizer,
+            batching=GROUPED,
+            temporal=TemporalFilter(self._request.temporal),
+            mask=self._mask,
+            seed=self._request.seed,
+        )
         task = bar.add_task(job.source.name, total=None, unit="fps")
 
         def show(done: int, total: int | None) -> None:

@@ -256,9 +256,13 @@ def unet_graph(source: Source, unet: Network, dtype: torch.dtype, style: Style, 
 
 def _seen(source: Source) -> tuple[Port, ...]:
     """The inputs beside the noisy latents."""
-    mask = Port("mask", ("batch", 1, "latent_height", "latent_width"), "1 where to paint, 0 where the frame is kept")
+    mask = Port(
+        "mask", ("batch", 1, "latent_height", "latent_width"), "1 where to paint, 0 where the frame is kept"
+    )
     known = {
-        "content_latents": _latents("content_latents", source, "clean latents of the frame, as from vae_encoder"),
+        "content_latents": _latents(
+            "content_latents", source, "clean latents of the frame, as from vae_encoder"
+        ),
         "mask": mask,
         "masked_latents": _latents("masked_latents", source, "those of the frame, grey where to paint"),
     }

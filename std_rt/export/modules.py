@@ -202,7 +202,7 @@ class UNet(Wrapper):
     ) -> Tensor:
         """``sample`` [B, C, h, w] -> ``noise_pred`` of the same shape.
 
-        ``content_latents``, ``masked_latents`` [B, C, h, w] and ``mask`` [B, 1, h, w]: of UNets that see them.
+        ``content_latents``, ``masked_latents`` [B, C, h, w] and ``mask`` [B, 1, h, w]: if the UNet sees them.
         """
         context = tuple(x.to(self.dtype) for x in (encoder_hidden_states, style_tokens, style_strength))
         # In float32: diffusers puts them beside the embeddings of time_ids, and casts both afterwards.

@@ -64,7 +64,8 @@ def stream_program(
 
     Feeds: ``noise_0`` [1, C, h, w] of the entering frame; if a step is stochastic ``noise_steps``
     [N, C, h, w], row i the noise of step i of the frame in slot i (any finite values if that step has
-    none); and `CONDITIONING` with a row for each of `unet_rows`.
+    none); and `CONDITIONING` with a row for each of `unet_rows`. For a UNet that inpaints also ``mask`` and
+    ``image_mask`` [1, 1, ...] of the entering frame.
     """
     build = StreamProgramBuilder(numbers, coefficients, prediction_type, size, guidance or Guidance())
     return build.decode(build.advance(build.enter()))
@@ -148,7 +149,7 @@ class StreamProgramBuilder(ProgramWriter):
         return self.unet(sample, at, {name: name for name in CONDITIONING} | self._seen, "output")
 
     def _seen_by_rows(self, port: str, entering: str) -> str:
-        """What every row of the UNet's call sees at ``port``: ``entering`` [1, ...], or what came with its frame."""
+        """What every row of the UNet's call sees at ``port``; ``entering`` [1, ...] is the new frame's."""
         slots = self._behind(entering, f"{port}_of_slots", f"{port}_waiting")
         if self._slots > 1:
             self.split_last(slots, f"{port}_waiting", f"{port}_spent")

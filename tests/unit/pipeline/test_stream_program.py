@@ -9,6 +9,7 @@ import pytest
 from support.numpy_model import KINDS, MODELS, NUMBERS, SIZE, Scene, coefficients, engines
 
 from std_rt.engines.host import HostRunner
+from std_rt.engines.program import Program
 from std_rt.pipeline.denoise import Guidance
 from std_rt.pipeline.program_builder import CONDITIONING, frame_program, graph_shapes
 from std_rt.pipeline.stream_program import stream_program, unet_rows
@@ -20,12 +21,18 @@ def guidance_of(mode: str) -> Guidance:
     return Guidance(mode, 1.0 if mode == "none" else 6.0)
 
 
+def masks(scene: Scene, program: Program) -> dict[str, Any]:
+    """What the program takes of the scene's mask."""
+    found = {"mask": scene.mask, "image_mask": scene.image_mask}
+    return {name: value for name, value in found.items() if name in program.feeds}
+
+
 def one_by_one(scene: Scene, kind: str, mode: str, model: str) -> tuple[Any, Any]:
     """The frame and its last latents."""
     program = frame_program(MODELS[model], scene.cs, kind, SIZE, guidance_of(mode))
     opened = engines(program)
     runner = HostRunner(opened, program)
-    runner.set(**scene.feeds(mode))
+    runner.set(**scene.feeds(mode), **masks(scene, program))
     return runner.run(scene.frame), opened["vae_decoder"].calls[0]["latents"]
 
 
@@ -52,7 +59,7 @@ class Stream:
                     for i, (scene, c) in enumerate(zip(slots, self.cs, strict=True))
                 ]
             )
-        self.runner.set(**feeds)
+        self.runner.set(**feeds, **masks(slots[0], self.program))
         return self.runner.run(slots[0].frame)
 
 
