@@ -112,8 +112,8 @@ def frame_program(
     ``negative_NAME`` for each of `NEGATIVE`.
 
     With ``masked`` every step puts the latents outside the feed ``mask`` [batch, 1, h, w] back on the frame's
-    own trajectory (blended latents, arXiv 2206.02779). A UNet that inpaints takes its mask as an input instead,
-    always: the feeds are ``mask`` and ``image_mask`` [batch, 1, H, W].
+    own trajectory (blended latents, arXiv 2206.02779). A UNet that inpaints always takes its mask as an input
+    instead: the feeds are ``mask`` and ``image_mask`` [batch, 1, H, W].
     """
     build = ProgramBuilder(numbers, prediction_type, size, guidance or Guidance(), batch)
     build.masked = masked and numbers.unet_inputs != INPAINTING
