@@ -314,7 +314,8 @@ class ProgramBuilder(ProgramWriter):
         self.x = self.combine(f"sample_{index + 1}", terms)
         if self.masked:
             # What a stochastic step takes from sigma_s it gives back as fresh noise.
-            level = [(self._z, c.alpha_s), (self._start_noise, float(np.hypot(c.sigma_s, c.noise)))]
+            sigma = float(np.hypot(c.sigma_s, c.noise))
+            level: Terms = [(self._z, c.alpha_s), (self._start_noise, sigma)]
             kept = self._z if last else self.combine(f"kept_{index + 1}", level)
             self.x = self.blend(f"masked_{index + 1}", self.x, kept, self.mask())
 
