@@ -125,7 +125,8 @@ class Source:
 
         diffusers' InstructPix2Pix pipelines show it the VAE's latents unscaled; those of CosXL are scaled.
         """
-        if read_json(self.folder / "model_index.json").get("is_cosxl_edit"):
+        cosxl = read_json(self.folder / "model_index.json").get("is_cosxl_edit")
+        if self.unet_inputs != CONTENT or cosxl:
             return 0.0, 1.0
         own = self.folder / "vae"  # a VAE given with --vae may scale its latents in another way
         config = read_config("vae", own) if own.is_dir() else self.vae_config

@@ -306,10 +306,9 @@ class Stylizer:
         With a ``mask`` the result has the size of the frame, and the frame's own pixels where the mask is
         black. Raises UsageError if the mask has another aspect.
         """
-        mask = unless_whole(mask)
+        working, mask = self.fit(frame), unless_whole(mask)
         if mask is not None:
             mask.check((frame.shape[0], frame.shape[1]))
-        working = self.fit(frame)
         shape, size = frame.shape[:2], working.shape[:2]
         state = self._state_for(state, (size[0], size[1]))
         mark("convert")

@@ -13,6 +13,7 @@ import torch
 from support.distil_runs import assert_same, read_checkpoint
 
 from std_rt.core.errors import RecipeError
+from std_rt.training.distil.base import load_base
 from std_rt.training.run.recipe import AutoencoderConfig, StylistConfig, TeacherConfig
 from std_rt.training.tiny.autoencoder_stage import train_autoencoder
 from std_rt.training.tiny.stylist import build_stylist, train_stylist
@@ -86,6 +87,11 @@ def test_the_content_reaches_the_picture_beside_the_noise(stylist_folder: Path) 
         )
     assert not torch.equal(a, b)
     assert sample(pipeline, torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64), 2).shape == (1, 3, 64, 64)
+
+
+def test_distillation_refuses_a_unet_that_sees_more(stylist_folder: Path) -> None:
+    with pytest.raises(RecipeError, match="takes 32 channels for 16 latents; distillation trains those"):
+        load_base(stylist_folder)
 
 
 def test_decoded_estimates_are_looked_at(
