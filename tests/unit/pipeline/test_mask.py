@@ -14,7 +14,7 @@ from std_rt.core.errors import UsageError
 from std_rt.examples import moving
 from std_rt.pipeline.mask import Mask
 from std_rt.pipeline.stylizer import Stylizer
-from std_rt.streaming.frame_stream import GROUPED, ONE_BY_ONE, STREAM_BATCH, FrameStream
+from std_rt.streaming.frame_stream import GROUPED, ONE_BY_ONE, STREAM_BATCH, FramePacket, FrameStream
 from std_rt.streaming.similarity import SimilarityFilter
 from std_rt.streaming.temporal import TemporalFilter
 
@@ -101,10 +101,12 @@ def test_in_a_clip_what_is_black_keeps_every_bit(stylizer: Stylizer, batching: s
 def test_a_skipped_frame_keeps_its_own_pixels(stylizer: Stylizer) -> None:
     frame = frames(1)[0]
     other = np.clip(frame.astype(int) + 1, 0, 255).astype(np.uint8)
-    stream = FrameStream(stylizer, similarity=SimilarityFilter(), mask=left())
-    for shown in (frame, other, other):
-        (result,) = stream.frames([shown])
-        np.testing.assert_array_equal(result[:, W // 2 :], shown[:, W // 2 :])
+    stream = FrameStream(stylizer, similarity=SimilarityFilter(threshold=0), mask=left())
+    packets = list(stream.run(FramePacket(each) for each in (frame, other, frame)))
+    assert [packet.skipped for packet in packets] == [False, True, True]
+    for packet in packets:
+        assert packet.styled is not None
+        np.testing.assert_array_equal(packet.styled[:, W // 2 :], packet.frame[:, W // 2 :])
 
 
 def test_a_stream_batch_has_no_mask(stylizer: Stylizer) -> None:
