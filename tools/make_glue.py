@@ -69,6 +69,13 @@ def _nodes(op: str) -> list[NodeProto]:
                 node("Add", ["ax", "by"], ["sum1"]),
                 node("Add", ["sum1", "cz"], ["out"]),
             ]
+        case "blend":
+            return [
+                node("Mul", ["x", "mask"], ["painted"]),
+                node("Sub", ["one", "mask"], ["rest"]),
+                node("Mul", ["rest", "y"], ["kept"]),
+                node("Add", ["painted", "kept"], ["out"]),
+            ]
         case "double":
             return [node("Concat", ["x", "x"], ["out"], axis=0)]
         case "halves":
@@ -90,6 +97,8 @@ def _constants(op: str) -> dict[str, Any]:
         case "frame_out":
             scalars = {"scale": 127.5, "shift": 128, "low": 0, "high": 255}
             return {name: np.float32(value) for name, value in scalars.items()}
+        case "blend":
+            return {"one": np.float32(1)}
         case "split_last":
             bounds = {"start": 0, "minus_one": -1, "end": np.iinfo(np.int64).max, "axis": 0}
             return {name: np.array([value], np.int64) for name, value in bounds.items()}

@@ -76,6 +76,8 @@ def _facts(bundle: Bundle) -> Iterator[tuple[str, str]]:
     yield "guidance", f"{bundle.guidance['mode']}, scale {bundle.guidance['scale']:g}"
     yield "style", f"{bundle.style['tokens']} tokens from {bundle.style_px} px"
     yield "text", str(manifest["text"]["mode"])
+    if bundle.unet_inputs:
+        yield "unet sees", ", ".join(bundle.unet_inputs)
     for name in bundle.graph_names:
         precision = manifest.get("precision", {}).get(name, {})
         parity = manifest.get("parity", {}).get(name)

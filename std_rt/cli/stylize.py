@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from std_rt.media.image import Picture
     from std_rt.media.sources import Job
+    from std_rt.pipeline.mask import Mask
     from std_rt.pipeline.stylizer import Stylizer
 
 __all__ = ["StylizeRequest", "check_size", "describe", "open_stylizer", "stylize"]
@@ -74,6 +75,14 @@ class StylizeRequest(StylizerFlags):
         bool, Option("--upscale", help="Bring results back to the size of their input, along its edges.")
     ] = False
     temporal: TemporalOption = "full"  # docs/results.md has what it costs and gains
+    mask: Annotated[
+        Path | None,
+        Option(
+            "--mask",
+            metavar="PICTURE",
+            help="Paint where this picture is white, keep the input where it is black; grey mixes.",
+        ),
+    ] = None
     sound: Annotated[
         str,
         Option(
@@ -102,8 +111,11 @@ def stylize(request: StylizeRequest) -> int:
     std-rt stylize photo.jpg --style art.png
 
     std-rt stylize clip.mp4 -s art.png:0.7 -s ink.png:0.3 -o styled.mp4 --size 512
+
+    std-rt stylize photo.jpg -s art.png --mask sky.png -o styled.png
     """
     from std_rt.media.sources import is_stream, plan_outputs, spooled_inputs, spooled_output
+    from std_rt.pipeline.mask import Mask, unless_whole
 
     weights = [parse_style(text) for text in request.style]
     if request.output is None and any(map(is_stream, request.inputs)):
@@ -126,11 +138,16 @@ def stylize(request: StylizeRequest) -> int:
             say=tell,
         )
         styles = [(path, weight) for path, (_, weight) in zip(found[count:], weights, strict=True)]
-        return _stylize(request, jobs, styles, console)
+        mask = None if request.mask is None else unless_whole(Mask.read(request.mask))
+        return _stylize(request, jobs, styles, mask, console)
 
 
 def _stylize(
-    request: StylizeRequest, jobs: Sequence[Job], weights: list[tuple[Path, float]], console: Console
+    request: StylizeRequest,
+    jobs: Sequence[Job],
+    weights: list[tuple[Path, float]],
+    mask: Mask | None,
+    console: Console,
 ) -> int:
     from std_rt.pipeline.style_file import encode_styles, open_styles
 
@@ -145,7 +162,7 @@ def _stylize(
         )
         if request.prompt is not None:
             stylizer.set_prompt(request.prompt, request.negative_prompt)
-        work = _Work(stylizer, request, console)
+        work = _Work(stylizer, request, console, mask)
         with builds_shown(console, stylizer.backend):
             work.prepare(todo)
             style = encode_styles(stylizer.encode_style, styles, stylizer.bundle, request.stroke_size)
@@ -213,8 +230,10 @@ def describe(stylizer: Stylizer) -> str:
 class _Work:
     """The jobs of one command on one stylizer."""
 
-    def __init__(self, stylizer: Stylizer, request: StylizeRequest, console: Console) -> None:
-        self._stylizer, self._request, self._console = stylizer, request, console
+    def __init__(
+        self, stylizer: Stylizer, request: StylizeRequest, console: Console, mask: Mask | None
+    ) -> None:
+        self._stylizer, self._request, self._console, self._mask = stylizer, request, console, mask
         self._interrupted = False
         self._first: Picture | None = None
         self._lines = progress_lines(console)
@@ -229,10 +248,10 @@ class _Work:
         with suppress(MediaError) if len(jobs) > 1 else nullcontext():
             if jobs[0].is_video:
                 info = probe(jobs[0].source)
-                self._stylizer.prepare(info.height, info.width)
+                self._stylizer.prepare(info.height, info.width, masked=self._mask is not None)
             else:
                 self._first = read_picture(jobs[0].source)
-                self._stylizer.prepare(*self._first.frame.shape[:2])
+                self._stylizer.prepare(*self._first.frame.shape[:2], masked=self._mask is not None)
 
     def run(self, jobs: Sequence[Job]) -> int:
         """Do every job and return the exit code; among several, one that fails is reported and skipped."""
@@ -275,7 +294,7 @@ class _Work:
         frame, alpha = picture.frame, picture.alpha
         if alpha is not None:
             frame = fit.spread(frame, alpha)
-        styled = self._stylizer.stylize(frame, self._request.seed)
+        styled = self._stylizer.stylize(frame, self._request.seed, mask=self._mask)
         if self._request.upscale:
             styled = fit.upscale(styled, frame)
         height, width = styled.shape[:2]
@@ -313,8 +332,13 @@ class _Work:
         from std_rt.streaming.frame_stream import GROUPED, FrameStream
         from std_rt.streaming.temporal import TemporalFilter
 
-        temporal = TemporalFilter(self._request.temporal)
-        stream = FrameStream(self._stylizer, batching=GROUPED, temporal=temporal, seed=self._request.seed)
+        stream = FrameStream(
+            self._stylizer,
+            batching=GROUPED,
+            temporal=TemporalFilter(self._request.temporal),
+            mask=self._mask,
+            seed=self._request.seed,
+        )
         task = bar.add_task(job.source.name, total=None, unit="fps")
 
         def show(done: int, total: int | None) -> None:

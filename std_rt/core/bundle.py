@@ -38,6 +38,8 @@ from std_rt.core.schedule import StepCoefficients
 
 __all__ = [
     "BUILT_IN",
+    "CONTENT",
+    "INPAINTING",
     "REQUIRED_GRAPHS",
     "SCHEMA",
     "Bundle",
@@ -49,10 +51,13 @@ __all__ = [
     "write_bundle",
 ]
 
-SCHEMA = 1
+SCHEMA = 2  # 1: a UNet that sees the noisy latents only
 MANIFEST = "manifest.json"
 BUILT_IN = "std-tiny"
 REQUIRED_GRAPHS = ("style_encoder", "vae_encoder", "unet", "vae_decoder")
+# What a UNet may see beside the noisy latents: the frame's clean latents (InstructPix2Pix, arXiv 2211.09800),
+# or where to paint and the latents of the rest (Stable Diffusion's inpainting models).
+CONTENT, INPAINTING = ("content_latents",), ("mask", "masked_latents")
 # Below this a full hash costs less than a tenth of a second, so loading always does it.
 _HASH_ALWAYS_BYTES = 100 * 2**20
 _LEFT_BEHIND_S = 24 * 3600  # no export takes that long, so an older folder is abandoned
@@ -156,6 +161,11 @@ class Bundle:
     def latent_channels(self) -> int:
         """Channels of the latents."""
         return int(self.manifest["latent_channels"])
+
+    @property
+    def unet_inputs(self) -> tuple[str, ...]:
+        """What the UNet sees beside the noisy latents: nothing, `CONTENT` or `INPAINTING`."""
+        return tuple(self.manifest.get("unet_inputs", ()))
 
     @property
     def guidance(self) -> dict[str, Any]:
@@ -332,7 +342,9 @@ def _move_into_place(partial: Path, final: Path) -> None:
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
     listed = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {path.relative_to(folder).as_posix(): _entry(path) for path in listed}
-    complete = {"schema": SCHEMA, **manifest, "files": files}
+    # A bundle that needs nothing new says so, for older versions of std-rt.
+    schema = SCHEMA if manifest.get("unet_inputs") else 1
+    complete = {"schema": schema, **manifest, "files": files}
     complete["manifest_sha256"] = manifest_digest(complete)
     text = json.dumps(complete, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8", newline="\n")
@@ -423,6 +435,11 @@ def _check_structure(bundle: Bundle) -> None:
         missing += [f"{section}.{key}" for key in keys if key not in bundle.manifest.get(section, {})]
     if missing:
         raise BundleError(f"{bundle.path / MANIFEST} has no {', '.join(missing)}; {_repair(bundle.path)}")
+    if bundle.unet_inputs not in ((), CONTENT, INPAINTING):
+        raise BundleError(
+            f"bundle '{bundle.name}' has a UNet that sees {', '.join(bundle.unet_inputs)}, unknown to this "
+            f"std-rt; upgrade std-rt: git pull, then {install_hint()}"
+        )
     for graph in [*REQUIRED_GRAPHS, *bundle.int8_graphs]:
         if graph not in bundle.manifest["graphs"]:
             raise BundleError(f"bundle '{bundle.name}' has no graph '{graph}'; {_repair(bundle.path)}")

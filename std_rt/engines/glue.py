@@ -1,6 +1,6 @@
 """Glue: the small operations between a model's graphs, as one table of ports and NumPy functions.
 
-They belong to no model: format conversion, joining and splitting of rows, and linear combinations (a
+They belong to no model: format conversion, joining and splitting of rows, masks, and linear combinations (a
 sampler's step is nothing else). Backends that keep a frame on their device run each as an ONNX file with the
 same ports (`glue_path`). `tools/make_glue.py` writes those files; tests compare them with the NumPy
 functions.
@@ -31,6 +31,7 @@ _REST: Axes = ("rest", "channels", "height", "width")
 _ALL: Axes = ("all", "channels", "height", "width")
 _ONE: Axes = (1, "channels", "height", "width")
 _FACTOR: Axes = ("batch", 1, 1, 1)
+_MASK: Axes = ("batch", 1, "height", "width")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,12 @@ def _combine3(*, x: Array, y: Array, z: Array, a: Array, b: Array, c: Array, out
     out += c * z
 
 
+def _blend(*, x: Array, y: Array, mask: Array, out: Array) -> None:
+    """``x`` where the mask is 1, ``y`` where it is 0."""
+    np.multiply(x, mask, out=out)
+    out += (1 - mask) * y
+
+
 def _double(*, x: Array, out: Array) -> None:
     """[B, ...] -> [2 B, ...]: the batch twice, for guidance."""
     out[: len(x)] = x
@@ -105,6 +112,7 @@ GLUE: dict[str, Glue] = {
     "frame_out": Glue(_frame_out, {"image": _IMAGE}, {"frame": _FRAME}),
     "combine2": _combination(_combine2, "xy", "ab"),
     "combine3": _combination(_combine3, "xyz", "abc"),
+    "blend": Glue(_blend, {"x": _LATENTS, "y": _LATENTS, "mask": _MASK}, {"out": _LATENTS}),
     "double": Glue(_double, {"x": _LATENTS}, {"out": _TWICE}),
     "halves": Glue(_halves, {"x": _TWICE}, {"first": _LATENTS, "second": _LATENTS}),
     "join": Glue(_join, {"x": _LATENTS, "y": _REST}, {"out": _ALL}),

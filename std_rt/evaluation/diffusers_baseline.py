@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from std_rt.core.bundle import Bundle
+from std_rt.core.bundle import CONTENT, INPAINTING, Bundle
 from std_rt.engines.glue import GLUE
-from std_rt.export.modules import VaeDecoder, VaeEncoder
+from std_rt.export.modules import VaeDecoder, VaeEncoder, affine_inverse, latent_affine
 from std_rt.export.restore import load_torch_components
 from std_rt.pipeline.conditioning import (
     StyleEncoder,
@@ -61,7 +61,9 @@ class DiffusersLoop:
         latent_size = (size[0] // bundle.vae_scale, size[1] // bundle.vae_scale)
         shape = (noise_draws(self._coefficients), bundle.latent_channels, *latent_size)
         self._noise = torch.from_numpy(draw_noise(0, shape)).split(1)
+        self._content_affine = latent_affine(parts["vae"])
         self._text: dict[str, Any] = {}
+        self._beside: list[Any] = []
 
     @torch.inference_mode()
     def set_style(self, frame: Frame) -> None:
@@ -96,6 +98,7 @@ class DiffusersLoop:
             image = torch.from_numpy(self._image)
             mark("convert")
             z = self._encode(image)
+            self._beside = self._seen(z)
             mark("vae_encoder")
             kind = self._bundle.prediction_type
             z = denoise(z, predict, noise=self._noise, steps=self._coefficients, prediction_type=kind)
@@ -107,8 +110,17 @@ class DiffusersLoop:
         mark("convert")
         return styled[0]
 
+    def _seen(self, z: Any) -> list[Any]:
+        """What the UNet sees of the frame beside its noisy latents; all of it is painted."""
+        if self._bundle.unet_inputs == CONTENT:
+            return [affine_inverse(z, *self._content_affine)]
+        if self._bundle.unet_inputs == INPAINTING:
+            return [torch.ones_like(z[:, :1]), self._encode(torch.zeros(1, 3, *self._size))]
+        return []
+
     def _predict(self, x: Any, timestep: int) -> Any:
         """The guided output: both branches in one call, as diffusers does."""
+        x = torch.cat([x, *self._beside], 1)
         t = torch.tensor(timestep)  # for an int, torch.compile would recompile at every value
         if self._scale == 1:
             return self._unet(x, t, **self._text, return_dict=False)[0]

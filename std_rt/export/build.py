@@ -216,7 +216,7 @@ class Build:
         schedule = self._source.schedule
         start = self._trajectory.rows(schedule, self._trajectory.steps[0])[0].timestep
         with within_range(unet, self._compute, "unet"):
-            examples = [run.unet(unet, schedule, start, text.arrays) for run in self._runs]
+            examples = [run.unet(unet, self._source, start, text.arrays) for run in self._runs]
         detach_diffusers(unet)
         prepare_attention(unet, branches)
         dtype = half_dtype(self._compute)
@@ -263,7 +263,8 @@ class Build:
                 "max": _LARGEST_PX,
             },
             "vae_scale": source.vae_scale,
-            "latent_channels": source.unet.config.in_channels,
+            "latent_channels": source.unet.config.out_channels,
+            "unet_inputs": list(source.unet_inputs),
             "schedule": schedule_section(source.schedule, self._trajectory),
             "guidance": {
                 "mode": guidance_mode(options, self._trajectory),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import config as fx_config
 
-from std_rt.core.schedule import NoiseSchedule
+from std_rt.core.bundle import CONTENT, INPAINTING
 from std_rt.export.components import Network, plain_config, quiet
 from std_rt.export.modules import UNet, VaeDecoder, VaeEncoder
 from std_rt.export.source_pipeline import Source, Style
@@ -245,11 +245,28 @@ def unet_graph(source: Source, unet: Network, dtype: torch.dtype, style: Style, 
         Port("time_ids", ("batch", 6), "H, W, crop top, crop left, target H, target W in px"),
         Port("style_tokens", ("batch", style.tokens, style.dim), "style tokens, projected"),
         Port("style_strength", ("batch",), "factor of the style's attention, 1 as trained"),
+        *_seen(source),
     )
     output = _latents("noise_pred", source, f"network output ({source.schedule.prediction_type})")
     multiple = source.latent_multiple
-    plan = Trace(UNet(unet, dtype), inputs, (output,), {"latent_height": multiple, "latent_width": multiple})
+    module = UNet(unet, dtype, source.content_affine)
+    plan = Trace(module, inputs, (output,), {"latent_height": multiple, "latent_width": multiple})
     return Graph("unet", plan, unet.state_dict(), type(unet).__name__, plain_config(unet))
+
+
+def _seen(source: Source) -> tuple[Port, ...]:
+    """The inputs beside the noisy latents."""
+    mask = Port(
+        "mask", ("batch", 1, "latent_height", "latent_width"), "1 where to paint, 0 where the frame is kept"
+    )
+    known = {
+        "content_latents": _latents(
+            "content_latents", source, "clean latents of the frame, as from vae_encoder"
+        ),
+        "mask": mask,
+        "masked_latents": _latents("masked_latents", source, "those of the frame, grey where to paint"),
+    }
+    return tuple(known[name] for name in source.unet_inputs)
 
 
 def _image(meaning: str) -> Port:
@@ -257,7 +274,7 @@ def _image(meaning: str) -> Port:
 
 
 def _latents(name: str, source: Source, meaning: str) -> Port:
-    return Port(name, ("batch", source.unet.config.in_channels, "latent_height", "latent_width"), meaning)
+    return Port(name, ("batch", source.unet.config.out_channels, "latent_height", "latent_width"), meaning)
 
 
 class ReferenceRun:
@@ -290,9 +307,9 @@ class ReferenceRun:
             {"latents": self._z}, {"image": decoded}
         )
 
-    def unet(self, unet: Network, schedule: NoiseSchedule, timestep: int, text: Arrays) -> Example:
+    def unet(self, unet: Network, source: Source, timestep: int, text: Arrays) -> Example:
         """The noisy latents through the UNet with diffusers' own IP-Adapter processors attached."""
-        alpha, sigma = schedule.alpha_sigma(timestep)
+        alpha, sigma = source.schedule.alpha_sigma(timestep)
         pooled = torch.from_numpy(text["text_embeds"]) if self._pooled is None else self._pooled
         inputs = {
             "sample": alpha * self._z + sigma * torch.randn(self._z.shape, generator=self._rng),
@@ -303,18 +320,31 @@ class ReferenceRun:
             "style_tokens": self._tokens,
             "style_strength": torch.full((1,), self.strength),
         }
+        seen = self._seen(source)
         for processor in unet.attn_processors.values():
             if getattr(processor, "scale", [0.0]) != [0.0]:
                 processor.scale = [self.strength]
         added = {key: inputs[key] for key in ("text_embeds", "time_ids")}
         output = unet(
-            inputs["sample"],
+            torch.cat([inputs["sample"], *seen.values()], 1),
             inputs["timestep"],
             inputs["encoder_hidden_states"],
             added_cond_kwargs={**added, "image_embeds": [inputs["style_tokens"]]},
             return_dict=False,
         )[0]
-        return _example(inputs, {"noise_pred": output})
+        if "content_latents" in seen:
+            seen["content_latents"] = self._z
+        return _example(inputs | seen, {"noise_pred": output})
+
+    def _seen(self, source: Source) -> dict[str, Tensor]:
+        """What stands beside the noisy latents, as the network itself takes it, in its order."""
+        if source.unet_inputs == CONTENT:
+            shift, scale = source.content_affine
+            return {"content_latents": self._z / scale + shift}
+        if source.unet_inputs == INPAINTING:
+            mask = (torch.rand(self._z[:, :1].shape, generator=self._rng) > 0.5).float()
+            return {"mask": mask, "masked_latents": (1 - mask) * self._z}
+        return {}
 
 
 def _picture(size: tuple[int, int], rng: torch.Generator) -> Tensor:

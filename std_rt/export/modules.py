@@ -27,6 +27,8 @@ __all__ = [
     "UNet",
     "VaeDecoder",
     "VaeEncoder",
+    "affine_inverse",
+    "latent_affine",
     "prepare_attention",
 ]
 
@@ -173,7 +175,17 @@ class Wrapper(nn.Module):
 
 
 class UNet(Wrapper):
-    """One noise prediction; style tokens come projected, so no resampler runs at every step."""
+    """One noise prediction; style tokens come projected, so no resampler runs at every step.
+
+    Content latents come as the sampler's are scaled, and go in as z / scale + shift.
+    """
+
+    def __init__(
+        self, module: Network, dtype: torch.dtype = torch.float32, content: tuple[float, float] = (0, 1)
+    ) -> None:
+        """``content``: (shift, scale)."""
+        super().__init__(module, dtype)
+        self.content = content
 
     def forward(
         self,
@@ -184,12 +196,20 @@ class UNet(Wrapper):
         time_ids: Tensor,
         style_tokens: Tensor,
         style_strength: Tensor,
+        content_latents: Tensor | None = None,
+        mask: Tensor | None = None,
+        masked_latents: Tensor | None = None,
     ) -> Tensor:
-        """``sample`` [B, C, h, w] -> ``noise_pred`` of the same shape."""
+        """``sample`` [B, C, h, w] -> ``noise_pred`` of the same shape.
+
+        ``content_latents``, ``masked_latents`` [B, C, h, w] and ``mask`` [B, 1, h, w]: if the UNet sees them.
+        """
         context = tuple(x.to(self.dtype) for x in (encoder_hidden_states, style_tokens, style_strength))
         # In float32: diffusers puts them beside the embeddings of time_ids, and casts both afterwards.
         added = {"text_embeds": text_embeds, "time_ids": time_ids}
-        x = sample.to(self.dtype)
+        content = None if content_latents is None else affine_inverse(content_latents, *self.content)
+        seen = [x for x in (sample, content, mask, masked_latents) if x is not None]
+        x = (torch.cat(seen, 1) if len(seen) > 1 else sample).to(self.dtype)
         output: Tensor = self.module(x, timestep, context, added_cond_kwargs=added, return_dict=False)[0]
         return output.float()
 
@@ -202,7 +222,7 @@ class VaeEncoder(Wrapper):
         encoded = self.module.encode(image.to(self.dtype))
         half: Tensor = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
         z = half.float()
-        shift, scale = _latent_affine(self.module)
+        shift, scale = latent_affine(self.module)
         return z if (shift, scale) == (0, 1) else (z - shift) * scale
 
 
@@ -211,13 +231,18 @@ class VaeDecoder(Wrapper):
 
     def forward(self, latents: Tensor) -> Tensor:
         """``[B, C, h, w]`` -> ``[B, 3, H, W]``."""
-        shift, scale = _latent_affine(self.module)
-        z = latents if (shift, scale) == (0, 1) else latents / scale + shift
+        z = affine_inverse(latents, *latent_affine(self.module))
         image: Tensor = self.module.decode(z.to(self.dtype)).sample
         return image.float()
 
 
-def _latent_affine(vae: Network) -> tuple[float, float]:
+def affine_inverse(latents: Tensor, shift: float, scale: float) -> Tensor:
+    """Latents as the VAE itself has them."""
+    return latents if (shift, scale) == (0, 1) else latents / scale + shift
+
+
+def latent_affine(vae: Network) -> tuple[float, float]:
+    """``(shift, scale)`` of (z - shift) * scale, which brings a VAE's latents to the UNet's range."""
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     return float(shift), float(vae.config.scaling_factor)
 

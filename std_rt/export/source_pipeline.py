@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from std_rt.core.base_model import licence
+from std_rt.core.bundle import CONTENT, INPAINTING
 from std_rt.core.errors import ExportError
 from std_rt.core.files import file_digest
 from std_rt.core.schedule import NoiseSchedule
@@ -41,7 +42,7 @@ from std_rt.export.ip_adapter import (
     read_ip_adapter,
 )
 from std_rt.export.lora_fusion import check_lora, fuse_lora
-from std_rt.export.modules import CLIP_MEAN, CLIP_STD, ClipStyleEncoder
+from std_rt.export.modules import CLIP_MEAN, CLIP_STD, ClipStyleEncoder, latent_affine
 from std_rt.models.style_encoder import StyleEncoder
 
 __all__ = ["Source", "Style", "read_source"]
@@ -112,6 +113,25 @@ class Source:
     def latent_multiple(self) -> int:
         """Latent sizes must divide by this, or skip connections would not meet."""
         return int(2 ** (len(self.unet.config.block_out_channels) - 1))
+
+    @property
+    def unet_inputs(self) -> tuple[str, ...]:
+        """What the UNet sees beside the noisy latents, as the bundle's manifest names it."""
+        return _unet_inputs(self.unet.config.in_channels, self.unet.config.out_channels)
+
+    @property
+    def content_affine(self) -> tuple[float, float]:
+        """``(shift, scale)`` of the content latents that the UNet was trained to see: z / scale + shift.
+
+        diffusers' InstructPix2Pix pipelines show it the VAE's latents unscaled; those of CosXL are scaled.
+        """
+        cosxl = read_json(self.folder / "model_index.json").get("is_cosxl_edit")
+        if self.unet_inputs != CONTENT or cosxl:
+            return 0.0, 1.0
+        own = self.folder / "vae"  # a VAE given with --vae may scale its latents in another way
+        config = read_config("vae", own) if own.is_dir() else self.vae_config
+        with torch.device("meta"), quiet("diffusers"):
+            return latent_affine(resolve("vae", config["_class_name"]).from_config(config))
 
     @property
     def text_dims(self) -> tuple[int, int]:
@@ -236,14 +256,21 @@ def _check_unet(config: dict[str, Any]) -> None:
     kind = config.get("addition_embed_type")
     if kind != "text_time":
         raise ExportError(f"the UNet has addition_embed_type {kind!r}; std-rt exports SDXL's 'text_time'")
-    taken, given = config.get("in_channels", 4), config.get("out_channels", 4)
-    if taken != given:
-        raise ExportError(
-            f"the UNet takes {taken} channels and gives {given}; inpainting models are not supported"
-        )
+    _unet_inputs(config.get("in_channels", 4), config.get("out_channels", 4))
     for key in _UNSUPPORTED:
         if np.any(config.get(key) or False):
             raise ExportError(f"the UNet has {key} {config[key]!r}, which std-rt does not export")
+
+
+def _unet_inputs(taken: int, given: int) -> tuple[str, ...]:
+    """What stands beside the ``given`` latent channels at the input. Raises ExportError for other counts."""
+    known: dict[int, tuple[str, ...]] = {given: (), 2 * given: CONTENT, 2 * given + 1: INPAINTING}
+    if taken not in known:
+        raise ExportError(
+            f"the UNet takes {taken} channels and gives {given}; std-rt exports those that take {given}, "
+            f"{2 * given} (with content latents, as InstructPix2Pix) or {2 * given + 1} (inpainting)"
+        )
+    return known[taken]
 
 
 def _check_vae(config: Mapping[str, Any], taken: int) -> None:

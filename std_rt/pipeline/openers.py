@@ -102,9 +102,9 @@ def program_for(
     prompt = {name: text[name] for name in ("encoder_hidden_states", "text_embeds")}
     tokens = (int(style["tokens"]), int(style["dim"]))
     shapes = {**prompt, "time_ids": (6,), "style_tokens": tokens, "style_strength": ()}
-    numbers = FrameNumbers(bundle.vae_scale, bundle.latent_channels, shapes)
+    numbers = FrameNumbers(bundle.vae_scale, bundle.latent_channels, shapes, bundle.unet_inputs)
     common = (numbers, bundle.coefficients(key.quality.steps), bundle.prediction_type, size, guidance)
-    program = stream_program(*common) if key.stream else frame_program(*common, key.frames)
+    program = stream_program(*common) if key.stream else frame_program(*common, key.frames, masked=key.masked)
     return program, {name: graph_spec(bundle, name, found) for name, found in graph_shapes(program).items()}
 
 

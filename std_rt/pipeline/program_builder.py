@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from std_rt.core.arrays import Size
+from std_rt.core.bundle import CONTENT, INPAINTING
 from std_rt.core.schedule import StepCoefficients, step, to_eps
 from std_rt.engines.glue import GLUE
 from std_rt.engines.program import FRAME, STYLED, Launch, Program
@@ -49,12 +50,14 @@ _FLOAT, _BYTE = np.dtype(np.float32), np.dtype(np.uint8)
 class FrameNumbers:
     """The numbers of a model that decide shapes.
 
-    ``conditioning``: the shapes of `CONDITIONING` without the batch axis.
+    ``conditioning``: the shapes of `CONDITIONING` without the batch axis. ``unet_inputs``: what the UNet sees
+    beside the noisy latents (`Bundle.unet_inputs`).
     """
 
     vae_scale: int
     latent_channels: int
     conditioning: Mapping[str, tuple[int, ...]]
+    unet_inputs: tuple[str, ...] = ()
 
 
 def eps_factors(c: StepCoefficients, prediction_type: str) -> tuple[float, float]:
@@ -99,14 +102,21 @@ def frame_program(
     size: Size,
     guidance: Guidance | None = None,
     batch: int = 1,
+    *,
+    masked: bool = False,
 ) -> Program:
     """The program of ``batch`` frames of ``size`` (H, W) px.
 
     Feeds: ``noise_0`` ... [batch, C, h, w] (as many as `noise_draws` says), and `CONDITIONING`: of the batch;
     in mode ``full`` of twice the batch, negatives first; in mode ``residual`` of the batch, and also
     ``negative_NAME`` for each of `NEGATIVE`.
+
+    With ``masked`` every step puts the latents outside the feed ``mask`` [batch, 1, h, w] back on the frame's
+    own trajectory (blended latents, arXiv 2206.02779). A UNet that inpaints always takes its mask as an input
+    instead: the feeds are ``mask`` and ``image_mask`` [batch, 1, H, W].
     """
     build = ProgramBuilder(numbers, prediction_type, size, guidance or Guidance(), batch)
+    build.masked = masked and numbers.unet_inputs != INPAINTING
     build.start(coefficients[0])
     for i, c in enumerate(coefficients):
         build.step(i, c, last=i == len(coefficients) - 1)
@@ -142,6 +152,33 @@ class ProgramWriter:
         self.launch("vae_encoder", {"image": image}, {"latents": z}, "vae_encoder")
         return z
 
+    def seen(self, z: str) -> dict[str, str]:
+        """What the UNet sees of the frame beside its noisy latents (port -> buffer [B, ...]).
+
+        ``z`` names the frame's clean latents.
+        """
+        if self._numbers.unet_inputs == CONTENT:
+            return {"content_latents": z}
+        if self._numbers.unet_inputs == INPAINTING:
+            return {"mask": self.mask(), "masked_latents": self._masked_latents()}
+        return {}
+
+    def mask(self) -> str:
+        """The feed ``mask``: 1 where to paint."""
+        batch, _, *size = self.latents
+        return self.buffer("mask", (batch, 1, *size))
+
+    def _masked_latents(self) -> str:
+        """Encode the frame with all that is to be painted in grey."""
+        batch, _, *size = self._image
+        grey = self.constant("grey", 0.0, self._image)
+        given = {"x": grey, "y": "image", "mask": self.buffer("image_mask", (batch, 1, *size))}
+        image = self.buffer("masked_image", self._image)
+        self.launch("blend", given, {"out": image}, "convert")
+        z = self.buffer("masked_latents", self.latents)
+        self.launch("vae_encoder", {"image": image}, {"latents": z}, "vae_encoder")
+        return z
+
     def decode(self, latents: str) -> Program:
         """Decode the latents into the frame, which completes the program."""
         image = self.buffer("decoded", self._image)
@@ -150,7 +187,7 @@ class ProgramWriter:
         return Program(tuple(self._launches), self._buffers, self._constants, frozenset(self._carried))
 
     def unet(self, sample: str, timestep: str, given: Mapping[str, str], output: str) -> str:
-        """Call the UNet with ``given`` (name in `CONDITIONING` -> buffer); returns ``output``."""
+        """Call the UNet with ``given`` (port of `CONDITIONING` or `seen` -> buffer); returns ``output``."""
         self.buffer(output, self.shape(sample))
         inputs = {"sample": sample, "timestep": timestep, **given}
         self.launch("unet", inputs, {"noise_pred": output}, "unet")
@@ -167,6 +204,12 @@ class ProgramWriter:
         for port, (_, factor) in zip("abc", terms, strict=False):
             inputs[port] = self.constant(f"{out}.{port}", factor, (shape[0], 1, 1, 1))
         self.launch(f"combine{len(terms)}", inputs, {"out": out}, "scheduler")
+        return out
+
+    def blend(self, out: str, x: str, y: str, mask: str) -> str:
+        """``out`` as ``x`` where the mask is 1 and ``y`` where it is 0."""
+        self.buffer(out, self.shape(x))
+        self.launch("blend", {"x": x, "y": y, "mask": mask}, {"out": out}, "scheduler")
         return out
 
     def join(self, out: str, x: str, y: str) -> str:
@@ -234,6 +277,9 @@ class ProgramBuilder(ProgramWriter):
         self._guidance = guidance
         self._draws = 0
         self.x = ""
+        self.masked = False
+        self._z = self._start_noise = ""
+        self._seen: dict[str, str] = {}
         self._first: StepCoefficients | None = None
         self._rows = len(batch_rows(batch, guidance.mode))  # of a call of the UNet
         self.feeds(self._rows)
@@ -243,7 +289,11 @@ class ProgramBuilder(ProgramWriter):
     def start(self, c: StepCoefficients) -> None:
         """Add the noise of the first timestep to the frame's latents."""
         self._first = c
-        self.x = self.combine("sample_0", [(self.encode(), c.alpha_t), (self._noise(), c.sigma_t)])
+        self._z, self._start_noise = self.encode(), self._noise()
+        self.x = self.combine("sample_0", [(self._z, c.alpha_t), (self._start_noise, c.sigma_t)])
+        self._seen = self.seen(self._z)
+        if self._guidance.mode == "full":
+            self._seen = {port: self.twice(x, f"double_{port}") for port, x in self._seen.items()}
 
     def step(self, index: int, c: StepCoefficients, *, last: bool) -> None:
         """One step, from the timestep of ``c`` to its target."""
@@ -262,6 +312,12 @@ class ProgramBuilder(ProgramWriter):
         if c.noise:
             terms.append((self._noise(), c.noise))
         self.x = self.combine(f"sample_{index + 1}", terms)
+        if self.masked:
+            # What a stochastic step takes from sigma_s it gives back as fresh noise.
+            sigma = float(np.hypot(c.sigma_s, c.noise))
+            level: Terms = [(self._z, c.alpha_s), (self._start_noise, sigma)]
+            kept = self._z if last else self.combine(f"kept_{index + 1}", level)
+            self.x = self.blend(f"masked_{index + 1}", self.x, kept, self.mask())
 
     def _residual(self, index: int, c: StepCoefficients, last: bool) -> Terms:
         """Terms of a step guided by the gap of the first one; see `denoise.Guidance`."""
@@ -281,12 +337,12 @@ class ProgramBuilder(ProgramWriter):
         """Call the UNet on ``_x``; the name of its output."""
         prefix = "negative_" if negative else ""
         given = {name: f"{prefix}{name}" if name in NEGATIVE else name for name in CONDITIONING}
-        return self.unet(self.x, f"timestep_{index}", given, f"{prefix}output_{index}")
+        return self.unet(self.x, f"timestep_{index}", given | self._seen, f"{prefix}output_{index}")
 
     def _unet_twice(self, index: int) -> tuple[str, str]:
         """Call the UNet at twice the batch; the names of its outputs for negative and positive."""
         double = self.twice(self.x, f"double_{index}")
-        given = {name: name for name in CONDITIONING}
+        given = {name: name for name in CONDITIONING} | self._seen
         output = self.unet(double, f"timestep_{index}", given, f"output_{index}")
         return self.halves(output, f"negative_output_{index}", f"positive_output_{index}")
 

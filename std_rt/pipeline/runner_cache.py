@@ -11,7 +11,7 @@ Changing to a quality whose runner is open costs nothing. The last runners used 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from threading import Lock
@@ -53,11 +53,15 @@ class Quality:
 
 @dataclass(frozen=True)
 class RunnerKey:
-    """A quality, and how frames share calls: ``frames`` in one call of each graph, or a stream batch."""
+    """A quality, and how frames share calls: ``frames`` in one call of each graph, or a stream batch.
+
+    ``masked``: latents outside a mask are kept.
+    """
 
     quality: Quality
     frames: int = 1
     stream: bool = False
+    masked: bool = False
 
 
 class SlotUser(Protocol):
@@ -132,14 +136,21 @@ class CachedRunner:
             self.failed = has_failed(self._runner)
 
     def run(
-        self, frames: Frame, conditioning: Sequence[Conditioning], noise: Sequence[Array], mark: Mark
+        self,
+        frames: Frame,
+        conditioning: Sequence[Conditioning],
+        noise: Sequence[Array],
+        mark: Mark,
+        masks: Mapping[str, Array] | None = None,
     ) -> Frame:
         """Frames uint8 [B, H, W, 3] in and out; a ``conditioning`` and ``noise`` [K, ...] per frame or slot.
 
+        ``masks``: the feeds of `Mask.feeds` that the program has, [1, ...], for all frames.
         Inputs made of the same arrays as in the last call are not fed again.
         """
         runner = self.wait()
         feeds = self._noise(noise) | self._conditioning(conditioning)
+        feeds |= {name: ((array, None),) * len(frames) for name, array in (masks or {}).items()}
         fresh = {name: parts for name, parts in feeds.items() if not _same(parts, self._fed.get(name))}
         if fresh:
             runner.set(**{name: _stack(parts) for name, parts in fresh.items()})

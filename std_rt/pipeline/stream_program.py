@@ -17,6 +17,8 @@ Rows of the UNet's call, as in `unet_rows`:
 - ``full``: all slots with the negative prompt, then all with the prompt.
 - ``residual``: slot 0 with the negative prompt, slots 1 to N - 1 with the prompt, and slot 0 again with the
   prompt. The gap between the two moves up with its frame.
+
+What the UNet sees of a frame beside its noisy latents moves up with it, too.
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ def stream_program(
 
     Feeds: ``noise_0`` [1, C, h, w] of the entering frame; if a step is stochastic ``noise_steps``
     [N, C, h, w], row i the noise of step i of the frame in slot i (any finite values if that step has
-    none); and `CONDITIONING` with a row for each of `unet_rows`.
+    none); and `CONDITIONING` with a row for each of `unet_rows`. For a UNet that inpaints also ``mask`` and
+    ``image_mask`` [1, 1, ...] of the entering frame.
     """
     build = StreamProgramBuilder(numbers, coefficients, prediction_type, size, guidance or Guidance())
     return build.decode(build.advance(build.enter()))
@@ -82,12 +85,14 @@ class StreamProgramBuilder(ProgramWriter):
         self._slots = len(self._cs)
         self._rows = unet_rows(self._slots, guidance.mode)
         self.feeds(len(self._rows))
+        self._seen: dict[str, str] = {}
 
     def enter(self) -> str:
         """Latents of all slots [N, ...], the entering frame first."""
         c = self._cs[0]
-        noise = self.buffer("noise_0", self.latents)
-        start = self.combine("start", [(self.encode(), c.alpha_t), (noise, c.sigma_t)])
+        noise, z = self.buffer("noise_0", self.latents), self.encode()
+        start = self.combine("start", [(z, c.alpha_t), (noise, c.sigma_t)])
+        self._seen = {port: self._seen_by_rows(port, x) for port, x in self.seen(z).items()}
         return self._behind(start, "samples", "waiting")
 
     def advance(self, samples: str) -> str:
@@ -141,11 +146,24 @@ class StreamProgramBuilder(ProgramWriter):
         """The UNet on all rows, each at the timestep of its slot."""
         timesteps = [self._cs[slot].timestep for slot, _ in self._rows]
         at = self.constant("timesteps", timesteps, (len(timesteps),))
-        return self.unet(sample, at, {name: name for name in CONDITIONING}, "output")
+        return self.unet(sample, at, {name: name for name in CONDITIONING} | self._seen, "output")
+
+    def _seen_by_rows(self, port: str, entering: str) -> str:
+        """What every row of the UNet's call sees at ``port``; ``entering`` [1, ...] is the new frame's."""
+        slots = self._behind(entering, f"{port}_of_slots", f"{port}_waiting")
+        if self._slots > 1:
+            self.split_last(slots, f"{port}_waiting", f"{port}_spent")
+        match self._guidance.mode:
+            case "none":
+                return slots
+            case "full":
+                return self.twice(slots, f"{port}_of_rows")
+            case _:
+                return self.join(f"{port}_of_rows", slots, entering)
 
     def _behind(self, first: str, out: str, carried: str) -> str:
         """``first`` [1, ...] in front of the other slots' carried rows; ``first`` itself with one slot."""
         if self._slots == 1:
             return first
-        self.carry(carried, (self._slots - 1, *self.latents[1:]))
+        self.carry(carried, (self._slots - 1, *self.shape(first)[1:]))
         return self.join(out, first, carried)

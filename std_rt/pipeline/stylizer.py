@@ -22,7 +22,7 @@ from types import TracebackType
 import numpy as np
 
 from std_rt.core.arrays import Array, Frame, Size
-from std_rt.core.bundle import Bundle, load_bundle
+from std_rt.core.bundle import INPAINTING, Bundle, load_bundle
 from std_rt.core.errors import UsageError
 from std_rt.engines import Engine
 from std_rt.engines.hot_swap import close_when_open, has_failed
@@ -42,6 +42,7 @@ from std_rt.pipeline.conditioning import (
     unet_inputs,
 )
 from std_rt.pipeline.denoise import noise_draws
+from std_rt.pipeline.mask import Mask, unless_whole
 from std_rt.pipeline.openers import GraphOpener, Openers, graph_spec, openers, program_for
 from std_rt.pipeline.runner_cache import (
     CachedRunner,
@@ -126,6 +127,7 @@ class Stylizer:
         self._cache = RunnerCache(self._open_runner)
         self._style: tuple[EncodedStyle, float] | None = None
         self._conditioning: dict[Size, Conditioning] = {}
+        self._everywhere = Mask(np.full((1, 1), 255, np.uint8))
 
     @classmethod
     def load(
@@ -201,10 +203,10 @@ class Stylizer:
         """A quality itself, or that of a working size (H, W) and the stylizer's steps."""
         return Quality(at, self._asked_steps) if isinstance(at, tuple) else at
 
-    def prepare(self, height_px: int, width_px: int) -> None:
+    def prepare(self, height_px: int, width_px: int, *, masked: bool = False) -> None:
         """Start to open, in the background, the engines for frames of this size and for styles."""
         self._open_style_encoder()
-        self.runner(RunnerKey(self.quality(height_px, width_px)))
+        self.runner(RunnerKey(self.quality(height_px, width_px), masked=masked and self._blends))
 
     def prepare_qualities(
         self, qualities: Collection[Quality], *, frames: int = 1, stream_batch: bool = False
@@ -333,23 +335,34 @@ class Stylizer:
         shape = (draws, self.bundle.latent_channels, *self._latent_size(quality.size))
         return State(seed, 0, draw_noise(seed, shape))
 
-    def step(self, frame: Frame, state: State | None = None, *, mark: Mark = no_mark) -> tuple[Frame, State]:
+    def step(
+        self, frame: Frame, state: State | None = None, *, mark: Mark = no_mark, mask: Mask | None = None
+    ) -> tuple[Frame, State]:
         """Stylize one frame uint8 [H, W, 3] of a stream; give the state returned to the next call.
 
         A frame that does not have the working size is fitted to it, and comes back at that resolution in
         its own aspect, never larger than it was. ``mark`` is called with a stage's name when it ends.
+
+        With a ``mask`` the result has the size of the frame, and the frame's own pixels where the mask is
+        black. Raises UsageError if the mask has another aspect.
         """
-        working = self.fit(frame)
+        working, mask = self.fit(frame), unless_whole(mask)
+        if mask is not None:
+            mask.check((frame.shape[0], frame.shape[1]))
         shape, size = frame.shape[:2], working.shape[:2]
         state = self._state_for(state, (size[0], size[1]))
         mark("convert")
-        styled = self.run(working, state, mark)
-        result = self.unfit(styled, (shape[0], shape[1]))
+        styled = self.run_many([working], [state], mark, frames=1, mask=mask)[0]
+        whole = (shape[0], shape[1])
+        result = self.unfit(styled, whole) if mask is None else fit.resize(styled, whole)
         if result is not styled:
             mark("convert")
         if self.keep_colours:
             result = chroma.keep_colours(frame, result)
             mark("colours")
+        if mask is not None:
+            result = mask.composite(frame, result)
+            mark("convert")
         return result, replace(state, index=state.index + 1)
 
     def fit(self, frame: Frame, quality: Quality | None = None) -> Frame:
@@ -387,11 +400,13 @@ class Stylizer:
         *,
         quality: Quality | None = None,
         frames: int | None = None,
+        mask: Mask | None = None,
     ) -> list[Frame]:
         """Stylize frames of one working size, ``frames`` in each call: the same results as `run`.
 
         ``frames`` defaults to `frames_per_call`. A shorter last group is filled up with its last frame, so
-        one set of engines is enough. All frames get the style that is set now.
+        one set of engines is enough. All frames get the style that is set now. With a ``mask`` the latents
+        outside it are kept; laying the result over the frame is left to the caller (`Mask.composite`).
         """
         if len(working) != len(states):
             raise UsageError(f"every frame needs a state: got {len(working)} frames, {len(states)} states")
@@ -401,22 +416,24 @@ class Stylizer:
         count = self.frames_per_call(size) if frames is None else frames
         if count < 1:
             raise UsageError(f"a call takes at least one frame, got {count}")
+        masked = mask is not None and self._blends
+        masks = self.mask_feeds(size, mask)
         styled: list[Frame] = []
         with self.lock:
-            runner = self.runner(RunnerKey(quality or self.quality_at(size), count))
+            runner = self.runner(RunnerKey(quality or self.quality_at(size), count, masked=masked))
             for frame, state in zip(working, states, strict=True):
                 runner.check(frame, state.noise)
             for begin in range(0, len(working), count):
                 group = [min(begin + i, len(working) - 1) for i in range(count)]
                 together = np.stack([working[i] for i in group]) if count > 1 else working[begin][None]
                 noise = [states[i].noise for i in group]
-                styled.extend(runner.run(together, [self.conditioning(size)] * count, noise, mark))
+                styled.extend(runner.run(together, [self.conditioning(size)] * count, noise, mark, masks))
         return styled[: len(working)]
 
-    def stylize(self, frame: Frame, seed: int = 0) -> Frame:
+    def stylize(self, frame: Frame, seed: int = 0, *, mask: Mask | None = None) -> Frame:
         """Stylize one frame on its own: `step` without a stream."""
         frame = check_frame(frame)
-        return self.step(frame, self.state(*frame.shape[:2], seed=seed))[0]
+        return self.step(frame, self.state(*frame.shape[:2], seed=seed), mask=mask)[0]
 
     def close(self) -> None:
         """Close every engine; the stylizer must not be used afterwards."""
@@ -464,6 +481,17 @@ class Stylizer:
                 positive = unet_inputs(self._text, *self._style, size)
                 self._conditioning[size] = conditioning_for(self.guidance.mode, self._text, positive)
             return self._conditioning[size]
+
+    def mask_feeds(self, size: Size, mask: Mask | None = None) -> dict[str, Array]:
+        """What programs of a working size (H, W) take of a mask; a UNet that inpaints always takes one."""
+        if self._blends:
+            return {} if mask is None else {"mask": mask.feeds(size, self.bundle.vae_scale)["mask"]}
+        return (mask or self._everywhere).feeds(size, self.bundle.vae_scale)
+
+    @property
+    def _blends(self) -> bool:
+        """Whether a mask works on the latents; else the UNet itself takes it."""
+        return self.bundle.unet_inputs != INPAINTING
 
     def runner(self, key: RunnerKey) -> CachedRunner:
         """The runner of a key, which starts to open in the background if necessary.

@@ -23,6 +23,7 @@ from std_rt.core.errors import UsageError
 from std_rt.engines.program import Mark, no_mark
 from std_rt.media import chroma, fit
 from std_rt.pipeline.conditioning import EncodedStyle
+from std_rt.pipeline.mask import Mask, unless_whole
 from std_rt.pipeline.stylizer import Quality, State, Stylizer
 from std_rt.streaming.similarity import SimilarityFilter
 from std_rt.streaming.stream_batch import StreamBatch
@@ -68,8 +69,8 @@ class _Batcher(Protocol):
 class _Grouped:
     """``room`` frames in one call of each graph."""
 
-    def __init__(self, stylizer: Stylizer, quality: Quality, room: int) -> None:
-        self._stylizer, self._quality, self._room = stylizer, quality, room
+    def __init__(self, stylizer: Stylizer, quality: Quality, room: int, mask: Mask | None) -> None:
+        self._stylizer, self._quality, self._room, self._mask = stylizer, quality, room, mask
         self._waiting: list[tuple[Frame, State]] = []
 
     def push(self, working: Frame, state: State, mark: Mark = no_mark) -> list[Frame]:
@@ -79,13 +80,17 @@ class _Grouped:
     def flush(self, mark: Mark = no_mark) -> Iterator[Frame]:
         frames, states = [frame for frame, _ in self._waiting], [state for _, state in self._waiting]
         self._waiting = []
-        yield from self._stylizer.run_many(frames, states, mark, quality=self._quality, frames=self._room)
+        yield from self._stylizer.run_many(
+            frames, states, mark, quality=self._quality, frames=self._room, mask=self._mask
+        )
 
 
-_BATCHERS: dict[str, Callable[[Stylizer, Quality], _Batcher]] = {
-    ONE_BY_ONE: lambda stylizer, quality: _Grouped(stylizer, quality, 1),
-    STREAM_BATCH: StreamBatch,
-    GROUPED: lambda stylizer, quality: _Grouped(stylizer, quality, stylizer.frames_per_call(quality.size)),
+_BATCHERS: dict[str, Callable[[Stylizer, Quality, Mask | None], _Batcher]] = {
+    ONE_BY_ONE: lambda stylizer, quality, mask: _Grouped(stylizer, quality, 1, mask),
+    STREAM_BATCH: lambda stylizer, quality, _: StreamBatch(stylizer, quality),
+    GROUPED: lambda stylizer, quality, mask: _Grouped(
+        stylizer, quality, stylizer.frames_per_call(quality.size), mask
+    ),
 }
 
 
@@ -110,18 +115,23 @@ class FrameStream:
         batching: str = ONE_BY_ONE,
         temporal: TemporalFilter | None = None,
         similarity: SimilarityFilter | None = None,
+        mask: Mask | None = None,
         seed: int = 0,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         """``style_at`` None: the style set on the stylizer. ``temporal`` None: mode off.
 
-        ``similarity`` skips frames that hardly differ from the one before: they get its result. Raises
-        ValueError for an unknown batching mode, or one that cannot be combined with ``similarity``.
+        ``similarity`` skips frames that hardly differ from the one before: they get its result. ``mask``: see
+        `Stylizer.step`. Raises ValueError for an unknown batching mode, or one that cannot be combined with
+        ``similarity`` or ``mask``.
         """
         if batching not in _BATCHERS:
             raise ValueError(f"unknown batching mode {batching!r}; use one of {', '.join(_BATCHERS)}")
         if similarity is not None and batching != ONE_BY_ONE:
             raise ValueError(f"frames can only be skipped {ONE_BY_ONE!r}, not {batching!r}")
+        self._mask = unless_whole(mask)
+        if self._mask is not None and batching == STREAM_BATCH:
+            raise ValueError(f"a mask cannot be combined with the {batching!r}")
         self._stylizer, self._style_at, self._batching = stylizer, style_at, batching
         self._temporal = temporal or TemporalFilter("off")
         self._similarity, self._seed, self._now = similarity, seed, now
@@ -192,7 +202,8 @@ class FrameStream:
         self._style = style
         before, self._keep_colours = self._keep_colours, self._stylizer.keep_colours
         if self._may_skip(working, changing or before != self._keep_colours):
-            packet.styled, packet.skipped = self._last, True
+            assert self._last is not None
+            packet.styled, packet.skipped = self._over(packet.frame, self._last), True
             yield packet
             return
         motion = self._temporal.follow(working)
@@ -210,6 +221,8 @@ class FrameStream:
     def _follow_shape(self, shape: Size) -> Iterator[FramePacket]:
         """Start over if frames of this shape have another working size."""
         if shape != self._shape:
+            if self._mask is not None:
+                self._mask.check(shape)
             self._shape = shape
             before, self._usual = self._usual, self._stylizer.quality(*shape)
             if self._usual != before:
@@ -220,7 +233,7 @@ class FrameStream:
         self._state = self._stylizer.state_for(quality, seed=self._seed)
         self._temporal.reset()
         self._inside.clear()
-        self._batcher = _BATCHERS[self._batching](self._stylizer, quality)
+        self._batcher = _BATCHERS[self._batching](self._stylizer, quality, self._mask)
 
     def _look_up_style(self, packet: FramePacket) -> tuple[EncodedStyle, float] | None:
         packet.style_s = self._now()
@@ -241,18 +254,23 @@ class FrameStream:
     def _finish(self, styled: Frame) -> FramePacket:
         """The packet that ``styled`` is the result of."""
         done = self._inside.popleft()
-        packet, shape = done.packet, done.packet.frame.shape
+        packet, shape = done.packet, (done.packet.frame.shape[0], done.packet.frame.shape[1])
         mark = _stopwatch(packet, self._now)
         settled = self._temporal.settle(styled, done.motion, changing=done.changing)
         mark("settle")
-        size = fit.result_size((shape[0], shape[1]), (settled.shape[0], settled.shape[1]))
-        packet.styled = fit.resize(settled, size)
+        working = (settled.shape[0], settled.shape[1])
+        size = shape if self._mask is not None else fit.result_size(shape, working)
+        styled = fit.resize(settled, size)
         mark("convert")
         if done.keep_colours:
-            packet.styled = chroma.keep_colours(packet.frame, packet.styled)
+            styled = chroma.keep_colours(packet.frame, styled)
             mark("colours")
-        self._last = packet.styled
+        self._last, packet.styled = styled, self._over(packet.frame, styled)
         return packet
+
+    def _over(self, frame: Frame, styled: Frame) -> Frame:
+        """The result of a frame: ``styled``, with the frame's own pixels outside the mask."""
+        return styled if self._mask is None else self._mask.composite(frame, styled)
 
     def _flush(self) -> Iterator[FramePacket]:
         if not self._inside or self._batcher is None:

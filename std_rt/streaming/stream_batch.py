@@ -87,7 +87,8 @@ class StreamBatch:
         rows = [slot or self._newest for slot in slots]
         self._slots = [None] * (len(slots) - 1)
         conditioning, noise = [row.conditioning for row in rows], [row.noise for row in rows]
-        styled = runner.run(self._last[None], conditioning, noise, mark)
+        masks = self._stylizer.mask_feeds(self._key.quality.size)
+        styled = runner.run(self._last[None], conditioning, noise, mark, masks)
         self._slots = slots[:-1]
         return [styled[0]] if slots[-1] is not None else []
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from support.fake_engine import FakeEngine, float_ports
 
+from std_rt.core.bundle import CONTENT, INPAINTING
 from std_rt.core.schedule import NoiseSchedule, StepCoefficients, trajectory_timesteps
 from std_rt.engines.program import Program
 from std_rt.pipeline.denoise import noise_draws
@@ -21,6 +23,12 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "style_strength": (),
 }
 NUMBERS = FrameNumbers(8, 3, SHAPES)
+# By what the UNet sees beside the noisy latents.
+MODELS = {
+    "plain": NUMBERS,
+    "content": replace(NUMBERS, unet_inputs=CONTENT),
+    "inpainting": replace(NUMBERS, unet_inputs=INPAINTING),
+}
 SIZE = (16, 24)
 
 
@@ -30,11 +38,24 @@ def coefficients(steps: int = 4, gamma: float = 0.0) -> list[StepCoefficients]:
 
 
 def unet(
-    sample: Any, timestep: Any, style_tokens: Any, text_embeds: Any, style_strength: Any, **_: Any
+    sample: Any,
+    timestep: Any,
+    style_tokens: Any,
+    text_embeds: Any,
+    style_strength: Any,
+    content_latents: Any = 0,
+    mask: Any = 0,
+    masked_latents: Any = 0,
+    **_: Any,
 ) -> Any:
-    """Linear in the sample, and different for every conditioning and timestep; any precision, any batch."""
+    """Linear in the sample, and different for every conditioning and timestep; any precision, any batch.
+
+    A latent also depends on its neighbour.
+    """
     level = style_tokens.mean((1, 2)) * style_strength + 0.5 * text_embeds.mean(1)
-    return (0.7 + timestep / 4000)[:, None, None, None] * sample + level[:, None, None, None]
+    seen = 0.3 * content_latents + 0.1 * mask + 0.2 * masked_latents
+    seen = seen + 0.2 * np.roll(sample, 1, -1)
+    return (0.7 + timestep / 4000)[:, None, None, None] * sample + level[:, None, None, None] + seen
 
 
 def encode(image: Any) -> dict[str, Any]:
@@ -72,6 +93,8 @@ class Scene:
         self.noise = [draw(3, SIZE[0] // 8, SIZE[1] // 8) for _ in range(noise_draws(cs))]
         self.positive = {name: draw(*shape) for name, shape in SHAPES.items()}
         self.negative = self.positive | {name: draw(*SHAPES[name]) for name in NEGATIVE}
+        self.mask = (draw(1, SIZE[0] // 8, SIZE[1] // 8) > 0).astype(np.float32)
+        self.image_mask = (draw(1, *SIZE) > 0).astype(np.float32)
 
     def feeds(self, mode: str) -> dict[str, Any]:
         """Of a `frame_program`."""

@@ -69,15 +69,18 @@ def write_clip_pipeline(
     trained_betas: bool = False,
     layers_per_block: int = 2,
     levels: Literal[1, 2] = 2,
+    in_channels: int = 4,
+    class_name: str = "StableDiffusionXLPipeline",
 ) -> Path:
     """An SDXL in miniature; latents are 4x smaller than the picture, the UNet halves them once more.
 
     With one level it does not: the blocks with attention are left, and what is exported is traced sooner.
+    The UNet takes ``in_channels``: 8 as InstructPix2Pix, 9 as inpainting models.
     """
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         sample_size=16,
-        in_channels=4,
+        in_channels=in_channels,
         out_channels=4,
         block_out_channels=(16, 32)[-levels:],
         layers_per_block=layers_per_block,
@@ -119,17 +122,22 @@ def write_clip_pipeline(
     )
     randomize(CLIPVisionModelWithProjection(vision), seed + 4).save_pretrained(folder / "image_encoder")
     write_ip_adapter(folder / "ip_adapter.safetensors", unet, seed=seed + 5)
-    _write_index(folder, "AutoencoderKL", "CLIPVisionModelWithProjection", text=True)
+    _write_index(folder, "AutoencoderKL", "CLIPVisionModelWithProjection", text=True, class_name=class_name)
     (folder / "README.md").write_text("---\nlicense: openrail++\n---\n# A model\n", encoding="utf-8")
     return folder
 
 
-def write_own_pipeline(folder: Path, *, seed: int = 0, levels: Literal[1, 2] = 2) -> Path:
-    """std-tiny in miniature: latents 8x smaller, two levels or one, no text encoders."""
+def write_own_pipeline(
+    folder: Path, *, seed: int = 0, levels: Literal[1, 2] = 2, sees_content: bool = False
+) -> Path:
+    """std-tiny in miniature: latents 8x smaller, two levels or one, no text encoders.
+
+    With ``sees_content`` the UNet takes the clean latents beside the noisy ones.
+    """
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         sample_size=8,
-        in_channels=8,
+        in_channels=16 if sees_content else 8,
         out_channels=8,
         block_out_channels=(16, 32)[-levels:],
         layers_per_block=1,
@@ -315,7 +323,9 @@ def _write_scheduler(folder: Path, trained_betas: bool) -> None:
     write_json(folder / "scheduler" / "scheduler_config.json", config)
 
 
-def _write_index(folder: Path, vae: str, image_encoder: str, *, text: bool) -> None:
+def _write_index(
+    folder: Path, vae: str, image_encoder: str, *, text: bool, class_name: str = "StableDiffusionXLPipeline"
+) -> None:
     roles = {
         "text_encoder": "CLIPTextModel",
         "text_encoder_2": "CLIPTextModelWithProjection",
@@ -323,7 +333,7 @@ def _write_index(folder: Path, vae: str, image_encoder: str, *, text: bool) -> N
         "tokenizer_2": "CLIPTokenizer",
     }
     index: dict[str, Any] = {
-        "_class_name": "StableDiffusionXLPipeline",
+        "_class_name": class_name,
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", vae],
         "scheduler": ["diffusers", "EulerDiscreteScheduler"],

@@ -83,7 +83,8 @@ def check_single_file(path: Path) -> None:
     channels = shapes[_FIRST][1]
     if channels != 4:
         raise ExportError(
-            f"{path} takes {channels} channels (inpainting, editing); std-rt exports those with 4"
+            f"{path} takes {channels} channels (inpainting, editing), which std-rt reads from diffusers "
+            "folders only; give the folder or hub id of the pipeline"
         )
     for role in ("text_encoder", "text_encoder_2"):
         if not _has(shapes, role):

@@ -273,6 +273,12 @@ def load_base(source: str | Path) -> Base:
         ) from None
     if base.unet.config.addition_embed_type != "text_time":
         raise RecipeError(f"base = {str(source)!r} is not an SDXL UNet (it has no text_time embedding)")
+    taken, given = base.unet.config.in_channels, base.unet.config.out_channels
+    if taken != given and not (taken == 2 * given and base.style_encoder is not None):
+        raise RecipeError(
+            f"base = {str(source)!r} has a UNet that takes {taken} channels for {given} latents; "
+            "distillation trains those that see the noisy latents only"
+        )
     base.digest, base.licence = _digest(base.unet), licence(folder)
     for part in (base.unet, base.vae, base.style_encoder):
         if part is not None:

@@ -26,7 +26,7 @@ from std_rt.training.run.training_run import ModuleRun
 from std_rt.training.tiny.autoencoder_stage import train_autoencoder
 from std_rt.training.tiny.stylist import Stylist, Unpaired, build_stylist, train_stylist
 from std_rt.training.tiny.teacher import sample
-from std_rt.training.tiny.tiny_pipeline import load_tiny, run_unet
+from std_rt.training.tiny.tiny_pipeline import load_tiny, run_unet, save_tiny
 from std_rt.training.tiny.triplets import TripletSource
 
 
@@ -96,6 +96,15 @@ def test_the_content_reaches_the_picture_beside_the_noise(stylist_folder: Path) 
         )
     assert not torch.equal(a, b)
     assert sample(pipeline, torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64), 2).shape == (1, 3, 64, 64)
+
+
+def test_distillation_refuses_a_unet_that_sees_anything_else(stylist_folder: Path, tmp_path: Path) -> None:
+    pipeline, folder = load_tiny(stylist_folder), tmp_path / "inpainting"
+    pipeline.unet.conv_in = torch.nn.Conv2d(33, 32, 3, padding=1)
+    pipeline.unet.register_to_config(in_channels=33)
+    save_tiny(pipeline, folder)
+    with pytest.raises(RecipeError, match="takes 33 channels for 16 latents; distillation trains those"):
+        load_base(folder)
 
 
 def test_decoded_estimates_are_looked_at(

@@ -291,6 +291,33 @@ def test_overwrite_replaces(stylize: Cli, photo: Path) -> None:
     assert read_picture(target).frame.shape == (40, 60, 3)
 
 
+def test_a_mask_keeps_what_is_black_in_pictures_and_clips(stylize: Cli, photo: Path) -> None:
+    mask = photo.with_name("mask.png")
+    values = np.zeros((20, 30), np.uint8)  # half the size of the picture
+    values[:, :15] = 255
+    Image.fromarray(values).save(mask)
+    make_clip(photo.with_name("clip.mp4"), ClipSpec(width=60, height=40))
+    assert stylize(photo, photo.with_name("clip.mp4"), "--mask", mask).code == 0
+    before, after = (read_picture(photo.with_name(name)).frame for name in ("photo.png", "photo_styled.png"))
+    np.testing.assert_array_equal(after[:, 31:], before[:, 31:])
+    assert (after[:, :29] != before[:, :29]).mean() > 0.5
+    info = probe(photo.with_name("clip_styled.mp4"))
+    assert (info.width, info.height) == (60, 40)
+
+
+@pytest.mark.parametrize("name", ["photo.png", "clip.mp4"])
+def test_a_mask_of_another_aspect_is_one_line_and_nothing_is_written(
+    stylize: Cli, photo: Path, name: str
+) -> None:
+    mask = picture(photo.with_name("mask.png"), 40, 40)
+    make_clip(photo.with_name("clip.mp4"), ClipSpec(width=60, height=40))
+    before = files_in(photo.parent)
+    result = stylize(photo.with_name(name), "--mask", mask)
+    assert result.code == 2
+    assert "the mask is 40x40 px and the picture 60x40; crop the mask" in result.err
+    assert files_in(photo.parent) == before
+
+
 # Pictures as people have them
 
 

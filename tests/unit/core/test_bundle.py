@@ -19,6 +19,7 @@ from support.handmade import write_handmade
 
 from std_rt.core import bundle as bundle_module
 from std_rt.core.bundle import (
+    CONTENT,
     SCHEMA,
     Bundle,
     list_bundles,
@@ -122,7 +123,31 @@ def test_an_edited_manifest_is_refused(folder: Path) -> None:
 
 def test_a_newer_schema_says_upgrade(folder: Path) -> None:
     reseal(folder, lambda manifest: manifest.update(schema=SCHEMA + 1))
-    with pytest.raises(BundleError, match=r"has schema 2 .* upgrade std-rt"):
+    with pytest.raises(BundleError, match=r"has schema 3 .* upgrade std-rt"):
+        load_bundle(folder)
+
+
+def test_only_a_bundle_that_needs_it_has_the_new_schema(folder: Path, handmade: Bundle) -> None:
+    assert handmade.manifest["schema"] == 1
+    assert handmade.unet_inputs == ()
+
+    def fill(partial: Path) -> dict[str, Any]:
+        for name in handmade.manifest["files"]:
+            shutil.copyfile(handmade.path / name, partial / name)
+        added = ("schema", "files", "manifest_sha256")
+        manifest = {key: value for key, value in handmade.manifest.items() if key not in added}
+        return manifest | {"unet_inputs": list(CONTENT)}
+
+    written = write_bundle(folder.with_name("content"), fill)
+    assert written.manifest["schema"] == SCHEMA
+    assert written.unet_inputs == CONTENT
+
+
+def test_a_unet_that_sees_something_unknown_says_upgrade(folder: Path) -> None:
+    reseal(folder, lambda manifest: manifest.update(unet_inputs=["depth"]))
+    with pytest.raises(
+        BundleError, match="has a UNet that sees depth, unknown to this std-rt; upgrade std-rt"
+    ):
         load_bundle(folder)
 
 

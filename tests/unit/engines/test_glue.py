@@ -25,6 +25,7 @@ def inputs_of(op: str, batch: int) -> Arrays:
         "y": (batch + 2 if op == "join" else batch, C, H, W),
         "z": (batch, C, H, W),
         **dict.fromkeys("abc", (batch, 1, 1, 1)),
+        "mask": (batch, 1, H, W),
     }
     made = {port: rng.normal(0, 0.8, shapes[port]).astype(np.float32) for port in GLUE[op].inputs}
     if "frame" in made:

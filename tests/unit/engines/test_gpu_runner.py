@@ -14,6 +14,7 @@ import pytest
 from support.fake_engine import FakeEngine, float_ports
 from support.fake_gpu import FakeBuilder, FakeDevice, FakeTrt
 
+from std_rt.core.bundle import CONTENT, INPAINTING
 from std_rt.core.errors import BackendError
 from std_rt.core.schedule import NoiseSchedule, trajectory_timesteps
 from std_rt.engines.cache import EngineCache
@@ -54,21 +55,24 @@ def _unet(
     level = timestep * 1e-4 + style_strength * rest["style_tokens"].mean((1, 2))
     for i, name in enumerate(("encoder_hidden_states", "text_embeds", "time_ids")):
         level = level + (i + 1) * rest[name].reshape(len(sample), -1).mean(1)
-    return {"noise_pred": (sample / 2 + level[:, None, None, None]).astype(np.float32)}
+    seen = sum((i + 1) * rest[name] / 9 for i, name in enumerate((*CONTENT, *INPAINTING)) if name in rest)
+    return {"noise_pred": (sample / 2 + level[:, None, None, None] + seen).astype(np.float32)}
 
 
 FUNCTIONS = {"vae_encoder": _encode, "unet": _unet, "vae_decoder": _decode}
 
 
-def _program(mode: str = "none", batch: int = 1) -> Program:
-    numbers = FrameNumbers(8, CHANNELS, CONDITION)
+def _program(
+    mode: str = "none", batch: int = 1, seen: tuple[str, ...] = (), *, masked: bool = False
+) -> Program:
+    numbers = FrameNumbers(8, CHANNELS, CONDITION, seen)
     steps = NoiseSchedule.scaled_linear().coefficients(trajectory_timesteps(0.5, 2), 0.3)
     guidance = Guidance() if mode == "none" else Guidance(mode, 3.0)
-    return frame_program(numbers, steps, "epsilon", SIZE, guidance, batch)
+    return frame_program(numbers, steps, "epsilon", SIZE, guidance, batch, masked=masked)
 
 
-def _stream(mode: str = "none", steps: int = 4) -> Program:
-    numbers = FrameNumbers(8, CHANNELS, CONDITION)
+def _stream(mode: str = "none", steps: int = 4, seen: tuple[str, ...] = ()) -> Program:
+    numbers = FrameNumbers(8, CHANNELS, CONDITION, seen)
     cs = NoiseSchedule.scaled_linear().coefficients(trajectory_timesteps(0.5, steps), 0.3)
     guidance = Guidance() if mode == "none" else Guidance(mode, 3.0)
     return stream_program(numbers, cs, "epsilon", SIZE, guidance)
@@ -151,11 +155,21 @@ def test_frames_come_out_as_from_the_host(gpu: Gpu, mode: str, batch: int) -> No
         _test_equal(runner, program, seed)
 
 
+@pytest.mark.parametrize("seen", [(), CONTENT, INPAINTING])
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_masks_and_what_a_unet_sees_reach_the_gpu(gpu: Gpu, seen: tuple[str, ...], mode: str) -> None:
+    program = _program(mode, 2, seen, masked=True)
+    assert "mask" in program.feeds
+    runner = gpu.open(program)
+    for seed in range(2):
+        _test_equal(runner, program, seed)
+
+
 @pytest.mark.parametrize("mode", ["none", "full", "residual"])
 @pytest.mark.parametrize("steps", [1, 4])
 def test_a_stream_comes_out_as_from_the_host_from_its_first_run_on(gpu: Gpu, mode: str, steps: int) -> None:
     """Device memory is no zeros by itself, and warm-ups are runs, of which none may leave anything."""
-    program = _stream(mode, steps)
+    program = _stream(mode, steps, CONTENT)
     runner, host = gpu.open(program), _on_host(program)
     assert not any(array.any() for array in runner.carried().values())
     for seed in range(6):

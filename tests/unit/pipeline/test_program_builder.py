@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from support import numpy_model
 from support.fake_engine import FakeEngine
-from support.numpy_model import KINDS, NUMBERS, SIZE, coefficients, encode, engines, unet
+from support.numpy_model import KINDS, MODELS, NUMBERS, SIZE, coefficients, encode, engines, unet
 
-from std_rt.core.schedule import StepCoefficients, add_noise, step, to_eps
+from std_rt.core.schedule import NoiseSchedule, StepCoefficients, add_noise, step, to_eps
 from std_rt.engines.host import HostRunner
 from std_rt.pipeline.denoise import Guidance, denoise
 from std_rt.pipeline.program_builder import (
@@ -27,11 +27,15 @@ from std_rt.pipeline.program_builder import (
 class Scene(numpy_model.Scene):
     """Frames that can be run."""
 
+    model, masked = "plain", False
+
     def run(self, kind: str, guidance: Guidance) -> tuple[Any, HostRunner, dict[str, FakeEngine]]:
-        program = frame_program(NUMBERS, self.cs, kind, SIZE, guidance, self.batch)
+        numbers, mask = MODELS[self.model], {"mask": self.mask, "image_mask": self.image_mask}
+        program = frame_program(numbers, self.cs, kind, SIZE, guidance, self.batch, masked=self.masked)
         opened = engines(program)
         runner = HostRunner(opened, program)
         runner.set(**self.feeds(guidance.mode))
+        runner.set(**{name: value for name, value in mask.items() if name in program.feeds})
         return runner.run(self.frame), runner, opened
 
     def latents(self, kind: str, guidance: Guidance) -> Any:
@@ -41,15 +45,29 @@ class Scene(numpy_model.Scene):
 
 def reference(scene: Scene, kind: str, guidance: Guidance) -> Any:
     """The readable loop, in float64."""
-    z = encode((scene.frame / 127.5 - 1).transpose(0, 3, 1, 2))["latents"]
+    image = (scene.frame / 127.5 - 1).transpose(0, 3, 1, 2)
+    z, seen = encode(image)["latents"], {}
+    if scene.model == "content":
+        seen = {"content_latents": z}
+    elif scene.model == "inpainting":
+        rest = encode(image * (1 - scene.image_mask.astype(np.float64)))["latents"]
+        seen = {"mask": scene.mask, "masked_latents": rest}
 
     def predict(x: Any, timestep: int, negative: bool) -> Any:
         given = scene.negative if negative else scene.positive
         given = {name: value.astype(np.float64) for name, value in given.items()}
-        return unet(x, np.full(scene.batch, timestep, np.float64), **given)
+        return unet(x, np.full(scene.batch, timestep, np.float64), **given, **seen)
 
     noise = [value.astype(np.float64) for value in scene.noise]
-    return denoise(z, predict, noise=noise, steps=scene.cs, prediction_type=kind, guidance=guidance)
+
+    def keep(x: Any, timestep: int) -> Any:
+        alpha, sigma = NoiseSchedule.scaled_linear().alpha_sigma(timestep)
+        return np.where(scene.mask > 0, x, alpha * z + sigma * noise[0])
+
+    after = keep if scene.masked and scene.model != "inpainting" else None
+    return denoise(
+        z, predict, noise=noise, steps=scene.cs, prediction_type=kind, guidance=guidance, after=after
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,8 +96,13 @@ def test_without_guidance_it_is_the_plain_loop_to_the_last_bit(kind: str, gamma:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("gamma", [0.0, 0.5])
 @pytest.mark.parametrize("mode", ["none", "full", "residual"])
-def test_every_mode_is_its_loop_reference(kind: str, gamma: float, mode: str) -> None:
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_mode_is_its_loop_reference(
+    kind: str, gamma: float, mode: str, model: str, masked: bool
+) -> None:
     scene = Scene(coefficients(gamma=gamma), seed=1)
+    scene.model, scene.masked = model, masked
     guidance = Guidance(mode, 1.0 if mode == "none" else 6.0)
     expected = reference(scene, kind, guidance)
     np.testing.assert_allclose(
@@ -174,9 +197,10 @@ def test_feeds_and_shapes_say_what_to_open_and_what_to_set() -> None:
 
 
 @pytest.mark.parametrize("mode", ["none", "full", "residual"])
-def test_no_launch_writes_what_it_reads_and_nothing_is_written_twice(mode: str) -> None:
+@pytest.mark.parametrize("model", MODELS)
+def test_no_launch_writes_what_it_reads_and_nothing_is_written_twice(mode: str, model: str) -> None:
     guidance = Guidance(mode, 1.0 if mode == "none" else 2.0)
-    program = frame_program(NUMBERS, coefficients(4, 0.3), "sample", SIZE, guidance)
+    program = frame_program(MODELS[model], coefficients(4, 0.3), "sample", SIZE, guidance, masked=True)
     written = [buffer for launch in program.launches for buffer in launch.outputs.values()]
     assert len(written) == len(set(written))
     for launch in program.launches:

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.numpy_model import KINDS, NUMBERS, SIZE, Scene, coefficients, engines
+from support.numpy_model import KINDS, MODELS, NUMBERS, SIZE, Scene, coefficients, engines
 
 from std_rt.engines.host import HostRunner
+from std_rt.engines.program import Program
 from std_rt.pipeline.denoise import Guidance
 from std_rt.pipeline.program_builder import CONDITIONING, frame_program, graph_shapes
 from std_rt.pipeline.stream_program import stream_program, unet_rows
@@ -20,21 +21,27 @@ def guidance_of(mode: str) -> Guidance:
     return Guidance(mode, 1.0 if mode == "none" else 6.0)
 
 
-def one_by_one(scene: Scene, kind: str, mode: str) -> tuple[Any, Any]:
+def masks(scene: Scene, program: Program) -> dict[str, Any]:
+    """What the program takes of the scene's mask."""
+    found = {"mask": scene.mask, "image_mask": scene.image_mask}
+    return {name: value for name, value in found.items() if name in program.feeds}
+
+
+def one_by_one(scene: Scene, kind: str, mode: str, model: str) -> tuple[Any, Any]:
     """The frame and its last latents."""
-    program = frame_program(NUMBERS, scene.cs, kind, SIZE, guidance_of(mode))
+    program = frame_program(MODELS[model], scene.cs, kind, SIZE, guidance_of(mode))
     opened = engines(program)
     runner = HostRunner(opened, program)
-    runner.set(**scene.feeds(mode))
+    runner.set(**scene.feeds(mode), **masks(scene, program))
     return runner.run(scene.frame), opened["vae_decoder"].calls[0]["latents"]
 
 
 class Stream:
     """Scenes through the slots, fed by hand from the docstring of `stream_program`."""
 
-    def __init__(self, scenes: list[Scene], kind: str, mode: str) -> None:
+    def __init__(self, scenes: list[Scene], kind: str, mode: str, model: str = "plain") -> None:
         self.scenes, self.cs, self.mode = scenes, scenes[0].cs, mode
-        self.program = stream_program(NUMBERS, self.cs, kind, SIZE, guidance_of(mode))
+        self.program = stream_program(MODELS[model], self.cs, kind, SIZE, guidance_of(mode))
         self.opened = engines(self.program)
         self.runner = HostRunner(self.opened, self.program)
 
@@ -52,7 +59,7 @@ class Stream:
                     for i, (scene, c) in enumerate(zip(slots, self.cs, strict=True))
                 ]
             )
-        self.runner.set(**feeds)
+        self.runner.set(**feeds, **masks(slots[0], self.program))
         return self.runner.run(slots[0].frame)
 
 
@@ -60,16 +67,19 @@ class Stream:
 @pytest.mark.parametrize("gamma", [0.0, 0.5])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
-def test_every_frame_comes_out_as_it_does_on_its_own(kind: str, gamma: float, mode: str, steps: int) -> None:
+@pytest.mark.parametrize("model", MODELS)
+def test_every_frame_comes_out_as_it_does_on_its_own(
+    kind: str, gamma: float, mode: str, steps: int, model: str
+) -> None:
     """To the last bit: the same operations in the same order, on engines that treat every row alike."""
     cs = coefficients(steps, gamma)
     scenes = [Scene(cs, seed) for seed in range(4)]
-    stream = Stream(scenes, kind, mode)
+    stream = Stream(scenes, kind, mode, model)
     found = [stream.push(k) for k in range(len(scenes) + steps - 1)][steps - 1 :]
     latents = [call["latents"] for call in stream.opened["vae_decoder"].calls][steps - 1 :]
     assert len({x.tobytes() for x in latents}) == len(scenes)
     for scene, frame, x in zip(scenes, found, latents, strict=True):
-        expected, expected_x = one_by_one(scene, kind, mode)
+        expected, expected_x = one_by_one(scene, kind, mode, model)
         np.testing.assert_array_equal(x, expected_x)
         np.testing.assert_array_equal(frame, expected)
 
