@@ -15,8 +15,13 @@ and with the photo (features). So its pictures can become better than its teache
 
 from __future__ import annotations
 
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +41,9 @@ from std_rt.models.perceptual import (
     relative_l1,
 )
 from std_rt.pipeline.denoise import denoise
-from std_rt.training.data.picture_set import PictureSet, load_pictures, random_crop
+from std_rt.training.data.picture_set import Frame, load_pictures, random_crop
 from std_rt.training.run.precision import attention_kernels, precision_context
 from std_rt.training.run.recipe import LOWEST_START_ETA, StylistConfig
-from std_rt.training.run.sheet import to_tensor
 from std_rt.training.run.training_run import ModuleRun, cosine_rate
 from std_rt.training.tiny.autoencoder_parts import choose_device, load_autoencoder
 from std_rt.training.tiny.teacher import (
@@ -155,27 +159,61 @@ def build_stylist(config: StylistConfig) -> TinyPipeline:
 
 
 @dataclass(frozen=True)
-class Unpaired:
-    """Photos and artworks that have nothing to do with each other."""
+class Pictures:
+    """One step's crops, uint8 ``[B, H, W, 3]``.
 
-    photos: PictureSet
-    art: PictureSet
+    Each of ``art`` is for two of ``photos``: a style's features are a third of a sample's cost.
+    """
 
-    def draw(self, config: StylistConfig, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Photos ``[B, 3, own_px, own_px]`` and artworks ``[ceil(B / 2), 3, style_px, style_px]``.
+    content: Tensor
+    style: Tensor
+    target: Tensor
+    photos: Tensor | None = None  # without a target
+    art: Tensor | None = None
 
-        Pictures are in [-1, 1]. Each artwork is for two photos: its features are a third of a sample's cost.
-        """
-        count = config.own_batch
-        pictures = [
-            random_crop(kind.frames[kind.draw(rng)], side, rng)
+
+class StylistData:
+    """Triplets, and photos and artworks that have nothing to do with each other."""
+
+    def __init__(self, config: StylistConfig) -> None:
+        """Read everything into memory. Raises RecipeError."""
+        self.config, data = config, config.data
+        self.triplets = TripletSet(config.triplets, config.crop_px)
+        if config.own_batch:
+            self.photos = load_pictures(data.photos, data.sources)
+            self.art = load_pictures(data.art, data.sources)
+
+    def draw(self, step: int) -> Pictures:
+        """The crops of a step, from random numbers of its own: so steps can be drawn in any order."""
+        config, rng = self.config, np.random.default_rng([self.config.seed, step])
+        rows = [self.triplets.draw(config.crop_px, config.style_px, rng) for _ in range(config.batch)]
+        content, style, target = (_stacked(column) for column in zip(*rows, strict=True))
+        if not config.own_batch:
+            return Pictures(content, style, target)
+        photos, art = (
+            _stacked([random_crop(kind.frames[kind.draw(rng)], side, rng) for _ in range(n)])
             for kind, side, n in (
-                (self.photos, config.own_px, count),
-                (self.art, config.style_px, -(-count // 2)),
+                (self.photos, config.own_px, config.own_batch),
+                (self.art, config.style_px, -(-config.own_batch // 2)),
             )
-            for _ in range(n)
-        ]
-        return to_tensor(pictures[:count]), to_tensor(pictures[count:])
+        )
+        return Pictures(content, style, target, photos, art)
+
+    def ahead(self, start: int) -> Iterator[Pictures]:
+        """The crops of every step from ``start`` on, a few of them drawn ahead in threads."""
+        workers = max(1, min(8, (os.cpu_count() or 1) // 2))
+        with ThreadPoolExecutor(workers, "std-rt-draw") as pool:
+            waiting = deque(pool.submit(self.draw, start + i) for i in range(2 * workers))
+            try:
+                for step in count(start + len(waiting)):
+                    yield waiting.popleft().result()
+                    waiting.append(pool.submit(self.draw, step))
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def _stacked(frames: Sequence[Frame]) -> Tensor:
+    return torch.from_numpy(np.stack(frames))
 
 
 class Stylist:
@@ -184,23 +222,27 @@ class Stylist:
     def __init__(self, config: StylistConfig) -> None:
         self.config, self.device = config, choose_device(config.device)
         self.live, self.average = build_stylist(config), build_stylist(config)
+        # GPUs convolve faster with the channels last; CPUs gained nothing.
+        layout = torch.channels_last if self.device == "cuda" else torch.contiguous_format
         for p in (self.live, self.average):
             for part in (p.unet, p.style_encoder, p.vae):
-                part.to(self.device)
-        self.look = load_perceptual(config.perceptual).to(self.device) if config.perceptual else None
-        self.vgg = load_perceptual(config.own_vgg).to(self.device) if config.own_vgg else None
+                part.to(self.device, memory_format=layout)
+        self.look, self.vgg = (
+            load_perceptual(path).to(self.device).to(memory_format=layout) if path else None
+            for path in (config.perceptual, config.own_vgg)
+        )
+
+    def images(self, crops: Tensor) -> Tensor:
+        """uint8 ``[B, H, W, 3]`` -> images ``[B, 3, H, W]`` in [-1, 1] on the device."""
+        return crops.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
     @torch.no_grad()
-    def draw(self, triplets: TripletSet, run: ModuleRun) -> Sample:
-        """A batch of crops, their latents, and states on trajectories between them."""
-        config = self.config
-        frames = [triplets.draw(config.crop_px, config.style_px, run.rng) for _ in range(config.batch)]
-        content, style, target = (
-            to_tensor(list(column)).to(self.device) for column in zip(*frames, strict=True)
-        )
+    def sample(self, pictures: Pictures, run: ModuleRun) -> Sample:
+        """The triplets' latents, and states on trajectories between them."""
+        content, style, target = map(self.images, (pictures.content, pictures.style, pictures.target))
         with self.precision():
             c, s, z = (self.live.vae.encode(x).latents.float() for x in (content, style, target))
-        levels = draw_levels(config, config.batch, run.rng)
+        levels = draw_levels(self.config, len(z), run.rng)
         noisy = noisy_states(z, c, s, self.live.schedule, levels, run.rng, run.generator)
         return Sample(target, c, noisy)
 
@@ -243,11 +285,10 @@ class Stylist:
         loss = feature_distance(features, wanted) + F.l1_loss(picture, sample.target[:, :, rows, columns])
         return loss + gram_distance([f.float() for f in features], [f.float() for f in wanted])
 
-    def own_run_loss(self, unpaired: Unpaired, run: ModuleRun) -> Tensor:
+    def own_run_loss(self, photos: Tensor, art: Tensor, run: ModuleRun) -> Tensor:
         """Style, colours and content of a decoded estimate at a random step of the network's own run."""
         assert self.look is not None
-        config = self.config
-        photo, style = (x.to(self.device) for x in unpaired.draw(config, run.rng))
+        config, photo, style = self.config, self.images(photos), self.images(art)
         with self.precision(), attention_kernels(self.device):
             picture = self.live.vae.decode(self._own_estimate(photo, style, run)).sample.float()
             features = self.look(picture)
@@ -292,7 +333,7 @@ class Stylist:
 
 
 def _twice(rows: Tensor, photos: Tensor) -> Tensor:
-    """Each row for two photos, as `Unpaired` draws them."""
+    """Each row for two photos, as `StylistData` draws them."""
     return rows.repeat_interleave(2, 0)[: len(photos)]
 
 
@@ -302,25 +343,21 @@ def train_stylist(config: StylistConfig, stop_after: int | None = None) -> Path:
     ``stop_after`` ends the call at that step with a checkpoint written, as a kill would. The folder is also
     written at every snapshot, so that it can be looked at while the run goes on.
     """
-    triplets = TripletSet(config.triplets, config.crop_px)
-    stylist = Stylist(config)
+    if config.own_batch and not config.perceptual:
+        raise RecipeError(
+            "own_batch needs a perceptual network; set perceptual to its weights, or own_batch = 0"
+        )
+    data, stylist = StylistData(config), Stylist(config)
     run = pipeline_run(config, stylist.live, stylist.average)
     pairs = watched_pairs(config.data)
-    data, unpaired = config.data, None
-    if config.own_batch:
-        if not config.perceptual:
-            raise RecipeError(
-                "own_batch needs a perceptual network; set perceptual to its weights, or own_batch = 0"
-            )
-        unpaired = Unpaired(load_pictures(data.photos, data.sources), load_pictures(data.art, data.sources))
 
     def rate(step: int) -> float:
         return cosine_rate(config.learning_rate, step, config.steps, config.warmup, 0.5)
 
-    for step in run.steps(rate, stop_after):
-        loss = stylist.loss(stylist.draw(triplets, run), run, step)
-        if unpaired is not None:
-            loss = loss + stylist.own_run_loss(unpaired, run)
+    for step, pictures in zip(run.steps(rate, stop_after), data.ahead(run.start), strict=False):
+        loss = stylist.loss(stylist.sample(pictures, run), run, step)
+        if pictures.photos is not None and pictures.art is not None:
+            loss = loss + stylist.own_run_loss(pictures.photos, pictures.art, run)
         run.update(loss, config.batch + config.own_batch)
         ema_update(stylist.average, stylist.live, step, config.ema_decay)
         if run.due(step):

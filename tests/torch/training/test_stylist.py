@@ -16,7 +16,6 @@ from support.distil_runs import ADVERSARIAL, assert_same, read_checkpoint, small
 
 from std_rt.core.errors import RecipeError
 from std_rt.core.schedule import trajectory_timesteps
-from std_rt.training.data.picture_set import load_pictures
 from std_rt.training.distil.base import load_base
 from std_rt.training.distil.loop import train_distil
 from std_rt.training.distil.sampling import encode_scene, sample_latents
@@ -24,7 +23,7 @@ from std_rt.training.run.recipe import AutoencoderConfig, LatentsConfig, Stylist
 from std_rt.training.run.sheet import spread_pairs, to_tensor
 from std_rt.training.run.training_run import ModuleRun
 from std_rt.training.tiny.autoencoder_stage import train_autoencoder
-from std_rt.training.tiny.stylist import Stylist, Unpaired, build_stylist, train_stylist
+from std_rt.training.tiny.stylist import Stylist, StylistData, build_stylist, train_stylist
 from std_rt.training.tiny.teacher import sample
 from std_rt.training.tiny.tiny_pipeline import load_tiny, run_unet, save_tiny
 from std_rt.training.tiny.triplets import TripletSource
@@ -143,17 +142,30 @@ def test_own_runs_teach_without_a_target(
         train_stylist(replace(config, output=str(tmp_path / "c"), perceptual=""))
 
 
+def test_steps_drawn_ahead_are_those_drawn_one_by_one(stylist_config: StylistConfig) -> None:
+    data = StylistData(replace(stylist_config, own_batch=3, own_px=64))
+    for step, pictures in zip(range(5, 9), data.ahead(5), strict=False):
+        again = data.draw(step)
+        assert all(
+            torch.equal(a, b) for a, b in zip(vars(pictures).values(), vars(again).values(), strict=True)
+        )
+        assert len(again.photos) == 3
+        assert len(again.art) == 2
+
+
 def test_the_own_run_loss_falls_along_its_gradient(
     stylist_config: StylistConfig, squeezenet_file: Path
 ) -> None:
     config = replace(stylist_config, perceptual=str(squeezenet_file), own_batch=2, own_px=64)
-    stylist, data = Stylist(config), config.data
-    unpaired = Unpaired(load_pictures(data.photos), load_pictures(data.art))
+    stylist, pictures = Stylist(config), StylistData(config).draw(0)
+    assert pictures.photos is not None
+    assert pictures.art is not None
+    photos, art = pictures.photos, pictures.art
 
     def loss() -> torch.Tensor:
         generator = torch.Generator().manual_seed(3)
         run = SimpleNamespace(rng=np.random.default_rng(3), generator=generator, add=lambda **_: None)
-        return stylist.own_run_loss(unpaired, cast(ModuleRun, run))
+        return stylist.own_run_loss(photos, art, cast(ModuleRun, run))
 
     before = loss()
     before.backward()
