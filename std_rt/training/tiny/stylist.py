@@ -227,10 +227,8 @@ class Stylist:
         for p in (self.live, self.average):
             for part in (p.unet, p.style_encoder, p.vae):
                 part.to(self.device, memory_format=layout)
-        self.look, self.vgg = (
-            load_perceptual(path).to(self.device).to(memory_format=layout) if path else None
-            for path in (config.perceptual, config.own_vgg)
-        )
+        self.look = load_perceptual(config.perceptual).to(self.device) if config.perceptual else None
+        self.vgg = load_perceptual(config.own_vgg).to(self.device) if config.own_vgg else None
 
     def images(self, crops: Tensor) -> Tensor:
         """uint8 ``[B, H, W, 3]`` -> images ``[B, 3, H, W]`` in [-1, 1] on the device."""
