@@ -117,7 +117,8 @@ def estimate(config: DistilConfig, device: str = "", flops_per_s: float | None =
     counts = {"lora": lora, "heads": judge.heads, "unet": _count(unet), "vae": _count(vae)}
 
     context = inputs["encoder_hidden_states"].shape[2] * (tokens + 1 if tokens else TEXT_TOKENS)
-    row = 2 * math.prod(shape) + context + pooled + 6 + 5  # of the bank, all fp32
+    channels = shape[0] + int(unet.config.out_channels)  # z and x, and the content where the UNet sees it
+    row = channels * math.prod(shape[1:]) + context + pooled + 6 + 5  # of the bank, all fp32
     with_bank = config.method == "std" and config.bank.enabled
     bank = 4 * row * config.bank.capacity * len(sizes) / GIB if with_bank else 0.0
     kept = outputs * DTYPES[config.precision].itemsize * config.batch * MARGIN
@@ -195,7 +196,7 @@ def _build_vae(config: dict[str, Any]) -> Network:
 
 def _latent_sizes(config: DistilConfig, unet: Network, vae: Network) -> list[tuple[int, int]]:
     """Latent heights and widths of the training, the square in the middle."""
-    if not config.pictures.folder:
+    if config.latents.file or config.latents.triplets:
         return [(config.latents.side, config.latents.side)]
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
     multiple = scale * 2 ** (len(unet.config.block_out_channels) - 1)

@@ -140,6 +140,7 @@ def test_another_bundle_shape_option_or_file_is_another_engine(
 def test_every_operation_between_graphs_is_built(builder: EngineBuilder, op: str) -> None:
     shapes = {"frame": (1, 16, 24, 3), "image": (1, 3, 16, 24)}
     shapes |= dict.fromkeys(("x", "y", "z"), (2, 4, 2, 3)) | dict.fromkeys(("a", "b", "c"), (2, 1, 1, 1))
+    shapes["mask"] = (1, 1, 2, 3)
     spec = glue_spec(op, {port: shapes[port] for port in GLUE[op].inputs})
     assert spec.path == glue_path(op)
     assert builder.data(spec)
