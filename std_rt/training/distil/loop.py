@@ -24,7 +24,7 @@ from std_rt.training.distil.features import DinoFeatures, Features, StyleFeature
 from std_rt.training.distil.lora import Average, add_lora, lora_parameters, make_notes, save_lora
 from std_rt.training.distil.sampling import SheetMaker
 from std_rt.training.run.precision import DTYPES, attention_kernels
-from std_rt.training.run.recipe import DistilConfig, distil_tau
+from std_rt.training.run.recipe import DistilConfig, describe_rates, distil_tau, learning_rates
 from std_rt.training.run.report import Stopwatch
 from std_rt.training.run.training_run import Run, cosine_rate
 from std_rt.training.tiny.latents import TripleSource
@@ -114,10 +114,10 @@ def write_card(folder: Path, config: DistilConfig, base: Base) -> None:
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _rate(config: DistilConfig, step: int) -> float:
+def _rate(config: DistilConfig, highest: float, step: int) -> float:
     if config.rate_schedule == "constant":
-        return config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup))
-    return cosine_rate(config.learning_rate, step, config.steps, config.warmup, floor=0.0)
+        return highest * min(1.0, (step + 1) / max(1, config.warmup))
+    return cosine_rate(highest, step, config.steps, config.warmup, floor=0.0)
 
 
 def train_distil(config: DistilConfig, stop_after: int | None = None, base: Base | None = None) -> Path:
@@ -158,7 +158,8 @@ def _train(  # noqa: C901
     rank, world = accelerator.process_index, accelerator.num_processes
     source = stack.enter_context(closing(_source(config, base, rank, world)))
     distiller = Distiller(config, base, source, average, device=str(device), rank=rank, watch=watch)
-    optimizer = _optimizer(config, list(parameters.values()), config.learning_rate)
+    student_rate, heads_rate = learning_rates(config, world)
+    optimizer = _optimizer(config, list(parameters.values()), student_rate)
     student, optimizer = accelerator.prepare(base.unet, optimizer)
 
     # --- the discriminator, if the recipe has one -----------------------------------------------------
@@ -169,9 +170,7 @@ def _train(  # noqa: C901
         condition_dim = base.unet.config.projection_class_embeddings_input_dim
         condition_dim -= 6 * base.unet.config.addition_time_embed_dim
         adversary = Adversary(features, condition_dim).to(device)
-        heads_optimizer = _optimizer(
-            config, list(adversary.heads.parameters()), config.adversarial.learning_rate
-        )
+        heads_optimizer = _optimizer(config, list(adversary.heads.parameters()), heads_rate)
         # Its optimizer steps by itself: the heads are fp32, and fp16's gradient scaler is the student's.
         heads = accelerator.prepare(adversary.heads)
 
@@ -190,13 +189,14 @@ def _train(  # noqa: C901
         watch=watch,
     )
     stack.callback(run.close)
+    run.report.say(describe_rates(config, world))
     run.histogram = lambda: distiller.bank.visits[: distiller.levels.tau_index + 1]
     if run.start == 0 and distiller.uses_bank and config.bank.spread:
         run.report.say("filling the trajectory bank")
         distiller.spread_bank()
     sheets = SheetMaker(config, base, distiller) if main else None
 
-    for step in run.steps(partial(_rate, config), stop_after):
+    for step in run.steps(partial(_rate, config, student_rate), stop_after):
         for _ in range(config.accumulate):
             batch = distiller.draw()
             judge = adversary is not None and step >= config.adversarial.start_step

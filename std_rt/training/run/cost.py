@@ -26,7 +26,7 @@ from std_rt.training.distil.discriminator import Heads
 from std_rt.training.distil.lora import choose_layers
 from std_rt.training.distil.trajectory import last_index
 from std_rt.training.run.precision import DTYPES
-from std_rt.training.run.recipe import DistilConfig, distil_tau
+from std_rt.training.run.recipe import DistilConfig, describe_rates, distil_tau
 from std_rt.training.tiny.tiny_pipeline import add_style_attention
 
 __all__ = ["Estimate", "describe", "describe_run", "estimate", "measure_flops"]
@@ -351,6 +351,7 @@ def describe(config: DistilConfig, found: Estimate) -> list[str]:
         f"trains   {counts['lora']:,} parameters in a LoRA of rank {config.lora.rank} on "
         f"{found.lora_layers} layers{heads}",
         f"frozen   {counts['unet']:,} parameters in the UNet, {counts['vae']:,} in the autoencoder",
+        f"rate     {describe_rates(config)}",
         f"memory   about {sum(found.memory_gib.values()):.2f} GiB on {found.device}, PyTorch's own on top"
         f"{elsewhere}",
         *(f"  {gib:8.2f} GiB  {name}" for name, gib in found.memory_gib.items() if gib >= 0.005),

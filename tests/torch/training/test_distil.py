@@ -21,6 +21,7 @@ from std_rt.training.distil.base import Base, Conditioning, load_base
 from std_rt.training.distil.distiller import Distiller, StepBatch
 from std_rt.training.distil.loop import train_distil
 from std_rt.training.distil.lora import Average, add_lora, lora_parameters
+from std_rt.training.run.checkpoint import load_state
 from std_rt.training.run.recipe import (
     AdversarialConfig,
     BankConfig,
@@ -231,6 +232,18 @@ def test_a_resumed_run_equals_an_unbroken_one(config: DistilConfig, method: str,
     assert len(logs[0].splitlines()) == 4
     loras = [load_file(Path(c.output) / "lora.safetensors") for c in (whole, broken)]
     assert_same(*loras)
+
+
+def test_both_rates_grow_with_the_images_of_a_step_and_follow_one_schedule(config: DistilConfig) -> None:
+    judge = replace(ADVERSARIAL, learning_rate=4e-2)
+    config = replace(config, learning_rate=1e-2, rate_per_images=1, adversarial=judge, warmup=2, steps=4)
+    config = replace(config, snapshot_every=1)
+    for stop_after in (1, 4):  # half of the warm-up; after a resume, half of the cosine
+        train_distil(config, stop_after=stop_after)
+        checkpoints = Path(config.output) / "checkpoints"
+        _, notes = load_state(checkpoints / f"{stop_after:06d}" / "shared.safetensors")
+        found = {name: groups[0]["lr"] for name, groups in notes["groups"].items()}
+        assert found == {"student": pytest.approx(1e-2), "heads": pytest.approx(4e-2)}
 
 
 def _distance(config: DistilConfig, tensors: dict[str, torch.Tensor] | None) -> float:
