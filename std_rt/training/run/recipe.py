@@ -450,8 +450,8 @@ def describe_rates(recipe: DistilConfig, processes: int = 1) -> str:
     judge = f", {heads:.3g} of the discriminator" if recipe.adversarial.weight else ""
     images = recipe.batch * recipe.accumulate * processes
     scaled = f", scaled by {images}/{recipe.rate_per_images}" if recipe.rate_per_images else ""
-    plural = "" if processes == 1 else "es"
-    return f"learning rate at most {student:.3g}{judge}: {images} images per step of {processes} process{plural}{scaled}"
+    of = "one process" if processes == 1 else f"{processes} processes"
+    return f"learning rate at most {student:.3g}{judge}: {images} images per step of {of}{scaled}"
 
 
 def distil_tau(recipe: DistilConfig) -> int:

@@ -76,7 +76,8 @@ class Run:
     """A resumable run in ``config.output``.
 
     ``parts``: modules or named tensors that training changes. ``optimizers``: the first one gets the learning
-    rate of `steps`, the others theirs in the proportion that they come with. ``own``: the state of this process alone. ``accelerator``: Accelerate's, or one process.
+    rate of `steps`, the others theirs in the proportion that they come with. ``own``: the state of this
+    process alone. ``accelerator``: Accelerate's, or one process.
     Raises RecipeError if the folder cannot be written or holds another run.
     """
 

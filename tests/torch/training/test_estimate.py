@@ -156,7 +156,13 @@ def test_the_description_says_what_it_assumes(clip: Path) -> None:
     text = "\n".join(lines)
     assert f"{found.parameters['lora']:,} parameters in a LoRA of rank 4" in text
     assert f"{found.parameters['heads']:,} in the discriminator's heads" in text
-    for part in ("rate     learning rate at most", "GiB  trajectory bank", "UNet evaluations per sample", "40%", "bf16 matmul"):
+    for part in (
+        "rate     learning rate at most",
+        "GiB  trajectory bank",
+        "UNet evaluations per sample",
+        "40%",
+        "bf16 matmul",
+    ):
         assert part in text
     assert not any("\n" in line for line in lines)
 
