@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from std_rt.core.errors import RecipeError
 from std_rt.training.distil.bank import Shape, States, TrajectoryBank
 from std_rt.training.distil.base import Base, Fresh, cat
 from std_rt.training.distil.discriminator import draw_real_index, has_pair, renoise
@@ -86,12 +87,18 @@ class Distiller:
         self.tau = distil_tau(config)
         # Random choices are made on the CPU, whatever the device, so that they are the same everywhere.
         self.levels = Levels.of(base.schedule, self.tau)
+        if not self.levels.alpha(torch.tensor(self.levels.tau_index)):
+            raise RecipeError(
+                f"{base.name} has zero terminal SNR: at eta {config.eta:g} nothing of the picture is left to "
+                "start from; set eta = 0.98 or less"
+            )
         self.device_levels = self.levels.to(device)
         self.last = last_index(self.tau, config.run_steps)
         self.window = target_window(config.eta, config.window, self.tau)
         self.edges = phase_edges(self.tau, config.phases)
         where = device if config.bank.device == "auto" else config.bank.device
-        self.bank = TrajectoryBank(config.bank.capacity, self.last, where, self._capacities())
+        pinned = where == "cpu" and torch.device(device).type == "cuda"
+        self.bank = TrajectoryBank(config.bank.capacity, self.last, where, self._capacities(), pinned)
         self.rng = np.random.default_rng((config.seed, rank))
         self.generator = torch.Generator().manual_seed(int(self.rng.integers(2**62)))
         self._precision = partial(precision_context, config.precision, torch.device(device).type)
@@ -221,7 +228,7 @@ class Distiller:
             states = self.solved(count, shape) if std else self.fresh(count, shape)
             return states, [], shape
         new, slots = self.bank.plan(count, shape, self.rng)
-        parts = [self.bank.get(shape, slots).to(self.device)] if slots else []
+        parts = [self.bank.get(shape, slots, self.device)] if slots else []
         parts += [self.fresh(new, shape)] if new else []
         return cat(parts), slots, shape
 

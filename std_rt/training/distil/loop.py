@@ -45,6 +45,11 @@ def _accelerator(config: DistilConfig) -> Iterator[Accelerator]:
         GradientState._reset_state()
 
 
+def _base_dtype(config: DistilConfig, device: torch.device) -> torch.dtype:
+    """Of the UNet's weights; on the CPU autocast casts them."""
+    return torch.float32 if device.type == "cpu" else DTYPES[config.precision]
+
+
 def _optimizer(config: DistilConfig, parameters: list[torch.nn.Parameter], rate: float) -> Any:
     options: dict[str, Any] = {"lr": rate, "betas": (0.9, 0.999), "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
@@ -131,7 +136,9 @@ def train_distil(config: DistilConfig, stop_after: int | None = None, base: Base
         attention_kernels(accelerator.device.type),
         ExitStack() as stack,
     ):
-        return _train(config, accelerator, base or load_base(config.base), stop_after, stack)
+        device = accelerator.device
+        base = base or load_base(config.base, _base_dtype(config, device), device)
+        return _train(config, accelerator, base, stop_after, stack)
 
 
 # One long function, to be read from top to bottom.
@@ -147,11 +154,11 @@ def _train(  # noqa: C901
 
     # --- networks: one UNet holds teacher (LoRA off), student (LoRA on) and averaged student ---------
     base.to(device)
-    if device.type != "cpu":  # the autoencoder stays in fp32: SDXL's overflows in fp16
-        base.unet.to(DTYPES[config.precision])
+    if base.unet.dtype != (dtype := _base_dtype(config, device)):
+        base.unet.to(dtype)  # the autoencoder stays in fp32: SDXL's overflows in fp16
     add_lora(base.unet, config.lora, config.seed)
     if config.gradient_checkpointing:
-        base.unet.enable_gradient_checkpointing()
+        base.checkpoint()
     parameters = lora_parameters(base.unet)
     average = Average(parameters)
     watch = Stopwatch(device)

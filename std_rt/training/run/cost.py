@@ -35,6 +35,7 @@ GIB = 2**30
 MATMUL_SHARE = 0.4  # of a large matmul's speed that convolutions and attention reach at training sizes
 MARGIN = 1.5  # on kept outputs: working memory of kernels, copies that autocast makes, gradients on their way
 CHECKPOINTED = 0.1  # of the outputs that gradient checkpointing keeps, measured on SDXL
+DECODER_CHECKPOINTED = 0.65  # the same of its decoder, whose last blocks have most of them
 TEXT_TOKENS = 77
 DINO_SIZES = {"small": (384, 12), "base": (768, 12), "large": (1024, 24), "giant": (1536, 40)}
 DINO_PATCH_PX = 14
@@ -121,9 +122,13 @@ def estimate(config: DistilConfig, device: str = "", flops_per_s: float | None =
     with_bank = config.method == "std" and config.bank.enabled
     bank = 4 * row * config.bank.capacity * len(sizes) / GIB if with_bank else 0.0
     kept = outputs * DTYPES[config.precision].itemsize * config.batch * MARGIN
-    memory = _weights(config, counts, counts["vae"] + encoders + judge.frozen, on_cpu=device == "cpu") | {
+    recomputed = config.gradient_checkpointing and vae._supports_gradient_checkpointing
+    kept_judging = judge.kept + judge.decoder * (DECODER_CHECKPOINTED if recomputed else 1)
+    half = config.precision != "fp32" and device != "cpu" and not tokens
+    wide = counts["vae"] + judge.frozen + encoders * (0.5 if half else 1)
+    memory = _weights(config, counts, wide, on_cpu=device == "cpu") | {
         "activations": kept * (CHECKPOINTED if config.gradient_checkpointing else 1) / GIB,
-        "decoder and DINOv2 activations": 4 * judge.kept * config.batch / GIB,
+        "decoder and DINOv2 activations": 4 * kept_judging * config.batch / GIB,
         "trajectory bank": bank if config.bank.device != "cpu" or device == "cpu" else 0.0,
     }
     work = _evaluations(config, lora / counts["unet"], judge.flops / flops)
@@ -251,7 +256,8 @@ class _Judge:
     heads: int = 0  # parameters that train
     frozen: int = 0  # parameters of DINOv2
     flops: float = 0.0  # of decoder and DINOv2
-    kept: float = 0.0  # numbers that they keep for the backward pass
+    kept: float = 0.0  # numbers that DINOv2 keeps for the backward pass
+    decoder: float = 0.0  # and the decoder
 
 
 def _judge(
@@ -272,7 +278,8 @@ def _judge(
         12 * width**2 * depth,
         flops + depth * (24 * tokens * width**2 + 4 * tokens**2 * width),
         # About twenty maps of the width per block, the multilayer perceptron's being four times as wide.
-        outputs + 20.0 * depth * tokens * width,
+        20.0 * depth * tokens * width,
+        outputs,
     )
 
 
@@ -284,15 +291,15 @@ def _count_heads(channels: list[int], pooled: int) -> int:
 # --- sums -------------------------------------------------------------------------------------------------
 
 
-def _weights(config: DistilConfig, counts: dict[str, int], others: int, *, on_cpu: bool) -> dict[str, float]:
-    """Everything held in memory all the time, GiB; ``others`` are frozen networks in fp32."""
+def _weights(config: DistilConfig, counts: dict[str, int], wide: float, *, on_cpu: bool) -> dict[str, float]:
+    """Everything held in memory all the time, GiB; ``wide``: numbers in fp32 of other frozen networks."""
     # On the CPU the base stays in fp32, and autocast holds its copy of it until the backward pass is done.
     base_bytes = 4 if config.precision == "fp32" else 6 if on_cpu else 2
     moments = 2 if config.optimizer == "adamw8bit" else 8  # Adam's two, bytes per number
     trained = counts["lora"] + counts["heads"]
     parts = {
         "base weights": base_bytes * counts["unet"],
-        "autoencoder and encoders": 4 * others,
+        "autoencoder and encoders": 4 * wide,
         "LoRA and heads": 4 * trained,
         "moving average": 4 * counts["lora"],
         "gradients": 4 * trained,
