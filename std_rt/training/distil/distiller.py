@@ -34,7 +34,7 @@ from std_rt.training.distil.trajectory import (
     randint,
     to_x0_eps,
 )
-from std_rt.training.run.precision import precision_context
+from std_rt.training.run.precision import precision_context, resolve_precision
 from std_rt.training.run.recipe import DistilConfig, distil_tau, target_window
 from std_rt.training.run.training_run import random_state, restore_random_state
 
@@ -112,10 +112,14 @@ class Distiller:
         return (index - self.config.stride).clamp(min=CLEAN)
 
     def judging(self) -> AbstractContextManager[None]:
-        """Precision of decoder, features and heads: bf16 where training is; never fp16, SDXL's decoder
-        overflows in it."""
-        wide = "bf16" if self.config.precision == "bf16" else "fp32"
-        return precision_context(wide, torch.device(self.device).type)
+        """Precision of decoder, features and heads: never fp16, in which SDXL's decoder overflows. In its place
+        bf16 where the GPU has that, or fp32."""
+        device = torch.device(self.device).type
+        precision = resolve_precision(self.config.precision, device)
+        if precision == "fp16":
+            has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            precision = "bf16" if has_bf16 else "fp32"
+        return precision_context(precision, device)
 
     # --- the networks -------------------------------------------------------------------------------
 

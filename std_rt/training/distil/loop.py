@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from std_rt.core.errors import RecipeError
 from std_rt.training.distil.base import Base, load_base
@@ -23,7 +23,7 @@ from std_rt.training.distil.distiller import Distiller, Source
 from std_rt.training.distil.features import DinoFeatures, Features, StyleFeatures, load_dino
 from std_rt.training.distil.lora import Average, add_lora, lora_parameters, make_notes, save_lora
 from std_rt.training.distil.sampling import SheetMaker
-from std_rt.training.run.precision import DTYPES, attention_kernels
+from std_rt.training.run.precision import DTYPES, attention_kernels, resolve_precision
 from std_rt.training.run.recipe import DistilConfig, describe_rates, distil_tau, learning_rates
 from std_rt.training.run.report import Stopwatch
 from std_rt.training.run.training_run import Run, cosine_rate
@@ -37,7 +37,11 @@ __all__ = ["train_distil"]
 def _accelerator(config: DistilConfig) -> Iterator[Accelerator]:
     """Accelerate for one run; its global state is reset after, so that one process can train twice."""
     # bf16 needs no gradient scaler and is switched on around the networks only (distiller.py).
-    mixed = "fp16" if config.precision == "fp16" else "no"
+    device = PartialState().device.type
+    precision = resolve_precision(config.precision, device)
+    if precision == "fp16" and device == "cpu":
+        raise RecipeError("precision = 'fp16' needs a GPU, and there is none; set precision = 'auto'")
+    mixed = "fp16" if precision == "fp16" else "no"
     try:
         yield Accelerator(mixed_precision=mixed, gradient_accumulation_steps=config.accumulate)
     finally:
@@ -47,7 +51,9 @@ def _accelerator(config: DistilConfig) -> Iterator[Accelerator]:
 
 def _base_dtype(config: DistilConfig, device: torch.device) -> torch.dtype:
     """Of the UNet's weights; on the CPU autocast casts them."""
-    return torch.float32 if device.type == "cpu" else DTYPES[config.precision]
+    if device.type == "cpu":
+        return torch.float32
+    return DTYPES[resolve_precision(config.precision, device.type)]
 
 
 def _optimizer(config: DistilConfig, parameters: list[torch.nn.Parameter], rate: float) -> Any:

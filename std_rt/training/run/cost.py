@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from std_rt.training.distil.base import check_source, read_json
 from std_rt.training.distil.discriminator import Heads
 from std_rt.training.distil.lora import choose_layers
 from std_rt.training.distil.trajectory import last_index
-from std_rt.training.run.precision import DTYPES
+from std_rt.training.run.precision import DTYPES, resolve_precision
 from std_rt.training.run.recipe import DistilConfig, describe_rates, distil_tau
 from std_rt.training.tiny.tiny_pipeline import add_style_attention
 
@@ -101,6 +101,7 @@ def estimate(config: DistilConfig, device: str = "", flops_per_s: float | None =
     """
     chosen = torch.accelerator.current_accelerator(check_available=True)  # as Accelerate chooses
     device = device or (chosen.type if chosen else "cpu")
+    config = replace(config, precision=_precision(config, device))
     unet_config, vae_config, style, encoders = _configs(config.base)
     tokens = int(style.get("tokens", 0))
     unet, vae = _build_unet(unet_config, tokens), _build_vae(vae_config)
@@ -142,6 +143,10 @@ def estimate(config: DistilConfig, device: str = "", flops_per_s: float | None =
         flops_per_s=flops_per_s or measure_flops(device, config.precision),
         device=device,
     )
+
+
+def _precision(config: DistilConfig, device: str) -> str:
+    return resolve_precision(config.precision, torch.device(device).type)
 
 
 # --- the base's networks ----------------------------------------------------------------------------------
@@ -364,6 +369,6 @@ def describe(config: DistilConfig, found: Estimate) -> list[str]:
         *(f"  {gib:8.2f} GiB  {name}" for name, gib in found.memory_gib.items() if gib >= 0.005),
         f"work     {sum(found.evaluations.values()):.1f} UNet evaluations per sample ({units})",
         f"time     about {found.step_s:.3g} s per step of {samples} samples, at {MATMUL_SHARE:.0%} of the "
-        f"{found.flops_per_s / 1e12:.3g} TFLOP/s of a {config.precision} matmul here; data loading, encoding "
-        "and sheets come on top",
+        f"{found.flops_per_s / 1e12:.3g} TFLOP/s of a {_precision(config, found.device)} matmul here; "
+        "data loading, encoding and sheets come on top",
     ]

@@ -299,7 +299,9 @@ class DistilConfig:
     ema_decay: Share = 0.95
     ema_target: bool = True  # false: the online weights are the target (ablation)
     huber_c: Positive = 1e-3
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = (
+        "auto"  # auto: fp16 on CUDA, else bf16
+    )
     gradient_checkpointing: bool = False
     snapshot_every: Count = 500
     log_every: Count = 10
