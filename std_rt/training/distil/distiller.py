@@ -112,8 +112,10 @@ class Distiller:
         return (index - self.config.stride).clamp(min=CLEAN)
 
     def judging(self) -> AbstractContextManager[None]:
-        """Precision of decoder, features and heads: never fp16, in which SDXL's decoder overflows. In its place
-        bf16 where the GPU has that, or fp32."""
+        """Precision of decoder, features and heads: never fp16, in which SDXL's decoder overflows.
+
+        In its place bf16 where the GPU has that, or fp32.
+        """
         device = torch.device(self.device).type
         precision = resolve_precision(self.config.precision, device)
         if precision == "fp16":

@@ -26,7 +26,7 @@ from std_rt.training.distil.discriminator import Heads
 from std_rt.training.distil.lora import choose_layers
 from std_rt.training.distil.trajectory import last_index
 from std_rt.training.run.precision import DTYPES, resolve_precision
-from std_rt.training.run.recipe import DistilConfig, describe_rates, distil_tau
+from std_rt.training.run.recipe import DistilConfig, Precision, describe_rates, distil_tau
 from std_rt.training.tiny.tiny_pipeline import add_style_attention
 
 __all__ = ["Estimate", "describe", "describe_run", "estimate", "measure_flops"]
@@ -145,7 +145,7 @@ def estimate(config: DistilConfig, device: str = "", flops_per_s: float | None =
     )
 
 
-def _precision(config: DistilConfig, device: str) -> str:
+def _precision(config: DistilConfig, device: str) -> Precision:
     return resolve_precision(config.precision, torch.device(device).type)
 
 

@@ -28,6 +28,7 @@ Pair = tuple[Count, Count]
 Positive = Annotated[float, Meta(gt=0, le=1e9)]
 CropSide = Annotated[int, Meta(ge=32, multiple_of=8)]  # px
 Side = Annotated[int, Meta(ge=1, le=32)]  # in latent pixels: stored latents have at least this short side
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Sides = Annotated[tuple[Side, ...], Meta(min_length=1)]
 
 
@@ -299,9 +300,7 @@ class DistilConfig:
     ema_decay: Share = 0.95
     ema_target: bool = True  # false: the online weights are the target (ablation)
     huber_c: Positive = 1e-3
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = (
-        "auto"  # auto: fp16 on CUDA, else bf16
-    )
+    precision: Precision = "auto"  # fp16 on CUDA, else bf16
     gradient_checkpointing: bool = False
     snapshot_every: Count = 500
     log_every: Count = 10
