@@ -84,7 +84,9 @@ class Conditioning(Rows):
     def masked(self, keep: Tensor) -> Conditioning:
         """Rows where ``keep [B]`` is 0 become the unconditional branch: zeros, as SDXL's pipelines do.
 
-        Sizes stay, and so does the content: guidance is on the style alone.
+        Sizes stay, and so does the content: guidance is on the style alone. Tokens are std-tiny's, whose "no
+        style" is zeros in the export too. IP-Adapters, whose "no style" is projected in diffusers, do not take
+        part in a distillation.
         """
         k = keep.to(self.context)
         zeroed = self.map(lambda x: x * k.view(-1, *[1] * (x.ndim - 1)))

@@ -19,6 +19,8 @@ from support.pipelines import write_clip_pipeline, write_own_pipeline
 
 from std_rt.core.errors import RecipeError
 from std_rt.core.schedule import NoiseSchedule, trajectory_timesteps
+from std_rt.export.export_options import ExportOptions
+from std_rt.export.source_pipeline import read_source
 from std_rt.training.distil import distiller as distiller_module
 from std_rt.training.distil import loop
 from std_rt.training.distil.bank import States
@@ -472,6 +474,23 @@ def test_auto_is_fp16_on_cuda_which_loses_less_of_a_guided_step_than_bf16(config
 def test_fp16_without_a_gpu_is_one_line(config: DistilConfig) -> None:
     with pytest.raises(RecipeError, match="precision = 'fp16' needs a GPU, and there is none; set precision"):
         train_distil(replace(config, precision="fp16"))
+
+
+def test_no_style_is_the_same_in_training_and_in_export(base_folder: Path, tmp_path: Path) -> None:
+    base = load_base(base_folder)
+    styles = torch.zeros(2, 3, base.style_px, base.style_px)
+    free = base.condition(["", ""], styles, torch.ones(2, 6)).null()
+    exported = read_source(ExportOptions(base_folder, tmp_path)).load_style()[0]
+    assert free.tokens is not None
+    assert torch.equal(free.tokens[:1], exported.negative)
+
+
+def test_an_sdxl_is_distilled_without_its_ip_adapter(clip_folder: Path) -> None:
+    """So its branch of no style, zero pixels through encoder and projection, is the export's alone."""
+    assert (clip_folder / "ip_adapter.safetensors").is_file()
+    base = load_base(clip_folder)
+    assert base.unet.encoder_hid_proj is None
+    assert base.condition(["ink"], None, torch.ones(1, 6)).tokens is None
 
 
 def test_one_text_encoder_is_enough(clip_folder: Path) -> None:
