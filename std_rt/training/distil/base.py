@@ -85,7 +85,7 @@ class Conditioning(Rows):
         """Rows where ``keep [B]`` is 0 become the unconditional branch: zeros, as SDXL's pipelines do.
 
         Sizes stay, and so does the content: guidance is on the style alone. Tokens are std-tiny's, whose "no
-        style" is zeros in the export too. IP-Adapters, whose "no style" is projected in diffusers, do not take
+        style" is zeros in the export too. IP-Adapters, whose "no style" is projected in diffusers, take no
         part in a distillation.
         """
         k = keep.to(self.context)
