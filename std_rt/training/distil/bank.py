@@ -45,8 +45,11 @@ class States(Rows):
 
     def to(self, device: torch.device | str) -> States:
         """``index`` and ``id`` stay on the CPU: the loop decides by them, and must not wait for a GPU."""
-        cond = self.cond.to(device)
-        return replace(self, z=self.z.to(device), x=self.x.to(device), scale=self.scale.to(device), cond=cond)
+        # Copies to a GPU need not be waited for; from pinned memory they overlap with its work.
+        apart = torch.device(device).type == "cuda"
+        z, x, scale = (v.to(device, non_blocking=apart) for v in (self.z, self.x, self.scale))
+        cond = self.cond.map(lambda v: v.to(device, non_blocking=apart))
+        return replace(self, z=z, x=x, scale=scale, cond=cond)
 
     def tensors(self) -> dict[str, Tensor]:
         """By name, for a checkpoint."""
@@ -70,11 +73,14 @@ class TrajectoryBank:
         last_index: int,
         device: str = "cpu",
         capacities: dict[Shape, int] | None = None,
+        pinned: bool = False,
     ) -> None:
         """``last_index``: the lowest grid index worth training at; below it a trajectory is dropped.
 
-        ``capacities`` are those of sizes that have less than ``capacity``.
+        ``capacities`` are those of sizes that have less than ``capacity``. ``pinned``: on the CPU, in memory
+        that CUDA copies from by itself.
         """
+        self._own = torch.Tensor.pin_memory if pinned else torch.Tensor.clone
         self.capacity, self.last, self.device = capacity, last_index, device
         self.capacities = capacities or {}
         self.slots: dict[Shape, list[States]] = {}
@@ -114,9 +120,9 @@ class TrajectoryBank:
         self.born += count
         return torch.arange(self.born - count, self.born)
 
-    def get(self, shape: Shape, slots: list[int]) -> States:
-        """The rows of these slots, as they were put, each with its own conditioning."""
-        return cat([self.slots[shape][i] for i in slots])
+    def get(self, shape: Shape, slots: list[int], device: torch.device | str | None = None) -> States:
+        """The rows of these slots, as they were put, each with its own conditioning; on ``device``."""
+        return cat([self.slots[shape][i].to(device or self.device) for i in slots])
 
     def count(self, index: Tensor) -> None:
         """Note that these grid indices were trained at."""
@@ -132,9 +138,9 @@ class TrajectoryBank:
         x = states.x.detach().to(self.device)
         for n, slot in enumerate(slots):
             row = slice(n, n + 1)
-            kept[slot] = replace(kept[slot], x=x[row].clone(), index=states.index[row].cpu().clone())
+            kept[slot] = replace(kept[slot], x=self._own(x[row]), index=states.index[row].cpu().clone())
         new = states.rows(slice(len(slots), None)).to(self.device)
-        kept.extend(new.rows(slice(n, n + 1)).map(lambda v: v.detach().clone()) for n in range(len(new)))
+        kept.extend(new.rows(slice(n, n + 1)).map(lambda v: self._own(v.detach())) for n in range(len(new)))
         self.slots[shape] = [row for row in kept if int(row.index) >= self.last]
         assert len(self.slots[shape]) <= self.room(shape)
 
@@ -167,6 +173,8 @@ class TrajectoryBank:
         for text, group in groups.items():
             height, width = (int(part) for part in text.split("x"))
             states = States.of(group).to(self.device)
-            self.slots[height, width] = [states.rows(slice(i, i + 1)) for i in range(len(states))]
+            self.slots[height, width] = [
+                states.rows(slice(i, i + 1)).map(self._own) for i in range(len(states))
+            ]
         self.visits = np.array(meta["visits"], np.int64)
         self.born = int(meta["born"])

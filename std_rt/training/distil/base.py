@@ -7,6 +7,7 @@ on a style picture). The rest of the training code treats both alike.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -83,7 +84,9 @@ class Conditioning(Rows):
     def masked(self, keep: Tensor) -> Conditioning:
         """Rows where ``keep [B]`` is 0 become the unconditional branch: zeros, as SDXL's pipelines do.
 
-        Sizes stay, and so does the content: guidance is on the style alone.
+        Sizes stay, and so does the content: guidance is on the style alone. Tokens are std-tiny's, whose "no
+        style" is zeros in the export too. IP-Adapters, whose "no style" is projected in diffusers, take no
+        part in a distillation.
         """
         k = keep.to(self.context)
         zeroed = self.map(lambda x: x * k.view(-1, *[1] * (x.ndim - 1)))
@@ -119,7 +122,7 @@ class TextEncoders:
         """Captions -> ``(context [B, L, D], pooled [B, P])``; an empty caption is encoded, not zeroed."""
         context, _, pooled, _ = self.pipeline.encode_prompt(
             prompt=list(captions),
-            device=self.pipeline.text_encoder.device,
+            device=self.pipeline.text_encoder_2.device,  # the first may be missing, as in SDXL's refiner
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
         )
@@ -147,6 +150,12 @@ class Base:
                 part.to(device)
         if self.text is not None:
             self.text.pipeline.to(device)
+
+    def checkpoint(self) -> None:
+        """Gradient checkpointing in the UNet and, where it has that, in the decoder."""
+        self.unet.enable_gradient_checkpointing()
+        if self.vae._supports_gradient_checkpointing:
+            self.vae.enable_gradient_checkpointing()
 
     @property
     def sees_content(self) -> bool:
@@ -231,11 +240,22 @@ def _tiny(folder: Path) -> Base:
     return Base(p.unet, p.vae, p.schedule, folder.resolve().name, "", style, int(style.config.image_px))
 
 
-def _sdxl(source: str) -> Base:
-    from diffusers import StableDiffusionXLPipeline
+def _sdxl(source: str, dtype: torch.dtype, device: torch.device | str) -> Base:
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
-    # The picture encoder and the adapter belong to inference; the published recipe trains on text.
-    p = StableDiffusionXLPipeline.from_pretrained(source, image_encoder=None, feature_extractor=None)
+    text = torch.float32 if dtype == torch.float32 else torch.float16
+    with warnings.catch_warnings():
+        # diffusers 0.35 has no other name for it.
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+        unet: Network = UNet2DConditionModel.from_pretrained(source, subfolder="unet", torch_dtype=dtype)
+        p = StableDiffusionXLPipeline.from_pretrained(
+            source,
+            unet=unet.to(device),  # before the others are read
+            # The picture encoder and the adapter belong to inference; the published recipe trains on text.
+            image_encoder=None,
+            feature_extractor=None,
+            torch_dtype={"vae": torch.float32, "default": text},
+        )
     if p.text_encoder_2 is None:
         raise RecipeError(f"base = {source!r} has neither text encoders nor std-tiny's style encoder")
     for part in (p.vae, p.text_encoder, p.text_encoder_2):
@@ -256,16 +276,19 @@ def check_source(source: str | Path) -> Path:
     return folder
 
 
-def load_base(source: str | Path) -> Base:
-    """A folder in SDXL's layout (or a hub id), or one of std-tiny; fp32, frozen.
+def load_base(
+    source: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Base:
+    """A folder in SDXL's layout (or a hub id), or one of std-tiny; frozen, on ``device``.
 
+    The UNet is in ``dtype``; with a half type, SDXL's text encoders are in fp16. All else is in fp32.
     Raises RecipeError if it is missing or another kind of pipeline.
     """
     folder = check_source(source)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise RecipeError(f"base = {str(source)!r} is not a diffusers folder (it has no model_index.json)")
     try:
-        base = _tiny(folder) if _is_tiny(folder) else _sdxl(str(source))
+        base = _tiny(folder) if _is_tiny(folder) else _sdxl(str(source), dtype, device)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RecipeError(
@@ -283,4 +306,7 @@ def load_base(source: str | Path) -> Base:
     for part in (base.unet, base.vae, base.style_encoder):
         if part is not None:
             part.requires_grad_(False).eval()
+    if base.unet.dtype != dtype:
+        base.unet.to(dtype)
+    base.to(device)
     return base

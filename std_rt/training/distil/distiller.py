@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from std_rt.core.errors import RecipeError
 from std_rt.training.distil.bank import Shape, States, TrajectoryBank
 from std_rt.training.distil.base import Base, Fresh, cat
 from std_rt.training.distil.discriminator import draw_real_index, has_pair, renoise
@@ -33,7 +34,7 @@ from std_rt.training.distil.trajectory import (
     randint,
     to_x0_eps,
 )
-from std_rt.training.run.precision import precision_context
+from std_rt.training.run.precision import precision_context, resolve_precision
 from std_rt.training.run.recipe import DistilConfig, distil_tau, target_window
 from std_rt.training.run.training_run import random_state, restore_random_state
 
@@ -86,12 +87,18 @@ class Distiller:
         self.tau = distil_tau(config)
         # Random choices are made on the CPU, whatever the device, so that they are the same everywhere.
         self.levels = Levels.of(base.schedule, self.tau)
+        if not self.levels.alpha(torch.tensor(self.levels.tau_index)):
+            raise RecipeError(
+                f"{base.name} has zero terminal SNR: at eta {config.eta:g} nothing of the picture is left to "
+                "start from; set eta = 0.98 or less"
+            )
         self.device_levels = self.levels.to(device)
         self.last = last_index(self.tau, config.run_steps)
         self.window = target_window(config.eta, config.window, self.tau)
         self.edges = phase_edges(self.tau, config.phases)
         where = device if config.bank.device == "auto" else config.bank.device
-        self.bank = TrajectoryBank(config.bank.capacity, self.last, where, self._capacities())
+        pinned = where == "cpu" and torch.device(device).type == "cuda"
+        self.bank = TrajectoryBank(config.bank.capacity, self.last, where, self._capacities(), pinned)
         self.rng = np.random.default_rng((config.seed, rank))
         self.generator = torch.Generator().manual_seed(int(self.rng.integers(2**62)))
         self._precision = partial(precision_context, config.precision, torch.device(device).type)
@@ -105,10 +112,16 @@ class Distiller:
         return (index - self.config.stride).clamp(min=CLEAN)
 
     def judging(self) -> AbstractContextManager[None]:
-        """Precision of decoder, features and heads: bf16 where training is; never fp16, SDXL's decoder
-        overflows in it."""
-        wide = "bf16" if self.config.precision == "bf16" else "fp32"
-        return precision_context(wide, torch.device(self.device).type)
+        """Precision of decoder, features and heads: never fp16, in which SDXL's decoder overflows.
+
+        In its place bf16 where the GPU has that, or fp32.
+        """
+        device = torch.device(self.device).type
+        precision = resolve_precision(self.config.precision, device)
+        if precision == "fp16":
+            has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            precision = "bf16" if has_bf16 else "fp32"
+        return precision_context(precision, device)
 
     # --- the networks -------------------------------------------------------------------------------
 
@@ -221,7 +234,7 @@ class Distiller:
             states = self.solved(count, shape) if std else self.fresh(count, shape)
             return states, [], shape
         new, slots = self.bank.plan(count, shape, self.rng)
-        parts = [self.bank.get(shape, slots).to(self.device)] if slots else []
+        parts = [self.bank.get(shape, slots, self.device)] if slots else []
         parts += [self.fresh(new, shape)] if new else []
         return cat(parts), slots, shape
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from std_rt.core.errors import RecipeError
 from std_rt.training.distil.base import Base, load_base
@@ -23,8 +23,8 @@ from std_rt.training.distil.distiller import Distiller, Source
 from std_rt.training.distil.features import DinoFeatures, Features, StyleFeatures, load_dino
 from std_rt.training.distil.lora import Average, add_lora, lora_parameters, make_notes, save_lora
 from std_rt.training.distil.sampling import SheetMaker
-from std_rt.training.run.precision import DTYPES, attention_kernels
-from std_rt.training.run.recipe import DistilConfig, distil_tau
+from std_rt.training.run.precision import DTYPES, attention_kernels, resolve_precision
+from std_rt.training.run.recipe import DistilConfig, describe_rates, distil_tau, learning_rates
 from std_rt.training.run.report import Stopwatch
 from std_rt.training.run.training_run import Run, cosine_rate
 from std_rt.training.tiny.latents import TripleSource
@@ -37,12 +37,23 @@ __all__ = ["train_distil"]
 def _accelerator(config: DistilConfig) -> Iterator[Accelerator]:
     """Accelerate for one run; its global state is reset after, so that one process can train twice."""
     # bf16 needs no gradient scaler and is switched on around the networks only (distiller.py).
-    mixed = "fp16" if config.precision == "fp16" else "no"
+    device = PartialState().device.type
+    precision = resolve_precision(config.precision, device)
+    if precision == "fp16" and device == "cpu":
+        raise RecipeError("precision = 'fp16' needs a GPU, and there is none; set precision = 'auto'")
+    mixed = "fp16" if precision == "fp16" else "no"
     try:
         yield Accelerator(mixed_precision=mixed, gradient_accumulation_steps=config.accumulate)
     finally:
         AcceleratorState._reset_state(reset_partial_state=False)
         GradientState._reset_state()
+
+
+def _base_dtype(config: DistilConfig, device: torch.device) -> torch.dtype:
+    """Of the UNet's weights; on the CPU autocast casts them."""
+    if device.type == "cpu":
+        return torch.float32
+    return DTYPES[resolve_precision(config.precision, device.type)]
 
 
 def _optimizer(config: DistilConfig, parameters: list[torch.nn.Parameter], rate: float) -> Any:
@@ -114,10 +125,10 @@ def write_card(folder: Path, config: DistilConfig, base: Base) -> None:
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _rate(config: DistilConfig, step: int) -> float:
+def _rate(config: DistilConfig, highest: float, step: int) -> float:
     if config.rate_schedule == "constant":
-        return config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup))
-    return cosine_rate(config.learning_rate, step, config.steps, config.warmup, floor=0.0)
+        return highest * min(1.0, (step + 1) / max(1, config.warmup))
+    return cosine_rate(highest, step, config.steps, config.warmup, floor=0.0)
 
 
 def train_distil(config: DistilConfig, stop_after: int | None = None, base: Base | None = None) -> Path:
@@ -131,7 +142,9 @@ def train_distil(config: DistilConfig, stop_after: int | None = None, base: Base
         attention_kernels(accelerator.device.type),
         ExitStack() as stack,
     ):
-        return _train(config, accelerator, base or load_base(config.base), stop_after, stack)
+        device = accelerator.device
+        base = base or load_base(config.base, _base_dtype(config, device), device)
+        return _train(config, accelerator, base, stop_after, stack)
 
 
 # One long function, to be read from top to bottom.
@@ -147,18 +160,19 @@ def _train(  # noqa: C901
 
     # --- networks: one UNet holds teacher (LoRA off), student (LoRA on) and averaged student ---------
     base.to(device)
-    if device.type != "cpu":  # the autoencoder stays in fp32: SDXL's overflows in fp16
-        base.unet.to(DTYPES[config.precision])
+    if base.unet.dtype != (dtype := _base_dtype(config, device)):
+        base.unet.to(dtype)  # the autoencoder stays in fp32: SDXL's overflows in fp16
     add_lora(base.unet, config.lora, config.seed)
     if config.gradient_checkpointing:
-        base.unet.enable_gradient_checkpointing()
+        base.checkpoint()
     parameters = lora_parameters(base.unet)
     average = Average(parameters)
     watch = Stopwatch(device)
     rank, world = accelerator.process_index, accelerator.num_processes
     source = stack.enter_context(closing(_source(config, base, rank, world)))
     distiller = Distiller(config, base, source, average, device=str(device), rank=rank, watch=watch)
-    optimizer = _optimizer(config, list(parameters.values()), config.learning_rate)
+    student_rate, heads_rate = learning_rates(config, world)
+    optimizer = _optimizer(config, list(parameters.values()), student_rate)
     student, optimizer = accelerator.prepare(base.unet, optimizer)
 
     # --- the discriminator, if the recipe has one -----------------------------------------------------
@@ -169,9 +183,7 @@ def _train(  # noqa: C901
         condition_dim = base.unet.config.projection_class_embeddings_input_dim
         condition_dim -= 6 * base.unet.config.addition_time_embed_dim
         adversary = Adversary(features, condition_dim).to(device)
-        heads_optimizer = _optimizer(
-            config, list(adversary.heads.parameters()), config.adversarial.learning_rate
-        )
+        heads_optimizer = _optimizer(config, list(adversary.heads.parameters()), heads_rate)
         # Its optimizer steps by itself: the heads are fp32, and fp16's gradient scaler is the student's.
         heads = accelerator.prepare(adversary.heads)
 
@@ -190,13 +202,14 @@ def _train(  # noqa: C901
         watch=watch,
     )
     stack.callback(run.close)
+    run.report.say(describe_rates(config, world))
     run.histogram = lambda: distiller.bank.visits[: distiller.levels.tau_index + 1]
     if run.start == 0 and distiller.uses_bank and config.bank.spread:
         run.report.say("filling the trajectory bank")
         distiller.spread_bank()
     sheets = SheetMaker(config, base, distiller) if main else None
 
-    for step in run.steps(partial(_rate, config), stop_after):
+    for step in run.steps(partial(_rate, config, student_rate), stop_after):
         for _ in range(config.accumulate):
             batch = distiller.draw()
             judge = adversary is not None and step >= config.adversarial.start_step

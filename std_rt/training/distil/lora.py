@@ -201,12 +201,17 @@ def save_lora(
 ) -> None:
     """Write ``tensors`` (named as by `lora_parameters`) in the form that ``pipe.load_lora_weights`` reads.
 
+    Alpha over rank is multiplied into A, so that alpha is the rank in the file: diffusers refuses files with
+    ``.alpha`` tensors beside its own names, and other readers do not know its metadata.
     The file appears whole or not at all. Raises RecipeError if a weight is not finite in ``dtype``, or
     if the file cannot be written; an earlier file is kept in both cases.
     """
+    # Into A, since B may be near the smallest numbers of fp16.
+    strength = config.alpha / config.rank
+    scaled = {name: value * strength if ".lora_A." in name else value for name, value in tensors.items()}
     state = {
         f"unet.{name.replace(f'.{_ADAPTER}.', '.')}": _stored(name, value, dtype)
-        for name, value in tensors.items()
+        for name, value in scaled.items()
     }
     with whole_file(path) as partial:
         save_file(state, partial, {**notes, **_adapter_notes(config)})
@@ -223,16 +228,15 @@ def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _adapter_notes(config: LoraConfig) -> dict[str, str]:
-    """Rank and alpha, ours and in the form that diffusers reads; without them alpha would be the rank."""
-    alpha = int(config.alpha) if config.alpha == int(config.alpha) else config.alpha
+    """Rank and alpha (see `save_lora`), ours and in the form that diffusers reads."""
     adapter = {
         "unet.r": config.rank,
-        "unet.lora_alpha": alpha,
+        "unet.lora_alpha": config.rank,
         "unet.target_modules": list(config.targets),
     }
     return {
         "format": "pt",
         "rank": str(config.rank),
-        "alpha": str(alpha),
+        "alpha": str(config.rank),
         "lora_adapter_metadata": json.dumps(adapter),
     }

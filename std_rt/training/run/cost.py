@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from std_rt.training.distil.base import check_source, read_json
 from std_rt.training.distil.discriminator import Heads
 from std_rt.training.distil.lora import choose_layers
 from std_rt.training.distil.trajectory import last_index
-from std_rt.training.run.precision import DTYPES
-from std_rt.training.run.recipe import DistilConfig, distil_tau
+from std_rt.training.run.precision import DTYPES, resolve_precision
+from std_rt.training.run.recipe import DistilConfig, Precision, describe_rates, distil_tau
 from std_rt.training.tiny.tiny_pipeline import add_style_attention
 
 __all__ = ["Estimate", "describe", "describe_run", "estimate", "measure_flops"]
@@ -35,6 +35,7 @@ GIB = 2**30
 MATMUL_SHARE = 0.4  # of a large matmul's speed that convolutions and attention reach at training sizes
 MARGIN = 1.5  # on kept outputs: working memory of kernels, copies that autocast makes, gradients on their way
 CHECKPOINTED = 0.1  # of the outputs that gradient checkpointing keeps, measured on SDXL
+DECODER_CHECKPOINTED = 0.65  # the same of its decoder, whose last blocks have most of them
 TEXT_TOKENS = 77
 DINO_SIZES = {"small": (384, 12), "base": (768, 12), "large": (1024, 24), "giant": (1536, 40)}
 DINO_PATCH_PX = 14
@@ -100,6 +101,7 @@ def estimate(config: DistilConfig, device: str = "", flops_per_s: float | None =
     """
     chosen = torch.accelerator.current_accelerator(check_available=True)  # as Accelerate chooses
     device = device or (chosen.type if chosen else "cpu")
+    config = replace(config, precision=_precision(config, device))
     unet_config, vae_config, style, encoders = _configs(config.base)
     tokens = int(style.get("tokens", 0))
     unet, vae = _build_unet(unet_config, tokens), _build_vae(vae_config)
@@ -122,9 +124,13 @@ def estimate(config: DistilConfig, device: str = "", flops_per_s: float | None =
     with_bank = config.method == "std" and config.bank.enabled
     bank = 4 * row * config.bank.capacity * len(sizes) / GIB if with_bank else 0.0
     kept = outputs * DTYPES[config.precision].itemsize * config.batch * MARGIN
-    memory = _weights(config, counts, counts["vae"] + encoders + judge.frozen, on_cpu=device == "cpu") | {
+    recomputed = config.gradient_checkpointing and vae._supports_gradient_checkpointing
+    kept_judging = judge.kept + judge.decoder * (DECODER_CHECKPOINTED if recomputed else 1)
+    half = config.precision != "fp32" and device != "cpu" and not tokens
+    wide = counts["vae"] + judge.frozen + encoders * (0.5 if half else 1)
+    memory = _weights(config, counts, wide, on_cpu=device == "cpu") | {
         "activations": kept * (CHECKPOINTED if config.gradient_checkpointing else 1) / GIB,
-        "decoder and DINOv2 activations": 4 * judge.kept * config.batch / GIB,
+        "decoder and DINOv2 activations": 4 * kept_judging * config.batch / GIB,
         "trajectory bank": bank if config.bank.device != "cpu" or device == "cpu" else 0.0,
     }
     work = _evaluations(config, lora / counts["unet"], judge.flops / flops)
@@ -138,6 +144,10 @@ def estimate(config: DistilConfig, device: str = "", flops_per_s: float | None =
         flops_per_s=flops_per_s or measure_flops(device, config.precision),
         device=device,
     )
+
+
+def _precision(config: DistilConfig, device: str) -> Precision:
+    return resolve_precision(config.precision, torch.device(device).type)
 
 
 # --- the base's networks ----------------------------------------------------------------------------------
@@ -252,7 +262,8 @@ class _Judge:
     heads: int = 0  # parameters that train
     frozen: int = 0  # parameters of DINOv2
     flops: float = 0.0  # of decoder and DINOv2
-    kept: float = 0.0  # numbers that they keep for the backward pass
+    kept: float = 0.0  # numbers that DINOv2 keeps for the backward pass
+    decoder: float = 0.0  # and the decoder
 
 
 def _judge(
@@ -273,7 +284,8 @@ def _judge(
         12 * width**2 * depth,
         flops + depth * (24 * tokens * width**2 + 4 * tokens**2 * width),
         # About twenty maps of the width per block, the multilayer perceptron's being four times as wide.
-        outputs + 20.0 * depth * tokens * width,
+        20.0 * depth * tokens * width,
+        outputs,
     )
 
 
@@ -285,15 +297,15 @@ def _count_heads(channels: list[int], pooled: int) -> int:
 # --- sums -------------------------------------------------------------------------------------------------
 
 
-def _weights(config: DistilConfig, counts: dict[str, int], others: int, *, on_cpu: bool) -> dict[str, float]:
-    """Everything held in memory all the time, GiB; ``others`` are frozen networks in fp32."""
+def _weights(config: DistilConfig, counts: dict[str, int], wide: float, *, on_cpu: bool) -> dict[str, float]:
+    """Everything held in memory all the time, GiB; ``wide``: numbers in fp32 of other frozen networks."""
     # On the CPU the base stays in fp32, and autocast holds its copy of it until the backward pass is done.
     base_bytes = 4 if config.precision == "fp32" else 6 if on_cpu else 2
     moments = 2 if config.optimizer == "adamw8bit" else 8  # Adam's two, bytes per number
     trained = counts["lora"] + counts["heads"]
     parts = {
         "base weights": base_bytes * counts["unet"],
-        "autoencoder and encoders": 4 * others,
+        "autoencoder and encoders": 4 * wide,
         "LoRA and heads": 4 * trained,
         "moving average": 4 * counts["lora"],
         "gradients": 4 * trained,
@@ -352,11 +364,12 @@ def describe(config: DistilConfig, found: Estimate) -> list[str]:
         f"trains   {counts['lora']:,} parameters in a LoRA of rank {config.lora.rank} on "
         f"{found.lora_layers} layers{heads}",
         f"frozen   {counts['unet']:,} parameters in the UNet, {counts['vae']:,} in the autoencoder",
+        f"rate     {describe_rates(config)}",
         f"memory   about {sum(found.memory_gib.values()):.2f} GiB on {found.device}, PyTorch's own on top"
         f"{elsewhere}",
         *(f"  {gib:8.2f} GiB  {name}" for name, gib in found.memory_gib.items() if gib >= 0.005),
         f"work     {sum(found.evaluations.values()):.1f} UNet evaluations per sample ({units})",
         f"time     about {found.step_s:.3g} s per step of {samples} samples, at {MATMUL_SHARE:.0%} of the "
-        f"{found.flops_per_s / 1e12:.3g} TFLOP/s of a {config.precision} matmul here; data loading, encoding "
-        "and sheets come on top",
+        f"{found.flops_per_s / 1e12:.3g} TFLOP/s of a {_precision(config, found.device)} matmul here; "
+        "data loading, encoding and sheets come on top",
     ]

@@ -28,6 +28,7 @@ Pair = tuple[Count, Count]
 Positive = Annotated[float, Meta(gt=0, le=1e9)]
 CropSide = Annotated[int, Meta(ge=32, multiple_of=8)]  # px
 Side = Annotated[int, Meta(ge=1, le=32)]  # in latent pixels: stored latents have at least this short side
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Sides = Annotated[tuple[Side, ...], Meta(min_length=1)]
 
 
@@ -227,7 +228,7 @@ class AdversarialConfig:
     blocks: Annotated[tuple[Whole, ...], Meta(min_length=1)] = (2, 5, 8, 11)
     size_px: Count = 224
     real: Literal["below", "same"] = "below"  # real latents at r < s; "same": r = s (ablation)
-    learning_rate: Positive = 5e-5
+    learning_rate: Positive = 5e-5  # scaled and scheduled as the student's
     r1: Amount = 1e-5
     start_step: Whole = 0
 
@@ -282,6 +283,7 @@ class DistilConfig:
     batch: Count = 1  # samples a micro-batch and process
     accumulate: Count = 16
     learning_rate: Positive = 5e-6
+    rate_per_images: Whole = 0  # images per optimizer step that the learning rates are for; 0: any number
     rate_schedule: Literal["cosine", "constant"] = "cosine"
     warmup: Whole = 500
     weight_decay: Amount = 0.0
@@ -298,7 +300,7 @@ class DistilConfig:
     ema_decay: Share = 0.95
     ema_target: bool = True  # false: the online weights are the target (ablation)
     huber_c: Positive = 1e-3
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    precision: Precision = "auto"  # fp16 on CUDA, else bf16
     gradient_checkpointing: bool = False
     snapshot_every: Count = 500
     log_every: Count = 10
@@ -436,6 +438,23 @@ def target_window(eta: float, rate: float, tau: int) -> int:
     return max(1, math.ceil(rate * points - 1e-9))
 
 
+def learning_rates(recipe: DistilConfig, processes: int = 1) -> tuple[float, float]:
+    """The highest rates of the student and of the discriminator; both grow with the images of a step."""
+    images = recipe.batch * recipe.accumulate * processes
+    scale = images / recipe.rate_per_images if recipe.rate_per_images else 1.0
+    return recipe.learning_rate * scale, recipe.adversarial.learning_rate * scale
+
+
+def describe_rates(recipe: DistilConfig, processes: int = 1) -> str:
+    """What the learning rates come to, in a line."""
+    student, heads = learning_rates(recipe, processes)
+    judge = f", {heads:.3g} of the discriminator" if recipe.adversarial.weight else ""
+    images = recipe.batch * recipe.accumulate * processes
+    scaled = f", scaled by {images}/{recipe.rate_per_images}" if recipe.rate_per_images else ""
+    of = "one process" if processes == 1 else f"{processes} processes"
+    return f"learning rate at most {student:.3g}{judge}: {images} images per step of {of}{scaled}"
+
+
 def distil_tau(recipe: DistilConfig) -> int:
     """The timestep at which the trajectory starts; ValueError if it is not on the grid."""
     return trajectory_timesteps(recipe.eta, 1, start=recipe.tau or None)[0]
@@ -486,7 +505,7 @@ def load_run_recipe(folder: Path) -> Any:
 # What may change between a run and its continuation; everything else makes it another run.
 FREE_KEYS = {
     "bf16", "device", "gradient_checkpointing", "learning_rate", "log_every", "output", "pictures.cache",
-    "pictures.workers", "precision", "sheet", "snapshot_every", "steps",
+    "pictures.workers", "precision", "rate_per_images", "sheet", "snapshot_every", "steps",
 }  # fmt: skip
 
 

@@ -76,7 +76,8 @@ class Run:
     """A resumable run in ``config.output``.
 
     ``parts``: modules or named tensors that training changes. ``optimizers``: the first one gets the learning
-    rate of `steps`. ``own``: the state of this process alone. ``accelerator``: Accelerate's, or one process.
+    rate of `steps`, the others theirs in the proportion that they come with. ``own``: the state of this
+    process alone. ``accelerator``: Accelerate's, or one process.
     Raises RecipeError if the folder cannot be written or holds another run.
     """
 
@@ -94,6 +95,8 @@ class Run:
         self.config, self.parts, self.optimizers, self.own = config, parts, optimizers, own
         self.accelerator = accelerator or OneProcess()
         self.watch = watch or Stopwatch()
+        rates = [o.param_groups[0]["lr"] for o in optimizers.values()]  # a checkpoint's are those of its step
+        self.proportions = dict(zip(optimizers, (rate / rates[0] for rate in rates), strict=True))
         self.folder = Path(config.output)
         self.checkpoints = self.folder / "checkpoints"
         self.end = config.steps
@@ -136,8 +139,9 @@ class Run:
         try:
             for step in range(self.start, self.end):
                 self.rate = rate(step)
-                for group in next(iter(self.optimizers.values())).param_groups:
-                    group["lr"] = self.rate
+                for name, optimizer in self.optimizers.items():
+                    for group in optimizer.param_groups:
+                        group["lr"] = self.rate * self.proportions[name]
                 self.watch.start()
                 yield step
                 self.report.advance(step + 1)
@@ -315,7 +319,11 @@ class ModuleRun(Run):
 def cosine_rate(
     base: float, step: int, steps: int, warmup: int, flat: float = 0.0, floor: float = 0.02
 ) -> float:
-    """Linear warm-up, ``base`` until the share ``flat`` of all steps, then a cosine to ``floor * base``."""
-    late = max(0.0, (step / steps - flat) / (1 - flat))
+    """Linear warm-up, ``base`` until the share ``flat`` of all steps, then a cosine to ``floor * base``.
+
+    The cosine begins after the warm-up at the earliest.
+    """
+    begin = max(flat * steps, warmup)
+    late = max(0.0, step - begin) / max(1.0, steps - begin)
     warm = min(1.0, (step + 1) / max(1, warmup))
     return base * warm * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * late)))

@@ -159,6 +159,21 @@ def test_saved_and_restored_it_goes_on_as_it_would_have() -> None:
     assert bank.state()[0].keys() == tensors.keys()
 
 
+def test_a_pinned_bank_keeps_its_rows_in_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New rows, moved ones and restored ones; without CUDA nothing can be pinned, so a copy stands in."""
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda v: (pinned.append(v.clone()), pinned[-1])[1])
+    bank = TrajectoryBank(8, LAST, pinned=True)
+    bank.update(SHAPE, [], _states([1, 2]))
+    bank.update(SHAPE, [0], replace(_states([1]), x=torch.zeros(1, 2, 4, 6), index=torch.tensor([TOP - 1])))
+    again = TrajectoryBank(8, LAST, pinned=True)
+    again.restore(*bank.state())
+    kept = {id(value) for value in pinned}
+    for row in (*bank.slots[SHAPE], *again.slots[SHAPE]):
+        assert {id(v) for v in (row.x, row.z, row.cond.context, row.cond.tokens)} <= kept
+    assert _same(bank.get(SHAPE, [0, 1]), again.get(SHAPE, [0, 1]))
+
+
 def test_mixed_conditioning_is_of_other_trajectories() -> None:
     bank = TrajectoryBank(8, LAST)
     bank.update(SHAPE, [], _states(list(range(8))))

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from support.distil_runs import ADVERSARIAL, assert_same, read_checkpoint, small_recipe, write_latents
-from support.pipelines import write_own_pipeline
+from support.pipelines import write_clip_pipeline, write_own_pipeline
 
 from std_rt.core.errors import RecipeError
-from std_rt.core.schedule import trajectory_timesteps
+from std_rt.core.schedule import NoiseSchedule, trajectory_timesteps
+from std_rt.export.export_options import ExportOptions
+from std_rt.export.source_pipeline import read_source
+from std_rt.training.distil import distiller as distiller_module
+from std_rt.training.distil import loop
 from std_rt.training.distil.bank import States
 from std_rt.training.distil.base import Base, Conditioning, load_base
 from std_rt.training.distil.distiller import Distiller, StepBatch
 from std_rt.training.distil.loop import train_distil
 from std_rt.training.distil.lora import Average, add_lora, lora_parameters
+from std_rt.training.distil.trajectory import Levels
+from std_rt.training.run.checkpoint import load_state
+from std_rt.training.run.precision import precision_context, resolve_precision
 from std_rt.training.run.recipe import (
     AdversarialConfig,
     BankConfig,
@@ -233,6 +243,18 @@ def test_a_resumed_run_equals_an_unbroken_one(config: DistilConfig, method: str,
     assert_same(*loras)
 
 
+def test_both_rates_grow_with_the_images_of_a_step_and_follow_one_schedule(config: DistilConfig) -> None:
+    judge = replace(ADVERSARIAL, learning_rate=4e-2)
+    config = replace(config, learning_rate=1e-2, rate_per_images=1, adversarial=judge, warmup=2, steps=4)
+    config = replace(config, snapshot_every=1)
+    for stop_after in (1, 4):  # half of the warm-up; after a resume, half of the cosine
+        train_distil(config, stop_after=stop_after)
+        checkpoints = Path(config.output) / "checkpoints"
+        _, notes = load_state(checkpoints / f"{stop_after:06d}" / "shared.safetensors")
+        found = {name: groups[0]["lr"] for name, groups in notes["groups"].items()}
+        assert found == {"student": pytest.approx(1e-2), "heads": pytest.approx(4e-2)}
+
+
 def _distance(config: DistilConfig, tensors: dict[str, torch.Tensor] | None) -> float:
     """Of a 2-step run at guidance 1 to the guided teacher's over all grid points, from the same noise."""
     distiller = _distiller(replace(config, drop_conditioning=0.0, bank=BankConfig(enabled=False)))
@@ -371,6 +393,135 @@ def test_gradient_checkpointing_and_online_target_and_mixed_conditioning_run(
     ):
         other = trained(name, **change)
         assert any(not torch.equal(other[k], v) for k, v in plain.items())
+
+
+def test_a_base_without_signal_at_the_start_is_one_line(config: DistilConfig) -> None:
+    """Zero terminal SNR: content over content there would be zero over zero."""
+    schedule = NoiseSchedule.from_config({"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"})
+
+    def start(eta: float) -> States:
+        base = load_base(config.base)
+        base.schedule = schedule
+        return _distiller(replace(config, eta=eta), base).fresh(2, (8, 8))
+
+    with pytest.raises(RecipeError, match=r"tiny has zero terminal SNR: at eta 1 nothing .* set eta = 0\.98"):
+        start(1.0)
+    assert start(0.98).x.isfinite().all()
+
+
+def test_the_bank_is_pinned_where_networks_are_on_cuda(
+    config: DistilConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Levels, "to", lambda self, device: self)
+    made: list[bool] = []
+    monkeypatch.setattr(distiller_module, "TrajectoryBank", lambda *args: made.append(args[-1]))
+    base = load_base(config.base)
+    for where, device in (("cpu", "cuda:1"), ("auto", "cuda"), ("cpu", "cpu")):
+        source = TripleSource(config.latents, base, 0, 0)
+        changed = replace(config, bank=BankConfig(device=where))
+        Distiller(changed, base, source, Average({}), device=device)
+    assert made == [True, False, False]
+
+
+def test_the_base_is_loaded_onto_the_device_in_its_final_type(
+    config: DistilConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def refuse(*args: object) -> Base:
+        asked.append(args)
+        raise RecipeError("enough")
+
+    monkeypatch.setattr(loop, "load_base", refuse)
+    for device in (torch.device("meta"), torch.device("cpu")):
+        monkeypatch.setattr(loop, "_accelerator", lambda _, d=device: nullcontext(SimpleNamespace(device=d)))
+        with pytest.raises(RecipeError, match="enough"):
+            train_distil(replace(config, precision="bf16"))
+    types = [args[1:] for args in asked]
+    assert types == [(torch.bfloat16, torch.device("meta")), (torch.float32, torch.device("cpu"))]
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_clip_pipeline(tmp_path_factory.mktemp("base") / "clip", layers_per_block=1, levels=1)
+
+
+def test_an_sdxl_in_half_precision_keeps_its_autoencoder_in_fp32(clip_folder: Path) -> None:
+    base = load_base(clip_folder, torch.bfloat16)
+    assert base.text is not None
+    parts = (base.unet, base.vae, base.text.pipeline.text_encoder, base.text.pipeline.text_encoder_2)
+    assert [part.dtype for part in parts] == [torch.bfloat16, torch.float32, torch.float16, torch.float16]
+
+
+def test_auto_is_fp16_on_cuda_which_loses_less_of_a_guided_step_than_bf16(config: DistilConfig) -> None:
+    assert DistilConfig("out", "base").precision == "auto"
+    assert [resolve_precision("auto", device) for device in ("cuda", "cpu", "mps")] == [
+        "fp16",
+        "bf16",
+        "bf16",
+    ]
+    distiller = _distiller(config)
+    states = replace(distiller.fresh(4, (8, 8)), scale=torch.full((4,), 16.0))
+    exact = distiller.teacher_step(states)
+
+    def lost(precision: str) -> float:
+        distiller._precision = partial(precision_context, precision, "cpu")
+        return float((distiller.teacher_step(states) - exact).abs().mean())
+
+    assert 0 < 4 * lost("fp16") < lost("bf16")
+
+
+def test_fp16_without_a_gpu_is_one_line(config: DistilConfig) -> None:
+    with pytest.raises(RecipeError, match="precision = 'fp16' needs a GPU, and there is none; set precision"):
+        train_distil(replace(config, precision="fp16"))
+
+
+def test_no_style_is_the_same_in_training_and_in_export(base_folder: Path, tmp_path: Path) -> None:
+    base = load_base(base_folder)
+    styles = torch.zeros(2, 3, base.style_px, base.style_px)
+    free = base.condition(["", ""], styles, torch.ones(2, 6)).null()
+    exported = read_source(ExportOptions(base_folder, tmp_path)).load_style()[0]
+    assert free.tokens is not None
+    assert torch.equal(free.tokens[:1], exported.negative)
+
+
+def test_an_sdxl_is_distilled_without_its_ip_adapter(clip_folder: Path) -> None:
+    """So its branch of no style, zero pixels through encoder and projection, is the export's alone."""
+    assert (clip_folder / "ip_adapter.safetensors").is_file()
+    base = load_base(clip_folder)
+    assert base.unet.encoder_hid_proj is None
+    assert base.condition(["ink"], None, torch.ones(1, 6)).tokens is None
+
+
+def test_one_text_encoder_is_enough(clip_folder: Path) -> None:
+    """As in SDXL's refiner."""
+    base = load_base(clip_folder)
+    assert base.text is not None
+    both, _ = base.text(["ink"])
+    base.text.pipeline.text_encoder = base.text.pipeline.tokenizer = None
+    second, pooled = base.text(["ink"])
+    assert torch.equal(second, both[..., -second.shape[2] :])
+    assert second.shape[2] < both.shape[2]
+    assert pooled.shape[0] == 1
+
+
+def test_the_decoder_is_checkpointed_too(clip_folder: Path) -> None:
+    """Same gradient, and less kept for the backward pass."""
+
+    def run(base: Base) -> tuple[torch.Tensor, int]:
+        kept: list[int] = []
+        z = torch.linspace(-1, 1, 4 * 8 * 8).view(1, 4, 8, 8).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
+            loss = base.decode(z).square().sum()
+        loss.backward()
+        assert z.grad is not None
+        return z.grad, sum(kept)
+
+    plain, checkpointed = load_base(clip_folder), load_base(clip_folder)
+    checkpointed.checkpoint()
+    (gradient, much), (again, little) = run(plain), run(checkpointed)
+    assert torch.allclose(gradient, again, rtol=1e-5)
+    assert little < much / 2
 
 
 def test_conditioning_masks_rows() -> None:

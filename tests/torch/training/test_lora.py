@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, UNet2DConditionModel
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin as XL
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.pipelines import TEXT_DIMS, randomize, write_clip_pipeline, write_own_pipeline
 from torch import Tensor, nn
 
@@ -276,13 +277,34 @@ def test_diffusers_reads_what_is_written(make: Make, tmp_path: Path, alpha: floa
     torch.testing.assert_close(run(fused), expected, atol=1e-5, rtol=0)
 
 
+def test_readers_that_take_alpha_for_the_rank_see_the_same_lora(
+    own: UNet2DConditionModel, tmp_path: Path
+) -> None:
+    """Without the metadata, in diffusers, PEFT and our export."""
+    unet, loaded, bare, fused = (deepcopy(own) for _ in range(4))
+    add_lora(unet, SMALL, 0)
+    draw(unet)
+    save_lora(tmp_path / "l.safetensors", lora_parameters(unet), NOTES, SMALL, torch.float32)
+    state = load_file(tmp_path / "l.safetensors")
+    save_file(state, tmp_path / "bare.safetensors")
+    XL.load_lora_into_unet(dict(state), None, loaded)
+    fuse_lora({"unet": fused}, tmp_path / "bare.safetensors", 1.0)
+    names = {name.removeprefix("unet."): value for name, value in state.items()}
+    layers = sorted({name.rsplit(".lora_", 1)[0] for name in names})
+    bare.add_adapter(peft.LoraConfig(r=4, lora_alpha=4, target_modules=layers), "default")
+    assert not peft.set_peft_model_state_dict(bare, names).unexpected_keys
+    for network in (loaded, fused, bare):
+        torch.testing.assert_close(run(network), run(unet), atol=1e-5, rtol=0)
+
+
 def test_a_pipeline_loads_it(clip_folder: Path, tmp_path: Path) -> None:
     """As a user does, with both ways to give a file, and halves as a snapshot has them."""
     pipe = StableDiffusionXLImg2ImgPipeline.from_pretrained(clip_folder)
     unet = deepcopy(pipe.unet).eval()
-    add_lora(unet, SMALL, 0)
+    config = replace(SMALL, alpha=8.0)  # twice the rank: halves stay what they are
+    add_lora(unet, config, 0)
     halves = {name: value.half().float() for name, value in draw(unet).items()}
-    save_lora(tmp_path / "std.safetensors", halves, NOTES, SMALL)
+    save_lora(tmp_path / "std.safetensors", halves, NOTES, config)
     pipe.load_lora_weights(tmp_path, weight_name="std.safetensors")
     expected = functional(unet, halves, **inputs(unet)).sample
     torch.testing.assert_close(run(pipe.unet), expected, atol=1e-5, rtol=0)
@@ -299,12 +321,13 @@ def test_notes_and_weights_come_back(make: Make, tmp_path: Path) -> None:
     save_lora(path, lora_parameters(unet), NOTES, SMALL, torch.float32)
     read = read_lora(path)
     assert read.keys() == written.keys()
-    assert all(torch.equal(read[name], written[name]) for name in written)
+    for name, value in written.items():
+        assert torch.equal(read[name], value * 1.5 if ".lora_A." in name else value)  # alpha over rank
     notes = read_notes(path)
     assert notes | NOTES == notes
-    assert (notes["rank"], notes["alpha"], notes["format"]) == ("4", "6", "pt")
+    assert (notes["rank"], notes["alpha"], notes["format"]) == ("4", "4", "pt")
     adapter = json.loads(notes["lora_adapter_metadata"])
-    assert (adapter["unet.r"], adapter["unet.lora_alpha"]) == (4, 6)
+    assert (adapter["unet.r"], adapter["unet.lora_alpha"]) == (4, 4)
     keys = load_file(path).keys()
     assert all(key.startswith("unet.") and ".default." not in key for key in keys)
     assert not list(path.parent.glob(".*.part*"))
@@ -338,7 +361,7 @@ def test_a_full_disk_leaves_the_earlier_file(
         RecipeError, match=r"could not be written: .*disk may be full.*previous file is intact"
     ):
         save_lora(path, {"a.lora_A.default.weight": torch.zeros(2, 2)}, NOTES, SMALL)
-    assert read_lora(path)["a.lora_A.default.weight"].sum() == 4
+    assert read_lora(path)["a.lora_A.default.weight"].sum() == 6
     assert [found.name for found in tmp_path.iterdir()] == ["l.safetensors"]
 
 

@@ -11,7 +11,7 @@ import torch
 from std_rt.core.errors import RecipeError
 from std_rt.core.schedule import NoiseSchedule, trajectory_timesteps
 from std_rt.pipeline.denoise import denoise
-from std_rt.training.run.recipe import TeacherConfig, load_recipe
+from std_rt.training.run.recipe import TeacherConfig, describe_rates, learning_rates, load_recipe
 from std_rt.training.tiny.finish import sliced_wasserstein, texture_distance
 from std_rt.training.tiny.generated_styles import STYLES, content_version, draw_style, transfer_colours
 from std_rt.training.tiny.teacher import NoisyBatch, make_noisy, v_loss
@@ -127,6 +127,17 @@ def test_recipes_in_the_repository_load() -> None:
 def test_wrong_recipes_say_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe(_write(tmp_path, text))
+
+
+def test_the_published_rates_are_those_of_eight_processes() -> None:
+    """5e-6 and 1e-4 at 128 images per step; std-tiny's recipe means what it says."""
+    recipes = Path(__file__).parents[3] / "training"
+    published = load_recipe(recipes / "std_sdxl_i2i.toml")
+    assert learning_rates(published, 8) == pytest.approx((5e-6, 1e-4))
+    assert learning_rates(published) == pytest.approx((6.25e-7, 1.25e-5))
+    line = describe_rates(published, 8)
+    assert "at most 5e-06, 0.0001 of the discriminator: 128 images per step of 8 processes" in line
+    assert learning_rates(load_recipe(recipes / "std_tiny.toml"), 8)[0] == 2e-3
 
 
 def test_overrides_reach_nested_keys(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_the_recipes_hold_for_every_eta_and_method(eta: str, method: str) -> Non
         (["--set", "guidance=[3.0, 1.0]"], "range [low, high]"),
         (["--set", "tau=700"], "not on the grid"),
         (["--set", "run_steps=[40]"], "do not fit together"),
-        (["--set", "precision=int8"], "one of bf16, fp16, fp32"),
+        (["--set", "precision=int8"], "one of auto, bf16, fp16, fp32"),
         (["--set", "pictures.folder=x"], "only one of them"),
         (["--set", "lora.rank=0"], "lora.rank = 0: expected int >= 1"),
         (["--set", "lora.targets=[1]"], "lora.targets[0] = 1: expected text, got int"),

@@ -171,3 +171,11 @@ def test_the_rate_warms_up_stays_and_falls() -> None:
     assert rates[10] == rates[50] == 1
     assert rates[99] == pytest.approx(0.02, abs=2e-3)
     assert cosine_rate(1.0, 0, 10, 0) == 1  # no warm-up
+
+
+def test_the_cosine_begins_where_the_warm_up_ends() -> None:
+    rates = [cosine_rate(1.0, i, 100, 40, floor=0.0) for i in range(101)]
+    assert rates[39] == rates[40] == 1
+    assert rates[70] == pytest.approx(0.5)
+    assert rates[100] == pytest.approx(0)
+    assert cosine_rate(1.0, 3, 4, 8) == 0.5  # a run that ends before its warm-up does
