@@ -83,13 +83,16 @@ class Network(nn.Module):
         return (torch.tanh(hidden + (words + more)[:, :, None, None]) * gain.view(-1, 1, 1, 1),)
 
 
-class Decoder(nn.Module):
-    """Latents -> pictures twice as large."""
+class Autoencoder(nn.Module):
+    """Latents <-> pictures twice as large."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(_values(3, C, seed=11), requires_grad=False)
         self.config = SimpleNamespace(scaling_factor=SCALING, shift_factor=SHIFT, block_out_channels=(8, 8))
+
+    def encode(self, images: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(latents=images[:, :, ::2, ::2])
 
     def decode(self, z: Tensor) -> SimpleNamespace:
         image = torch.tanh(torch.einsum("ic,bchw->bihw", self.weight, z))
@@ -150,7 +153,7 @@ class Items:
 
 def _base(kind: str = "epsilon", content: bool = False) -> Base:
     schedule = replace(NoiseSchedule.scaled_linear(), prediction_type=kind)
-    return Base(Network(content), Decoder(), schedule, "known", "digest")
+    return Base(Network(content), Autoencoder(), schedule, "known", "digest")
 
 
 def _config(output: Path, **changes: Any) -> DistilConfig:
@@ -213,7 +216,7 @@ def _network(frozen: Lora, lora: Lora, gain: float, x: Tensor, t: list[int], con
     return torch.tanh(hidden + shift[:, :, None, None]) * factor[:, None, None, None]
 
 
-def _features(latents: Tensor, vae: Decoder, dino: Dino) -> list[Tensor]:
+def _features(latents: Tensor, vae: Autoencoder, dino: Dino) -> list[Tensor]:
     """The maps of blocks 0 and 2 of the decoded picture, with ImageNet's statistics."""
     image = torch.tanh(torch.einsum("ic,bchw->bihw", vae.weight.double(), latents / SCALING + SHIFT))
     image = image.repeat_interleave(2, 2).repeat_interleave(2, 3)
@@ -637,3 +640,11 @@ def test_pictures_are_never_decoded_in_fp16(tmp_path: Path, precision: str, dtyp
     distiller, a = _distiller(_config(tmp_path, precision=precision)), torch.ones(2, 2)
     with distiller.judging():
         assert (a @ a).dtype == dtype
+
+
+def test_latents_are_scaled_and_shifted_as_the_autoencoder_says() -> None:
+    """As diffusers does: ``(z - shift) scaling``, and back."""
+    base, x = _base(), _values(1, C, 4, 4, seed=0)
+    torch.testing.assert_close(base.encode(x), (x[:, :, ::2, ::2] - SHIFT) * SCALING)
+    z = _values(1, C, 2, 2, seed=1)
+    torch.testing.assert_close(base.decode(z), base.vae.decode(z / SCALING + SHIFT).sample)
