@@ -183,3 +183,7 @@ def test_mixed_conditioning_is_of_other_trajectories() -> None:
     stored = [row.cond.pooled[0] for row in bank.slots[SHAPE]]
     assert all(any(torch.equal(row, s) for s in stored) for row in mixed.cond.pooled)
     assert not torch.equal(mixed.cond.pooled, states.cond.pooled)
+    drawn = [bank.mixed(states, SHAPE, np.random.default_rng(seed)).cond.pooled for seed in range(20)]
+    assert all(any(torch.equal(row, s) for batch in drawn for row in batch) for s in stored), "any of them"
+    alone = TrajectoryBank(8, LAST).mixed(states, SHAPE, np.random.default_rng(0))
+    assert torch.equal(alone.cond.pooled, states.cond.pooled[:1].expand(4, -1)), "an empty bank has no others"

@@ -380,13 +380,23 @@ def test_the_lora_says_what_it_is(config: DistilConfig) -> None:
 def test_gradient_checkpointing_and_online_target_and_mixed_conditioning_run(
     config: DistilConfig, tmp_path: Path
 ) -> None:
+    calls: list[int] = []
+
     def trained(name: str, **changes: object) -> dict[str, torch.Tensor]:
         changed = replace(config, steps=2, output=str(tmp_path / name), **changes)  # type: ignore[arg-type]
-        return load_file(train_distil(changed))
+        base = load_base(config.base)
+        calls.append(0)
+
+        def count(*_: object) -> None:
+            calls[-1] += 1
+
+        base.unet.down_blocks[0].resnets[0].register_forward_pre_hook(count)
+        return load_file(train_distil(changed, base=base))
 
     plain, checkpointed = trained("a"), trained("b", gradient_checkpointing=True)
     for name, value in plain.items():
         assert torch.allclose(value, checkpointed[name], atol=1e-3)
+    assert calls[1] == calls[0] + 2, "the student runs again in the backward of each step"
     for name, change in (
         ("c", {"ema_target": False}),
         ("d", {"bank": BankConfig(capacity=6, stored_conditioning=False)}),

@@ -142,6 +142,15 @@ def test_the_layers_of_the_method_are_adapted_and_the_image_branch_is_not(make: 
     assert rows == 4 * len(layers)
 
 
+def test_every_layer_of_the_blocks_is_adapted(make: Make) -> None:
+    """Attention, feed-forward, convolutions, shortcuts, samplers and time projections: all there are."""
+    unet = make()
+    weighted = {n for n, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    blocks = {n for n in weighted if n.startswith(("down_blocks.", "mid_block.", "up_blocks."))}
+    assert any(isinstance(unet.get_submodule(n), nn.Conv2d) for n in blocks)
+    assert set(add_lora(unet, SMALL, 0)) == {n for n in blocks if ".processor." not in n}
+
+
 def test_an_ip_adapters_projection_is_left_alone(make: Make) -> None:
     """IP-Adapter Plus has layers of the same names: proj_in, to_q, ff.net.2 of its resampler."""
     unet = make()
