@@ -67,6 +67,11 @@ class Network(nn.Module):
         )
         self.dtypes: list[torch.dtype] = []  # of every evaluation
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """As diffusers' models have it."""
+        return self.to_q.weight.dtype
+
     def add_adapter(self, settings: Any, name: str) -> None:
         inject_adapter_in_model(settings, self, name)
 
@@ -407,10 +412,11 @@ class ByHand:
         factor = min(1.0, config.max_grad_norm / norm)
         rate = config.learning_rate * min(1.0, (number + 1) / config.warmup)
         if config.rate_schedule == "cosine":
-            rate *= (1 + cos(pi * number / config.steps)) / 2
+            late = max(0.0, (number - config.warmup) / (config.steps - config.warmup))
+            rate *= (1 + cos(pi * late)) / 2
         self.optimizer.step({name: g * factor for name, g in gradients.items()}, rate)
         if self.heads is not None and number >= config.adversarial.start_step:
-            self.judges.step(judged, config.adversarial.learning_rate)
+            self.judges.step(judged, config.adversarial.learning_rate * rate / config.learning_rate)
         d = config.ema_decay
         self.average = {n: d * v + (1 - d) * self.lora[n].detach() for n, v in self.average.items()}
         self.logs.append({"gradient": norm, "learning_rate": rate})
@@ -476,8 +482,11 @@ def _log(config: DistilConfig) -> list[dict[str, float]]:
     return [json.loads(line) for line in (Path(config.output) / "log.jsonl").read_text().splitlines()]
 
 
-def _stored(path: Path) -> Lora:
-    return {n.removeprefix("unet.").removesuffix(".weight"): v.double() for n, v in load_file(path).items()}
+def _stored(path: Path, config: DistilConfig) -> Lora:
+    """A file's LoRA as it is trained: in the file, alpha over rank is part of A."""
+    lora = {n.removeprefix("unet.").removesuffix(".weight"): v.double() for n, v in load_file(path).items()}
+    scale = config.lora.alpha / config.lora.rank
+    return {n: v / scale if n.endswith("lora_A") else v for n, v in lora.items()}
 
 
 def _close(ours: Lora, theirs: Lora, tolerance: float) -> None:
@@ -518,11 +527,11 @@ def test_a_run_is_what_the_formulas_say(
     parts = config.accumulate
     for step in range(config.steps):
         hand.step(step, kept.draws[step * parts : (step + 1) * parts])
-        _close(_stored(tmp_path / "loras" / f"{step + 1:06d}.safetensors"), hand.average, 3e-4)
+        _close(_stored(tmp_path / "loras" / f"{step + 1:06d}.safetensors", config), hand.average, 3e-4)
         for name, value in hand.logs[step].items():
             assert _log(config)[step][name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
     assert len(kept.draws) == config.steps * parts
-    _close(_stored(final), hand.average, 3e-4)
+    _close(_stored(final, config), hand.average, 3e-4)
     end = read_checkpoint(config)
     _close(_part(end, "lora"), hand.lora, 1e-4)
     _close(_part(end, "average"), hand.average, 1e-4)
