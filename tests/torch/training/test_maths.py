@@ -173,7 +173,7 @@ def test_values_outside_their_range_are_refused(assignment: str, message: str) -
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("look_px=256", "look_px = 256 is more than crop_px = 192"),
+        ("look_px=256", "look_px = 256 is more than crop_px = 128"),
         ("crop_px=100", "crop_px = 100: expected int that's a multiple of 8"),
         ("run_steps=[1, 40]", "eta and run_steps do not fit together"),
         ("device=cud", "device = 'cud' must be one of auto, cpu, cuda; did you mean cuda"),
