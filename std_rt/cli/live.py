@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from std_rt.live.presenter import Outputs, Presenter
     from std_rt.live.session import Session
+    from std_rt.live.style_mixer import StyleMixer
     from std_rt.media.camera.frame_source import Source
     from std_rt.media.video.record import Recorder
     from std_rt.pipeline.stylizer import Stylizer
@@ -149,7 +150,6 @@ def live(request: LiveRequest) -> None:
     """
     from std_rt.live.presenter import Presenter
     from std_rt.live.session import Session, Settings
-    from std_rt.live.style_mixer import StyleMixer
 
     styles = expand_styles(request.style)
     _check_outputs(request, [path for path, _ in styles])
@@ -171,14 +171,7 @@ def live(request: LiveRequest) -> None:
         if request.prompt is not None:
             stylizer.set_prompt(request.prompt, request.negative_prompt)
         stylizer.keep_colours = request.keep_colours
-        mixer = StyleMixer(
-            stylizer.encode_style,
-            stylizer.bundle,
-            strength=request.style_strength,
-            stroke_size=request.stroke_size,
-        )
-        stack.enter_context(closing(mixer))
-        mixer.cycle(request.cycle_s, request.crossfade)
+        mixer = stack.enter_context(closing(_mixer(request, stylizer)))
         with builds_shown(console, stylizer.backend):
             quality = stylizer.quality(first.shape[0], first.shape[1])
             stylizer.prepare_qualities([quality], stream_batch=request.stream_batch)
@@ -191,14 +184,26 @@ def live(request: LiveRequest) -> None:
         outputs = _outputs(request, session, stylizer, first)
         presenter = Presenter(session, outputs, first, say=lambda line: note(console, line))
         stack.enter_context(session)
-        stack.callback(
-            presenter.close
-        )  # closed first, so that nothing can prevent a recording from being finished
+        # Closed first, so that nothing can prevent a recording from being finished.
+        stack.callback(presenter.close)
         note(console, f"{describe(stylizer)}, {source.name}")
         _present(presenter, outputs, request.duration, console)
         session.metrics.pause("end")  # the time that closing takes does not count
         session.report()
     typer.echo(json.dumps(session.report()))
+
+
+def _mixer(request: LiveRequest, stylizer: Stylizer) -> StyleMixer:
+    from std_rt.live.style_mixer import StyleMixer
+
+    mixer = StyleMixer(
+        stylizer.encode_style,
+        stylizer.bundle,
+        strength=request.style_strength,
+        stroke_size=request.stroke_size,
+    )
+    mixer.cycle(request.cycle_s, request.crossfade)
+    return mixer
 
 
 def _check_outputs(request: LiveRequest, styles: list[Path]) -> None:

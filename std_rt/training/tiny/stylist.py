@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from std_rt.core.errors import RecipeError
-from std_rt.core.schedule import grid_timestep, start_index, trajectory_timesteps
+from std_rt.core.schedule import trajectory_timesteps
 from std_rt.models.perceptual import (
     colour_distance,
     content_distance,
@@ -48,6 +48,7 @@ from std_rt.training.run.training_run import ModuleRun, cosine_rate
 from std_rt.training.tiny.autoencoder_parts import choose_device, load_autoencoder
 from std_rt.training.tiny.teacher import (
     NoisyBatch,
+    draw_levels,
     ema_update,
     load_start,
     noisy_states,
@@ -74,26 +75,6 @@ class Sample:
     target: Tensor  # [B, 3, crop, crop]
     content: Tensor  # latents [B, C, crop / 8, crop / 8]
     noisy: NoisyBatch
-
-
-def draw_levels(config: StylistConfig, count: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
-    """Per sample a start ``tau`` and a timestep ``t <= tau``.
-
-    Half the starts are those of ``eta``; three in four timesteps lie on a run of one of ``run_steps``.
-    """
-    low, high = start_index(LOWEST_START_ETA), start_index(config.start_eta)
-    taus, ts = [], []
-    for _ in range(count):
-        main = rng.random() < 0.5
-        index = start_index(config.eta) if main else int(rng.integers(low, high + 1))
-        tau = grid_timestep(index)
-        if rng.random() < 0.75:
-            t = int(rng.choice(trajectory_timesteps(1.0, int(rng.choice(config.run_steps)), start=tau)))
-        else:
-            t = grid_timestep(int(rng.integers(0, index + 1)))
-        taus.append(tau)
-        ts.append(t)
-    return taus, ts
 
 
 def _pooled_index(old: int, new: int, rest: int) -> Tensor:
@@ -240,7 +221,9 @@ class Stylist:
         content, style, target = map(self.images, (pictures.content, pictures.style, pictures.target))
         with self.precision():
             c, s, z = (self.live.vae.encode(x).latents.float() for x in (content, style, target))
-        levels = draw_levels(self.config, len(z), run.rng)
+        config = self.config
+        etas, steps = (LOWEST_START_ETA, config.start_eta), config.run_steps
+        levels = draw_levels(len(z), run.rng, eta=config.eta, etas=etas, run_steps=steps, on_runs=0.75)
         noisy = noisy_states(z, c, s, self.live.schedule, levels, run.rng, run.generator)
         return Sample(target, c, noisy)
 

@@ -67,20 +67,28 @@ class NoisyBatch:
     sigma: Tensor
 
 
-def draw_levels(config: TeacherConfig, batch: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+def draw_levels(
+    batch: int,
+    rng: np.random.Generator,
+    *,
+    eta: float,
+    etas: tuple[float, float],
+    run_steps: tuple[int, ...],
+    on_runs: float,
+) -> tuple[list[int], list[int]]:
     """Per sample a start ``tau`` and a timestep ``t <= tau``.
 
-    Half the starts are the main eta's; half the timesteps are those of a 4-step run, which is what
-    ships, the others any grid point.
+    Half the starts are that of ``eta``, the others lie between both ``etas``. The share ``on_runs`` of the
+    timesteps are those of a run of one of ``run_steps``, the others any grid point.
     """
-    low, high = start_index(0.5), start_index(config.start_eta)
+    low, high = map(start_index, etas)
     taus, ts = [], []
     for _ in range(batch):
         main = rng.random() < 0.5
-        index = start_index(config.content_from_eta) if main else int(rng.integers(low, high + 1))
+        index = start_index(eta) if main else int(rng.integers(low, high + 1))
         tau = grid_timestep(index)
-        if rng.random() < 0.5:
-            t = int(rng.choice(trajectory_timesteps(1.0, 4, start=tau)))
+        if rng.random() < on_runs:
+            t = int(rng.choice(trajectory_timesteps(1.0, int(rng.choice(run_steps)), start=tau)))
         else:
             t = grid_timestep(int(rng.integers(0, index + 1)))
         taus.append(tau)
@@ -98,7 +106,9 @@ def make_noisy(
     generator: torch.Generator,
 ) -> NoisyBatch:
     """States on trajectories from c to z at levels of the recipe."""
-    return noisy_states(z, c, s, schedule, draw_levels(config, len(z), rng), rng, generator)
+    eta, etas = config.content_from_eta, (0.5, config.start_eta)
+    levels = draw_levels(len(z), rng, eta=eta, etas=etas, run_steps=(4,), on_runs=0.5)
+    return noisy_states(z, c, s, schedule, levels, rng, generator)
 
 
 def noisy_states(
