@@ -208,6 +208,13 @@ def _sweep(path: Path) -> None:
                 old.unlink()
 
 
+def remove_partials(folder: Path) -> None:
+    """Remove what killed processes left half-written in ``folder`` and below; nothing may write there now."""
+    for left in folder.rglob(".*.????????.part*"):
+        with suppress(OSError):
+            left.unlink()
+
+
 def _sync(path: Path, flags: int) -> None:
     """Force a file's content, or a folder's names, to the disk."""
     handle = os.open(path, flags)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from std_rt.core.errors import RecipeError
+from std_rt.core.files import remove_partials
 from std_rt.training.run.checkpoint import (
     flatten_optimizer,
     load_state,
@@ -125,6 +126,7 @@ class Run:
             check_same_run(self.config, self.folder)
         if not self.accelerator.is_main_process:
             return
+        remove_partials(self.folder)
         with whole_file(self.folder / "recipe.json") as partial:
             partial.write_text(json.dumps(as_dict(self.config), indent=1), encoding="utf-8")
 
