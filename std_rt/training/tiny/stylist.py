@@ -45,7 +45,11 @@ from std_rt.training.data.picture_set import Frame, load_pictures, random_crop
 from std_rt.training.run.precision import attention_kernels, precision_context
 from std_rt.training.run.recipe import LOWEST_START_ETA, StylistConfig
 from std_rt.training.run.training_run import ModuleRun, cosine_rate
-from std_rt.training.tiny.autoencoder_parts import choose_device, load_autoencoder
+from std_rt.training.tiny.autoencoder_parts import (
+    choose_device,
+    latent_weights,
+    load_autoencoder,
+)
 from std_rt.training.tiny.teacher import (
     NoisyBatch,
     draw_levels,
@@ -200,7 +204,8 @@ def _stacked(frames: Sequence[Frame]) -> Tensor:
 class Stylist:
     """The networks of a run on their device, and its losses."""
 
-    def __init__(self, config: StylistConfig) -> None:
+    def __init__(self, config: StylistConfig, examples: Tensor) -> None:
+        """``examples``: a few pictures as `images` takes them, on which latent channels are weighed."""
         self.config, self.device = config, choose_device(config.device)
         self.live, self.average = build_stylist(config), build_stylist(config)
         # GPUs convolve faster with the channels last; CPUs gained nothing.
@@ -210,6 +215,9 @@ class Stylist:
                 part.to(self.device, memory_format=layout)
         self.look = load_perceptual(config.perceptual).to(self.device) if config.perceptual else None
         self.vgg = load_perceptual(config.own_vgg).to(self.device) if config.own_vgg else None
+        with torch.no_grad():
+            latents = self.live.vae.encode(self.images(examples)).latents
+        self.weights = latent_weights(self.live.vae, latents)
 
     def images(self, crops: Tensor) -> Tensor:
         """uint8 ``[B, H, W, 3]`` -> images ``[B, 3, H, W]`` in [-1, 1] on the device."""
@@ -239,7 +247,7 @@ class Stylist:
             tokens, pooled = self.live.style_encoder.encode_latents(batch.s)
             tokens, pooled = tokens * keep[:, None, None], pooled * keep[:, None]
             v = run_unet(self.live.unet, batch.x_t, batch.t, tokens, pooled, ids, sample.content).float()
-        loss = v_loss(v, batch)
+        loss = v_loss(v, batch, self.weights, most=3.0)
         run.add(v=loss)
         loss = config.v_weight * loss
         if self.look is None or step < config.look_from:
@@ -328,7 +336,8 @@ def train_stylist(config: StylistConfig, stop_after: int | None = None) -> Path:
         raise RecipeError(
             "own_batch needs a perceptual network; set perceptual to its weights, or own_batch = 0"
         )
-    data, stylist = StylistData(config), Stylist(config)
+    data = StylistData(config)
+    stylist = Stylist(config, data.draw(0).content)
     run = pipeline_run(config, stylist.live, stylist.average)
     pairs = watched_pairs(config.data)
 

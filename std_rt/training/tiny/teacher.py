@@ -138,11 +138,14 @@ def noisy_states(
     return NoisyBatch(x_t, torch.tensor(ts, device=z.device), z, s, alpha, sigma)
 
 
-def v_loss(v: Tensor, batch: NoisyBatch) -> Tensor:
-    """Squared error of v, weighted so that the clean estimate counts with SNR + 1 clamped at 10."""
+def v_loss(v: Tensor, batch: NoisyBatch, weights: Tensor | None = None, most: float = 10.0) -> Tensor:
+    """Squared error of v, weighted so that the clean estimate counts with SNR + 1 clamped at ``most``.
+
+    ``weights``: one for each latent channel (`latent_weights`).
+    """
     target = (batch.alpha * batch.x_t - batch.z) / batch.sigma
-    weight = (10 * batch.sigma**2).clamp(max=1.0)
-    return (weight * (v - target).square()).mean()
+    error = (most * batch.sigma**2).clamp(max=1.0) * (v - target).square()
+    return (error if weights is None else weights * error).mean()
 
 
 @torch.no_grad()

@@ -44,6 +44,12 @@ def test_loss_is_zero_at_the_target_only(teacher_config: TeacherConfig) -> None:
     assert isinstance(batch, NoisyBatch)
     assert v_loss(target, batch).item() < 1e-8
     assert v_loss(target + 0.1, batch).item() > 1e-3
+    wrong = target.clone()
+    wrong[:, 3] += 0.1
+    weights = torch.zeros(1, 8, 1, 1)
+    assert v_loss(wrong, batch, weights).item() == 0
+    weights[:, 3] = 8
+    assert v_loss(wrong, batch, weights).item() == pytest.approx(8 * v_loss(wrong, batch).item(), rel=1e-3)
 
 
 def test_states_at_tau_hold_content_only(teacher_config: TeacherConfig) -> None:

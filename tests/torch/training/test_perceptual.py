@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from std_rt.core.errors import RecipeError
-from std_rt.models.autoencoder import AutoencoderPixelShuffle
+from std_rt.models.autoencoder import AutoencoderPixelShuffle, body_of
 from std_rt.models.perceptual import (
     SqueezeNet,
     Vgg,
@@ -24,7 +24,7 @@ from std_rt.models.perceptual import (
     style_distance,
 )
 from std_rt.training.run.recipe import AutoencoderConfig
-from std_rt.training.tiny.autoencoder_parts import copy_overlap, fit_shortcut
+from std_rt.training.tiny.autoencoder_parts import copy_overlap, fit_shortcut, latent_weights
 from std_rt.training.tiny.autoencoder_stage import train_autoencoder
 from std_rt.training.tiny.triplets import find_triplets
 
@@ -129,6 +129,24 @@ def test_a_fitted_shortcut_adds_detail_and_keeps_the_old_channels() -> None:
         inside = slice(24, -24)
         again = vae.decode(scaled).sample
     assert torch.allclose(picture[..., inside, inside], again[..., inside, inside], atol=1e-3)
+
+
+def test_latent_channels_weigh_what_the_picture_loses_with_them() -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderPixelShuffle(3, (8, 16), 1, 1)
+    with torch.no_grad():
+        body_of(vae.decoder)[0].weight[:, 2] *= 0.1
+        z = torch.randn(2, 3, 8, 8)
+        picture, lost = vae.decode(z).sample, []
+        for channel in range(3):
+            moved = z.expand(64, -1, -1, -1, -1).flatten(0, 1).clone()
+            moved[:, channel] += 1e-2 * torch.randn(128, 8, 8)
+            error = vae.decode(moved).sample - picture.repeat(64, 1, 1, 1)
+            lost.append(error.square().mean() ** 0.75)
+    weights = latent_weights(vae, z)
+    assert weights.shape == (1, 3, 1, 1)
+    assert torch.allclose(weights.flatten(), torch.stack(lost) / torch.stack(lost).mean(), rtol=0.25)
+    assert weights[0, 2] < 0.2 * weights[0, 0]
 
 
 def _write_triplets(folder: Path, names: list[str]) -> None:

@@ -157,7 +157,8 @@ def test_the_own_run_loss_falls_along_its_gradient(
     stylist_config: StylistConfig, squeezenet_file: Path
 ) -> None:
     config = replace(stylist_config, perceptual=str(squeezenet_file), own_batch=2, own_px=64)
-    stylist, pictures = Stylist(config), StylistData(config).draw(0)
+    pictures = StylistData(config).draw(0)
+    stylist = Stylist(config, pictures.content)
     assert pictures.photos is not None
     assert pictures.art is not None
     photos, art = pictures.photos, pictures.art
