@@ -1,7 +1,7 @@
 """Make training triplets (photo, style picture, stylized photo) from pretrained style transfer networks.
 
     python -m tools.make_triplets --photos PHOTOS --art ART --out TRIPLETS --count 2000 \
-        --adain adain_vgg19.safetensors [--microast FILE] [--fixed FILE] [--cd-wct FILE] [--magenta FOLDER]
+        [--adain adain_vgg19.safetensors] [--microast FILE] [--fixed FILE] [--cd-wct FILE] [--magenta FOLDER]
 
 The folder written is a triplet data set as training reads it, and users can bring their own in its layout:
 
@@ -14,14 +14,16 @@ A file may be .jpg, .png or .webp; equal names (without the suffix) belong toget
 
 For each triplet one teacher is drawn by its share, a photo and an artwork by weight, and several crops of the
 artwork at different scales are tried; the best by VGG style plus content distance is kept, and none where
-even that one is poor. VGG weights come from the --adain file, which is therefore always needed. Triplet i
-depends only on --seed and i, so a run that was stopped goes on where it was, and gives the same files.
+even that one is poor. VGG weights come from the --adain file. Without it one crop is tried and kept unjudged,
+which is far faster. Triplet i depends only on the options and i, so a run that was stopped goes on where it
+was, and gives the same files.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,9 +32,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from std_rt.models.perceptual import Vgg, content_distance, load_perceptual, style_distance
+from std_rt.models.perceptual import SqueezeNet, Vgg, content_distance, load_perceptual, style_distance
 from std_rt.training.data.picture_set import Frame, load_pictures
 from std_rt.training.run.sheet import to_frames, to_tensor
 from std_rt.training.tiny.generated_styles import draw_style
@@ -70,7 +73,8 @@ class Made:
     def good(self) -> bool:
         kind = self.teacher.split(":")[0]
         most_style, most_content = LIMITS.get(kind, LIMIT)
-        return self.style_distance <= most_style and self.content_distance <= most_content
+        # Written so that what was not judged is good.
+        return not (self.style_distance > most_style or self.content_distance > most_content)
 
 
 def square(frame: Frame, side_px: int, scale: float, rng: np.random.Generator) -> Tensor:
@@ -87,24 +91,24 @@ def square(frame: Frame, side_px: int, scale: float, rng: np.random.Generator) -
     return to_tensor([np.ascontiguousarray(crop[:, ::-1] if rng.random() < 0.5 else crop)])
 
 
+def _features(vgg: Vgg | SqueezeNet, picture: Tensor) -> list[Tensor]:
+    """At one size for all, so that scores can be compared."""
+    return vgg(F.interpolate(picture, (JUDGE_PX, JUDGE_PX), mode="area"))
+
+
 class Maker:
     """Teachers, pictures and the judge."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.vgg = load_perceptual(args.adain)
-        assert isinstance(self.vgg, Vgg)
-        self.teachers: dict[str, Teacher] = {
-            "adain": AdaIn(args.adain),
-            "swap": AdaIn(args.adain, swap=0.7),
-        }
+        self.vgg = load_perceptual(args.adain) if args.adain else None
         makers: dict[str, tuple[str | None, Callable[[str], Teacher]]] = {
+            "adain": (args.adain, AdaIn),
+            "swap": (args.adain, lambda path: AdaIn(path, swap=0.7)),
             "microast": (args.microast, MicroAst),
             "cd_wct": (args.cd_wct, CdWct),
             "magenta": (args.magenta, Magenta),
         }
-        for name, (path, make) in makers.items():
-            if path:
-                self.teachers[name] = make(path)
+        self.teachers = {name: make(path) for name, (path, make) in makers.items() if path}
         self.fixed = load_fixed(args.fixed) if args.fixed else {}
         known = {*self.teachers, "generated"} | ({"fixed"} if self.fixed else set())
         self.kinds = [k for k in SHARES if k in known]
@@ -112,18 +116,17 @@ class Maker:
         self.weights = weights / weights.sum()
         self.photos = load_pictures(args.photos, args.sources, 128)
         self.art = load_pictures(args.art, args.sources, 128)
-        self.seed, self.candidates = args.seed, args.candidates
-
-    def _features(self, picture: Tensor) -> list[Tensor]:
-        # At one size for all, so that scores can be compared.
-        return self.vgg(torch.nn.functional.interpolate(picture, (JUDGE_PX, JUDGE_PX), mode="area"))
+        self.seed, self.sides, self.style_px = args.seed, args.sides, args.style_px
+        self.candidates = args.candidates if self.vgg else 1
 
     def _judge(self, kind: str, photo: Tensor, styled: list[tuple[Tensor, Tensor]]) -> list[Made]:
-        """Distances of all candidates (style, stylized) of one photo."""
-        content = self._features(photo)[-1]
+        """Distances of all candidates (style, stylized) of one photo; not a number without VGG."""
+        if self.vgg is None:
+            return [Made(kind, photo, *pair, math.nan, math.nan) for pair in styled]
+        content = _features(self.vgg, photo)[-1]
         made = []
         for style, stylized in styled:
-            s, x = self._features(style), self._features(stylized)
+            s, x = _features(self.vgg, style), _features(self.vgg, stylized)
             distances = float(style_distance(x, s)), float(content_distance(x[-1], content))
             made.append(Made(kind, photo, style, stylized, *distances))
         return made
@@ -131,7 +134,8 @@ class Maker:
     def _candidates(self, kind: str, photo: Tensor, art: Frame, rng: np.random.Generator) -> list[Made]:
         """The photo in several crops of the artwork; in half as many by the teachers that run VGG."""
         count = max(1, self.candidates // (2 if kind in ("adain", "swap") else 1))
-        styles = [square(art, photo.shape[-1], scale, rng) for scale in rng.uniform(0.4, 1.0, count)]
+        side = max(photo.shape[-1], self.style_px)
+        styles = [square(art, side, scale, rng) for scale in rng.uniform(0.4, 1.0, count)]
         teacher = self.teachers[kind]
         return self._judge(kind, photo, [(s, teacher((photo + 1) / 2, (s + 1) / 2) * 2 - 1) for s in styles])
 
@@ -152,13 +156,13 @@ class Maker:
         """Triplet ``number`` with the names of its sources, or None where no candidate is good enough."""
         rng = np.random.default_rng([self.seed, number])
         kind = self.kinds[int(rng.choice(len(self.kinds), p=self.weights))]
-        side = int(rng.choice(SIDES_PX))
+        side = int(rng.choice(self.sides))
         at = self.photos.draw(rng)
         photo = square(self.photos.frames[at], side, rng.uniform(0.6, 1.0), rng)
         if kind in ("fixed", "generated"):
             other = self.photos.draw(rng)
             make = self._fixed if kind == "fixed" else self._generated
-            made = make(photo, square(self.photos.frames[other], side, 1.0, rng), rng)
+            made = make(photo, square(self.photos.frames[other], max(side, self.style_px), 1.0, rng), rng)
             source = self.photos.names[other]
         else:
             drawn = self.art.draw(rng)
@@ -222,7 +226,8 @@ def make_all(maker: Maker, out: Path, numbers: range) -> None:
                 best, photo, art = made
                 write(out, name, best)
                 row |= {"teacher": best.teacher, "photo": photo, "art": art}
-                row |= {k: f"{getattr(best, k):.4f}" for k in ("style_distance", "content_distance")}
+                if maker.vgg is not None:
+                    row |= {k: f"{getattr(best, k):.4f}" for k in ("style_distance", "content_distance")}
             table.writerow(row)
             f.flush()
             print(", ".join(row.values()), flush=True)
@@ -236,12 +241,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--art", required=True, help="folder of style pictures")
     parser.add_argument("--sources", default="", help="CSV with the columns file, group, for even sampling")
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--adain", required=True, help="VGG-19 and the AdaIN decoder (safetensors)")
+    parser.add_argument("--adain", help="VGG-19, the judge, and the AdaIN decoder (safetensors)")
     parser.add_argument("--microast", help="safetensors")
     parser.add_argument("--cd-wct", help="safetensors")
     parser.add_argument("--fixed", help="feed-forward styles (safetensors)")
     parser.add_argument("--magenta", help="folder with the predict and transform ONNX files")
     parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--sides", type=int, nargs="+", default=SIDES_PX, help="of photos, in pixels")
+    parser.add_argument("--style-px", type=int, default=256, help="least side of a style picture")
     parser.add_argument("--candidates", type=int, default=2, help="style crops tried for a triplet")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)

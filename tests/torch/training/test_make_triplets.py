@@ -22,9 +22,13 @@ DECODER = (
 )
 
 
-@pytest.fixture
+@pytest.fixture(params=["judged", "unjudged"])
 def maker(
-    data: DataConfig, vgg_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: DataConfig,
+    vgg_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> make_triplets.Maker:
     torch.manual_seed(0)
     state = load_file(vgg_file)
@@ -32,13 +36,14 @@ def maker(
         name, inputs, outputs = line.split()
         random_conv(state, f"decoder.{name}_decode", int(inputs), int(outputs), 3)
     save_file(state, tmp_path / "adain.safetensors")
-    monkeypatch.setattr(make_triplets, "SIDES_PX", (64, 96))
     monkeypatch.setattr(make_triplets, "JUDGE_PX", 64)
     monkeypatch.setattr(make_triplets, "LIMIT", (9.0, 9.0))
     monkeypatch.setattr(make_triplets, "LIMITS", {})
+    adain = str(tmp_path / "adain.safetensors") if request.param == "judged" else None
     args = Namespace(
-        adain=str(tmp_path / "adain.safetensors"), microast=None, cd_wct=None, magenta=None, fixed=None,
+        adain=adain, microast=None, cd_wct=None, magenta=None, fixed=None,
         photos=data.photos, art=data.art, sources="", seed=3, candidates=2,
+        sides=(64, 96), style_px=64,
     )  # fmt: skip
     return make_triplets.Maker(args)
 
@@ -51,6 +56,9 @@ def test_a_stopped_run_goes_on_with_the_same_files(maker: make_triplets.Maker, t
         table.write_bytes(table.read_bytes()[:-9])  # the last line is cut off
         make_triplets.make_all(maker, tmp_path / "broken", range(4))
     assert len(find_triplets(tmp_path / "whole")) == 4
+    rows = list(make_triplets.known_rows(table).values())
+    assert len(rows) == 4
+    assert all(bool(row["style_distance"]) == (maker.vgg is not None) for row in rows)
     files = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*.*"))
     for name in files:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes(), name
