@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from support.artfid import inception_features, random_inception, random_lpips, write_artfid
 from support.pipelines import randomize
 from support.weights import write_vgg
 from torch import Tensor, nn
@@ -25,7 +26,8 @@ from transformers import (
 )
 
 from std_rt.core.errors import UsageError
-from std_rt.evaluation.scorers import load_scorers
+from std_rt.evaluation.scorers import load_features, load_scorers
+from std_rt.models.artfid import ArtInception, Lpips
 from std_rt.models.perceptual import load_perceptual
 
 Frame = NDArray[np.uint8]
@@ -285,3 +287,72 @@ def test_vgg_takes_nothing_else(tmp_path: Path) -> None:
     for name in ("other", "missing"):
         with pytest.raises(UsageError, match=r"--vgg .* does not hold VGG-19"):
             load_scorers(vgg=tmp_path / f"{name}.safetensors")
+
+
+@torch.no_grad()
+def test_inception_folded_is_inception_with_batch_norm() -> None:
+    state = random_inception()
+    # 94 convolutions; Keras counts 21,802,784 numbers without the heads, of which 3 x 17,216 are batch norm.
+    assert len(state) == 6 * 94
+    assert sum(v.numel() for k, v in state.items() if k.endswith("conv.weight")) == 21_802_784 - 3 * 17_216
+    images = torch.rand(2, 3, 90, 80)
+    found, expected = ArtInception(state)(images * 2 - 1), inception_features(state, images)
+    assert found.shape == (2, 2048)
+    assert expected.std() > 0.01
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_lpips_is_its_definition() -> None:
+    """Layer by layer, position by position, in double precision."""
+    alexnet, linear = random_lpips()
+    pair = torch.rand(2, 3, 70, 64)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    x, total = ((pair - mean) / std).double(), 0.0
+    layers = zip((0, 3, 6, 8, 10), ((4, 2), (1, 2), (1, 1), (1, 1), (1, 1)), linear.values(), strict=True)
+    for n, (stride, padding), weight in layers:
+        conv = (alexnet[f"features.{n}.{key}"].double() for key in ("weight", "bias"))
+        x = F.conv2d(x, *conv, stride=stride, padding=padding).clamp(min=0)
+        unit = x / x.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        off = ((unit[0] - unit[1]) ** 2).flatten(1).numpy()
+        total += float(np.mean(weight.flatten().double().numpy() @ off))
+        x = F.max_pool2d(x, 3, 2) if n in (0, 3) else x
+    network, images = Lpips(alexnet, linear), pair * 2 - 1
+    assert float(network(images[:1], images[1:])) == pytest.approx(total, rel=2e-3)
+    assert float(network(images[:1], images[:1])) == 0
+
+
+def test_artfid_gives_a_distance_a_pair_and_features_a_picture(tmp_path: Path) -> None:
+    folder = write_artfid(tmp_path / "artfid")
+    rng = np.random.default_rng(1)
+    output, content = (rng.integers(0, 256, (80, 80, 3), np.uint8) for _ in range(2))
+    (scorer,) = load_scorers(artfid=folder)
+    assert scorer(output, content, content)["lpips"] > 0
+    assert scorer(content, content, output) == {"lpips": 0}
+    describe = load_features(artfid=folder)["artfid"]
+    images = torch.from_numpy(output).permute(2, 0, 1)[None] / 255
+    expected = inception_features(random_inception(), images)[0].numpy()
+    assert describe(output) == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    with pytest.raises(UsageError, match="at least 75 px"):
+        describe(output[:64])
+    (folder / "alex.pth").unlink()
+    with pytest.raises(UsageError, match=r"lacks alex\.pth; it is to hold art_inception\.pth"):
+        load_scorers(artfid=folder)
+    torch.save({"a": torch.zeros(1)}, folder / "alex.pth")
+    with pytest.raises(UsageError, match="does not hold AlexNet and LPIPS"):
+        load_scorers(artfid=folder)
+    torch.save({"a": torch.zeros(1)}, folder / "art_inception.pth")
+    with pytest.raises(UsageError, match="does not hold an Inception v3"):
+        load_features(artfid=folder)["artfid"](output)
+
+
+@torch.no_grad()
+def test_csds_features_are_the_vectors_of_its_cosine(
+    vision: CLIPVisionModelWithProjection, tmp_path: Path
+) -> None:
+    path = _csd_checkpoint(tmp_path / "csd.bin", vision)
+    frames = _frames(2)
+    (scorer,), describe = load_scorers(csd=path), load_features(csd=path)["csd_csls"]
+    ours, style = (describe(frame) for frame in frames)
+    assert float(np.linalg.norm(ours)) == pytest.approx(1, abs=1e-5)
+    assert scorer(frames[0], frames[0], frames[1])["csd"] == pytest.approx(float(ours @ style), abs=1e-5)
