@@ -255,14 +255,14 @@ def evaluate(request: EvaluateRequest) -> None:
     typer.echo(json.dumps(found))
 
 
-def _describe_with(request: EvaluateRequest) -> Mapping[str, Describe]:
+def _describe_with(request: EvaluateRequest, side_px: int) -> Mapping[str, Describe]:
     """What measures of a whole set need of each picture; `_judge_with` has checked that torch is there."""
     given = {name: getattr(request, name) for name in ("csd", "artfid") if getattr(request, name)}
     if not given:
         return {}
     from std_rt.evaluation.scorers import load_features
 
-    return load_features(**given)
+    return load_features(**given, side_px=side_px)
 
 
 def _judge_with(request: EvaluateRequest, device: str = "cpu") -> Judge:
@@ -367,15 +367,16 @@ def _run_protocol(request: EvaluateRequest, folder: Path) -> Found:
     from rich.console import Console
 
     from std_rt.evaluation.picture_quality import clips_among
-    from std_rt.evaluation.protocol import protocol_files
+    from std_rt.evaluation.protocol import check_folder, protocol_files
     from std_rt.evaluation.summary import summarise
 
+    check_folder(folder, overwrite=request.overwrite)
     files = protocol_files(request.contents, request.styles, request.pairs)
     clips = clips_among(list(dict.fromkeys(content for content, _ in files)), request.video or ())
     run = _Run(request, *_candidates(request), files, clips, folder / "outputs", "-o")
     _check_plan(run)
     with counting(Console(stderr=True), "reading pictures") as told:
-        judge, describe = _judge_with(request), _describe_with(request)
+        judge, describe = _judge_with(request), _describe_with(request, run.side_px)
         results = _paint(run, told)
         told("sheets and voting page", 0, 1)
         lines = _write_pictures(run, results, folder)
@@ -475,8 +476,9 @@ def _check_plan(run: _Run) -> None:
 
     check_labels(run.labels)
     blind, overwrite = run.request.blind, run.request.overwrite
-    if blind is not None:
+    if blind is not None or (run.request.protocol and len(run.labels) > 1):
         check_count(len(run.labels))
+    if blind is not None:
         for path in (blind, key_path(blind)):
             check_output(path, overwrite=overwrite, flag="--blind")
 

@@ -36,6 +36,7 @@ __all__ = [
     "frame_names",
     "open_store",
     "pair_names",
+    "read_plan",
     "split",
 ]
 

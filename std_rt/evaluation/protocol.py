@@ -18,16 +18,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from std_rt.core.errors import MediaError
+from std_rt.evaluation.outputs import read_plan
 from std_rt.evaluation.picture_quality import pair_up
 from std_rt.evaluation.statistics import Estimate
 from std_rt.evaluation.summary import MEASURES, Summary
 from std_rt.media.sources import expand_inputs
 
-__all__ = ["cells", "markdown", "pictures_below", "protocol_files", "rows_shown"]
+__all__ = ["cells", "check_folder", "markdown", "pictures_below", "protocol_files", "rows_shown"]
 
 MOST_PAIRS = 800  # 20 contents in 40 styles, as in much of the literature
 _SHEET_PIXELS = 40_000_000
 _ARROWS = {1: "↑", -1: "↓", 0: ""}
+
+
+def check_folder(folder: Path, *, overwrite: bool) -> None:
+    """Refuse, before any work, a folder of something else (unless ``overwrite``). Raises MediaError."""
+    if folder.is_file():
+        raise MediaError(f"-o {folder} is a file; name a folder")
+    if folder.is_dir() and any(folder.iterdir()) and read_plan(folder / "outputs") is None and not overwrite:
+        raise MediaError(
+            f"-o {folder} is not empty, and not of an earlier run; add --overwrite to write into it, or name "
+            "another folder"
+        )
 
 
 def protocol_files(contents: Path, styles: Path, number: int | None = None) -> list[tuple[Path, Path]]:

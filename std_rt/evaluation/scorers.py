@@ -100,16 +100,21 @@ def load_scorers(
 
 
 def load_features(
-    *, csd: Path | None = None, artfid: Path | None = None, device: str = "cpu"
+    *, side_px: int, csd: Path | None = None, artfid: Path | None = None, device: str = "cpu"
 ) -> dict[str, Describe]:
     """What describes a picture, by the measure of a whole set that needs it: ``csd_csls``, ``artfid``.
 
-    Unit vectors of CSD, and features of the Inception that ArtFID uses. Raises UsageError as `load_scorers`.
+    Unit vectors of CSD, and features of the Inception that ArtFID uses. Raises UsageError as `load_scorers`,
+    and where pictures of ``side_px`` are too small.
     """
     found: dict[str, Describe] = {}
     if csd is not None:
         embedder = _load_csd(csd, device)
         found["csd_csls"] = lambda frame: np.asarray(embedder(frame).cpu(), np.float32)
+    if artfid is not None and side_px < SMALLEST_PX:
+        raise UsageError(
+            f"--artfid needs pictures of at least {SMALLEST_PX} px, got {side_px}; give a larger --size"
+        )
     if artfid is not None:
         found["artfid"] = _load_inception(artfid, device)
     return found
@@ -363,12 +368,7 @@ def _load_inception(folder: Path, device: str) -> Describe:
 
     @_remembered
     @torch.no_grad()
-    def known(frame: Frame) -> NDArray[np.float32]:
-        return np.asarray(network(to_tensor([frame]).to(device))[0].cpu(), np.float32)
-
     def describe(frame: Frame) -> NDArray[np.float32]:
-        if min(frame.shape[:2]) < SMALLEST_PX:
-            raise UsageError(f"--artfid needs pictures of at least {SMALLEST_PX} px; give a larger --size")
-        return known(frame)
+        return np.asarray(network(to_tensor([frame]).to(device))[0].cpu(), np.float32)
 
     return describe
