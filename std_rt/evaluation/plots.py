@@ -129,6 +129,8 @@ def _over_evaluations(
         step = (counts.index(evaluations[label]) + 0.5) / len(counts)
         return x + step * _WIDE, y + _TOP + 8 + (high - value) / (high - low) * (_BELOW - 16)
 
+    for value, shift in ((high, 14), (low, _BELOW - 6)):
+        parts.append(_text(x + 3, y + _TOP + shift, f"{value:.3g}", 'fill="#777"'))
     for k, count in enumerate(counts):
         middle = x + (k + 0.5) / len(counts) * _WIDE
         parts.append(_text(middle, y + _TOP + _BELOW + 12, str(count), 'text-anchor="middle" fill="#777"'))
@@ -145,7 +147,8 @@ def _over_evaluations(
                 ends = f'x1="{a:.1f}" x2="{a:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"'
                 parts.append(f'<line {ends} stroke="{colour}" stroke-width="1.5"/>')
             parts.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5" fill="{colour}"/>')
-        parts.append(_text(points[-1][0] + 6, points[-1][1] - 5, stem, f'fill="{colour}" font-size="9"'))
+        style = f'fill="{colour}" font-size="9" text-anchor="end"'
+        parts.append(_text(points[-1][0] - 6, points[-1][1] - 5, stem, style))
     return parts
 
 

@@ -45,7 +45,7 @@ MEASURES: dict[str, Measure] = {
     "latent_rmse": Measure("latents", -1),
     "psnr_db": Measure("PSNR dB", 1),
     "csd": Measure("CSD", 1, "--csd FILE"),
-    "csd_csls": Measure("CSD, CSLS", 1, "--csd FILE"),
+    "csd_csls": Measure("CSD CSLS", 1, "--csd FILE"),
     "aesthetic": Measure("aesthetic", 1, "--clip FOLDER --aesthetic FILE"),
     "vgg_style": Measure("VGG style", -1, "--vgg FILE"),
     "vgg_content": Measure("VGG content", -1, "--vgg FILE"),

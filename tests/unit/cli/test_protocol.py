@@ -60,7 +60,7 @@ def test_everything_is_written_and_says_what_is_missing(
     assert difference[0] == pytest.approx(one - two)
     assert len(whole["estimates"]["warping"]["handmade-1-step"]) == 1  # one clip has no interval
     missing = next(line for line in result.out.splitlines() if line.startswith("Not measured: "))
-    for text in ("CSD, CSD, CSLS (--csd FILE)", "ArtFID, FID to styles, LPIPS to content (--artfid FOLDER)"):
+    for text in ("CSD, CSD CSLS (--csd FILE)", "ArtFID, FID to styles, LPIPS to content (--artfid FOLDER)"):
         assert text in missing
     assert "warping" not in missing
     table = (folder / "table.md").read_text(encoding="utf-8")
