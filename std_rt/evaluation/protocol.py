@@ -27,7 +27,7 @@ from std_rt.media.sources import expand_inputs
 __all__ = ["cells", "check_folder", "markdown", "pictures_below", "protocol_files", "rows_shown"]
 
 MOST_PAIRS = 800  # 20 contents in 40 styles, as in much of the literature
-_SHEET_PIXELS = 40_000_000
+_SHEET_PIXELS = 20_000_000
 _ARROWS = {1: "↑", -1: "↓", 0: ""}
 
 
@@ -74,7 +74,7 @@ def pictures_below(folder: Path) -> list[Path]:
 
 
 def rows_shown(pairs: int, columns: int, side_px: int) -> list[int]:
-    """The pairs on a sheet: all, or as many, evenly spaced, as fit into forty megapixels."""
+    """The pairs on a sheet: all, or as many, evenly spaced, as fit into twenty megapixels."""
     number = max(1, min(pairs, _SHEET_PIXELS // (columns * side_px**2)))
     return [i * pairs // number for i in range(number)]
 

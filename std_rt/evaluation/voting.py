@@ -44,9 +44,9 @@ def plan_rows(pairs: int, labels: Sequence[str], seed: int) -> list[Row]:
     matches = list(combinations(labels, 2))
     each = min(pairs, max(1, MOST_ROWS // len(matches)))
     rows = [(int(i), *match) for match in matches for i in rng.permutation(pairs)[:each]]
-    sides = rng.permutation(len(rows)) < len(rows) / 2
-    turned = [(i, b, a) if other else (i, a, b) for (i, a, b), other in zip(rows, sides, strict=True)]
-    return [turned[k] for k in rng.permutation(len(turned))[:MOST_ROWS]]
+    rows = [rows[k] for k in rng.permutation(len(rows))[:MOST_ROWS]]
+    turned = rng.permutation(len(rows)) < len(rows) / 2
+    return [(i, b, a) if turn else (i, a, b) for (i, a, b), turn in zip(rows, turned, strict=True)]
 
 
 def write_page(
