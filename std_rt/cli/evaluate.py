@@ -490,12 +490,11 @@ def _paint(run: _Run, told: Callable[[str, int, int], None]) -> Results:
     from std_rt.pipeline.stylizer import Stylizer
 
     request = run.request
-    store, begin = Store(), _nothing
+    store = Store()
     if run.place is not None:
-        store, begin = open_store(run.place, run.plan(), overwrite=request.overwrite, flag=run.flag)
+        store = open_store(run.place, run.plan(), overwrite=request.overwrite, flag=run.flag)
     results = Results(Material.read(run.files, run.side_px, run.clips, request.frames, store))
     ready = _read_peers(run.peers, results.material)
-    begin()
     results.material.prepare(told)
     how: dict[str, Any] = {"backend": request.backend, "size": run.size, "precision": request.precision}
     for one in run.bundles:
@@ -503,10 +502,6 @@ def _paint(run: _Run, told: Callable[[str, int, int], None]) -> Results:
     for outputs in ready:
         results.add_peer(outputs)
     return results
-
-
-def _nothing() -> None:
-    """Without a folder there is nothing to note."""
 
 
 def _read_peers(peers: list[Peer], material: Material) -> list[PeerOutputs]:

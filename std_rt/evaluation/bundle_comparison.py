@@ -136,6 +136,8 @@ class Material:
 
     def prepare(self, told: Told) -> None:
         """Read all that can be damaged, before any work; keep what other programs are to be run on."""
+        frames = [name for clip in self.clips for name in outputs.frame_names(clip)]
+        self.store.begin([*self.names, *frames, *map(_without_filter, frames)])
         for i in range(len(self.pairs)):
             told("reading pictures", i, len(self.pairs))
             _ = self.pairs[i]
@@ -218,7 +220,7 @@ class Results:
         """All frames of a clip, painted together or not at all: the filter carries over between them."""
         store, names = self.material.store, outputs.frame_names(clip)
         if temporal == "off":
-            names = [f"{clip.name}/off/{name.rpartition('/')[2]}" for name in names]
+            names = [_without_filter(name) for name in names]
         if not all(store.has(label, name) for name in names):
             stylizer().set_style(clip.style)
             frames = paint_clip(stylizer(), clip.frames, temporal)
@@ -287,6 +289,12 @@ class Results:
         headings = ["content", "style", *shown]
         write_sheet(path, rows, names=dict(enumerate(headings)))
         return headings
+
+
+def _without_filter(name: str) -> str:
+    """Where a frame without temporal filter is: ``CLIP--STYLE/off/0000``."""
+    clip, _, frame = name.rpartition("/")
+    return f"{clip}/off/{frame}"
 
 
 def _stylization(content: Frame, _: Frame) -> Frame:

@@ -111,29 +111,40 @@ def frame_names(clip: Clip) -> list[str]:
 class Store:
     """Frames by label and name: in a folder, where they outlive the run; without one, in memory.
 
-    What a folder holds already is read, not made again, unless ``repaint``. Raises MediaError where a picture
-    cannot be read or written.
+    What a folder holds already is read, not made again. ``note`` is what `begin` writes into it, ``fresh``
+    are the labels whose pictures there are of something else. Raises MediaError where a picture cannot be
+    read or written.
     """
 
     def __init__(
-        self, folder: Path | None = None, *, repaint: bool = False, flag: str = "--save-outputs"
+        self,
+        folder: Path | None = None,
+        note: str = "",
+        fresh: Sequence[str] = (),
+        flag: str = "--save-outputs",
     ) -> None:
-        self.folder, self._repaint = folder, repaint
+        self.folder, self._note, self._fresh = folder, note, fresh
         self._advice = f"choose another place with {flag}"
-        self._done: dict[tuple[str, str], Frame | None] = {}  # None: in the folder
+        self._kept: dict[tuple[str, str], Frame] = {}
+
+    def begin(self, names: Sequence[str]) -> None:
+        """Make the folder ready for frames of those names; until then nothing is written or removed."""
+        if self.folder is None:
+            return
+        with writing(self.folder / _PLAN, MediaError, self._advice):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for label in self._fresh:
+                for name in names:
+                    self._path(label, name).unlink(missing_ok=True)
+            write_text(self.folder / _PLAN, self._note)
 
     def has(self, label: str, name: str) -> bool:
         """Whether there is nothing left to make."""
-        found = self._path(label, name)
-        return (label, name) in self._done or (not self._repaint and found is not None and found.is_file())
+        return (label, name) in self._kept if self.folder is None else self._path(label, name).is_file()
 
     def get(self, label: str, name: str) -> Frame:
         """That frame, which `has` knows."""
-        frame, path = self._done.get((label, name)), self._path(label, name)
-        if frame is None:
-            assert path is not None
-            frame = read_picture(path).frame
-        return frame
+        return self._kept[label, name] if self.folder is None else read_picture(self._path(label, name)).frame
 
     def all(self, label: str, names: Sequence[str]) -> Sequence[Frame]:
         """The frames of those names, each read when asked for."""
@@ -141,21 +152,23 @@ class Store:
 
     def put(self, label: str, name: str, frame: Frame) -> None:
         """Keep a frame."""
+        if self.folder is None:
+            self._kept[label, name] = frame
+            return
         path = self._path(label, name)
-        if path is not None:
-            with writing(path, MediaError, self._advice):
-                path.parent.mkdir(parents=True, exist_ok=True)
-            write_picture(path, frame)
-        self._done[label, name] = frame if path is None else None
+        with writing(path, MediaError, self._advice):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_picture(path, frame)
 
-    def _path(self, label: str, name: str) -> Path | None:
-        return None if self.folder is None else self.folder / label / f"{name}.png"
+    def _path(self, label: str, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / label / f"{name}.png"
 
 
 def open_store(
     folder: Path, plan: Mapping[str, Any], *, overwrite: bool, flag: str = "--save-outputs"
-) -> tuple[Store, Callable[[], None]]:
-    """The store of a run, and a function that notes the plan in it; until that is called nothing is written.
+) -> Store:
+    """The store of a run; nothing is written until it begins.
 
     ``plan``: what must be the same to go on with a folder, and under ``bundles``, by label, what made its
     pictures; other labels may join. ``flag``: the option that named the folder. Raises MediaError for a
@@ -163,26 +176,20 @@ def open_store(
     """
     if folder.is_file():
         raise MediaError(f"{flag} {folder} is a file; name a folder")
-    known = read_plan(folder)
+    known = None if overwrite else read_plan(folder)
     if known is None and folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise MediaError(f"{flag} {folder} is not empty; add --overwrite to write into it")
-    bundles = dict(known["bundles"]) if known and not overwrite else {}
-    if known and not overwrite:
-        changed = [name for name in plan if name != "bundles" and known.get(name) != plan[name]]
-        changed += [label for label, made in plan["bundles"].items() if bundles.get(label, made) != made]
-        if changed:
-            raise MediaError(
-                f"{folder} holds outputs of another run ({', '.join(changed)} differ); give another folder, "
-                "or --overwrite to make them again"
-            )
-    text = json.dumps({**plan, "bundles": bundles | dict(plan["bundles"])}, indent=1) + "\n"
-
-    def begin() -> None:
-        with writing(folder / _PLAN, MediaError, f"choose another place with {flag}"):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / _PLAN, text)
-
-    return Store(folder, repaint=overwrite, flag=flag), begin
+    bundles: dict[str, Any] = dict(known["bundles"]) if known else {}
+    changed = [name for name in plan if known and name != "bundles" and known.get(name) != plan[name]]
+    changed += [label for label, made in plan["bundles"].items() if bundles.get(label, made) != made]
+    if changed:
+        raise MediaError(
+            f"{folder} holds outputs of another run ({', '.join(changed)} differ); give another folder, "
+            "or --overwrite to make them again"
+        )
+    fresh = [label for label in plan["bundles"] if label not in bundles]
+    note = json.dumps({**plan, "bundles": bundles | dict(plan["bundles"])}, indent=1) + "\n"
+    return Store(folder, note, fresh if known else ["content", "style", *fresh], flag)
 
 
 def read_plan(folder: Path) -> dict[str, Any] | None:

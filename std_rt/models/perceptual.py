@@ -212,4 +212,5 @@ def colour_distance(x: Tensor, style: Tensor, generator: torch.Generator, direct
     Of the pictures at a quarter of their size, in units of their range; differentiable in ``x``.
     """
     axes = F.normalize(torch.randn(directions, 3, generator=generator)).to(x.device)
-    return quantile_gaps(*(F.avg_pool2d(p, 4) for p in (x, style)), axes[:, :, None, None], 256).abs().mean()
+    small = F.avg_pool2d(x, 4), F.avg_pool2d(style, 4)
+    return quantile_gaps(*small, axes[:, :, None, None], 256).abs().mean()

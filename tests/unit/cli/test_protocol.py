@@ -101,7 +101,19 @@ def test_a_run_goes_on_where_it_stopped(
     assert "(pairs differ)" in _run(cli, sets, bundle, folder, "--steps", 1, "--pairs", 4).error
     other = write_handmade(tmp_path / "handmade", gamma=0.5)
     assert "(handmade-1-step differ)" in _run(cli, sets, other.path, folder, *flags).error
-    assert _run(cli, sets, other.path, folder, *flags, "--overwrite").code == 0
+    paint, painted_now = Stylizer.stylize, []
+
+    def cut_off(self: Stylizer, *args: Any, **more: Any) -> Any:
+        if len(painted_now) == 3:
+            raise KeyboardInterrupt
+        painted_now.append(args)
+        return paint(self, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stylizer, "stylize", cut_off)
+        _run(cli, sets, other.path, folder, *flags, "--overwrite")
+    assert len([path for path in outputs if path.exists()]) == 3  # and none of the first bundle
+    assert _run(cli, sets, other.path, folder, *flags).code == 0
     assert (read_picture(outputs[0]).frame != read_picture(outputs[3]).frame).any()
     assert _whole(folder)["bundles"]["handmade-1-step"]["digest"] == other.digest
 
