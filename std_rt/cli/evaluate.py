@@ -26,11 +26,11 @@ from std_rt.cli.terminal import counting, print_table, progress_lines
 from std_rt.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from std_rt.evaluation.bundle_comparison import Contender, Describe, Material, PeerOutputs, Results
+    from std_rt.evaluation.bundle_comparison import Contender, Material, PeerOutputs, Results
     from std_rt.evaluation.candidates import Candidate
     from std_rt.evaluation.measures import Frame, Mask
     from std_rt.evaluation.outputs import Peer
-    from std_rt.evaluation.picture_quality import Clip, Judge, Pair
+    from std_rt.evaluation.picture_quality import Clip, Describe, Judge, Pair
     from std_rt.evaluation.students import Comparison, Row, Setting
     from std_rt.evaluation.summary import Summary
 

@@ -24,6 +24,7 @@ from std_rt.evaluation.measures import Frame, reinhard
 from std_rt.evaluation.outputs import BASELINES, Lazy, Peer, Store
 from std_rt.evaluation.picture_quality import (
     Clip,
+    Describe,
     Judge,
     Pair,
     check_side,
@@ -35,12 +36,11 @@ from std_rt.evaluation.picture_quality import (
 )
 from std_rt.pipeline.stylizer import Stylizer
 
-__all__ = ["Contender", "Describe", "Material", "PeerOutputs", "Results", "contenders"]
+__all__ = ["Contender", "Material", "PeerOutputs", "Results", "contenders"]
 
 TEMPORAL_OFF = ", temporal off"  # behind the label of a clip without temporal filter
 
 Told = Callable[[str, int, int], None]  # (what, number done, number of all)
-Describe = Callable[[Frame], NDArray[np.float32]]  # a picture's features [D]
 
 
 @dataclass(frozen=True)

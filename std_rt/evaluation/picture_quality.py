@@ -30,6 +30,7 @@ from std_rt.streaming.temporal import TemporalFilter
 
 __all__ = [
     "Clip",
+    "Describe",
     "Judge",
     "Pair",
     "check_side",
@@ -51,6 +52,7 @@ Frame = NDArray[np.uint8]
 Pair = tuple[Frame, Frame]  # (content, style)
 # (output, content, style, mask or None) -> numbers by name
 Judge = Callable[[Frame, Frame, Frame, Mask | None], dict[str, float]]
+Describe = Callable[[Frame], NDArray[np.float32]]  # a picture's features [D]
 
 SMALLEST_PX = 32  # below it, a quarter of the size has hardly any 5x5 patches
 _GAP_PX, _HEADER_PX = 4, 18

@@ -38,15 +38,15 @@ from transformers.utils import logging
 
 from std_rt.core.errors import RecipeError, UsageError
 from std_rt.evaluation.measures import Frame
+from std_rt.evaluation.picture_quality import Describe
 from std_rt.models.artfid import SMALLEST_PX, ArtInception, Lpips
 from std_rt.models.perceptual import Vgg, content_distance, load_perceptual, style_distance
 from std_rt.training.run.sheet import to_tensor
 
-__all__ = ["Describe", "Scorer", "load_features", "load_scorers"]
+__all__ = ["Scorer", "load_features", "load_scorers"]
 
 T = TypeVar("T")
 Scorer = Callable[[Frame, Frame, Frame], dict[str, float]]  # (output, content, style) -> numbers by name
-Describe = Callable[[Frame], NDArray[np.float32]]  # a picture's features [D]
 Embed = Callable[[Tensor], Tensor]  # images [1, 3, S, S], normalised -> [1, D]
 
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
