@@ -20,6 +20,7 @@ from std_rt.cli.live import live
 from std_rt.cli.options import command_of
 from std_rt.cli.styles import styles_app
 from std_rt.cli.stylize import stylize
+from std_rt.cli.tally import tally
 from std_rt.cli.train import train
 from std_rt.core.errors import StdRtError
 
@@ -56,6 +57,7 @@ app.command("bench")(command_of(bench))
 app.command("live")(command_of(live))
 app.command("evaluate")(command_of(evaluate))
 app.command("eval", hidden=True)(command_of(evaluate))  # its old name
+app.command("tally")(tally)
 app.command("doctor")(doctor)
 app.command("demo")(demo)
 app.add_typer(bundles_app, name="bundles")

@@ -22,44 +22,23 @@ from std_rt.cli.options import (
     SizeOption,
     parse_size,
 )
-from std_rt.cli.terminal import print_table, progress_lines
+from std_rt.cli.terminal import counting, print_table, progress_lines
 from std_rt.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from std_rt.evaluation.bundle_comparison import Contender, Material, PeerOutputs, Results
     from std_rt.evaluation.candidates import Candidate
     from std_rt.evaluation.measures import Frame, Mask
     from std_rt.evaluation.outputs import Peer
-    from std_rt.evaluation.picture_quality import Clip, Judge, Pair
+    from std_rt.evaluation.picture_quality import Clip, Describe, Judge, Pair
     from std_rt.evaluation.students import Comparison, Row, Setting
+    from std_rt.evaluation.summary import Summary
 
 __all__ = ["EvaluateRequest", "evaluate"]
 
 Found = dict[str, Any]  # for JSON
 
-# Measure -> heading of its column; the others are in the JSON only.
-_COLUMNS = {
-    "latent_rmse": "latents",
-    "psnr_db": "PSNR dB",
-    "colour": "colour",
-    "texture": "texture",
-    "structure": "structure",
-    "ssim": "SSIM",
-    "sharpness": "sharpness",
-    "warping": "warping",
-    "clip_sharpness": "clip sharpness",
-    "outside_max": "outside",
-    "clip_content": "CLIP content",
-    "clip_style": "CLIP style",
-    "dino_content": "DINO content",
-    "csd": "CSD",
-    "aesthetic": "aesthetic",
-    "vgg_style": "VGG style",
-    "vgg_content": "VGG content",
-}
-_WEIGHTS = ("clip", "dino", "csd", "aesthetic", "vgg")
+_WEIGHTS = ("clip", "dino", "csd", "aesthetic", "vgg", "artfid")
 
 _students = partial(Option, rich_help_panel="Comparing students with their teacher")
 _weights = partial(Option, rich_help_panel="Scores that need model weights")
@@ -74,13 +53,40 @@ class EvaluateRequest:
         Path, Argument(metavar="CONTENTS", help="Folder of pictures; clips are judged for flicker too.")
     ]
     styles: Annotated[Path, Argument(metavar="STYLES", help="Folder of style pictures.")]
-    output: Annotated[Path, Option("--output", "-o", metavar="FILE", help="Contact sheet to write.")] = Path(
-        "eval.png"
-    )
+    output: Annotated[
+        Path | None,
+        Option(
+            "--output",
+            "-o",
+            metavar="FILE|FOLDER",
+            help="Contact sheet to write (eval.png); with --protocol the folder for everything (protocol).",
+        ),
+    ] = None
+    protocol: Annotated[
+        str | None,
+        Option(
+            metavar="std",
+            help="All measures with intervals over up to 800 pairs, plots, blind sheet and voting page, in "
+            "the folder -o; run again, it goes on where it was. Subfolders are searched, too.",
+        ),
+    ] = None
     table: Annotated[Path | None, Option(metavar="OUT.json", help="Also write all numbers there.")] = None
-    pairs: Annotated[int, Option(help="Pairs, spread evenly over both folders; always the same ones.")] = 12
+    pairs: Annotated[
+        int | None,
+        Option(
+            help="Pairs, spread evenly over both folders; always the same ones. Default: 12; with --protocol "
+            "all, but at most 800."
+        ),
+    ] = None
     size: SizeOption = None
     steps: Annotated[list[int] | None, Option(help="Denoising steps; repeatable.")] = None
+    evaluations: Annotated[
+        list[int] | None,
+        Option(
+            help="Instead of --steps, UNet evaluations per picture: bundles with and without guidance at "
+            "equal cost; repeatable."
+        ),
+    ] = None
     video: Annotated[
         list[Path] | None, Option(metavar="FILE", help="A clip to judge for flicker; repeatable.")
     ] = None
@@ -145,12 +151,40 @@ class EvaluateRequest:
         None
     )
     vgg: Annotated[Path | None, _weights(metavar="FILE", help="VGG-19: style and content distance.")] = None
+    artfid: Annotated[
+        Path | None,
+        _weights(
+            metavar="FOLDER",
+            help="LPIPS, and with --protocol ArtFID: art_inception.pth, alexnet-owt-7be5be79.pth, alex.pth.",
+        ),
+    ] = None
+
+    @property
+    def sheet(self) -> Path:
+        """The contact sheet, without --protocol."""
+        return self.output or Path("eval.png")
+
+    @property
+    def pair_count(self) -> int:
+        """Pairs, without --protocol."""
+        return 12 if self.pairs is None else self.pairs
 
     def __post_init__(self) -> None:
+        if self.evaluations and self.steps:
+            raise UsageError("--evaluations and --steps are mutually exclusive; give one of the two")
+        if self.protocol is not None:
+            self._check_protocol_flags()
         if self.teacher is None:
             self._check_bundle_flags()
         else:
             self._check_student_flags()
+
+    def _check_protocol_flags(self) -> None:
+        if self.protocol != "std":
+            raise UsageError(f"--protocol must be std, got {self.protocol!r}")
+        _refuse({"--teacher": self.teacher}, "compares networks in torch; with --protocol give --bundle")
+        within = {"--save-outputs": self.save_outputs, "--blind": self.blind, "--table": self.table}
+        _refuse(within, "is part of --protocol; -o FOLDER says where")
 
     def _check_bundle_flags(self) -> None:
         parse_size(self.size)
@@ -167,10 +201,9 @@ class EvaluateRequest:
     def _check_student_flags(self) -> None:
         from std_rt.core.schedule import GRID_POINTS
 
-        others = {"--peer": self.peer, "--save-outputs": self.save_outputs, "--blind": self.blind}
-        _refuse(
-            {"--bundle": self.bundle, **others}, "and --teacher are mutually exclusive; give one of the two"
-        )
+        others: dict[str, object] = {"--bundle": self.bundle, "--evaluations": self.evaluations}
+        others |= {"--peer": self.peer, "--save-outputs": self.save_outputs, "--blind": self.blind}
+        _refuse(others, "and --teacher are mutually exclusive; give one of the two")
         if isinstance(parse_size(self.size), tuple):
             raise UsageError(
                 f"--size {self.size}: with --teacher pictures are square; give one side, such as 256"
@@ -201,13 +234,18 @@ def evaluate(request: EvaluateRequest) -> None:
 
     std-rt evaluate photos paintings --bundle engines/mine --steps 2 --steps 4 --peer MicroAST=pairs/microast
 
+    std-rt evaluate coco wikiart --protocol std --bundle engines/a --bundle engines/b --evaluations 8
+
     std-rt evaluate photos paintings --teacher FOLDER --lora runs/std-0/lora.safetensors --steps 2 --steps 4
 
     --teacher and scores with weights need the extra \\[train]: std-rt doctor says how to install it.
     """
     from std_rt.core.files import check_output, write_text, writing
 
-    for path in (request.output, request.table):
+    if request.protocol is not None:
+        typer.echo(json.dumps(_run_protocol(request, request.output or Path("protocol"))))
+        return
+    for path in (request.sheet, request.table):
         if path is not None:
             check_output(path, overwrite=request.overwrite)
     found, details = _judge_bundles(request) if request.teacher is None else _judge_students(request)
@@ -215,6 +253,16 @@ def evaluate(request: EvaluateRequest) -> None:
         with writing(request.table):
             write_text(request.table, json.dumps(found | details, indent=2) + "\n")
     typer.echo(json.dumps(found))
+
+
+def _describe_with(request: EvaluateRequest, side_px: int) -> Mapping[str, Describe]:
+    """What measures of a whole set need of each picture; `_judge_with` has checked that torch is there."""
+    given = {name: getattr(request, name) for name in ("csd", "artfid") if getattr(request, name)}
+    if not given:
+        return {}
+    from std_rt.evaluation.scorers import load_features
+
+    return load_features(**given, side_px=side_px)
 
 
 def _judge_with(request: EvaluateRequest, device: str = "cpu") -> Judge:
@@ -240,108 +288,240 @@ def _judge_with(request: EvaluateRequest, device: str = "cpu") -> Judge:
     return judge
 
 
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """Bundles and peers on their pairs; ``place`` is a folder that keeps the outputs, named by ``flag``."""
+
+    request: EvaluateRequest
+    bundles: list[Contender]
+    peers: list[Peer]
+    files: list[tuple[Path, Path]]
+    clips: list[Path]
+    place: Path | None
+    flag: str = "--save-outputs"
+
+    @property
+    def size(self) -> int | tuple[int, int]:
+        """As bundles are to work."""
+        return parse_size(self.request.size) or self.bundles[0].bundle.size_default
+
+    @property
+    def side_px(self) -> int:
+        """Of the squares that are judged."""
+        return max(self.size) if isinstance(self.size, tuple) else self.size
+
+    @property
+    def labels(self) -> list[str]:
+        """Of all candidates but the baselines."""
+        return [*(one.label for one in self.bundles), *(peer.label for peer in self.peers)]
+
+    def plan(self) -> Found:
+        """What must not change for the saved outputs to be used again."""
+        how = {
+            "size": self.request.size,
+            "precision": self.request.precision,
+            "backend": self.request.backend,
+        }
+        pairs = [[f"{path.name} {path.stat().st_size}" for path in pair] for pair in self.files]
+        clips = [f"{path.name} {path.stat().st_size}" for path in self.clips]
+        return {
+            "side_px": self.side_px,
+            "frames": self.request.frames,
+            "pairs": pairs,
+            "clips": clips,
+            "bundles": {one.label: one.as_dict() | how for one in self.bundles},
+        }
+
+
 def _judge_bundles(request: EvaluateRequest) -> tuple[Found, Found]:
     """Mean scores by candidate and figures of clips, printed and for JSON; all pairs for the table."""
     from rich.console import Console
 
     from std_rt.evaluation.blind import key_path, write_blind
-    from std_rt.evaluation.bundle_comparison import Results, contenders, save_material
     from std_rt.evaluation.measures import means
-    from std_rt.evaluation.outputs import Peer
+    from std_rt.evaluation.picture_quality import clips_among, pair_files
 
-    bundles = contenders(request.bundle or [None], request.steps or [])
-    peers = [Peer.parse(text) for text in request.peer or ()]
-    _check_plan(request, [*(one.label for one in bundles), *(peer.label for peer in peers)])
-    size = parse_size(request.size) or bundles[0].bundle.size_default
-    side = max(size) if isinstance(size, tuple) else size
-    console = Console(stderr=True)
-    with console.status("reading pictures") as status:
+    files = pair_files(request.contents, request.styles, request.pair_count)
+    clips = clips_among([request.contents], request.video or ())
+    run = _Run(request, *_candidates(request), files, clips, request.save_outputs)
+    _check_plan(run)
+    with counting(Console(stderr=True), "reading pictures") as told:
         judge = _judge_with(request)
-        results = Results(_read_material(request, side))
-        ready = _read_peers(peers, results.material, console)
-        if request.save_outputs is not None:
-            save_material(request.save_outputs, results.material)
-        _paint(request, bundles, size, results, status.update)
-        for outputs in ready:
-            results.add_peer(outputs)
+        results = _paint(run, told)
         if request.blind is not None:
             write_blind(request.blind, results.material.pairs, results.pictures, request.seed)
-        status.update("baselines")
         results.add_baselines()
-        headings = results.write_sheet(request.output)
-        by_pair = results.scores(judge, status.update)
+        headings = results.write_sheet(request.sheet)
+        by_pair, _ = results.scores(judge, told)
     scores = {label: means(list(rows.values())) for label, rows in by_pair.items()}
     _print_scores(scores)
     _print_clips(results.steady)
-    typer.echo(f"sheet ({' | '.join(headings)}): {request.output}")
+    typer.echo(f"sheet ({' | '.join(headings)}): {request.sheet}")
     if request.blind is not None:
         typer.echo(f"blind sheet: {request.blind}; its key: {key_path(request.blind)}")
-    found = {
-        "scores": scores,
+    return _found(run, results) | {"scores": scores}, {"by_pair": by_pair}
+
+
+def _run_protocol(request: EvaluateRequest, folder: Path) -> Found:
+    """Everything in ``folder``; what is printed last."""
+    from rich.console import Console
+
+    from std_rt.evaluation.picture_quality import clips_among
+    from std_rt.evaluation.protocol import check_folder, protocol_files
+    from std_rt.evaluation.summary import summarise
+
+    check_folder(folder, overwrite=request.overwrite)
+    files = protocol_files(request.contents, request.styles, request.pairs)
+    clips = clips_among(list(dict.fromkeys(content for content, _ in files)), request.video or ())
+    run = _Run(request, *_candidates(request), files, clips, folder / "outputs", "-o")
+    _check_plan(run)
+    with counting(Console(stderr=True), "reading pictures") as told:
+        judge, describe = _judge_with(request), _describe_with(request, run.side_px)
+        results = _paint(run, told)
+        told("sheets and voting page", 0, 1)
+        lines = _write_pictures(run, results, folder)
+        by_pair, features = results.scores(judge, told, describe)
+        told("intervals", 0, 1)
+        summary = summarise(by_pair, features, results.steady)
+    lines = [*_write_summary(summary, results, folder), *lines]
+    found = _found(run, results) | {"protocol": request.protocol, **summary.as_dict()}
+    _write(folder / "results.json", json.dumps(found | {"by_pair": by_pair}, indent=1) + "\n")
+    for line in [*lines, f"all numbers: {folder / 'results.json'}"]:
+        typer.echo(line)
+    return {name: found[name] for name in found if name != "differences"}
+
+
+def _write_pictures(run: _Run, results: Results, folder: Path) -> list[str]:
+    """Sheet, blind sheet and voting page; lines that say where, and what was left as it was."""
+    from std_rt.evaluation.blind import write_blind
+    from std_rt.evaluation.outputs import Lazy
+    from std_rt.evaluation.protocol import rows_shown
+    from std_rt.evaluation.voting import KEY, PAGE, write_page
+
+    pairs, seed, runners = results.material.pairs, run.request.seed, dict(results.pictures)
+    results.add_baselines()
+    chosen = rows_shown(len(pairs), len(results.pictures) + 2, run.side_px)
+    headings = results.write_sheet(folder / "sheet.png", chosen)
+    lines = [f"sheet ({' | '.join(headings)}): {folder / 'sheet.png'}"]
+    if len(runners) < 2:
+        return [
+            *lines,
+            "no blind sheet or voting page of one candidate; add --peer, --bundle or more --steps",
+        ]
+
+    def some(frames: Sequence[Frame]) -> Sequence[Frame]:
+        return Lazy(len(chosen), lambda i: frames[chosen[i]])
+
+    shown = {label: some(frames) for label, frames in runners.items()}
+    write_blind(folder / "blind.png", [pairs[i] for i in chosen], shown, seed)
+    lines.append(f"blind sheet: {folder / 'blind.png'}")
+    if not write_page(folder, pairs, runners, seed):
+        why = "is of other candidates and was kept; for a new one remove it, or give another folder with -o"
+        return [*lines, f"note: {folder / KEY} {why}"]
+    return [*lines, f"voting page: {folder / PAGE} (count votes: std-rt tally {folder / KEY} VOTES.csv ...)"]
+
+
+def _write_summary(summary: Summary, results: Results, folder: Path) -> list[str]:
+    """The table, printed and as a file, and the plots; lines that say what is not there."""
+    from std_rt.evaluation.plots import plots
+    from std_rt.evaluation.protocol import cells, markdown
+    from std_rt.evaluation.statistics import LEVEL, RESAMPLES
+
+    headings, rows = cells(summary, results.evaluations)
+    print_table(rows, headings, numeric=True)
+    missing = [f"{', '.join(titles)} ({option})" for option, titles in summary.missing().items()]
+    count = len(results.material.names)
+    notes = [
+        f"±: half the {LEVEL:.0%} interval, bootstrap ({RESAMPLES:,} resamples) over {count} pairs; "
+        "*: the best, or not significantly different from it.",
+        *([f"Not measured: {'; '.join(missing)}."] if missing else []),
+    ]
+    _write(folder / "table.md", markdown(headings, rows, notes))
+    _write(folder / "plots.svg", plots(summary, results.evaluations))
+    return [*notes, f"table: {folder / 'table.md'}", f"plots: {folder / 'plots.svg'}"]
+
+
+def _write(path: Path, text: str) -> None:
+    from std_rt.core.files import write_text, writing
+
+    with writing(path):
+        write_text(path, text)
+
+
+def _found(run: _Run, results: Results) -> Found:
+    """What both kinds of comparison say of themselves in JSON."""
+    return {
         "warping": results.clip_figures("warping"),
         "sharpness": results.clip_figures("sharpness"),
-        "bundles": {one.label: one.as_dict() for one in bundles},
-        "pairs": request.pairs,
-        "size_px": side,
+        "bundles": {one.label: one.as_dict() for one in run.bundles},
+        "evaluations": results.evaluations,
+        "pairs": len(run.files),
+        "size_px": run.side_px,
     }
-    return found, {"by_pair": by_pair}
 
 
-def _check_plan(request: EvaluateRequest, labels: list[str]) -> None:
+def _candidates(request: EvaluateRequest) -> tuple[list[Contender], list[Peer]]:
+    from std_rt.evaluation.bundle_comparison import contenders
+    from std_rt.evaluation.outputs import Peer
+
+    bundles = contenders(request.bundle or [None], request.steps or [], request.evaluations or [])
+    return bundles, [Peer.parse(text) for text in request.peer or ()]
+
+
+def _check_plan(run: _Run) -> None:
     """Refuse, before any work, names that clash and outputs that cannot be written."""
     from std_rt.core.files import check_output
     from std_rt.evaluation.blind import check_count, key_path
-    from std_rt.evaluation.outputs import check_folder, check_labels
+    from std_rt.evaluation.outputs import check_labels
 
-    check_labels(labels)
-    if request.blind is not None:
-        check_count(len(labels))
-        for path in (request.blind, key_path(request.blind)):
-            check_output(path, overwrite=request.overwrite, flag="--blind")
-    if request.save_outputs is not None:
-        check_folder(request.save_outputs, overwrite=request.overwrite)
-
-
-def _read_material(request: EvaluateRequest, side_px: int) -> Material:
-    from std_rt.evaluation.bundle_comparison import Material
-    from std_rt.evaluation.picture_quality import clips_among, pair_files
-
-    files = pair_files(request.contents, request.styles, request.pairs)
-    clips = clips_among(request.contents, request.video or ())
-    return Material.read(files, side_px, clips, request.frames)
+    check_labels(run.labels)
+    blind, overwrite = run.request.blind, run.request.overwrite
+    if blind is not None or (run.request.protocol and len(run.labels) > 1):
+        check_count(len(run.labels))
+    if blind is not None:
+        for path in (blind, key_path(blind)):
+            check_output(path, overwrite=overwrite, flag="--blind")
 
 
-def _read_peers(peers: list[Peer], material: Material, console: Console) -> list[PeerOutputs]:
+def _paint(run: _Run, told: Callable[[str, int, int], None]) -> Results:
+    """All candidates' outputs: every bundle in turn, opened with its number of steps, then the peers."""
+    from std_rt.evaluation.bundle_comparison import Material, Results
+    from std_rt.evaluation.outputs import Store, open_store
+    from std_rt.pipeline.stylizer import Stylizer
+
+    request = run.request
+    store = Store()
+    if run.place is not None:
+        store = open_store(run.place, run.plan(), overwrite=request.overwrite, flag=run.flag)
+    results = Results(Material.read(run.files, run.side_px, run.clips, request.frames, store))
+    ready = _read_peers(run.peers, results.material)
+    results.material.prepare(told)
+    how: dict[str, Any] = {"backend": request.backend, "size": run.size, "precision": request.precision}
+    for one in run.bundles:
+        results.add_bundle(one, partial(Stylizer.load, one.bundle, steps=one.steps, **how), told)
+    for outputs in ready:
+        results.add_peer(outputs)
+    return results
+
+
+def _read_peers(peers: list[Peer], material: Material) -> list[PeerOutputs]:
+    from rich.console import Console
+
     from std_rt.cli.terminal import note
     from std_rt.evaluation.bundle_comparison import PeerOutputs
 
     found = [PeerOutputs.read(peer, material) for peer in peers]
     for line in [line for outputs in found for line in outputs.notes]:
-        note(console, line)
+        note(Console(stderr=True), line)
     return found
 
 
-def _paint(
-    request: EvaluateRequest,
-    bundles: list[Contender],
-    size: int | tuple[int, int],
-    results: Results,
-    told: Callable[[str], None],
-) -> None:
-    """Every bundle in turn, opened with its number of steps."""
-    from std_rt.pipeline.stylizer import Stylizer
-
-    for one in bundles:
-        with Stylizer.load(
-            one.bundle, backend=request.backend, size=size, steps=one.steps, precision=request.precision
-        ) as stylizer:
-            results.add_bundle(one, stylizer, request.save_outputs, told)
-
-
 def _print_scores(scores: dict[str, dict[str, float]]) -> None:
-    names = [name for name in _COLUMNS if name in next(iter(scores.values()))]
+    from std_rt.evaluation.summary import MEASURES
+
+    names = [name for name in MEASURES if name in next(iter(scores.values()))]
     rows = [[label, *(f"{row[name]:.3f}" for name in names)] for label, row in scores.items()]
-    print_table(rows, ["mean score", *(_COLUMNS[name] for name in names)], numeric=True)
+    print_table(rows, ["mean score", *(MEASURES[name].title for name in names)], numeric=True)
 
 
 def _print_clips(steady: dict[str, dict[str, dict[str, float]]]) -> None:
@@ -362,13 +542,14 @@ def _judge_students(request: EvaluateRequest) -> tuple[Found, Found]:
     from std_rt.core.machine import require
 
     require("std-rt evaluate --teacher", "train", "torch", "diffusers", "peft", "safetensors")
-    from std_rt.evaluation.picture_quality import clips_among, draw_pairs, pair_files, read_clips
+    from std_rt.evaluation.picture_quality import check_side, clips_among, draw_pair, pair_files, read_clips
     from std_rt.evaluation.students import Setting, aggregate
 
     side = parse_size(request.size) or 256
     assert isinstance(side, int)
-    files = pair_files(request.contents, request.styles, request.pairs)
-    pairs = draw_pairs(files, side)
+    check_side(side)
+    files = pair_files(request.contents, request.styles, request.pair_count)
+    pairs = [draw_pair(*pair, side) for pair in files]
     settings = [
         Setting(steps, guidance, request.schedule)
         for steps in request.steps or [4]
@@ -376,16 +557,16 @@ def _judge_students(request: EvaluateRequest) -> tuple[Found, Found]:
     ]
     clips = []
     if request.mask is None:
-        clips = read_clips(clips_among(request.contents, request.video or ()), files, pairs, request.frames)
+        clips = read_clips(clips_among([request.contents], request.video or ()), files, pairs, request.frames)
     comparison, candidates = _prepare(request, pairs, clips)
     floor = {str(clip.path): clip.meter.floor for clip in clips if clip.meter.floor is not None}
     rows = _run(comparison, candidates, settings)
-    _write_sheet(request.output, pairs, rows)
+    _write_sheet(request.sheet, pairs, rows)
     groups = aggregate(rows)
     _print_groups(groups)
     for name, value in floor.items():
         typer.echo(f"warping error of {name} itself: {value:.4f}")
-    typer.echo(f"sheet: {request.output}")
+    typer.echo(f"sheet: {request.sheet}")
     found = {
         "teacher": str(request.teacher),
         "schedule": request.schedule,
@@ -479,8 +660,10 @@ def _write_sheet(path: Path, pairs: list[Pair], rows: list[Row]) -> None:
 
 def _print_groups(groups: list[Found]) -> None:
     """A table; ``scale`` is the guidance, ``evals`` counts UNet evaluations per picture."""
-    names = [name for name in _COLUMNS if name in groups[0]["mean"]]
-    headings = ["run", "steps", "scale", "evals", "seeds", *(_COLUMNS[name] for name in names)]
+    from std_rt.evaluation.summary import MEASURES
+
+    names = [name for name in MEASURES if name in groups[0]["mean"]]
+    headings = ["run", "steps", "scale", "evals", "seeds", *(MEASURES[name].title for name in names)]
     rows = []
     for group in groups:
         counts = (group["steps"], f"{group['guidance']:g}", group["evaluations"], len(group["seeds"]))

@@ -18,6 +18,7 @@ from std_rt.core.files import reason
 
 __all__ = [
     "builds_shown",
+    "counting",
     "ended_as_by_ctrl_c",
     "interruptible",
     "note",
@@ -67,6 +68,19 @@ def progress_lines(
         note(console, f"{what}: {done}{of} after {_duration(spent_s)}{left}")
 
     return show
+
+
+@contextmanager
+def counting(console: Console, what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Show ``what`` is being done; yields a function (what, done, total). In a log, a line now and then."""
+    lines: dict[str, Callable[[str, int, int | None], None]] = {}
+    with console.status(what) as status:
+
+        def told(now: str, done: int, total: int) -> None:
+            status.update(f"{now}: {done} of {total}")
+            lines.setdefault(now, progress_lines(console))(now, done, total)
+
+        yield told
 
 
 def _duration(seconds: float) -> str:

@@ -30,15 +30,18 @@ from std_rt.streaming.temporal import TemporalFilter
 
 __all__ = [
     "Clip",
+    "Describe",
     "Judge",
     "Pair",
+    "check_side",
     "clip_frames",
     "clips_among",
-    "draw_pairs",
+    "draw_pair",
     "paint_clip",
     "paint_picture",
     "pair_files",
     "pair_name",
+    "pair_up",
     "read_clips",
     "read_mask",
     "weight_free",
@@ -49,6 +52,7 @@ Frame = NDArray[np.uint8]
 Pair = tuple[Frame, Frame]  # (content, style)
 # (output, content, style, mask or None) -> numbers by name
 Judge = Callable[[Frame, Frame, Frame, Mask | None], dict[str, float]]
+Describe = Callable[[Frame], NDArray[np.float32]]  # a picture's features [D]
 
 SMALLEST_PX = 32  # below it, a quarter of the size has hardly any 5x5 patches
 _GAP_PX, _HEADER_PX = 4, 18
@@ -72,15 +76,19 @@ def weight_free(frame: Frame, content: Frame, style: Frame, mask: Mask | None = 
 
 
 def pair_files(contents: Path, styles: Path, number: int) -> list[tuple[Path, Path]]:
-    """``number`` pairs (content, style) of two folders, the same ones for the same files.
+    """``number`` pairs (content, style) of two folders, the same ones for the same files; see `pair_up`."""
+    return pair_up(expand_inputs([contents]), expand_inputs([styles]), number)
 
-    Of the C contents by name, pair i has the one at i C / number, rounded down, and of the S styles the one
-    at (7 i + 1) modulo S (7, or the next number prime to S): no style comes twice before all came once, and
-    in another order than the contents.
+
+def pair_up(a: Sequence[Path], b: Sequence[Path], number: int) -> list[tuple[Path, Path]]:
+    """``number`` pairs of contents ``a`` and styles ``b``, both in order.
+
+    Of the C contents, pair i has the one at i C / number, rounded down, and of the S styles the one at
+    (7 i + 1) modulo S (7, or the next number prime to S): no style comes twice before all came once, and in
+    another order than the contents. C S pairs are all there are, each once.
     """
     if number < 1:
         raise UsageError(f"--pairs must be at least 1, got {number}")
-    a, b = expand_inputs([contents]), expand_inputs([styles])
     stride = next(step for step in count(7) if gcd(step, len(b)) == 1)
     return [(a[i * len(a) // number], b[(stride * i + 1) % len(b)]) for i in range(number)]
 
@@ -90,21 +98,25 @@ def pair_name(content: Path, style: Path) -> str:
     return f"{content.stem}--{style.stem}"
 
 
-def draw_pairs(files: Sequence[tuple[Path, Path]], side_px: int) -> list[Pair]:
-    """Both pictures of every pair as centred squares; clips give their first frame."""
-    if side_px < SMALLEST_PX:
-        raise UsageError(f"--size {side_px} is too small to judge; use at least {SMALLEST_PX}")
+def draw_pair(content: Path, style: Path, side_px: int) -> Pair:
+    """Both pictures of a pair as centred squares; a clip gives its first frame."""
 
     def still(path: Path) -> Frame:
         frame = clip_frames(path, 1)[0] if is_video(path) else read_picture(path).frame
         return square(frame, side_px)
 
-    return [(still(content), still(style)) for content, style in files]
+    return still(content), still(style)
 
 
-def clips_among(contents: Path, videos: Iterable[Path] = ()) -> list[Path]:
-    """Clips in CONTENTS, then those asked for by name; each once."""
-    named = [path for path in expand_inputs([contents]) if is_video(path)]
+def check_side(side_px: int) -> None:
+    """Raise UsageError for squares that the measures cannot judge."""
+    if side_px < SMALLEST_PX:
+        raise UsageError(f"--size {side_px} is too small to judge; use at least {SMALLEST_PX}")
+
+
+def clips_among(contents: Sequence[Path], videos: Iterable[Path] = ()) -> list[Path]:
+    """Clips among the contents (files, or folders of them), then those asked for by name; each once."""
+    named = [path for path in expand_inputs([*contents]) if is_video(path)]
     return list(dict.fromkeys([*named, *videos]))
 
 

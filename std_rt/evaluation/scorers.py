@@ -1,7 +1,7 @@
-"""Scores that need weights: CLIP, DINOv2, CSD, LAION's aesthetic predictor and VGG distances.
+"""Scores that need weights: CLIP, DINOv2, CSD, LAION's aesthetic predictor, VGG distances and ArtFID's parts.
 
 Nothing is downloaded, and no file may run code: safetensors, or ``torch.load(weights_only=True)``. All are
-cosines in -1..1, except the aesthetic score, which is about 1..10, and VGG's two distances (0 = equal).
+cosines in -1..1, except the aesthetic score, which is about 1..10, and the distances (0 = equal).
 
 * CLIP: a transformers folder of a CLIPModel; output to content and output to style
 * DINOv2: a transformers folder of a Dinov2Model; class token of output to content
@@ -10,6 +10,9 @@ cosines in -1..1, except the aesthetic score, which is about 1..10, and VGG's tw
 * aesthetic: ``sac+logos+ava1-l14-linearMSE.pth`` of LAION's improved predictor, over CLIP ViT-L/14
 * VGG: weights of VGG-19 as training takes them (`models.perceptual`); ``vgg_style`` compares the normalised
   Gram matrices of relu1_1 to relu4_1 with the style's, ``vgg_content`` relu4_1 with the content's
+* ArtFID: a folder of its published files (`models.artfid`); ``lpips`` of output and content
+
+What only a whole set of pictures has (CSLS of CSD, the FID in ArtFID) is computed from `load_features`.
 """
 
 from __future__ import annotations
@@ -19,13 +22,14 @@ import hashlib
 import pickle
 import warnings
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -34,11 +38,14 @@ from transformers.utils import logging
 
 from std_rt.core.errors import RecipeError, UsageError
 from std_rt.evaluation.measures import Frame
+from std_rt.evaluation.picture_quality import Describe
+from std_rt.models.artfid import SMALLEST_PX, ArtInception, Lpips
 from std_rt.models.perceptual import Vgg, content_distance, load_perceptual, style_distance
 from std_rt.training.run.sheet import to_tensor
 
-__all__ = ["Scorer", "load_scorers"]
+__all__ = ["Scorer", "load_features", "load_scorers"]
 
+T = TypeVar("T")
 Scorer = Callable[[Frame, Frame, Frame], dict[str, float]]  # (output, content, style) -> numbers by name
 Embed = Callable[[Tensor], Tensor]  # images [1, 3, S, S], normalised -> [1, D]
 
@@ -60,7 +67,6 @@ _FROM_OPENAI = {
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
-_REMEMBERED = 256
 
 
 def load_scorers(
@@ -70,6 +76,7 @@ def load_scorers(
     csd: Path | None = None,
     aesthetic: Path | None = None,
     vgg: Path | None = None,
+    artfid: Path | None = None,
     device: str = "cpu",
 ) -> list[Scorer]:
     """The scorers whose weights are given. Raises UsageError if a file or folder does not contain them."""
@@ -87,27 +94,63 @@ def load_scorers(
         scorers.append(_cosines(_load_csd(csd, device), style="csd"))
     if vgg is not None:
         scorers.append(_load_vgg(vgg, device))
+    if artfid is not None:
+        scorers.append(_load_lpips(artfid, device))
     return scorers
 
 
+def load_features(
+    *, side_px: int, csd: Path | None = None, artfid: Path | None = None, device: str = "cpu"
+) -> dict[str, Describe]:
+    """What describes a picture, by the measure of a whole set that needs it: ``csd_csls``, ``artfid``.
+
+    Unit vectors of CSD, and features of the Inception that ArtFID uses. Raises UsageError as `load_scorers`,
+    and where pictures of ``side_px`` are too small.
+    """
+    found: dict[str, Describe] = {}
+    if csd is not None:
+        embedder = _load_csd(csd, device)
+        found["csd_csls"] = lambda frame: np.asarray(embedder(frame).cpu(), np.float32)
+    if artfid is not None and side_px < SMALLEST_PX:
+        raise UsageError(
+            f"--artfid needs pictures of at least {SMALLEST_PX} px, got {side_px}; give a larger --size"
+        )
+    if artfid is not None:
+        found["artfid"] = _load_inception(artfid, device)
+    return found
+
+
+def _remembered(of: Callable[[Frame], T], most: int = 256) -> Callable[[Frame], T]:
+    """``of``, with its last results kept: contents and styles come again."""
+    known: dict[tuple[str, tuple[int, ...]], T] = {}
+
+    def get(frame: Frame) -> T:
+        key = hashlib.sha256(frame.tobytes()).hexdigest(), frame.shape
+        if key not in known:
+            if len(known) >= most:
+                del known[next(iter(known))]
+            known[key] = of(frame)
+        return known[key]
+
+    return get
+
+
 class _Embedder:
-    """Frames uint8 [S, S, 3] -> unit vectors [D]; remembered, since contents and styles come again."""
+    """Frames uint8 [S, S, 3] -> unit vectors [D]."""
 
     def __init__(
         self, embed: Embed, side_px: int, mean: tuple[float, ...], std: tuple[float, ...], device: str
     ) -> None:
         self._embed, self._side, self._device = embed, side_px, device
         self._mean, self._std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (mean, std))
-        self._known: dict[str, Tensor] = {}
+        self._vector = _remembered(self._of)
+
+    def __call__(self, frame: Frame) -> Tensor:
+        return self._vector(frame)
 
     @torch.no_grad()
-    def __call__(self, frame: Frame) -> Tensor:
-        key = hashlib.sha256(frame.tobytes()).hexdigest() + str(frame.shape)
-        if key not in self._known:
-            if len(self._known) >= _REMEMBERED:
-                del self._known[next(iter(self._known))]
-            self._known[key] = F.normalize(self._embed(self._images(frame)).float(), dim=-1)[0]
-        return self._known[key]
+    def _of(self, frame: Frame) -> Tensor:
+        return F.normalize(self._embed(self._images(frame)).float(), dim=-1)[0]
 
     def _images(self, frame: Frame) -> Tensor:
         """The whole (square) frame at the network's size: bicubic, antialiased, as these were trained."""
@@ -214,6 +257,7 @@ def _clip_from_openai(state: Mapping[str, Tensor], projection: Tensor) -> CLIPVi
     return model.eval().requires_grad_(False)
 
 
+@cache  # for its score and for its features
 def _load_csd(path: Path, device: str) -> _Embedder:
     """The backbone and the style projection: ``normalize(tower(x) @ last_layer_style)``."""
     stored = _load_state("--csd", path)
@@ -272,20 +316,59 @@ def _load_vgg(path: Path, device: str) -> Scorer:
         )
     network.to(device)
 
-    @lru_cache(maxsize=2)  # several outputs for one pair come one after the other
-    def known(data: bytes, shape: tuple[int, ...]) -> list[Tensor]:
-        return features(np.frombuffer(data, np.uint8).reshape(shape).copy())
-
     @torch.no_grad()
     def features(frame: Frame) -> list[Tensor]:
         taps: list[Tensor] = network(to_tensor([frame]).to(device))
         return taps
 
+    known = _remembered(features, 2)  # several outputs for one pair come one after the other
+
     def scorer(output: Frame, content: Frame, style: Frame) -> dict[str, float]:
-        x, photo, art = features(output), *(known(f.tobytes(), f.shape) for f in (content, style))
+        x, photo, art = features(output), known(content), known(style)
         return {
             "vgg_style": float(style_distance(x, art)),
             "vgg_content": float(content_distance(x[-1], photo[-1])),
         }
 
     return scorer
+
+
+_ARTFID = {"inception": "art_inception.pth", "alexnet": "alexnet-owt-7be5be79.pth", "linear": "alex.pth"}
+
+
+def _artfid_state(folder: Path, part: str) -> dict[str, Any]:
+    path = folder / _ARTFID[part]
+    if not path.is_file():
+        raise UsageError(f"--artfid {folder} lacks {path.name}; it is to hold {', '.join(_ARTFID.values())}")
+    return _load_state("--artfid", path)
+
+
+def _load_lpips(folder: Path, device: str) -> Scorer:
+    try:
+        network = Lpips(_artfid_state(folder, "alexnet"), _artfid_state(folder, "linear")).to(device)
+    except KeyError as error:
+        raise UsageError(
+            f"--artfid {folder} does not hold AlexNet and LPIPS 0.1: {error} is missing"
+        ) from None
+
+    @torch.no_grad()
+    def scorer(output: Frame, content: Frame, style: Frame) -> dict[str, float]:
+        x, photo = (to_tensor([frame]).to(device) for frame in (output, content))
+        return {"lpips": float(network(x, photo))}
+
+    return scorer
+
+
+def _load_inception(folder: Path, device: str) -> Describe:
+    """Pooled features [2048]."""
+    try:
+        network = ArtInception(_artfid_state(folder, "inception")).to(device)
+    except KeyError as error:
+        raise UsageError(f"--artfid {folder} does not hold an Inception v3: {error} is missing") from None
+
+    @_remembered
+    @torch.no_grad()
+    def describe(frame: Frame) -> NDArray[np.float32]:
+        return np.asarray(network(to_tensor([frame]).to(device))[0].cpu(), np.float32)
+
+    return describe

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from std_rt.core.errors import RecipeError
 from std_rt.core.schedule import StepCoefficients, trajectory_timesteps
+from std_rt.models.perceptual import quantile_gaps
 from std_rt.pipeline.denoise import denoise
 from std_rt.training.run.precision import mixed_precision
 from std_rt.training.run.recipe import FinishConfig, TeacherConfig, load_run_recipe
@@ -150,15 +151,6 @@ def _guided(
 # --- texture ----------------------------------------------------------------------------------------------
 
 
-def _quantiles(values: Tensor, count: int) -> Tensor:
-    """Sorted ``values [B, D, N]`` resampled to ``count`` evenly spaced quantiles."""
-    ordered = values.sort(-1).values
-    at = torch.linspace(0, values.shape[-1] - 1, count)
-    low = at.floor().long()
-    high = (low + 1).clamp(max=values.shape[-1] - 1)
-    return torch.lerp(ordered[..., low], ordered[..., high], at - low)
-
-
 def sliced_wasserstein(
     x: Tensor, y: Tensor, generator: torch.Generator, side: int, directions: int = 48
 ) -> Tensor:
@@ -169,9 +161,8 @@ def sliced_wasserstein(
     """
     filters = torch.randn((directions, x.shape[1], side, side), generator=generator)
     filters = filters / filters.flatten(1).norm(dim=1)[:, None, None, None]
-    a, b = F.conv2d(x, filters).flatten(2), F.conv2d(y, filters).flatten(2)
-    count = min(a.shape[-1], b.shape[-1])
-    return (_quantiles(a, count) - _quantiles(b, count)).square().mean((1, 2))
+    count = min((h - side + 1) * (w - side + 1) for h, w in (x.shape[2:], y.shape[2:]))
+    return quantile_gaps(x, y, filters, count).square().mean((1, 2))
 
 
 def texture_distance(x: Tensor, style: Tensor, generator: torch.Generator) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import pickle
 from pathlib import Path
@@ -13,27 +12,23 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from support.artfid import inception_features, random_inception, random_lpips, write_artfid
+from support.clip_weights import PX, csd_state, write_clip, write_csd, write_predictor
 from support.pipelines import randomize
 from support.weights import write_vgg
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
-    CLIPConfig,
-    CLIPModel,
     CLIPVisionModelWithProjection,
     Dinov2Config,
     Dinov2Model,
 )
 
 from std_rt.core.errors import UsageError
-from std_rt.evaluation.scorers import load_scorers
+from std_rt.evaluation.scorers import load_features, load_scorers
+from std_rt.models.artfid import ArtInception, Lpips
 from std_rt.models.perceptual import load_perceptual
 
 Frame = NDArray[np.uint8]
-PX, DIM = 32, 12
-VISION = {
-    "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "image_size": PX, "patch_size": 8, "projection_dim": DIM, "hidden_act": "quick_gelu",
-}  # fmt: skip
 
 
 def _frames(count: int) -> list[Frame]:
@@ -58,74 +53,12 @@ def _cosine(a: Tensor, b: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("clip")
-    text = {
-        "vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "max_position_embeddings": 8, "projection_dim": DIM,
-        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
-    }  # fmt: skip
-    config = CLIPConfig(text_config=text, vision_config=VISION, projection_dim=DIM)
-    randomize(CLIPModel(config), 0).save_pretrained(folder)
-    return folder
+    return write_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
 def vision(clip: Path) -> CLIPVisionModelWithProjection:
     return CLIPVisionModelWithProjection.from_pretrained(clip).eval()
-
-
-def _openai(vision: CLIPVisionModelWithProjection) -> dict[str, Tensor]:
-    """The weights of a transformers CLIP under the names of OpenAI's files, which CSD keeps."""
-    names = {
-        "embeddings.class_embedding": "class_embedding",
-        "embeddings.patch_embedding.weight": "conv1.weight",
-        "embeddings.position_embedding.weight": "positional_embedding",
-    }
-    state = {k.removeprefix("vision_model."): v for k, v in vision.state_dict().items()}
-    found = {new: state[old] for old, new in names.items()}
-    for kind in ("weight", "bias"):
-        found[f"ln_pre.{kind}"] = state[f"pre_layrnorm.{kind}"]
-        found[f"ln_post.{kind}"] = state[f"post_layernorm.{kind}"]
-        for i in range(VISION["num_hidden_layers"]):
-            a, b = f"encoder.layers.{i}.", f"transformer.resblocks.{i}."
-            heads = [state[f"{a}self_attn.{x}_proj.{kind}"] for x in "qkv"]
-            found[f"{b}attn.in_proj_{kind}"] = torch.cat(heads)
-            pairs = {
-                "self_attn.out_proj": "attn.out_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2",
-                "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
-            }  # fmt: skip
-            found |= {f"{b}{new}.{kind}": state[f"{a}{old}.{kind}"] for old, new in pairs.items()}
-    return found
-
-
-def _csd_state(vision: CLIPVisionModelWithProjection) -> dict[str, Tensor]:
-    """As published: DistributedDataParallel's prefix, backbone, and two projections."""
-    state = {f"module.backbone.{k}": v.clone() for k, v in _openai(vision).items()}
-    state["module.last_layer_style"] = vision.visual_projection.weight.T.clone()
-    return state | {"module.last_layer_content": torch.zeros(128, DIM)}
-
-
-def _csd_checkpoint(path: Path, vision: CLIPVisionModelWithProjection) -> Path:
-    """With everything else that the authors' training kept in the file."""
-    known = {
-        "model_state_dict": _csd_state(vision),
-        "opt_bb": {"state": {}, "param_groups": [{"lr": np.float64(0.1)}]},
-        "iter": 3,
-        "args": argparse.Namespace(arch="vit_large", lr=np.float64(0.003)),
-        "fp16_scaler": None,
-    }
-    torch.save(known, path)
-    return path
-
-
-def _predictor(path: Path, dim: int = DIM) -> nn.Sequential:
-    """The improved predictor's layers; dropout counts in its names."""
-    layers = nn.Sequential(
-        nn.Linear(dim, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2), nn.Linear(128, 64),
-        nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1),
-    )  # fmt: skip
-    torch.save({f"layers.{k}": v for k, v in layers.state_dict().items()}, path)
-    return layers.eval()
 
 
 def test_nothing_asked_is_nothing_loaded() -> None:
@@ -163,12 +96,12 @@ def test_dino_compares_class_tokens_with_the_content(tmp_path: Path) -> None:
 def test_csd_reads_every_layout(vision: CLIPVisionModelWithProjection, tmp_path: Path, layout: str) -> None:
     path = tmp_path / "csd.bin"
     if layout == "published":
-        _csd_checkpoint(path, vision)
+        write_csd(path, vision)
     elif layout == "weights only":
-        torch.save(_csd_state(vision), path)
+        torch.save(csd_state(vision), path)
     else:
         path = tmp_path / "csd.safetensors"
-        plain = {k.removeprefix("module."): v.contiguous() for k, v in _csd_state(vision).items()}
+        plain = {k.removeprefix("module."): v.contiguous() for k, v in csd_state(vision).items()}
         save_file(plain, path)
     (scorer,) = load_scorers(csd=path)
     frames = _frames(3)
@@ -180,7 +113,7 @@ def test_csd_reads_every_layout(vision: CLIPVisionModelWithProjection, tmp_path:
 def test_the_aesthetic_predictor_sees_unit_vectors(
     clip: Path, vision: CLIPVisionModelWithProjection, tmp_path: Path
 ) -> None:
-    layers = _predictor(tmp_path / "linearMSE.pth")
+    layers = write_predictor(tmp_path / "linearMSE.pth")
     frames = _frames(3)
     scorers = load_scorers(clip=clip, aesthetic=tmp_path / "linearMSE.pth")
     expected = float(layers(F.normalize(vision(_clip_images(frames[0])).image_embeds)))
@@ -234,7 +167,7 @@ def test_what_does_not_hold_the_weights_is_one_clear_line(clip: Path, tmp_path: 
 def test_a_csd_file_of_another_shape_is_refused(
     vision: CLIPVisionModelWithProjection, tmp_path: Path
 ) -> None:
-    state = _csd_state(vision)
+    state = csd_state(vision)
     del state["module.backbone.ln_post.bias"]
     torch.save({"model_state_dict": state}, tmp_path / "csd.bin")
     with pytest.raises(UsageError, match=r"post_layernorm\.bias"):
@@ -242,7 +175,7 @@ def test_a_csd_file_of_another_shape_is_refused(
 
 
 def test_a_predictor_for_another_clip_is_refused(clip: Path, tmp_path: Path) -> None:
-    _predictor(tmp_path / "big.pth", 768)
+    write_predictor(tmp_path / "big.pth", 768)
     scorer = load_scorers(clip=clip, aesthetic=tmp_path / "big.pth")[1]
     with pytest.raises(UsageError, match="vectors of 768 numbers, --clip gives 12"):
         scorer(*_frames(3))
@@ -285,3 +218,72 @@ def test_vgg_takes_nothing_else(tmp_path: Path) -> None:
     for name in ("other", "missing"):
         with pytest.raises(UsageError, match=r"--vgg .* does not hold VGG-19"):
             load_scorers(vgg=tmp_path / f"{name}.safetensors")
+
+
+@torch.no_grad()
+def test_inception_folded_is_inception_with_batch_norm() -> None:
+    state = random_inception()
+    # 94 convolutions; Keras counts 21,802,784 numbers without the heads, of which 3 x 17,216 are batch norm.
+    assert len(state) == 6 * 94
+    assert sum(v.numel() for k, v in state.items() if k.endswith("conv.weight")) == 21_802_784 - 3 * 17_216
+    images = torch.rand(2, 3, 90, 80)
+    found, expected = ArtInception(state)(images * 2 - 1), inception_features(state, images)
+    assert found.shape == (2, 2048)
+    assert expected.std() > 0.01
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_lpips_is_its_definition() -> None:
+    """Layer by layer, position by position, in double precision."""
+    alexnet, linear = random_lpips()
+    pair = torch.rand(2, 3, 70, 64)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    x, total = ((pair - mean) / std).double(), 0.0
+    layers = zip((0, 3, 6, 8, 10), ((4, 2), (1, 2), (1, 1), (1, 1), (1, 1)), linear.values(), strict=True)
+    for n, (stride, padding), weight in layers:
+        conv = (alexnet[f"features.{n}.{key}"].double() for key in ("weight", "bias"))
+        x = F.conv2d(x, *conv, stride=stride, padding=padding).clamp(min=0)
+        unit = x / x.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        off = ((unit[0] - unit[1]) ** 2).flatten(1).numpy()
+        total += float(np.mean(weight.flatten().double().numpy() @ off))
+        x = F.max_pool2d(x, 3, 2) if n in (0, 3) else x
+    network, images = Lpips(alexnet, linear), pair * 2 - 1
+    assert float(network(images[:1], images[1:])) == pytest.approx(total, rel=2e-3)
+    assert float(network(images[:1], images[:1])) == 0
+
+
+def test_artfid_gives_a_distance_a_pair_and_features_a_picture(tmp_path: Path) -> None:
+    folder = write_artfid(tmp_path / "artfid")
+    rng = np.random.default_rng(1)
+    output, content = (rng.integers(0, 256, (80, 80, 3), np.uint8) for _ in range(2))
+    (scorer,) = load_scorers(artfid=folder)
+    assert scorer(output, content, content)["lpips"] > 0
+    assert scorer(content, content, output) == {"lpips": 0}
+    describe = load_features(side_px=80, artfid=folder)["artfid"]
+    images = torch.from_numpy(output).permute(2, 0, 1)[None] / 255
+    expected = inception_features(random_inception(), images)[0].numpy()
+    assert describe(output) == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    with pytest.raises(UsageError, match="at least 75 px, got 74"):
+        load_features(side_px=74, artfid=folder)
+    (folder / "alex.pth").unlink()
+    with pytest.raises(UsageError, match=r"lacks alex\.pth; it is to hold art_inception\.pth"):
+        load_scorers(artfid=folder)
+    torch.save({"a": torch.zeros(1)}, folder / "alex.pth")
+    with pytest.raises(UsageError, match="does not hold AlexNet and LPIPS"):
+        load_scorers(artfid=folder)
+    torch.save({"a": torch.zeros(1)}, folder / "art_inception.pth")
+    with pytest.raises(UsageError, match="does not hold an Inception v3"):
+        load_features(side_px=80, artfid=folder)
+
+
+@torch.no_grad()
+def test_csds_features_are_the_vectors_of_its_cosine(
+    vision: CLIPVisionModelWithProjection, tmp_path: Path
+) -> None:
+    path = write_csd(tmp_path / "csd.bin", vision)
+    frames = _frames(2)
+    (scorer,), describe = load_scorers(csd=path), load_features(side_px=48, csd=path)["csd_csls"]
+    ours, style = (describe(frame) for frame in frames)
+    assert float(np.linalg.norm(ours)) == pytest.approx(1, abs=1e-5)
+    assert scorer(frames[0], frames[0], frames[1])["csd"] == pytest.approx(float(ours @ style), abs=1e-5)

@@ -1,9 +1,7 @@
-"""Outputs of other networks for evaluate's pairs, and votes counted on the command line."""
+"""Outputs of other networks for evaluate's pairs."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,7 @@ from torch import Tensor
 
 from std_rt.core.errors import MediaError
 from std_rt.media import read_picture, write_picture
-from tools import peers, tally
+from tools import peers
 
 
 def _add(folder: Path, name: str, level: int) -> None:
@@ -42,21 +40,3 @@ def test_every_picture_and_frame_meets_its_own_style(tmp_path: Path) -> None:
 def test_a_folder_without_pairs_is_named(tmp_path: Path) -> None:
     with pytest.raises(MediaError, match="--save-outputs"):
         peers.write_outputs(tmp_path, "sum", lambda photo, _: photo)
-
-
-def test_a_tally_is_printed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    key, votes = tmp_path / "blind.key.json", tmp_path / "votes.csv"
-    key.write_text(json.dumps({"rows": [["old", "new"], ["new", "old"]]}), encoding="utf-8")
-    votes.write_text("1,B\n2,A>B\n", encoding="utf-8")
-    monkeypatch.setattr(sys, "argv", ["tally", str(key), str(votes)])
-    tally.main()
-    title, new, old = (line.split() for line in capsys.readouterr().out.splitlines())
-    assert title[:3] == ["of", "2", "votes"]
-    assert new == ["new", "2", "1.00", "-", "2"]
-    assert old == ["old", "0", "2.00", "0", "-"]
-    votes.write_text("3,B\n", encoding="utf-8")
-    with pytest.raises(SystemExit, match="2"):
-        tally.main()
-    assert "'3,B' is not a vote" in capsys.readouterr().err

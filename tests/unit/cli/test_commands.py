@@ -31,6 +31,7 @@ def test_version(cli: Cli) -> None:
         "bundles",
         "live",
         "styles",
+        "tally",
     ],
 )
 def test_every_command_explains_itself(cli: Cli, command: str) -> None:
@@ -179,6 +180,7 @@ def test_demo_writes_a_sheet_of_every_pair(
     assert files_in(tmp_path / "demo") == {
         "inputs",
         "styles",
+        "tally",
         "32",
         "64",
         "sheet.png",

@@ -212,7 +212,7 @@ def test_saved_outputs_come_back_as_a_peer_with_the_same_scores(
     saved, sheet, blind = tmp_path / "pairs", tmp_path / "sheet.png", tmp_path / "blind.png"
     first = _saved(cli, bundle, folders, saved)
     assert {path.name for path in saved.iterdir()} == {
-        *("content", "style", "handmade-1-step", "handmade-2-step")
+        *("content", "style", "handmade-1-step", "handmade-2-step", "outputs.json")
     }
     assert {path.name for path in (saved / "content").iterdir()} == {"0--1.png", "1--0.png", "2--1"}
     peers = ("--peer", f"one={saved / 'handmade-1-step'}", "--peer", f"photo_={saved / 'content'}")

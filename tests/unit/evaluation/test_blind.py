@@ -10,7 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from std_rt.core.errors import UsageError
-from std_rt.evaluation.blind import check_count, key_path, read_key, read_votes, tally, write_blind
+from std_rt.evaluation.blind import Key, check_count, key_path, read_key, read_votes, tally, write_blind
+from std_rt.evaluation.statistics import wilson
 from std_rt.media import read_picture
 
 Frame = NDArray[np.uint8]
@@ -36,7 +37,7 @@ def _write(sheet: Path, seed: int = 0) -> list[list[int]]:
 def test_the_key_says_what_is_on_the_sheet(tmp_path: Path) -> None:
     sheet = tmp_path / "blind.png"
     shown = _write(sheet)
-    orders = read_key(key_path(sheet))
+    orders = read_key(key_path(sheet)).rows
     assert shown == [[LEVELS[label] for label in order] for order in orders]
     assert len({tuple(row) for row in shown}) > 3  # each row has an order of its own
     assert shown == _write(tmp_path / "again.png")
@@ -55,8 +56,24 @@ def test_a_voter_who_knows_what_he_likes_wins_every_row(tmp_path: Path) -> None:
     counted = tally(read_votes(votes, read_key(key_path(tmp_path / "blind.png"))))
     assert {name: one.best for name, one in counted.items()} == {"a": 0, "b": 0, "c": ROWS}
     assert [counted[name].place for name in "abc"] == [2.5, 2.5, 1]
-    assert counted["a"].beside == {"b": ROWS, "c": 0}
-    assert counted["c"].beside == {"a": ROWS, "b": ROWS}
+    assert counted["a"].beside == {"b": wilson(0.5, ROWS), "c": wilson(0, ROWS)}
+    assert counted["c"].beside == {"a": wilson(1, ROWS), "b": wilson(1, ROWS)}
+    assert counted["c"].preferred == wilson(1, ROWS)
+    assert counted["a"].preferred == wilson(0.25, ROWS)
+
+
+def test_rows_of_two_and_several_voters(tmp_path: Path) -> None:
+    """By hand: a beat b on row 1 for both voters, lost on row 2 for one of two, and drew with c on row 3."""
+    key = Key([["a", "b"], ["b", "a"], ["c", "a"]], "this")
+    for name, lines in (("ann", "# run this, voter ann\n1,A>B\n2,A>B\n3,A=B\n"), ("bob", "1,A\n2,B\n")):
+        (tmp_path / name).write_text(lines, encoding="utf-8")
+    counted = tally([vote for name in ("ann", "bob") for vote in read_votes(tmp_path / name, key)])
+    assert counted["a"].beside == {"b": wilson((1 + 0.5) / 2, 2), "c": wilson(0.5, 1)}
+    assert counted["a"].preferred == wilson((1 + 0.5 + 0.5) / 3, 3)
+    assert (counted["a"].best, counted["a"].votes, counted["a"].place) == (4, 5, (1 + 2 + 1.5 + 1 + 1) / 5)
+    assert (counted["c"].votes, counted["c"].beside.keys()) == (1, {"a"})
+    with pytest.raises(UsageError, match="votes of page this, but the key is of other"):
+        read_votes(tmp_path / "ann", key._replace(run="other"))
 
 
 @pytest.mark.parametrize("line", ["13,A", "0,A", "1", "1,D", "1,A>A", "one,A", "1,A,B", "1,A>"])
@@ -64,13 +81,13 @@ def test_a_line_that_is_no_vote_is_named(tmp_path: Path, line: str) -> None:
     votes = tmp_path / "votes.csv"
     votes.write_text(f"1,A>B>C\n{line}\n", encoding="utf-8")
     with pytest.raises(UsageError, match=re.escape(f"'{line}' is not a vote")):
-        read_votes(votes, [list("abc")] * ROWS)
+        read_votes(votes, Key([list("abc")] * ROWS))
 
 
 def test_no_votes_and_no_key(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("# nothing\n", encoding="utf-8")
     with pytest.raises(UsageError, match="holds no votes"):
-        read_votes(tmp_path / "file", [list("abc")])
+        read_votes(tmp_path / "file", Key([list("abc")]))
     with pytest.raises(UsageError, match="not the key"):
         read_key(tmp_path / "file")
 

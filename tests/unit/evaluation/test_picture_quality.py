@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +36,9 @@ def clip() -> list[Frame]:
 
 def _judged(stylizer: Stylizer, frames: list[Frame], style: Frame) -> dict[str, dict[str, float]]:
     clip = Clip(Path("clip.mp4"), "clip--style", frames, style, WarpingError(frames))
-    results = Results(Material([], [], [clip]))
-    results.add_bundle(Contender("ours", stylizer.bundle, 2), stylizer, None, lambda _: None)
+    results = Results(Material([], [], [clip], len(style)))
+    opened = nullcontext(stylizer)
+    results.add_bundle(Contender("ours", stylizer.bundle, 2), lambda: opened, lambda *_: None)
     return results.steady["clip.mp4"]
 
 
