@@ -489,18 +489,18 @@ def test_fp16_without_a_gpu_is_one_line(config: DistilConfig) -> None:
 def test_no_style_is_the_same_in_training_and_in_export(base_folder: Path, tmp_path: Path) -> None:
     base = load_base(base_folder)
     styles = torch.zeros(2, 3, base.style_px, base.style_px)
-    free = base.condition(["", ""], styles, torch.ones(2, 6)).null()
+    free = base.null(base.condition(None, base.look(styles), torch.ones(2, 6)))
     exported = read_source(ExportOptions(base_folder, tmp_path)).load_style()[0]
     assert free.tokens is not None
     assert torch.equal(free.tokens[:1], exported.negative)
 
 
 def test_an_sdxl_is_distilled_without_its_ip_adapter(clip_folder: Path) -> None:
-    """So its branch of no style, zero pixels through encoder and projection, is the export's alone."""
+    """Unless the recipe names one in [style]."""
     assert (clip_folder / "ip_adapter.safetensors").is_file()
     base = load_base(clip_folder)
     assert base.unet.encoder_hid_proj is None
-    assert base.condition(["ink"], None, torch.ones(1, 6)).tokens is None
+    assert base.condition(base.read_text(["ink"]), None, torch.ones(1, 6)).tokens is None
 
 
 def test_one_text_encoder_is_enough(clip_folder: Path) -> None:
@@ -534,9 +534,12 @@ def test_the_decoder_is_checkpointed_too(clip_folder: Path) -> None:
     assert little < much / 2
 
 
-def test_conditioning_masks_rows() -> None:
+def test_conditioning_masks_rows(base_folder: Path) -> None:
+    base = replace(load_base(base_folder), null_tokens=torch.full((1, 2, 4), 3.0))
     cond = Conditioning(torch.ones(3, 2, 4), torch.ones(3, 5), torch.ones(3, 6), torch.ones(3, 2, 4))
-    masked = cond.masked(torch.tensor([1.0, 0.0, 1.0]))
+    masked = base.masked(cond, torch.tensor([1.0, 0.0, 1.0]))
+    assert masked.tokens is not None
     assert masked.context.sum((1, 2)).tolist() == [8, 0, 8]
+    assert masked.tokens.sum((1, 2)).tolist() == [8, 24, 8]
     assert masked.time_ids.sum() == 18
-    assert not cond.null().pooled.any()
+    assert not base.null(cond).pooled.any()
