@@ -360,8 +360,9 @@ def _add_style(base: Base, folder: Path, config: StyleConfig, dtype: torch.dtype
     """Give the base (in place) the recipe's IP-Adapter: image branches in the UNet, and their encoder."""
     encoder, branches, layers = open_style(base.unet, folder, config)
     base.null_tokens, base.style_px = encoder.negative(), encoder.image_px
-    attach_diffusers(base.unet, {layer: branches[layer] for layer in layers}, base.null_tokens.shape[1])
-    base.unet.to(dtype)
+    pairs = ((layer, branches[layer]) for layer in layers)
+    kept = {layer: (key.to(dtype), value.to(dtype)) for layer, (key, value) in pairs}
+    attach_diffusers(base.unet, kept, base.null_tokens.shape[1])
     if isinstance(encoder, ClipStyleEncoder) and dtype != torch.float32:  # as the text encoders
         encoder.module.to(torch.float16)
         encoder.dtype = torch.float16

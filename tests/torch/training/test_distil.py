@@ -447,7 +447,7 @@ def test_the_base_is_loaded_onto_the_device_in_its_final_type(
         monkeypatch.setattr(loop, "_accelerator", lambda _, d=device: nullcontext(SimpleNamespace(device=d)))
         with pytest.raises(RecipeError, match="enough"):
             train_distil(replace(config, precision="bf16"))
-    types = [args[1:] for args in asked]
+    types = [args[1:3] for args in asked]
     assert types == [(torch.bfloat16, torch.device("meta")), (torch.float32, torch.device("cpu"))]
 
 
