@@ -273,11 +273,12 @@ def test_a_style_folder_has_the_styles_under_the_same_names(
 def test_styles_that_cannot_be_paired_are_one_line(
     config: PicturesConfig, open_source: Any, tmp_path: Path
 ) -> None:
+    own = make_base(style=True)
     for base, style, message in (
-        (make_base(style=True), StyleConfig(pairing="style"), r'^style\.pairing = "style" takes the folder of'),
-        (make_base(), StyleConfig(pairing="any"), r"^\[style\]: fake takes no style pictures; set style\.adapter"),
-        (make_base(style=True), StyleConfig(pairing="any", folder=str(tmp_path / "no")), r"^style\.folder = .*no"),
-    ):  # fmt: skip
+        (own, StyleConfig(pairing="style"), r'^style\.pairing = "style" takes the folder of'),
+        (make_base(), StyleConfig(pairing="any"), r"^\[style\]: fake takes no style pictures; set style\.ad"),
+        (own, StyleConfig(pairing="any", folder=str(tmp_path / "no")), r"^style\.folder = .*no"),
+    ):
         with pytest.raises(RecipeError, match=message) as caught:
             open_source(config, base, style=style)
         assert "\n" not in str(caught.value)
