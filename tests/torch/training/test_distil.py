@@ -146,6 +146,30 @@ def test_real_and_fake_are_of_one_item_and_real_is_less_noisy(config: DistilConf
         assert (clean.flatten(1).std(1) <= noise[:, 0, 0, 0] * 1.5 + 1e-4).all()
 
 
+def test_last_jumps_alone_are_judged_and_all_else_is_as_published(config: DistilConfig) -> None:
+    """Same states and jumps for a seed; only samples that end clean are shown, with clean pictures."""
+    config = replace(config, batch=3, window=1.0)
+    last = replace(config, adversarial=AdversarialConfig(jumps="last"))
+    published, judged = _distiller(config), _distiller(last)
+    seen = []
+    for _ in range(6):
+        a, b = published.draw(), judged.draw()
+        assert all(
+            torch.equal(x, y) for x, y in zip((a.states.x, a.s, a.target), (b.states.x, b.s, b.target))
+        )
+        ends = b.s == -1
+        assert torch.equal(b.pair, ends)
+        assert torch.equal(b.real[ends], b.states.z[ends])
+        assert a.judged == slice(None)
+        assert a.judged_share == 1.0
+        rows = ends.nonzero()[:, 0].tolist() or [0]
+        assert torch.as_tensor(b.judged).tolist() == rows
+        assert b.judged_share == len(rows) / 3
+        seen.append(int(ends.sum()))
+    assert min(seen) == 0, "a batch without any"
+    assert max(seen) > 0
+
+
 def test_guidance_and_conditioning_are_drawn_once_a_trajectory(config: DistilConfig) -> None:
     distiller = _distiller(replace(config, drop_conditioning=0.5))
     seen: dict[int, tuple[float, tuple[float, ...]]] = {}
