@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -25,14 +25,16 @@ from std_rt.export.graphs import (
     unet_graph,
     vae_graphs,
 )
-from std_rt.export.ip_adapter import Branches, attach_diffusers, detach_diffusers
 from std_rt.export.lora_fusion import read_metadata, source_digest
-from std_rt.export.modules import ClipStyleEncoder, prepare_attention
+from std_rt.export.modules import prepare_attention
 from std_rt.export.parity import check_graph, lint
 from std_rt.export.resources import check_room, estimate_export
 from std_rt.export.sampling_choice import (
+    LoraNotes,
     Trajectory,
     check_base,
+    check_style,
+    check_style_layers,
     choose_trajectory,
     guidance_mode,
     read_notes,
@@ -42,6 +44,8 @@ from std_rt.export.sampling_choice import (
 from std_rt.export.source_pipeline import Source, Style, read_source
 from std_rt.export.text import TextConstants, TextParts
 from std_rt.export.weights import externalize
+from std_rt.models.clip_style import ClipStyleEncoder
+from std_rt.models.ip_adapter import Branches, attach_diffusers, detach_diffusers
 
 __all__ = ["export_pipeline"]
 
@@ -67,11 +71,13 @@ def export_pipeline(
     BundleError.
     """
     options = ExportOptions(Path(source), Path(output), **choices)
-    trajectory = _plan(options, remark)
+    notes = [read_notes(path, read_metadata(path)) for path, _ in options.lora]
+    trajectory = _plan(options, notes, remark)
+    options = replace(options, style_layers=check_style(options, notes))
 
     def fill(folder: Path) -> dict[str, Any]:
         try:
-            return Build(folder, options, trajectory, progress).run()
+            return Build(folder, options, trajectory, progress, notes).run()
         except (MemoryError, RuntimeError) as error:
             # torch reports it as a RuntimeError.
             if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
@@ -83,9 +89,8 @@ def export_pipeline(
     return write_bundle(options.output, fill, overwrite=overwrite)
 
 
-def _plan(options: ExportOptions, remark: Progress) -> Trajectory:
+def _plan(options: ExportOptions, notes: Sequence[LoraNotes], remark: Progress) -> Trajectory:
     """The schedule, from flags and the LoRAs' notes; what does not fit is found before weights are read."""
-    notes = [read_notes(path, read_metadata(path)) for path, _ in options.lora]
     trajectory = choose_trajectory(options, notes)
     guidance_mode(options, trajectory)  # raises before the work if it does not fit
     if any(note.base_digest for note in notes):
@@ -109,12 +114,18 @@ class Build:
     """The parts of one bundle, loaded, compared and written one after the other."""
 
     def __init__(
-        self, folder: Path, options: ExportOptions, trajectory: Trajectory, progress: Progress
+        self,
+        folder: Path,
+        options: ExportOptions,
+        trajectory: Trajectory,
+        progress: Progress,
+        notes: Sequence[LoraNotes] = (),
     ) -> None:
         self._folder, self._options, self._trajectory = folder, options, trajectory
         self._progress = progress
         progress("reading the pipeline")
         self._source = read_source(options)
+        check_style_layers(self._source.layers, notes)
         self._parts = TextParts(options.source, options.prompt, options.negative)
         if options.prompts == "encoder" and not self._parts.roles:
             raise ExportError(f"{options.source} has no text encoders; omit --prompts encoder")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from std_rt.core.errors import ExportError
-from std_rt.export.components import Network
+from std_rt.models.components import Network
 
 __all__ = ["half_dtype", "to_half", "vae_compute", "within_range"]
 

@@ -15,9 +15,9 @@ from torch.export import Dim
 from torch.fx import config as fx_config
 
 from std_rt.core.bundle import CONTENT, INPAINTING
-from std_rt.export.components import Network, plain_config, quiet
 from std_rt.export.modules import UNet, VaeDecoder, VaeEncoder
 from std_rt.export.source_pipeline import Source, Style
+from std_rt.models.components import Network, plain_config, quiet
 
 __all__ = [
     "Example",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from std_rt.core.base_model import unet_digest
 from std_rt.core.errors import ExportError
-from std_rt.export.sources.weight_files import open_weights, read_shapes, weight_files
+from std_rt.models.weight_files import open_weights, read_shapes, weight_files
 
 __all__ = ["check_lora", "fuse_lora", "original_names", "read_metadata", "source_digest"]
 

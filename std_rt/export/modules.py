@@ -7,7 +7,7 @@ that form, where torch's own operator leaves a chain of shape arithmetic behind.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,12 +16,9 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from std_rt.export.components import Network
+from std_rt.models.components import Network
 
 __all__ = [
-    "CLIP_MEAN",
-    "CLIP_STD",
-    "ClipStyleEncoder",
     "ClipText",
     "StyleAttention",
     "UNet",
@@ -31,10 +28,6 @@ __all__ = [
     "latent_affine",
     "prepare_attention",
 ]
-
-# Pictures' statistics in CLIP's preprocessing, in [0, 1] RGB (openai/clip-vit-*).
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # Added where a token must not look: softmax gives exactly 0 there, and it fits fp16, as -inf would not.
 _HIDDEN = -1e4
@@ -245,52 +238,6 @@ def latent_affine(vae: Network) -> tuple[float, float]:
     """``(shift, scale)`` of (z - shift) * scale, which brings a VAE's latents to the UNet's range."""
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     return float(shift), float(vae.config.scaling_factor)
-
-
-class ClipStyleEncoder(nn.Module):
-    """CLIP's picture encoder and IP-Adapter's projection in one: style image -> style tokens.
-
-    The Plus projections read the last hidden layer but one, the plain one the pooled embedding.
-    """
-
-    def __init__(
-        self,
-        encoder: Network,
-        projection: nn.Module,
-        *,
-        reads_hidden: bool,
-        mean: Collection[float] = CLIP_MEAN,
-        std: Collection[float] = CLIP_STD,
-    ) -> None:
-        super().__init__()
-        self.module = nn.ModuleDict({"image_encoder": encoder, "image_proj": projection})
-        self.reads_hidden = reads_hidden
-        self.dtype = torch.float32
-        # Image x in [-1, 1] -> ((x + 1) / 2 - mean) / std as one product and one sum.
-        half = torch.tensor(list(std)).view(1, 3, 1, 1) * 2
-        self.gain = 1 / half
-        self.offset = (1 - 2 * torch.tensor(list(mean)).view(1, 3, 1, 1)) / half
-
-    def forward(self, style_image: Tensor) -> Tensor:
-        """``[B, 3, S, S]`` in [-1, 1] -> ``[B, T, D]``."""
-        pixels = (style_image * self.gain + self.offset).to(self.dtype)
-        encoded = self.module["image_encoder"](pixels, output_hidden_states=self.reads_hidden)
-        features = encoded.hidden_states[-2] if self.reads_hidden else encoded.image_embeds
-        tokens: Tensor = self.module["image_proj"](features)
-        return tokens.float()
-
-    def negative(self) -> Tensor:
-        """Style tokens of no style ``[1, T, D]``, as diffusers' pipelines encode it: from pixels of zero.
-
-        The plain projection gets a zero embedding instead.
-        """
-        encoder: Network = self.module["image_encoder"]
-        features, side = torch.zeros(1, encoder.config.projection_dim), encoder.config.image_size
-        if self.reads_hidden:
-            pixels = torch.zeros(1, 3, side, side)
-            features = encoder(pixels, output_hidden_states=True).hidden_states[-2]
-        tokens: Tensor = self.module["image_proj"](features)
-        return tokens
 
 
 class ClipText(nn.Module):

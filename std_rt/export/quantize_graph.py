@@ -21,9 +21,9 @@ from onnxscript.optimizer import fold_constants
 
 from std_rt.core.errors import ExportError
 from std_rt.engines.protocol import STEADY_INPUTS
-from std_rt.export.components import quiet
-from std_rt.export.sources.weight_files import read_places
 from std_rt.export.weights import INLINE_ELEMENTS
+from std_rt.models.components import quiet
+from std_rt.models.weight_files import read_places
 
 __all__ = ["RUNGS", "quantize_graph"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from std_rt.core.errors import ExportError
 from std_rt.core.machine import available_memory_gb, free_disk_gb
 from std_rt.export.export_options import LARGE
-from std_rt.export.sources.weight_files import read_shapes, weight_files
+from std_rt.models.weight_files import read_shapes, weight_files
 
 __all__ = ["Need", "check_room", "estimate_export"]
 

@@ -12,9 +12,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from std_rt.core.bundle import Bundle
 from std_rt.core.errors import BundleError
-from std_rt.export.components import resolve
-from std_rt.export.ip_adapter import attach_diffusers
-from std_rt.export.modules import ClipStyleEncoder
+from std_rt.models.clip_style import ClipStyleEncoder
+from std_rt.models.components import resolve
+from std_rt.models.ip_adapter import attach_diffusers
 
 __all__ = ["load_torch_components"]
 

@@ -19,11 +19,14 @@ from std_rt.core.schedule import (
 )
 from std_rt.export.export_options import ExportOptions
 from std_rt.export.profiles import PROFILES, Profile, find_profile, published_as
+from std_rt.models.ip_adapter import adapter_digest
 
 __all__ = [
     "LoraNotes",
     "Trajectory",
     "check_base",
+    "check_style",
+    "check_style_layers",
     "choose_trajectory",
     "guidance_mode",
     "read_notes",
@@ -33,6 +36,7 @@ __all__ = [
 
 DEFAULT_ETA = 0.75
 DEFAULT_STEPS = (4,)
+_TEXT_NOTES = ("method", "base", "base_digest", "ip_adapter", "ip_adapter_digest", "style_layers")
 LCM_GAMMA = 1.0  # LCM draws noise again in every step
 
 
@@ -50,6 +54,9 @@ class LoraNotes:
     method: str = "std"
     base: str = ""
     base_digest: str = ""
+    ip_adapter: str = ""  # the file that teacher and student had; empty: trained on text alone
+    ip_adapter_digest: str = ""
+    style_layers: str = ""  # names with commas between
 
     @property
     def gamma(self) -> float:
@@ -99,7 +106,7 @@ def read_notes(path: Path, metadata: Mapping[str, str]) -> LoraNotes:
                 f"LoRA {path} was trained for the timesteps {noted} in {count} steps, and this std-rt "
                 f"runs others; export it with the version that trained it ({metadata.get('std_rt_version')})"
             )
-    text = {key: metadata[key] for key in ("method", "base", "base_digest") if key in metadata}
+    text = {key: metadata[key] for key in _TEXT_NOTES if key in metadata}
     return LoraNotes(path, eta, tau, steps, **text)
 
 
@@ -213,6 +220,35 @@ def check_base(options: ExportOptions, notes: Sequence[LoraNotes], digest: str) 
                 f"LoRA {note.path} was trained on {note.base or 'another base'}, and {options.source} is "
                 f"another kind of model; type: std-rt export PATH/TO/{note.base or 'ITS_BASE'} "
                 f"--lora {note.path} --output {options.output}"
+            )
+
+
+def check_style(options: ExportOptions, notes: Sequence[LoraNotes]) -> str:
+    """The ``--style-layers`` of the export: those that LoRAs were trained with, if any names them.
+
+    Raises ExportError if the IP-Adapter of the export is not the LoRAs', or other layers are asked for.
+    """
+    chosen, adapter = options.style_layers, options.ip_adapter or options.source / "ip_adapter.safetensors"
+    for note in notes:
+        if not note.ip_adapter_digest:
+            continue
+        trained = f"LoRA {note.path} was trained with the IP-Adapter {note.ip_adapter}"
+        if not adapter.is_file():
+            raise ExportError(f"{trained}, and there is none at {adapter}; give it with --ip-adapter")
+        if adapter_digest(adapter) != note.ip_adapter_digest:
+            raise ExportError(f"{trained}, and {adapter} is another; give that one with --ip-adapter")
+        if chosen == "auto":
+            chosen = note.style_layers
+    return chosen
+
+
+def check_style_layers(kept: Sequence[str], notes: Sequence[LoraNotes]) -> None:
+    """Raises ExportError unless ``kept`` are the layers that each LoRA was trained with."""
+    for note in notes:
+        if note.style_layers and note.style_layers.split(",") != list(kept):
+            raise ExportError(
+                f"LoRA {note.path} was trained with a style in {len(note.style_layers.split(','))} layers, "
+                f"and {len(kept)} others would have one; omit --style-layers"
             )
 
 

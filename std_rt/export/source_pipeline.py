@@ -20,7 +20,11 @@ from std_rt.core.bundle import CONTENT, INPAINTING
 from std_rt.core.errors import ExportError
 from std_rt.core.files import file_digest
 from std_rt.core.schedule import NoiseSchedule
-from std_rt.export.components import (
+from std_rt.export.export_options import ExportOptions
+from std_rt.export.lora_fusion import check_lora, fuse_lora
+from std_rt.export.modules import latent_affine
+from std_rt.models.clip_style import ClipStyleEncoder, find_encoder, open_adapter
+from std_rt.models.components import (
     Network,
     check_part,
     load_part,
@@ -31,18 +35,12 @@ from std_rt.export.components import (
     resolve,
     text_roles,
 )
-from std_rt.export.export_options import ExportOptions
-from std_rt.export.ip_adapter import (
+from std_rt.models.ip_adapter import (
     Branches,
     check_encoder,
     choose_layers,
-    make_projection,
-    pair_branches,
     projection_config,
-    read_ip_adapter,
 )
-from std_rt.export.lora_fusion import check_lora, fuse_lora
-from std_rt.export.modules import CLIP_MEAN, CLIP_STD, ClipStyleEncoder, latent_affine
 from std_rt.models.style_encoder import StyleEncoder
 
 __all__ = ["Source", "Style", "read_source"]
@@ -159,21 +157,8 @@ class Source:
 
     def load_style(self) -> tuple[Style, Branches]:
         """The style encoder, and the image branches of the layers that keep one."""
-        adapter, folder = self.adapter, _encoder_folder(self.options, self.adapter)
-        projection, weights = read_ip_adapter(adapter)
-        branches = pair_branches(self.unet, weights)
-        dim = next(iter(branches.values()))[0].shape[1]
-        encoder = load_part("image_encoder", folder)
-        own = isinstance(encoder, StyleEncoder)
-        if own and projection:
-            raise ExportError(
-                f"{adapter} has image_proj weights, and {folder} is a StyleEncoder, which has its own"
-            )
-        if not own and not projection:
-            raise ExportError(f"{adapter} has no image_proj weights, which the encoder in {folder} needs")
-        style = _own_style(encoder) if own else _clip_style(encoder, self.unet, projection, adapter, folder)
-        if style.dim != dim:
-            raise ExportError(f"style tokens are {style.dim} wide, the attention in {adapter} takes {dim}")
+        encoder, branches = open_adapter(self.unet, self.adapter, _encoder_folder(self.options, self.adapter))
+        style = _own_style(encoder) if isinstance(encoder, StyleEncoder) else _clip_style(encoder)
         return style, {layer: branches[layer] for layer in self.layers}
 
     def check_text(self, text: Mapping[str, Any]) -> None:
@@ -286,59 +271,28 @@ def _check_vae(config: Mapping[str, Any], taken: int) -> None:
 
 
 def _encoder_folder(options: ExportOptions, adapter: Path) -> Path:
-    """In the pipeline, or beside the adapter as the hub's repositories have it."""
-    for folder in (options.image_encoder, options.source / "image_encoder", adapter.parent / "image_encoder"):
-        if folder is not None and (folder / "config.json").is_file():
-            return folder
-    raise ExportError(f"no image_encoder in {options.source} or beside {adapter}; a style needs one")
+    """As asked, in the pipeline, or beside the adapter as the hub's repositories have it."""
+    return find_encoder(adapter, options.image_encoder, options.source / "image_encoder")
 
 
-def _own_style(encoder: Network) -> Style:
-    config = encoder.config
-    return Style(
-        encoder,
-        "StyleEncoder",
-        plain_config(encoder),
-        config.image_px,
-        config.tokens,
-        config.dim,
-        config.pooled_dim,
-        torch.zeros(1, config.tokens, config.dim),  # as its training drops a style
-    )
+def _own_style(encoder: StyleEncoder) -> Style:
+    negative, config = encoder.negative(), plain_config(encoder)
+    _, count, dim = negative.shape
+    text_dim = int(config["pooled_dim"])
+    return Style(encoder, "StyleEncoder", config, encoder.image_px, count, dim, text_dim, negative)
 
 
-def _clip_style(
-    encoder: Network, unet: Network, weights: dict[str, Tensor], path: Path, folder: Path
-) -> Style:
-    projection, reads_hidden = make_projection(unet, weights, path)
-    mean, std = _statistics(folder)
-    module = ClipStyleEncoder(encoder, projection, reads_hidden=reads_hidden, mean=mean, std=std)
-    try:
-        with torch.no_grad():
-            tokens = module.negative()
-    except RuntimeError as error:
-        raise ExportError(
-            f"the projection in {path} does not fit the encoder in {folder}: {error}"
-        ) from error
+def _clip_style(style: ClipStyleEncoder) -> Style:
     config = {
-        "image_encoder": plain_config(encoder),
-        "image_proj": projection_config(projection),
-        "reads_hidden": reads_hidden,
-        "mean": list(mean),
-        "std": list(std),
+        "image_encoder": plain_config(style.module["image_encoder"]),
+        "image_proj": projection_config(style.module["image_proj"]),
+        "reads_hidden": style.reads_hidden,
+        "mean": list(style.mean),
+        "std": list(style.std),
     }
-    _, count, dim = tokens.shape
-    return Style(module, "ClipStyleEncoder", config, encoder.config.image_size, count, dim, None, tokens)
-
-
-def _statistics(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The pictures' mean and standard deviation that the encoder was trained with."""
-    for place in (folder, folder.parent / "feature_extractor"):
-        path = place / "preprocessor_config.json"
-        if path.is_file():
-            found = read_json(path)
-            return tuple(found.get("image_mean", CLIP_MEAN)), tuple(found.get("image_std", CLIP_STD))
-    return CLIP_MEAN, CLIP_STD
+    negative = style.negative()
+    _, count, dim = negative.shape
+    return Style(style, "ClipStyleEncoder", config, style.image_px, count, dim, None, negative)
 
 
 def _digest(path: Path) -> str:

@@ -22,7 +22,9 @@ import torch
 from numpy.typing import NDArray
 
 from std_rt.core.errors import ExportError
-from std_rt.export.components import (
+from std_rt.export.graphs import Example, Graph, Port, Trace
+from std_rt.export.modules import ClipText
+from std_rt.models.components import (
     TEXT_ROLES,
     Network,
     plain_config,
@@ -31,8 +33,6 @@ from std_rt.export.components import (
     read_json,
     text_roles,
 )
-from std_rt.export.graphs import Example, Graph, Port, Trace
-from std_rt.export.modules import ClipText
 from std_rt.pipeline.prompt import Encoded, Ids, chunk_prompts, encode_chunks, join_encoders, pair
 from std_rt.pipeline.text_encoder import ClipTokenizer
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from std_rt.core.errors import ExportError
-from std_rt.export.sources.weight_files import Slot, read_places, write_weights
+from std_rt.models.weight_files import Slot, read_places, write_weights
 
 __all__ = ["INLINE_ELEMENTS", "StoredTensor", "externalize", "point_to_file"]
 

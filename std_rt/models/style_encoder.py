@@ -110,5 +110,14 @@ class StyleEncoder(ModelMixin, ConfigMixin):
         locally = self.resampler(x.flatten(2).transpose(1, 2))
         return self.norm(torch.cat([globally, locally], 1)), pooled
 
+    @property
+    def image_px(self) -> int:
+        """Side of the style image."""
+        return int(self.config.image_px)
+
+    def negative(self) -> Tensor:
+        """Style tokens of no style ``[1, T, D]``: zeros, as its training drops a style."""
+        return torch.zeros(1, self.config.tokens, self.config.dim)
+
     def forward(self, style_image: Tensor) -> tuple[Tensor, Tensor]:
         return self.encode_latents(self.patchify(style_image))

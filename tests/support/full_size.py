@@ -28,7 +28,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from std_rt.export.sources.weight_files import Slot, write_weights
+from std_rt.models.weight_files import Slot, write_weights
 
 __all__ = ["write_full_size"]
 

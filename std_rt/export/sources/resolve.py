@@ -14,8 +14,6 @@ from pathlib import Path
 from std_rt.core.base_model import licence
 from std_rt.core.errors import ExportError
 from std_rt.core.files import missing
-from std_rt.export.components import read_json
-from std_rt.export.ip_adapter import projection_reads
 from std_rt.export.profiles import PROFILES, find_profile
 from std_rt.export.sources.hub import (
     MODEL_ROLES,
@@ -31,6 +29,8 @@ from std_rt.export.sources.hub import (
     read_small,
 )
 from std_rt.export.sources.single_file import check_single_file, convert_single_file
+from std_rt.models.components import read_json
+from std_rt.models.ip_adapter import projection_reads
 
 __all__ = ["Origin", "Sources", "resolve_sources"]
 

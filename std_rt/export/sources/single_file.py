@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from std_rt.core.errors import ExportError
 from std_rt.core.files import cache_root, file_digest
 from std_rt.core.machine import free_disk_gb
-from std_rt.export.components import quiet, read_config, read_json
-from std_rt.export.sources.weight_files import open_weights, read_shapes
+from std_rt.models.components import quiet, read_config, read_json
+from std_rt.models.weight_files import open_weights, read_shapes
 
 __all__ = ["check_single_file", "convert_single_file"]
 

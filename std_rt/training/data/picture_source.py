@@ -8,10 +8,12 @@ in which threads finish, what was read ahead and when a run was killed do not ch
   see everything once. A bucket with fewer pictures than ranks wraps round: rank r then takes picture
   r modulo their number, cropped in its own way.
 - A file that turns out broken is counted and named, and the next one of its bucket takes its place.
-- With a cache, latents and embeddings of samples are kept on disk. Crops are then centred (a mirror image is
-  a second file), the style crop of each file is fixed, a clip gives one of ``CLIP_FRAMES`` frames, and
-  missing samples are encoded one by one: batches of another size differ in their last bits, and a resumed
-  run finds more files there than the unbroken one did.
+- A base that takes styles gets one with each sample, by the recipe's pairing; where that is any picture, the
+  style picture is also what the discriminator takes for real (nothing else is known to be in that style).
+- With a cache, latents and embeddings are kept on disk. Crops are then centred (a mirror image is a second
+  file), a style picture has ``style.crops`` crops, a clip gives one of ``CLIP_FRAMES`` frames, and what is
+  missing is encoded one by one: batches of another size differ in their last bits, and a resumed run finds
+  more files there than the unbroken one did.
 """
 
 from __future__ import annotations
@@ -20,15 +22,17 @@ import hashlib
 import json
 import logging
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -38,20 +42,51 @@ from std_rt.core.files import write_bytes
 from std_rt.training.data.buckets import Size, bucket_sizes, nearest_bucket, place
 from std_rt.training.data.picture_set import Frame, random_crop
 from std_rt.training.data.pictures import BrokenFileError, Entry, draw_frame, index_pictures, read_frame
-from std_rt.training.distil.base import Base, Conditioning, Fresh, cat
-from std_rt.training.run.recipe import PicturesConfig
+from std_rt.training.distil.base import Base, Conditioning, Fresh, StyleCode
+from std_rt.training.run.recipe import PicturesConfig, StyleConfig
 from std_rt.training.run.sheet import to_tensor
 
 __all__ = ["CLIP_FRAMES", "PictureSource"]
 
 CLIP_FRAMES = 16  # of a clip that are used with a cache, evenly spaced
 
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 _ORDER, _SAMPLE = 1, 2  # what a random generator is for
 _LOG = logging.getLogger(__name__)
 
 Place = tuple[int, int]  # epoch, position in its order
-Encoded = tuple[Tensor, Conditioning]  # [n, C, h, w], n rows; on the CPU
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _View:
+    """A picture or a frame of a clip; read when it is first looked at."""
+
+    entry: Entry
+    index: int = 0
+
+    @cached_property
+    def pixels(self) -> Frame:
+        """Upright; raises BrokenFileError."""
+        return read_frame(self.entry, self.index)
+
+    def identity(self) -> list[Any]:
+        """Identifies the file as it is now. Raises BrokenFileError if it is gone."""
+        try:
+            about, path = self.entry.path.stat(), self.entry.path.resolve()
+        except OSError as error:
+            raise BrokenFileError(error.strerror or str(error)) from error
+        return [str(path), about.st_size, about.st_mtime_ns, self.entry.offset, self.index]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Something to encode, or found in the cache."""
+
+    key: str  # in the cache
+    stored: Tensors | None  # found there, each tensor with one row, and then nothing below
+    raw: Frame | str = ""  # [H, W, 3] of the size that is encoded, or a caption
+    time_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,12 +94,61 @@ class _Sample:
     """One sample, read and cropped or found in the cache."""
 
     name: str
-    caption: str
     broken: dict[str, str]  # files that it could not take
-    key: str = ""  # in the cache
-    stored: Encoded | None = None  # found there, and then nothing below
-    time_ids: tuple[int, ...] = ()
-    frames: tuple[Frame, ...] = ()  # [H, W, 3] of the bucket's size; [S, S, 3] if the base takes styles
+    picture: _Part
+    text: _Part | None  # if the base reads text
+    style: _Part | None  # if the base takes styles
+    real: _Part | None  # the style picture in the bucket's size, where the pairing is "any"
+
+
+class _Styles:
+    """Which picture a sample takes its style from."""
+
+    def __init__(self, config: StyleConfig, pictures: PicturesConfig, own: list[Entry], quiet: bool) -> None:
+        self.pairing, self.entries = config.pairing, own
+        if config.folder:
+            folder = replace(pictures, folder=config.folder, caption_key="")
+            self.entries = index_pictures(folder, quiet, "style.folder").entries
+        self._groups: dict[str, list[Entry]] = {}
+        for entry in self.entries:
+            self._groups.setdefault(_group(entry), []).append(entry)
+        if config.pairing == "style":
+            self._check(own, config.folder or pictures.folder, quiet)
+
+    def _check(self, own: list[Entry], folder: str, quiet: bool) -> None:
+        alone = [entry.name for entry in own if not _group(entry) or not self._others(entry)]
+        if len(alone) == len(own):
+            raise RecipeError(
+                f'style.pairing = "style" takes the folder of a picture for its style, and in {folder} '
+                f'no picture has another of its own ({alone[0]}); sort them into folders, or set it to "any"'
+            )
+        if alone and not quiet:
+            _LOG.warning(
+                "%d pictures have no other of their style in %s and take a crop of themselves (%s%s)",
+                len(alone), folder, ", ".join(alone[:5]), ", ..." if len(alone) > 5 else "",
+            )  # fmt: skip
+
+    def _others(self, entry: Entry) -> list[Entry]:
+        alike = self._groups.get(_group(entry), [])
+        return [other for other in alike if (other.path, other.offset) != (entry.path, entry.offset)]
+
+    def draw(self, entry: Entry, rng: np.random.Generator) -> Iterator[Entry] | None:
+        """Style pictures for a sample: the one drawn, then those to take if it is broken.
+
+        None: a crop of the sample's own picture.
+        """
+        if self.pairing == "crop":
+            return None
+        fitting = self.entries if self.pairing == "any" else self._others(entry)
+        if not fitting:
+            return None
+        first = int(rng.integers(len(fitting)))
+        return (fitting[(first + i) % len(fitting)] for i in range(len(fitting)))
+
+
+def _group(entry: Entry) -> str:
+    """The folder that a picture (or a shard's member) lies in: its style; empty at the top."""
+    return PurePosixPath(entry.name.rpartition(":")[2]).parent.name
 
 
 @dataclass
@@ -121,8 +205,14 @@ class PictureSource:
         seed: int,
         rank: int = 0,
         world: int = 1,
+        style: StyleConfig | None = None,
     ) -> None:
         self.config, self.base, self.rank, self.world = config, base, rank, world
+        self.style = style or StyleConfig()
+        if self.style.used and base.null_tokens is None:
+            raise RecipeError(
+                f"[style]: {base.name} takes no style pictures; set style.adapter to an IP-Adapter file"
+            )
         sizes = bucket_sizes(config.resolution_px, base.multiple, config.buckets)
         index = index_pictures(config, quiet=rank > 0)
         self.broken = dict(index.broken)  # name -> reason; those found while reading come to it
@@ -134,6 +224,8 @@ class PictureSource:
         self.shapes: list[Size] = list(self._buckets)
         counts = np.array([len(b.entries) for b in self._buckets.values()], np.float64)
         self.weights: NDArray[np.float64] = counts / counts.sum()
+        takes_style = base.null_tokens is not None
+        self._styles = _Styles(self.style, config, index.entries, rank > 0) if takes_style else None
         self._cache = _Cache(Path(config.cache), base) if config.cache else None
         self._pool = ThreadPoolExecutor(config.workers) if config.workers else None
         self._waiting: dict[tuple[Size, Place], Future[_Sample]] = {}
@@ -148,11 +240,11 @@ class PictureSource:
         samples = self._gather(bucket, places)
         for sample in samples:
             self._note(sample.broken)
-        z, cond = self._encoded(samples)
+        z, real, cond = self._encoded(samples)
         bucket.epoch, bucket.taken = after
         # As many again as were just asked for is the best guess of the next call.
         self._read_ahead(bucket, bucket.ahead(max(n, self.config.workers), self.rank, self.world)[0])
-        return Fresh(z, z, z, cond, [sample.name for sample in samples])
+        return Fresh(z, z, real, cond, [sample.name for sample in samples])
 
     def _gather(self, bucket: _Bucket, places: list[Place]) -> list[_Sample]:
         if self._pool is None:
@@ -197,49 +289,124 @@ class PictureSource:
 
     def _draw(self, entry: Entry, size: Size, rng: np.random.Generator, broken: dict[str, str]) -> _Sample:
         flip = self.config.flip and rng.random() < 0.5
+        view = self._view(entry, rng)
+        picture = self._placed(view, size, rng, flip)
+        style, real = (None, None) if self._styles is None else self._style(view, size, rng, broken)
+        words = self.base.text is not None
+        text = replace(self._part("text", entry.caption), raw=entry.caption) if words else None
+        name = f"{entry.name}#{view.index}" if entry.frames else entry.name
+        return _Sample(name, broken, picture, text, style, real)
+
+    def _view(self, entry: Entry, rng: np.random.Generator) -> _View:
+        return _View(entry, draw_frame(entry, rng) if self._cache is None else _spread_frame(entry, rng))
+
+    def _style(
+        self, view: _View, size: Size, rng: np.random.Generator, broken: dict[str, str]
+    ) -> tuple[_Part, _Part | None]:
+        """The style of a sample, and what is real beside it if that is not the sample's own picture."""
+        assert self._styles is not None
+        entries = self._styles.draw(view.entry, rng)
+        if entries is None:
+            return self._cropped(view, rng), None
+        for entry in entries:
+            other = self._view(entry, rng)
+            try:
+                style = self._cropped(other, rng)
+                return style, self._placed(other, size, rng) if self._styles.pairing == "any" else None
+            except BrokenFileError as error:
+                broken[entry.name] = str(error)
+        raise BrokenFileError("no style picture for it can be read")
+
+    def _part(self, *what: Any) -> _Part:
+        """Something to encode by what identifies it, with what the cache has of it."""
         if self._cache is None:
-            index, key, stored = draw_frame(entry, rng), "", None
-        else:
-            index = _spread_frame(entry, rng)
-            key = self._cache.key(entry, index, size, flip)
-            stored = self._cache.read(key, entry.caption)
-            # Not from the visit, so that the file is the same whoever makes it.
-            rng = np.random.default_rng(int(key[:16], 16))
-        name = f"{entry.name}#{index}" if entry.frames else entry.name
-        if stored is not None:
-            return _Sample(name, entry.caption, broken, key, stored)
-        frame = read_frame(entry, index)
+            return _Part("", None)
+        key = self._cache.key([x.identity() if isinstance(x, _View) else x for x in what])
+        return _Part(key, self._cache.read(key))
+
+    def _placed(self, view: _View, size: Size, rng: np.random.Generator, flip: bool = False) -> _Part:
+        """A picture in the size of a bucket."""
+        part = self._part("picture", view, size, flip)
+        if part.stored is not None:
+            return part
         centred = self.config.centre or self._cache is not None
-        placed = place(frame.shape[:2], size, None if centred else rng, flip)
-        frames: tuple[Frame, ...] = (placed.apply(frame),)
-        if self.base.style_encoder is not None:
-            frames += (random_crop(frame, self.base.style_px, rng),)
-        return _Sample(name, entry.caption, broken, key, None, placed.time_ids, frames)
+        placed = place(view.pixels.shape[:2], size, None if centred else rng, flip)
+        return replace(part, raw=placed.apply(view.pixels), time_ids=placed.time_ids)
+
+    def _cropped(self, view: _View, rng: np.random.Generator) -> _Part:
+        """A style picture as its encoder takes it: any crop, or with a cache one of a few."""
+        if self._cache is None:
+            return _Part("", None, random_crop(view.pixels, self.base.style_px, rng))
+        return self._crop(view, int(rng.integers(self.style.crops)))
+
+    def _crop(self, view: _View, number: int) -> _Part:
+        """One of the crops that the cache keeps."""
+        part = self._part("style", view, number)
+        if part.stored is not None:
+            return part
+        # Not from the visit, so that the file is the same whoever makes it.
+        rng = np.random.default_rng(int(part.key[:16], 16))
+        return replace(part, raw=random_crop(view.pixels, self.base.style_px, rng))
 
     # --- encoding, in the caller's thread ------------------------------------------------------------
 
-    def _encoded(self, samples: list[_Sample]) -> Encoded:
-        if self._cache is None:
-            return self._encode(samples)
-        made: dict[str, Encoded] = {}
-        rows = []
-        for sample in samples:
-            row = sample.stored or made.get(sample.key)
-            if row is None:
-                row = made[sample.key] = self._encode([sample])
-                self._cache.write(sample.key, sample.caption, row)
-            rows.append(row)
-        return torch.cat([z for z, _ in rows]), cat([cond for _, cond in rows])
+    def _encoded(self, samples: Sequence[_Sample]) -> tuple[Tensor, Tensor, Conditioning]:
+        """Latents, real latents and conditioning of samples of one size, on the CPU."""
+        pictures = self._encode([s.picture for s in samples], self._latents)
+        texts = self._encode([s.text for s in samples if s.text is not None], self._words)
+        styles = self._encode([s.style for s in samples if s.style is not None], self._tokens)
+        cond = self.base.condition(
+            (texts["context"], texts["pooled"]) if texts else None,
+            StyleCode(**styles) if styles else None,
+            pictures["time_ids"],
+        )
+        real = self._encode([s.real for s in samples if s.real is not None], self._latents)
+        return pictures["z"], real["z"] if real else pictures["z"], cond
 
-    def _encode(self, samples: Sequence[_Sample]) -> Encoded:
-        """Latents and conditioning of samples of one size, as one batch."""
-        z = self.base.encode(to_tensor([s.frames[0] for s in samples])).float().cpu()
-        styles = None
-        if self.base.style_encoder is not None:
-            styles = to_tensor([s.frames[1] for s in samples]).to(next(self.base.style_encoder.parameters()))
-        time_ids = torch.tensor([s.time_ids for s in samples], dtype=torch.float32)
-        cond = self.base.condition([s.caption for s in samples], styles, time_ids)
-        return z, cond.to("cpu")
+    def _encode(self, parts: list[_Part], encode: Callable[[list[_Part]], Tensors]) -> Tensors:
+        """Rows of all parts: in one batch, or with a cache each by itself, if it is not there."""
+        if self._cache is None:
+            return encode(parts) if parts else {}
+        made: dict[str, Tensors] = {}
+        for part in parts:
+            if part.key not in made:
+                made[part.key] = encode([part]) if part.stored is None else part.stored
+                if part.stored is None:
+                    self._cache.write(part.key, made[part.key])
+        names = made[parts[0].key] if parts else {}
+        return {name: torch.cat([made[part.key][name] for part in parts]) for name in names}
+
+    def _latents(self, parts: list[_Part]) -> Tensors:
+        z = self.base.encode(to_tensor([np.asarray(p.raw) for p in parts])).float().cpu()
+        return {"z": z, "time_ids": torch.tensor([p.time_ids for p in parts], dtype=torch.float32)}
+
+    def _words(self, parts: list[_Part]) -> Tensors:
+        found = self.base.read_text([str(p.raw) for p in parts])
+        assert found is not None
+        return {"context": found[0].cpu(), "pooled": found[1].cpu()}
+
+    def _tokens(self, parts: list[_Part]) -> Tensors:
+        found = self.base.look(to_tensor([np.asarray(p.raw) for p in parts])).map(Tensor.cpu)
+        return {name: value for name, value in vars(found).items() if value is not None}
+
+    def precompute_styles(self) -> None:
+        """Tokens of every crop of every style picture into the cache; needs one.
+
+        Every process goes through all of them, from another place, and leaves what others have made.
+        """
+        assert self._styles is not None
+        assert self._cache is not None
+        entries = self._styles.entries
+        start = len(entries) * self.rank // self.world
+        turned = [*entries[start:], *entries[:start]]
+        for entry in track(turned, "encoding style pictures", transient=True, disable=self.rank > 0):
+            try:
+                for index in _spread_frames(entry):
+                    view = _View(entry, index)
+                    crops = [self._crop(view, n) for n in range(self.style.crops)]
+                    self._encode(crops, self._tokens)
+            except BrokenFileError as error:
+                self._note({entry.name: str(error)})
 
     # --- resuming ------------------------------------------------------------------------------------
 
@@ -288,15 +455,21 @@ class PictureSource:
             self._pool.shutdown(cancel_futures=True)
 
 
-def _spread_frame(entry: Entry, rng: np.random.Generator) -> int:
-    """One of ``CLIP_FRAMES`` evenly spaced frames of a clip; 0 for a picture."""
+def _spread_frames(entry: Entry) -> list[int]:
+    """``CLIP_FRAMES`` evenly spaced frames of a clip; of a picture, 0."""
     if not entry.frames:
-        return 0
-    return entry.frames * (2 * int(rng.integers(CLIP_FRAMES)) + 1) // (2 * CLIP_FRAMES)
+        return [0]
+    return [entry.frames * (2 * i + 1) // (2 * CLIP_FRAMES) for i in range(CLIP_FRAMES)]
+
+
+def _spread_frame(entry: Entry, rng: np.random.Generator) -> int:
+    """One of `_spread_frames`."""
+    frames = _spread_frames(entry)
+    return frames[int(rng.integers(len(frames)))] if entry.frames else 0
 
 
 class _Cache:
-    """Encoded samples on disk, two files each: what depends on the picture, and what on the caption alone.
+    """What was encoded, on disk: a file for each picture in each size, each style crop and each caption.
 
     Captions are few where pictures are many (often there is one), and SDXL's text tokens are ten times
     larger than latents.
@@ -304,45 +477,27 @@ class _Cache:
 
     def __init__(self, folder: Path, base: Base) -> None:
         self.folder = folder
-        self.of_text = ("context", "pooled") if base.style_encoder is None else ()
         self.made_by = [_CACHE_VERSION, base.digest, base.style_px, _identity(base)]
 
-    def key(self, entry: Entry, index: int, size: Size, flip: bool) -> str:
-        """Name of a sample's file. Raises BrokenFileError if the picture is gone."""
-        try:
-            about, path = entry.path.stat(), entry.path.resolve()
-        except OSError as error:
-            raise BrokenFileError(error.strerror or str(error)) from error
-        picture = [str(path), about.st_size, about.st_mtime_ns, entry.offset, index]
-        return _sha256(self.made_by, picture, size, flip)
+    def key(self, values: list[Any]) -> str:
+        """Name of a file."""
+        return _sha256(self.made_by, values)
 
-    def _files(self, key: str, caption: str) -> list[Path]:
-        keys = [key, _sha256(self.made_by, caption)] if self.of_text else [key]
-        return [self.folder / k[:2] / f"{k}.safetensors" for k in keys]
+    def _file(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
 
-    def read(self, key: str, caption: str) -> Encoded | None:
-        """The sample that `write` stored; None if it is missing or damaged."""
-        tensors: dict[str, Tensor] = {}
+    def read(self, key: str) -> Tensors | None:
+        """What `write` stored; None if it is missing or damaged."""
         try:
-            for path in self._files(key, caption):
-                part = load(path.read_bytes())
-                if int(part.pop("crc32")) != _crc32(part):
-                    return None
-                tensors |= part
-            z = tensors.pop("z")
-            return z, Conditioning(**tensors)
-        except (OSError, SafetensorError, KeyError, TypeError):
+            tensors = load(self._file(key).read_bytes())
+            return tensors if int(tensors.pop("crc32")) == _crc32(tensors) else None
+        except (OSError, SafetensorError, KeyError):
             return None
 
-    def write(self, key: str, caption: str, row: Encoded) -> None:
-        """Keep one encoded sample; RecipeError if the folder cannot be written."""
-        z, cond = row
-        tensors = {"z": z} | {k: v for k, v in vars(cond).items() if v is not None}
-        parts = [{k: v for k, v in tensors.items() if k not in self.of_text}]
-        parts += [{k: tensors[k] for k in self.of_text}] if self.of_text else []
+    def write(self, key: str, tensors: Tensors) -> None:
+        """Keep what was encoded; RecipeError if the folder cannot be written."""
         try:
-            for path, part in zip(self._files(key, caption), parts, strict=True):
-                _write_whole(path, part)
+            _write_whole(self._file(key), tensors)
         except OSError as error:
             raise RecipeError(
                 f"pictures.cache = {str(self.folder)!r} cannot be written ({error.strerror or error}); "

@@ -120,18 +120,17 @@ def first_five(broken: dict[str, str]) -> str:
     return f"{len(broken)} ({named}{'; ...' if len(broken) > 5 else ''})"
 
 
-def index_pictures(config: PicturesConfig, quiet: bool = False) -> Index:
+def index_pictures(config: PicturesConfig, quiet: bool = False, key: str = "pictures.folder") -> Index:
     """The contents of ``config.folder`` (recursively), from file headers; of clips, one frame is decoded.
 
-    Broken files are left out, counted and named in one warning, unless ``quiet``. ``kind = "auto"`` takes
-    pictures, clips and shards alike. Raises RecipeError if there is no folder or nothing usable in it.
+    Broken files are left out, counted and named in one warning, unless ``quiet``. ``key`` names the folder in
+    messages. ``kind = "auto"`` takes pictures, clips and shards alike. Raises RecipeError if there is no
+    folder or nothing usable in it.
     """
     root = Path(config.folder)
     if not config.folder or not root.exists():
-        raise RecipeError(
-            f"pictures.folder = {config.folder!r} does not exist; set it to pictures, clips or *.tar"
-        )
-    found = _Indexing(config, root)
+        raise RecipeError(f"{key} = {config.folder!r} does not exist; set it to pictures, clips or *.tar")
+    found = _Indexing(config, root, key)
     files = found.files()
     for path in files:
         if path.name == "metadata.jsonl":
@@ -150,6 +149,7 @@ class _Indexing:
 
     config: PicturesConfig
     root: Path
+    key: str
     entries: list[Entry] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
     metadata: dict[Path, str] = field(default_factory=dict)  # captions of metadata.jsonl
@@ -276,7 +276,7 @@ class _Indexing:
             kind = "pictures, clips or *.tar shards" if self.config.kind == "auto" else self.config.kind
             broken = f"; broken: {first_five(self.broken)}" if self.broken else ""
             raise RecipeError(
-                f"no usable {kind} in {self.config.folder}{broken}; set pictures.folder (or pictures.kind)"
+                f"no usable {kind} in {self.config.folder}{broken}; set {self.key} (or pictures.kind)"
             )
         if self.keys and not self.captioned:
             raise RecipeError(

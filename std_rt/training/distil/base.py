@@ -1,7 +1,7 @@
 """The base (teacher) of a distillation: a UNet with its autoencoder and encoders, all frozen.
 
-Two kinds of folders come in: SDXL in diffusers' layout (conditioned on text) and std-tiny's (conditioned
-on a style picture). The rest of the training code treats both alike.
+Two kinds of folders come in: SDXL in diffusers' layout (conditioned on text, and with an IP-Adapter also on
+a style picture) and std-tiny's (on a style picture). The rest of the training code treats both alike.
 """
 
 from __future__ import annotations
@@ -17,21 +17,35 @@ import torch
 from torch import Tensor, nn
 
 from std_rt.core.base_model import licence, unet_digest
-from std_rt.core.errors import RecipeError
+from std_rt.core.errors import ExportError, RecipeError
 from std_rt.core.schedule import NoiseSchedule
+from std_rt.models.clip_style import ClipStyleEncoder, find_encoder, open_adapter
+from std_rt.models.ip_adapter import (
+    Branches,
+    adapter_digest,
+    attach_diffusers,
+    check_encoder,
+    choose_layers,
+)
 from std_rt.models.style_encoder import StyleEncoder
+from std_rt.training.run.recipe import StyleConfig
 from std_rt.training.tiny.tiny_pipeline import load_tiny
 
 __all__ = [
+    "Adapter",
     "Base",
     "Conditioning",
     "Fresh",
     "Rows",
+    "StyleCode",
     "TextEncoders",
     "cat",
     "check_source",
     "load_base",
+    "open_style",
     "read_json",
+    "style_adapter",
+    "style_encoder_folder",
 ]
 
 # diffusers' modules carry no types.
@@ -81,23 +95,25 @@ class Conditioning(Rows):
     def __len__(self) -> int:
         return len(self.context)
 
-    def masked(self, keep: Tensor) -> Conditioning:
-        """Rows where ``keep [B]`` is 0 become the unconditional branch: zeros, as SDXL's pipelines do.
-
-        Sizes stay, and so does the content: guidance is on the style alone. Tokens are std-tiny's, whose "no
-        style" is zeros in the export too. IP-Adapters, whose "no style" is projected in diffusers, take no
-        part in a distillation.
-        """
-        k = keep.to(self.context)
-        zeroed = self.map(lambda x: x * k.view(-1, *[1] * (x.ndim - 1)))
-        return replace(zeroed, time_ids=self.time_ids, content=self.content)
-
-    def null(self) -> Conditioning:
-        """The unconditional branch of every row."""
-        return self.masked(torch.zeros(len(self)))
-
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Conditioning:
         return self.map(lambda x: x.to(device=device, dtype=dtype))
+
+
+@dataclass(frozen=True)
+class StyleCode(Rows):
+    """What a style encoder says of style pictures, one row per picture."""
+
+    tokens: Tensor  # [B, T, D]
+    pooled: Tensor | None = None  # [B, P] in the place of the pooled text, std-tiny's alone
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The IP-Adapter that a base was given, for the notes of its LoRAs."""
+
+    name: str  # of the file
+    digest: str  # std_rt.models.ip_adapter.adapter_digest
+    layers: tuple[str, ...]  # cross-attention layers with an image branch
 
 
 @dataclass(frozen=True)
@@ -138,8 +154,10 @@ class Base:
     schedule: NoiseSchedule
     name: str
     digest: str  # std_rt.core.base_model.unet_digest: tells architectures apart
-    style_encoder: StyleEncoder | None = None
+    style_encoder: StyleEncoder | ClipStyleEncoder | None = None  # None too once `release_style_encoder` ran
     style_px: int = 0
+    null_tokens: Tensor | None = None  # [1, T, D] of no style; None if the UNet takes no style
+    adapter: Adapter | None = None
     text: TextEncoders | None = None
     licence: str = ""  # as its README.md says in the front matter; empty if nothing does
 
@@ -150,6 +168,12 @@ class Base:
                 part.to(device)
         if self.text is not None:
             self.text.pipeline.to(device)
+        if self.null_tokens is not None:
+            self.null_tokens = self.null_tokens.to(device)
+
+    def release_style_encoder(self) -> None:
+        """Free its memory; from here on every style comes from a cache."""
+        self.style_encoder = None
 
     def checkpoint(self) -> None:
         """Gradient checkpointing in the UNet and, where it has that, in the decoder."""
@@ -200,21 +224,77 @@ class Base:
     def _shift(self) -> float:
         return float(getattr(self.vae.config, "shift_factor", None) or 0.0)
 
-    @torch.no_grad()
-    def condition(self, captions: Sequence[str], styles: Tensor | None, time_ids: Tensor) -> Conditioning:
-        """Conditioning from captions, style pictures ``[B, 3, S, S]`` in [-1, 1] and sizes."""
-        if self.style_encoder is not None:
-            assert styles is not None, "this base is conditioned on a style picture"
-            tokens, pooled = self.style_encoder(styles)
-            return self.styled(tokens, pooled, time_ids)
-        assert self.text is not None, "this base has neither text encoders nor a style encoder"
-        context, pooled = self.text(captions)
-        return Conditioning(context.float(), pooled.float(), time_ids.float())
+    # --- conditioning -------------------------------------------------------------------------------
 
-    def styled(self, tokens: Tensor, pooled: Tensor, time_ids: Tensor) -> Conditioning:
-        """Conditioning of a base without text, from what its style encoder gives."""
-        null = tokens.new_zeros(len(tokens), 1, self.unet.config.cross_attention_dim)
-        return Conditioning(null, pooled, time_ids.float(), tokens)
+    @torch.no_grad()
+    def read_text(self, captions: Sequence[str]) -> tuple[Tensor, Tensor] | None:
+        """``(context [B, L, D], pooled [B, P])`` in fp32; None for a base without text encoders."""
+        if self.text is None:
+            return None
+        context, pooled = self.text(captions)
+        return context.float(), pooled.float()
+
+    @torch.no_grad()
+    def look(self, styles: Tensor) -> StyleCode:
+        """Style pictures ``[B, 3, S, S]`` in [-1, 1] -> what the UNet is told of them, fp32."""
+        if self.style_encoder is None:
+            raise RecipeError(
+                "a style picture is not in pictures.cache, and the image encoder is not loaded any more; "
+                "run the same command again"
+            )
+        found = self.style_encoder(styles.to(next(self.style_encoder.parameters()).device))
+        return StyleCode(*(x.float() for x in ((found,) if isinstance(found, Tensor) else found)))
+
+    def condition(
+        self, text: tuple[Tensor, Tensor] | None, style: StyleCode | None, time_ids: Tensor
+    ) -> Conditioning:
+        """Conditioning from what `read_text` and `look` gave, and sizes ``[B, 6]``."""
+        assert (style is None) == (self.null_tokens is None), "a style picture for each row, or for none"
+        tokens = None if style is None else style.tokens
+        if text is None:
+            assert style is not None, "this base has neither text encoders nor a style encoder"
+            null = style.tokens.new_zeros(len(style.tokens), 1, self.unet.config.cross_attention_dim)
+            text = null, cast(Tensor, style.pooled)
+        return Conditioning(*text, time_ids.float(), tokens)
+
+    def masked(self, cond: Conditioning, keep: Tensor) -> Conditioning:
+        """Rows where ``keep [B]`` is 0 become the unconditional branch, as the runtime has it.
+
+        The text is zeros, as in SDXL's pipelines; the style is ``null_tokens``, which the export stores too.
+        Sizes stay, and so does the content: guidance is on text and style alone.
+        """
+        k = keep.to(cond.context)
+        zeroed = cond.map(lambda x: x * k.view(-1, *[1] * (x.ndim - 1)))
+        tokens = cond.tokens
+        if tokens is not None:
+            assert self.null_tokens is not None, "tokens need what stands for no style"
+            tokens = torch.where(k.view(-1, 1, 1) > 0, tokens, self.null_tokens.to(tokens))
+        return replace(zeroed, tokens=tokens, time_ids=cond.time_ids, content=cond.content)
+
+    def null(self, cond: Conditioning) -> Conditioning:
+        """The unconditional branch of every row."""
+        return self.masked(cond, torch.zeros(len(cond)))
+
+    @property
+    def pooled_dim(self) -> int:
+        """Width of the pooled text, or of what std-tiny has in its place."""
+        config = self.unet.config
+        return int(config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
+
+    @property
+    def heads_dim(self) -> int:
+        """Width of `heads_condition`."""
+        return self.pooled_dim + (0 if self.null_tokens is None else self.null_tokens.shape[2])
+
+    def heads_condition(self, cond: Conditioning) -> Tensor:
+        """What the discriminator's heads are told ``[B, heads_dim]``; zeros where all is dropped.
+
+        The pooled vector, and the mean of the style tokens as they differ from no style.
+        """
+        if cond.tokens is None:
+            return cond.pooled
+        assert self.null_tokens is not None
+        return torch.cat([cond.pooled, (cond.tokens - self.null_tokens.to(cond.tokens)).mean(1)], 1)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -236,8 +316,8 @@ def _digest(unet: nn.Module) -> str:
 
 def _tiny(folder: Path) -> Base:
     p = load_tiny(folder)
-    style = p.style_encoder
-    return Base(p.unet, p.vae, p.schedule, folder.resolve().name, "", style, int(style.config.image_px))
+    style, name = p.style_encoder, folder.resolve().name
+    return Base(p.unet, p.vae, p.schedule, name, "", style, style.image_px, style.negative())
 
 
 def _sdxl(source: str, dtype: torch.dtype, device: torch.device | str) -> Base:
@@ -251,7 +331,7 @@ def _sdxl(source: str, dtype: torch.dtype, device: torch.device | str) -> Base:
         p = StableDiffusionXLPipeline.from_pretrained(
             source,
             unet=unet.to(device),  # before the others are read
-            # The picture encoder and the adapter belong to inference; the published recipe trains on text.
+            # The published recipe trains on text; `_add_style` reads both where the recipe has a style.
             image_encoder=None,
             feature_extractor=None,
             torch_dtype={"vae": torch.float32, "default": text},
@@ -276,12 +356,75 @@ def check_source(source: str | Path) -> Path:
     return folder
 
 
+def _add_style(base: Base, folder: Path, config: StyleConfig, dtype: torch.dtype) -> None:
+    """Give the base (in place) the recipe's IP-Adapter: image branches in the UNet, and their encoder."""
+    encoder, branches, layers = open_style(base.unet, folder, config)
+    base.null_tokens, base.style_px = encoder.negative(), encoder.image_px
+    pairs = ((layer, branches[layer]) for layer in layers)
+    kept = {layer: (key.to(dtype), value.to(dtype)) for layer, (key, value) in pairs}
+    attach_diffusers(base.unet, kept, base.null_tokens.shape[1])
+    if isinstance(encoder, ClipStyleEncoder) and dtype != torch.float32:  # as the text encoders
+        encoder.module.to(torch.float16)
+        encoder.dtype = torch.float16
+    path = Path(config.adapter)
+    base.style_encoder, base.adapter = encoder, Adapter(path.name, adapter_digest(path), tuple(layers))
+
+
+def open_style(
+    unet: Network, folder: Path, config: StyleConfig
+) -> tuple[StyleEncoder | ClipStyleEncoder, Branches, list[str]]:
+    """(encoder, image branches of all layers, the layers that the recipe keeps) of the recipe's IP-Adapter.
+
+    ``folder`` is the base's. Raises RecipeError.
+    """
+    path = style_adapter(config)
+    try:
+        beside = style_encoder_folder(folder, config)
+        check_encoder(path, beside)
+        _, layers = choose_layers(unet, config.layers, own_encoder=False)
+        return (*open_adapter(unet, path, beside), layers)
+    except ExportError as error:
+        raise RecipeError(_in_recipe_words(error)) from None
+
+
+def style_adapter(config: StyleConfig) -> Path:
+    """The recipe's IP-Adapter file; RecipeError if it is not there."""
+    path = Path(config.adapter)
+    if not path.is_file():
+        raise RecipeError(
+            f"style.adapter = {config.adapter!r} does not exist; hf download h94/IP-Adapter "
+            "sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors --local-dir ip-adapter gets the published one"
+        )
+    return path
+
+
+def style_encoder_folder(folder: Path, config: StyleConfig) -> Path:
+    """Where the adapter's image encoder lies: as the recipe says, in the base, or beside the adapter."""
+    given = Path(config.encoder) if config.encoder else None
+    try:
+        return find_encoder(Path(config.adapter), given, None if given else folder / "image_encoder")
+    except ExportError as error:
+        raise RecipeError(f"{_in_recipe_words(error)}: set style.encoder to its folder") from None
+
+
+def _in_recipe_words(error: ExportError) -> str:
+    """The message of an export, with the recipe's keys for its flags."""
+    text = str(error)
+    for flag, key in (("ip-adapter", "adapter"), ("image-encoder", "encoder"), ("style-layers", "layers")):
+        text = text.replace(f"--{flag}", f"style.{key}")
+    return text
+
+
 def load_base(
-    source: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    source: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    style: StyleConfig | None = None,
 ) -> Base:
     """A folder in SDXL's layout (or a hub id), or one of std-tiny; frozen, on ``device``.
 
-    The UNet is in ``dtype``; with a half type, SDXL's text encoders are in fp16. All else is in fp32.
+    ``style`` names the IP-Adapter of an SDXL, if it is to have one; std-tiny has its own. The UNet is in
+    ``dtype``; with a half type, SDXL's text and image encoders are in fp16. All else is in fp32.
     Raises RecipeError if it is missing or another kind of pipeline.
     """
     folder = check_source(source)
@@ -302,6 +445,10 @@ def load_base(
             f"base = {str(source)!r} has a UNet that takes {taken} channels for {given} latents; "
             "distillation trains those that see the noisy latents only"
         )
+    if style is not None and style.adapter:
+        if base.null_tokens is not None:
+            raise RecipeError(f"base = {str(source)!r} has its own style encoder; leave style.adapter empty")
+        _add_style(base, folder, style, dtype)
     base.digest, base.licence = _digest(base.unet), licence(folder)
     for part in (base.unet, base.vae, base.style_encoder):
         if part is not None:

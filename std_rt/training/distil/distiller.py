@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -66,6 +66,13 @@ class StepBatch:
     target: Tensor  # [B, C, h, w] where the averaged student arrives from the teacher's state below t
     real: Tensor  # [B, C, h, w] the item's own real latents at r
     pair: Tensor  # [B] whether there is an r below s
+    # Rows that the discriminator is shown, at least one.
+    judged: Tensor | slice = field(default_factory=lambda: slice(None))
+
+    @property
+    def judged_share(self) -> float:
+        """Share of the batch that those rows are; brings their mean to one over the batch."""
+        return len(self.pair[self.judged]) / len(self.pair)
 
 
 class Distiller:
@@ -134,7 +141,7 @@ class Distiller:
             if self.config.guidance == (1.0, 1.0):
                 output = self.base.predict(self.base.unet, states.x, t, states.cond)
             else:
-                both = cat([states.cond, states.cond.null()])
+                both = cat([states.cond, self.base.null(states.cond)])
                 twice = states.x.repeat(2, 1, 1, 1)
                 styled, free = self.base.predict(self.base.unet, twice, t.repeat(2), both).chunk(2)
                 output = free + states.scale.view(-1, 1, 1, 1) * (styled - free)
@@ -194,7 +201,7 @@ class Distiller:
         k = content_share(self.levels, index)
         clean = (1 - k) * new.z + k * new.c
         x = self.levels.alpha(index) * clean + self.levels.sigma(index) * noise
-        cond = new.cond.masked(keep)
+        cond = self.base.masked(new.cond, keep)
         return States(new.real, x, index, scale, self.bank.number(count), cond).to(self.device)
 
     def solved(self, count: int, shape: Shape) -> States:
@@ -251,14 +258,20 @@ class Distiller:
         after = torch.maximum((index - stride).clamp(min=CLEAN), s)
         x_next = self.teacher_step(states, after)
         r = draw_real_index(s, self.generator, self.config.adversarial.real)
+        pair = has_pair(s, self.config.adversarial.real)
+        judged: Tensor | slice = slice(None)
+        if self.config.adversarial.jumps == "last":
+            # r was drawn all the same, so that both settings see the same states.
+            r, pair = torch.full_like(s, CLEAN), s == CLEAN
+            # One row even if none counts: every process runs the heads, or their gradients could not meet.
+            judged = pair.nonzero()[:, 0] if pair.any() else torch.zeros(1, dtype=torch.long)
         noise = torch.randn(states.z.shape, generator=self.generator).to(self.device)
         real = renoise(states.z, r, self.device_levels, noise)
-        pair = has_pair(s, self.config.adversarial.real).to(self.device)
         target = self.target_jump(states, x_next, s, after)
         if self.uses_bank:
             moved = replace(stored, x=x_next, index=after)
             self.bank.update(shape, slots, moved)
-        return StepBatch(states, slots, shape, s, target, real, pair)
+        return StepBatch(states, slots, shape, s, target, real, pair.to(self.device), judged)
 
     def _strides(self, index: Tensor) -> Tensor:
         """Grid points that the teacher goes, ``[B]``.

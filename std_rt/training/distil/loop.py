@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from std_rt.core.errors import RecipeError
+from std_rt.models.style_encoder import StyleEncoder
 from std_rt.training.distil.base import Base, load_base
 from std_rt.training.distil.discriminator import Adversary
 from std_rt.training.distil.distiller import Distiller, Source
@@ -83,10 +84,15 @@ def _source(config: DistilConfig, base: Base, rank: int, world: int) -> Source:
     if config.pictures.folder:
         from std_rt.training.data.picture_source import PictureSource
 
-        return PictureSource(config.pictures, base, seed=config.seed, rank=rank, world=world)
+        pictures = PictureSource(
+            config.pictures, base, seed=config.seed, rank=rank, world=world, style=config.style
+        )
+        if config.style.precompute:
+            pictures.precompute_styles()
+        return pictures
     name = "latents.triplets" if latents.triplets else "latents.file"
-    if base.style_encoder is None:
-        raise RecipeError(f"{name} needs a base with a style encoder; set pictures.folder instead")
+    if not isinstance(base.style_encoder, StyleEncoder):
+        raise RecipeError(f"{name} needs a std-tiny, with its style encoder; set pictures.folder instead")
     if base.sees_content != bool(latents.triplets):
         other = "latents.file" if latents.triplets else "latents.triplets"
         sees = "sees" if base.sees_content else "does not see"
@@ -108,6 +114,7 @@ def lora_notes(config: DistilConfig, base: Base, step: int) -> dict[str, str]:
         base_digest=base.digest,
         step=step,
         seed=config.seed,
+        adapter=base.adapter,
     )
 
 
@@ -143,7 +150,7 @@ def train_distil(config: DistilConfig, stop_after: int | None = None, base: Base
         ExitStack() as stack,
     ):
         device = accelerator.device
-        base = base or load_base(config.base, _base_dtype(config, device), device)
+        base = base or load_base(config.base, _base_dtype(config, device), device, config.style)
         return _train(config, accelerator, base, stop_after, stack)
 
 
@@ -180,9 +187,7 @@ def _train(  # noqa: C901
     if config.adversarial.weight:
         torch.manual_seed(config.seed)
         features = _features(config, base)
-        condition_dim = base.unet.config.projection_class_embeddings_input_dim
-        condition_dim -= 6 * base.unet.config.addition_time_embed_dim
-        adversary = Adversary(features, condition_dim).to(device)
+        adversary = Adversary(features, base.heads_dim).to(device)
         heads_optimizer = _optimizer(config, list(adversary.heads.parameters()), heads_rate)
         # Its optimizer steps by itself: the heads are fp32, and fp16's gradient scaler is the student's.
         heads = accelerator.prepare(adversary.heads)
@@ -208,6 +213,8 @@ def _train(  # noqa: C901
         run.report.say("filling the trajectory bank")
         distiller.spread_bank()
     sheets = SheetMaker(config, base, distiller) if main else None
+    if config.style.precompute:
+        base.release_style_encoder()
 
     for step in run.steps(partial(_rate, config, student_rate), stop_after):
         for _ in range(config.accumulate):
@@ -219,9 +226,12 @@ def _train(  # noqa: C901
                 loss = distiller.consistency_loss(x_s, batch)
                 run.add(consistency=loss)
                 if judge and adversary:
+                    rows, share = batch.judged, batch.judged_share
+                    condition = base.heads_condition(batch.states.cond)[rows]
+                    fake, pair = x_s[rows], batch.pair[rows]
                     with watch("adversarial"), distiller.judging():
-                        maps = adversary.features(x_s)  # decoded and encoded once, for both networks
-                        fooled = adversary.generator_loss(x_s, batch.states.cond.pooled, batch.pair, maps)
+                        maps = adversary.features(fake)  # decoded and encoded once, for both networks
+                        fooled = share * adversary.generator_loss(fake, condition, pair, maps)
                     loss = loss + config.adversarial.weight * fooled
                     run.add(generator=fooled)
                 with watch("student"):
@@ -238,13 +248,14 @@ def _train(  # noqa: C901
                     with watch("adversarial"), distiller.judging():
                         judged, parts = adversary.discriminator_loss(
                             heads,
-                            x_s.detach(),
-                            batch.real,
-                            batch.states.cond.pooled,
-                            batch.pair,
+                            fake.detach(),
+                            batch.real[rows],
+                            condition,
+                            pair,
                             config.adversarial.r1,
                             [m.detach() for m in maps],
                         )
+                        judged = share * judged
                         (judged / config.accumulate).backward()
                         if accelerator.sync_gradients:
                             heads_optimizer.step()

@@ -26,6 +26,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from std_rt import __version__
 from std_rt.core.errors import RecipeError
 from std_rt.core.schedule import GRID_POINTS, trajectory_timesteps
+from std_rt.training.distil.base import Adapter
 from std_rt.training.run.checkpoint import whole_file
 from std_rt.training.run.recipe import LORA_TARGETS, LoraConfig
 
@@ -169,11 +170,12 @@ def make_notes(
     base_digest: str,
     step: int,
     seed: int,
+    adapter: Adapter | None = None,
 ) -> dict[str, str]:
     """Metadata of a LoRA's file: where it starts, for which step counts, on which base.
 
     ``tau`` is a grid timestep; ``guidance`` the range of the teacher's scale; ``base_digest`` that of
-    ``std_rt.core.base_model.unet_digest``.
+    ``std_rt.core.base_model.unet_digest``; ``adapter`` the IP-Adapter that teacher and student had.
     """
     timesteps = {str(count): trajectory_timesteps(eta, count, tau) for count in run_steps}
     return {
@@ -189,7 +191,11 @@ def make_notes(
         "base_digest": base_digest,
         "step": str(step),
         "seed": str(seed),
-    }
+    } | ({} if adapter is None else {
+        "ip_adapter": adapter.name,
+        "ip_adapter_digest": adapter.digest,
+        "style_layers": ",".join(adapter.layers),
+    })  # fmt: skip
 
 
 def save_lora(

@@ -84,9 +84,9 @@ def encode_scene(
     z, parts = [], []
     for i in range(0, len(pairs), batch):
         z.append(base.encode(to_tensor(contents[i : i + batch]).to(device)))
-        looks = _style_images(base, styles[i : i + batch], device)
+        looks = None if base.null_tokens is None else base.look(_style_images(base, styles[i : i + batch]))
         ids = torch.tensor([[side, side, 0, 0, side, side]] * len(z[-1]), dtype=torch.float32, device=device)
-        cond = base.condition([prompt] * len(ids), looks, ids)
+        cond = base.condition(base.read_text([prompt] * len(ids)), looks, ids)
         parts.append(replace(cond, content=z[-1]) if base.sees_content else cond)
     latents = torch.cat(z)
     rows = 1 if one_noise else len(latents)
@@ -94,14 +94,12 @@ def encode_scene(
     return Scene(contents, styles, latents, cat(parts), noise.expand(-1, len(latents), -1, -1, -1), mask)
 
 
-def _style_images(base: Base, styles: Sequence[Frame], device: str) -> Tensor | None:
-    """Styles ``[B, 3, S, S]`` at the side the style encoder takes; None for a base without one."""
-    if base.style_encoder is None:
-        return None
+def _style_images(base: Base, styles: Sequence[Frame]) -> Tensor:
+    """Styles ``[B, 3, S, S]`` at the side the style encoder takes."""
     side = base.style_px
     how = cv2.INTER_AREA if styles[0].shape[0] > side else cv2.INTER_CUBIC
     resized = [np.asarray(cv2.resize(f, (side, side), interpolation=how), np.uint8) for f in styles]
-    return to_tensor(resized).to(device)
+    return to_tensor(resized)
 
 
 def _steps(schedule: NoiseSchedule, timesteps: list[int], gamma: float) -> list[StepCoefficients]:
@@ -132,7 +130,7 @@ def sample_latents(
     diffusers' scale (1: no unconditional branch). ``after(x, timestep)`` follows each step.
     """
     network = base.unet if unet is None else unet
-    both = cond if guidance == 1 else cat([cond, cond.null()])
+    both = cond if guidance == 1 else cat([cond, base.null(cond)])
 
     def predict(x: Tensor, timestep: int, _: bool) -> Tensor:
         rows = x if guidance == 1 else torch.cat([x, x])

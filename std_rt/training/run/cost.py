@@ -18,15 +18,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from std_rt.core.errors import RecipeError
+from std_rt.core.errors import ExportError, RecipeError
 from std_rt.models.autoencoder import AutoencoderPixelShuffle
+from std_rt.models.ip_adapter import attach_diffusers, make_projection, pair_branches, read_ip_adapter
+from std_rt.models.ip_adapter import choose_layers as choose_style_layers
 from std_rt.training.data.buckets import bucket_sizes
-from std_rt.training.distil.base import check_source, read_json
+from std_rt.training.distil.base import check_source, read_json, style_adapter, style_encoder_folder
 from std_rt.training.distil.discriminator import Heads
 from std_rt.training.distil.lora import choose_layers
-from std_rt.training.distil.trajectory import last_index
+from std_rt.training.distil.trajectory import CLEAN, draw_target, last_index, phase_edges
 from std_rt.training.run.precision import DTYPES, resolve_precision
-from std_rt.training.run.recipe import DistilConfig, Precision, describe_rates, distil_tau
+from std_rt.training.run.recipe import (
+    DistilConfig,
+    Precision,
+    describe_rates,
+    distil_tau,
+    target_window,
+)
 from std_rt.training.tiny.tiny_pipeline import add_style_attention
 
 __all__ = ["Estimate", "describe", "describe_run", "estimate", "measure_flops"]
@@ -103,14 +111,20 @@ def estimate(config: DistilConfig, device: str = "", flops_per_s: float | None =
     device = device or (chosen.type if chosen else "cpu")
     config = replace(config, precision=_precision(config, device))
     unet_config, vae_config, style, encoders = _configs(config.base)
-    tokens = int(style.get("tokens", 0))
-    unet, vae = _build_unet(unet_config, tokens), _build_vae(vae_config)
+    own = bool(style)
+    unet, vae = _build_unet(unet_config, int(style.get("tokens", 0))), _build_vae(vae_config)
+    tokens = int(style["tokens"]) if own else 0
+    if config.style.adapter:
+        tokens, more = _add_adapter(unet, config)
+        encoders += more
     sizes = _latent_sizes(config, unet, vae)
     shape = (int(unet.config.in_channels), *sizes[len(sizes) // 2])
     pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-    inputs = _unet_inputs(unet, shape, pooled, tokens)
+    words = 1 if own else TEXT_TOKENS
+    inputs = _unet_inputs(unet, shape, pooled, words, tokens)
     flops, outputs = _forward(unet, **inputs)
-    judge = _judge(config, style, vae, shape, pooled)
+    dim = inputs["encoder_hidden_states"].shape[2]
+    judge = _judge(config, style, vae, shape, pooled + (dim if tokens else 0))
 
     modules = dict(unet.named_modules())
     layers = [modules[name].weight for name in choose_layers(unet, config.lora.targets)]
@@ -118,7 +132,7 @@ def estimate(config: DistilConfig, device: str = "", flops_per_s: float | None =
     lora = sum(config.lora.rank * (w.numel() // w.shape[0] + w.shape[0]) for w in layers)
     counts = {"lora": lora, "heads": judge.heads, "unet": _count(unet), "vae": _count(vae)}
 
-    context = inputs["encoder_hidden_states"].shape[2] * (tokens + 1 if tokens else TEXT_TOKENS)
+    context = dim * (words + tokens)
     channels = shape[0] + int(unet.config.out_channels)  # z and x, and the content where the UNet sees it
     row = channels * math.prod(shape[1:]) + context + pooled + 6 + 5  # of the bank, all fp32
     with_bank = config.method == "std" and config.bank.enabled
@@ -126,7 +140,7 @@ def estimate(config: DistilConfig, device: str = "", flops_per_s: float | None =
     kept = outputs * DTYPES[config.precision].itemsize * config.batch * MARGIN
     recomputed = config.gradient_checkpointing and vae._supports_gradient_checkpointing
     kept_judging = judge.kept + judge.decoder * (DECODER_CHECKPOINTED if recomputed else 1)
-    half = config.precision != "fp32" and device != "cpu" and not tokens
+    half = config.precision != "fp32" and device != "cpu" and not own
     wide = counts["vae"] + judge.frozen + encoders * (0.5 if half else 1)
     memory = _weights(config, counts, wide, on_cpu=device == "cpu") | {
         "activations": kept * (CHECKPOINTED if config.gradient_checkpointing else 1) / GIB,
@@ -194,6 +208,29 @@ def _build_unet(config: dict[str, Any], style_tokens: int) -> Network:
     return unet
 
 
+def _add_adapter(unet: Network, config: DistilConfig) -> tuple[int, int]:
+    """Give a UNet without numbers the recipe's image branches: (style tokens, parameters of their encoder).
+
+    The encoder counts nothing where the tokens are computed before the first step.
+    """
+    path, folder = style_adapter(config.style), style_encoder_folder(Path(config.base), config.style)
+    try:
+        projection, weights = read_ip_adapter(path)
+        branches = pair_branches(unet, weights)
+        _, layers = choose_style_layers(unet, config.style.layers, own_encoder=False)
+        module, _ = make_projection(unet, projection, path)
+    except ExportError as error:
+        raise RecipeError(str(error)) from None
+    tokens = module.latents.shape[1] if hasattr(module, "latents") else module.num_image_text_embeds
+    with torch.device("meta"):
+        kept: dict[str, tuple[Tensor, Tensor]] = {}
+        for layer in layers:
+            key, value = branches[layer]
+            kept[layer] = key.to("meta"), value.to("meta")
+        attach_diffusers(unet, kept, tokens)
+    return tokens, 0 if config.style.precompute else _stored(folder) + _count(module)
+
+
 def _build_vae(config: dict[str, Any]) -> Network:
     name = str(config.get("_class_name", "AutoencoderKL"))
     ours = {AutoencoderPixelShuffle.__name__: AutoencoderPixelShuffle}
@@ -214,7 +251,9 @@ def _latent_sizes(config: DistilConfig, unet: Network, vae: Network) -> list[tup
     return [(h // scale, w // scale) for h, w in sizes]
 
 
-def _unet_inputs(unet: Network, shape: tuple[int, ...], pooled: int, style_tokens: int) -> dict[str, Any]:
+def _unet_inputs(
+    unet: Network, shape: tuple[int, ...], pooled: int, words: int, style_tokens: int
+) -> dict[str, Any]:
     """One sample, without numbers."""
     dims = unet.config.cross_attention_dim
     dim = dims if isinstance(dims, int) else max(dims)
@@ -225,7 +264,7 @@ def _unet_inputs(unet: Network, shape: tuple[int, ...], pooled: int, style_token
         return {
             "sample": torch.empty(1, *shape),
             "timestep": torch.empty(1, dtype=torch.long),
-            "encoder_hidden_states": torch.empty(1, 1 if style_tokens else TEXT_TOKENS, dim),
+            "encoder_hidden_states": torch.empty(1, words, dim),
             "added_cond_kwargs": added,
         }
 
@@ -314,9 +353,23 @@ def _weights(config: DistilConfig, counts: dict[str, int], wide: float, *, on_cp
     return {name: size / GIB for name, size in parts.items()}
 
 
+def _judged_share(config: DistilConfig) -> float:
+    """Share of the samples that the discriminator is shown."""
+    if config.adversarial.jumps == "all":
+        return 1.0
+    tau = distil_tau(config)
+    last, top = last_index(tau, config.run_steps), (tau + 1) // 20 - 1
+    index = torch.arange(last, top + 1).repeat(500)
+    window, edges = target_window(config.eta, config.window, tau), phase_edges(tau, config.phases)
+    rng = torch.Generator().manual_seed(0)
+    s = draw_target(config.method, index, window, edges, rng, config.stride)
+    return float((s == CLEAN).float().mean())
+
+
 def _evaluations(config: DistilConfig, lora: float, judge: float) -> dict[str, float]:
     """Work per sample in forward passes of the bare UNet; ``lora`` and ``judge`` cost those shares of one."""
     guided = 1 if config.guidance == (1.0, 1.0) else 2
+    judge *= _judged_share(config)
     forward = 1 + lora
     again = forward if config.gradient_checkpointing else 0.0
     teacher_steps = 1.0

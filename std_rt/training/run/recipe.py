@@ -228,6 +228,8 @@ class AdversarialConfig:
     blocks: Annotated[tuple[Whole, ...], Meta(min_length=1)] = (2, 5, 8, 11)
     size_px: Count = 224
     real: Literal["below", "same"] = "below"  # real latents at r < s; "same": r = s (ablation)
+    # last: only jumps that end clean, against the clean picture, whatever ``real`` says
+    jumps: Literal["all", "last"] = "all"
     learning_rate: Positive = 5e-5  # scaled and scheduled as the student's
     r1: Amount = 1e-5
     start_step: Whole = 0
@@ -247,6 +249,28 @@ class PicturesConfig:
     centre: bool = False
     workers: Whole = 2
     cache: str = ""  # folder for latents and embeddings; empty: none
+
+
+@dataclass(frozen=True)
+class StyleConfig:
+    """Style pictures for a distillation on pictures; std-tiny has an adapter of its own, SDXL an IP-Adapter.
+
+    An SDXL without ``adapter`` is distilled on text alone.
+    """
+
+    adapter: str = ""  # IP-Adapter file for SDXL, Plus or plain, .safetensors or .bin
+    encoder: str = ""  # folder of its CLIP image encoder; empty: the base's, or the one beside the adapter
+    layers: str = "published"  # as --style-layers of the export: published, all, or prefixes
+    # A picture's style is another crop of itself, another picture in a folder of the same name, or any.
+    pairing: Literal["crop", "style", "any"] = "crop"
+    folder: str = ""  # of style pictures; empty: the pictures themselves
+    crops: Count = 4  # of each style picture, where pictures.cache keeps their tokens
+    precompute: bool = False  # all of them before the first step, and the image encoder is not kept
+
+    @property
+    def used(self) -> bool:
+        """Whether the recipe says anything of styles."""
+        return self != StyleConfig()
 
 
 @dataclass(frozen=True)
@@ -308,6 +332,7 @@ class DistilConfig:
     bank: BankConfig = field(default_factory=BankConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     pictures: PicturesConfig = field(default_factory=PicturesConfig)
+    style: StyleConfig = field(default_factory=StyleConfig)
     latents: LatentsConfig = field(default_factory=LatentsConfig)
     sheet: SheetConfig = field(default_factory=SheetConfig)
 
@@ -428,6 +453,23 @@ def _check_distil(recipe: DistilConfig) -> None:
         )
 
 
+def _check_parts(recipe: DistilConfig) -> None:
+    """Tables of a distillation that must fit each other; RecipeError names the first that does not."""
+    style = recipe.style
+    if style.used and not recipe.pictures.folder:
+        raise RecipeError("[style] goes with pictures.folder; the other data bring their styles along")
+    if style.folder and style.pairing == "crop":
+        raise RecipeError('style.folder is not read with style.pairing = "crop"; set it to "any" or "style"')
+    if style.precompute and not recipe.pictures.cache:
+        raise RecipeError("style.precompute keeps tokens in pictures.cache; set that to a folder")
+    judge = recipe.adversarial
+    if judge.jumps == "last" and judge.features != "dinov2":
+        raise RecipeError(
+            f'adversarial.jumps = "last" judges decoded pictures, and adversarial.features = '
+            f'"{judge.features}" sees latents; set features = "dinov2", or jumps = "all"'
+        )
+
+
 def target_window(eta: float, rate: float, tau: int) -> int:
     """How many grid points below t the target s may lie: ``rate * ceil(50 eta)`` (the error bound).
 
@@ -484,6 +526,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = (), given: dict[str, An
         _check_stylist(recipe)
     if isinstance(recipe, DistilConfig):
         _check_distil(recipe)
+        _check_parts(recipe)
     return recipe
 
 
@@ -506,6 +549,7 @@ def load_run_recipe(folder: Path) -> Any:
 FREE_KEYS = {
     "bf16", "device", "gradient_checkpointing", "learning_rate", "log_every", "output", "pictures.cache",
     "pictures.workers", "precision", "rate_per_images", "sheet", "snapshot_every", "steps",
+    "style.precompute",
 }  # fmt: skip
 
 

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from std_rt.core.errors import RecipeError
 from std_rt.models.autoencoder import AutoencoderPixelShuffle
+from std_rt.models.style_encoder import StyleEncoder
 from std_rt.training.data.picture_set import Frame, PictureSet
 from std_rt.training.distil.bank import Shape
-from std_rt.training.distil.base import Base, Fresh
+from std_rt.training.distil.base import Base, Fresh, StyleCode
 from std_rt.training.run.checkpoint import whole_file
 from std_rt.training.run.recipe import LatentsConfig
 from std_rt.training.run.sheet import to_tensor
@@ -204,7 +205,7 @@ class TripleSource:
     """The data of a distillation of std-tiny: crops of stored latents, each process with its own share."""
 
     def __init__(self, config: LatentsConfig, base: Base, seed: int, rank: int = 0, world: int = 1) -> None:
-        assert base.style_encoder is not None, "stored latents belong to a base with a style encoder"
+        assert isinstance(base.style_encoder, StyleEncoder), "stored latents belong to a std-tiny"
         self.config, self.base, self.style_encoder = config, base, base.style_encoder
         stored = load_latents(Path(config.file))
         self.latents = {kind: triples[rank::world] or triples for kind, triples in stored.items()}
@@ -218,8 +219,8 @@ class TripleSource:
         rows = [self._one(shape[0]) for _ in range(n)]
         z, c, real, s = (torch.stack(column) for column in zip(*rows, strict=True))
         tokens, pooled = self.style_encoder.encode_latents(s.to(next(self.style_encoder.parameters())))
-        ids = random_time_ids(n, self.rng)
-        return Fresh(z, c, real, self.base.styled(tokens.float().cpu(), pooled.float().cpu(), ids))
+        style = StyleCode(tokens.float().cpu(), pooled.float().cpu())
+        return Fresh(z, c, real, self.base.condition(None, style, random_time_ids(n, self.rng)))
 
     def _one(self, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Target, content, real and style latents of one sample."""

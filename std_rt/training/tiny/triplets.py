@@ -124,9 +124,7 @@ class TripletSource:
         z, c, real, style = (to_tensor(list(column)).to(device) for column in zip(*rows, strict=True))
         # Contiguous, as they are after a checkpoint: other strides choose other kernels, whose sums differ.
         z, c, real = (self.base.encode(x).cpu().contiguous() for x in (z, c, real))
-        cond = self.base.condition([], style, random_time_ids(n, self.rng).to(device)).to(
-            "cpu", torch.float32
-        )
+        cond = self.base.condition(None, self.base.look(style), random_time_ids(n, self.rng)).to("cpu")
         return Fresh(z, c, real, replace(cond, content=c))
 
     def _one(self, side_px: int) -> tuple[Frame, Frame, Frame, Frame]:

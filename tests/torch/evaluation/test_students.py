@@ -104,7 +104,7 @@ def test_a_run_is_the_runtime_formulas_step_by_step(
         with torch.no_grad():
             styled, free = (
                 own.predict(own.unet, torch.from_numpy(x), t, cond).numpy()
-                for cond in (scene.cond, scene.cond.null())
+                for cond in (scene.cond, base.null(scene.cond))
             )
         output = free + guidance * (styled - free)
         x = runtime.step(x, runtime.to_eps(output, x, c, kind), c).astype(np.float32)
@@ -116,7 +116,7 @@ def test_a_run_is_the_teacher_stages_own(folder: Path, base: Base, scene: Scene)
     images, styles = (torch.rand(2, 3, 64, 64) * 2 - 1 for _ in range(2))
     theirs = sample(pipeline, images, styles, 4, guidance=2.0, seed=5)
     noise = torch.randn(scene.z.shape[1:], generator=torch.Generator().manual_seed(5))
-    cond = base.condition(["", ""], styles, torch.tensor([[64, 64, 0, 0, 64, 64]] * 2))
+    cond = base.condition(None, base.look(styles), torch.tensor([[64, 64, 0, 0, 64, 64]] * 2))
     timesteps = trajectory_timesteps(0.75, 4)
     z = sample_latents(base, cond, base.encode(images), timesteps, 2.0, noise.expand(1, 2, -1, -1, -1))
     assert torch.allclose(base.decode(z), theirs, atol=1e-4 * float(theirs.abs().max()))

@@ -17,7 +17,7 @@ from support.pipelines import write_plain_ip_adapter
 from torch import Tensor
 
 from std_rt.core.errors import ExportError
-from std_rt.export.ip_adapter import (
+from std_rt.models.ip_adapter import (
     check_encoder,
     make_projection,
     pair_branches,

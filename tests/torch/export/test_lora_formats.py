@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from std_rt.core.errors import ExportError
-from std_rt.export.components import quiet
 from std_rt.export.lora_fusion import fuse_lora, original_names
+from std_rt.models.components import quiet
 
 Parts = dict[str, nn.Module]
 

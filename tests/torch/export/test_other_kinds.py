@@ -20,7 +20,7 @@ from std_rt.export.sources import resolve
 from std_rt.export.sources.hub import HubFile, HubRef, Listing, parse_ref
 from std_rt.export.sources.resolve import resolve_sources
 from std_rt.export.sources.single_file import check_single_file, convert_single_file
-from std_rt.export.sources.weight_files import read_shapes
+from std_rt.models.weight_files import read_shapes
 
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 ONE = torch.zeros(1)

@@ -17,12 +17,13 @@ from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 from std_rt.core.errors import ExportError
 from std_rt.export.export_options import ExportOptions
 from std_rt.export.graphs import Example, Port, Trace, trace
-from std_rt.export.ip_adapter import choose_layers, cross_layers
 from std_rt.export.lora_fusion import fuse_lora
-from std_rt.export.modules import CLIP_MEAN, CLIP_STD, VaeDecoder, VaeEncoder
+from std_rt.export.modules import VaeDecoder, VaeEncoder
 from std_rt.export.parity import check_graph
 from std_rt.export.source_pipeline import read_source
 from std_rt.export.weights import externalize
+from std_rt.models.clip_style import CLIP_MEAN, CLIP_STD
+from std_rt.models.ip_adapter import choose_layers, cross_layers
 
 
 @pytest.fixture

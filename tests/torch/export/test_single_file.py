@@ -14,9 +14,9 @@ from support.checkpoints import original_state, write_checkpoint
 from torch import Tensor
 
 from std_rt.core.errors import ExportError
-from std_rt.export.components import load_part
 from std_rt.export.sources import single_file
 from std_rt.export.sources.single_file import check_single_file, convert_single_file
+from std_rt.models.components import load_part
 
 ROLES = ("unet", "vae", "text_encoder", "text_encoder_2")
 

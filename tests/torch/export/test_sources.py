@@ -22,7 +22,7 @@ from std_rt.export.export_options import ExportOptions
 from std_rt.export.source_pipeline import read_source
 from std_rt.export.sources import resolve as sources_module
 from std_rt.export.sources.resolve import BASE, IP_ADAPTERS, VAES, Sources, resolve_sources
-from std_rt.export.sources.weight_files import check_weights
+from std_rt.models.weight_files import check_weights
 
 STD = "SecondComming/Single-Trajectory-Distillation"
 ADAPTERS = "h94/IP-Adapter"

@@ -19,7 +19,6 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 from std_rt.core.bundle import Bundle
 from std_rt.core.errors import ExportError
 from std_rt.engines import GraphSpec, open_engine
-from std_rt.export.components import load_part
 from std_rt.export.graph_precision import to_half
 from std_rt.export.graphs import Graph, Port, Trace, trace
 from std_rt.export.lora_fusion import fuse_lora
@@ -27,6 +26,7 @@ from std_rt.export.modules import ClipText
 from std_rt.export.parity import lint
 from std_rt.export.text import TextConstants, TextParts, read_tokenizer
 from std_rt.export.weights import externalize
+from std_rt.models.components import load_part
 from std_rt.pipeline.text_encoder import ClipTokenizer, TextEncoder
 
 ROLES = ("text_encoder", "text_encoder_2")

@@ -146,6 +146,30 @@ def test_real_and_fake_are_of_one_item_and_real_is_less_noisy(config: DistilConf
         assert (clean.flatten(1).std(1) <= noise[:, 0, 0, 0] * 1.5 + 1e-4).all()
 
 
+def test_last_jumps_alone_are_judged_and_all_else_is_as_published(config: DistilConfig) -> None:
+    """Same states and jumps for a seed; only samples that end clean are shown, with clean pictures."""
+    config = replace(config, batch=3, window=1.0)
+    last = replace(config, adversarial=AdversarialConfig(jumps="last"))
+    published, judged = _distiller(config), _distiller(last)
+    seen = []
+    for _ in range(6):
+        a, b = published.draw(), judged.draw()
+        assert torch.equal(a.states.x, b.states.x)
+        assert torch.equal(a.s, b.s)
+        assert torch.equal(a.target, b.target)
+        ends = b.s == -1
+        assert torch.equal(b.pair, ends)
+        assert torch.equal(b.real[ends], b.states.z[ends])
+        assert a.judged == slice(None)
+        assert a.judged_share == 1.0
+        rows = ends.nonzero()[:, 0].tolist() or [0]
+        assert torch.as_tensor(b.judged).tolist() == rows
+        assert b.judged_share == len(rows) / 3
+        seen.append(int(ends.sum()))
+    assert min(seen) == 0, "a batch without any"
+    assert max(seen) > 0
+
+
 def test_guidance_and_conditioning_are_drawn_once_a_trajectory(config: DistilConfig) -> None:
     distiller = _distiller(replace(config, drop_conditioning=0.5))
     seen: dict[int, tuple[float, tuple[float, ...]]] = {}
@@ -451,7 +475,7 @@ def test_the_base_is_loaded_onto_the_device_in_its_final_type(
         monkeypatch.setattr(loop, "_accelerator", lambda _, d=device: nullcontext(SimpleNamespace(device=d)))
         with pytest.raises(RecipeError, match="enough"):
             train_distil(replace(config, precision="bf16"))
-    types = [args[1:] for args in asked]
+    types = [args[1:3] for args in asked]
     assert types == [(torch.bfloat16, torch.device("meta")), (torch.float32, torch.device("cpu"))]
 
 
@@ -493,18 +517,18 @@ def test_fp16_without_a_gpu_is_one_line(config: DistilConfig) -> None:
 def test_no_style_is_the_same_in_training_and_in_export(base_folder: Path, tmp_path: Path) -> None:
     base = load_base(base_folder)
     styles = torch.zeros(2, 3, base.style_px, base.style_px)
-    free = base.condition(["", ""], styles, torch.ones(2, 6)).null()
+    free = base.null(base.condition(None, base.look(styles), torch.ones(2, 6)))
     exported = read_source(ExportOptions(base_folder, tmp_path)).load_style()[0]
     assert free.tokens is not None
     assert torch.equal(free.tokens[:1], exported.negative)
 
 
 def test_an_sdxl_is_distilled_without_its_ip_adapter(clip_folder: Path) -> None:
-    """So its branch of no style, zero pixels through encoder and projection, is the export's alone."""
+    """Unless the recipe names one in [style]."""
     assert (clip_folder / "ip_adapter.safetensors").is_file()
     base = load_base(clip_folder)
     assert base.unet.encoder_hid_proj is None
-    assert base.condition(["ink"], None, torch.ones(1, 6)).tokens is None
+    assert base.condition(base.read_text(["ink"]), None, torch.ones(1, 6)).tokens is None
 
 
 def test_one_text_encoder_is_enough(clip_folder: Path) -> None:
@@ -538,9 +562,12 @@ def test_the_decoder_is_checkpointed_too(clip_folder: Path) -> None:
     assert little < much / 2
 
 
-def test_conditioning_masks_rows() -> None:
+def test_conditioning_masks_rows(base_folder: Path) -> None:
+    base = replace(load_base(base_folder), null_tokens=torch.full((1, 2, 4), 3.0))
     cond = Conditioning(torch.ones(3, 2, 4), torch.ones(3, 5), torch.ones(3, 6), torch.ones(3, 2, 4))
-    masked = cond.masked(torch.tensor([1.0, 0.0, 1.0]))
+    masked = base.masked(cond, torch.tensor([1.0, 0.0, 1.0]))
+    assert masked.tokens is not None
     assert masked.context.sum((1, 2)).tolist() == [8, 0, 8]
+    assert masked.tokens.sum((1, 2)).tolist() == [8, 24, 8]
     assert masked.time_ids.sum() == 18
-    assert not cond.null().pooled.any()
+    assert not base.null(cond).pooled.any()

@@ -14,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from std_rt.core.errors import RecipeError
+from std_rt.models.clip_style import ClipStyleEncoder
+from std_rt.training.data.buckets import bucket_sizes
 from std_rt.training.distil.bank import States
 from std_rt.training.distil.base import Conditioning, load_base
 from std_rt.training.distil.discriminator import Heads
@@ -34,6 +36,7 @@ from std_rt.training.run.recipe import (
     LatentsConfig,
     LoraConfig,
     PicturesConfig,
+    StyleConfig,
     load_recipe,
 )
 
@@ -57,6 +60,47 @@ def _recipe(base: Path | str = "base", **changes: Any) -> DistilConfig:
 
 def _of(base: Path, device: str = "cpu", **changes: Any) -> Estimate:
     return estimate(_recipe(base, **changes), device, flops_per_s=1e12)
+
+
+def _styled(clip: Path, **changes: Any) -> StyleConfig:
+    return StyleConfig(adapter=str(clip / "ip_adapter.safetensors"), **changes)
+
+
+def test_style_pictures_cost_image_branches_an_encoder_and_tokens(clip: Path) -> None:
+    """As a base has them that is given the adapter."""
+    style = _styled(clip)
+    judged = AdversarialConfig(0.5, dino="facebook/dinov2-small", blocks=(1, 2))
+    found, plain = (_of(clip, adversarial=judged, style=s) for s in (style, StyleConfig()))
+    base = load_base(clip, style=style)
+    assert isinstance(base.style_encoder, ClipStyleEncoder)
+    assert found.parameters["unet"] == sum(p.numel() for p in base.unet.parameters())
+    assert found.parameters["unet"] > plain.parameters["unet"]
+    assert found.parameters["heads"] == sum(p.numel() for p in Heads([384, 384], base.heads_dim).parameters())
+    assert found.parameters["lora"] == plain.parameters["lora"]
+    more = found.memory_gib["autoencoder and encoders"] - plain.memory_gib["autoencoder and encoders"]
+    encoder = 4 * sum(p.numel() for p in base.style_encoder.parameters()) / GIB
+    assert more == pytest.approx(encoder, rel=0.1)  # the files' headers count too
+    tokens = base.null_tokens
+    assert tokens is not None
+    sizes = plain.bank_gib * GIB, found.bank_gib * GIB
+    buckets = len(bucket_sizes(64, base.multiple))
+    assert sizes[1] - sizes[0] == pytest.approx(4 * tokens.numel() * 64 * buckets)
+    ahead = _of(clip, adversarial=judged, style=_styled(clip, precompute=True))
+    assert ahead.memory_gib["autoencoder and encoders"] == plain.memory_gib["autoencoder and encoders"]
+    with pytest.raises(RecipeError, match=r"style\.adapter = 'no' does not exist"):
+        _of(clip, style=StyleConfig(adapter="no"))
+
+
+def test_jumps_that_end_clean_cost_the_discriminator_less() -> None:
+    def judge(**changes: Any) -> float:
+        return _evaluations(_recipe(**changes), 0.3, 1.0)["adversarial"]
+
+    last = AdversarialConfig(0.5, jumps="last")
+    assert judge(adversarial=AdversarialConfig(0.5)) == 3
+    # From grid point i of 4..36, s is uniform over max(-1, i - 19)..i - 1: clean for one in i + 1 up to 18.
+    share = sum(1 / (i + 1) for i in range(4, 19)) / 33
+    assert judge(adversarial=last) == pytest.approx(3 * share, rel=0.1)
+    assert judge(adversarial=last, method="lcm") == 3
 
 
 @pytest.mark.parametrize("kind", ["clip", "own"])

@@ -22,7 +22,7 @@ from std_rt.core.errors import RecipeError
 from std_rt.core.schedule import NoiseSchedule
 from std_rt.training.data.picture_source import CLIP_FRAMES, PictureSource
 from std_rt.training.distil.base import Base, Conditioning, Fresh, TextEncoders
-from std_rt.training.run.recipe import PicturesConfig
+from std_rt.training.run.recipe import PicturesConfig, StyleConfig
 
 SQUARE = (8, 8)
 
@@ -74,7 +74,8 @@ def make_base(style: bool = False) -> Base:
     schedule = NoiseSchedule.scaled_linear()
     if style:
         encoder: Any = FakeStyle()
-        return Base(unet, FakeVae(), schedule, "fake", "digest", encoder, style_px=32)
+        null = torch.zeros(1, 2, 3)
+        return Base(unet, FakeVae(), schedule, "fake", "digest", encoder, style_px=32, null_tokens=null)
     return Base(unet, FakeVae(), schedule, "fake", "digest", text=FakeText())
 
 
@@ -185,6 +186,165 @@ def test_clips_give_a_random_frame_a_visit(tmp_path: Path, open_source: Any) -> 
     seen = names(source, 40, source.shapes[0])
     assert {name.split("#")[0] for name in seen} == {"a.mp4"}
     assert len(set(seen)) > 8
+
+
+# --- styles -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def styles(tmp_path: Path) -> Path:
+    """Four pictures, each of one grey: 0, 60, 120, 180."""
+    (tmp_path / "styles").mkdir()
+    for i in range(4):
+        Image.new("RGB", (40, 40), (60 * i,) * 3).save(tmp_path / f"styles/{i}.png")
+    return tmp_path / "styles"
+
+
+def greys(fresh: Fresh) -> list[int]:
+    """The grey of each sample's style picture."""
+    return [round((float(row) + 1) * 127.5) for row in fresh.cond.pooled[:, 0]]
+
+
+def test_any_picture_may_be_the_style_and_is_then_what_is_real(
+    config: PicturesConfig, open_source: Any, styles: Path
+) -> None:
+    style = StyleConfig(pairing="any", folder=str(styles))
+    fresh = open_source(config, make_base(style=True), style=style).take(24, SQUARE)
+    assert set(greys(fresh)) == {0, 60, 120, 180}
+    assert greys(fresh) == [round((float(row) / 0.5 + 1) * 127.5) for row in fresh.real.mean((1, 2, 3))]
+    assert fresh.c is fresh.z
+    assert not torch.equal(fresh.z, fresh.real)
+
+
+def test_a_base_with_text_gets_captions_and_tokens(
+    config: PicturesConfig, open_source: Any, styles: Path
+) -> None:
+    base = replace(make_base(style=True), text=FakeText())
+    style = StyleConfig(pairing="any", folder=str(styles))
+    fresh = open_source(config, base, style=style).take(4, SQUARE)
+    assert fresh.cond.tokens is not None
+    assert fresh.cond.context.shape == (4, 2, 3)
+    captions = [f"caption {int(Path(name).stem)}" for name in fresh.names]
+    assert fresh.cond.pooled[:, 0].tolist() == [len(c) for c in captions]
+
+
+def _in_folders(config: PicturesConfig) -> PicturesConfig:
+    """Squares 0 to 4 in one folder, 5 to 9 in another; the wide and the tall ones away."""
+    root = Path(config.folder)
+    for i, path in enumerate(sorted(root.glob("*.png"))):
+        path.with_suffix(".txt").unlink()
+        if i >= 10:
+            path.unlink()
+            continue
+        (root / "ab"[i // 5]).mkdir(exist_ok=True)
+        Image.new("RGB", (64, 64), (20 * i,) * 3).save(root / "ab"[i // 5] / path.name)
+        path.unlink()
+    return config
+
+
+def test_another_picture_of_the_same_style_lies_in_its_folder(
+    config: PicturesConfig, open_source: Any
+) -> None:
+    source = open_source(_in_folders(config), make_base(style=True), style=StyleConfig(pairing="style"))
+    seen = set()
+    for _ in range(6):
+        fresh = source.take(10, SQUARE)
+        assert fresh.real is fresh.z
+        for name, grey in zip(fresh.names, greys(fresh), strict=True):
+            own, other = int(Path(name).stem), grey // 20
+            assert own != other
+            assert own // 5 == other // 5
+            seen.add((own, other))
+    assert len(seen) > 25
+
+
+def test_a_style_folder_has_the_styles_under_the_same_names(
+    config: PicturesConfig, open_source: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "art/a").mkdir(parents=True)
+    Image.new("RGB", (40, 40), (250,) * 3).save(tmp_path / "art/a/x.png")
+    style = StyleConfig(pairing="style", folder=str(tmp_path / "art"))
+    fresh = open_source(_in_folders(config), make_base(style=True), style=style).take(10, SQUARE)
+    for name, grey in zip(fresh.names, greys(fresh), strict=True):
+        assert grey == (250 if name.startswith("a/") else 20 * int(Path(name).stem))
+    assert "5 pictures have no other of their style in" in caplog.text
+
+
+def test_styles_that_cannot_be_paired_are_one_line(
+    config: PicturesConfig, open_source: Any, tmp_path: Path
+) -> None:
+    own = make_base(style=True)
+    for base, style, message in (
+        (own, StyleConfig(pairing="style"), r'^style\.pairing = "style" takes the folder of'),
+        (make_base(), StyleConfig(pairing="any"), r"^\[style\]: fake takes no style pictures; set style\.ad"),
+        (own, StyleConfig(pairing="any", folder=str(tmp_path / "no")), r"^style\.folder = .*no"),
+    ):
+        with pytest.raises(RecipeError, match=message) as caught:
+            open_source(config, base, style=style)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("cached", [False, True])
+def test_pairs_are_the_same_after_resuming(
+    config: PicturesConfig, open_source: Any, styles: Path, tmp_path: Path, workers: int, cached: bool
+) -> None:
+    config = replace(config, workers=workers, cache=str(tmp_path / "cache") if cached else "")
+    style = StyleConfig(pairing="any", folder=str(styles))
+    unbroken = open_source(config, make_base(style=True), style=style)
+    unbroken.take(7, SQUARE)
+    state = unbroken.state()
+    expected = unbroken.take(9, SQUARE)
+    resumed = open_source(config, make_base(style=True), style=style)
+    resumed.load_state(state)
+    found = resumed.take(9, SQUARE)
+    assert same(found, expected)
+    assert torch.equal(found.real, expected.real)
+
+
+def test_a_broken_style_picture_is_replaced_and_named(
+    config: PicturesConfig, open_source: Any, styles: Path
+) -> None:
+    _cut(styles / "1.png")
+    style = StyleConfig(pairing="any", folder=str(styles))
+    source = open_source(config, make_base(style=True), style=style)
+    assert set(greys(source.take(24, SQUARE))) == {0, 120, 180}
+    assert source.broken.keys() == {"1.png"}
+    for path in styles.glob("*.png"):
+        _cut(path)
+    with pytest.raises(RecipeError, match=r"none of the 10 pictures .*no style picture for it can be read"):
+        open_source(config, make_base(style=True), style=style).take(1, SQUARE)
+
+
+def test_precomputed_styles_leave_nothing_to_look_at(
+    cached: PicturesConfig, open_source: Any, styles: Path
+) -> None:
+    style = StyleConfig(pairing="any", folder=str(styles), crops=3)
+    lazy = open_source(replace(cached, cache=f"{cached.cache}-lazy"), make_base(style=True), style=style)
+    base = make_base(style=True)
+    source = open_source(cached, base, style=style)
+    source.precompute_styles()
+    assert len(_files(cached)) == 4 * 3
+    base.release_style_encoder()
+    found, expected = source.take(30, SQUARE), lazy.take(30, SQUARE)
+    assert same(found, expected)
+    assert torch.equal(found.real, expected.real)
+    for path in _files(cached):
+        path.unlink()
+    with pytest.raises(RecipeError, match=r"not in pictures\.cache, .*run the same command again"):
+        open_source(cached, replace(base), style=style).take(1, SQUARE)
+
+
+def test_every_process_precomputes_what_others_have_not(
+    cached: PicturesConfig, open_source: Any, styles: Path
+) -> None:
+    style = StyleConfig(pairing="any", folder=str(styles), crops=2)
+    first, second = (open_source(cached, make_base(style=True), style=style, rank=r, world=2) for r in (0, 1))
+    first.precompute_styles()
+    before = {path: path.stat().st_mtime_ns for path in _files(cached)}
+    second.precompute_styles()
+    assert {path: path.stat().st_mtime_ns for path in _files(cached)} == before
+    assert len(before) == 8
 
 
 # --- order ------------------------------------------------------------------------------------------
@@ -332,12 +492,12 @@ def _files(cached: PicturesConfig) -> list[Path]:
 
 @pytest.mark.parametrize("style", [False, True])
 def test_a_second_epoch_encodes_nothing(cached: PicturesConfig, open_source: Any, style: bool) -> None:
-    base = make_base(style)
-    source = open_source(cached, base)
+    base, one = make_base(style), StyleConfig(crops=1) if style else None
+    source = open_source(cached, base, style=one)
     first = source.take(10, SQUARE)
     assert sum(base.vae.batches) == 10
     again_base = make_base(style)
-    again = open_source(replace(cached, workers=2), again_base).take(10, SQUARE)
+    again = open_source(replace(cached, workers=2), again_base, style=one).take(10, SQUARE)
     second = source.take(10, SQUARE)
     assert sum(base.vae.batches) == 10
     assert again_base.vae.batches == []

@@ -156,9 +156,13 @@ class Items:
     def close(self) -> None: ...
 
 
-def _base(kind: str = "epsilon", content: bool = False) -> Base:
+NULL_TOKENS = _values(1, 4, DIM, seed=77)
+
+
+def _base(kind: str = "epsilon", content: bool = False, tokens: bool = False) -> Base:
     schedule = replace(NoiseSchedule.scaled_linear(), prediction_type=kind)
-    return Base(Network(content), Autoencoder(), schedule, "known", "digest")
+    null = NULL_TOKENS if tokens else None
+    return Base(Network(content), Autoencoder(), schedule, "known", "digest", null_tokens=null)
 
 
 def _config(output: Path, **changes: Any) -> DistilConfig:
@@ -336,7 +340,11 @@ class ByHand:
             fits = {r: a * z + b * e for r, e, a, b in tries if _near(a * z + b * e, batch.real[n])}
             ((r, row),) = fits.items()
             # Where s is the clean end there is nothing below; that row is masked.
-            assert r < max(s, 0) if self.config.adversarial.real == "below" else r == s
+            game = self.config.adversarial
+            if game.jumps == "last":
+                assert r == -1, "a picture in pixels is clean"
+            else:
+                assert r < max(s, 0) if game.real == "below" else r == s
             rows.append(row)
         return torch.cat(rows)
 
@@ -362,6 +370,8 @@ class ByHand:
             log = {"consistency": loss.item()}
             if self.heads is not None and number >= game.start_step:
                 mask = (batch.s > -1).double() if game.real == "below" else torch.ones(len(held))
+                if game.jumps == "last":
+                    mask = (batch.s == -1).double()
                 generator = -(self._judge(x_s, cond).mean(1) * mask).mean()
                 loss = loss + game.weight * generator
                 judgement = self._judgement(self.real(batch, noise), x_s.detach(), cond, mask)
@@ -389,13 +399,13 @@ class ByHand:
 
     def _judge(self, latents: Tensor, cond: Conditioning) -> Tensor:
         assert self.heads is not None
-        return self.heads(_features(latents, self.vae, self.dino), cond.pooled)
+        return self.heads(_features(latents, self.vae, self.dino), _told(cond))
 
     def _judgement(self, real: Tensor, fake: Tensor, cond: Conditioning, mask: Tensor) -> Tensor:
         """Hinge loss and R1 (arXiv 1801.04406) on the features of real pictures."""
         assert self.heads is not None
         maps = [m.detach().requires_grad_() for m in _features(real, self.vae, self.dino)]
-        true, false = self.heads(maps, cond.pooled), self._judge(fake, cond)
+        true, false = self.heads(maps, _told(cond)), self._judge(fake, cond)
         slopes = torch.autograd.grad(true.sum(), maps, create_graph=True)
         r1 = sum((g**2).sum((1, 2, 3)) for g in slopes)
         hinge = (1 - true).clamp(min=0).mean(1) + (1 + false).clamp(min=0).mean(1)
@@ -423,10 +433,17 @@ class ByHand:
 
 
 def _null(cond: Conditioning) -> Conditioning:
-    """No text and no style; sizes and content stay."""
-    tokens = None if cond.tokens is None else torch.zeros_like(cond.tokens)
+    """No text, and the tokens of no style; sizes and content stay."""
+    tokens = None if cond.tokens is None else NULL_TOKENS.to(cond.tokens).expand_as(cond.tokens)
     zero = torch.zeros_like
     return Conditioning(zero(cond.context), zero(cond.pooled), cond.time_ids, tokens, cond.content)
+
+
+def _told(cond: Conditioning) -> Tensor:
+    """What the heads are told: the pooled text, and how the tokens differ from no style, on average."""
+    if cond.tokens is None:
+        return cond.pooled
+    return torch.cat([cond.pooled, cond.tokens.mean(1) - NULL_TOKENS.to(cond.tokens).mean(1)], 1)
 
 
 def _near(a: Tensor, b: Tensor) -> bool:
@@ -506,11 +523,19 @@ def _part(end: Lora, part: str) -> Lora:
     return {name.split("/", 2)[2].replace(".default.weight", ""): end[name].double() for name in names}
 
 
+LAST = AdversarialConfig(
+    weight=0.7, blocks=(0, 2), size_px=2 * SIDE, learning_rate=0.005, r1=0.2, start_step=1, jumps="last"
+)
 CASES = [
     ("epsilon", {}, {}),
     ("v_prediction", {"content": True, "tokens": True}, {"tau": 119, "window": 0.5}),
     ("epsilon", {"content": True}, {"rate_schedule": "constant", "accumulate": 1, "steps": 4}),
     ("v_prediction", {"tokens": True}, {"accumulate": 3, "ema_target": False}),
+    (
+        "epsilon",
+        {"tokens": True},
+        {"batch": 3, "bank": BankConfig(capacity=6, spread=False), "adversarial": LAST},
+    ),
 ]
 
 
@@ -520,7 +545,7 @@ def test_a_run_is_what_the_formulas_say(
 ) -> None:
     """Every weight after every step: student, average, discriminator; and what is logged and written."""
     kept, config = watched(**sees), _config(tmp_path, **changes)
-    base = _base(kind, sees.get("content", False))
+    base = _base(kind, **sees)
     before = deepcopy(base)
     final = train_distil(config, base=base)
     hand = ByHand(config, before, kept.items, deepcopy(kept.heads[0]))

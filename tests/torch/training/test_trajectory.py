@@ -108,6 +108,36 @@ def test_std_and_tcd_reach_every_target() -> None:
     assert (counts / counts.mean() - 1).abs().max() < 0.3
 
 
+def test_near_the_end_every_target_down_to_clean_is_reached() -> None:
+    t = torch.full((400,), 3)
+    for method in ("std", "tcd"):
+        assert set(draw_target(method, t, 19, (), _generator()).tolist()) == {-1, 0, 1, 2}
+        assert set(draw_target(method, t, 19, (), _generator(), stride=3).tolist()) == {-1, 0}
+
+
+def test_the_other_methods_start_anywhere_between_the_last_point_and_tau() -> None:
+    for method in ("tcd", "lcm", "pcm"):
+        assert set(draw_start(method, 36, 30, 400, _generator()).tolist()) == set(range(30, 37))
+
+
+def test_a_clean_state_is_what_a_network_of_samples_says_it_is() -> None:
+    """sigma is 0 there, and must not be divided by; every other level is far from the guard."""
+    out, x = torch.randn(2, 1, 2, 3, 3, generator=_generator())
+    clean = torch.tensor([-1])
+    x_0, eps = to_x0_eps(out, x, LEVELS.alpha(clean), LEVELS.sigma(clean), "sample")
+    assert torch.equal(jump(x_0, eps, LEVELS.alpha(clean), LEVELS.sigma(clean)), out)
+    lowest = torch.tensor([0])
+    x_0, eps = to_x0_eps(out, x, LEVELS.alpha(lowest), LEVELS.sigma(lowest), "sample")
+    assert torch.allclose(jump(x_0, eps, LEVELS.alpha(lowest), LEVELS.sigma(lowest)), x, atol=1e-5)
+
+
+def test_content_is_gone_when_clean_and_whole_from_tau_up() -> None:
+    share = content_share(LEVELS, torch.tensor([-1, 10, 36, 49]))[:, 0, 0, 0].tolist()
+    assert share[0] == 0
+    assert 0 < share[1] < 1
+    assert share[2:] == [1, 1]
+
+
 def test_phases_end_on_the_schedule_of_as_many_steps() -> None:
     assert phase_edges(739, 4) == tuple((t + 1) // 20 - 1 for t in (559, 379, 199)) + (-1,)
     assert phase_edges(739, 1) == (-1,)

@@ -7,6 +7,7 @@ linear projection (plain). Files are mapped, not loaded: of 70 image branches a 
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,11 +18,12 @@ from diffusers.models.embeddings import ImageProjection, IPAdapterPlusImageProje
 from torch import Tensor, nn
 
 from std_rt.core.errors import ExportError
-from std_rt.export.components import Network, quiet, read_config
-from std_rt.export.sources.weight_files import open_weights
+from std_rt.models.components import Network, quiet, read_config
+from std_rt.models.weight_files import open_weights
 
 __all__ = [
     "Branches",
+    "adapter_digest",
     "attach_diffusers",
     "check_encoder",
     "choose_layers",
@@ -194,7 +196,7 @@ def choose_layers(unet: Network, asked: str, *, own_encoder: bool) -> tuple[str,
     """(layout name, cross-attention layers that keep the image branch).
 
     ``asked`` is ``all``, ``published``, ``auto`` (all for a model trained with our style encoder, else
-    published if the UNet has that block, else all), or layer prefixes separated by commas.
+    published if the UNet has that block, else all), or layers or their prefixes separated by commas.
     """
     layers = cross_layers(unet)
     published = [name for name in layers if name.startswith(_PUBLISHED)]
@@ -209,19 +211,36 @@ def choose_layers(unet: Network, asked: str, *, own_encoder: bool) -> tuple[str,
             )
         return "published", published
     prefixes = tuple(part.strip().rstrip(".") + "." for part in asked.split(",") if part.strip())
-    kept = [name for name in layers if name.startswith(prefixes)]
+    kept = [name for name in layers if f"{name}.".startswith(prefixes)]
     if not prefixes or not kept:
         raise ExportError(
             f"--style-layers {asked!r} fits no layer; use all, published or a prefix of: {layers[0]}"
         )
-    return "custom", kept
+    named = {"all": layers, "published": published}
+    return next((name for name, known in named.items() if kept == known), "custom"), kept
+
+
+def adapter_digest(path: Path) -> str:
+    """sha256 over all tensors, in the order of their names: the same for a .bin and its .safetensors.
+
+    Reads the whole file. Raises ExportError.
+    """
+    projection, branches = read_ip_adapter(path)
+    whole = {f"image_proj.{k}": v for k, v in projection.items()}
+    whole |= {f"ip_adapter.{k}": v for k, v in branches.items()}
+    digest = hashlib.sha256()
+    for name in sorted(whole):
+        value = whole[name].float().contiguous()
+        digest.update(f"{name} {list(value.shape)}".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def attach_diffusers(unet: Network, branches: Branches, tokens: int) -> None:
     """Give ``unet`` (in place) diffusers' own IP-Adapter processors: the reference that export must match.
 
-    Layers outside ``branches`` get a branch of scale 0, which diffusers skips. The UNet then takes
-    ``image_embeds=[style_tokens]`` in ``added_cond_kwargs``.
+    Layers outside ``branches`` get a processor without a branch. The UNet then takes
+    ``image_embeds=[style_tokens]`` in ``added_cond_kwargs``, tokens ``[B, T, D]`` or ``[B, 1, T, D]``.
     """
     from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 
@@ -231,15 +250,13 @@ def attach_diffusers(unet: Network, branches: Branches, tokens: int) -> None:
         if layer.endswith("attn1"):
             processors[name] = old
             continue
-        weight = unet.get_submodule(layer).to_k.weight
-        style_dim = branches[layer][0].shape[1] if layer in branches else weight.shape[1]
-        scale = 1.0 if layer in branches else 0.0
-        processor = IPAdapterAttnProcessor2_0(weight.shape[0], style_dim, num_tokens=(tokens,), scale=scale)
-        if layer in branches:
-            for linear, value in zip(
-                (processor.to_k_ip[0], processor.to_v_ip[0]), branches[layer], strict=True
-            ):
-                linear.weight.data = value
+        if layer not in branches:
+            processors[name] = IPAdapterAttnProcessor2_0(0, 0, num_tokens=())
+            continue
+        weights = branches[layer]
+        processor = IPAdapterAttnProcessor2_0(*weights[0].shape, num_tokens=(tokens,))
+        for linear, value in zip((processor.to_k_ip[0], processor.to_v_ip[0]), weights, strict=True):
+            linear.weight.data = value
         processors[name] = processor.requires_grad_(False)
     unet.set_attn_processor(processors)
     unet.encoder_hid_proj = nn.Identity()

@@ -21,9 +21,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionM
 from transformers.utils import logging as transformers_logging
 
 from std_rt.core.errors import ExportError
-from std_rt.export.sources.weight_files import check_weights
 from std_rt.models.autoencoder import AutoencoderPixelShuffle
 from std_rt.models.style_encoder import StyleEncoder
+from std_rt.models.weight_files import check_weights
 
 __all__ = [
     "CLASSES",
