@@ -29,6 +29,7 @@ Array = NDArray[Any]
 _LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _OUT_OF_MEMORY = 2
 _NON_BLOCKING = 1  # a stream that does not wait for the legacy stream
+_NO_TIMING = 2  # an event that only marks a place is cheaper
 _THREAD_LOCAL = 1  # capture mode: what other threads do on the GPU does not break it
 _MAJOR, _MINOR = 75, 76  # device attributes: compute capability
 _LEGACY = 0
@@ -54,6 +55,10 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuStreamCreate": (POINTER(c_void_p), c_uint),
     "cuStreamDestroy_v2": (c_void_p,),
     "cuStreamSynchronize": (c_void_p,),
+    "cuEventCreate": (POINTER(c_void_p), c_uint),
+    "cuEventRecord": (c_void_p, c_void_p),
+    "cuEventSynchronize": (c_void_p,),
+    "cuEventDestroy_v2": (c_void_p,),
     "cuStreamBeginCapture_v2": (c_void_p, c_int),
     "cuStreamEndCapture": (c_void_p, POINTER(c_void_p)),
     "cuGraphGetNodes": (c_void_p, c_void_p, POINTER(c_size_t)),
@@ -158,6 +163,24 @@ class CudaDevice:
     def synchronize(self, stream: int) -> None:
         """Wait until everything on the stream is done."""
         self._call("cuStreamSynchronize", stream)
+
+    def event(self) -> int:
+        """A new event: a place in a stream, to wait for."""
+        event = c_void_p()
+        self._call("cuEventCreate", byref(event), _NO_TIMING)
+        return int(event.value or 0)
+
+    def record(self, event: int, stream: int) -> None:
+        """Move an event behind all that is on the stream now."""
+        self._call("cuEventRecord", event, stream)
+
+    def wait(self, event: int) -> None:
+        """Wait until everything before the event is done, and for nothing after it."""
+        self._call("cuEventSynchronize", event)
+
+    def drop_event(self, event: int) -> None:
+        """Destroy an event."""
+        self._call("cuEventDestroy_v2", event)
 
     def drain(self) -> None:
         """Wait for the legacy stream, where libraries put their work at first use."""
