@@ -97,11 +97,12 @@ def _gpus() -> Iterator[Row]:
         broken = "no NVIDIA driver" not in found.problem
         yield _BAD if wanted and broken else _NOTE, "gpu", found.problem
         return
-    for gpu in found.gpus:
+    for index, gpu in enumerate(found.gpus):
         usable = [name for name, known in GPU_BACKENDS.items() if not known or gpu.sm in known]
         others = ", ".join(name for name in GPU_BACKENDS if name not in usable)
         known_to = f"for {', '.join(usable)}" + (f" (not {others})" if others else "")
-        yield _GOOD, "gpu", f"{gpu}; {known_to}; the driver supports CUDA {found.cuda}"
+        name = f"cuda:{index}" if len(found.gpus) > 1 else "gpu"
+        yield _GOOD, name, f"{gpu}; {known_to}; the driver supports CUDA {found.cuda}"
 
 
 def _backends(found: Sequence[BackendInfo]) -> Iterator[Row]:

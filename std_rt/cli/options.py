@@ -18,6 +18,7 @@ __all__ = [
     "BackendOption",
     "BundleArgument",
     "BundleOption",
+    "DeviceOption",
     "EngineFlags",
     "OverwriteOption",
     "PrecisionOption",
@@ -62,6 +63,9 @@ StrokeSizeOption = Annotated[
 BackendOption = Annotated[
     str, Option(help="auto, cpu, or a backend listed by `std-rt doctor`, e.g. openvino or rtx.")
 ]
+DeviceOption = Annotated[
+    str | None, Option(metavar="cuda:N", help="Which GPU, as `std-rt doctor` lists them. Default: the first.")
+]
 PrecisionOption = Annotated[str, Option(help="auto (what this processor is fastest at), fp32, bf16 or int8.")]
 TemporalOption = Annotated[
     str,
@@ -81,10 +85,15 @@ class EngineFlags:
     size: SizeOption = None
     steps: StepsOption = None
     backend: BackendOption = "auto"
+    device: DeviceOption = None
     precision: PrecisionOption = "auto"
     temporal: TemporalOption = "off"
 
     def __post_init__(self) -> None:
+        if self.device is not None:
+            from std_rt.engines.gpu.driver import choose_gpu
+
+            choose_gpu(self.device)
         parse_size(self.size)
         if self.temporal not in ("off", "noise", "full"):
             raise BadParameter(f"--temporal must be off, noise or full, got {self.temporal!r}")

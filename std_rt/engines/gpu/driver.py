@@ -10,6 +10,8 @@ it follows the driver's documentation; its users are tested with tests/support/f
 from __future__ import annotations
 
 import ctypes
+import os
+import re
 import sys
 from collections.abc import Callable
 from ctypes import POINTER, byref, c_char, c_char_p, c_int, c_size_t, c_uint, c_ulonglong, c_void_p
@@ -19,10 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from std_rt.core.errors import BackendError
+from std_rt.core.errors import BackendError, UsageError
 from std_rt.engines.gpu.probe import Gpu, probe
 
-__all__ = ["CudaDevice", "cuda_device", "driver_problem"]
+__all__ = ["CudaDevice", "choose_gpu", "cuda_device", "driver_problem"]
 
 Array = NDArray[Any]
 
@@ -76,6 +78,28 @@ def driver_problem() -> str:
     Ask before touching the driver or TensorRT's runtime: without a driver that runtime crashes at exit.
     """
     return probe().problem or ""
+
+
+def choose_gpu(device: str) -> None:
+    """Make one GPU, named as ``cuda:1``, the only one that this process and its children see.
+
+    By ``CUDA_VISIBLE_DEVICES``, which every library obeys that has not touched the driver yet. Raises
+    UsageError for another name, a GPU that does not exist, or where none can be used.
+    """
+    match = re.fullmatch(r"cuda(?::(\d+))?", device)
+    if match is None:
+        raise UsageError(
+            f"--device must be a GPU such as cuda:0 or cuda:1, got {device!r}; see std-rt doctor"
+        )
+    found, index = probe(), int(match[1] or 0)
+    if found.problem:
+        raise UsageError(f"--device {device} cannot be used: {found.problem}; use --backend cpu")
+    if index >= len(found.gpus):
+        known = ", ".join(f"cuda:{i} is {gpu}" for i, gpu in enumerate(found.gpus))
+        raise UsageError(f"there is no GPU {device}: {known}")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(index) if visible is None else visible.split(",")[index].strip()
+    probe.cache_clear()
 
 
 @cache

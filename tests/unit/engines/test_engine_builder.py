@@ -365,3 +365,17 @@ def _graph(folder: Path, weights: Any, kind: str = "Add", **attributes: int) -> 
     path = folder / "graph.onnx"
     path.write_bytes(model.SerializeToString())
     return path
+
+
+def test_engines_are_built_so_that_they_can_be_captured(
+    builder: EngineBuilder, encoder: GraphSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT-RTX then refuses what would allocate while it runs, which no CUDA graph allows."""
+    flags = []
+    set_flag = trt.IBuilderConfig.set_flag
+    monkeypatch.setattr(
+        trt.IBuilderConfig, "set_flag", lambda self, flag: (flags.append(flag), set_flag(self, flag))[1]
+    )
+    builder.ensure(encoder)
+    assert trt.BuilderFlag.REQUIRE_USER_ALLOCATION in flags
+    assert "user allocation" in builder.key(encoder).flags  # engines of before are built again
