@@ -32,6 +32,7 @@ from std_rt.training.distil.trajectory import (
     phase_edges,
     pseudo_huber,
     randint,
+    send,
     to_x0_eps,
 )
 from std_rt.training.run.precision import precision_context, resolve_precision
@@ -149,7 +150,7 @@ class Distiller:
             unet = run if self.config.ema_target else self.base.unet
             output = self.base.predict(unet, x_next, self.device_levels.timestep(index), states.cond)
         arrived = self._jump(output, x_next, index, s)
-        here = (s == index).view(-1, 1, 1, 1).to(self.device)
+        here = send((s == index).view(-1, 1, 1, 1), self.device)
         return torch.where(here, x_next, arrived)
 
     def student_jump(self, unet: Any, states: States, s: Tensor) -> Tensor:
@@ -251,9 +252,9 @@ class Distiller:
         after = torch.maximum((index - stride).clamp(min=CLEAN), s)
         x_next = self.teacher_step(states, after)
         r = draw_real_index(s, self.generator, self.config.adversarial.real)
-        noise = torch.randn(states.z.shape, generator=self.generator).to(self.device)
+        noise = send(torch.randn(states.z.shape, generator=self.generator), self.device)
         real = renoise(states.z, r, self.device_levels, noise)
-        pair = has_pair(s, self.config.adversarial.real).to(self.device)
+        pair = send(has_pair(s, self.config.adversarial.real), self.device)
         target = self.target_jump(states, x_next, s, after)
         if self.uses_bank:
             moved = replace(stored, x=x_next, index=after)
