@@ -16,20 +16,26 @@ from __future__ import annotations
 import enum
 import json
 import mmap
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from std_rt.core.errors import BackendError
+from std_rt.engines import open_engine
+from std_rt.engines.cache import EngineCache
 from std_rt.engines.glue import GLUE
 from std_rt.engines.gpu.probe import Gpu
 from std_rt.engines.program import Program, launch_specs
 from std_rt.engines.protocol import GraphSpec
 from std_rt.engines.tensorrt.engine_builder import EngineBuilder
+from std_rt.engines.tensorrt.gpu_runner import GpuEngine, GpuRunner, GpuSession
+from std_rt.engines.tensorrt.onnx_to_engine import RTX
 
 Function = Callable[..., Mapping[str, np.ndarray]]
 Ports = dict[str, tuple[tuple[int, ...], "np.dtype[Any]"]]
@@ -70,6 +76,9 @@ class FakeDevice:
             self._left -= size
             self.memory[address] = np.full(size, POISON, np.uint8)
         return address
+
+    def memory_free(self) -> int:
+        return self._left
 
     def free(self, address: int) -> None:
         self._enter("free", may_capture=False)
@@ -301,6 +310,60 @@ def _glue(op: str, ports: Ports) -> Function:
         return results
 
     return function
+
+
+class FakeBackend:
+    """The backend ``rtx`` on a made-up GPU, for any bundle: ONNX Runtime computes what its engines do."""
+
+    def __init__(self) -> None:
+        self._folder = TemporaryDirectory()
+        folder = Path(self._folder.name)
+        (folder / "locks").mkdir()
+        self.device = FakeDevice(2**33)
+        self.device.bind()
+        self.trt = FakeTrt(self.device, ahead=True)
+        cache = EngineCache(folder, b"s" * 32)
+        self._session = GpuSession(
+            self.trt, self.device, FakeBuilder(self.trt, RTX, ("sm89",), driver="cuda 13.0", cache=cache)
+        )
+
+    def open_graph(self, spec: GraphSpec, precision: str) -> GpuEngine:
+        self._learn(spec)
+        return self._session.open_graph(spec)
+
+    def open_runner(self, program: Program, specs: Mapping[str, GraphSpec], precision: str) -> GpuRunner:
+        for spec in launch_specs(program, specs):
+            self._learn(spec)
+        return self._session.open_runner(program, specs, precision)
+
+    def devices(self) -> str:
+        return str(self.device.gpu)
+
+    def _learn(self, spec: GraphSpec) -> None:
+        if engine_bytes(spec) not in self.trt.graphs:
+            engine = open_engine("onnxruntime", spec)
+            self.trt.know(spec, engine.__call__, engine.inputs, engine.outputs)
+
+
+INSTALLED: FakeBackend | None = None
+
+
+def install(put: Callable[[Any, str, Any], None] = setattr) -> FakeBackend:
+    """Give this process a driver, a GPU and the backend ``rtx``; ``put`` sets an attribute of a module."""
+    from std_rt.engines import registry
+    from std_rt.engines.gpu import driver, probe
+    from std_rt.evaluation import gpu_check
+
+    backend = FakeBackend()
+    fake = registry.Backend("numpy", ("numpy",), "", f"{__name__}:INSTALLED", gpus=())
+    report = probe.Report(None, "13.0", (backend.device.gpu,))
+    put(sys.modules[__name__], "INSTALLED", backend)
+    put(registry, "BACKENDS", {**registry.BACKENDS, "rtx": fake})
+    put(probe, "probe", lambda: report)
+    put(driver, "cuda_device", lambda index=0: backend.device)
+    put(gpu_check, "MATRIX_SIDE", 64)
+    put(gpu_check, "FRAMES", 3)
+    return backend
 
 
 class _Engine:

@@ -141,14 +141,19 @@ class CudaDevice:
         address = _ADDRESS()
         code = self._lib.cuMemAlloc_v2(byref(address), max(size, 1))
         if code == _OUT_OF_MEMORY:
-            free, total = c_size_t(), c_size_t()
-            self._call("cuMemGetInfo_v2", byref(free), byref(total))
+            free_mb = self.memory_free() // 2**20
             raise BackendError(
-                f"{self.gpu.name} has {free.value // 2**20} MB free, {size / 2**20:.0f} MB more are needed; "
+                f"{self.gpu.name} has {free_mb} MB free, {size / 2**20:.0f} MB more are needed; "
                 "use a smaller --size, or close what else uses the GPU"
             )
         self._check("cuMemAlloc_v2", code)
         return int(address.value)
+
+    def memory_free(self) -> int:
+        """Bytes of the device's memory that no program has taken."""
+        free, total = c_size_t(), c_size_t()
+        self._call("cuMemGetInfo_v2", byref(free), byref(total))
+        return free.value
 
     def free(self, address: int) -> None:
         """Free memory of `allocate`."""

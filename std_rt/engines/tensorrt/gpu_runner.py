@@ -413,6 +413,11 @@ class GpuRunner:
             self.close()
             raise
 
+    @property
+    def captured(self) -> bool:
+        """Whether a frame is replayed as one CUDA graph."""
+        return all(slot.graph is not None for slot in self._slots)
+
     def set(self, **feeds: Array) -> None:
         """See `Runner`. The same array as before is not copied again; frames on their way keep theirs."""
         check_feeds(self._program, feeds)
