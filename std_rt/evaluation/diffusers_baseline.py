@@ -59,11 +59,14 @@ class DiffusersLoop:
         parts = load_torch_components(bundle)
         self._device, half = torch.device(device), torch.float16 if precision == "fp16" else torch.float32
         upcast = bool(getattr(parts["vae"].config, "force_upcast", False))
-        self._dtype, self._vae_dtype = half, torch.float32 if upcast else half
+        self._dtype, vae_dtype = half, torch.float32 if upcast else half
         parts["unet"].to(self._device, self._dtype)
-        parts["vae"].to(self._device, self._vae_dtype)
+        parts["vae"].to(self._device, vae_dtype)
         self._style_encoder = parts["style_encoder"]
-        networks: list[Any] = [parts["unet"], VaeEncoder(parts["vae"]), VaeDecoder(parts["vae"])]
+        networks: list[Any] = [
+            parts["unet"],
+            *(kind(parts["vae"], vae_dtype) for kind in (VaeEncoder, VaeDecoder)),
+        ]
         if compiled:
             networks = [torch.compile(network) for network in networks]
         self._unet, self._encode, self._decode = networks
@@ -120,16 +123,16 @@ class DiffusersLoop:
             GLUE["frame_in"].run(frame=frame[None], image=self._image)
             image = torch.from_numpy(self._image).to(self._device)
             mark("convert")
-            z = self._encode(image.to(self._vae_dtype)).float()
+            z = self._encode(image)
             self._beside = self._seen(z)
             mark("vae_encoder")
             kind = self._bundle.prediction_type
             z = denoise(z, predict, noise=self._noise, steps=self._coefficients, prediction_type=kind)
             mark("scheduler")
-            image = self._decode(z.to(self._vae_dtype))
+            image = self._decode(z)
             mark("vae_decoder")
         styled = np.empty_like(frame[None])
-        GLUE["frame_out"].run(image=image.float().cpu().numpy(), frame=styled)
+        GLUE["frame_out"].run(image=image.cpu().numpy(), frame=styled)
         mark("convert")
         return styled[0]
 
@@ -138,8 +141,8 @@ class DiffusersLoop:
         if self._bundle.unet_inputs == CONTENT:
             return [affine_inverse(z, *self._content_affine)]
         if self._bundle.unet_inputs == INPAINTING:
-            grey = torch.zeros(1, 3, *self._size, device=self._device, dtype=self._vae_dtype)
-            return [torch.ones_like(z[:, :1]), self._encode(grey).float()]
+            grey = torch.zeros(1, 3, *self._size, device=self._device)
+            return [torch.ones_like(z[:, :1]), self._encode(grey)]
         return []
 
     def _predict(self, x: Any, timestep: int) -> Any:

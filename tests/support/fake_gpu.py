@@ -16,12 +16,14 @@ from __future__ import annotations
 import enum
 import json
 import mmap
+import shutil
 import sys
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -316,8 +318,8 @@ class FakeBackend:
     """The backend ``rtx`` on a made-up GPU, for any bundle: ONNX Runtime computes what its engines do."""
 
     def __init__(self) -> None:
-        self._folder = TemporaryDirectory()
-        folder = Path(self._folder.name)
+        folder = Path(mkdtemp())
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         (folder / "locks").mkdir()
         self.device = FakeDevice(2**33)
         self.device.bind()

@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import mmap
 import warnings
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,6 +52,7 @@ from std_rt.engines.tensorrt.onnx_to_engine import (
 
 __all__ = ["RTX_BACKEND", "TENSORRT_BACKEND", "GpuBackend", "GpuEngine", "GpuRunner", "GpuSession"]
 
+_SLOTS = 2  # frames on their way at once: one runs, and the next waits for it on the GPU
 _WARM_UPS = 3  # the first runs load kernels and settle sizes, which must not happen inside a capture
 
 
@@ -377,17 +377,23 @@ class _Slot:
     event: int
     graph: int | None = None
     fresh: set[str] = field(default_factory=set)  # staged since the slot's last frame
+    pending: _Pending | None = None
+
+
+@dataclass(eq=False)
+class _Pending:
+    """A frame that was submitted; ``styled`` once somebody has waited for it."""
+
+    slot: _Slot
+    styled: Frame | None = None
 
 
 class GpuRunner:
     """A `Runner` on a GPU. Use it from one thread at a time.
 
-    `submit` and `collect` are the halves of `run`: a second frame may be submitted before the first is
-    collected, so that the GPU goes on while the host works. Both run in the order they were submitted in.
+    `submit` is the first half of `run`: the next frame can be submitted before this one is collected, so that
+    the GPU goes on while the host works. Frames run in the order in which they were submitted.
     """
-
-    in_flight = 2
-    """How many frames may be submitted and not yet collected."""
 
     def __init__(
         self, device: CudaDevice, program: Program, graphs: Sequence[LoadedGraph], precision: str
@@ -402,7 +408,6 @@ class GpuRunner:
         self._fed: dict[str, Array] = {}
         self._slots: list[_Slot] = []
         self._pinned: list[Array] = []
-        self._submitted: deque[_Slot] = deque()
         self._open = True
         self._memory = Memory(device)
         self._stream = device.stream()
@@ -426,7 +431,7 @@ class GpuRunner:
         for name, array in feeds.items():
             if self._fed.get(name) is array:
                 continue
-            if name in slot.fresh or slot in self._submitted:  # its last copy may still be on its way
+            if name in slot.fresh or slot.pending is not None:  # its last copy may still be on its way
                 self._device.synchronize(self._stream)
             np.copyto(slot.staged[name], array)
             slot.fresh.add(name)
@@ -451,18 +456,19 @@ class GpuRunner:
 
     def run(self, frame: Frame, mark: Mark = no_mark) -> Frame:
         """See `Runner`. The whole frame is one stage for ``mark``: "frame"."""
-        self.submit(frame)
-        while len(self._submitted) > 1:  # of a caller that did not collect them
-            self.collect()
-        return self.collect(mark)
+        return self.submit(frame)(mark)
 
-    def submit(self, frame: Frame) -> None:
-        """Start a frame and return at once. Raises BackendError as `run` does, or if two are on their way."""
+    def submit(self, frame: Frame) -> Callable[[Mark], Frame]:
+        """Start a frame and return at once: call the result, once, to wait for it.
+
+        Raises BackendError as `run` does. Two frames are on their way at most: for a third, the first is
+        waited for here.
+        """
         check_frame(self._program, frame, self._fed)
         self._begin()
-        if len(self._submitted) == self.in_flight:
-            raise BackendError(f"{self.in_flight} frames are on their way; collect one first")
         slot = self._slots.pop(0)
+        self._slots.append(slot)
+        self._finish(slot)
         np.copyto(slot.frame, frame)
         if slot.graph is None:
             self._enqueue(slot)
@@ -470,16 +476,23 @@ class GpuRunner:
             self._device.launch(slot.graph, self._stream)
         self._device.record(slot.event, self._stream)
         slot.fresh.clear()
-        self._slots.append(slot)
-        self._submitted.append(slot)
+        slot.pending = _Pending(slot)
+        return partial(self._collect, slot.pending)
 
-    def collect(self, mark: Mark = no_mark) -> Frame:
-        """Wait for the oldest frame submitted and return it."""
-        self._begin()
-        slot = self._submitted.popleft()
-        self._device.wait(slot.event)
+    def _collect(self, pending: _Pending, mark: Mark = no_mark) -> Frame:
+        if pending.styled is None:
+            self._begin()
+            self._finish(pending.slot)
         mark("frame")
-        return slot.styled.copy()
+        assert pending.styled is not None
+        return pending.styled
+
+    def _finish(self, slot: _Slot) -> None:
+        """Wait for the slot's frame, if there is one, and take it out of page-locked memory."""
+        if slot.pending is not None:
+            self._device.wait(slot.event)
+            slot.pending.styled = slot.styled.copy()
+            slot.pending = None
 
     def close(self) -> None:
         """Free everything; the runner must not be used afterwards."""
@@ -489,6 +502,7 @@ class GpuRunner:
         self._device.bind()
         self._device.synchronize(self._stream)
         for slot in self._slots:
+            self._finish(slot)
             if slot.graph is not None:
                 self._device.drop_graph(slot.graph)
             self._device.drop_event(slot.event)
@@ -513,7 +527,7 @@ class GpuRunner:
             {p: take(_size(*kind)) for p, kind in graph.engine.outputs.items() if p not in launch.outputs}
             for launch, graph in zip(self._program.launches, self._graphs, strict=True)
         ]
-        for _ in range(self.in_flight):
+        for _ in range(_SLOTS):
             staged = {name: self._pin(buffers[name]) for name in self._program.feeds}
             frames = self._pin(buffers[FRAME]), self._pin(buffers[STYLED])
             self._slots.append(_Slot(*frames, staged, self._device.event()))

@@ -20,7 +20,7 @@ from std_rt.core.schedule import NoiseSchedule, trajectory_timesteps
 from std_rt.engines.cache import EngineCache
 from std_rt.engines.host import HostRunner
 from std_rt.engines.hot_swap import HotSwapRunner
-from std_rt.engines.program import Program, Runner
+from std_rt.engines.program import Program, Runner, no_mark
 from std_rt.engines.protocol import GraphSpec
 from std_rt.engines.tensorrt.gpu_runner import GpuRunner, GpuSession
 from std_rt.engines.tensorrt.onnx_to_engine import RTX, TENSORRT
@@ -300,25 +300,20 @@ def test_frames_on_their_way_keep_the_feeds_they_were_submitted_with(gpu: Gpu) -
     for seed, feeds in enumerate(given):
         runner.set(**{name: array + 1 for name, array in feeds.items()})  # taken back
         runner.set(**feeds)
-        runner.submit(_frame(program, seed))
-        if seed:
-            found.append(runner.collect())
-    runner.submit(_frame(program))
-    with pytest.raises(BackendError, match="2 frames are on their way; collect one first"):
-        runner.submit(_frame(program))
-    np.testing.assert_array_equal(np.stack([*found, runner.collect()]), np.stack(expected))
+        found.append(runner.submit(_frame(program, seed)))
+    assert gpu.device.log.count("wait") == len(given) - 2  # the last two are still on their way
+    runner.set(**given[0])
+    np.testing.assert_array_equal(np.stack([collect(no_mark) for collect in found]), np.stack(expected))
 
 
-def test_feeds_set_while_both_slots_are_taken_do_not_reach_the_frames_in_them(gpu: Gpu) -> None:
+def test_frames_on_their_way_are_not_lost_when_a_runner_is_closed(gpu: Gpu) -> None:
     program = _program()
     runner, host = gpu.open(program), _on_host(program)
-    for seed in range(2):
-        runner.set(**_feeds(program, seed))
-        runner.submit(_frame(program))
-    runner.set(**_feeds(program, 2))
-    for seed in range(2):
-        host.set(**_feeds(program, seed))
-        np.testing.assert_array_equal(runner.collect(), host.run(_frame(program)))
+    runner.set(**_feeds(program))
+    host.set(**_feeds(program))
+    collect = runner.submit(_frame(program))
+    runner.close()
+    np.testing.assert_array_equal(collect(no_mark), host.run(_frame(program)))
 
 
 def _steps_program(steps: int) -> Program:
@@ -356,7 +351,7 @@ def test_a_capture_in_the_middle_of_another_programs_stream_loses_nothing(gpu: G
     host.set(**feeds)
     opened: list[GpuRunner] = []
     for seed in range(6):
-        runner.submit(_frame(program, seed))
+        collect = runner.submit(_frame(program, seed))
         if seed in (1, 3):
             opening = threading.Thread(target=lambda: opened.append(gpu.open(other)))
             opening.start()
@@ -364,7 +359,7 @@ def test_a_capture_in_the_middle_of_another_programs_stream_loses_nothing(gpu: G
             _test_equal(opened[-1], other, seed)
         if seed == 4:
             opened[0].close()
-        np.testing.assert_array_equal(runner.collect(), host.run(_frame(program, seed)))
+        np.testing.assert_array_equal(collect(no_mark), host.run(_frame(program, seed)))
     _test_equal(opened[1], other, 9)
 
 

@@ -37,8 +37,8 @@ def test_frames_stay_the_same_while_engines_are_opened(
     installed: fake_gpu.FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert gpu_session.step_capture()["frames"]["rtx"] >= 2
-    collect, count = GpuRunner.collect, iter(range(100))
-    monkeypatch.setattr(GpuRunner, "collect", lambda *given: collect(*given) ^ np.uint8(next(count) == 2))
+    run, count = GpuRunner._collect, iter(range(100))
+    monkeypatch.setattr(GpuRunner, "_collect", lambda *given: run(*given) ^ np.uint8(next(count) == 2))
     with pytest.raises(BackendError, match="another picture after"):
         gpu_session.step_capture()
 

@@ -110,7 +110,8 @@ def test_a_frame_in_one_piece_is_one_stage_and_not_zeros(capsys: pytest.CaptureF
     parts = Timing.of([{"unet": 15.0, "vae_encoder": 1.0, "vae_decoder": 3.0, "total": 20.0}] * 3)
     result = {"bundle": "b", "size": [8, 8], "steps": 1, "precision_reason": "", "peak_memory_mb": None}
     _print(result | {"outside_engines": 0.1, "against": {}}, {"ours": whole, "theirs": parts})
-    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    rows = {line[0]: line[1:] for line in lines}
     assert rows["frame"] == ["9.00", "9.00", "-", "-"]
     assert rows["unet"] == ["-", "-", "15.00", "15.00"]
     assert rows["total"] == ["10.00", "10.00", "20.00", "20.00"]
