@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -159,9 +160,7 @@ def run_cli() -> None:
 
 
 def _install_fake() -> None:
-    from support import fake_gpu
-
-    fake_gpu.install()
+    import_module("support.fake_gpu").install()
 
 
 def _usable() -> list[str]:

@@ -71,6 +71,9 @@ class ExportRequest:
         str | None, Option(metavar="FOLDER|HUB", help="CLIP image encoder for the IP-Adapter.")
     ] = None
     vae: Annotated[str | None, Option(help="VAE: folder, hub id, fp16-fix or tiny.")] = None
+    tiny_vae: Annotated[
+        str | None, Option(help="A second, faster VAE, which `std-rt live` uses: folder, hub id or tiny.")
+    ] = None
     config: Annotated[str | None, Option(help="Pipeline whose configs a single-file checkpoint uses.")] = None
     profile: Annotated[str, Option(help="A published LoRA: std-0.75, tcd, lightning-4step, ...")] = ""
     eta: Annotated[
@@ -153,6 +156,7 @@ def export(request: ExportRequest) -> None:
         ip_adapter=request.ip_adapter,
         image_encoder=request.image_encoder,
         vae=request.vae,
+        tiny_vae=request.tiny_vae,
         eta=request.eta,
         profile=request.profile,
         config=request.config,

@@ -27,6 +27,7 @@ __all__ = [
     "StrokeSizeOption",
     "StylizerFlags",
     "TemporalOption",
+    "VaeOption",
     "check_stroke_option",
     "command_of",
     "parse_frame_size",
@@ -67,6 +68,12 @@ DeviceOption = Annotated[
     str | None, Option(metavar="cuda:N", help="Which GPU, as `std-rt doctor` lists them. Default: the first.")
 ]
 PrecisionOption = Annotated[str, Option(help="auto (what this processor is fastest at), fp32, bf16 or int8.")]
+VaeOption = Annotated[
+    str,
+    Option(
+        metavar="auto|full|tiny", help="The bundle's VAE, or its faster one. auto: the faster one in `live`."
+    ),
+]
 TemporalOption = Annotated[
     str,
     Option(
@@ -87,9 +94,12 @@ class EngineFlags:
     backend: BackendOption = "auto"
     device: DeviceOption = None
     precision: PrecisionOption = "auto"
+    vae: VaeOption = "auto"
     temporal: TemporalOption = "off"
 
     def __post_init__(self) -> None:
+        if self.vae not in ("auto", "full", "tiny"):
+            raise BadParameter(f"--vae must be auto, full or tiny, got {self.vae!r}")
         if self.device is not None:
             from std_rt.engines.gpu.driver import choose_gpu
 

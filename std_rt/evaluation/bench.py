@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from std_rt.core.bundle import Bundle
+from std_rt.core.bundle import Bundle, load_bundle
 from std_rt.core.errors import UsageError
 from std_rt.core.machine import describe_machine, peak_memory_mb, require
 from std_rt.engines.registry import GPU_BACKENDS
@@ -69,6 +69,7 @@ class Settings:
     frames: int = 60
     warmup: int = 10
     against: tuple[str, ...] = ()
+    vae: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -206,14 +207,16 @@ def run(settings: Settings) -> None:
     _print(result, {f"std-rt ({result['backend']}, {result['precision']})": ours, **titled})
 
 
-def load(settings: Settings) -> Stylizer:
+def load(settings: Settings, *, live: bool = False) -> Stylizer:
     """The stylizer that the settings name."""
+    bundle = load_bundle(settings.bundle)
     return Stylizer.load(
-        settings.bundle,
+        bundle,
         backend=settings.backend,
         size=settings.size,
         steps=settings.steps,
         precision=settings.precision,
+        vae=bundle.choose_vae(settings.vae, live=live),
     )
 
 
@@ -269,7 +272,9 @@ def _require_cuda(name: str, backend: str) -> None:
 
 def run_first_frame(settings: Settings) -> None:
     """Time from process start to the first frame, in new processes with warm engine caches."""
-    asked = {name: getattr(settings, name) for name in ("bundle", "size", "steps", "backend", "precision")}
+    asked = {
+        name: getattr(settings, name) for name in ("bundle", "size", "steps", "backend", "precision", "vae")
+    }
     code = "import sys; from std_rt.evaluation.bench import first_frame; first_frame(sys.argv[1])"
     seconds = []
     for _ in range(_STARTS + 1):  # the first one fills the cache

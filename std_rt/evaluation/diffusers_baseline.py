@@ -107,33 +107,31 @@ class DiffusersLoop:
 
         The work of a stage is done by then: a GPU is waited for.
         """
-        told = mark
-
-        def mark(stage: str) -> None:
+        def done(stage: str) -> None:
             self._wait()
-            told(stage)
+            mark(stage)
 
         def predict(x: Any, timestep: int, negative: bool) -> Any:
-            mark("scheduler")
+            done("scheduler")
             output = self._predict(x, timestep)
-            mark("unet")
+            done("unet")
             return output
 
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
             GLUE["frame_in"].run(frame=frame[None], image=self._image)
             image = torch.from_numpy(self._image).to(self._device)
-            mark("convert")
+            done("convert")
             z = self._encode(image)
             self._beside = self._seen(z)
-            mark("vae_encoder")
+            done("vae_encoder")
             kind = self._bundle.prediction_type
             z = denoise(z, predict, noise=self._noise, steps=self._coefficients, prediction_type=kind)
-            mark("scheduler")
+            done("scheduler")
             image = self._decode(z)
-            mark("vae_decoder")
+            done("vae_decoder")
         styled = np.empty_like(frame[None])
         GLUE["frame_out"].run(image=image.cpu().numpy(), frame=styled)
-        mark("convert")
+        done("convert")
         return styled[0]
 
     def _seen(self, z: Any) -> list[Any]:

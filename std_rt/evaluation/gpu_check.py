@@ -22,7 +22,7 @@ from std_rt.core.machine import describe_machine
 from std_rt.engines import BackendInfo, backends, open_engine, open_runner
 from std_rt.engines.gpu import probe
 from std_rt.engines.program import FRAME, STYLED, Launch, Program, Runner
-from std_rt.engines.protocol import Array, GraphSpec
+from std_rt.engines.protocol import Array, GraphSpec, Ports
 from std_rt.engines.registry import GPU_BACKENDS
 from std_rt.evaluation.bench import measure, sample_frame, stream_step
 from std_rt.pipeline.runner_cache import RunnerKey
@@ -115,12 +115,10 @@ def _matrix_rate(backend: str) -> float:
         name: (rng.standard_normal((side, side), np.float32) / np.sqrt(side)).astype(kind) for name in "ab"
     }
     names = ["a", *(f"c{i}" for i in range(PRODUCTS))]
-    frame, image = ((1, 8, 8, 3), np.dtype(np.uint8)), ((1, 3, 8, 8), np.dtype(np.float32))
-    buffers = dict.fromkeys(("b", *names), ((side, side), kind)) | {
-        FRAME: frame,
-        STYLED: frame,
-        "i": image,
-    }
+    frame = (1, 8, 8, 3), np.dtype(np.uint8)
+    image = (1, 3, 8, 8), np.dtype(np.float32)
+    buffers: Ports = {FRAME: frame, STYLED: frame, "i": image}
+    buffers |= dict.fromkeys(("b", *names), ((side, side), kind))
     products = [
         Launch("matmul", {"a": given, "b": "b"}, {"out": made}, "matmul") for given, made in pairwise(names)
     ]

@@ -64,6 +64,7 @@ class ExportOptions:
     ip_adapter: Path | None = None
     image_encoder: Path | None = None
     vae: Path | None = None
+    tiny_vae: Path | None = None
     eta: float | None = None
     tau: int | None = None
     steps: tuple[int, ...] = ()
@@ -93,7 +94,7 @@ class ExportOptions:
         for path, _ in self.lora:
             if not path.is_file():
                 raise ExportError(f"LoRA {path} does not exist")
-        for folder in (self.vae, self.image_encoder):
+        for folder in (self.vae, self.tiny_vae, self.image_encoder):
             if folder is not None and not folder.is_dir():
                 raise ExportError(f"{folder} is not a folder")
 
@@ -125,6 +126,7 @@ class _Recipe(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_def
     ip_adapter: str | None = None
     image_encoder: str | None = None
     vae: str | None = None
+    tiny_vae: str | None = None
     config: str | None = None
     profile: str = ""
     eta: float | None = None

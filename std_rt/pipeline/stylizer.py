@@ -99,18 +99,22 @@ class Stylizer:
         steps: int | None = None,
         guidance: float | None = None,
         guidance_mode: str | None = None,
+        vae: str = "full",
     ) -> None:
         """Use `load` unless in a test. A bare function opens one graph at static shapes; programs then run
         on the host.
 
         ``size`` is the working size: a side in pixels for about that area, or (H, W). ``guidance``
-        (diffusers' scale; 1 is none) and ``guidance_mode`` override the bundle's. Raises BundleError if
+        (diffusers' scale; 1 is none) and ``guidance_mode`` override the bundle's. ``vae`` is one of
+        `core.bundle.VAES`; tiny is faster and loses detail. Raises BundleError if it is not there,
         the bundle needs a newer std-rt, has no schedule for ``steps``, or no negative prompt for guidance;
         UsageError if scale and mode do not fit together.
         """
         self._openers = openers if isinstance(openers, Openers) else Openers.on_host(openers)
         self.bundle, self.backend, self.reason = bundle, self._openers.backend, self._openers.reason
         self.guidance = choose_guidance(bundle, guidance, guidance_mode)
+        self.vae = vae
+        bundle.vae_graph("vae_decoder", vae)  # raises if it is not there
         self.size: int | Size = bundle.size_default if size is None else size
         self.coefficients = bundle.coefficients(steps)
         self._asked_steps = bundle.default_steps if steps is None else steps
@@ -141,6 +145,7 @@ class Stylizer:
         precision: str = "auto",
         guidance: float | None = None,
         guidance_mode: str | None = None,
+        vae: str = "full",
         meanwhile: Callable[[str], None] | None = None,
     ) -> Stylizer:
         """Open a bundle by name or folder (None: the built-in model) on a backend.
@@ -162,6 +167,7 @@ class Stylizer:
             steps=steps,
             guidance=guidance,
             guidance_mode=guidance_mode,
+            vae=vae,
         )
 
     @property
@@ -538,7 +544,7 @@ class Stylizer:
     def _open_runner(self, key: RunnerKey) -> CachedRunner:
         """Start to open a runner in the background."""
         text = {name: value.shape[1:] for name, value in self._text.items()}
-        program, specs = program_for(self.bundle, key, self.guidance, text)
+        program, specs = program_for(self.bundle, key, self.guidance, text, self.vae)
         runner = self._pool.submit(self._openers.runner, program, specs)
         steps = self.bundle.coefficients(key.quality.steps)
         latents = (self.bundle.latent_channels, *self._latent_size(key.quality.size))

@@ -300,7 +300,7 @@ class FrameStream:
     def _flush(self) -> Iterator[FramePacket]:
         if not self._inside or self._batcher is None:
             return
-        watch = no_mark
+        watch: Mark = no_mark
         flushing = self._batcher.flush(lambda stage: watch(stage))
         while True:
             if self._inside and self._batching != STREAM_BATCH:

@@ -1,0 +1,83 @@
+"""A second VAE in a bundle: live uses it, pictures keep the full one, and both are compared with torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderTiny
+
+from std_rt.core.bundle import Bundle
+from std_rt.core.errors import BundleError, ExportError
+from std_rt.evaluation.bench import sample_frame
+from std_rt.export.build import export_pipeline
+from std_rt.pipeline.stylizer import Stylizer
+
+
+def _tiny(folder: Path, levels: int, channels: int = 4) -> Path:
+    torch.manual_seed(0)
+    sides = (16,) * levels
+    blocks = (1,) * levels
+    AutoencoderTiny(
+        latent_channels=channels,
+        encoder_block_out_channels=sides,
+        decoder_block_out_channels=sides,
+        num_encoder_blocks=blocks,
+        num_decoder_blocks=blocks,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both(one_level: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    source, folder = one_level[0], tmp_path_factory.mktemp("tiny")
+    vae = _tiny(folder / "taesd", _levels(source))
+    return export_pipeline(source, folder / "both", size=(64, 96), tiny_vae=vae)
+
+
+def _levels(source: Path) -> int:
+    """Levels of the source's own VAE."""
+    config = json.loads((source / "vae" / "config.json").read_text(encoding="utf-8"))
+    return len(config.get("block_out_channels") or config["encoder_block_out_channels"])
+
+
+def test_the_tiny_vae_is_in_the_bundle_and_was_compared_with_torch(both: Bundle) -> None:
+    assert both.has_tiny_vae
+    for name in ("tiny_vae_encoder", "tiny_vae_decoder", "vae_encoder", "vae_decoder"):
+        assert both.manifest["parity"][name]["psnr_db"] > 50
+    assert both.manifest["sources"][-1]["role"] == "tiny_vae"
+
+
+def test_asked_for_it_paints_another_picture_and_full_is_as_without(both: Bundle) -> None:
+    frame, pictures = sample_frame(64, 96), {}
+    for vae in ("full", "tiny"):
+        with Stylizer.load(both, size=(64, 96), precision="fp32", vae=vae) as stylizer:
+            stylizer.set_style(sample_frame(64, 64, seed=1))
+            pictures[vae] = stylizer.stylize(frame).astype(int)
+    assert np.abs(pictures["full"] - pictures["tiny"]).mean() > 2
+    with Stylizer.load(both, size=(64, 96), precision="fp32") as stylizer:
+        stylizer.set_style(sample_frame(64, 64, seed=1))
+        np.testing.assert_array_equal(stylizer.stylize(frame), pictures["full"])
+
+
+def test_live_takes_it_and_pictures_do_not(both: Bundle, own_bundle: Bundle) -> None:
+    assert both.choose_vae("auto", live=True) == "tiny"
+    assert both.choose_vae("auto", live=False) == "full"
+    assert both.choose_vae("full", live=True) == "full"
+    assert own_bundle.choose_vae("auto", live=True) == "full"
+    with pytest.raises(
+        BundleError, match="has no tiny VAE; use --vae full, or export it again with --tiny-vae"
+    ):
+        Stylizer.load(own_bundle, vae="tiny")
+
+
+def test_latents_that_do_not_match_are_refused(one_level: tuple[Path, Path], tmp_path: Path) -> None:
+    source = one_level[0]
+    levels = _levels(source)
+    with pytest.raises(ExportError, match=r"the tiny VAE .* makes latents .* give one that matches"):
+        export_pipeline(source, tmp_path / "x", tiny_vae=_tiny(tmp_path / "deep", levels + 1))
+    with pytest.raises(ExportError, match="has 3 latent channels"):
+        export_pipeline(source, tmp_path / "x", tiny_vae=_tiny(tmp_path / "three", levels, channels=3))
