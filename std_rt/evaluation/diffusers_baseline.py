@@ -107,6 +107,7 @@ class DiffusersLoop:
 
         The work of a stage is done by then: a GPU is waited for.
         """
+
         def done(stage: str) -> None:
             self._wait()
             mark(stage)
