@@ -137,6 +137,8 @@ class Bundle:
 
     def vae_graph(self, name: str, vae: str) -> str:
         """The graph that stands for ``name`` with a VAE of `VAES`. Raises BundleError if it is not there."""
+        if vae not in VAES:
+            raise BundleError(f"there is no VAE '{vae}'; use --vae with one of {', '.join(VAES)}")
         if vae != "tiny" or not name.startswith("vae_"):
             return name
         if not self.has_tiny_vae:

@@ -58,6 +58,7 @@ __all__ = ["Quality", "State", "Stylizer", "draw_noise"]
 Picture = Frame | Path | str
 
 _FRAMES_PER_CALL = 4
+_LARGE_BYTES = 2**30
 _CACHED_SIZES = 8  # sizes whose conditioning is remembered
 
 
@@ -239,9 +240,13 @@ class Stylizer:
         """How many frames `run_many` puts into one call at a working size (H, W) by default.
 
         Small pictures leave a processor's cores waiting: four of 256 px are the fastest. A GPU has more of
-        them: two of 512 px, which is not measured yet. Large pictures need the memory: one by one.
+        them: two of 512 px, which is not measured yet; but a large model would need another engine of
+        gigabytes for it, built in minutes. Large pictures need the memory: one by one.
         """
-        room = 2 * 512 * 512 if self.backend in GPU_BACKENDS else _FRAMES_PER_CALL * 256 * 256
+        on_gpu = self.backend in GPU_BACKENDS
+        if on_gpu and self.bundle.total_bytes > _LARGE_BYTES:
+            return 1
+        room = 2 * 512 * 512 if on_gpu else _FRAMES_PER_CALL * 256 * 256
         return max(1, min(_FRAMES_PER_CALL, room // (size[0] * size[1])))
 
     def set_style(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 
+from std_rt.cli.engines import plan
 from std_rt.core.bundle import Bundle
 from std_rt.core.errors import BundleError, ExportError
 from std_rt.evaluation.bench import sample_frame
@@ -81,3 +82,8 @@ def test_latents_that_do_not_match_are_refused(one_level: tuple[Path, Path], tmp
         export_pipeline(source, tmp_path / "x", tiny_vae=_tiny(tmp_path / "deep", levels + 1))
     with pytest.raises(ExportError, match="has 3 latent channels"):
         export_pipeline(source, tmp_path / "x", tiny_vae=_tiny(tmp_path / "three", levels, channels=3))
+
+
+def test_engines_are_built_ahead_for_either(both: Bundle) -> None:
+    for vae, name in (("full", "vae_decoder"), ("tiny", "tiny_vae_decoder")):
+        assert name in {spec.name for spec in plan(str(both.path), size=64, vae=vae).engines(glue=False)}
