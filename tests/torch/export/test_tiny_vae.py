@@ -18,31 +18,26 @@ from std_rt.export.build import export_pipeline
 from std_rt.pipeline.stylizer import Stylizer
 
 
-def _tiny(folder: Path, levels: int, channels: int = 4) -> Path:
+def _tiny(source: Path, folder: Path, deeper: int = 0, more: int = 0) -> Path:
+    """A VAE of diffusers' tiny kind, with latents like those of the source's own."""
     torch.manual_seed(0)
-    sides = (16,) * levels
-    blocks = (1,) * levels
+    config = json.loads((source / "vae" / "config.json").read_text(encoding="utf-8"))
+    levels = len(config.get("block_out_channels") or config["encoder_block_out_channels"]) + deeper
     AutoencoderTiny(
-        latent_channels=channels,
-        encoder_block_out_channels=sides,
-        decoder_block_out_channels=sides,
-        num_encoder_blocks=blocks,
-        num_decoder_blocks=blocks,
+        latent_channels=config["latent_channels"] + more,
+        encoder_block_out_channels=(16,) * levels,
+        decoder_block_out_channels=(16,) * levels,
+        num_encoder_blocks=(1,) * levels,
+        num_decoder_blocks=(1,) * levels,
     ).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def both(one_level: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    source, folder = one_level[0], tmp_path_factory.mktemp("tiny")
-    vae = _tiny(folder / "taesd", _levels(source))
-    return export_pipeline(source, folder / "both", size=(64, 96), tiny_vae=vae)
-
-
-def _levels(source: Path) -> int:
-    """Levels of the source's own VAE."""
-    config = json.loads((source / "vae" / "config.json").read_text(encoding="utf-8"))
-    return len(config.get("block_out_channels") or config["encoder_block_out_channels"])
+def both(own_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("tiny")
+    vae = _tiny(own_source, folder / "taesd")
+    return export_pipeline(own_source, folder / "both", size=(64, 96), tiny_vae=vae)
 
 
 def test_the_tiny_vae_is_in_the_bundle_and_was_compared_with_torch(both: Bundle) -> None:
@@ -64,24 +59,24 @@ def test_asked_for_it_paints_another_picture_and_full_is_as_without(both: Bundle
         np.testing.assert_array_equal(stylizer.stylize(frame), pictures["full"])
 
 
-def test_live_takes_it_and_pictures_do_not(both: Bundle, own_bundle: Bundle) -> None:
+def test_live_takes_it_and_pictures_do_not(both: Bundle, handmade: Bundle) -> None:
     assert both.choose_vae("auto", live=True) == "tiny"
     assert both.choose_vae("auto", live=False) == "full"
     assert both.choose_vae("full", live=True) == "full"
-    assert own_bundle.choose_vae("auto", live=True) == "full"
+    assert handmade.choose_vae("auto", live=True) == "full"
     with pytest.raises(
         BundleError, match="has no tiny VAE; use --vae full, or export it again with --tiny-vae"
     ):
-        Stylizer.load(own_bundle, vae="tiny")
+        Stylizer.load(handmade, vae="tiny")
 
 
-def test_latents_that_do_not_match_are_refused(one_level: tuple[Path, Path], tmp_path: Path) -> None:
-    source = one_level[0]
-    levels = _levels(source)
+def test_latents_that_do_not_match_are_refused(own_source: Path, tmp_path: Path) -> None:
+    deep = _tiny(own_source, tmp_path / "deep", deeper=1)
     with pytest.raises(ExportError, match=r"the tiny VAE .* makes latents .* give one that matches"):
-        export_pipeline(source, tmp_path / "x", tiny_vae=_tiny(tmp_path / "deep", levels + 1))
-    with pytest.raises(ExportError, match="has 3 latent channels"):
-        export_pipeline(source, tmp_path / "x", tiny_vae=_tiny(tmp_path / "three", levels, channels=3))
+        export_pipeline(own_source, tmp_path / "x", tiny_vae=deep)
+    other = _tiny(own_source, tmp_path / "other", more=1)
+    with pytest.raises(ExportError, match=r"the VAE has \d+ latent channels"):
+        export_pipeline(own_source, tmp_path / "x", tiny_vae=other)
 
 
 def test_engines_are_built_ahead_for_either(both: Bundle) -> None:
