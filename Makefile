@@ -3,6 +3,7 @@
 # make test-all   and the long matrices
 # make check  formatter, linter, types
 # make full-size   SDXL at its true sizes (random weights): 30 GB of disk, 18 GB of memory, a quarter of an hour
+# make gpu    a quarter of an hour on an NVIDIA GPU, results in runs/gpu; without one, on a simulated GPU
 # Each target installs once and again only when pyproject.toml or constraints.txt change.
 PYTHON ?= python3
 RUNTIME := .venv
@@ -15,7 +16,7 @@ endif
 
 FULL_SIZE ?= runs/full-size
 
-.PHONY: demo test test-long test-all check format full-size clean
+.PHONY: demo test test-long test-all check format full-size gpu clean
 
 demo: $(RUNTIME)/.installed
 	$(RUNTIME)/$(BIN)/std-rt demo -o demo
@@ -35,6 +36,9 @@ test-all: $(TESTS)/.installed
 full-size: $(TESTS)/.installed
 	mkdir -p $(FULL_SIZE)
 	STD_RT_FULL_SIZE=$(FULL_SIZE) $(TESTS)/$(BIN)/python -m pytest tests/torch/export/test_full_size.py -s
+
+gpu: $(TESTS)/.installed
+	$(TESTS)/$(BIN)/python -m tools.gpu_session
 
 check: $(TESTS)/.installed
 	$(TESTS)/$(BIN)/ruff format --check .

@@ -30,8 +30,25 @@ def make_glue() -> dict[str, bytes]:
     return {op: model.SerializeToString(deterministic=True) for op, model in models.items()}
 
 
+def make_matmul() -> bytes:
+    """A product of two fp16 matrices: what `std_rt.evaluation.gpu_check` measures a GPU's peak with."""
+
+    def port(name: str, *axes: str) -> ValueInfoProto:
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT16, axes)
+
+    node = helper.make_node("MatMul", ["a", "b"], ["out"])
+    graph = helper.make_graph(
+        [node], "matmul", [port("a", "m", "k"), port("b", "k", "n")], [port("out", "m", "n")]
+    )
+    opsets = [helper.make_opsetid("", OPSET)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="std-rt")
+    checker.check_model(model, full_check=True)
+    return model.SerializeToString(deterministic=True)
+
+
 def write_glue(folder: Path) -> None:
-    """Write every file to ``folder``."""
+    """Write every file to ``folder``, and the matrix product beside it."""
+    (folder.parent / "gpu" / "matmul.onnx").write_bytes(make_matmul())
     for op, content in make_glue().items():
         (folder / f"{op}.onnx").write_bytes(content)
 

@@ -63,6 +63,7 @@ def bench(request: BenchRequest) -> None:
         request.frames,
         request.warmup,
         against,
+        request.vae,
     )
     if request.live:
         from std_rt.evaluation.bench_live import Plan

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -49,11 +50,20 @@ Row = tuple[str, str, str]  # mark, name, detail
 _GOOD, _BAD, _NOTE = "[green]ok[/]", "[red]!![/]", "[dim]--[/]"
 
 
-def doctor() -> None:
+def doctor(
+    gpu: Annotated[
+        bool,
+        typer.Option(
+            "--gpu", help="Test every GPU backend with the built-in model: two minutes, one JSON line."
+        ),
+    ] = False,
+) -> None:
     """Show what is installed and how to add what is missing.
 
-    Exits with 1 if `std-rt stylize` cannot run.
+    Exits with 1 if `std-rt stylize` cannot run, or with --gpu if a GPU backend that is installed fails.
     """
+    if gpu:
+        raise typer.Exit(_test_gpus())
     from std_rt.core.bundle import BUILT_IN, Bundle, list_bundles
     from std_rt.engines import backends
 
@@ -71,6 +81,38 @@ def doctor() -> None:
     print_table((mark, f"[bold]{name}[/]", escape(detail)) for mark, name, detail in rows)
     built_in = any(isinstance(item, Bundle) and item.name == BUILT_IN for item in known)
     raise typer.Exit(0 if built_in and any(info.available for info in found) else 1)
+
+
+def _test_gpus() -> int:
+    """Print the table and the JSON line of the self-test; 1 if a backend fails."""
+    from rich.console import Console
+
+    from std_rt.evaluation.gpu_check import check_gpu
+
+    console = Console(stderr=True)
+    with console.status("looking for a GPU") as status:
+        found = check_gpu(status.update)
+    typer.echo(f"{'; '.join(found['gpus'])}; the driver supports CUDA {found['cuda']}")
+    titles = ("", "backend", "opens s", "ms", "p95", "differs", "one graph", "MB", "TFLOP/s", "")
+    keys = (
+        "open_s",
+        "frame_ms",
+        "p95_ms",
+        "difference",
+        "one_graph",
+        "memory_mb",
+        "matrix_tflops",
+        "problem",
+    )
+    rows, failed = [], 0
+    for name, result in found["backends"].items():
+        cells = (escape(str(result.get(key, "-"))) for key in keys)
+        missing = result["problem"].startswith("not installed")
+        failed += bool(result["problem"]) and not missing
+        rows.append((_NOTE if missing else _BAD if result["problem"] else _GOOD, name, *cells))
+    print_table(rows, titles)
+    typer.echo(json.dumps(found))
+    return int(failed > 0)
 
 
 def _system() -> Iterator[Row]:
@@ -97,11 +139,12 @@ def _gpus() -> Iterator[Row]:
         broken = "no NVIDIA driver" not in found.problem
         yield _BAD if wanted and broken else _NOTE, "gpu", found.problem
         return
-    for gpu in found.gpus:
+    for index, gpu in enumerate(found.gpus):
         usable = [name for name, known in GPU_BACKENDS.items() if not known or gpu.sm in known]
         others = ", ".join(name for name in GPU_BACKENDS if name not in usable)
         known_to = f"for {', '.join(usable)}" + (f" (not {others})" if others else "")
-        yield _GOOD, "gpu", f"{gpu}; {known_to}; the driver supports CUDA {found.cuda}"
+        name = f"cuda:{index}" if len(found.gpus) > 1 else "gpu"
+        yield _GOOD, name, f"{gpu}; {known_to}; the driver supports CUDA {found.cuda}"
 
 
 def _backends(found: Sequence[BackendInfo]) -> Iterator[Row]:

@@ -65,6 +65,7 @@ def engines_build(
     guidance_mode: Annotated[
         str | None, typer.Option("--guidance-mode", help="none, full or residual.")
     ] = None,
+    vae: Annotated[str, typer.Option("--vae", help="full, or tiny as `std-rt live` uses it.")] = "full",
     precision: Annotated[
         str, typer.Option("--precision", help="auto; fp32 for no TF32 on GPUs; on CPUs bf16 or int8.")
     ] = "auto",
@@ -95,7 +96,7 @@ def engines_build(
     opened.check_precision(precision)
     choose_form(backend, precision, opened.forms)  # raises if the backend cannot run it
     cache = _cache()
-    wanted = plan(bundle, parse_size(size), parse_size(frame), steps, guidance, guidance_mode)
+    wanted = plan(bundle, parse_size(size), parse_size(frame), steps, guidance, guidance_mode, vae)
     if backend == "openvino":
         _open_once(wanted.engines(glue=False), precision)
     else:
@@ -197,6 +198,7 @@ def plan(
     steps: int | None = None,
     guidance: float | None = None,
     guidance_mode: str | None = None,
+    vae: str = "full",
 ) -> Plan:
     """What a stylizer would open for frames of a size; nothing is opened.
 
@@ -219,13 +221,14 @@ def plan(
         steps=steps,
         guidance=guidance,
         guidance_mode=guidance_mode,
+        vae=vae,
     ) as stylizer:
         check_size(stylizer, size)
         coming = frame or size or opened.size_default
         key = RunnerKey(stylizer.quality(*((coming, coming) if isinstance(coming, int) else coming)))
         text = {name: value.shape[1:] for name, value in opened.conditioning().items()}
         style = graph_spec(opened, "style_encoder", {"style_image": (1, 3, *[opened.style_px] * 2)})
-        return Plan(*program_for(opened, key, stylizer.guidance, text), style)
+        return Plan(*program_for(opened, key, stylizer.guidance, text, vae), style)
 
 
 def _targets(text: str) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ _MODULES = (
 # Flags that export_pipeline takes as they are.
 _OPTIONS = (
     *("tau", "schedule", "guidance", "guidance_mode", "precision", "weights"),
-    *("prompt", "prompts", "style_layers", "name", "overwrite"),
+    *("prompt", "prompts", "style_layers", "name", "opset", "overwrite"),
 )
 
 
@@ -71,6 +71,9 @@ class ExportRequest:
         str | None, Option(metavar="FOLDER|HUB", help="CLIP image encoder for the IP-Adapter.")
     ] = None
     vae: Annotated[str | None, Option(help="VAE: folder, hub id, fp16-fix or tiny.")] = None
+    tiny_vae: Annotated[
+        str | None, Option(help="A second, faster VAE, which `std-rt live` uses: folder, hub id or tiny.")
+    ] = None
     config: Annotated[str | None, Option(help="Pipeline whose configs a single-file checkpoint uses.")] = None
     profile: Annotated[str, Option(help="A published LoRA: std-0.75, tcd, lightning-4step, ...")] = ""
     eta: Annotated[
@@ -106,6 +109,9 @@ class ExportRequest:
         "baked"
     )
     style_layers: Annotated[str, Option(help="auto, all, published, or prefixes of layers.")] = "auto"
+    opset: Annotated[
+        int, Option(help="ONNX opset of the graphs: 20, or 23 with fused attention for GPUs.")
+    ] = 20
     name: Annotated[str, Option(help="The bundle's name; default: the folder's.")] = ""
     yes: Annotated[bool, Option("--yes", "-y", help="Download without asking.")] = False
     overwrite: OverwriteOption = False
@@ -150,6 +156,7 @@ def export(request: ExportRequest) -> None:
         ip_adapter=request.ip_adapter,
         image_encoder=request.image_encoder,
         vae=request.vae,
+        tiny_vae=request.tiny_vae,
         eta=request.eta,
         profile=request.profile,
         config=request.config,

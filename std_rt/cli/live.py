@@ -167,7 +167,7 @@ def live(request: LiveRequest) -> None:
         first = source.first_frame()
         if first is None:
             raise MediaError(f"{source.name} delivers no frames; name another camera with --camera")
-        stylizer = stack.enter_context(open_stylizer(request, console))
+        stylizer = stack.enter_context(open_stylizer(request, console, live=True))
         if request.prompt is not None:
             stylizer.set_prompt(request.prompt, request.negative_prompt)
         stylizer.keep_colours = request.keep_colours

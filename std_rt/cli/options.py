@@ -18,6 +18,7 @@ __all__ = [
     "BackendOption",
     "BundleArgument",
     "BundleOption",
+    "DeviceOption",
     "EngineFlags",
     "OverwriteOption",
     "PrecisionOption",
@@ -26,6 +27,7 @@ __all__ = [
     "StrokeSizeOption",
     "StylizerFlags",
     "TemporalOption",
+    "VaeOption",
     "check_stroke_option",
     "command_of",
     "parse_frame_size",
@@ -62,7 +64,16 @@ StrokeSizeOption = Annotated[
 BackendOption = Annotated[
     str, Option(help="auto, cpu, or a backend listed by `std-rt doctor`, e.g. openvino or rtx.")
 ]
+DeviceOption = Annotated[
+    str | None, Option(metavar="cuda:N", help="Which GPU, as `std-rt doctor` lists them. Default: the first.")
+]
 PrecisionOption = Annotated[str, Option(help="auto (what this processor is fastest at), fp32, bf16 or int8.")]
+VaeOption = Annotated[
+    str,
+    Option(
+        metavar="auto|full|tiny", help="The bundle's VAE, or its faster one. auto: the faster one in `live`."
+    ),
+]
 TemporalOption = Annotated[
     str,
     Option(
@@ -81,10 +92,18 @@ class EngineFlags:
     size: SizeOption = None
     steps: StepsOption = None
     backend: BackendOption = "auto"
+    device: DeviceOption = None
     precision: PrecisionOption = "auto"
+    vae: VaeOption = "auto"
     temporal: TemporalOption = "off"
 
     def __post_init__(self) -> None:
+        if self.vae not in ("auto", "full", "tiny"):
+            raise BadParameter(f"--vae must be auto, full or tiny, got {self.vae!r}")
+        if self.device is not None:
+            from std_rt.engines.gpu.driver import choose_gpu
+
+            choose_gpu(self.device)
         parse_size(self.size)
         if self.temporal not in ("off", "noise", "full"):
             raise BadParameter(f"--temporal must be off, noise or full, got {self.temporal!r}")

@@ -192,19 +192,21 @@ def _without_done(jobs: Sequence[Job], console: Console) -> list[Job]:
 
 
 @contextmanager
-def open_stylizer(flags: StylizerFlags, console: Console) -> Iterator[Stylizer]:
+def open_stylizer(flags: StylizerFlags, console: Console, *, live: bool = False) -> Iterator[Stylizer]:
     """The stylizer that the flags describe. Raises StdRtError if the bundle does not support them."""
+    from std_rt.core.bundle import load_bundle
     from std_rt.pipeline.stylizer import Stylizer
 
-    size = parse_size(flags.size)
+    size, bundle = parse_size(flags.size), load_bundle(flags.bundle)
     with Stylizer.load(
-        flags.bundle,
+        bundle,
         backend=flags.backend,
         size=size,
         steps=flags.steps,
         precision=flags.precision,
         guidance=flags.guidance,
         guidance_mode=flags.guidance_mode,
+        vae=bundle.choose_vae(flags.vae, live=live),
         meanwhile=(lambda line: note(console, f"note: {line}")) if flags.build_in_background else None,
     ) as stylizer:
         check_size(stylizer, size)

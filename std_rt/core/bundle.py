@@ -42,6 +42,8 @@ __all__ = [
     "INPAINTING",
     "REQUIRED_GRAPHS",
     "SCHEMA",
+    "TINY",
+    "VAES",
     "Bundle",
     "check_target",
     "list_bundles",
@@ -55,6 +57,8 @@ SCHEMA = 2  # 1: a UNet that sees the noisy latents only
 MANIFEST = "manifest.json"
 BUILT_IN = "std-tiny"
 REQUIRED_GRAPHS = ("style_encoder", "vae_encoder", "unet", "vae_decoder")
+VAES = ("full", "tiny")
+TINY = "tiny_"  # before the names of the graphs of a second, faster VAE
 # What a UNet may see beside the noisy latents: the frame's clean latents (InstructPix2Pix, arXiv 2211.09800),
 # or where to paint and the latents of the rest (Stable Diffusion's inpainting models).
 CONTENT, INPAINTING = ("content_latents",), ("mask", "masked_latents")
@@ -119,6 +123,30 @@ class Bundle:
         """Path of a graph's ONNX file in int8, if there is one."""
         entry = self.int8_graphs.get(name)
         return None if entry is None else self.path / str(entry["file"])
+
+    @property
+    def has_tiny_vae(self) -> bool:
+        """Whether there is a second, faster VAE of the same latents."""
+        return f"{TINY}vae_decoder" in self.manifest["graphs"]
+
+    def choose_vae(self, asked: str, *, live: bool) -> str:
+        """One of `VAES` for ``--vae``. For ``auto`` the tiny one if frames are live, which leaves no time."""
+        if asked != "auto":
+            return asked
+        return "tiny" if live and self.has_tiny_vae else "full"
+
+    def vae_graph(self, name: str, vae: str) -> str:
+        """The graph that stands for ``name`` with a VAE of `VAES`. Raises BundleError if it is not there."""
+        if vae not in VAES:
+            raise BundleError(f"there is no VAE '{vae}'; use --vae with one of {', '.join(VAES)}")
+        if vae != "tiny" or not name.startswith("vae_"):
+            return name
+        if not self.has_tiny_vae:
+            raise BundleError(
+                f"bundle '{self.name}' has no tiny VAE; use --vae full, or export it again with "
+                "--tiny-vae tiny"
+            )
+        return f"{TINY}{name}"
 
     def check_precision(self, precision: str) -> None:
         """Raise BundleError if int8 is asked for and not there."""

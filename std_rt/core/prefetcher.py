@@ -93,6 +93,12 @@ class Prefetcher(Generic[T]):
         return False
 
     @property
+    def has_next(self) -> bool:
+        """Whether an item is in the queue."""
+        with self._changed:
+            return bool(self._queue)
+
+    @property
     def over(self) -> bool:
         """True once no further item will come."""
         with self._changed:

@@ -11,10 +11,7 @@ once and closed when its last user closes it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from threading import Lock
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -22,6 +19,7 @@ from std_rt.core.errors import BackendError
 from std_rt.engines.glue import GLUE
 from std_rt.engines.program import FRAME, STYLED, Frame, Mark, Program, check_carried, check_feeds, no_mark
 from std_rt.engines.protocol import Array, Engine, GraphSpec
+from std_rt.engines.shared import Shared
 
 __all__ = ["HostRunner", "SharedEngines", "open_on_host"]
 
@@ -127,40 +125,12 @@ class SharedEngines:
     def __init__(self, open_graph: Callable[[GraphSpec], Engine]) -> None:
         """``open_graph`` opens a graph that is not open yet."""
         self._open_graph = open_graph
-        self._held: dict[tuple[Any, ...], _Held] = {}
-        self._lock = Lock()
+        self._engines = Shared[Engine](lambda engine: engine.close())
 
     def open(self, spec: GraphSpec) -> Engine:
         """An engine for ``spec``. What opening raises is raised; the next call tries again."""
-        key = spec.identity
-        with self._lock:
-            first = key not in self._held
-            held = self._held.setdefault(key, _Held(Future()))
-            held.users += 1
-        if first:
-            try:
-                held.engine.set_result(self._open_graph(spec))
-            except BaseException as error:  # noqa: BLE001 (raised in every thread that waits for it)
-                with self._lock:
-                    del self._held[key]
-                held.engine.set_exception(error)
-        return _SharedEngine(spec.name, held.engine.result(), lambda: self._release(key, held))
-
-    def _release(self, key: tuple[Any, ...], held: _Held) -> None:
-        with self._lock:
-            held.users -= 1
-            if held.users:
-                return
-            del self._held[key]
-        held.engine.result().close()
-
-
-@dataclass(eq=False)
-class _Held:
-    """An engine that is open or being opened, and its number of users."""
-
-    engine: Future[Engine]
-    users: int = 0
+        engine, release = self._engines.take(spec.identity, lambda: self._open_graph(spec))
+        return _SharedEngine(spec.name, engine, release)
 
 
 class _SharedEngine:

@@ -229,16 +229,49 @@ def _info(name: str, probe: bool = False) -> BackendInfo:
 
 
 def _gpu_problem(name: str) -> str:
-    """Why no GPU here can run backend ``name``; empty if one can. Asks the driver once per process."""
+    """Why no GPU here can run backend ``name``; empty if one can. Asks the driver once per process.
+
+    The first GPU counts, which is the one that runs; if another one would do, its name is given.
+    """
     from std_rt.engines.gpu.probe import probe
 
     found, known = probe(), GPU_BACKENDS[name]
     if found.problem:
         return found.problem
     if known and found.gpus[0].sm not in known:
+        others = [i for i, gpu in enumerate(found.gpus) if gpu.sm in known]
+        instead = f"; {found.gpus[others[0]]} is: use --device cuda:{others[0]}" if others else ""
         names = ", ".join(f"SM{sm}" for sm in known)
-        return f"{found.gpus[0]} is not a GPU it supports ({names})"
+        return f"{found.gpus[0]} is not a GPU it supports ({names}){instead}"
+    needed = _cuda_major(name)
+    if needed is not None and found.cuda and int(found.cuda.split(".")[0]) < needed:
+        return (
+            f"it needs a driver for CUDA {needed}, and this one supports CUDA {found.cuda}; "
+            "install a newer NVIDIA driver"
+        )
     return ""
+
+
+def _cuda_major(name: str) -> int | None:
+    """The CUDA that an installed backend was built with, 13; None if it does not say."""
+    from std_rt.engines.gpu.libraries import cuda_version
+
+    if name == "cuda":
+        version = cuda_version()
+        return None if version is None else int(version.split(".")[0])
+    for distribution in BACKENDS[name].distributions:
+        number = distribution.rpartition("-cu")[2]
+        if number.isdigit() and _is_distributed(distribution):
+            return int(number)
+    return None
+
+
+def _is_distributed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _implementation(name: str) -> Any:
@@ -254,9 +287,5 @@ def _installed(name: str) -> bool:
 
 
 def _version(distributions: tuple[str, ...]) -> str:
-    for distribution in distributions:
-        try:
-            return f"{distribution} {metadata.version(distribution)}"
-        except metadata.PackageNotFoundError:
-            continue
-    return "unknown version"
+    found = next((name for name in distributions if _is_distributed(name)), None)
+    return "unknown version" if found is None else f"{found} {metadata.version(found)}"

@@ -23,9 +23,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from std_rt.core.bundle import Bundle
+from std_rt.core.bundle import Bundle, load_bundle
 from std_rt.core.errors import UsageError
 from std_rt.core.machine import describe_machine, peak_memory_mb, require
+from std_rt.engines.registry import GPU_BACKENDS
 from std_rt.pipeline.stylizer import Stylizer
 from std_rt.streaming.frame_stream import FramePacket, FrameStream
 
@@ -45,12 +46,10 @@ __all__ = [
 ]
 
 STAGES = ("convert", "vae_encoder", "unet", "scheduler", "vae_decoder", "total")
-ENGINES = ("vae_encoder", "unet", "vae_decoder")  # stages that call engines
-# name -> (title, precision, whether torch.compile)
-AGAINST = {
-    "diffusers": ("diffusers (eager fp32)", "fp32", False),
-    "compile": ("diffusers (torch.compile bf16)", "bf16", True),
-}
+# A program that a GPU replays as one CUDA graph cannot be taken apart.
+WHOLE_FRAME = ("convert", "frame", "total")
+ENGINES = ("vae_encoder", "unet", "vae_decoder", "frame")  # stages that call engines
+AGAINST = ("diffusers", "compile")
 _TURN = 10  # frames in a row if several runs take turns; one more before them is not counted
 _STARTS = 3  # processes whose start is timed
 Frame = NDArray[np.uint8]
@@ -70,6 +69,7 @@ class Settings:
     frames: int = 60
     warmup: int = 10
     against: tuple[str, ...] = ()
+    vae: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ class Timing:
     @classmethod
     def of(cls, frames: list[dict[str, float]]) -> Timing:
         """Medians and 95th percentiles over frames."""
-        columns = {stage: [frame.get(stage, 0.0) for frame in frames] for stage in STAGES}
+        stages = WHOLE_FRAME if any("frame" in frame for frame in frames) else STAGES
+        columns = {stage: [frame.get(stage, 0.0) for frame in frames] for stage in stages}
         median = {stage: float(np.median(values)) for stage, values in columns.items()}
         p95 = {stage: float(np.percentile(values, 95)) for stage, values in columns.items()}
         shares = [1 - sum(frame.get(stage, 0.0) for stage in ENGINES) / frame["total"] for frame in frames]
@@ -148,14 +149,12 @@ def diffusers_step(
     steps: int,
     size: Size,
     guidance: float | None = None,
-    *,
-    precision: str = "fp32",
-    compiled: bool = False,
+    **how: Any,
 ) -> Step:
     """The same frame, style and weights through `DiffusersLoop`; takes its arguments."""
     from std_rt.evaluation.diffusers_baseline import DiffusersLoop
 
-    loop = DiffusersLoop(bundle, steps, size, guidance, precision=precision, compiled=compiled)
+    loop = DiffusersLoop(bundle, steps, size, guidance, **how)
     loop.set_style(sample_frame(bundle.style_px, bundle.style_px, seed=1))
     frame = sample_frame(*size)
     return lambda: stage_times(lambda mark: loop.step(frame, mark=mark))
@@ -194,27 +193,30 @@ def run(settings: Settings) -> None:
         steps = {"std-rt": stream_step(stylizer, size)}
         steps["std-rt"]()
         peak_mb = peak_memory_mb()  # before torch adds its own
+        titles = {name: title_of(name, stylizer.backend) for name in settings.against}
         steps |= {name: _against(stylizer, size, name) for name in settings.against}
         timings = measure(steps, settings.frames, settings.warmup)
         ours = timings.pop("std-rt")
         result = _result(stylizer, size, ours, peak_mb)
     if timings:
         result["against"] = {
-            name: timing.as_dict() | {"ratio": round(ours.fps / timing.fps, 2)}
+            name: timing.as_dict() | {"title": titles[name], "ratio": round(ours.fps / timing.fps, 2)}
             for name, timing in timings.items()
         }
-    titled = {AGAINST[name][0]: timing for name, timing in timings.items()}
+    titled = {titles[name]: timing for name, timing in timings.items()}
     _print(result, {f"std-rt ({result['backend']}, {result['precision']})": ours, **titled})
 
 
-def load(settings: Settings) -> Stylizer:
+def load(settings: Settings, *, live: bool = False) -> Stylizer:
     """The stylizer that the settings name."""
+    bundle = load_bundle(settings.bundle)
     return Stylizer.load(
-        settings.bundle,
+        bundle,
         backend=settings.backend,
         size=settings.size,
         steps=settings.steps,
         precision=settings.precision,
+        vae=bundle.choose_vae(settings.vae, live=live),
     )
 
 
@@ -223,20 +225,56 @@ def _size(stylizer: Stylizer) -> Size:
     return stylizer.working_size(*((side, side) if isinstance(side, int) else side))
 
 
+def title_of(name: str, backend: str) -> str:
+    """What one of `AGAINST` runs in beside a backend, for people."""
+    on_gpu, how = backend in GPU_BACKENDS, "torch.compile" if name == "compile" else "eager"
+    return f"diffusers ({how} {_against_precision(name, backend)}{', GPU' if on_gpu else ''})"
+
+
+def _against_precision(name: str, backend: str) -> str:
+    if backend in GPU_BACKENDS:
+        return "fp16"
+    return "bf16" if name == "compile" else "fp32"
+
+
 def _against(stylizer: Stylizer, size: Size, name: str) -> Step:
-    """The step of one of `AGAINST`, compiled if it asks for that."""
-    title, precision, compiled = AGAINST[name]
-    bundle, scale = stylizer.bundle, stylizer.guidance.scale
-    step = diffusers_step(bundle, stylizer.steps, size, scale, precision=precision, compiled=compiled)
+    """The step of one of `AGAINST`, where std-rt runs: on the GPU too if the backend is for GPUs."""
+    on_gpu = stylizer.backend in GPU_BACKENDS
+    if on_gpu:
+        _require_cuda(name, stylizer.backend)
+    compiled = name == "compile"
+    how = {"precision": _against_precision(name, stylizer.backend), "compiled": compiled}
+    step = diffusers_step(
+        stylizer.bundle,
+        stylizer.steps,
+        size,
+        stylizer.guidance.scale,
+        **how,
+        device="cuda" if on_gpu else "cpu",
+    )
     slow = " (compiling takes a minute or two)" if compiled else ""
-    with Console(stderr=True).status(f"{title}: first frame{slow}"):
+    with Console(stderr=True).status(f"{title_of(name, stylizer.backend)}: first frame{slow}"):
         step()
     return step
 
 
+def _require_cuda(name: str, backend: str) -> None:
+    """Raise UsageError unless torch can use the GPU too."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UsageError(
+            f"--against {name} beside backend '{backend}' needs torch on the GPU, and torch "
+            f"{torch.__version__} finds none; install a torch with CUDA (pytorch.org), or compare on the "
+            "CPU: --backend cpu"
+        )
+
+
 def run_first_frame(settings: Settings) -> None:
     """Time from process start to the first frame, in new processes with warm engine caches."""
-    asked = {name: getattr(settings, name) for name in ("bundle", "size", "steps", "backend", "precision")}
+    asked = {
+        name: getattr(settings, name) for name in ("bundle", "size", "steps", "backend", "precision", "vae")
+    }
     code = "import sys; from std_rt.evaluation.bench import first_frame; first_frame(sys.argv[1])"
     seconds = []
     for _ in range(_STARTS + 1):  # the first one fills the cache
@@ -285,15 +323,17 @@ def _print(result: dict[str, Any], timings: dict[str, Timing]) -> None:
     for name in timings:
         table.add_column(f"{name}\nmedian", justify="right")
         table.add_column("\np95", justify="right")
-    for stage in STAGES:
-        both = [values[stage] for timing in timings.values() for values in (timing.median_ms, timing.p95_ms)]
-        table.add_row(stage, *(f"{ms:.2f}" for ms in both), style="bold" if stage == "total" else "")
+    for stage in dict.fromkeys((*STAGES[:-1], *WHOLE_FRAME)):
+        both = [values.get(stage) for each in timings.values() for values in (each.median_ms, each.p95_ms)]
+        if any(ms is not None for ms in both):
+            cells = ("-" if ms is None else f"{ms:.2f}" for ms in both)
+            table.add_row(stage, *cells, style="bold" if stage == "total" else "")
     rates = [cell for timing in timings.values() for cell in (f"{timing.fps:.1f}", "")]
     table.add_row("fps", *rates, style="bold")
     Console().print(table)
     if result["peak_memory_mb"] is not None:
         typer.echo(f"peak memory {result['peak_memory_mb']:.0f} MB")
     typer.echo(f"{100 * result['outside_engines']:.1f} % of each frame is spent outside the engines")
-    for name, row in result.get("against", {}).items():
-        typer.echo(f"{row['ratio']:.1f}x the frame rate of {AGAINST[name][0]}")
+    for row in result.get("against", {}).values():
+        typer.echo(f"{row['ratio']:.1f}x the frame rate of {row['title']}")
     typer.echo(json.dumps(result))

@@ -58,7 +58,7 @@ def _play(engine: EngineSettings, live: Settings, plan: Plan) -> dict[str, Any]:
         with console.status("rendering a clip"):
             write_moving(clip, _CLIP_FRAMES, fps=_CLIP_FPS)
         source = stack.enter_context(closing(open_source(str(clip))))
-        stylizer = stack.enter_context(load(engine))
+        stylizer = stack.enter_context(load(engine, live=True))
         mixer = stack.enter_context(closing(StyleMixer(stylizer.encode_style, stylizer.bundle)))
         pictures = styles(stylizer.bundle.style_px)
         for name in _STYLES:

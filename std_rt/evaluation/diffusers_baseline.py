@@ -1,7 +1,8 @@
 """The baseline of `std-rt bench --against`: the same bundle through diffusers. Needs the extra [export].
 
 diffusers' own UNet with its IP-Adapter attention, and the VAE, rebuilt from the bundle's weights: one frame,
-the trajectory of the bundle; eager, in fp32 or bf16 autocast, or compiled by plain ``torch.compile``.
+the trajectory of the bundle; eager, in fp32 or bf16 autocast (on a GPU: with weights in fp16), or compiled by
+plain ``torch.compile``.
 Guidance is always full, at batch 2: diffusers has no other. The loop around them is `denoise`, shorter than
 that of a diffusers pipeline, which favours diffusers.
 """
@@ -46,13 +47,26 @@ class DiffusersLoop:
         *,
         precision: str = "fp32",
         compiled: bool = False,
+        device: str = "cpu",
     ) -> None:
-        """``guidance`` is diffusers' scale (None: the bundle's own; 1: none); ``precision`` fp32 or bf16."""
+        """``guidance`` is diffusers' scale (None: the bundle's own; 1: none).
+
+        ``precision`` is fp32, bf16 (autocast) or fp16: UNet and VAE in fp16, but a VAE that overflows in it
+        (``force_upcast``) in fp32, as in diffusers.
+        """
         self._bundle, self._size, self._autocast = bundle, size, precision == "bf16"
         self._scale = choose_guidance(bundle, guidance).scale
         parts = load_torch_components(bundle)
+        self._device, half = torch.device(device), torch.float16 if precision == "fp16" else torch.float32
+        upcast = bool(getattr(parts["vae"].config, "force_upcast", False))
+        self._dtype, vae_dtype = half, torch.float32 if upcast else half
+        parts["unet"].to(self._device, self._dtype)
+        parts["vae"].to(self._device, vae_dtype)
         self._style_encoder = parts["style_encoder"]
-        networks: list[Any] = [parts["unet"], VaeEncoder(parts["vae"]), VaeDecoder(parts["vae"])]
+        networks: list[Any] = [
+            parts["unet"],
+            *(kind(parts["vae"], vae_dtype) for kind in (VaeEncoder, VaeDecoder)),
+        ]
         if compiled:
             networks = [torch.compile(network) for network in networks]
         self._unet, self._encode, self._decode = networks
@@ -60,7 +74,8 @@ class DiffusersLoop:
         self._image = np.empty((1, 3, *size), np.float32)
         latent_size = (size[0] // bundle.vae_scale, size[1] // bundle.vae_scale)
         shape = (noise_draws(self._coefficients), bundle.latent_channels, *latent_size)
-        self._noise = torch.from_numpy(draw_noise(0, shape)).split(1)
+        self._noise = torch.from_numpy(draw_noise(0, shape)).to(self._device).split(1)
+        self._timesteps = {c.timestep: self._on_device(c.timestep) for c in self._coefficients}
         self._content_affine = latent_affine(parts["vae"])
         self._text: dict[str, Any] = {}
         self._beside: list[Any] = []
@@ -73,7 +88,10 @@ class DiffusersLoop:
         mode = "none" if self._scale == 1 else "full"
         inputs = conditioning_for(mode, text, unet_inputs(text, style, 1.0, self._size))
         sides = [side for side in (inputs.negative, inputs.positive) if side]
-        given = {n: torch.cat([torch.from_numpy(side[n]) for side in sides]) for n in inputs.positive}
+        given = {
+            n: torch.cat([torch.from_numpy(side[n]) for side in sides]).to(self._device, self._dtype)
+            for n in inputs.positive
+        }
         self._text = {
             "encoder_hidden_states": given["encoder_hidden_states"],
             "added_cond_kwargs": {
@@ -85,29 +103,36 @@ class DiffusersLoop:
 
     @torch.inference_mode()
     def step(self, frame: Frame, *, mark: Callable[[str], None] = lambda stage: None) -> Frame:
-        """Stylize a frame uint8 [H, W, 3] of the working size; ``mark(stage)`` follows each stage."""
+        """Stylize a frame uint8 [H, W, 3] of the working size; ``mark(stage)`` follows each stage.
+
+        The work of a stage is done by then: a GPU is waited for.
+        """
+
+        def done(stage: str) -> None:
+            self._wait()
+            mark(stage)
 
         def predict(x: Any, timestep: int, negative: bool) -> Any:
-            mark("scheduler")
+            done("scheduler")
             output = self._predict(x, timestep)
-            mark("unet")
+            done("unet")
             return output
 
-        with torch.autocast("cpu", torch.bfloat16, enabled=self._autocast):
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
             GLUE["frame_in"].run(frame=frame[None], image=self._image)
-            image = torch.from_numpy(self._image)
-            mark("convert")
+            image = torch.from_numpy(self._image).to(self._device)
+            done("convert")
             z = self._encode(image)
             self._beside = self._seen(z)
-            mark("vae_encoder")
+            done("vae_encoder")
             kind = self._bundle.prediction_type
             z = denoise(z, predict, noise=self._noise, steps=self._coefficients, prediction_type=kind)
-            mark("scheduler")
+            done("scheduler")
             image = self._decode(z)
-            mark("vae_decoder")
+            done("vae_decoder")
         styled = np.empty_like(frame[None])
-        GLUE["frame_out"].run(image=image.float().numpy(), frame=styled)
-        mark("convert")
+        GLUE["frame_out"].run(image=image.cpu().numpy(), frame=styled)
+        done("convert")
         return styled[0]
 
     def _seen(self, z: Any) -> list[Any]:
@@ -115,18 +140,26 @@ class DiffusersLoop:
         if self._bundle.unet_inputs == CONTENT:
             return [affine_inverse(z, *self._content_affine)]
         if self._bundle.unet_inputs == INPAINTING:
-            return [torch.ones_like(z[:, :1]), self._encode(torch.zeros(1, 3, *self._size))]
+            grey = torch.zeros(1, 3, *self._size, device=self._device)
+            return [torch.ones_like(z[:, :1]), self._encode(grey)]
         return []
 
     def _predict(self, x: Any, timestep: int) -> Any:
         """The guided output: both branches in one call, as diffusers does."""
-        x = torch.cat([x, *self._beside], 1)
-        t = torch.tensor(timestep)  # for an int, torch.compile would recompile at every value
+        x = torch.cat([x, *self._beside], 1).to(self._dtype)
+        t = self._timesteps[timestep]  # for an int, torch.compile would recompile at every value
         if self._scale == 1:
-            return self._unet(x, t, **self._text, return_dict=False)[0]
-        both = self._unet(torch.cat([x, x]), t, **self._text, return_dict=False)[0]
+            return self._unet(x, t, **self._text, return_dict=False)[0].float()
+        both = self._unet(torch.cat([x, x]), t, **self._text, return_dict=False)[0].float()
         negative, positive = both.chunk(2)
         return negative + self._scale * (positive - negative)
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _on_device(self, timestep: int) -> Tensor:
+        return torch.tensor(timestep, device=self._device)
 
     def _run_style_encoder(self, style_image: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
         found: Tensor | tuple[Tensor, ...] = self._style_encoder(torch.from_numpy(style_image))

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from std_rt.core.bundle import Bundle, write_bundle
+from std_rt.core.bundle import TINY, Bundle, write_bundle
 from std_rt.core.errors import ExportError
+from std_rt.export.components import Network
 from std_rt.export.export_options import LARGE, ExportOptions
 from std_rt.export.graph_precision import half_dtype, to_half, vae_compute, within_range
 from std_rt.export.graphs import (
@@ -145,7 +146,7 @@ class Build:
     def run(self) -> dict[str, Any]:
         """Everything but the manifest, which is returned."""
         style, branches = self._style()
-        self._vae(style)
+        self._vaes(style)
         # The encoder is written; what follows needs its numbers only.
         style = replace(style, module=torch.nn.Identity())
         text = self._text(style)
@@ -175,9 +176,14 @@ class Build:
         self._check("style_encoder", examples)
         return style, branches
 
-    def _vae(self, style: Style) -> None:
-        self._progress("vae: torch")
-        vae = self._source.load_vae()
+    def _vaes(self, style: Style) -> None:
+        """The VAE, and before it the tiny one: the last latents are those that the UNet is compared with."""
+        if self._options.tiny_vae is not None:
+            self._vae(self._source.load_tiny_vae(self._options.tiny_vae), style, TINY)
+        self._vae(self._source.load_vae(), style)
+
+    def _vae(self, vae: Network, style: Style, prefix: str = "") -> None:
+        self._progress(f"{prefix}vae: torch")
         compute = vae_compute(vae, self._compute)
         with within_range(vae, compute, "vae"):
             examples = list(zip(*(run.vae(vae) for run in self._runs), strict=True))
@@ -186,8 +192,9 @@ class Build:
             to_half(vae, dtype)
         graphs = vae_graphs(self._source, vae, dtype or torch.float32, style)
         for graph, found in zip(graphs, examples, strict=True):
-            self._write(graph, compute)
-            self._check(graph.name, list(found))
+            named = replace(graph, name=f"{prefix}{graph.name}")
+            self._write(named, compute)
+            self._check(named.name, list(found))
 
     def _text(self, style: Style) -> TextConstants:
         """Prompts, one encoder in memory at a time; for open prompts the encoders' graphs too."""
@@ -250,7 +257,8 @@ class Build:
         self._precision[graph.name] = {"compute": compute, "weights": weights}
         self._progress(f"{graph.name}: tracing")
         path = self._folder / f"{graph.name}.onnx"
-        externalize(trace(graph.plan), graph.state, path, self._folder / graph.weights, weights)
+        model = trace(graph.plan, self._options.opset)
+        externalize(model, graph.state, path, self._folder / graph.weights, weights)
         lint(path)
 
     def _check(self, name: str, examples: list[Example]) -> None:

@@ -21,6 +21,9 @@ WEIGHTS = ("fp16", "fp32")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8")
 GUIDANCE_MODES = ("auto", "none", "full", "residual")
 PROMPTS = ("baked", "encoder")
+# 20 is the newest that ONNX Runtime, OpenVINO and TensorRT-RTX all take in older releases too. 23 has one
+# Attention operation for each attention, for which GPU backends have a kernel.
+OPSETS = (20, 23)
 # Parameters of a UNet of SDXL's size: it is made for GPUs, which compute in halves, and to export it takes
 # gigabytes.
 LARGE = 500_000_000
@@ -34,10 +37,11 @@ def check_choices(asked: Mapping[str, Any]) -> None:
         ("guidance_mode", GUIDANCE_MODES),
         ("prompts", PROMPTS),
         ("schedule", ("auto", *SCHEDULES)),
+        ("opset", OPSETS),
     ):
         if asked.get(name, known[0]) not in known:
             flag = name.replace("_", "-")
-            raise ExportError(f"--{flag} must be one of {', '.join(known)}, got {asked[name]!r}")
+            raise ExportError(f"--{flag} must be one of {', '.join(map(str, known))}, got {asked[name]!r}")
     guidance = asked.get("guidance")
     if guidance is not None and not 1 <= guidance <= 50:
         raise ExportError(f"--guidance must be in 1..50 (1 is none), got {guidance:g}")
@@ -60,6 +64,7 @@ class ExportOptions:
     ip_adapter: Path | None = None
     image_encoder: Path | None = None
     vae: Path | None = None
+    tiny_vae: Path | None = None
     eta: float | None = None
     tau: int | None = None
     steps: tuple[int, ...] = ()
@@ -75,6 +80,7 @@ class ExportOptions:
     style_layers: str = "auto"
     name: str = ""
     profile: str = ""
+    opset: int = OPSETS[0]
     origins: Mapping[Path, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -88,7 +94,7 @@ class ExportOptions:
         for path, _ in self.lora:
             if not path.is_file():
                 raise ExportError(f"LoRA {path} does not exist")
-        for folder in (self.vae, self.image_encoder):
+        for folder in (self.vae, self.tiny_vae, self.image_encoder):
             if folder is not None and not folder.is_dir():
                 raise ExportError(f"{folder} is not a folder")
 
@@ -120,6 +126,7 @@ class _Recipe(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_def
     ip_adapter: str | None = None
     image_encoder: str | None = None
     vae: str | None = None
+    tiny_vae: str | None = None
     config: str | None = None
     profile: str = ""
     eta: float | None = None
@@ -137,6 +144,7 @@ class _Recipe(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_def
     prompts: str = "baked"
     style_layers: str = "auto"
     name: str = ""
+    opset: int = OPSETS[0]
 
 
 def load_recipe(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +147,19 @@ class Source:
         """With LoRAs fused."""
         return self._fused("unet", load_part("unet", self.folder / "unet"))
 
+    def load_tiny_vae(self, folder: Path) -> Network:
+        """A second VAE of the same latents. Raises ExportError if they differ."""
+        check_part("vae", folder)
+        config = read_config("vae", folder)
+        _check_vae(config, taken=self.unet.config.out_channels)
+        scale = replace(self, vae_config=config).vae_scale
+        if scale != self.vae_scale:
+            raise ExportError(
+                f"the tiny VAE {folder} makes latents {scale} times smaller than the picture, the other "
+                f"{self.vae_scale} times; give one that matches with --tiny-vae"
+            )
+        return load_part("vae", folder)
+
     def load_vae(self) -> Network:
         """The VAE of `vae_folder`."""
         return load_part("vae", self.vae_folder)
@@ -176,7 +189,8 @@ class Source:
         found = [self._entry("pipeline", options.source)]
         found += [{**self._entry("lora", path), "scale": scale} for path, scale in options.lora]
         found += [self._entry("ip_adapter", self.adapter)]
-        return found + ([self._entry("vae", self.vae_folder)] if options.vae else [])
+        found += [self._entry("vae", self.vae_folder)] if options.vae else []
+        return found + ([self._entry("tiny_vae", options.tiny_vae)] if options.tiny_vae else [])
 
     def _entry(self, role: str, path: Path) -> dict[str, Any]:
         terms = licence(path if path.is_dir() else path.parent) or "unknown"

@@ -120,9 +120,9 @@ class Session:
                 frame = np.ascontiguousarray(taken.frame[:, ::-1]) if self.mirror else taken.frame
                 yield FramePacket(frame, taken.at_s, taken.index)
 
-    def _stylize(self, captured: Iterator[FramePacket]) -> Iterator[FramePacket]:
+    def _stylize(self, captured: Prefetcher[FramePacket]) -> Iterator[FramePacket]:
         """The second thread: every packet with its result."""
-        for packet in self._stream.run(self._fresh(captured)):
+        for packet in self._stream.run(self._fresh(captured), lambda: captured.has_next):
             yield packet
             yield from self._control.after(packet, self._now())
 

@@ -90,9 +90,10 @@ def _in_background(work: Callable[[], Runner]) -> Future[Runner]:
 
 
 def program_for(
-    bundle: Bundle, key: RunnerKey, guidance: Guidance, text: Mapping[str, Shape]
+    bundle: Bundle, key: RunnerKey, guidance: Guidance, text: Mapping[str, Shape], vae: str = "full"
 ) -> tuple[Program, dict[str, GraphSpec]]:
-    """The program of a runner key, and its graphs at their shapes; ``text``: shapes without the batch axis.
+    """The program of a runner key, and its graphs at their shapes; ``text``: shapes without the batch axis;
+    ``vae`` of `core.bundle.VAES`.
 
     Raises UsageError if the bundle does not support the size, BundleError if it has no schedule for
     the steps.
@@ -101,11 +102,12 @@ def program_for(
     _check_size(bundle, size)
     prompt = {name: text[name] for name in ("encoder_hidden_states", "text_embeds")}
     tokens = (int(style["tokens"]), int(style["dim"]))
-    shapes = {**prompt, "time_ids": (6,), "style_tokens": tokens, "style_strength": ()}
-    numbers = FrameNumbers(bundle.vae_scale, bundle.latent_channels, shapes, bundle.unet_inputs)
+    inputs = {**prompt, "time_ids": (6,), "style_tokens": tokens, "style_strength": ()}
+    numbers = FrameNumbers(bundle.vae_scale, bundle.latent_channels, inputs, bundle.unet_inputs)
     common = (numbers, bundle.coefficients(key.quality.steps), bundle.prediction_type, size, guidance)
     program = stream_program(*common) if key.stream else frame_program(*common, key.frames, masked=key.masked)
-    return program, {name: graph_spec(bundle, name, found) for name, found in graph_shapes(program).items()}
+    shapes = graph_shapes(program)
+    return program, {name: graph_spec(bundle, bundle.vae_graph(name, vae), shapes[name]) for name in shapes}
 
 
 def graph_spec(bundle: Bundle, name: str, shapes: Mapping[str, Shape]) -> GraphSpec:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from threading import Lock
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 from weakref import ReferenceType, ref
 
 import numpy as np
@@ -31,7 +31,7 @@ from std_rt.pipeline.denoise import noise_draws
 from std_rt.pipeline.program_builder import CONDITIONING, NEGATIVE, batch_rows
 from std_rt.pipeline.stream_program import unet_rows
 
-__all__ = ["MAX_KEPT", "CachedRunner", "Quality", "RunnerCache", "RunnerKey"]
+__all__ = ["MAX_KEPT", "CachedRunner", "Quality", "RunnerCache", "RunnerKey", "Submitted"]
 
 _Part = tuple[Array, int | None]  # an array [1, ...], or a row of a longer one
 
@@ -62,6 +62,22 @@ class RunnerKey:
     frames: int = 1
     stream: bool = False
     masked: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Submitted:
+    """Frames that a runner was given: ``collect(mark)`` them once. ``running``: they may not be done yet."""
+
+    collect: Callable[[Mark], Frame]
+    running: bool
+
+
+@runtime_checkable
+class Submitter(Protocol):
+    """A `Runner` that can start a frame and have it collected later."""
+
+    def submit(self, frame: Frame) -> Callable[[Mark], Frame]:
+        """See `engines.tensorrt.gpu_runner.GpuRunner`."""
 
 
 class SlotUser(Protocol):
@@ -143,10 +159,22 @@ class CachedRunner:
         mark: Mark,
         masks: Mapping[str, Array] | None = None,
     ) -> Frame:
-        """Frames uint8 [B, H, W, 3] in and out; a ``conditioning`` and ``noise`` [K, ...] per frame or slot.
+        """Frames uint8 [B, H, W, 3] in and out; see `submit`."""
+        return self.submit(frames, conditioning, noise, mark, masks).collect(mark)
 
-        ``masks``: the feeds of `Mask.feeds` that the program has, [1, ...], for all frames.
-        Inputs made of the same arrays as in the last call are not fed again.
+    def submit(
+        self,
+        frames: Frame,
+        conditioning: Sequence[Conditioning],
+        noise: Sequence[Array],
+        mark: Mark,
+        masks: Mapping[str, Array] | None = None,
+    ) -> Submitted:
+        """Start on frames uint8 [B, H, W, 3]; a ``conditioning`` and ``noise`` [K, ...] per frame or slot.
+
+        A runner that cannot do it in two halves runs them now. ``masks``: the feeds of `Mask.feeds` that the
+        program has, [1, ...], for all frames. Inputs made of the same arrays as in the last call are not fed
+        again.
         """
         runner = self.wait()
         feeds = self._noise(noise) | self._conditioning(conditioning)
@@ -155,7 +183,10 @@ class CachedRunner:
         if fresh:
             runner.set(**{name: _stack(parts) for name, parts in fresh.items()})
             self._fed.update(fresh)
-        return runner.run(frames, mark)
+        if isinstance(runner, Submitter):
+            return Submitted(runner.submit(frames), running=True)
+        styled = runner.run(frames, mark)
+        return Submitted(lambda mark: styled, running=False)
 
     def close(self) -> None:
         """Close it, now or as soon as it is open."""

@@ -49,6 +49,7 @@ from std_rt.pipeline.runner_cache import (
     Quality,
     RunnerCache,
     RunnerKey,
+    Submitted,
 )
 from std_rt.pipeline.text_encoder import TextEncoder
 
@@ -57,6 +58,7 @@ __all__ = ["Quality", "State", "Stylizer", "draw_noise"]
 Picture = Frame | Path | str
 
 _FRAMES_PER_CALL = 4
+_LARGE_BYTES = 2**30
 _CACHED_SIZES = 8  # sizes whose conditioning is remembered
 
 
@@ -98,18 +100,22 @@ class Stylizer:
         steps: int | None = None,
         guidance: float | None = None,
         guidance_mode: str | None = None,
+        vae: str = "full",
     ) -> None:
         """Use `load` unless in a test. A bare function opens one graph at static shapes; programs then run
         on the host.
 
         ``size`` is the working size: a side in pixels for about that area, or (H, W). ``guidance``
-        (diffusers' scale; 1 is none) and ``guidance_mode`` override the bundle's. Raises BundleError if
+        (diffusers' scale; 1 is none) and ``guidance_mode`` override the bundle's. ``vae`` is one of
+        `core.bundle.VAES`; tiny is faster and loses detail. Raises BundleError if it is not there,
         the bundle needs a newer std-rt, has no schedule for ``steps``, or no negative prompt for guidance;
         UsageError if scale and mode do not fit together.
         """
         self._openers = openers if isinstance(openers, Openers) else Openers.on_host(openers)
         self.bundle, self.backend, self.reason = bundle, self._openers.backend, self._openers.reason
         self.guidance = choose_guidance(bundle, guidance, guidance_mode)
+        self.vae = vae
+        bundle.vae_graph("vae_decoder", vae)  # raises if it is not there
         self.size: int | Size = bundle.size_default if size is None else size
         self.coefficients = bundle.coefficients(steps)
         self._asked_steps = bundle.default_steps if steps is None else steps
@@ -140,6 +146,7 @@ class Stylizer:
         precision: str = "auto",
         guidance: float | None = None,
         guidance_mode: str | None = None,
+        vae: str = "full",
         meanwhile: Callable[[str], None] | None = None,
     ) -> Stylizer:
         """Open a bundle by name or folder (None: the built-in model) on a backend.
@@ -161,6 +168,7 @@ class Stylizer:
             steps=steps,
             guidance=guidance,
             guidance_mode=guidance_mode,
+            vae=vae,
         )
 
     @property
@@ -231,12 +239,15 @@ class Stylizer:
     def frames_per_call(self, size: Size) -> int:
         """How many frames `run_many` puts into one call at a working size (H, W) by default.
 
-        Small pictures leave a processor's cores waiting: four of 256 px are the fastest. GPUs were not
-        measured, and large pictures need the memory: one by one.
+        Small pictures leave a processor's cores waiting: four of 256 px are the fastest. A GPU has more of
+        them: two of 512 px, which is not measured yet; but a large model would need another engine of
+        gigabytes for it, built in minutes. Large pictures need the memory: one by one.
         """
-        if self.backend in GPU_BACKENDS:
+        on_gpu = self.backend in GPU_BACKENDS
+        if on_gpu and self.bundle.total_bytes > _LARGE_BYTES:
             return 1
-        return max(1, min(_FRAMES_PER_CALL, _FRAMES_PER_CALL * 256 * 256 // (size[0] * size[1])))
+        room = 2 * 512 * 512 if on_gpu else _FRAMES_PER_CALL * 256 * 256
+        return max(1, min(_FRAMES_PER_CALL, room // (size[0] * size[1])))
 
     def set_style(
         self,
@@ -408,6 +419,24 @@ class Stylizer:
         one set of engines is enough. All frames get the style that is set now. With a ``mask`` the latents
         outside it are kept; laying the result over the frame is left to the caller (`Mask.composite`).
         """
+        with self.lock:
+            groups = self.submit_many(working, states, mark, quality=quality, frames=frames, mask=mask)
+            return [frame for group in groups for frame in group.collect(mark)][: len(working)]
+
+    def submit_many(
+        self,
+        working: Sequence[Frame],
+        states: Sequence[State],
+        mark: Mark = no_mark,
+        *,
+        quality: Quality | None = None,
+        frames: int | None = None,
+        mask: Mask | None = None,
+    ) -> list[Submitted]:
+        """The first half of `run_many`: groups of frames, each to be collected once, with ``lock`` held.
+
+        Only GPU backends that replay a frame as a whole go on meanwhile; others are done when this returns.
+        """
         if len(working) != len(states):
             raise UsageError(f"every frame needs a state: got {len(working)} frames, {len(states)} states")
         if not working:
@@ -418,7 +447,7 @@ class Stylizer:
             raise UsageError(f"a call takes at least one frame, got {count}")
         masked = mask is not None and self._blends
         masks = self.mask_feeds(size, mask)
-        styled: list[Frame] = []
+        submitted: list[Submitted] = []
         with self.lock:
             runner = self.runner(RunnerKey(quality or self.quality_at(size), count, masked=masked))
             for frame, state in zip(working, states, strict=True):
@@ -427,8 +456,9 @@ class Stylizer:
                 group = [min(begin + i, len(working) - 1) for i in range(count)]
                 together = np.stack([working[i] for i in group]) if count > 1 else working[begin][None]
                 noise = [states[i].noise for i in group]
-                styled.extend(runner.run(together, [self.conditioning(size)] * count, noise, mark, masks))
-        return styled[: len(working)]
+                conditioning = [self.conditioning(size)] * count
+                submitted.append(runner.submit(together, conditioning, noise, mark, masks))
+        return submitted
 
     def stylize(self, frame: Frame, seed: int = 0, *, mask: Mask | None = None) -> Frame:
         """Stylize one frame on its own: `step` without a stream."""
@@ -519,7 +549,7 @@ class Stylizer:
     def _open_runner(self, key: RunnerKey) -> CachedRunner:
         """Start to open a runner in the background."""
         text = {name: value.shape[1:] for name, value in self._text.items()}
-        program, specs = program_for(self.bundle, key, self.guidance, text)
+        program, specs = program_for(self.bundle, key, self.guidance, text, self.vae)
         runner = self._pool.submit(self._openers.runner, program, specs)
         steps = self.bundle.coefficients(key.quality.steps)
         latents = (self.bundle.latent_channels, *self._latent_size(key.quality.size))

@@ -24,6 +24,7 @@ from std_rt.engines.program import Mark, no_mark
 from std_rt.media import chroma, fit
 from std_rt.pipeline.conditioning import EncodedStyle
 from std_rt.pipeline.mask import Mask, unless_whole
+from std_rt.pipeline.runner_cache import Submitted
 from std_rt.pipeline.stylizer import Quality, State, Stylizer
 from std_rt.streaming.similarity import SimilarityFilter
 from std_rt.streaming.stream_batch import StreamBatch
@@ -67,22 +68,38 @@ class _Batcher(Protocol):
 
 
 class _Grouped:
-    """``room`` frames in one call of each graph."""
+    """``room`` frames in one call of each graph; while a GPU runs one group, the next one is made ready."""
 
     def __init__(self, stylizer: Stylizer, quality: Quality, room: int, mask: Mask | None) -> None:
         self._stylizer, self._quality, self._room, self._mask = stylizer, quality, room, mask
         self._waiting: list[tuple[Frame, State]] = []
+        self._submitted: deque[tuple[Submitted, int]] = deque()  # with the number of frames that count
 
     def push(self, working: Frame, state: State, mark: Mark = no_mark) -> list[Frame]:
         self._waiting.append((working, state))
-        return list(self.flush(mark)) if len(self._waiting) == self._room else []
+        if len(self._waiting) < self._room:
+            return []
+        self._submit(mark)
+        return [*self._collect(mark, leave=1)]
 
     def flush(self, mark: Mark = no_mark) -> Iterator[Frame]:
+        if self._waiting:
+            self._submit(mark)
+        yield from self._collect(mark)
+
+    def _submit(self, mark: Mark) -> None:
         frames, states = [frame for frame, _ in self._waiting], [state for _, state in self._waiting]
         self._waiting = []
-        yield from self._stylizer.run_many(
+        (group,) = self._stylizer.submit_many(
             frames, states, mark, quality=self._quality, frames=self._room, mask=self._mask
         )
+        self._submitted.append((group, len(frames)))
+
+    def _collect(self, mark: Mark, leave: int = 0) -> Iterator[Frame]:
+        """The frames of all groups but the last ``leave`` that still run."""
+        while self._submitted and (len(self._submitted) > leave or not self._submitted[0][0].running):
+            group, count = self._submitted.popleft()
+            yield from group.collect(mark)[:count]
 
 
 _BATCHERS: dict[str, Callable[[Stylizer, Quality, Mask | None], _Batcher]] = {
@@ -164,8 +181,13 @@ class FrameStream:
             self._begin(self._quality)
         return dropped
 
-    def run(self, packets: Iterable[FramePacket]) -> Iterator[FramePacket]:
+    def run(
+        self, packets: Iterable[FramePacket], more: Callable[[], bool] = lambda: True
+    ) -> Iterator[FramePacket]:
         """Every packet with its result, in order. `switch` and `discard` may be called in between.
+
+        ``more`` says whether the next packet is there already: then a GPU may run one while the next is made
+        ready; without, a result is waited for at once.
 
         Raises UsageError if another `run` of this stream has not ended: their frames would mix.
         """
@@ -177,6 +199,9 @@ class FrameStream:
         try:
             for packet in packets:
                 yield from self._take(packet)
+                # A frame that is skipped needs the result of the one before.
+                if self._batching == ONE_BY_ONE and (self._similarity is not None or not more()):
+                    yield from self._flush()
             yield from self._flush()
         finally:
             self._running = False
@@ -275,8 +300,11 @@ class FrameStream:
     def _flush(self) -> Iterator[FramePacket]:
         if not self._inside or self._batcher is None:
             return
-        flushing = self._batcher.flush()
+        watch: Mark = no_mark
+        flushing = self._batcher.flush(lambda stage: watch(stage))
         while True:
+            if self._inside and self._batching != STREAM_BATCH:
+                watch = _stopwatch(self._inside[0].packet, self._now)
             with self._stylizer.lock:
                 self._use_style()
                 styled = next(flushing, None)

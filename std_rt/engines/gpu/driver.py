@@ -10,6 +10,8 @@ it follows the driver's documentation; its users are tested with tests/support/f
 from __future__ import annotations
 
 import ctypes
+import os
+import re
 import sys
 from collections.abc import Callable
 from ctypes import POINTER, byref, c_char, c_char_p, c_int, c_size_t, c_uint, c_ulonglong, c_void_p
@@ -19,16 +21,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from std_rt.core.errors import BackendError
+from std_rt.core.errors import BackendError, UsageError
 from std_rt.engines.gpu.probe import Gpu, probe
 
-__all__ = ["CudaDevice", "cuda_device", "driver_problem"]
+__all__ = ["CudaDevice", "choose_gpu", "cuda_device", "driver_problem"]
 
 Array = NDArray[Any]
 
 _LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _OUT_OF_MEMORY = 2
 _NON_BLOCKING = 1  # a stream that does not wait for the legacy stream
+_NO_TIMING = 2  # an event that only marks a place is cheaper
 _THREAD_LOCAL = 1  # capture mode: what other threads do on the GPU does not break it
 _MAJOR, _MINOR = 75, 76  # device attributes: compute capability
 _LEGACY = 0
@@ -54,6 +57,10 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuStreamCreate": (POINTER(c_void_p), c_uint),
     "cuStreamDestroy_v2": (c_void_p,),
     "cuStreamSynchronize": (c_void_p,),
+    "cuEventCreate": (POINTER(c_void_p), c_uint),
+    "cuEventRecord": (c_void_p, c_void_p),
+    "cuEventSynchronize": (c_void_p,),
+    "cuEventDestroy_v2": (c_void_p,),
     "cuStreamBeginCapture_v2": (c_void_p, c_int),
     "cuStreamEndCapture": (c_void_p, POINTER(c_void_p)),
     "cuGraphGetNodes": (c_void_p, c_void_p, POINTER(c_size_t)),
@@ -71,6 +78,28 @@ def driver_problem() -> str:
     Ask before touching the driver or TensorRT's runtime: without a driver that runtime crashes at exit.
     """
     return probe().problem or ""
+
+
+def choose_gpu(device: str) -> None:
+    """Make one GPU, named as ``cuda:1``, the only one that this process and its children see.
+
+    By ``CUDA_VISIBLE_DEVICES``, which every library obeys that has not touched the driver yet. Raises
+    UsageError for another name, a GPU that does not exist, or where none can be used.
+    """
+    match = re.fullmatch(r"cuda(?::(\d+))?", device)
+    if match is None:
+        raise UsageError(
+            f"--device must be a GPU such as cuda:0 or cuda:1, got {device!r}; see std-rt doctor"
+        )
+    found, index = probe(), int(match[1] or 0)
+    if found.problem:
+        raise UsageError(f"--device {device} cannot be used: {found.problem}; use --backend cpu")
+    if index >= len(found.gpus):
+        known = ", ".join(f"cuda:{i} is {gpu}" for i, gpu in enumerate(found.gpus))
+        raise UsageError(f"there is no GPU {device}: {known}")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(index) if visible is None else visible.split(",")[index].strip()
+    probe.cache_clear()
 
 
 @cache
@@ -112,14 +141,19 @@ class CudaDevice:
         address = _ADDRESS()
         code = self._lib.cuMemAlloc_v2(byref(address), max(size, 1))
         if code == _OUT_OF_MEMORY:
-            free, total = c_size_t(), c_size_t()
-            self._call("cuMemGetInfo_v2", byref(free), byref(total))
+            free_mb = self.memory_free() // 2**20
             raise BackendError(
-                f"{self.gpu.name} has {free.value // 2**20} MB free, {size / 2**20:.0f} MB more are needed; "
+                f"{self.gpu.name} has {free_mb} MB free, {size / 2**20:.0f} MB more are needed; "
                 "use a smaller --size, or close what else uses the GPU"
             )
         self._check("cuMemAlloc_v2", code)
         return int(address.value)
+
+    def memory_free(self) -> int:
+        """Bytes of the device's memory that no program has taken."""
+        free, total = c_size_t(), c_size_t()
+        self._call("cuMemGetInfo_v2", byref(free), byref(total))
+        return free.value
 
     def free(self, address: int) -> None:
         """Free memory of `allocate`."""
@@ -158,6 +192,24 @@ class CudaDevice:
     def synchronize(self, stream: int) -> None:
         """Wait until everything on the stream is done."""
         self._call("cuStreamSynchronize", stream)
+
+    def event(self) -> int:
+        """A new event: a place in a stream, to wait for."""
+        event = c_void_p()
+        self._call("cuEventCreate", byref(event), _NO_TIMING)
+        return int(event.value or 0)
+
+    def record(self, event: int, stream: int) -> None:
+        """Move an event behind all that is on the stream now."""
+        self._call("cuEventRecord", event, stream)
+
+    def wait(self, event: int) -> None:
+        """Wait until everything before the event is done, and for nothing after it."""
+        self._call("cuEventSynchronize", event)
+
+    def drop_event(self, event: int) -> None:
+        """Destroy an event."""
+        self._call("cuEventDestroy_v2", event)
 
     def drain(self) -> None:
         """Wait for the legacy stream, where libraries put their work at first use."""

@@ -11,33 +11,91 @@ Untested on a real GPU.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from contextlib import redirect_stdout
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, redirect_stdout
 from functools import cache
 from io import StringIO
+from itertools import count
+from threading import RLock, get_ident
 
+import numpy as np
 import onnxruntime as ort
 
 from std_rt.core.errors import BackendError
 from std_rt.core.machine import install_hint
 from std_rt.engines.glue import GLUE
+from std_rt.engines.gpu.libraries import missing_libraries
 from std_rt.engines.gpu.probe import probe
 from std_rt.engines.onnxruntime.io_binding import OrtRunner
-from std_rt.engines.onnxruntime.ort_session import CPU, OnnxRuntimeEngine, check_precision, open_session
-from std_rt.engines.program import Launch, Program
-from std_rt.engines.protocol import GraphSpec
+from std_rt.engines.onnxruntime.ort_session import (
+    CPU,
+    OnnxRuntimeEngine,
+    check_precision,
+    failures,
+    one_line,
+    open_session,
+    ports_of,
+)
+from std_rt.engines.program import Frame, Launch, Mark, Program, no_mark
+from std_rt.engines.protocol import Array, GraphSpec
+from std_rt.engines.shared import Shared
 
 __all__ = ["devices", "open_graph", "open_runner", "provider_options"]
 
 _PROVIDER = "CUDAExecutionProvider"
 _INSTALL = install_hint("cuda")
 _LOG = logging.getLogger(__name__)
+# ONNX Runtime captures in CUDA's global mode, which is spoilt by memory that any thread allocates or frees
+# meanwhile. Whoever allocates, frees or captures holds the first lock, so replays wait for no graph that is
+# opened. Whoever runs a program holds the second: sessions that replay must not be in two threads at once.
+_ALLOCATING, _RUNNING = RLock(), RLock()
+_SESSIONS = Shared[ort.InferenceSession](lambda session: None)
+_GRAPH_IDS = count(1)
+_NO_GRAPH = "-1"  # a run that is neither captured nor replayed
+
+
+class CudaEngine(OnnxRuntimeEngine):
+    """One graph of its own on the GPU, such as the style encoder, which runs beside frames."""
+
+    def __call__(self, **inputs: Array) -> dict[str, Array]:
+        with _ALLOCATING:
+            return super().__call__(**inputs)
+
+    def close(self) -> None:
+        """See `Engine`."""
+        with _ALLOCATING:
+            super().close()
+
+
+class CudaRunner(OrtRunner):
+    """A program on the GPU; its sessions may be shared with other programs, which take turns."""
+
+    _captured_by: int | None = None  # a thread: ONNX Runtime keeps a CUDA graph for each
+
+    def set(self, **feeds: Array) -> None:
+        """See `Runner`."""
+        with _RUNNING:
+            super().set(**feeds)
+
+    def run(self, frame: Frame, mark: Mark = no_mark) -> Frame:
+        """See `Runner`. A thread's first run captures, alone on the GPU."""
+        captured = self._captured_by == get_ident()
+        with nullcontext() if captured else _ALLOCATING, _RUNNING:
+            styled = super().run(frame, mark)
+        self._captured_by = get_ident()
+        return styled
+
+    def close(self) -> None:
+        """See `Runner`."""
+        with _ALLOCATING, _RUNNING:
+            super().close()
 
 
 def open_graph(spec: GraphSpec, precision: str) -> OnnxRuntimeEngine:
     """Open one graph on the GPU, NumPy arrays in and out. Raises BackendError."""
     _check_precision(spec, precision)
-    return OnnxRuntimeEngine(spec, _open(spec, precision, capture=False), spec.compute)
+    with _ALLOCATING:
+        return CudaEngine(spec, _open(spec, precision, capture=False), spec.compute)
 
 
 def open_runner(program: Program, specs: Mapping[str, GraphSpec], precision: str) -> OrtRunner:
@@ -46,14 +104,19 @@ def open_runner(program: Program, specs: Mapping[str, GraphSpec], precision: str
         _check_precision(specs[name], precision)
     _load_libraries()
     main = "unet" if "unet" in specs else program.graphs[0]
-    return OrtRunner(
-        program,
-        specs,
-        lambda spec: _open_captured(spec, precision),
-        device="cuda",
-        precision=specs[main].compute,
-        options=_run_options,
-    )
+
+    def open_session(spec: GraphSpec) -> tuple[ort.InferenceSession, Callable[[], None]]:
+        return _SESSIONS.take((spec.key, spec.identity, precision), lambda: _open_captured(spec, precision))
+
+    with _ALLOCATING:
+        return CudaRunner(
+            program,
+            specs,
+            open_session,
+            device="cuda",
+            precision=specs[main].compute,
+            options=_run_options,
+        )
 
 
 def devices() -> str:
@@ -84,11 +147,24 @@ def _open_captured(spec: GraphSpec, precision: str) -> ort.InferenceSession:
     if not spec.key and spec.name.startswith("glue."):  # two or three kernels: nothing to save
         return _open(spec, precision, capture=False)
     try:
-        return _open(spec, precision, capture=True)
+        session = _open(spec, precision, capture=True)
     except BackendError as error:
         session = _open(spec, precision, capture=False)
         _LOG.warning("graph '%s' runs without a CUDA graph, so somewhat slower: %s", spec.name, error)
-        return session
+    _warm_up(spec, session)
+    return session
+
+
+def _warm_up(spec: GraphSpec, session: ort.InferenceSession) -> None:
+    """Run once, without capture: cuDNN tries out its algorithms, for seconds that no frame should take."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", _NO_GRAPH)
+    ports = ports_of(session.get_inputs(), spec.shapes)
+    zeros = {name: np.zeros(*port) for name, port in ports.items()}
+    try:
+        session.run(None, zeros, options)
+    except failures() as error:
+        raise BackendError(one_line(spec, error)) from error
 
 
 def _open(spec: GraphSpec, precision: str, *, capture: bool) -> ort.InferenceSession:
@@ -106,7 +182,10 @@ def _open(spec: GraphSpec, precision: str, *, capture: bool) -> ort.InferenceSes
 
 @cache
 def _load_libraries() -> str:
-    """Load CUDA and cuDNN from pip's packages, where ONNX Runtime does not look; returns what it printed."""
+    """Load CUDA and cuDNN from pip's packages, where ONNX Runtime does not look; returns what it printed.
+
+    Raises BackendError if one is missing: ONNX Runtime would say so at the first frame, or speak of memory.
+    """
     if _PROVIDER not in ort.get_available_providers():
         raise BackendError(
             "this onnxruntime has no CUDA provider; run: "
@@ -115,14 +194,17 @@ def _load_libraries() -> str:
     said = StringIO()
     with redirect_stdout(said):  # it prints, and standard output may be JSON for another program
         ort.preload_dlls()
+    missing = missing_libraries()
+    if missing:
+        raise BackendError(f"onnxruntime-gpu does not find {', '.join(missing)}; run: {_INSTALL}")
     return " ".join(said.getvalue().split())[:300]
 
 
 def _run_options(index: int, launch: Launch) -> ort.RunOptions:
-    """Every launch has its own buffer addresses, so its session must keep a separate CUDA graph for it."""
+    """Every launch of every program has its own addresses, so its session keeps a CUDA graph for each."""
     options = ort.RunOptions()
     if launch.graph not in GLUE:
-        options.add_run_config_entry("gpu_graph_id", str(index + 1))
+        options.add_run_config_entry("gpu_graph_id", str(next(_GRAPH_IDS)))
     return options
 
 

@@ -32,7 +32,7 @@ from std_rt.engines.protocol import Array, GraphSpec, Ports
 
 __all__ = ["OrtRunner"]
 
-Opener = Callable[[GraphSpec], ort.InferenceSession]
+Opener = Callable[[GraphSpec], tuple[ort.InferenceSession, Callable[[], None]]]
 Options = Callable[[int, Launch], ort.RunOptions | None]
 
 
@@ -61,7 +61,8 @@ class OrtRunner:
         precision: str = "fp32",
         options: Options = lambda index, launch: None,
     ) -> None:
-        """``open_session`` opens a graph on that device; ``options`` gives a launch its run options.
+        """``open_session`` opens a graph on that device and says how to let go of it; ``options`` gives a
+        launch its run options.
 
         Raises BackendError if a graph does not open, or its ports are not those of a launch.
         """
@@ -73,7 +74,12 @@ class OrtRunner:
         for name in program.carried:
             self._fill(name, np.zeros(*program.buffers[name]))
         self._fed: dict[str, Array] = {}
-        self._calls = self._bind(specs, open_session, options)
+        self._releases: list[Callable[[], None]] = []
+        try:
+            self._calls = self._bind(specs, open_session, options)
+        except BackendError:
+            self._release()
+            raise
 
     def set(self, **feeds: Array) -> None:
         """Copy to the device; the same array as before is not copied again."""
@@ -111,10 +117,15 @@ class OrtRunner:
             self._fill(name, array)
 
     def close(self) -> None:
-        """Free sessions and buffers."""
+        """Free buffers, and sessions that no other program has."""
         self._calls.clear()
+        self._release()
         self._values.clear()
         self._fed.clear()
+
+    def _release(self) -> None:
+        while self._releases:
+            self._releases.pop()()
 
     def _fill(self, name: str, array: Array) -> None:
         self._values[name].update_inplace(np.ascontiguousarray(array))
@@ -125,7 +136,8 @@ class OrtRunner:
         calls = []
         for index, (launch, spec) in enumerate(zip(self._program.launches, wanted, strict=True)):
             if id(spec) not in sessions:
-                sessions[id(spec)] = open_session(spec)
+                sessions[id(spec)], release = open_session(spec)
+                self._releases.append(release)
             session = sessions[id(spec)]
             _check_ports(launch, session)
             binding = session.io_binding()

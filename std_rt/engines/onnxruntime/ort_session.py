@@ -29,6 +29,7 @@ __all__ = [
     "one_line",
     "open_graph",
     "open_session",
+    "ports_of",
 ]
 
 Providers = Sequence[str | tuple[str, dict[str, str]]]
@@ -125,7 +126,7 @@ class OnnxRuntimeEngine:
     """One session, arrays in and out. Use it from one thread at a time."""
 
     def __init__(self, spec: GraphSpec, session: ort.InferenceSession, precision: str) -> None:
-        self.inputs = _ports(session.get_inputs(), spec.shapes)
+        self.inputs = ports_of(session.get_inputs(), spec.shapes)
         self.precision = precision
         self._session: ort.InferenceSession | None = session
         self._name = spec.name
@@ -147,16 +148,17 @@ class OnnxRuntimeEngine:
         assert self._session is not None
         ports = self._session.get_outputs()
         if all(isinstance(axis, int) for port in ports for axis in port.shape):
-            return _ports(ports, {})
+            return ports_of(ports, {})
         declared = read_ports(spec.path)
         fixed = fixed_shapes(declared.outputs, axis_values(declared.inputs, spec.shapes))
         if fixed is not None:
-            return _ports(ports, fixed)
+            return ports_of(ports, fixed)
         zeros = {name: np.zeros(shape, dtype) for name, (shape, dtype) in self.inputs.items()}
         return {name: (value.shape, value.dtype) for name, value in self(**zeros).items()}
 
 
-def _ports(ports: Sequence[Any], shapes: Mapping[str, tuple[int, ...]]) -> Ports:
+def ports_of(ports: Sequence[Any], shapes: Mapping[str, tuple[int, ...]]) -> Ports:
+    """Shape (from ``shapes`` if it is there) and dtype of a session's inputs or outputs."""
     for port in ports:
         if port.type not in _DTYPES:
             raise BackendError(f"onnxruntime returns no array for {port.name}, which is {port.type}")

@@ -1,12 +1,14 @@
 """Provides TensorRT and TensorRT-RTX engines: from the cache, or built if the cache does not have them.
 
 builder = EngineBuilder(trt, RTX, ("sm89", "sm120"), cache=EngineCache.open())
-data = builder.data(spec)
+with builder.data(spec) as data:
+    engine = runtime.deserialize_cuda_engine(data)
 """
 
 from __future__ import annotations
 
 import hashlib
+import mmap
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +20,13 @@ from std_rt.core.errors import BackendError
 from std_rt.core.onnx_file import external_locations
 from std_rt.engines.cache import EngineCache, EngineKey
 from std_rt.engines.protocol import GraphSpec
-from std_rt.engines.tensorrt.onnx_to_engine import Product, Progress, build_engine, capability
+from std_rt.engines.tensorrt.onnx_to_engine import (
+    Product,
+    Progress,
+    build_engine,
+    capability,
+    capture_flag,
+)
 
 __all__ = ["EngineBuilder", "progress_to"]
 
@@ -53,6 +61,7 @@ class EngineBuilder:
 
     def key(self, spec: GraphSpec) -> EngineKey:
         """The cache key of ``spec``. A graph that belongs to no bundle is identified by its file's sha256."""
+        capture = " user allocation" if capture_flag(self._trt) is not None else ""
         file = "" if spec.key else f" file={hashlib.sha256(spec.path.read_bytes()).hexdigest()}"
         return EngineKey(
             bundle=spec.key,
@@ -62,7 +71,7 @@ class EngineBuilder:
             version=self._trt.__version__,
             target="+".join(self.targets),
             driver=self._driver,
-            flags=f"tf32={self._tf32}{file}",
+            flags=f"tf32={self._tf32}{capture}{file}",
         )
 
     def kernels_key(self, spec: GraphSpec, driver: str) -> EngineKey:
@@ -81,20 +90,24 @@ class EngineBuilder:
             self.key(spec), lambda path: self._make(spec, path), origin=spec.path.parent.resolve()
         )
 
-    def data(self, spec: GraphSpec) -> bytes:
-        """The engine's bytes: checked ones from the cache, or just built. Raises BackendError."""
+    @contextmanager
+    def data(self, spec: GraphSpec) -> Iterator[mmap.mmap | bytes]:
+        """The engine's bytes while the block runs: mapped from the cache, checked, or just built.
+
+        An engine of SDXL has 5 GB, which TensorRT copies: it is in no memory of ours. Raises BackendError.
+        """
         if self.cache is None or (not spec.key and external_locations(spec.path)):
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "engine"
                 self._make(spec, path)
-                return path.read_bytes()
-        data = self.cache.read(self.key(spec))
-        if data is None:
+                yield path.read_bytes()
+            return
+        if self.cache.find(self.key(spec)) is None:
             self.ensure(spec)
-            data = self.cache.read(self.key(spec))
-        if data is None:
-            raise BackendError(f"the engine of '{spec.name}' was removed while it was built; run again")
-        return data
+        with self.cache.mapped(self.key(spec)) as data:
+            if data is None:
+                raise BackendError(f"the engine of '{spec.name}' was removed while it was built; run again")
+            yield data
 
     def _make(self, spec: GraphSpec, path: Path) -> None:
         timings = self._timings_key()

@@ -3,8 +3,9 @@
 The frame (uint8) is in page-locked memory; one launch copies it to the GPU, runs every graph and every
 operation between them, and copies the picture (uint8) back. Nothing else is copied, and the host waits once.
 
-Engines come only from this machine's cache (`engine_builder`). They run one after the other
-on one stream, so they share one piece of working memory, as large as the largest of them needs.
+Engines come only from this machine's cache (`engine_builder`). Programs share them and differ in their
+contexts, so another number of steps reads nothing. Those of a program run one after the other on one stream
+and share one piece of working memory, as large as the largest of them needs.
 
 Untested on a real GPU. Tests run all of it on tests/support/fake_gpu.py, a GPU and a TensorRT in NumPy.
 """
@@ -12,9 +13,13 @@ Untested on a real GPU. Tests run all of it on tests/support/fake_gpu.py, a GPU 
 from __future__ import annotations
 
 import logging
+import mmap
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, partial
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -35,6 +40,7 @@ from std_rt.engines.program import (
     no_mark,
 )
 from std_rt.engines.protocol import Array, GraphSpec, Ports, check_inputs
+from std_rt.engines.shared import Shared
 from std_rt.engines.tensorrt.engine_builder import EngineBuilder
 from std_rt.engines.tensorrt.onnx_to_engine import (
     RTX,
@@ -46,6 +52,7 @@ from std_rt.engines.tensorrt.onnx_to_engine import (
 
 __all__ = ["RTX_BACKEND", "TENSORRT_BACKEND", "GpuBackend", "GpuEngine", "GpuRunner", "GpuSession"]
 
+_SLOTS = 2  # frames on their way at once: one runs, and the next waits for it on the GPU
 _WARM_UPS = 3  # the first runs load kernels and settle sizes, which must not happen inside a capture
 
 
@@ -72,24 +79,26 @@ class GpuBackend:
 
     def _session(self, precision: str) -> GpuSession:
         """``precision`` fp32 turns TF32 off; everything else about precision is in the graphs."""
-        trt = load_product(self.product)
-        device = cuda_device()  # before the runtime: without a driver that one crashes at exit
-        builder = EngineBuilder(
-            trt,
-            self.product,
-            (f"sm{device.gpu.sm}",),
-            driver=device.driver,
-            tf32=precision != "fp32",
-            cache=EngineCache.open(),
-        )
-        return GpuSession(trt, device, builder)
+        return _session(self.product, precision != "fp32")
+
+
+@cache
+def _session(product: Product, tf32: bool) -> GpuSession:
+    """One for the process, so that whatever is opened shares its engines."""
+    trt = load_product(product)
+    device = cuda_device()  # before the runtime: without a driver that one crashes at exit
+    target = f"sm{device.gpu.sm}"
+    builder = EngineBuilder(
+        trt, product, (target,), driver=device.driver, tf32=tf32, cache=EngineCache.open()
+    )
+    return GpuSession(trt, device, builder)
 
 
 TENSORRT_BACKEND, RTX_BACKEND = GpuBackend(TENSORRT), GpuBackend(RTX)
 
 
 class GpuSession:
-    """A TensorRT module, a GPU and a builder of engines: opens graphs and programs."""
+    """A TensorRT module, a GPU and a builder of engines: opens graphs and programs, which share engines."""
 
     def __init__(self, trt: Any, device: CudaDevice, builder: EngineBuilder) -> None:
         """Use a `GpuBackend` unless in a test."""
@@ -97,18 +106,20 @@ class GpuSession:
         self._trt, self._device, self._builder = trt, device, builder
         self._logger = make_logger(trt)
         self._runtime = trt.Runtime(self._logger)
+        self._engines = Shared[LoadedEngine](LoadedEngine.close)
 
     def open_graph(self, spec: GraphSpec) -> GpuEngine:
         """One graph on its own. Raises BackendError."""
         self._device.bind()
-        graph = self._load(spec)
-        self._share_memory([graph])
-        return GpuEngine(self._device, graph, spec.compute)
+        with self._closing_if_refused() as graphs:
+            graphs[0] = self._load(spec)
+            self._share_memory(graphs.values())
+            return GpuEngine(self._device, graphs[0], spec.compute)
 
     def open_runner(
         self, program: Program, specs: Mapping[str, GraphSpec], precision: str = "auto"
     ) -> GpuRunner:
-        """A whole program; ``specs`` has one entry per graph of the model. Raises BackendError."""
+        """A whole program, warmed up; ``specs`` has one entry per graph of the model. Raises BackendError."""
         compute = specs["unet" if "unet" in specs else next(iter(specs))].compute
         if precision not in ("auto", compute):
             raise BackendError(
@@ -117,27 +128,49 @@ class GpuSession:
             )
         self._device.bind()
         wanted = launch_specs(program, specs)
-        graphs = {key: self._load(spec) for key, spec in {id(spec): spec for spec in wanted}.items()}
-        self._share_memory(list(graphs.values()))
-        try:
+        with self._closing_if_refused() as graphs:
+            for spec in wanted:
+                if id(spec) not in graphs:
+                    graphs[id(spec)] = self._load(spec)
+            self._share_memory(graphs.values())
             return GpuRunner(self._device, program, [graphs[id(spec)] for spec in wanted], compute)
+
+    @contextmanager
+    def _closing_if_refused(self) -> Iterator[dict[int, LoadedGraph]]:
+        """Graphs that are opened one by one: if one is refused, or what needs them is, all are closed."""
+        graphs: dict[int, LoadedGraph] = {}
+        try:
+            yield graphs
         except BackendError:
             for graph in graphs.values():
                 graph.close()
             raise
 
     def _load(self, spec: GraphSpec) -> LoadedGraph:
-        data = self._builder.data(spec)
-        self._check(spec, data)
-        engine = self._runtime.deserialize_cuda_engine(data)
+        """A context of its own over the engine, which is read once for all programs of its shapes."""
+        engine, release = self._engines.take((spec.key, spec.identity), lambda: self._load_engine(spec))
+        context = engine.context()
+        if context is None:
+            release()
+            raise BackendError(self._failed(spec, "does not start"))
+        return LoadedGraph(engine, context, release)
+
+    def _load_engine(self, spec: GraphSpec) -> LoadedEngine:
+        with self._builder.data(spec) as data:
+            self._check(spec, data)
+            engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise BackendError(self._failed(spec, "does not load"))
-        context, kernels = self._context(spec, engine)
-        if context is None:
-            raise BackendError(self._failed(spec, "does not start"))
-        return LoadedGraph(spec.name, engine, context, self._trt, self._logger, kernels)
+        how = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        kernels = None
+        if self._builder.product.ahead:
+            config = engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(how)
+            kernels = Kernels.open(self._builder, spec, config, self._device)
+            how = config
+        return LoadedEngine(spec.name, engine, how, self._trt, self._logger, kernels)
 
-    def _check(self, spec: GraphSpec, data: bytes) -> None:
+    def _check(self, spec: GraphSpec, data: mmap.mmap | bytes) -> None:
         """Refuse an engine that is not for this machine, if the product can tell."""
         if not hasattr(self._runtime, "get_engine_validity"):
             return
@@ -145,18 +178,8 @@ class GpuSession:
         if validity == self._trt.EngineValidity.INVALID:
             raise BackendError(self._failed(spec, f"is not for this machine ({problems})"))
 
-    def _context(self, spec: GraphSpec, engine: Any) -> tuple[Any, Kernels | None]:
-        """A context without working memory; with TensorRT-RTX, also the kernels it compiled here before."""
-        ours = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if not self._builder.product.ahead:
-            return engine.create_execution_context(ours), None
-        config = engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(ours)
-        kernels = Kernels.open(self._builder, spec, config, self._device)
-        return engine.create_execution_context(config), kernels
-
-    def _share_memory(self, graphs: Sequence[LoadedGraph]) -> None:
-        size = max(graph.working_size for graph in graphs)
+    def _share_memory(self, graphs: Collection[LoadedGraph]) -> None:
+        size = max(graph.engine.working_size for graph in graphs)
         memory = Memory(self._device)
         address = memory.take(size) if size else 0
         for graph in graphs:
@@ -224,17 +247,18 @@ class Kernels:
                 logging.getLogger("std_rt").warning("%s", error)
 
 
-class LoadedGraph:
-    """An engine with its context: ``enqueue`` puts one run of it on a stream."""
+class LoadedEngine:
+    """An engine on the GPU. Every program that runs it does so in a context of its own."""
 
     def __init__(
-        self, name: str, engine: Any, context: Any, trt: Any, logger: Any, kernels: Kernels | None = None
+        self, name: str, engine: Any, how: Any, trt: Any, logger: Any, kernels: Kernels | None = None
     ) -> None:
-        self.name = name
+        """``how`` contexts are made: without working memory of their own."""
+        self.name, self.logger, self.kernels = name, logger, kernels
         self.inputs: Ports = {}
         self.outputs: Ports = {}
-        self._engine, self._context, self._logger, self._kernels = engine, context, logger, kernels
-        self._memory: Memory | None = None
+        self._engine, self._how = engine, how
+        self._lock = Lock()
         for i in range(engine.num_io_tensors):
             port = engine.get_tensor_name(i)
             side = self.inputs if engine.get_tensor_mode(port) == trt.TensorIOMode.INPUT else self.outputs
@@ -246,10 +270,27 @@ class LoadedGraph:
         """Bytes of memory that a run needs besides inputs and outputs."""
         return int(self._engine.device_memory_size_v2)
 
+    def context(self) -> Any:
+        """A new context, or None if TensorRT refuses."""
+        with self._lock:
+            return self._engine.create_execution_context(self._how)
+
+    def close(self) -> None:
+        """Free the engine; its contexts are gone already."""
+        self._how = self.kernels = self._engine = None
+
+
+class LoadedGraph:
+    """A context of an engine: ``enqueue`` puts one run of it on a stream."""
+
+    def __init__(self, engine: LoadedEngine, context: Any, release: Callable[[], None]) -> None:
+        self.engine, self._context, self._release = engine, context, release
+        self._memory: Memory | None = None
+
     def use_memory(self, memory: Memory, address: int, size: int) -> None:
         """Where a run keeps intermediate results; ``memory`` lives as long as this graph."""
         self._memory = memory
-        if self.working_size:
+        if self.engine.working_size:
             self._context.set_device_memory(address, size)
 
     def enqueue(self, addresses: Mapping[str, int], stream: int) -> None:
@@ -267,17 +308,22 @@ class LoadedGraph:
 
     def keep_kernels(self) -> None:
         """See `Kernels.keep`."""
-        if self._kernels is not None:
-            self._kernels.keep()
+        if self.engine.kernels is not None:
+            self.engine.kernels.keep()
 
     def close(self) -> None:
-        """Free the engine, its context and the memory that it shares with others."""
-        self._context = self._engine = self._kernels = None
+        """Free the context, the memory that it shares, and the engine unless another program has it."""
+        if self._context is None:
+            return
+        self._context = None
         if self._memory is not None:
             self._memory.free()
+        self._release()
 
     def _refused(self, what: str) -> str:
-        return f"graph '{self.name}' was refused {what}: {self._logger.reason()}; see std-rt doctor"
+        return (
+            f"graph '{self.engine.name}' was refused {what}: {self.engine.logger.reason()}; see std-rt doctor"
+        )
 
 
 class GpuEngine:
@@ -285,8 +331,8 @@ class GpuEngine:
 
     def __init__(self, device: CudaDevice, graph: LoadedGraph, precision: str) -> None:
         """Use `GpuSession.open_graph`."""
-        self.inputs, self.outputs, self.precision = graph.inputs, graph.outputs, precision
-        self._device, self._name = device, graph.name
+        self.inputs, self.outputs, self.precision = graph.engine.inputs, graph.engine.outputs, precision
+        self._device, self._name = device, graph.engine.name
         self._graph: LoadedGraph | None = graph
         self._memory = Memory(device)
         self._stream = device.stream()
@@ -321,44 +367,76 @@ class GpuEngine:
             self._device.drop_stream(self._stream)
 
 
+@dataclass(eq=False)
+class _Slot:
+    """The page-locked memory of one frame on its way; ``graph``: the captured run that uses it."""
+
+    frame: Array
+    styled: Array
+    staged: dict[str, Array]  # feeds
+    event: int
+    graph: int | None = None
+    fresh: set[str] = field(default_factory=set)  # staged since the slot's last frame
+    pending: _Pending | None = None
+
+
+@dataclass(eq=False)
+class _Pending:
+    """A frame that was submitted; ``styled`` once somebody has waited for it."""
+
+    slot: _Slot
+    styled: Frame | None = None
+
+
 class GpuRunner:
-    """A `Runner` on a GPU. Use it from one thread at a time."""
+    """A `Runner` on a GPU. Use it from one thread at a time.
+
+    `submit` is the first half of `run`: the next frame can be submitted before this one is collected, so that
+    the GPU goes on while the host works. Frames run in the order in which they were submitted.
+    """
 
     def __init__(
         self, device: CudaDevice, program: Program, graphs: Sequence[LoadedGraph], precision: str
     ) -> None:
-        """Use `GpuSession.open_runner`. ``graphs`` has the graph of each launch, in order."""
+        """Use `GpuSession.open_runner`. ``graphs`` has the graph of each launch, in order.
+
+        Everything that takes long at first use is done here: kernels are loaded and the frame is captured.
+        """
         self.precision = precision
         self._device, self._program, self._graphs = device, program, list(graphs)
         self._check_ports()
+        self._fed: dict[str, Array] = {}
+        self._slots: list[_Slot] = []
+        self._pinned: list[Array] = []
+        self._open = True
         self._memory = Memory(device)
         self._stream = device.stream()
-        self._addresses = {name: self._memory.take(_size(*port)) for name, port in program.buffers.items()}
-        # Outputs that a launch does not name: the engine writes them all the same.
-        self._unread = [
-            {
-                port: self._memory.take(_size(*kind))
-                for port, kind in graph.outputs.items()
-                if port not in launch.outputs
-            }
-            for launch, graph in zip(program.launches, self._graphs, strict=True)
-        ]
-        self._frame = device.pinned(*program.buffers[FRAME])
-        self._styled = device.pinned(*program.buffers[STYLED])
-        self._fed: dict[str, Array] = {}
-        self._captured: int | None = None
-        self._capturable = True
-        self._open = True
-        self._upload(program.constants)
-        self._upload({name: np.zeros(*program.buffers[name]) for name in program.carried})
+        try:
+            self._allocate()
+            self._warm_up()
+        except BackendError:
+            self.close()
+            raise
+
+    @property
+    def captured(self) -> bool:
+        """Whether a frame is replayed as one CUDA graph."""
+        return all(slot.graph is not None for slot in self._slots)
 
     def set(self, **feeds: Array) -> None:
-        """See `Runner`. The same array as before is not copied again."""
+        """See `Runner`. The same array as before is not copied again; frames on their way keep theirs."""
         check_feeds(self._program, feeds)
         self._begin()
-        fresh = {name: array for name, array in feeds.items() if self._fed.get(name) is not array}
-        self._upload(fresh)
-        self._fed.update(fresh)
+        slot = self._slots[0]
+        for name, array in feeds.items():
+            if self._fed.get(name) is array:
+                continue
+            if name in slot.fresh or slot.pending is not None:  # its last copy may still be on its way
+                self._device.synchronize(self._stream)
+            np.copyto(slot.staged[name], array)
+            slot.fresh.add(name)
+            self._device.upload(self._addresses[name], slot.staged[name], self._stream)
+            self._fed[name] = array
 
     def carried(self) -> dict[str, Array]:
         """See `Runner`."""
@@ -378,17 +456,43 @@ class GpuRunner:
 
     def run(self, frame: Frame, mark: Mark = no_mark) -> Frame:
         """See `Runner`. The whole frame is one stage for ``mark``: "frame"."""
+        return self.submit(frame)(mark)
+
+    def submit(self, frame: Frame) -> Callable[[Mark], Frame]:
+        """Start a frame and return at once: call the result, once, to wait for it.
+
+        Raises BackendError as `run` does. Two frames are on their way at most: for a third, the first is
+        waited for here.
+        """
         check_frame(self._program, frame, self._fed)
         self._begin()
-        np.copyto(self._frame, frame)
-        graph = self._captured_graph()
-        if graph is None:
-            self._enqueue()
+        slot = self._slots.pop(0)
+        self._slots.append(slot)
+        self._finish(slot)
+        np.copyto(slot.frame, frame)
+        if slot.graph is None:
+            self._enqueue(slot)
         else:
-            self._device.launch(graph, self._stream)
-        self._device.synchronize(self._stream)
+            self._device.launch(slot.graph, self._stream)
+        self._device.record(slot.event, self._stream)
+        slot.fresh.clear()
+        slot.pending = _Pending(slot)
+        return partial(self._collect, slot.pending)
+
+    def _collect(self, pending: _Pending, mark: Mark = no_mark) -> Frame:
+        if pending.styled is None:
+            self._begin()
+            self._finish(pending.slot)
         mark("frame")
-        return self._styled.copy()
+        assert pending.styled is not None
+        return pending.styled
+
+    def _finish(self, slot: _Slot) -> None:
+        """Wait for the slot's frame, if there is one, and take it out of page-locked memory."""
+        if slot.pending is not None:
+            self._device.wait(slot.event)
+            slot.pending.styled = slot.styled.copy()
+            slot.pending = None
 
     def close(self) -> None:
         """Free everything; the runner must not be used afterwards."""
@@ -397,14 +501,17 @@ class GpuRunner:
         self._open = False
         self._device.bind()
         self._device.synchronize(self._stream)
-        if self._captured is not None:
-            self._device.drop_graph(self._captured)
+        for slot in self._slots:
+            self._finish(slot)
+            if slot.graph is not None:
+                self._device.drop_graph(slot.graph)
+            self._device.drop_event(slot.event)
         for graph in self._graphs:
             graph.close()
         self._graphs.clear()
         self._memory.free()
-        self._device.free_pinned(self._frame)
-        self._device.free_pinned(self._styled)
+        for array in self._pinned:
+            self._device.free_pinned(array)
         self._device.drop_stream(self._stream)
 
     def _begin(self) -> None:
@@ -412,44 +519,61 @@ class GpuRunner:
             raise BackendError("the runner was closed; open it again")
         self._device.bind()
 
-    def _captured_graph(self) -> int | None:
-        """The frame as a CUDA graph, captured at the first frame: the buffers' addresses never change.
+    def _allocate(self) -> None:
+        buffers, take = self._program.buffers, self._memory.take
+        self._addresses = {name: take(_size(*port)) for name, port in buffers.items()}
+        # Outputs that a launch does not name: the engine writes them all the same.
+        self._unread = [
+            {p: take(_size(*kind)) for p, kind in graph.engine.outputs.items() if p not in launch.outputs}
+            for launch, graph in zip(self._program.launches, self._graphs, strict=True)
+        ]
+        for _ in range(_SLOTS):
+            staged = {name: self._pin(buffers[name]) for name in self._program.feeds}
+            frames = self._pin(buffers[FRAME]), self._pin(buffers[STYLED])
+            self._slots.append(_Slot(*frames, staged, self._device.event()))
+        self._upload(self._program.constants)
+        self._upload(
+            {name: np.zeros(*buffers[name]) for name in (*self._program.feeds, *self._program.carried)}
+        )
 
-        None if TensorRT says that an engine cannot be captured; a warning has said so.
-        """
-        if self._captured is None and self._capturable:
-            self._warm_up()
-            if self._capturable:
-                self._device.drain()
-                self._captured = self._device.capture(self._stream, self._enqueue)
-        return self._captured
+    def _pin(self, port: tuple[tuple[int, ...], np.dtype[Any]]) -> Array:
+        self._pinned.append(self._device.pinned(*port))
+        return self._pinned[-1]
 
     def _warm_up(self) -> None:
-        """Runs without effect: the carried buffers are restored afterwards."""
+        """Runs without effect, then the capture of a frame as a CUDA graph: the buffers never move.
+
+        If TensorRT says that an engine cannot be captured, so does a warning. Carried buffers are restored.
+        """
         carried = self.carried()
+        for slot in self._slots:
+            slot.frame[...] = 0
         for _ in range(_WARM_UPS):
-            self._enqueue()
+            self._enqueue(self._slots[0])
         self._device.synchronize(self._stream)
         self._upload(carried)
         for graph in dict.fromkeys(self._graphs):
             graph.keep_kernels()
-        refused = [graph.name for graph in self._graphs if not graph.capturable(self._stream)]
-        self._capturable = not refused
+        refused = [graph.engine.name for graph in self._graphs if not graph.capturable(self._stream)]
         if refused:
             warnings.warn(
                 f"'{refused[0]}' cannot be captured in a CUDA graph, so frames run launch by launch: slower",
                 RuntimeWarning,
                 stacklevel=2,
             )
+            return
+        self._device.drain()
+        for slot in self._slots:
+            slot.graph = self._device.capture(self._stream, partial(self._enqueue, slot))
 
-    def _enqueue(self) -> None:
+    def _enqueue(self, slot: _Slot) -> None:
         """Put a whole frame on the stream."""
-        self._device.upload(self._addresses[FRAME], self._frame, self._stream)
+        self._device.upload(self._addresses[FRAME], slot.frame, self._stream)
         for launch, graph, unread in zip(self._program.launches, self._graphs, self._unread, strict=True):
             ports = {**launch.inputs, **launch.outputs}
             addresses = {port: self._addresses[buffer] for port, buffer in ports.items()}
             graph.enqueue(addresses | unread, self._stream)
-        self._device.download(self._styled, self._addresses[STYLED], self._stream)
+        self._device.download(slot.styled, self._addresses[STYLED], self._stream)
 
     def _upload(self, arrays: Mapping[str, Array]) -> None:
         if not arrays:
@@ -462,12 +586,13 @@ class GpuRunner:
     def _check_ports(self) -> None:
         """Raise BackendError unless engines have the launches' ports, with the buffers' shapes and types."""
         for launch, graph in zip(self._program.launches, self._graphs, strict=True):
+            engine = graph.engine
             inputs = {port: self._program.buffers[buffer] for port, buffer in launch.inputs.items()}
             outputs = {port: self._program.buffers[buffer] for port, buffer in launch.outputs.items()}
-            if graph.inputs != inputs or not outputs.items() <= graph.outputs.items():
+            if engine.inputs != inputs or not outputs.items() <= engine.outputs.items():
                 raise BackendError(
-                    f"the engine of '{graph.name}' takes {_describe(graph.inputs)} and returns "
-                    f"{_describe(graph.outputs)}, but the program has {_describe(inputs)} and "
+                    f"the engine of '{engine.name}' takes {_describe(engine.inputs)} and returns "
+                    f"{_describe(engine.outputs)}, but the program has {_describe(inputs)} and "
                     f"{_describe(outputs)}; export the bundle again"
                 )
 

@@ -33,6 +33,7 @@ __all__ = [
     "Progress",
     "build_engine",
     "capability",
+    "capture_flag",
     "load_product",
     "make_logger",
 ]
@@ -110,6 +111,9 @@ def build_engine(
     _fix_shapes(product, spec, network, logger)
     config = builder.create_builder_config()
     (config.set_flag if tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
+    capture = capture_flag(trt)
+    if capture is not None:
+        config.set_flag(capture)
     if targets:
         config.num_compute_capabilities = len(targets)
     for i, target in enumerate(targets):
@@ -300,6 +304,15 @@ def capability(trt: Any, product: Product, target: str) -> Any:
             "use another --sm, or --backend tensorrt or cuda on that GPU"
         )
     return known[target]
+
+
+def capture_flag(trt: Any) -> Any:
+    """The flag without which an engine may allocate while it runs, which a CUDA graph does not allow.
+
+    A network that has to is then refused when it is built, on any machine. None if the product has no such
+    flag.
+    """
+    return getattr(getattr(trt, "BuilderFlag", None), "REQUIRE_USER_ALLOCATION", None)
 
 
 def _parser_error(parser: Any, logger: Any) -> str:

@@ -82,6 +82,7 @@ class Sources:
     ip_adapter: Path | None = None
     image_encoder: Path | None = None
     vae: Path | None = None
+    tiny_vae: Path | None = None
     profile: str = ""
     eta: float | None = None
     origins: Mapping[Path, Origin] = field(default_factory=dict)
@@ -94,6 +95,7 @@ def resolve_sources(
     ip_adapter: str | None = None,
     image_encoder: str | None = None,
     vae: str | None = None,
+    tiny_vae: str | None = None,
     eta: float | None = None,
     profile: str = "",
     config: str | None = None,
@@ -110,7 +112,8 @@ def resolve_sources(
     """
     if profile:
         find_profile(profile)  # a wrong name is said before anything is fetched
-    asked = _Asked(base, tuple(map(_split_scale, loras)), ip_adapter, image_encoder, vae, eta, profile)
+    scaled = tuple(map(_split_scale, loras))
+    asked = _Asked(base, scaled, ip_adapter, image_encoder, vae, tiny_vae, eta, profile)
     asked = _published_recipe(asked) if base is None else asked
     return _Resolver(asked, config, say, confirm).run()
 
@@ -122,6 +125,7 @@ class _Asked:
     ip_adapter: str | None
     image_encoder: str | None
     vae: str | None
+    tiny_vae: str | None
     eta: float | None
     profile: str
 
@@ -188,6 +192,8 @@ class _Resolver:
         encoder = self._folder(named, "--image-encoder") if named else None
         named = VAES.get(asked.vae or "", asked.vae)
         vae = self._folder(named, "--vae") if named else None
+        named = VAES.get(asked.tiny_vae or "", asked.tiny_vae)
+        tiny = self._folder(named, "--tiny-vae") if named else None
         self._fetch()
         encoder = encoder or self._fitting_encoder(base, adapter)
         folder = base.path
@@ -199,10 +205,11 @@ class _Resolver:
             adapter.path if adapter else None,
             encoder.path if encoder else None,
             vae.path if vae else None,
+            tiny.path if tiny else None,
             asked.profile,
             asked.eta,
             {folder: _origin(base)}
-            | {place.path: _origin(place) for place in (*loras, adapter, encoder, vae) if place},
+            | {place.path: _origin(place) for place in (*loras, adapter, encoder, vae, tiny) if place},
         )
 
     def _base(self) -> tuple[_Place, _Place | None]:
@@ -293,7 +300,7 @@ class _Resolver:
         if path.is_dir():
             return _Place(path)
         if ref is None or path.is_file():
-            names = f", or {' or '.join(VAES)}" if flag == "--vae" else ""
+            names = f", or {' or '.join(VAES)}" if flag.endswith("vae") else ""
             raise _unknown(
                 text, f"{flag} {text} is neither a folder here nor a hub id (owner/name[:folder]){names}"
             )

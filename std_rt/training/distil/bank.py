@@ -23,6 +23,7 @@ from torch import Tensor
 from std_rt.core.errors import RecipeError
 from std_rt.core.schedule import GRID_POINTS
 from std_rt.training.distil.base import Conditioning, Rows, cat
+from std_rt.training.distil.trajectory import send
 
 __all__ = ["Shape", "States", "TrajectoryBank"]
 
@@ -45,10 +46,8 @@ class States(Rows):
 
     def to(self, device: torch.device | str) -> States:
         """``index`` and ``id`` stay on the CPU: the loop decides by them, and must not wait for a GPU."""
-        # Copies to a GPU need not be waited for; from pinned memory they overlap with its work.
-        apart = torch.device(device).type == "cuda"
-        z, x, scale = (v.to(device, non_blocking=apart) for v in (self.z, self.x, self.scale))
-        cond = self.cond.map(lambda v: v.to(device, non_blocking=apart))
+        z, x, scale = (send(v, device) for v in (self.z, self.x, self.scale))
+        cond = self.cond.map(lambda v: send(v, device))
         return replace(self, z=z, x=x, scale=scale, cond=cond)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ from std_rt.training.distil.trajectory import (
     phase_edges,
     pseudo_huber,
     randint,
+    send,
     to_x0_eps,
 )
 from std_rt.training.run.precision import precision_context, resolve_precision
@@ -156,7 +157,7 @@ class Distiller:
             unet = run if self.config.ema_target else self.base.unet
             output = self.base.predict(unet, x_next, self.device_levels.timestep(index), states.cond)
         arrived = self._jump(output, x_next, index, s)
-        here = (s == index).view(-1, 1, 1, 1).to(self.device)
+        here = send((s == index).view(-1, 1, 1, 1), self.device)
         return torch.where(here, x_next, arrived)
 
     def student_jump(self, unet: Any, states: States, s: Tensor) -> Tensor:
@@ -265,13 +266,13 @@ class Distiller:
             r, pair = torch.full_like(s, CLEAN), s == CLEAN
             # One row even if none counts: every process runs the heads, or their gradients could not meet.
             judged = pair.nonzero()[:, 0] if pair.any() else torch.zeros(1, dtype=torch.long)
-        noise = torch.randn(states.z.shape, generator=self.generator).to(self.device)
+        noise = send(torch.randn(states.z.shape, generator=self.generator), self.device)
         real = renoise(states.z, r, self.device_levels, noise)
         target = self.target_jump(states, x_next, s, after)
         if self.uses_bank:
             moved = replace(stored, x=x_next, index=after)
             self.bank.update(shape, slots, moved)
-        return StepBatch(states, slots, shape, s, target, real, pair.to(self.device), judged)
+        return StepBatch(states, slots, shape, s, target, real, send(pair, self.device), judged)
 
     def _strides(self, index: Tensor) -> Tensor:
         """Grid points that the teacher goes, ``[B]``.

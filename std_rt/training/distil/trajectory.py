@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ __all__ = [
     "phase_edges",
     "pseudo_huber",
     "randint",
+    "send",
     "to_x0_eps",
 ]
 
@@ -40,6 +41,7 @@ class Levels:
     timesteps: Tensor  # [51]; the first entry, of the clean end, is 0
     alphas: Tensor
     sigmas: Tensor
+    device: torch.device | str = "cpu"  # of what the methods return
 
     @classmethod
     def of(cls, schedule: NoiseSchedule, tau: int) -> Levels:
@@ -50,21 +52,30 @@ class Levels:
         return cls(grid.index(tau), torch.tensor([0, *grid]), alphas, sigmas)
 
     def to(self, device: torch.device | str) -> Levels:
-        return Levels(
-            self.tau_index, self.timesteps.to(device), self.alphas.to(device), self.sigmas.to(device)
-        )
+        """The same, with what it returns on ``device``.
+
+        The tables stay on the CPU, as the indices do: a GPU's table, asked with them, waits for the GPU.
+        """
+        return replace(self, device=device)
 
     def timestep(self, index: Tensor) -> Tensor:
         """``[B]`` -> ``[B]``; the clean end is asked for as timestep 0."""
-        return self.timesteps[index + 1]
+        return send(self.timesteps[index + 1], self.device)
 
     def alpha(self, index: Tensor) -> Tensor:
         """``[B]`` -> ``[B, 1, 1, 1]``."""
-        return self.alphas[index + 1].view(-1, 1, 1, 1)
+        return send(self.alphas[index + 1].view(-1, 1, 1, 1), self.device)
 
     def sigma(self, index: Tensor) -> Tensor:
         """``[B]`` -> ``[B, 1, 1, 1]``."""
-        return self.sigmas[index + 1].view(-1, 1, 1, 1)
+        return send(self.sigmas[index + 1].view(-1, 1, 1, 1), self.device)
+
+
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """``x`` on a device. What goes to a GPU it fetches from page-locked memory by itself: nobody waits."""
+    if x.device.type == "cpu" and torch.device(device).type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def to_x0_eps(

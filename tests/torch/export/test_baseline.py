@@ -49,3 +49,50 @@ def test_bf16_and_compilation_paint_nearly_the_same_picture(
         pictures.append(loop.step(frame).astype(int))
     assert len(compiled) == 3
     assert 0 < np.abs(pictures[0] - pictures[1]).mean() < 6
+
+
+def test_fp16_as_on_a_gpu_paints_nearly_the_same_and_every_stage_ends_with_a_wait(
+    own_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from std_rt.evaluation.diffusers_baseline import DiffusersLoop
+
+    frame, style = sample_frame(64, 64), sample_frame(64, 64, seed=1)
+    order: list[str] = []
+    monkeypatch.setattr(DiffusersLoop, "_wait", lambda self: order.append("wait"))
+    pictures = []
+    for precision in ("fp32", "fp16"):
+        loop = DiffusersLoop(own_bundle, own_bundle.default_steps, (64, 64), precision=precision)
+        loop.set_style(style)
+        pictures.append(loop.step(frame, mark=order.append).astype(int))
+    assert 0 < np.abs(pictures[0] - pictures[1]).mean() < 2
+    assert set(order[::2]) == {"wait"}
+    assert "wait" not in order[1::2]
+
+
+def test_a_gpu_is_compared_with_diffusers_on_the_gpu_in_fp16(
+    own_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from std_rt.core.errors import UsageError
+    from std_rt.evaluation import bench
+
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(bench, "diffusers_step", lambda *given, **how: asked.append(how) or dict)  # type: ignore[func-returns-value]
+    with Stylizer.load(own_bundle, size=(64, 64), precision="fp32") as stylizer:
+        bench._against(stylizer, (64, 64), "diffusers")
+        stylizer.backend = "rtx"
+        if not torch.cuda.is_available():
+            with pytest.raises(
+                UsageError, match=r"beside backend 'rtx' needs torch on the GPU, .*--backend cpu"
+            ):
+                bench._against(stylizer, (64, 64), "diffusers")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        for name in bench.AGAINST:
+            bench._against(stylizer, (64, 64), name)
+    assert asked == [
+        {"precision": "fp32", "compiled": False, "device": "cpu"},
+        {"precision": "fp16", "compiled": False, "device": "cuda"},
+        {"precision": "fp16", "compiled": True, "device": "cuda"},
+    ]
+    assert bench.title_of("compile", "rtx") == "diffusers (torch.compile fp16, GPU)"

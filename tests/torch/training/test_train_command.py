@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -118,3 +119,9 @@ def test_what_is_wrong_is_said_in_one_line(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no retries over the network
     assert said in cli("train", recipe, *arguments).error
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_a_recipe_runs_with_what_the_extra_brings(path: Path) -> None:
+    """bitsandbytes is not in it."""
+    assert tomllib.loads(path.read_text(encoding="utf-8")).get("optimizer", "adamw") == "adamw"

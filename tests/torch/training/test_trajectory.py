@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from std_rt.core.schedule import (
     NoiseSchedule,
@@ -19,6 +21,7 @@ from std_rt.core.schedule import (
     trajectory_timesteps,
 )
 from std_rt.training.distil.trajectory import (
+    CLEAN,
     Levels,
     content_share,
     draw_start,
@@ -27,6 +30,7 @@ from std_rt.training.distil.trajectory import (
     last_index,
     phase_edges,
     pseudo_huber,
+    send,
     to_x0_eps,
 )
 from std_rt.training.run.recipe import PUBLISHED_TAU, target_window
@@ -200,3 +204,35 @@ def test_with_a_stride_targets_lie_where_a_teacher_step_arrives_or_below(
     s = draw_target(method, torch.full((8,), t), 9, (), _generator(seed), stride)
     assert (s <= max(-1, t - stride)).all()
     assert (s >= -1).all()
+
+
+class _Lookups(TorchDispatchMode):
+    """Devices of the tables that are asked with indices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.index.Tensor:
+            self.tables.append(args[0].device.type)
+        return func(*args, **(kwargs or {}))
+
+
+def test_levels_of_another_device_are_looked_up_on_the_cpu_where_the_indices_are() -> None:
+    """A GPU's table, asked with an index of the CPU, makes every step wait for the GPU."""
+    levels, index = LEVELS.to("meta"), torch.tensor([CLEAN, 3, 20])
+    with _Lookups() as lookups:
+        found = [ask(index) for ask in (levels.timestep, levels.alpha, levels.sigma)]
+    assert lookups.tables == ["cpu"] * 3
+    assert [(x.device.type, x.shape) for x in found] == [("meta", (3,)), *[("meta", (3, 1, 1, 1))] * 2]
+
+
+def test_what_goes_to_a_gpu_is_pinned_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append("pin") or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *given, **how: calls.append((given, how)) or self)
+    x = torch.ones(2)
+    send(x, "cuda:0")
+    send(x, "cpu")
+    assert calls == ["pin", (("cuda:0",), {"non_blocking": True}), (("cpu",), {})]

@@ -40,8 +40,9 @@ def lines(rows: object) -> list[str]:
             Report(None, "13.0", (ADA, HOPPER)),
             False,
             [
-                "gpu: GeForce RTX 4090 (SM89, 24 GB); for tensorrt, rtx, cuda; the driver supports CUDA 13.0",
-                "gpu: H100 (SM90, 80 GB); for tensorrt, cuda (not rtx); the driver supports CUDA 13.0",
+                "cuda:0: GeForce RTX 4090 (SM89, 24 GB); for tensorrt, rtx, cuda; "
+                "the driver supports CUDA 13.0",
+                "cuda:1: H100 (SM90, 80 GB); for tensorrt, cuda (not rtx); the driver supports CUDA 13.0",
             ],
         ),
     ],

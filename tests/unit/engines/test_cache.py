@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 import shutil
 import stat
@@ -305,3 +306,16 @@ def test_use_keeps_an_engine_young(cache: EngineCache) -> None:
 
 def _write(path: Path, data: bytes) -> None:
     path.write_bytes(data)
+
+
+def test_a_mapped_engine_is_the_files_pages_checked_as_all_are(cache: EngineCache) -> None:
+    with cache.mapped(KEY) as nothing:
+        assert nothing is None
+    path = cache.build(KEY, b"engine" * 1000)
+    with cache.mapped(KEY) as data:
+        assert isinstance(data, mmap.mmap)  # no copy of 5 GB
+        assert data[:] == path.read_bytes()
+    assert data.closed
+    path.write_bytes(b"")  # which cannot be mapped
+    with pytest.raises(BackendError, match="has changed since it was built"), cache.mapped(KEY):
+        pass

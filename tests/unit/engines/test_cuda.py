@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from threading import Event, Thread
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from std_rt.engines.onnxruntime import cuda
 from std_rt.engines.onnxruntime.io_binding import OrtRunner
 from std_rt.engines.onnxruntime.ort_session import CPU, open_session
 from std_rt.engines.program import FRAME, STYLED, Launch, Program
+from std_rt.engines.shared import Shared
 
 NO_CUDA = "CUDAExecutionProvider" not in ort.get_available_providers()
 SHAPE = (1, 8, 8, 3)
@@ -119,8 +122,13 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
 
     monkeypatch.setattr(cuda, "_open", on_cpu)
     monkeypatch.setattr(cuda, "_load_libraries", lambda: "")
-    made = lambda *given, **named: OrtRunner(*given, **{**named, "device": "cpu"})  # noqa: E731
-    monkeypatch.setattr(cuda, "OrtRunner", made)
+    monkeypatch.setattr(cuda, "_SESSIONS", Shared[ort.InferenceSession](lambda session: None))
+
+    class OnCpu(cuda.CudaRunner):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **{**named, "device": "cpu"})
+
+    monkeypatch.setattr(cuda, "CudaRunner", OnCpu)
     return asked
 
 
@@ -129,9 +137,10 @@ def test_the_models_graphs_are_captured_once_for_each_set_of_addresses(
 ) -> None:
     numbers = []
 
-    class Options:
+    class Options(ort.RunOptions):  # type: ignore[misc]
         def add_run_config_entry(self, key: str, value: str) -> None:
-            numbers.append((key, value))
+            numbers.append(int(value))
+            assert key == "gpu_graph_id"
 
     monkeypatch.setattr(ort, "RunOptions", Options)
     cuda.open_runner(program(), {"unet": spec()}, "auto")
@@ -141,7 +150,91 @@ def test_the_models_graphs_are_captured_once_for_each_set_of_addresses(
         ("glue.halves", False),
         ("glue.frame_out", False),
     ]
-    assert numbers == [("gpu_graph_id", "2"), ("gpu_graph_id", "4")]
+    assert numbers[0] == -1  # the warm-up, which must not be captured
+    assert 0 < numbers[1] < numbers[2]
+    before = list(opened)
+    cuda.open_runner(program(), {"unet": spec()}, "auto")  # another program of these graphs
+    assert opened == before
+    assert len(set(numbers)) == len(numbers) == 5
+
+
+def test_a_session_goes_with_its_last_program(opened: list[tuple[str, bool]]) -> None:
+    runners = [cuda.open_runner(program(), {"unet": spec()}, "auto") for _ in range(2)]
+    count = len(opened)
+    for runner in runners:
+        runner.close()
+    cuda.open_runner(program(), {"unet": spec()}, "auto")
+    assert len(opened) == 2 * count
+
+
+def test_nothing_is_allocated_while_a_frame_is_captured_and_replays_do_not_wait(
+    opened: list[tuple[str, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime captures in CUDA's global mode, which an allocation in any other thread spoils."""
+    runner = cuda.open_runner(program(), {"unet": spec()}, "auto")
+    frame = np.zeros(SHAPE, np.uint8)
+    opening, allocated = Event(), Event()
+    found = []
+
+    def slow(self: OrtRunner, frame: np.ndarray, mark: Any) -> np.ndarray:
+        opening.set()
+        found.append(allocated.wait(0.3))
+        return frame
+
+    def allocating() -> None:
+        opening.wait(5)
+        cuda.open_graph(spec("style_encoder"), "auto")
+        allocated.set()
+
+    monkeypatch.setattr(OrtRunner, "run", slow)
+    for _ in range(2):
+        thread = Thread(target=allocating)
+        thread.start()
+        runner.run(frame)
+        thread.join()
+        opening.clear()
+        allocated.clear()
+    assert found == [False, True]
+
+    def elsewhere() -> None:
+        runner.run(frame)  # ONNX Runtime has no graph in this thread yet
+
+    threads = [Thread(target=allocating), Thread(target=elsewhere)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found[2] is False
+
+
+def test_an_engine_beside_frames_waits_for_a_capture(opened: list[tuple[str, bool]]) -> None:
+    engine = cuda.open_graph(spec("style_encoder"), "auto")
+    done = Event()
+
+    def call() -> None:
+        engine(x=np.ones((1, 3, 8, 8), np.float32))
+        done.set()
+
+    with cuda._ALLOCATING:
+        thread = Thread(target=call)
+        thread.start()
+        assert not done.wait(0.1)
+    thread.join()
+    assert done.is_set()
+
+
+def test_libraries_that_are_missing_are_named_before_anything_is_opened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(ort, "preload_dlls", lambda: None)
+    monkeypatch.setattr(cuda, "missing_libraries", lambda: ["libcublas.so.13", "libcudnn.so.9"])
+    for call in (
+        lambda: cuda.open_graph(spec(), "auto"),
+        lambda: cuda.open_runner(program(), {"unet": spec()}, "auto"),
+    ):
+        with pytest.raises(BackendError, match=r"does not find libcublas.so.13, libcudnn.so.9; run: pip"):
+            call()
 
 
 def test_the_runner_computes_and_names_the_unets_precision(opened: list[tuple[str, bool]]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,15 @@ def encoder(handmade: Bundle) -> GraphSpec:
     return GraphSpec("vae_encoder", path, {"image": (1, 3, 32, 32)}, handmade.digest)
 
 
+def _data(builder: EngineBuilder, spec: GraphSpec) -> bytes:
+    with builder.data(spec) as data:
+        return data[:]
+
+
 def test_a_graph_with_weights_beside_it_is_built_for_two_gpus_once(
     builder: EngineBuilder, decoder: GraphSpec, cache: EngineCache
 ) -> None:
-    data = builder.data(decoder)
+    data = _data(builder, decoder)
     weights = decoder.path.with_suffix(".safetensors").stat().st_size
     assert len(data) > weights  # they are inside
     [entry] = cache.entries()
@@ -96,7 +102,7 @@ def test_a_graph_with_weights_beside_it_is_built_for_two_gpus_once(
     assert entry.key.driver == ""
     assert Path(entry.origin) == decoder.path.parent.resolve()
     before = (cache.folder / "manifest.json").read_bytes()
-    assert builder.data(decoder) == data
+    assert _data(builder, decoder) == data
     assert (cache.folder / "manifest.json").read_bytes() == before
     for target in TARGETS:
         assert EngineBuilder(trt, RTX, (target,), cache=cache).find(decoder) is not None
@@ -110,7 +116,7 @@ def test_a_tampered_engine_is_refused_and_comes_back_after_gc(
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    for ask in (builder.data, builder.find, builder.ensure):
+    for ask in (partial(_data, builder), builder.find, builder.ensure):
         with pytest.raises(
             BackendError, match=r"tensorrt_rtx engine of 'vae_encoder' is not used.*engines gc"
         ):
@@ -143,7 +149,7 @@ def test_every_operation_between_graphs_is_built(builder: EngineBuilder, op: str
     shapes["mask"] = (1, 1, 2, 3)
     spec = glue_spec(op, {port: shapes[port] for port in GLUE[op].inputs})
     assert spec.path == glue_path(op)
-    assert builder.data(spec)
+    assert _data(builder, spec)
 
 
 @pytest.mark.parametrize("mode", ["none", "full", "residual"])
@@ -268,7 +274,7 @@ def test_a_gpu_that_the_product_has_no_code_for_is_refused(cache: EngineCache) -
 
 def test_without_a_store_engines_are_made_every_time_and_left_nowhere(encoder: GraphSpec) -> None:
     builder = EngineBuilder(trt, RTX, TARGETS)
-    assert builder.data(encoder) == builder.data(encoder)
+    assert _data(builder, encoder) == _data(builder, encoder)
     assert builder.find(encoder) is None
     with pytest.raises(BackendError, match="STD_RT_CACHE"):
         builder.ensure(encoder)
@@ -359,3 +365,17 @@ def _graph(folder: Path, weights: Any, kind: str = "Add", **attributes: int) -> 
     path = folder / "graph.onnx"
     path.write_bytes(model.SerializeToString())
     return path
+
+
+def test_engines_are_built_so_that_they_can_be_captured(
+    builder: EngineBuilder, encoder: GraphSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT-RTX then refuses what would allocate while it runs, which no CUDA graph allows."""
+    flags = []
+    set_flag = trt.IBuilderConfig.set_flag
+    monkeypatch.setattr(
+        trt.IBuilderConfig, "set_flag", lambda self, flag: (flags.append(flag), set_flag(self, flag))[1]
+    )
+    builder.ensure(encoder)
+    assert trt.BuilderFlag.REQUIRE_USER_ALLOCATION in flags
+    assert "user allocation" in builder.key(encoder).flags  # engines of before are built again

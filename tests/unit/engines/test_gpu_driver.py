@@ -6,17 +6,86 @@ The library does what the driver's manual says, on host memory; whether the real
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
-from std_rt.core.errors import BackendError
+from std_rt.core.errors import BackendError, UsageError
 from std_rt.engines.gpu import driver as cuda_driver
-from std_rt.engines.gpu.driver import _FUNCTIONS, CudaDevice
+from std_rt.engines.gpu.driver import _FUNCTIONS, CudaDevice, choose_gpu
+from std_rt.engines.gpu.probe import Gpu, Report
 
 HANDLE = 0x7FFF_1234_5678_0000  # loses bits where an argument is passed as an int
+
+
+# The parameters of the driver's functions as cuda.h of CUDA 13 declares them; all return a CUresult.
+HEADER = {
+    "cuInit": "unsigned int",
+    "cuDriverGetVersion": "int*",
+    "cuDeviceGet": "CUdevice*, int",
+    "cuDeviceGetName": "char*, int, CUdevice",
+    "cuDeviceGetAttribute": "int*, CUdevice_attribute, CUdevice",
+    "cuDeviceTotalMem_v2": "size_t*, CUdevice",
+    "cuDevicePrimaryCtxRetain": "CUcontext*, CUdevice",
+    "cuCtxSetCurrent": "CUcontext",
+    "cuMemGetInfo_v2": "size_t*, size_t*",
+    "cuMemAlloc_v2": "CUdeviceptr*, size_t",
+    "cuMemFree_v2": "CUdeviceptr",
+    "cuMemAllocHost_v2": "void**, size_t",
+    "cuMemFreeHost": "void*",
+    "cuMemcpyHtoDAsync_v2": "CUdeviceptr, void*, size_t, CUstream",
+    "cuMemcpyDtoHAsync_v2": "void*, CUdeviceptr, size_t, CUstream",
+    "cuStreamCreate": "CUstream*, unsigned int",
+    "cuStreamDestroy_v2": "CUstream",
+    "cuStreamSynchronize": "CUstream",
+    "cuEventCreate": "CUevent*, unsigned int",
+    "cuEventRecord": "CUevent, CUstream",
+    "cuEventSynchronize": "CUevent",
+    "cuEventDestroy_v2": "CUevent",
+    "cuStreamBeginCapture_v2": "CUstream, CUstreamCaptureMode",
+    "cuStreamEndCapture": "CUstream, CUgraph*",
+    "cuGraphGetNodes": "CUgraph, CUgraphNode*, size_t*",
+    "cuGraphInstantiateWithFlags": "CUgraphExec*, CUgraph, unsigned long long",
+    "cuGraphDestroy": "CUgraph",
+    "cuGraphLaunch": "CUgraphExec, CUstream",
+    "cuGraphExecDestroy": "CUgraphExec",
+    "cuGetErrorString": "CUresult, char**",
+}
+KINDS = {  # handles are pointers to opaque structures, enumerations are ints
+    **dict.fromkeys(("int", "CUdevice", "CUdevice_attribute", "CUstreamCaptureMode", "CUresult"), "int"),
+    **dict.fromkeys(("CUcontext", "CUstream", "CUevent", "CUgraph", "CUgraphExec", "CUgraphNode"), "void*"),
+    "CUdeviceptr": "unsigned long long",
+}
+TYPES = {
+    "int": ctypes.c_int,
+    "unsigned int": ctypes.c_uint,
+    "unsigned long long": ctypes.c_ulonglong,
+    "size_t": ctypes.c_size_t,
+    "void*": ctypes.c_void_p,
+    "char": ctypes.c_char,
+    "char*": ctypes.c_char_p,
+}
+
+
+def _ctype(declared: str) -> Any:
+    kind = KINDS.get(declared, declared)
+    if kind in TYPES and declared != "char*":
+        return TYPES[kind]
+    inner = declared.removesuffix("*")
+    return ctypes.POINTER(TYPES[KINDS.get(inner, inner)])
+
+
+@pytest.mark.parametrize("name", HEADER)
+def test_a_function_has_the_types_of_the_header(name: str) -> None:
+    declared = [_ctype(each) for each in HEADER[name].split(", ")]
+    if name == "cuGraphGetNodes":  # only ever asked for the number: its array is NULL
+        declared[1] = ctypes.c_void_p
+    assert list(_FUNCTIONS[name]) == declared
+    assert _FUNCTIONS.keys() == HEADER.keys()
 
 
 class Library:
@@ -101,6 +170,9 @@ class Library:
     def do_cuStreamCreate(self, out: Any, flags: int) -> None:
         assert flags == 1
         out[0] = HANDLE + 2
+
+    def do_cuEventCreate(self, out: Any, flags: int) -> None:
+        out[0] = HANDLE + 5
 
     def do_cuStreamBeginCapture_v2(self, stream: int, mode: int) -> None:
         assert (stream, mode) == (HANDLE + 2, 1)
@@ -230,3 +302,41 @@ def test_without_a_driver_there_is_no_device(monkeypatch: pytest.MonkeyPatch) ->
         BackendError, match="no GPU can be used: no NVIDIA driver found; use --backend openvino"
     ):
         cuda_driver.cuda_device.__wrapped__(0)
+
+
+@pytest.mark.parametrize(
+    ("before", "device", "after"),
+    [(None, "cuda:1", "1"), (None, "cuda", "0"), ("3,GPU-5a", "cuda:1", "GPU-5a")],
+)
+def test_a_gpu_chosen_is_the_only_one_that_is_seen(
+    before: str | None, device: str, after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe = Mock(return_value=Report(None, "13.0", (Gpu("A", (8, 9), 1), Gpu("B", (12, 0), 1))))
+    monkeypatch.setattr(cuda_driver, "probe", probe)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before or "")  # undone after the test
+    if before is None:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+    choose_gpu(device)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == after
+    probe.cache_clear.assert_called_once()
+    for wrong, words in (("gpu1", "must be a GPU such as cuda:0"), ("cuda:2", "cuda:0 is A .*, cuda:1 is B")):
+        with pytest.raises(UsageError, match=words):
+            choose_gpu(wrong)
+    probe.return_value = Report("no NVIDIA driver found")
+    with pytest.raises(UsageError, match="cannot be used: no NVIDIA driver found; use --backend cpu"):
+        choose_gpu(device)
+
+
+def test_events_mark_a_place_in_a_stream(library: Library) -> None:
+    device = CudaDevice()
+    event = device.event()
+    device.record(event, device.stream())
+    device.wait(event)
+    device.drop_event(event)
+    assert library.calls[-5:] == [
+        ("cuEventCreate", 2),
+        ("cuStreamCreate", 1),
+        ("cuEventRecord", HANDLE + 5, HANDLE + 2),
+        ("cuEventSynchronize", HANDLE + 5),
+        ("cuEventDestroy_v2", HANDLE + 5),
+    ]

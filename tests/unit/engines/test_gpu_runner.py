@@ -20,7 +20,7 @@ from std_rt.core.schedule import NoiseSchedule, trajectory_timesteps
 from std_rt.engines.cache import EngineCache
 from std_rt.engines.host import HostRunner
 from std_rt.engines.hot_swap import HotSwapRunner
-from std_rt.engines.program import Program, Runner
+from std_rt.engines.program import Program, Runner, no_mark
 from std_rt.engines.protocol import GraphSpec
 from std_rt.engines.tensorrt.gpu_runner import GpuRunner, GpuSession
 from std_rt.engines.tensorrt.onnx_to_engine import RTX, TENSORRT
@@ -197,19 +197,18 @@ def test_a_stream_goes_over_from_the_host_to_the_gpu(gpu: Gpu) -> None:
     assert len(said) == 1
 
 
-def test_a_frame_is_one_launch_after_three_warm_ups_and_one_capture(gpu: Gpu) -> None:
+def test_a_frame_is_one_launch_and_all_that_takes_long_is_done_before_the_runner_is_open(gpu: Gpu) -> None:
     program = _program()
     runner = gpu.open(program)
-    runner.set(**_feeds(program))
-    gpu.device.log.clear()
-    runner.run(_frame(program))
+    order = [name for name in gpu.device.log if name in ("put", "drain", "capture", "launch")]
     pieces = len(program.launches) + 2  # with the frame's way in and out
-    assert gpu.device.log.count("put") == 4 * pieces  # 3 times done, once captured
-    order = [name for name in gpu.device.log if name != "put"]
-    assert order == ["synchronize", "drain", "capture", "launch", "synchronize"]
-    gpu.device.log.clear()
-    runner.run(_frame(program, 1))
-    assert gpu.device.log == ["launch", "synchronize"]
+    expected = [*["put"] * 3 * pieces, "drain", *["capture", *["put"] * pieces] * 2]  # a graph for each slot
+    assert order[-len(expected) :] == expected
+    runner.set(**_feeds(program))
+    for seed in range(3):
+        gpu.device.log.clear()
+        runner.run(_frame(program, seed))
+        assert gpu.device.log == ["launch", "record", "wait"]
 
 
 def test_a_picture_returned_is_not_overwritten_by_the_next(gpu: Gpu) -> None:
@@ -254,6 +253,7 @@ def test_closing_gives_everything_back(gpu: Gpu) -> None:
     assert not gpu.device.graphs
     assert not gpu.device.streams
     assert not gpu.device.pinned_arrays
+    assert not gpu.device.events
     with pytest.raises(BackendError, match="was closed"):
         runner.run(_frame(program))
 
@@ -275,15 +275,94 @@ def test_a_runner_opened_in_one_thread_runs_in_another(gpu: Gpu) -> None:
 
 
 def test_frames_go_piece_by_piece_with_a_warning_where_no_graph_can_hold_them(gpu: Gpu) -> None:
-    program = _program()
-    runner = gpu.open(program)
+    program = _stream("residual")
     gpu.trt.capturable = False
     with pytest.warns(RuntimeWarning, match="'glue.frame_in' cannot be captured in a CUDA graph"):
-        _test_equal(runner, program, 0)
-    gpu.device.log.clear()
-    _test_equal(runner, program, 1)  # no second warning: warnings are errors here
+        runner = gpu.open(program)
+    host, feeds = _on_host(program), _feeds(program)
+    runner.set(**feeds)
+    host.set(**feeds)
+    for seed in range(4):
+        np.testing.assert_array_equal(runner.run(_frame(program, seed)), host.run(_frame(program, seed)))
     assert "capture" not in gpu.device.log
-    assert gpu.device.log.count("put") < 2 * (len(program.launches) + 2) + len(program.feeds)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_frames_on_their_way_keep_the_feeds_they_were_submitted_with(gpu: Gpu, twice: bool) -> None:
+    """Two frames in flight, and feeds that change before each, also twice: what `run` gives one by one."""
+    program = _stream("residual")
+    runner, host = gpu.open(program), _on_host(program)
+    given = [_feeds(program, seed) for seed in range(6)]
+    expected = []
+    for seed, feeds in enumerate(given):
+        host.set(**feeds)
+        expected.append(host.run(_frame(program, seed)))
+    found = []
+    for seed, feeds in enumerate(given):
+        if twice:
+            runner.set(**{name: array + 1 for name, array in feeds.items()})
+        runner.set(**feeds)
+        found.append(runner.submit(_frame(program, seed)))
+    assert gpu.device.log.count("wait") == len(given) - 2  # the last two are still on their way
+    runner.set(**given[0])
+    np.testing.assert_array_equal(np.stack([collect(no_mark) for collect in found]), np.stack(expected))
+
+
+def test_frames_on_their_way_are_not_lost_when_a_runner_is_closed(gpu: Gpu) -> None:
+    program = _program()
+    runner, host = gpu.open(program), _on_host(program)
+    runner.set(**_feeds(program))
+    host.set(**_feeds(program))
+    collect = runner.submit(_frame(program))
+    runner.close()
+    np.testing.assert_array_equal(collect(no_mark), host.run(_frame(program)))
+
+
+def _steps_program(steps: int) -> Program:
+    numbers = FrameNumbers(8, CHANNELS, CONDITION)
+    cs = NoiseSchedule.scaled_linear().coefficients(trajectory_timesteps(0.5, steps))
+    return frame_program(numbers, cs, "epsilon", SIZE, Guidance())
+
+
+def test_another_number_of_steps_reads_no_engine_again_and_has_addresses_of_its_own(gpu: Gpu) -> None:
+    two, four = _steps_program(2), _steps_program(4)
+    specs = _specs(two, gpu.folder)
+    gpu.trt.teach(two, specs, FUNCTIONS)
+    gpu.device.bind()
+    session = GpuSession(gpu.trt, gpu.device, gpu.builder)
+    first = session.open_runner(two, specs)
+    engines = list(gpu.trt.read)
+    second = session.open_runner(four, specs)
+    assert gpu.trt.read == engines
+    for seed in range(2):
+        _test_equal(first, two, seed)
+        _test_equal(second, four, seed)
+    first.close()
+    _test_equal(second, four, 5)  # its engines are still there
+    second.close()
+    assert not gpu.device.memory
+    session.open_runner(two, specs).close()
+    assert gpu.trt.read == engines * 2  # nobody had them any more
+
+
+def test_a_capture_in_the_middle_of_another_programs_stream_loses_nothing(gpu: Gpu) -> None:
+    """As when a quality is opened, in a thread of its own, while frames run."""
+    program, other = _stream("residual"), _steps_program(2)
+    runner, host, feeds = gpu.open(program), _on_host(program), _feeds(program)
+    runner.set(**feeds)
+    host.set(**feeds)
+    opened: list[GpuRunner] = []
+    for seed in range(6):
+        collect = runner.submit(_frame(program, seed))
+        if seed in (1, 3):
+            opening = threading.Thread(target=lambda: opened.append(gpu.open(other)))
+            opening.start()
+            opening.join()
+            _test_equal(opened[-1], other, seed)
+        if seed == 4:
+            opened[0].close()
+        np.testing.assert_array_equal(collect(no_mark), host.run(_frame(program, seed)))
+    _test_equal(opened[1], other, 9)
 
 
 def test_engines_are_built_once_and_then_come_from_the_store(gpu: Gpu) -> None:

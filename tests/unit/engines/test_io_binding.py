@@ -63,7 +63,7 @@ def on_host(program: Program, specs: dict[str, GraphSpec]) -> HostRunner:
 
 def on_device(program: Program, specs: dict[str, GraphSpec]) -> OrtRunner:
     """What is tested."""
-    return OrtRunner(program, specs, lambda spec: open_session(spec, CPU))
+    return OrtRunner(program, specs, lambda spec: (open_session(spec, CPU), lambda: None))
 
 
 def feeds_of(program: Program, seed: int = 0) -> dict[str, np.ndarray]:
@@ -228,7 +228,7 @@ def test_each_launch_may_have_its_own_run_options(stochastic: Bundle) -> None:
     runner = OrtRunner(
         program,
         specs_of(stochastic, program),
-        lambda spec: open_session(spec, CPU),
+        lambda spec: (open_session(spec, CPU), lambda: None),
         options=options,
     )
     assert asked == [(i, launch.graph) for i, launch in enumerate(program.launches)]
@@ -307,7 +307,7 @@ def test_memory_that_a_device_does_not_have_is_one_line() -> None:
     size = (1, 512, 1024, 3)
     program = Program((launch,), {FRAME: (size, np.dtype(np.uint8)), STYLED: (size, np.dtype(np.float32))})
     with pytest.raises(BackendError, match=r"cannot allocate 8 MB .* on cuda") as caught:
-        OrtRunner(program, {}, lambda spec: open_session(spec, CPU), device="cuda")
+        OrtRunner(program, {}, lambda spec: (open_session(spec, CPU), lambda: None), device="cuda")
     assert "\n" not in str(caught.value)
 
 

@@ -14,6 +14,7 @@ from std_rt.core.errors import BackendError
 from std_rt.core.files import cache_root
 from std_rt.engines import GraphSpec, backends, choose_backend, open_engine
 from std_rt.engines import registry as base
+from std_rt.engines.gpu import libraries
 from std_rt.engines.gpu import probe as cuda_probe
 from std_rt.engines.gpu.probe import Gpu, Report
 from std_rt.engines.protocol import check_inputs
@@ -119,6 +120,29 @@ def test_rtx_is_passed_on_a_gpu_that_it_does_not_know(
     assert "rtx is installed, but a datacentre GPU (SM90, 80 GB) is not a GPU it supports" in reason
     with pytest.raises(BackendError, match=r"'rtx' is installed but cannot be used here: .*SM75, SM80"):
         choose_backend("rtx")
+
+
+def test_another_gpu_that_would_do_is_named(installed: Installs, driver: Callable[[Report], None]) -> None:
+    driver(Report(None, "13.0", (HOPPER, ADA)))
+    installed("tensorrt_rtx", "openvino")
+    with pytest.raises(BackendError, match=r"SM90, 80 GB.* is not a GPU it supports .*use --device cuda:1"):
+        choose_backend("rtx")
+
+
+@pytest.mark.parametrize("name", ["rtx", "cuda"])
+def test_a_driver_older_than_the_cuda_of_a_backend_is_said(
+    name: str, installed: Installs, driver: Callable[[Report], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed("tensorrt_rtx", "onnxruntime", "openvino", cuda=True)
+    monkeypatch.setattr(libraries, "cuda_version", lambda: "13.0")
+    known = {"tensorrt-rtx-cu13": "1.7", "onnxruntime-gpu": "1.31"}
+    monkeypatch.setattr(base, "_is_distributed", known.__contains__)
+    monkeypatch.setattr(base.metadata, "version", known.__getitem__)
+    driver(Report(None, "12.8", (ADA,)))
+    with pytest.raises(BackendError, match=rf"'{name}' .* needs a driver for CUDA 13, and .* CUDA 12.8; ins"):
+        choose_backend(name)
+    driver(Report(None, "13.0", (ADA,)))
+    assert choose_backend(name)[0] == name
 
 
 def test_a_folder_that_has_a_packages_name_is_no_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from std_rt.evaluation.bench import (
     STAGES,
     Settings,
     Timing,
+    _print,
     measure,
     run_first_frame,
     sample_frame,
@@ -99,6 +100,21 @@ def test_what_no_engine_takes_is_outside() -> None:
     slow = dict.fromkeys(stages, 500.0)  # one frame that was held up does not change it
     frames = [stages | {"total": 100.0}] * 5 + [slow | {"total": 2500.0}]
     assert Timing.of(frames).outside == pytest.approx(0.05)
+
+
+def test_a_frame_in_one_piece_is_one_stage_and_not_zeros(capsys: pytest.CaptureFixture[str]) -> None:
+    """The GPU backends replay a frame as one CUDA graph, beside stages that diffusers is timed in."""
+    whole = Timing.of([{"convert": 1.0, "frame": 9.0, "total": 10.0}] * 3)
+    assert whole.median_ms == {"convert": 1.0, "frame": 9.0, "total": 10.0}
+    assert whole.outside == pytest.approx(0.1)
+    parts = Timing.of([{"unet": 15.0, "vae_encoder": 1.0, "vae_decoder": 3.0, "total": 20.0}] * 3)
+    result = {"bundle": "b", "size": [8, 8], "steps": 1, "precision_reason": "", "peak_memory_mb": None}
+    _print(result | {"outside_engines": 0.1, "against": {}}, {"ours": whole, "theirs": parts})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    rows = {line[0]: line[1:] for line in lines}
+    assert rows["frame"] == ["9.00", "9.00", "-", "-"]
+    assert rows["unet"] == ["-", "-", "15.00", "15.00"]
+    assert rows["total"] == ["10.00", "10.00", "20.00", "20.00"]
 
 
 def test_first_frame_is_timed_in_new_processes(

@@ -165,6 +165,14 @@ def test_small_pictures_share_a_call_and_large_ones_do_not(handmade: Bundle) -> 
         sizes = [(64, 64), (256, 256), (256, 512), (384, 384), (512, 512), (1024, 1024)]
         assert [stylizer.frames_per_call(size) for size in sizes] == [4, 4, 2, 1, 1, 1]
     with Stylizer(handmade, replace(Openers.on_host(Backend()), backend="tensorrt")) as stylizer:
+        assert [stylizer.frames_per_call(size) for size in sizes] == [4, 4, 4, 3, 2, 1]
+
+
+def test_a_large_model_has_one_set_of_engines_on_a_gpu(
+    handmade: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Bundle, "total_bytes", 2**31)
+    with Stylizer(handmade, replace(Openers.on_host(Backend()), backend="rtx")) as stylizer:
         assert stylizer.frames_per_call((64, 64)) == 1
 
 

@@ -191,7 +191,7 @@ def test_an_error_of_the_engines_is_raised(stylizer: Stylizer, monkeypatch: pyte
     def broken(*arguments: object, **named: object) -> Frame:
         raise RuntimeError("engine")
 
-    monkeypatch.setattr(stylizer, "run_many", broken)
+    monkeypatch.setattr(stylizer, "submit_many", broken)
     with pytest.raises(RuntimeError, match="engine"):
         list(FrameStream(stylizer).frames(iter(_frames(2))))
 
