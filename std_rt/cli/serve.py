@@ -142,6 +142,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
+        listening.listen()  # who follows the link at once waits for the engines, and is not refused
     except OSError as error:
         listening.close()
         advice = "give another with --port, or --port 0 for any" if port else "give another --host"

@@ -155,6 +155,14 @@ def _whole(name: str, value: Any) -> int | None:
     return int(number)
 
 
+def _size(name: str, value: Any) -> int | Size | None:
+    """A side, or [H, W]."""
+    if isinstance(value, list) and len(value) == 2:
+        height, width = (_whole(name, side) or 0 for side in value)
+        return height, width
+    return _whole(name, value)
+
+
 def _seed(name: str, value: Any) -> int:
     return _whole(name, value) or 0
 
@@ -198,7 +206,7 @@ _PARSERS = {
     "strength": _number,
     "stroke_size": _number,
     "keep_colours": _switch,
-    "size": _whole,
+    "size": _size,
     "steps": _whole,
     "temporal": _temporal,
     "crossfade": _crossfade,
