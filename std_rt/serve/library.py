@@ -37,7 +37,7 @@ from std_rt.pipeline.style_file import (
 from std_rt.pipeline.stylizer import Stylizer
 from std_rt.serve.limits import Limits
 
-__all__ = ["Library", "Style", "Uploads"]
+__all__ = ["Library", "Style", "Uploads", "named"]
 
 _ID_LENGTH = 16
 
@@ -70,7 +70,7 @@ class Uploads:
         try:
             yield path
         except StdRtError as error:
-            raise type(error)(str(error).replace(str(path), "the upload")) from error
+            raise named(error, path) from error
         finally:
             path.unlink(missing_ok=True)
 
@@ -222,6 +222,12 @@ class Library:
             raise MediaError("the style file cannot be written; the server's disk has no room") from error
         finally:
             path.unlink(missing_ok=True)
+
+
+def named(error: StdRtError, path: Path, called: str = "the upload") -> StdRtError:
+    """``error`` as a client may read it: files of the server's go by what they are, not where they lie."""
+    text = str(error).replace(str(path), called).replace(path.name, called)
+    return error if text == str(error) else MediaError(text)
 
 
 def _suffix(file: BinaryIO) -> str:

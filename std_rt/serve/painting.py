@@ -24,7 +24,7 @@ from std_rt.media.video.clip import open_container, probe
 from std_rt.media.video.transcode import transcode_stream
 from std_rt.pipeline.style_file import StyleFile
 from std_rt.pipeline.stylizer import Stylizer
-from std_rt.serve.library import Uploads
+from std_rt.serve.library import Uploads, named
 from std_rt.serve.limits import Limits
 from std_rt.serve.protocol import Look, one_line
 from std_rt.serve.sessions import BusyError
@@ -128,7 +128,7 @@ class ClipJobs:
             total = self._checked(source)
         except StdRtError as error:
             source.unlink(missing_ok=True)
-            raise type(error)(str(error).replace(str(source), "the upload")) from error
+            raise named(error, source) from error
         job = ClipJob(source, self._uploads.new(".mp4"), look, style, upscale, total)
         with self._lock:
             self._jobs[job.id] = job
@@ -153,8 +153,8 @@ class ClipJobs:
                 job.state = "running"
                 self._transcode(job)
         except StdRtError as error:
-            line = one_line(error).replace(str(job.source), "the upload").replace(str(job.sink), "the result")
-            job.state, job.error = "failed", line
+            told = named(named(error, job.source), job.sink, "the result")
+            job.state, job.error = "failed", one_line(told)
         except Exception:  # noqa: BLE001 (told to the client, and logged)
             _log.exception("a clip has failed")
             job.state, job.error = "failed", "the clip could not be painted; the server's log says more"

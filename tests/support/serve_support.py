@@ -19,6 +19,7 @@ import uvicorn
 from numpy.typing import NDArray
 from PIL import Image
 from support.live_support import wait_until
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from std_rt.serve.app import Server, uvicorn_config
@@ -78,8 +79,11 @@ class Site:
         body, kind = form(parts)
         return self.ask("POST", path, body, {"Content-Type": kind, **headers})
 
-    def connect(self, path: str = "/v1/stream", **options: Any) -> ClientConnection:
-        return connect(f"ws://{self.host}{path}", compression=None, max_size=None, **options)
+    @contextmanager
+    def connect(self, path: str = "/v1/stream", **options: Any) -> Iterator[ClientConnection]:
+        url = f"ws://{self.host}{path}"
+        with connect(url, compression=None, max_size=None, close_timeout=5, **options) as socket:
+            yield socket
 
 
 @contextmanager
@@ -146,6 +150,15 @@ def next_text(socket: ClientConnection, key: str) -> Any:
         message = socket.recv(timeout=60)
         if isinstance(message, str) and key in (found := json.loads(message)):
             return found[key]
+
+
+def end_code(socket: ClientConnection) -> int | None:
+    """The code that the server ends the connection with."""
+    try:
+        while True:
+            socket.recv(timeout=20)
+    except ConnectionClosed as closed:
+        return None if closed.rcvd is None else closed.rcvd.code
 
 
 def threads() -> set[str]:
