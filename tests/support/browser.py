@@ -117,7 +117,9 @@ def _page(port: str, folder: Path) -> Iterator[Page]:
 
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list") as answer:
         target = next(each for each in json.load(answer) if each["type"] == "page")
-    with connect(target["webSocketDebuggerUrl"], max_size=None, compression=None) as socket:
+    with connect(
+        target["webSocketDebuggerUrl"], max_size=None, compression=None, ping_interval=None
+    ) as socket:
         page = Page(socket)
         saved = folder / "downloads"
         saved.mkdir()

@@ -306,6 +306,8 @@ function use(next) {
   $("mirror-row").hidden = kind !== "camera";
   $("device-row").hidden = kind !== "camera";
   $("whole").hidden = !next?.file;
+  $("figures").hidden = kind === "picture"; // it is sent when something changes, which is no rate
+  painted.length = 0;
   $("whole-text").textContent = "";
   if (!kind) link.close();
   else if (kind === "server") link.open("/v1/stream?source=camera");
