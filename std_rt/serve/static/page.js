@@ -500,7 +500,7 @@ function styleCard(style) {
     const slider = element("input", { type: "range", min: 0.01, max: 1, step: 0.01, value: weight });
     slider.setAttribute("aria-label", `Weight of ${style.name}`);
     slider.dataset.style = style.id;
-    slider.oninput = () => change({ styles: { ...look.styles, [style.id]: Number(slider.value) } });
+    slider.oninput = () => { change({ styles: { ...look.styles, [style.id]: Number(slider.value) } }); placeKnob(); };
     card.append(slider);
   }
   if (style.uploaded) {
@@ -565,6 +565,20 @@ function showPad() {
     Object.assign(picture.style, { left: `${50 + 50 * x}%`, top: `${50 + 50 * y}%` });
     $("pad").append(picture);
   });
+  placeKnob();
+}
+
+function placeKnob() {
+  // The middle of the styles by weight: near enough to where the pad would give these weights.
+  const weights = Object.values(look.styles);
+  const total = weights.reduce((a, b) => a + b);
+  let [x, y] = [0, 0];
+  weights.forEach((weight, i) => {
+    const [cx, cy] = corner(i, weights.length);
+    x += (weight / total) * cx;
+    y += (weight / total) * cy;
+  });
+  Object.assign($("knob").style, { left: `${50 + 50 * x}%`, top: `${50 + 50 * y}%` });
 }
 
 function corner(i, count) {
