@@ -6,7 +6,6 @@ docs/serve.md describes both for those who write a client.
 from __future__ import annotations
 
 import json
-import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ __all__ = ["Header", "Look", "decode_frame", "encode_frame", "one_line", "parse_
 _HEADER = struct.Struct("<IId")
 _MOST_STYLES = 16
 _LONGEST_CROSSFADE_S = 60.0
+_LARGEST = 1e9
 
 
 @dataclass(frozen=True)
@@ -134,14 +134,15 @@ class Look:
             raise UsageError(f"bundle '{bundle.name}' takes {allowed} steps, not {self.steps}")
 
     def described(self) -> dict[str, Any]:
-        """As a client would send it."""
+        """As the client of a session would send it."""
         values = {**self.__dict__, "styles": dict(self.styles), "crossfade": self.crossfade_s}
-        del values["crossfade_s"]
+        del values["crossfade_s"], values["seed"]
         return values
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not -_LARGEST <= value <= _LARGEST:  # nor infinite, nor NaN
         raise UsageError(f"{name} must be a number, got {_shown(value)}")
     return float(value)
 

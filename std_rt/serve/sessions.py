@@ -18,7 +18,6 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from threading import Condition, Lock, Thread
 from typing import Any
 
@@ -28,6 +27,7 @@ from std_rt.live.metrics import Counts
 from std_rt.live.session import Session, Settings
 from std_rt.live.style_mixer import NUDGE_S, StyleMixer
 from std_rt.media.camera.frame_source import Captured, Source
+from std_rt.pipeline.runner_cache import MAX_KEPT
 from std_rt.pipeline.stylizer import Quality, Stylizer
 from std_rt.serve.library import Library
 from std_rt.serve.limits import Limits
@@ -126,7 +126,12 @@ class LiveSession:
         self.id = secrets.token_hex(8)
         self.source, self.owned, self.look = source, owned, look
         self._pool, self._stylizer, self._library = pool, pool.stylizer, pool.library
-        self.mixer = StyleMixer(self._stylizer.encode_style, self._stylizer.bundle, strength=look.strength)
+        self.mixer = StyleMixer(
+            self._stylizer.encode_style,
+            self._stylizer.bundle,
+            strength=look.strength,
+            stroke_size=look.stroke_size,
+        )
         self._cards: dict[str, int] = {}  # index in the mixer, by style id
         self.readers: list[Reader] = []
         self.ended: list[Callable[[str], None]] = []  # called once, with the reason
@@ -155,6 +160,8 @@ class LiveSession:
 
     def apply(self, asked: dict[str, Any]) -> Look:
         """Change settings (`Look.changed`); takes as long as new styles take to encode. Raises StdRtError."""
+        if "seed" in asked:
+            raise UsageError("the seed of a session is the one that the server was started with")
         with self._applying:  # several clients may change the server's own camera
             before, look = self.look, self.look.changed(asked, self._stylizer)
             if look.styles != before.styles:
@@ -197,9 +204,9 @@ class LiveSession:
             return
         height, width = frame.shape[:2]
         quality = self._stylizer.quality(height, width, size=look.size, steps=look.steps)
-        self._pool.prepare(self, quality)
-        while not self._stylizer.ready(quality) and not self.over:
-            time.sleep(_POLL_S)
+        if self._pool.prepare(self, quality):
+            while not self._stylizer.ready(quality) and not self.over:
+                time.sleep(_POLL_S)
         self.session.stream.size, self.session.stream.steps = look.size, look.steps
         self._asked = asked
 
@@ -310,14 +317,19 @@ class SessionPool:
                 return self._sessions[key]
         raise UsageError("there is no session to look at yet; open the page and start a camera")
 
-    def prepare(self, live: LiveSession, quality: Quality) -> None:
-        """Begin to open the engines of a quality, and keep those of all sessions open."""
+    def prepare(self, live: LiveSession, quality: Quality) -> bool:
+        """Begin to open the engines of a quality, and keep those of all sessions open.
+
+        False if that would be too many: they open when a frame comes, and may close again.
+        """
         with self._lock:
             if not live.over:
                 self._qualities[live.id] = quality
             kept = set(self._qualities.values())
-        with suppress(UsageError):  # more than are kept open: the engines open when a frame comes
-            self.stylizer.prepare_qualities(sorted(kept, key=lambda each: (each.size, each.steps)))
+        if len(kept) > MAX_KEPT:
+            return False
+        self.stylizer.prepare_qualities(sorted(kept, key=lambda each: (each.size, each.steps)))
+        return True
 
     def counts(self) -> dict[str, int]:
         """Totals since the start, and the sessions that run now."""

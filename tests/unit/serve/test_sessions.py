@@ -35,7 +35,7 @@ from websockets.sync.client import ClientConnection
 from std_rt.pipeline.stylizer import Stylizer
 from std_rt.serve.app import Options, Server
 from std_rt.serve.limits import Limits
-from std_rt.serve.protocol import Header, encode_frame
+from std_rt.serve.protocol import Header, Look, encode_frame
 from std_rt.serve.sessions import PushedFrames
 
 
@@ -112,6 +112,19 @@ def test_several_sessions_paint_what_each_paints_alone(site: Site) -> None:
         together = list(pool.map(run, range(len(looks))))
     assert together == alone
     assert len({results[0] for results in alone}) == len(looks)
+
+
+def test_sessions_start_with_the_look_of_the_server(stylizer: Stylizer, art: dict[str, Frame]) -> None:
+    look = Look(strength=0.5, stroke_size=2.0, keep_colours=True, size=48, steps=1, seed=3)
+    data = jpeg(noise(2, 64, 96))
+    with Server(stylizer, list(art.items()), Options(look=look)) as server, running(server) as site:
+        with begun(site) as socket:
+            result = painted(socket, 1, data)
+            socket.send(json.dumps({"seed": 4}))
+            assert "the seed of a session is the one" in next_text(socket, "error")
+    with Stylizer.load(stylizer.bundle, backend="openvino", precision="fp32", size=48, steps=1) as alone:
+        alone.set_style(art["dark"], 0.5, stroke_size=2.0, keep_colours=True)
+        assert result == encode_frame(alone.stylize(decoded(data), 3))
 
 
 def test_a_wrong_setting_is_told_and_nothing_changes(site: Site) -> None:
