@@ -17,9 +17,9 @@ from std_rt.serve.protocol import Header, Look, decode_frame, parse_message
 
 _NAMES = ["styles", "strength", "stroke_size", "keep_colours", "size", "steps", "temporal", "crossfade", "x"]
 _SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(10**500)
+_KEYS = st.text(max_size=3)
 _VALUES = st.recursive(
-    _SCALARS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    _SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS, inner, max_size=3)
 )
 
 
