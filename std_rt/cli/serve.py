@@ -7,7 +7,7 @@ import socket
 import ssl
 import webbrowser
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Timer
 from typing import TYPE_CHECKING, Annotated
@@ -24,12 +24,9 @@ from std_rt.core.errors import UsageError
 from std_rt.core.machine import require
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from std_rt.media.camera.frame_source import Source
     from std_rt.pipeline.stylizer import Stylizer
-    from std_rt.serve.app import Options, Server
+    from std_rt.serve.app import Options, OwnStyle, Server
 
 __all__ = ["ServeRequest", "serve"]
 
@@ -47,7 +44,8 @@ class ServeRequest(StylizerFlags):
             "--style",
             "-s",
             metavar="PICTURE[:WEIGHT]|FOLDER",
-            help="Styles that are there from the start; repeatable. Default: the example styles.",
+            help="Styles that are there from the start; repeatable. With weights, starts with a blend. "
+            "Default: the example styles.",
         ),
     ] = None
     host: Annotated[
@@ -115,12 +113,13 @@ def serve(request: ServeRequest) -> None:
         note(console, "stopped")
 
 
-def _styles(request: ServeRequest) -> list[tuple[str | None, Path | NDArray[np.uint8]]]:
+def _styles(request: ServeRequest) -> list[OwnStyle]:
     from std_rt import examples
+    from std_rt.serve.app import OwnStyle
 
     if request.style:
-        return [(None, path) for path, _ in expand_styles(request.style)]
-    return [(name.replace("_", " "), frame) for name, frame in examples.styles().items()]
+        return [OwnStyle(path, weight=weight) for path, weight in expand_styles(request.style)]
+    return [OwnStyle(frame, name.replace("_", " ")) for name, frame in examples.styles().items()]
 
 
 def _check_certificate(request: ServeRequest) -> None:
@@ -150,9 +149,7 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _server(
-    request: ServeRequest, stylizer: Stylizer, styles: list[tuple[str | None, Path | NDArray[np.uint8]]]
-) -> Server:
+def _server(request: ServeRequest, stylizer: Stylizer, styles: list[OwnStyle]) -> Server:
     from std_rt.media.camera.camera import open_source
     from std_rt.serve.app import Server
 
@@ -162,10 +159,10 @@ def _server(
         if source.first_frame() is None:
             source.close()
             raise UsageError(f"{source.name} delivers no frames; name another camera with --camera")
-    return Server(stylizer, styles, _options(request), camera=source)
+    return Server(stylizer, styles, _options(request, len(styles)), camera=source)
 
 
-def _options(request: ServeRequest) -> Options:
+def _options(request: ServeRequest, styles: int) -> Options:
     from std_rt.serve.app import Options
     from std_rt.serve.limits import Limits
     from std_rt.serve.protocol import Look
@@ -184,7 +181,8 @@ def _options(request: ServeRequest) -> Options:
         seed=request.seed,
     )
     hosts = tuple(name.lower() for name in request.allow_host or ())
-    return Options(Rules(token, hosts), Limits(sessions=request.max_sessions), look)
+    limits = Limits(sessions=request.max_sessions)
+    return Options(Rules(token, hosts), replace(limits, styles=limits.styles + styles), look)
 
 
 def _say_links(request: ServeRequest, server: Server, port: int, console: Console) -> str:

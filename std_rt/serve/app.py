@@ -38,14 +38,14 @@ from std_rt.media.image import write_picture
 from std_rt.pipeline.style_file import StyleFile, blend_files
 from std_rt.pipeline.stylizer import Stylizer
 from std_rt.serve.library import Library, Style, Uploads
-from std_rt.serve.limits import Limits
+from std_rt.serve.limits import BusyError, Limits, MissingError
 from std_rt.serve.painting import ClipJobs, paint_picture
 from std_rt.serve.protocol import Look, encode_frame, one_line
 from std_rt.serve.security import Guard, Rules
-from std_rt.serve.sessions import BusyError, SessionPool
+from std_rt.serve.sessions import SessionPool
 from std_rt.serve.sockets import Sockets
 
-__all__ = ["Options", "Server", "uvicorn_config"]
+__all__ = ["Options", "OwnStyle", "Server", "uvicorn_config"]
 
 _FORMATS = {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp"}
 _MOST_PARTS = 32
@@ -54,9 +54,21 @@ _CONNECTIONS = 256
 _SHUTDOWN_S = 3
 
 
+@dataclass(frozen=True, eq=False)
+class OwnStyle:
+    """A style of the server's: a path, or a frame uint8 [H, W, 3].
+
+    Sessions start with the blend of those that have a ``weight``, or with the first.
+    """
+
+    source: Path | Frame
+    name: str | None = None
+    weight: float | None = None
+
+
 @dataclass(frozen=True)
 class Options:
-    """``look``: what sessions start with; its styles are the first one if it names none."""
+    """``look``: what sessions start with, apart from the styles."""
 
     rules: Rules = field(default_factory=Rules)
     limits: Limits = field(default_factory=Limits)
@@ -69,12 +81,12 @@ class Server:
     def __init__(
         self,
         stylizer: Stylizer,
-        styles: Sequence[tuple[str | None, Path | Frame]],
+        styles: Sequence[OwnStyle],
         options: Options,
         *,
         camera: Source | None = None,
     ) -> None:
-        """``styles``: (name or None, path or frame uint8 [H, W, 3]) that are there from the start.
+        """``styles``: those that are there from the start, one at least.
 
         ``camera``: the server's own, shown to all. Raises StdRtError for a style that cannot be read.
         """
@@ -83,8 +95,9 @@ class Server:
         with ExitStack() as stack:
             self.uploads = stack.enter_context(closing(Uploads()))
             self.library = Library(stylizer, self.uploads, self.limits)
-            own = [self.library.add_own(source, name) for name, source in styles]
-            look = options.look if options.look.styles else replace(options.look, styles={own[0]: 1.0})
+            own = {self.library.add_own(style.source, style.name): style.weight for style in styles}
+            shown = {key: weight for key, weight in own.items() if weight} or {next(iter(own)): 1.0}
+            look = replace(options.look, styles=shown)
             self.pool = SessionPool(stylizer, self.library, self.limits, look)
             self.jobs = stack.enter_context(closing(ClipJobs(stylizer, self.uploads, self.limits)))
             stack.callback(self.pool.close_all)
@@ -388,7 +401,7 @@ def _as_file(name: str) -> dict[str, str]:
 
 
 async def _user_error(request: Request, error: StdRtError) -> Response:
-    status = 503 if isinstance(error, BusyError) else 404 if "there is no" in str(error) else 400
+    status = 503 if isinstance(error, BusyError) else 404 if isinstance(error, MissingError) else 400
     return JSONResponse({"error": one_line(error)}, status)
 
 

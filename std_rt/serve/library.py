@@ -35,7 +35,7 @@ from std_rt.pipeline.style_file import (
     thumbnail,
 )
 from std_rt.pipeline.stylizer import Stylizer
-from std_rt.serve.limits import Limits
+from std_rt.serve.limits import Limits, MissingError
 
 __all__ = ["Library", "Style", "Uploads", "named"]
 
@@ -120,13 +120,13 @@ class Library:
             return list(self._styles.values())
 
     def get(self, key: str) -> Style:
-        """The style of an id. Raises UsageError."""
+        """The style of an id. Raises MissingError."""
         with self._lock:
             self._used_s[key] = self._now()
             if key in self._styles:
                 return self._styles[key]
         del self._used_s[key]
-        raise UsageError(f"there is no style {key[:40]!r} here; GET /v1/styles lists them")
+        raise MissingError(f"there is no style {key[:40]!r} here; GET /v1/styles lists them")
 
     def add_own(self, source: Path | Frame, name: str | None = None) -> str:
         """Add a style of the server's: a path, or a frame. Raises MediaError. Returns its id."""

@@ -1,10 +1,20 @@
-"""What a server takes at most: sessions, sizes, times."""
+"""What a server takes at most: sessions, sizes, times; and what it says of the rest."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Limits"]
+from std_rt.core.errors import StdRtError, UsageError
+
+__all__ = ["BusyError", "Limits", "MissingError"]
+
+
+class BusyError(StdRtError):
+    """The server does as much as it may already."""
+
+
+class MissingError(UsageError):
+    """What a client names is not there, or no longer."""
 
 
 @dataclass(frozen=True)

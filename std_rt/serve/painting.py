@@ -25,9 +25,8 @@ from std_rt.media.video.transcode import transcode_stream
 from std_rt.pipeline.style_file import StyleFile
 from std_rt.pipeline.stylizer import Stylizer
 from std_rt.serve.library import Uploads, named
-from std_rt.serve.limits import Limits
+from std_rt.serve.limits import BusyError, Limits, MissingError
 from std_rt.serve.protocol import Look, one_line
-from std_rt.serve.sessions import BusyError
 from std_rt.streaming.frame_stream import FrameStream
 from std_rt.streaming.temporal import TemporalFilter
 
@@ -181,12 +180,12 @@ class ClipJobs:
         job.total, job.state = report.frames, "done"
 
     def get(self, key: str) -> ClipJob:
-        """The job of an id. Raises UsageError."""
+        """The job of an id. Raises MissingError."""
         self.sweep()
         with self._lock:
             if key in self._jobs:
                 return self._jobs[key]
-        raise UsageError("there is no such job; it may have been deleted, which happens after a time")
+        raise MissingError("there is no such job; it may have been deleted, which happens after a time")
 
     def result(self, key: str) -> Path:
         """The clip of a job that is done. Raises UsageError."""

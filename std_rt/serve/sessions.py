@@ -2,7 +2,7 @@
 
     pool = SessionPool(stylizer, library, limits, look)
     live = pool.open(PushedFrames(limits))      # BusyError when the limit is reached
-    live.readers.append(put)                    # called with every result, in the session's thread
+    live.join(put, ended)                       # put is called with every result, in the session's thread
     live.source.push(header, jpeg)
     pool.close(live)
 
@@ -30,11 +30,11 @@ from std_rt.media.camera.frame_source import Captured, Source
 from std_rt.pipeline.runner_cache import MAX_KEPT
 from std_rt.pipeline.stylizer import Quality, Stylizer
 from std_rt.serve.library import Library
-from std_rt.serve.limits import Limits
+from std_rt.serve.limits import BusyError, Limits, MissingError
 from std_rt.serve.protocol import Header, Look, decode_frame, encode_frame, one_line
 from std_rt.streaming.temporal import TemporalFilter
 
-__all__ = ["BusyError", "LiveSession", "PushedFrames", "SessionPool"]
+__all__ = ["LiveSession", "PushedFrames", "SessionPool"]
 
 _POLL_S = 0.02
 _JOIN_S = 30.0
@@ -44,10 +44,6 @@ _log = logging.getLogger(__name__)
 
 Result = tuple[Header, bytes]
 Reader = Callable[[Result], None]
-
-
-class BusyError(StdRtError):
-    """The server does as much as it may already."""
 
 
 class PushedFrames:
@@ -133,9 +129,11 @@ class LiveSession:
             stroke_size=look.stroke_size,
         )
         self._cards: dict[str, int] = {}  # index in the mixer, by style id
-        self.readers: list[Reader] = []
-        self.ended: list[Callable[[str], None]] = []  # called once, with the reason
+        self._readers: list[Reader] = []
+        self._told: list[Callable[[str], None]] = []  # called once, with the reason of the end
         self.over = False
+        self._reason: str | None = None
+        self._joining = Lock()
         self._applying = Lock()
         self._asked: tuple[Any, ...] | None = None
         self.session = Session(
@@ -156,7 +154,30 @@ class LiveSession:
         except BaseException:
             self.mixer.close()
             raise
+        self._rest()
         self._thread.start()
+
+    def join(self, reader: Reader, ended: Callable[[str], None]) -> None:
+        """Call ``reader`` with every result and ``ended`` with the reason of the end, in other threads."""
+        with self._joining:
+            self._readers.append(reader)
+            self._told.append(ended)
+            self._rest()
+            reason = self._reason
+        if reason is not None:
+            ended(reason)
+
+    def leave(self, reader: Reader, ended: Callable[[str], None]) -> None:
+        """Undo `join`."""
+        with self._joining:
+            self._readers.remove(reader)
+            self._told.remove(ended)
+            self._rest()
+
+    def _rest(self) -> None:
+        """The server's own camera costs nothing while nobody looks."""
+        if not self.owned:
+            self.session.pause(not self._readers)
 
     def apply(self, asked: dict[str, Any]) -> Look:
         """Change settings (`Look.changed`); takes as long as new styles take to encode. Raises StdRtError."""
@@ -220,7 +241,7 @@ class LiveSession:
                     continue
                 drops = self.session.metrics.counts().drops + getattr(self.source, "replaced", 0)
                 result = self._header(packet.index, drops, packet.captured_s), encode_frame(packet.styled)
-                for reader in list(self.readers):
+                for reader in list(self._readers):
                     reader(result)
                 self.session.presented(packet)
         except StdRtError as error:
@@ -229,8 +250,11 @@ class LiveSession:
             _log.exception("a session has failed")
             reason = "the engines failed; the server's log says more"
         self.over = True
-        for told in list(self.ended):
-            told(reason)
+        with self._joining:
+            self._reason = reason or "the source has ended"
+            told = list(self._told)
+        for tell in told:
+            tell(self._reason)
 
     def _header(self, index: int, drops: int, captured_s: float) -> Header:
         if isinstance(self.source, PushedFrames):
@@ -309,13 +333,13 @@ class SessionPool:
             self._drops += counts.drops
 
     def find(self, key: str | None) -> LiveSession:
-        """The session of an id; None: the one that was opened last. Raises UsageError."""
+        """The session of an id; None: the one that was opened last. Raises MissingError."""
         with self._lock:
             if key is None and self._sessions:
                 return self._sessions[next(reversed(self._sessions))]
             if key in self._sessions:
                 return self._sessions[key]
-        raise UsageError("there is no session to look at yet; open the page and start a camera")
+        raise MissingError("there is no session to look at yet; open the page and start a camera")
 
     def prepare(self, live: LiveSession, quality: Quality) -> bool:
         """Begin to open the engines of a quality, and keep those of all sessions open.

@@ -9,13 +9,14 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
+import anyio
 import anyio.to_thread
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from std_rt.core.errors import StdRtError, UsageError
-from std_rt.serve.limits import Limits
+from std_rt.serve.limits import BusyError, Limits
 from std_rt.serve.protocol import Header, Look, one_line, parse_message
-from std_rt.serve.sessions import BusyError, LiveSession, PushedFrames, Result, SessionPool
+from std_rt.serve.sessions import LiveSession, PushedFrames, Result, SessionPool
 
 __all__ = ["Sockets"]
 
@@ -80,7 +81,7 @@ class Sockets:
         try:
             await _Connection(socket, live, self._limits, controls=True).run()
         finally:
-            with _shielded():
+            with anyio.CancelScope(shield=True):  # its threads end, whatever ends the connection
                 await anyio.to_thread.run_sync(self._pool.close, live)
 
     async def watch(self, socket: WebSocket) -> None:
@@ -109,13 +110,6 @@ class Sockets:
                 self._viewers -= 1
 
 
-def _shielded() -> Any:
-    """A connection that is cut must not stop its threads from being ended."""
-    import anyio
-
-    return anyio.CancelScope(shield=True)
-
-
 async def _refuse(socket: WebSocket, error: StdRtError) -> None:
     with suppress(RuntimeError, WebSocketDisconnect):
         await socket.send_json({"error": one_line(error)})
@@ -138,8 +132,7 @@ class _Connection:
     async def run(self) -> None:
         """Until either side ends."""
         live = self._live
-        live.readers.append(self._outbox.put)
-        live.ended.append(self._end)
+        live.join(self._outbox.put, self._end)
         if live.owned and self._controls and isinstance(live.source, PushedFrames):
             live.source.rests = lambda: self._outbox.newest is not None
         parts: list[Callable[[], Awaitable[None]]] = [self._receive, self._send, self._change, self._report]
@@ -147,8 +140,7 @@ class _Connection:
         try:
             await asyncio.wait([*tasks, self._over], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            live.readers.remove(self._outbox.put)
-            live.ended.remove(self._end)
+            live.leave(self._outbox.put, self._end)
             for task in tasks:
                 task.cancel()
             found = await asyncio.gather(*tasks, return_exceptions=True)

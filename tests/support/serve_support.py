@@ -22,7 +22,7 @@ from support.live_support import wait_until
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-from std_rt.serve.app import Server, uvicorn_config
+from std_rt.serve.app import OwnStyle, Server, uvicorn_config
 
 Frame = NDArray[np.uint8]
 HEADER = struct.Struct("<IId")
@@ -84,6 +84,11 @@ class Site:
         url = f"ws://{self.host}{path}"
         with connect(url, compression=None, max_size=None, close_timeout=5, **options) as socket:
             yield socket
+
+
+def own(art: Mapping[str, Frame]) -> list[OwnStyle]:
+    """Frames as the styles of a server."""
+    return [OwnStyle(frame, name) for name, frame in art.items()]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 pytest.importorskip("websockets")
 
-from support.serve_support import Frame, Site, running
+from support.serve_support import Frame, Site, own, running
 
 from std_rt.core.bundle import Bundle
 from std_rt.pipeline.stylizer import Stylizer
@@ -33,5 +33,5 @@ def art() -> dict[str, Frame]:
 @pytest.fixture(scope="module")
 def site(stylizer: Stylizer, art: dict[str, Frame]) -> Iterator[Site]:
     limits = Limits(sessions=4, jobs=3, picture_bytes=2 << 20, picture_px=1_000_000, frame_px=1_000_000)
-    with Server(stylizer, list(art.items()), Options(limits=limits)) as server, running(server) as site:
+    with Server(stylizer, own(art), Options(limits=limits)) as server, running(server) as site:
         yield site

@@ -24,6 +24,7 @@ from support.serve_support import (
     jpeg,
     next_result,
     next_text,
+    own,
     running,
     send_frame,
     soon,
@@ -118,7 +119,7 @@ def test_sessions_start_with_the_look_of_the_server(stylizer: Stylizer, art: dic
     look = Look(strength=0.5, stroke_size=2.0, keep_colours=True, size=48, steps=1, seed=3)
     data = jpeg(noise(2, 64, 96))
     with (
-        Server(stylizer, list(art.items()), Options(look=look)) as server,
+        Server(stylizer, own(art), Options(look=look)) as server,
         running(server) as site,
         begun(site) as socket,
     ):
@@ -249,7 +250,7 @@ def test_the_servers_own_camera_is_shown_to_all(stylizer: Stylizer, art: dict[st
     source = ScriptedSource(lambda: 0.0, noise(8))
     source.is_camera = False  # type: ignore[misc]  # not mirrored
     with (
-        Server(stylizer, list(art.items()), Options(), camera=source) as server,
+        Server(stylizer, own(art), Options(), camera=source) as server,
         running(server) as site,
         site.connect("/v1/stream?source=camera") as one,
         site.connect("/v1/stream?source=camera") as two,
@@ -260,6 +261,18 @@ def test_the_servers_own_camera_is_shown_to_all(stylizer: Stylizer, art: dict[st
         assert next_result(one)[2] == next_result(two)[2]
         one.send(HEADER.pack(1, 0, 0.0) + jpeg(noise(9)))
         assert "takes no frames" in next_text(one, "error")
+        two.close()
+        camera = server.camera
+        assert camera is not None
+        wait_until(lambda: camera.session.paused)  # nobody looks: the engines rest
+        with site.connect("/v1/stream?source=camera") as three:
+            next_text(three, "session")
+            source.give(noise(10))
+            next_result(three)
+            source.end()
+            assert next_text(three, "error") == "the source has ended"
+        with site.connect("/v1/watch") as late:
+            assert next_text(late, "error") == "the source has ended"
 
 
 def test_a_server_without_a_camera_says_how_to_give_it_one(site: Site) -> None:
@@ -315,7 +328,7 @@ def test_closing_the_server_ends_its_sessions_and_deletes_its_files(
 ) -> None:
     before = threads()
     limits = replace(Limits(), sessions=2)
-    with Server(stylizer, list(art.items()), Options(limits=limits)) as server, running(server) as site:
+    with Server(stylizer, own(art), Options(limits=limits)) as server, running(server) as site:
         folder = server.uploads.folder
         with begun(site) as socket:
             assert painted(socket, 1, jpeg(noise(1)))
