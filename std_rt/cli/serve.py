@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
-import ssl
-import webbrowser
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,6 +124,8 @@ def _styles(request: ServeRequest) -> list[OwnStyle]:
 def _check_certificate(request: ServeRequest) -> None:
     if request.cert is None or request.key is None:
         return
+    import ssl
+
     try:
         ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(request.cert, request.key)
     except (OSError, ssl.SSLError) as error:
@@ -139,7 +140,8 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise UsageError(f"--host {host} is no address of this machine ({error.strerror})") from error
     try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if os.name == "posix":  # on Windows, it would share the port with another server
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
         listening.listen()  # who follows the link at once waits for the engines, and is not refused
     except OSError as error:
@@ -207,6 +209,8 @@ def _say_links(request: ServeRequest, server: Server, port: int, console: Consol
 
 
 def _run(request: ServeRequest, server: Server, listening: socket.socket, link: str | None) -> None:
+    import webbrowser
+
     import uvicorn
 
     from std_rt.serve.app import uvicorn_config

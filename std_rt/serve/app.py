@@ -285,7 +285,8 @@ class Server:
 
     async def _job_result(self, request: Request) -> Response:
         path = self.jobs.result(request.path_params["id"])
-        return FileResponse(path, media_type="video/mp4", headers=_as_file("styled.mp4"))
+        # Without a name, which would win over the one that the page gives it.
+        return FileResponse(path, media_type="video/mp4", headers={"content-disposition": "attachment"})
 
     def _asked(self, form: FormData, **defaults: Any) -> tuple[Look, StyleFile, bool]:
         """Look, style and ``upscale`` of a form. Raises UsageError for a field that is not known."""

@@ -25,7 +25,6 @@ from std_rt.serve.limits import Limits
 
 __all__ = ["Guard", "Rules", "is_loopback"]
 
-COOKIE = "std_rt_token"
 _PAGES = ("/", "/output", "/watch")
 _SMALL_BODY = 64 << 10
 _REFUSED = 1008  # WebSocket: policy violation
@@ -179,7 +178,12 @@ class Guard:
         answer = RedirectResponse(scope["path"] + (f"?{kept}" if kept else ""), 303)
         is_secure = scope.get("scheme") in ("https", "wss")
         answer.set_cookie(
-            COOKIE, str(self._rules.token), httponly=True, samesite="strict", secure=is_secure, path="/"
+            _cookie_name(scope),
+            str(self._rules.token),
+            httponly=True,
+            samesite="strict",
+            secure=is_secure,
+            path="/",
         )
         await answer(scope, receive, _with_headers(send))
 
@@ -192,10 +196,15 @@ def _token_of(scope: Scope, headers: Headers) -> str | None:
     if (linked := _from_query(scope)) is not None:
         return linked
     try:
-        cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+        cookie = SimpleCookie(headers.get("cookie", "")).get(_cookie_name(scope))
     except CookieError:
         return None
     return None if cookie is None else cookie.value
+
+
+def _cookie_name(scope: Scope) -> str:
+    """With the port: cookies are a host's, and another server may run there."""
+    return f"std_rt_token_{scope['server'][1]}"
 
 
 def _from_query(scope: Scope) -> str | None:

@@ -19,6 +19,7 @@ for _package in ("starlette", "uvicorn", "websockets"):
 
 from support.browser import CHROMIUM, Page, browser  # noqa: E402
 from support.live_support import wait_until  # noqa: E402
+from support.media_samples import ClipSpec, make_clip  # noqa: E402
 
 from std_rt.core.bundle import Bundle  # noqa: E402
 from std_rt.media import write_picture  # noqa: E402
@@ -129,6 +130,12 @@ def test_a_picture_is_painted_whole_and_the_other_pages_look_on(
         page.click("#whole-start")
         page.until("document.getElementById('whole-text').textContent === 'Done'")
         wait_until(lambda: list(page.downloads.glob("photo_styled.png")))
+        clip = make_clip(tmp_path / "clip.mp4", ClipSpec(audio="aac"))
+        page.put_file("#file-input", clip)
+        page.until("!document.getElementById('figures').hidden")
+        page.click("#whole-start")
+        page.until("document.getElementById('whole-text').textContent.startsWith('Done')")
+        wait_until(lambda: list(page.downloads.glob("clip_styled.mp4")))
         # Every control has a name, and is reached by the keyboard.
         unnamed = page.run(
             "[...document.querySelectorAll('button, input, select')].filter((each) => !each.labels?.length"

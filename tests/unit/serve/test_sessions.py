@@ -131,6 +131,17 @@ def test_sessions_start_with_the_look_of_the_server(stylizer: Stylizer, art: dic
         assert result == encode_frame(alone.stylize(decoded(data), 3))
 
 
+def test_styles_with_weights_are_the_blend_that_sessions_start_with(
+    stylizer: Stylizer, art: dict[str, Frame]
+) -> None:
+    styles = [replace(style, weight=weight) for style, weight in zip(own(art), (0.25, 0.75), strict=True)]
+    with Server(stylizer, styles, Options()) as server, running(server) as site, site.connect() as socket:
+        assert list(next_text(socket, "look")["styles"].values()) == [0.25, 0.75]
+        result = painted(socket, 1, jpeg(noise(3)))
+    stylizer.set_style([(art["dark"], 0.25), (art["light"], 0.75)])
+    assert result == encode_frame(stylizer.stylize(decoded(jpeg(noise(3)))))
+
+
 def test_a_wrong_setting_is_told_and_nothing_changes(site: Site) -> None:
     with begun(site) as socket:
         for asked, said in [
