@@ -24,7 +24,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
-from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
@@ -103,8 +103,13 @@ class Server:
             stack.callback(self.pool.close_all)
             self.camera = None if camera is None else self.pool.open(camera, owned=False)
             self._stack = stack.pop_all()
+        handlers: dict[Any, Any] = {HTTPException: _http_error, StdRtError: _user_error, Exception: _failure}
+        app = Starlette(routes=self._routes(), exception_handlers=handlers)
+        self.app: ASGIApp = Guard(app, options.rules, self.limits)
+
+    def _routes(self) -> list[BaseRoute]:
         sockets = Sockets(self.pool, self.camera)
-        routes = [
+        return [
             *(Route(path, self._page) for path in ("/", "/output", "/watch")),
             Mount("/static", StaticFiles(packages=[("std_rt.serve", "static")])),
             Route("/v1/health", self._health),
@@ -124,9 +129,6 @@ class Server:
             WebSocketRoute("/v1/stream", sockets.stream),
             WebSocketRoute("/v1/watch", sockets.watch),
         ]
-        handlers: dict[Any, Any] = {HTTPException: _http_error, StdRtError: _user_error, Exception: _failure}
-        app = Starlette(routes=routes, exception_handlers=handlers)
-        self.app: ASGIApp = Guard(app, options.rules, self.limits)
 
     def __enter__(self) -> Server:
         return self

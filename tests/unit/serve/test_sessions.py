@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import struct
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ from std_rt.pipeline.stylizer import Stylizer
 from std_rt.serve.app import Options, Server
 from std_rt.serve.limits import Limits
 from std_rt.serve.protocol import Header, Look, encode_frame
-from std_rt.serve.sessions import PushedFrames
+from std_rt.serve.sessions import LiveSession, PushedFrames
 
 
 def noise(seed: int, height: int = 64, width: int = 64) -> Frame:
@@ -310,6 +311,9 @@ def check_nothing_is_left(site: Site, times: int) -> None:
     cut_often(site, times)
     wait_until(lambda: site.server.pool.counts()["sessions"] == 0)
     wait_until(lambda: threads() <= before)
+    gc.collect()
+    left = [each for each in gc.get_objects() if isinstance(each, LiveSession)]
+    assert len(left) < 4, "an idle worker thread may keep its last one, no more"
 
 
 def test_connections_that_are_cut_leave_no_thread(site: Site) -> None:
