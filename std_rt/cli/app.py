@@ -18,6 +18,7 @@ from std_rt.cli.evaluate import evaluate
 from std_rt.cli.export import export
 from std_rt.cli.live import live
 from std_rt.cli.options import command_of
+from std_rt.cli.serve import serve
 from std_rt.cli.styles import styles_app
 from std_rt.cli.stylize import stylize
 from std_rt.cli.tally import tally
@@ -55,6 +56,7 @@ app.command("export")(command_of(export))
 app.command("train")(train)
 app.command("bench")(command_of(bench))
 app.command("live")(command_of(live))
+app.command("serve")(command_of(serve))
 app.command("evaluate")(command_of(evaluate))
 app.command("eval", hidden=True)(command_of(evaluate))  # its old name
 app.command("tally")(tally)

@@ -283,26 +283,20 @@ class _Work:
         return _INTERRUPTED if self._interrupted else 2 if failed else 0
 
     def _picture(self, job: Job) -> None:
-        import numpy as np
-
-        from std_rt.media import fit
-        from std_rt.media.image import read_picture, stores_exif, write_picture
+        from std_rt.media.image import painted, read_picture, stores_exif, write_picture
 
         started = time.perf_counter()
         picture, self._first = self._first or read_picture(job.source), None
         lost = ["its EXIF (date, author, ...) cannot be stored as " + job.sink.suffix]
         for line in (*picture.notes, *(lost if picture.exif and not stores_exif(job.sink) else ())):
             note(self._console, f"note: {job.source.name}: {line}")
-        frame, alpha = picture.frame, picture.alpha
-        if alpha is not None:
-            frame = fit.spread(frame, alpha)
-        styled = self._stylizer.stylize(frame, self._request.seed, mask=self._mask)
-        if self._request.upscale:
-            styled = fit.upscale(styled, frame)
-        height, width = styled.shape[:2]
-        if alpha is not None and alpha.shape != (height, width):
-            alpha = np.ascontiguousarray(fit.resize(alpha, (height, width)))
-        write_picture(job.sink, styled, alpha, exif=picture.exif)
+        done = painted(
+            picture,
+            lambda frame: self._stylizer.stylize(frame, self._request.seed, mask=self._mask),
+            upscale=self._request.upscale,
+        )
+        height, width = done.frame.shape[:2]
+        write_picture(job.sink, done.frame, done.alpha, exif=done.exif)
         self._report(job, (width, height), f"{time.perf_counter() - started:.2f} s")
         self._tell_size(job, (picture.frame.shape[1], picture.frame.shape[0]), (width, height))
 

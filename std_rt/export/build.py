@@ -14,7 +14,6 @@ import torch
 
 from std_rt.core.bundle import TINY, Bundle, write_bundle
 from std_rt.core.errors import ExportError
-from std_rt.export.components import Network
 from std_rt.export.export_options import LARGE, ExportOptions
 from std_rt.export.graph_precision import half_dtype, to_half, vae_compute, within_range
 from std_rt.export.graphs import (
@@ -46,6 +45,7 @@ from std_rt.export.source_pipeline import Source, Style, read_source
 from std_rt.export.text import TextConstants, TextParts
 from std_rt.export.weights import externalize
 from std_rt.models.clip_style import ClipStyleEncoder
+from std_rt.models.components import Network
 from std_rt.models.ip_adapter import Branches, attach_diffusers, detach_diffusers
 
 __all__ = ["export_pipeline"]

@@ -250,10 +250,9 @@ class QualityControl:
 
     def after(self, packet: FramePacket, now: float) -> Iterator[FramePacket]:
         """Record a finished frame and change the quality if necessary; yields packets that were inside."""
-        quality = self._stream.quality
-        if quality is None:
+        quality, best = self._stream.quality, self._stream.usual
+        if quality is None or best is None:
             return
-        best = self._stylizer.quality(packet.frame.shape[0], packet.frame.shape[1])
         if best != self.best:  # the first frame, or the camera has changed its size
             self._begin(best)
         if self._governor is None or packet.skipped:

@@ -80,9 +80,9 @@ class Session:
         """The mixer holds at least one style. Nothing runs before `start` (or ``with``)."""
         self.settings = settings = settings or Settings()
         self.mixer, self.source, self.mirror, self.paused = mixer, source, mirror, False
-        self._now, self._stylizer = now, stylizer
+        self._now = now
         self.metrics = Metrics(_described(stylizer, source, settings), now=now)
-        self._stream = FrameStream(
+        self.stream = FrameStream(  # its size, steps, temporal filter and colours may be set at any time
             stylizer,
             mixer.at,
             batching=STREAM_BATCH if settings.stream_batch else ONE_BY_ONE,
@@ -93,7 +93,7 @@ class Session:
         )
         self._control = QualityControl(
             stylizer,
-            self._stream,
+            self.stream,
             self.metrics,
             target_fps=settings.target_fps,
             stream_batch=settings.stream_batch,
@@ -122,7 +122,7 @@ class Session:
 
     def _stylize(self, captured: Prefetcher[FramePacket]) -> Iterator[FramePacket]:
         """The second thread: every packet with its result."""
-        for packet in self._stream.run(self._fresh(captured), lambda: captured.has_next):
+        for packet in self.stream.run(self._fresh(captured), lambda: captured.has_next):
             yield packet
             yield from self._control.after(packet, self._now())
 
@@ -131,7 +131,7 @@ class Session:
         last_s = math.inf
         for packet in captured:
             if packet.captured_s - last_s > _GAP_S:  # a pause, or a lost camera
-                self.metrics.dropped(self._stream.discard())
+                self.metrics.dropped(self.stream.discard())
             last_s = packet.captured_s
             packet.stages_ms["wait"] = (self._now() - packet.captured_s) * 1000
             yield packet
@@ -174,15 +174,15 @@ class Session:
     @property
     def keep_colours(self) -> bool:
         """Whether frames keep their colours; may be set at any time, for the next frame."""
-        return self._stylizer.keep_colours
+        return self.stream.keeps_colours
 
     @keep_colours.setter
     def keep_colours(self, keep: bool) -> None:
-        self._stylizer.keep_colours = keep
+        self.stream.keep_colours = keep
 
     def lines(self) -> list[str]:
         """The overlay: a label, a tab and its value in each line."""
-        recent, quality, settings = self.metrics.recent(), self._stream.quality, self.settings
+        recent, quality, settings = self.metrics.recent(), self.stream.quality, self.settings
         latency = ""
         if recent.latency_p50_ms is not None and recent.latency_p95_ms is not None:
             latency = f"{recent.latency_p50_ms:.0f} ms  p95 {recent.latency_p95_ms:.0f}"

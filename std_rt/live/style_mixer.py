@@ -23,12 +23,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import RLock
 
+import numpy as np
+
 from std_rt.core.arrays import Frame
 from std_rt.core.bundle import Bundle
 from std_rt.core.errors import StdRtError, UsageError
 from std_rt.media.image import read_picture
 from std_rt.pipeline.conditioning import STROKE_SIZES, EncodedStyle, blend, check_stroke_size, style_square
-from std_rt.pipeline.style_file import Encode, is_style_file, read_style, style_paths, thumbnail
+from std_rt.pipeline.style_file import (
+    Encode,
+    StyleFile,
+    clean_name,
+    is_style_file,
+    read_style,
+    style_paths,
+    thumbnail,
+)
 
 __all__ = ["Card", "Ramp", "StyleMixer"]
 
@@ -166,8 +176,8 @@ class StyleMixer:
         """All styles, in the order in which they finished loading."""
         return self._cards
 
-    def add(self, source: Path | Frame, name: str | None = None) -> int:
-        """Load a picture, a style file or a frame uint8 [H, W, 3] now; returns its index.
+    def add(self, source: Path | Frame | StyleFile, name: str | None = None) -> int:
+        """Load a picture, a style file, its content or a frame uint8 [H, W, 3] now; returns its index.
 
         A file is read once. The first style is shown immediately. Raises as `read_style` does.
         """
@@ -175,14 +185,16 @@ class StyleMixer:
         if isinstance(source, Path) and not is_style_file(source):
             name = name or source.stem
             source = read_picture(source).frame
-        if not isinstance(source, Path):
-            asked = self._stroke_size
-        loaded = read_style(source, self._bundle, self._encode, name, stroke_size=asked)
+        if isinstance(source, StyleFile):
+            loaded = source if name is None else replace(source, name=clean_name(name))
+        else:
+            asked = asked if isinstance(source, Path) else self._stroke_size
+            loaded = read_style(source, self._bundle, self._encode, name, stroke_size=asked)
         card = Card(
             loaded.name,
             thumbnail(loaded.thumbnail, _THUMBNAIL_PX),
             loaded.style,
-            None if isinstance(source, Path) else style_square(source, self._bundle.style_px),
+            style_square(source, self._bundle.style_px) if isinstance(source, np.ndarray) else None,
             loaded.stroke_size,
         )
         with self._lock:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from PIL import ExifTags, Image, ImageFile, IptcImagePlugin, TiffImagePlugin
 
 from std_rt.core.errors import MediaError
 from std_rt.core.files import atomic_file, check_input, reason
-from std_rt.media.fit import over_white
+from std_rt.media.fit import over_white, resize, spread
+from std_rt.media.fit import upscale as enlarge
 from std_rt.media.picture_colour import scale_note, to_8bit, to_srgb
 from std_rt.media.picture_formats import (
     DAMAGE,
@@ -39,6 +40,7 @@ __all__ = [
     "decode_picture",
     "is_animated",
     "open_picture",
+    "painted",
     "quiet_pillow",
     "read_picture",
     "stores_exif",
@@ -350,6 +352,22 @@ def _read_tiff(path: Path, tags: Any) -> tuple[Image.Image, list[str]]:
     if TiffImagePlugin.ICCPROFILE in tags:
         picture.info["icc_profile"] = bytes(tags[TiffImagePlugin.ICCPROFILE])
     return picture, notes
+
+
+def painted(picture: Picture, paint: Callable[[Frame], Frame], *, upscale: bool = False) -> Picture:
+    """``picture`` with its frame painted: a cut-out without white rims, and its alpha at the result's size.
+
+    ``upscale``: the result at the picture's own size, along its edges (`fit.upscale`).
+    """
+    frame, alpha = picture.frame, picture.alpha
+    if alpha is not None:
+        frame = spread(frame, alpha)
+    styled = paint(frame)
+    if upscale:
+        styled = enlarge(styled, frame)
+    if alpha is not None and alpha.shape != styled.shape[:2]:
+        alpha = np.ascontiguousarray(resize(alpha, (styled.shape[0], styled.shape[1])))
+    return replace(picture, frame=styled, alpha=alpha)
 
 
 def write_picture(

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Lock, RLock
+from threading import Lock
 from types import TracebackType
 
 import numpy as np
@@ -24,6 +24,7 @@ import numpy as np
 from std_rt.core.arrays import Array, Frame, Size
 from std_rt.core.bundle import INPAINTING, Bundle, load_bundle
 from std_rt.core.errors import UsageError
+from std_rt.core.turns import Turns
 from std_rt.engines import Engine
 from std_rt.engines.hot_swap import close_when_open, has_failed
 from std_rt.engines.program import Mark, no_mark
@@ -86,9 +87,9 @@ def draw_noise(seed: int, shape: tuple[int, ...]) -> Array:
 class Stylizer:
     """A bundle, opened on a backend, with a style.
 
-    Threads take turns: a frame of one waits for that of another; `encode_style` has its own engine and its
-    own turn, and `ready` never waits. ``lock`` makes several calls one turn, such as `use_style` and the
-    frames meant for that style.
+    Threads take turns, in the order in which they asked: a frame of one waits for that of another;
+    `encode_style` has its own engine and its own turn, and `ready` never waits. ``lock`` makes several calls
+    one turn, such as `use_style` and the frames meant for that style.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class Stylizer:
         """Whether results get the colours of their frames (`media.chroma`); any thread may set it."""
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="std-rt-open")
         self._closed = False
-        self.lock = RLock()
+        self.lock = Turns()
         self._style_lock = Lock()
         self._style_engine: Future[Engine] | None = None
         self._encoder: StyleEncoder | None = None

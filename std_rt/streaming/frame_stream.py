@@ -150,10 +150,16 @@ class FrameStream:
         if self._mask is not None and batching == STREAM_BATCH:
             raise ValueError(f"a mask cannot be combined with the {batching!r}")
         self._stylizer, self._style_at, self._batching = stylizer, style_at, batching
-        self._temporal = temporal or TemporalFilter("off")
+        # What any thread may set; it holds from the next frame on. None: as the stylizer has it.
+        self.temporal = temporal or TemporalFilter("off")
+        self.size: int | Size | None = None
+        self.steps: int | None = None
+        self.keep_colours: bool | None = None
+        self._temporal = self.temporal
         self._similarity, self._seed, self._now = similarity, seed, now
-        self._shape: Size | None = None  # of the frames
-        self._usual: Quality | None = None  # of frames of that shape
+        self._followed: tuple[Size, int | Size | None, int | None] | None = None  # shape of the frames, asked
+        self.usual: Quality | None = None
+        """Quality of the current frames, unless `switch` was called; None before the first frame."""
         self._quality: Quality | None = None
         self._batcher: _Batcher | None = None
         self._state: State | None = None
@@ -161,12 +167,17 @@ class FrameStream:
         self._running = False
         self._inside: deque[_Inside] = deque()
         self._last: Frame | None = None
-        self._keep_colours = stylizer.keep_colours  # of the last frame
+        self._keep_colours = self.keeps_colours  # of the last frame
 
     @property
     def quality(self) -> Quality | None:
         """Size and steps in use; None before the first frame."""
         return self._quality
+
+    @property
+    def keeps_colours(self) -> bool:
+        """Whether the next frame keeps its colours."""
+        return self._stylizer.keep_colours if self.keep_colours is None else self.keep_colours
 
     def switch(self, quality: Quality) -> Iterator[FramePacket]:
         """Change to another quality from the next frame on; yields the packets still inside the engines."""
@@ -214,6 +225,9 @@ class FrameStream:
 
     def _take(self, packet: FramePacket) -> Iterator[FramePacket]:
         mark = _stopwatch(packet, self._now)
+        if self.temporal is not self._temporal:
+            yield from self._flush()
+            self._temporal = self.temporal
         yield from self._follow_shape((packet.frame.shape[0], packet.frame.shape[1]))
         assert self._quality is not None
         assert self._state is not None
@@ -225,7 +239,7 @@ class FrameStream:
         if changing and self._batching == GROUPED:  # one call has one style
             yield from self._flush()
         self._style = style
-        before, self._keep_colours = self._keep_colours, self._stylizer.keep_colours
+        before, self._keep_colours = self._keep_colours, self.keeps_colours
         if self._may_skip(working, changing or before != self._keep_colours):
             assert self._last is not None
             packet.styled, packet.skipped = self._over(packet.frame, self._last), True
@@ -244,14 +258,15 @@ class FrameStream:
             yield self._finish(styled)
 
     def _follow_shape(self, shape: Size) -> Iterator[FramePacket]:
-        """Start over if frames of this shape have another working size."""
-        if shape != self._shape:
+        """Start over if frames of this shape have another working size, or other steps."""
+        asked = (shape, self.size, self.steps)
+        if asked != self._followed:
             if self._mask is not None:
                 self._mask.check(shape)
-            self._shape = shape
-            before, self._usual = self._usual, self._stylizer.quality(*shape)
-            if self._usual != before:
-                yield from self.switch(self._usual)
+            self._followed = asked
+            before, self.usual = self.usual, self._stylizer.quality(*shape, size=asked[1], steps=asked[2])
+            if self.usual != before:
+                yield from self.switch(self.usual)
 
     def _begin(self, quality: Quality) -> None:
         self._quality, self._last = quality, None

@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "pipeline": {DENOISE, "engines", "media", "core"},
     "streaming": {"pipeline", "engines", "media", "core", MEASURES},
     "live": {"streaming", "pipeline", "engines", "media", "core", MEASURES},
+    "serve": {"live", "streaming", "pipeline", "engines", "media", "core", MEASURES},
     "models": {"core"},
     "examples": set(),
     "export": {"models", "pipeline", "engines", "core", "examples"},

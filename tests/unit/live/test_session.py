@@ -175,10 +175,10 @@ def test_the_governor_keeps_its_quality_when_only_the_camera_s_resolution_change
         while not session.notes:
             pass_through(4)
         pass_through(4)
-        lower = session._stream.quality
+        lower = session.stream.quality
         pass_through(8)
         assert stylizer.quality(48 * 4, 72 * 4) == stylizer.quality(48 * 8, 72 * 8) != lower
-        assert session._stream.quality == lower
+        assert session.stream.quality == lower
 
 
 def test_frames_inside_before_a_gap_are_dropped(
@@ -187,12 +187,12 @@ def test_frames_inside_before_a_gap_are_dropped(
     """They are of the past then, and their latency would be that of the gap."""
     with Session(stylizer, source, greys, Settings(stream_batch=True), now=clock) as session:
         source.give(FRAMES[0])
-        wait_until(lambda: session._stream._inside)  # two steps: it stays inside
+        wait_until(lambda: session.stream._inside)  # two steps: it stays inside
         clock.at += 2
         indexes = []
         for i in (1, 2, 3):
             source.give(FRAMES[i])
-            wait_until(lambda i=i: [inside.packet.index for inside in session._stream._inside][-1:] == [i])  # type: ignore[misc]
+            wait_until(lambda i=i: [inside.packet.index for inside in session.stream._inside][-1:] == [i])  # type: ignore[misc]
             if i > 1:
                 indexes.append(next_packet(session).index)
         source.end()

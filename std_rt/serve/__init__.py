@@ -1,0 +1,1 @@
+"""A browser: the page, the API, and sessions that share one stylizer. Needs the extra [serve]."""
