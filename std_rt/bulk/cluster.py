@@ -1,0 +1,121 @@
+"""Ray: one machine that is set up here, or a cluster that runs already; and how many engines it has room for."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.data import ActorPoolStrategy, DataContext
+
+from std_rt.core.errors import UsageError
+from std_rt.core.machine import available_memory_gb, describe_machine
+from std_rt.engines.registry import GPU_BACKENDS
+
+__all__ = ["Engines", "connect", "connected", "engines_for", "job_context"]
+
+_MOST_CORES = 8  # of an engine: small networks leave more of them waiting
+_ENGINE_SHARE = 0.375  # of its cores, as Ray counts: two fit on one machine when another has died
+_IO_CPUS = 0.25
+_STORE_GB = (0.1, 2.0)  # of pictures between stages, at least and at most
+_LOST_BLOCKS = 1000  # more than this, and something is wrong with the cluster
+
+
+@dataclass(frozen=True)
+class Engines:
+    """How many engines run at once, and on what: ``gpus`` and ``cores`` of each."""
+
+    count: int
+    gpus: int
+    cores: int
+
+    def actors(self) -> dict[str, Any]:
+        """Arguments of `Dataset.map_batches` for a stage of engines.
+
+        A task that its actor's death took with it is not tried again by Ray, which would wait for that
+        actor: it may have no place to come back to. `job` makes up for it.
+        """
+        return {
+            "compute": ActorPoolStrategy(size=self.count),
+            "num_cpus": _IO_CPUS if self.gpus else max(_IO_CPUS, self.cores * _ENGINE_SHARE),
+            "num_gpus": self.gpus or None,
+            "max_task_retries": 0,
+            "scheduling_strategy": "SPREAD",
+        }
+
+    def tasks(self) -> dict[str, Any]:
+        """Arguments of `Dataset.map_batches` for a stage that reads or writes."""
+        return {"num_cpus": _IO_CPUS, "concurrency": max(2, 2 * self.count)}
+
+
+@contextmanager
+def connected(address: str | None = None) -> Iterator[None]:
+    """`connect` for the time of the block; Ray that runs in this process already stays."""
+    ours = connect(address)
+    try:
+        yield
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def connect(address: str | None = None) -> bool:
+    """Ray: the cluster at ``address``, or this machine alone. False if this process uses one already.
+
+    Raises UsageError if nothing answers there.
+    """
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        low, high = _STORE_GB
+        room_gb = min(high, max(low, (available_memory_gb() or high) / 4))
+        quiet |= {
+            "num_cpus": describe_machine().cores,
+            "include_dashboard": False,
+            "object_store_memory": int(room_gb * 2**30),
+        }
+    try:
+        ray.init(address=address or "local", **quiet)
+    except (ConnectionError, ValueError, TimeoutError) as error:
+        raise UsageError(
+            f"no Ray cluster answers at {address} ({' '.join(str(error).split())[:100]}); "
+            "start one with ray start --head, or leave out --address"
+        ) from error
+    return True
+
+
+def engines_for(backend: str, cores: int) -> Engines:
+    """Engines for the connected cluster: one for each GPU, or one for every ``cores`` (0: see `Engines`)."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    if gpus and (backend == "auto" or backend in GPU_BACKENDS):
+        return Engines(gpus, 1, 0)
+    cpus = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1] or [1]
+    each = cores or min(*cpus, _MOST_CORES)
+    return Engines(max(1, sum(count // each for count in cpus)), 0, each)
+
+
+@contextmanager
+def job_context() -> Iterator[None]:
+    """Ray Data's settings for a job: nothing printed, one block in is one block out, lost blocks passed over."""
+    before = DataContext.get_current().copy()
+    logger = logging.getLogger("ray.data")
+    level = logger.level
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = None
+    context.max_errored_blocks = _LOST_BLOCKS
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        DataContext._set_current(before)
