@@ -48,7 +48,6 @@ def stylize(
     connect()
     found = engines_for(options.backend, options.cores)
     settings = found.actors() | {"batch_size": 32} | actors
-    del settings["max_task_retries"]  # nothing here makes up for what is lost: Ray has to
     return dataset.map_batches(
         PaintColumn, fn_constructor_args=(options, style, strength, column, into), batch_format="numpy", **settings
     )

@@ -34,17 +34,11 @@ class Engines:
     cores: int
 
     def actors(self) -> dict[str, Any]:
-        """Arguments of `Dataset.map_batches` for a stage of engines.
-
-        A task that its actor's death took with it is not tried again by Ray, which would wait for that
-        actor: it may have no place to come back to. `job` makes up for it.
-        """
+        """Arguments of `Dataset.map_batches` for a stage of engines."""
         return {
             "compute": ActorPoolStrategy(size=self.count),
             "num_cpus": _IO_CPUS if self.gpus else max(_IO_CPUS, self.cores * _ENGINE_SHARE),
             "num_gpus": self.gpus or None,
-            "max_task_retries": 0,
-            "scheduling_strategy": "SPREAD",
         }
 
     def tasks(self) -> dict[str, Any]:
@@ -72,6 +66,7 @@ def connect(address: str | None = None) -> bool:
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it writes to stderr
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
         low, high = _STORE_GB
@@ -82,7 +77,8 @@ def connect(address: str | None = None) -> bool:
             "object_store_memory": int(room_gb * 2**30),
         }
     try:
-        ray.init(address=address or "local", **quiet)
+        with _quiet_stderr():
+            ray.init(address=address or "local", **quiet)
     except (ConnectionError, ValueError, TimeoutError) as error:
         raise UsageError(
             f"no Ray cluster answers at {address} ({' '.join(str(error).split())[:100]}); "
@@ -105,17 +101,33 @@ def engines_for(backend: str, cores: int) -> Engines:
 @contextmanager
 def job_context() -> Iterator[None]:
     """Ray Data's settings for a job: nothing printed, one block in is one block out, lost blocks passed over."""
-    before = DataContext.get_current().copy()
-    logger = logging.getLogger("ray.data")
-    level = logger.level
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.target_max_block_size = None
-    context.max_errored_blocks = _LOST_BLOCKS
+    settings = {
+        "enable_progress_bars": False,
+        "print_on_execution_start": False,
+        "target_max_block_size": None,
+        "max_errored_blocks": _LOST_BLOCKS,
+    }
+    context, logger = DataContext.get_current(), logging.getLogger("ray.data")
+    before, level = {name: getattr(context, name) for name in settings}, logger.level
     logger.setLevel(logging.CRITICAL)
+    try:
+        for name, value in settings.items():
+            setattr(context, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(context, name, value)
+        logger.setLevel(level)
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Ray's C++ part writes there as it starts, past Python, and cannot be told not to."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
     try:
         yield
     finally:
-        logger.setLevel(level)
-        DataContext._set_current(before)
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

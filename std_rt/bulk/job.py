@@ -7,6 +7,7 @@ out again, item by item, so that an item which kills its worker takes no other w
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,18 +121,18 @@ def _lost(item: Row, reason: str) -> Row:
 def _results(job: Job, items: pa.Table, *, alone: bool) -> Iterator[list[Row]]:
     """Results in the order in which they are written, a block at a time."""
     rows = 1 if alone else _block_rows(job, items.num_rows)
-    options, tasks = job.options, job.engines.tasks()
-    dataset = (
-        ray.data.from_arrow(list(_blocks(items, rows)))
-        .map_batches(ReadBlock(_fitter(job), options.keep_colours).run, batch_format="pyarrow", **tasks)
-        .map_batches(
-            PaintBlock,
-            fn_constructor_args=(options, job.out),
-            batch_format="pyarrow",
-            **job.engines.actors(),
-        )
-        .map_batches(WriteBlock(job.out, options.upscale).run, batch_format="pyarrow", **tasks)
+    options = job.options
+    tasks = {"batch_format": "pyarrow", **job.engines.tasks()}
+    # A task that its actor's death took with it must not be tried again by Ray, which waits for that actor:
+    # it may have no place to come back to. Ray says that the argument will have another name.
+    actors = {"batch_format": "pyarrow", "max_task_retries": 0, **job.engines.actors()}
+    read = ray.data.from_arrow(list(_blocks(items, rows))).map_batches(
+        ReadBlock(_fitter(job), options.keep_colours).run, **tasks
     )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        painted = read.map_batches(PaintBlock, fn_constructor_args=(options, job.out), **actors)
+    dataset = painted.map_batches(WriteBlock(job.out, options.upscale).run, **tasks)
     try:
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield batch.to_pylist()
