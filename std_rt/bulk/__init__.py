@@ -49,5 +49,8 @@ def stylize(
     found = engines_for(options.backend, options.cores)
     settings = found.actors() | {"batch_size": 32} | actors
     return dataset.map_batches(
-        PaintColumn, fn_constructor_args=(options, style, strength, column, into), batch_format="numpy", **settings
+        PaintColumn,
+        fn_constructor_args=(options, style, strength, column, into),
+        batch_format="numpy",
+        **settings,
     )

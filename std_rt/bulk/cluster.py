@@ -1,4 +1,4 @@
-"""Ray: one machine that is set up here, or a cluster that runs already; and how many engines it has room for."""
+"""Ray: this machine alone, or a cluster that runs already; and how many engines there is room for."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def engines_for(backend: str, cores: int) -> Engines:
 
 @contextmanager
 def job_context() -> Iterator[None]:
-    """Ray Data's settings for a job: nothing printed, one block in is one block out, lost blocks passed over."""
+    """Ray Data's settings for a job: nothing printed, a block in is a block out, lost ones are passed."""
     settings = {
         "enable_progress_bars": False,
         "print_on_execution_start": False,

@@ -27,7 +27,7 @@ _STYLES = 256  # encoded ones that are remembered, 60 kB each
 
 
 class BulkEngine:
-    """A bundle on a backend, for styles by path. Raises as `Stylizer.load`, BundleError for another digest."""
+    """A bundle on a backend, for styles by path. Raises as `Stylizer.load`, and if it is another bundle."""
 
     def __init__(self, options: BulkOptions) -> None:
         self._slot = _own_cores(options.cores)
@@ -67,9 +67,7 @@ class BulkEngine:
         """
         size: Size = working[0].shape[0], working[0].shape[1]
         state = self.stylizer.state_for(size, seed=self.options.seed)
-        return self.stylizer.run_many(
-            working, [state] * len(working), frames=self.options.per_call or None
-        )
+        return self.stylizer.run_many(working, [state] * len(working), frames=self.options.per_call or None)
 
     def stylize(self, frames: Sequence[Frame]) -> list[Frame]:
         """Frames uint8 [H, W, 3] of any sizes as `Stylizer.stylize` gives them, grouped by working size."""

@@ -114,7 +114,7 @@ def run(job: Job, take: Callable[[list[Row], Report], bool]) -> Report:
 
 
 def _lost(item: Row, reason: str) -> Row:
-    nothing = {name: 0 for name in RESULT.names} | {"disk_full": False}
+    nothing = dict.fromkeys(RESULT.names, 0) | {"disk_full": False}
     return nothing | dict(item) | {"stage": "worker", "reason": reason}
 
 
@@ -142,7 +142,7 @@ def _results(job: Job, items: pa.Table, *, alone: bool) -> Iterator[list[Row]]:
 
 def _cause(error: BaseException) -> str:
     """The one line of ours in an error of Ray's, or the last line of its own."""
-    cause = getattr(error, "cause", None) or error.__cause__
+    cause = getattr(error, "cause", None) or error.__cause__ or error.__context__
     if isinstance(error, StdRtError) or cause is None:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         ours = [line.partition(": ")[2] for line in lines if line.startswith("std_rt.core.errors.")]
@@ -157,7 +157,7 @@ def _fitter(job: Job) -> Fitter:
 
 
 def _block_rows(job: Job, count: int) -> int:
-    """Items in a block: many share calls of the engine, few bound the memory and the work that a crash loses."""
+    """Items in a block: many share calls of the engine, few bound the memory and what a crash loses."""
     size = job.bundle.size_default if job.options.size is None else job.options.size
     height, width = (size, size) if isinstance(size, int) else size
     fitting = int(_BLOCK_MB * 2**20 / (height * width * 3))

@@ -56,11 +56,13 @@ class Manifest:
                 return parquet.read_table(path).select(_ROW.names)
         except (OSError, ValueError, KeyError) as error:
             raise MediaError(
-                f"{place} is damaged ({' '.join(str(error).split())[:100]}); delete it, and what it lists is made again"
+                f"{place} is damaged ({' '.join(str(error).split())[:100]}); delete it, and what it lists "
+                "is made again"
             ) from error
 
     def _remember(self, table: pa.Table) -> None:
-        columns = [table[name].to_pylist() for name in ("key", "input", "style", "strength", "output", "bytes")]
+        names = ("key", "input", "style", "strength", "output", "bytes")
+        columns = [table[name].to_pylist() for name in names]
         for key, source, style, strength, output, size in zip(*columns, strict=True):
             self._done[key] = (output, size)
             self.taken[output] = f"{source}|{style}|{strength!r}"
@@ -69,6 +71,11 @@ class Manifest:
         """Whether the item was written, and its file is there in full; ``sizes``: the files of the folder."""
         output, size = self._done.get(key, ("", -1))
         return size >= 0 and sizes.get(output, (-1, -1))[0] == size
+
+    def unfinished(self, plan: pa.Table, sizes: Mapping[str, places.Stat]) -> pa.Table:
+        """The rows of a plan (`plan.ITEM`) that are not finished."""
+        keep = [not self.is_finished(key, sizes) for key in plan["key"].to_pylist()]
+        return plan.filter(pa.array(keep, pa.bool_()))
 
     def add(self, results: Iterable[Mapping[str, Any]]) -> None:
         """Results of workers: rows of `stages.RESULT`. Written by the next `flush`."""
@@ -82,10 +89,8 @@ class Manifest:
             self._write(name, pa.Table.from_pylist([dict(row) for row in self._new], schema=_ROW))
             self._parts.append(name)
             self._new = []
-        lines = [
-            json.dumps({name: row[name] for name in ("input", "style", "output", "stage", "reason")}, ensure_ascii=False)
-            for row in self._failed
-        ]
+        told = ("input", "style", "output", "stage", "reason")
+        lines = [json.dumps({name: row[name] for name in told}, ensure_ascii=False) for row in self._failed]
         place = places.joined(self._out, FAILED)
         with writing(place), places.stored(place) as path:
             path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -40,7 +40,7 @@ _TAG = 8  # hex digits that tell outputs apart whose names would be the same
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """One input in one style: places, and the path of the output before names that are alike are told apart."""
+    """One input in one style, and the path of its output before names that are alike are told apart."""
 
     input: str
     style: str
@@ -89,7 +89,9 @@ def wishes(
             wish = Wish(source.place, style, own, f"{label}/{name}" if label else name)
             found.setdefault(wish.identity, wish)
         if not (source.style or chosen):
-            raise UsageError(f"{source.place} has no style; add --style art.png, or a column style to its list")
+            raise UsageError(
+                f"{source.place} has no style; add --style art.png, or a column style to its list"
+            )
     return list(found.values())
 
 
@@ -107,7 +109,7 @@ def _labels(styles: Sequence[str]) -> dict[str, str]:
 def _sources(inputs: Sequence[str], out: str) -> Iterator[_Source]:
     for text in inputs:
         place = places.absolute(text)
-        files, path = places.opened(place)
+        path = places.opened(place)[1]
         if PurePosixPath(text).suffix.lower() in _LISTS:
             yield from _listed_sources(place)
         elif places.stats([place])[0][0] >= 0:
@@ -195,7 +197,9 @@ def name_outputs(found: Sequence[Wish], taken: Mapping[str, str]) -> list[str]:
         names.append(wish.name if alone else _tagged(wish))
     twins = [name for name, times in Counter(map(_folded, names)).items() if times > 1]
     if twins:
-        raise UsageError(f"two inputs would become {twins[0]}; give them to two commands with other -o folders")
+        raise UsageError(
+            f"two inputs would become {twins[0]}; give them to two commands with other -o folders"
+        )
     return names
 
 
@@ -221,9 +225,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def items(
-    found: Sequence[Wish], made_by: str, taken: Mapping[str, str]
-) -> pa.Table:
+def items(found: Sequence[Wish], made_by: str, taken: Mapping[str, str]) -> pa.Table:
     """The plan as a table of `ITEM` rows."""
     all_places = list(dict.fromkeys(place for wish in found for place in (wish.input, wish.style)))
     known = dict(zip(all_places, places.stats(all_places), strict=True))

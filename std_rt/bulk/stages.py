@@ -11,7 +11,7 @@ of items becomes one block of results, in the same order, so a stage that runs a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -41,7 +41,12 @@ _PIXELS = pa.large_binary()
 _STATE = [
     *(("stage", pa.string()), ("reason", pa.string()), ("disk_full", pa.bool_())),
     *(("width", pa.int32()), ("height", pa.int32()), ("bytes", pa.int64()), ("frames", pa.int64())),
-    *(("read_s", pa.float64()), ("engine_s", pa.float64()), ("write_s", pa.float64()), ("peak_mb", pa.float64())),
+    *(
+        ("read_s", pa.float64()),
+        ("engine_s", pa.float64()),
+        ("write_s", pa.float64()),
+        ("peak_mb", pa.float64()),
+    ),
 ]
 RESULT = pa.schema([*ITEM, *_STATE])
 """An item's result. ``reason``: why it failed in ``stage``, or empty; ``bytes``: of the file."""
@@ -82,7 +87,11 @@ class _Row:
         """Note why the item failed, and drop its pixels."""
         text = str(error) if isinstance(error, StdRtError) else f"{type(error).__name__}: {reason(error)}"
         empty = dict.fromkeys(("frame", "photo", "alpha", "exif"), b"")
-        self.values |= {"stage": stage, "reason": " ".join(text.split()), "disk_full": "the disk is full" in text}
+        self.values |= {
+            "stage": stage,
+            "reason": " ".join(text.split()),
+            "disk_full": "the disk is full" in text,
+        }
         self.values |= empty
 
 
@@ -92,22 +101,19 @@ def _rows(block: pa.Table) -> list[_Row]:
     empty |= dict.fromkeys(("width", "height", "bytes", "frames", "work_height", "work_width"), 0)
     empty |= dict.fromkeys(("read_s", "engine_s", "write_s", "peak_mb"), 0.0)
     empty |= dict.fromkeys(("frame", "photo", "alpha", "exif"), b"")
-    columns = {name: block[name] for name in block.column_names}
     return [
-        _Row(
-            empty
-            | {
-                name: memoryview(column[i].as_buffer()) if pa.types.is_large_binary(column.type) else column[i].as_py()
-                for name, column in columns.items()
-            }
-        )
+        _Row(empty | {name: _cell(block[name][i]) for name in block.column_names})
         for i in range(block.num_rows)
     ]
 
 
-def _table(rows: Iterable[_Row], schema: pa.Schema) -> pa.Table:
-    found = list(rows)
-    return pa.table([pa.array([row[name] for row in found], schema.field(name).type) for name in schema.names], schema)
+def _cell(scalar: pa.Scalar) -> Any:
+    return memoryview(scalar.as_buffer()) if scalar.type == _PIXELS else scalar.as_py()
+
+
+def _table(rows: Sequence[_Row], schema: pa.Schema) -> pa.Table:
+    columns = [pa.array([row[column.name] for row in rows], column.type) for column in schema]
+    return pa.table(columns, schema)
 
 
 @dataclass(frozen=True)

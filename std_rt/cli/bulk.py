@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
-from typer import BadParameter, Option
-from typer import Argument
+from typer import Argument, BadParameter, Option
 
 from std_rt.cli.options import StylizerFlags, TemporalOption, parse_size
 from std_rt.cli.terminal import ended_as_by_ctrl_c, note, progress_lines, say
-from std_rt.core.errors import MediaError, StdRtError, UsageError
+from std_rt.core.errors import MediaError, UsageError
 
 if TYPE_CHECKING:
     from std_rt.bulk.job import Report
@@ -50,18 +49,24 @@ class BulkRequest(StylizerFlags):
     ] = None
     output: Annotated[
         str,
-        Option("--output", "-o", metavar="FOLDER", help="An empty folder, or that of an earlier run: it goes on."),
+        Option(
+            "--output", "-o", metavar="FOLDER", help="An empty folder, or that of an earlier run: it goes on."
+        ),
     ]
     address: Annotated[
         str | None,
-        Option(metavar="HOST:PORT|auto", help="A running Ray cluster. Default: this machine, nothing to set up."),
+        Option(metavar="HOST:PORT|auto", help="A running Ray cluster. Default: this machine alone."),
     ] = None
     cores: Annotated[
         int, Option(min=0, help="Processor cores for each engine. Default: all of a machine, 8 at most.")
     ] = 0
     per_call: Annotated[
         int,
-        Option(min=0, max=64, help="Pictures of one size in a call of the engine. Default: what it is fastest at."),
+        Option(
+            min=0,
+            max=64,
+            help="Pictures of one size in a call of the engine. Default: what it is fastest at.",
+        ),
     ] = 0
     max_failures: Annotated[
         int | None, Option(min=0, help="Stop after more failures than this. Default: never.")
@@ -108,10 +113,13 @@ def _options(request: BulkRequest) -> BulkOptions:
     """The request as workers get it. Raises StdRtError if the bundle cannot do it."""
     from std_rt.bulk import BulkOptions, places
     from std_rt.core.bundle import BUILT_IN, load_bundle
+    from std_rt.engines.registry import choose_backend, choose_form
 
     bundle = load_bundle(request.bundle)
     bundle.check_precision(request.precision)
     bundle.coefficients(request.steps)
+    if request.address is None:
+        choose_form(choose_backend(request.backend)[0], request.precision, bundle.forms)
     is_built_in = bundle.name == BUILT_IN and request.bundle is None
     return BulkOptions(
         bundle=None if is_built_in else places.absolute(str(bundle.path)),
@@ -127,11 +135,7 @@ def _options(request: BulkRequest) -> BulkOptions:
     )
 
 
-def _bulk(
-    request: BulkRequest, options: BulkOptions, found: list[Wish], out: str, console: Console
-) -> int:
-    import pyarrow as pa
-
+def _bulk(request: BulkRequest, options: BulkOptions, found: list[Wish], out: str, console: Console) -> int:
     from std_rt.bulk import places
     from std_rt.bulk.cluster import connected, engines_for
     from std_rt.bulk.job import Job, run
@@ -146,18 +150,17 @@ def _bulk(
     if there and not manifest.exists:
         raise MediaError(f"{out} holds files that are not of std-rt bulk; give an empty folder with -o")
     plan = items(found, options.made_by(), manifest.taken)
-    todo = [not manifest.is_finished(key, there) for key in plan["key"].to_pylist()]
-    plan, skipped = plan.filter(pa.array(todo, pa.bool_())), todo.count(False)
-    if skipped:
-        note(console, f"{skipped} of {len(todo)} are finished already")
+    todo = manifest.unfinished(plan, there)
+    if todo.num_rows < plan.num_rows:
+        note(console, f"{plan.num_rows - todo.num_rows} of {plan.num_rows} are finished already")
     manifest.begin()
     manifest.flush()
-    if not plan.num_rows:
+    if not todo.num_rows:
         return 0
     with connected(request.address):
-        job = Job(plan, options, bundle, out, engines_for(options.backend, options.cores))
-        note(console, f"{bundle.name}, {plan.num_rows} to make, {_told(job.engines.count, 'engine')}")
-        with _shown(console, plan.num_rows) as show, _recorded(manifest, console) as record:
+        job = Job(todo, options, bundle, out, engines_for(options.backend, options.cores))
+        note(console, f"{bundle.name}, {todo.num_rows} to make, {_told(job.engines.count, 'engine')}")
+        with _shown(console, todo.num_rows) as show, _recorded(manifest, console) as record:
 
             def take(rows: list[Mapping[str, Any]], report: Report) -> bool:
                 record(rows)
@@ -183,7 +186,9 @@ def _alone(out: str) -> Iterator[None]:
         Path(out).mkdir(parents=True, exist_ok=True)
         lock = FileLock(Path(out, ".std-rt-bulk.lock")).acquire(timeout=0)
     except Timeout:
-        raise MediaError(f"another std-rt bulk writes to {out}; wait for it, or give another folder") from None
+        raise MediaError(
+            f"another std-rt bulk writes to {out}; wait for it, or give another folder"
+        ) from None
     except OSError as error:
         raise MediaError(f"{out} cannot be written: {reason(error)}; choose another place with -o") from error
     with lock:
@@ -207,7 +212,7 @@ def _recorded(manifest: Manifest, console: Console) -> Iterator[Callable[[list[M
         manifest.add(rows)
         for row in rows:
             if row["reason"]:
-                console.print(f"failed: {row['input']}: {row['reason']}", style="red", markup=False, soft_wrap=True)
+                _complain(console, f"failed: {row['input']}: {row['reason']}")
         if time.monotonic() - last_s > _FLUSH_EVERY_S:
             flush()
 
@@ -219,7 +224,7 @@ def _recorded(manifest: Manifest, console: Console) -> Iterator[Callable[[list[M
 
 @contextmanager
 def _shown(console: Console, total: int) -> Iterator[Callable[[Report], None]]:
-    """Yields a function that shows progress: a bar with rate and time left, or a line now and then in logs."""
+    """Yields a function that shows progress: a bar with rate and time left; in logs a line now and then."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
@@ -258,19 +263,20 @@ def _tell_end(report: Report, request: BulkRequest, out: str, console: Console) 
         note(console, f"note: {report.lost} items were lost with their workers and given out again")
     left = report.total - report.done - report.failed
     if report.disk_is_full:
-        raise_reason = f"the disk of {out} is full; free some space and run the same command again"
-        console.print(f"error: {raise_reason}", style="red", markup=False, soft_wrap=True)
+        _complain(console, f"the disk of {out} is full; free some space and run the same command again")
     elif left:
-        text = f"stopped after {report.failed} failures (--max-failures {request.max_failures})"
-        console.print(f"{text}; {left} items are left", style="red", markup=False, soft_wrap=True)
+        _complain(console, f"stopped after {report.failed} failures (--max-failures {request.max_failures})")
+    if left:
+        _complain(console, f"{left} items are left; the same command goes on with them")
     if report.failed:
-        console.print(
-            f"{report.failed} failed: {out}/failed.jsonl says why; the same command tries them again",
-            style="red",
-            markup=False,
-            soft_wrap=True,
+        _complain(
+            console, f"{report.failed} failed: {out}/failed.jsonl says why; the same command tries again"
         )
     return 1 if report.failed or left else 0
+
+
+def _complain(console: Console, line: str) -> None:
+    console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _told(count: int, what: str) -> str:

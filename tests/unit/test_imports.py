@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "pipeline": {DENOISE, "engines", "media", "core"},
     "streaming": {"pipeline", "engines", "media", "core", MEASURES},
     "live": {"streaming", "pipeline", "engines", "media", "core", MEASURES},
+    "bulk": {"streaming", "pipeline", "engines", "media", "core", MEASURES},
     "models": {"core"},
     "examples": set(),
     "export": {"models", "pipeline", "engines", "core", "examples"},
@@ -45,8 +46,10 @@ HEAVY = {
     "onnxscript",
     "accelerate",
     "psutil",
+    "pyarrow",
+    "ray",
 }
-MAY_BE_HEAVY = {"export", "models", "training"}
+MAY_BE_HEAVY = {"bulk", "export", "models", "training"}
 HEAVY_MODULES = {"diffusers_baseline", "inpaint", "students", "scorers", "candidates"}  # of evaluation
 
 

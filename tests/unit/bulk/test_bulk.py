@@ -1,4 +1,4 @@
-"""`std-rt bulk` on Ray: what is made, what is skipped, what failed, and the stage for pipelines of one's own."""
+"""`std-rt bulk` on Ray: what is made, skipped and failed; and the stage for pipelines of one's own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from std_rt import Stylizer
 from std_rt.core.bundle import Bundle
 from std_rt.media import read_picture
 
-pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.long]
+pytestmark = [
+    pytest.mark.usefixtures("ray_here"),
+    pytest.mark.long,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*"),  # it warns of itself
+]
 
 
 @pytest.fixture
