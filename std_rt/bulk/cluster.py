@@ -67,6 +67,7 @@ def connect(address: str | None = None) -> bool:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it writes to stderr
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # 30 are not enough on a busy machine
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
         low, high = _STORE_GB
@@ -79,10 +80,15 @@ def connect(address: str | None = None) -> bool:
     try:
         with _quiet_stderr():
             ray.init(address=address or "local", **quiet)
-    except (ConnectionError, ValueError, TimeoutError) as error:
+    except Exception as error:
+        why = " ".join(str(error).split())[:100]
+        if address is None:
+            raise UsageError(
+                f"Ray did not start on this machine ({why}); try again when it is less busy"
+            ) from error
         raise UsageError(
-            f"no Ray cluster answers at {address} ({' '.join(str(error).split())[:100]}); "
-            "start one with ray start --head, or leave out --address"
+            f"no Ray cluster answers at {address} ({why}); start one with ray start --head, "
+            "or leave out --address"
         ) from error
     return True
 

@@ -24,7 +24,7 @@ from std_rt.core.bundle import Bundle
 from std_rt.core.errors import StdRtError
 from std_rt.core.machine import peak_memory_mb
 
-__all__ = ["Job", "Report", "run"]
+__all__ = ["Job", "Report", "blocks", "fitter", "run"]
 
 _PASSES = 3
 _BLOCK_MB = 24  # of frames: bounds what waits between stages
@@ -126,8 +126,8 @@ def _results(job: Job, items: pa.Table, *, alone: bool) -> Iterator[list[Row]]:
     # A task that its actor's death took with it must not be tried again by Ray, which waits for that actor:
     # it may have no place to come back to. Ray says that the argument will have another name.
     actors = {"batch_format": "pyarrow", "max_task_retries": 0, **job.engines.actors()}
-    read = ray.data.from_arrow(list(_blocks(items, rows))).map_batches(
-        ReadBlock(_fitter(job), options.keep_colours).run, **tasks
+    read = ray.data.from_arrow(list(blocks(items, rows))).map_batches(
+        ReadBlock(fitter(job), options.keep_colours).run, **tasks
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -150,7 +150,7 @@ def _cause(error: BaseException) -> str:
     return _cause(cause)
 
 
-def _fitter(job: Job) -> Fitter:
+def fitter(job: Job) -> Fitter:
     bundle = job.bundle
     size = bundle.size_default if job.options.size is None else job.options.size
     return Fitter(size, bundle.size_multiple, *bundle.size_range)
@@ -165,7 +165,7 @@ def _block_rows(job: Job, count: int) -> int:
     return max(1, min(fitting, _MOST_ROWS, spread))
 
 
-def _blocks(items: pa.Table, rows: int) -> Iterator[pa.Table]:
+def blocks(items: pa.Table, rows: int) -> Iterator[pa.Table]:
     """Slices of ``rows`` items; a clip has its own, as nobody knows how long it takes."""
     is_clip = [is_clip_name(name) for name in items["input"].to_pylist()]
     begin = 0

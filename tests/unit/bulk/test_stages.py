@@ -12,7 +12,8 @@ from PIL import Image
 from support.cli_support import Cli, picture
 from support.media_samples import ClipSpec, make_clip
 
-from std_rt.bulk.job import Job, _blocks, _fitter
+from std_rt.bulk import job
+from std_rt.bulk.job import Job
 from std_rt.bulk.options import BulkOptions
 from std_rt.bulk.plan import ITEM, items, wishes
 from std_rt.bulk.stages import PaintBlock, ReadBlock, WriteBlock
@@ -22,8 +23,8 @@ from std_rt.core.bundle import Bundle
 def run_stages(bundle: Bundle, plan: pa.Table, out: Path, **options: Any) -> list[dict[str, Any]]:
     """All items in one block."""
     chosen = BulkOptions(bundle=str(bundle.path), **options)
-    fitter = _fitter(Job(plan, chosen, bundle, str(out), None))  # type: ignore[arg-type]
-    read = ReadBlock(fitter, chosen.keep_colours).run(plan)
+    fit = job.fitter(Job(plan, chosen, bundle, str(out), None))  # type: ignore[arg-type]
+    read = ReadBlock(fit, chosen.keep_colours).run(plan)
     painted = PaintBlock(chosen, str(out))(read)
     rows: list[dict[str, Any]] = WriteBlock(str(out), chosen.upscale).run(painted).to_pylist()
     return rows
@@ -129,5 +130,5 @@ def test_an_animation_becomes_a_clip(handmade: Bundle, tmp_path: Path, art: Path
 def test_blocks_hold_every_item_once_and_a_clip_alone() -> None:
     names = [f"{index}.png" for index in range(5)] + ["a.mp4"] + ["b.png", "c.mp4", "d.mp4"]
     table = pa.table([names, names, names, [1.0] * len(names), names], schema=ITEM)
-    blocks = [block["input"].to_pylist() for block in _blocks(table, 2)]
+    blocks = [block["input"].to_pylist() for block in job.blocks(table, 2)]
     assert blocks == [names[0:2], names[2:4], names[4:5], *([name] for name in names[5:])]
