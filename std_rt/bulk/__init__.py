@@ -7,6 +7,7 @@ and, in a pipeline of one's own, `stylize`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from std_rt.bulk.options import BulkOptions
@@ -47,6 +48,7 @@ def stylize(
     options = options or BulkOptions()
     connect()
     found = engines_for(options.backend, options.cores)
+    options = replace(options, cores=found.cores)
     settings = found.actors() | {"batch_size": 32} | actors
     return dataset.map_batches(
         PaintColumn,

@@ -93,7 +93,7 @@ def _own_cores(count: int) -> FileLock | None:
         return None
     allowed = sorted(os.sched_getaffinity(0))
     for slot in range(len(allowed) // count):
-        lock = FileLock(Path(tempfile.gettempdir()) / f"std-rt-cores-{count}-{slot}.lock")
+        lock = FileLock(Path(tempfile.gettempdir()) / f"std-rt-cores-{os.getuid()}-{count}-{slot}.lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:

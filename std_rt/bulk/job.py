@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -121,7 +121,7 @@ def _lost(item: Row, reason: str) -> Row:
 def _results(job: Job, items: pa.Table, *, alone: bool) -> Iterator[list[Row]]:
     """Results in the order in which they are written, a block at a time."""
     rows = 1 if alone else _block_rows(job, items.num_rows)
-    options = job.options
+    options = replace(job.options, cores=job.engines.cores)
     tasks = {"batch_format": "pyarrow", **job.engines.tasks()}
     # A task that its actor's death took with it must not be tried again by Ray, which waits for that actor:
     # it may have no place to come back to. Ray says that the argument will have another name.

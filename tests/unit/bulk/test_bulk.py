@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,21 @@ def test_a_stage_in_a_pipeline_gives_what_the_stylizer_gives(
         for row in found.values():
             expected = stylizer.stylize(np.ascontiguousarray(row["image"]))
             assert np.abs(row["styled"].astype(int) - expected).max() <= 1
+
+
+def test_the_example_of_the_docs_runs(
+    handmade: Bundle,
+    photos: Path,
+    art: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "bulk.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    code = code.replace("size=256", f"size=64, bundle={str(handmade.path)!r}")
+    code = code.replace('"art.png"', repr(str(art))).replace('"photos"', repr(str(photos)))
+    exec(compile(code, "bulk.md", "exec"), {"__name__": "__main__"})
+    assert "structure" in capfd.readouterr().out
 
 
 def test_an_engine_that_cannot_be_opened_is_one_line(bulk: Cli, photos: Path) -> None:
