@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,18 @@ def test_each_item_fails_alone_and_says_why(
     assert (found["c.png"]["stage"], "c.png cannot be written" in found["c.png"]["reason"]) == ("write", True)
     assert not found["d.png"]["reason"]
     assert found["d.png"]["bytes"] == (tmp_path / "out" / "more" / "d.png").stat().st_size
+
+
+def test_a_full_disk_is_told_apart(
+    handmade: Bundle, tmp_path: Path, art: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    rows = run_stages(handmade, plan_of([photos], art), tmp_path / "out")
+    assert all(row["disk_full"] and "the disk is full" in row["reason"] for row in rows)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
 def test_a_style_that_cannot_be_read_fails_its_items_only(
