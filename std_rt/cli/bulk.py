@@ -17,6 +17,7 @@ from rich.console import Console
 from typer import Argument, BadParameter, Option
 
 from std_rt.cli.options import StylizerFlags, TemporalOption, parse_size
+from std_rt.cli.stylize import check_size
 from std_rt.cli.terminal import ended_as_by_ctrl_c, note, progress_lines, say
 from std_rt.core.errors import MediaError, UsageError
 
@@ -117,6 +118,9 @@ def _options(request: BulkRequest) -> BulkOptions:
 
     bundle = load_bundle(request.bundle)
     bundle.check_precision(request.precision)
+    bundle.check_strength(request.style_strength)
+    size = parse_size(request.size)
+    check_size(bundle, size)
     bundle.coefficients(request.steps)
     if request.address is None:
         choose_form(choose_backend(request.backend)[0], request.precision, bundle.forms)
@@ -124,7 +128,7 @@ def _options(request: BulkRequest) -> BulkOptions:
     return BulkOptions(
         bundle=None if is_built_in else places.absolute(str(bundle.path)),
         digest=bundle.digest,
-        size=parse_size(request.size),
+        size=size,
         **{
             name: getattr(request, name)
             for name in (
@@ -144,7 +148,6 @@ def _bulk(request: BulkRequest, options: BulkOptions, found: list[Wish], out: st
     from std_rt.core.bundle import load_bundle
 
     bundle = load_bundle(options.bundle, verify=False)
-    bundle.check_strength(request.style_strength)
     manifest = Manifest(out)
     there = places.listed(out)
     if there and not manifest.exists:

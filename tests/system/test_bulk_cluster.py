@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pyarrow import parquet
 from support.cli_support import picture
 
 from std_rt.core.bundle import Bundle
 
 ray = pytest.importorskip("ray")
-pytest.importorskip("ray.cluster_utils")
+parquet = pytest.importorskip("pyarrow.parquet")
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*")]
 
 COUNT = 60
+_PATIENCE_S = 900  # processes start slowly where others work too
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def contents(out: Path) -> dict[str, bytes]:
 def alone(items: Path, handmade: Bundle) -> dict[str, bytes]:
     """The results of one machine."""
     done = start(items, handmade, items / "alone", None)
-    said = done.communicate(timeout=500)[0]
+    said = done.communicate(timeout=_PATIENCE_S)[0]
     assert done.returncode == 0, said
     found = contents(items / "alone")
     assert len(found) == COUNT
@@ -129,12 +129,13 @@ def test_two_nodes_give_what_one_gives_whatever_dies(
 ) -> None:
     out = items / f"cluster-{getattr(what, '__name__', 'quiet')}"
     job = start(items, handmade, out, cluster.address)
-    chance, killed, deadline_s = random.Random(18), 0, time.monotonic() + 300
+    chance, killed, deadline_s = random.Random(18), 0, time.monotonic() + _PATIENCE_S
     while job.poll() is None and time.monotonic() < deadline_s:
         time.sleep(chance.uniform(0.1, 1.0))
-        if what is not None and killed < 3 and [*out.glob("*.png")]:
+        if what is not None and killed < 2 and [*out.glob("*.png")]:
             killed += what(cluster, chance)
-    said = job.communicate(timeout=60)[0]
+    job.kill()
+    said = job.communicate()[0]
     assert job.returncode == 0, said
     assert what is None or killed or what is kill_worker, "nothing was killed: the job was too short"
     assert contents(out) == alone
@@ -150,6 +151,6 @@ def test_a_killed_command_goes_on(alone: dict[str, bytes], items: Path, handmade
     job.kill()
     job.communicate()
     job = start(items, handmade, out, None)
-    said = job.communicate(timeout=500)[0]
+    said = job.communicate(timeout=_PATIENCE_S)[0]
     assert job.returncode == 0, said
     assert contents(out) == alone

@@ -99,8 +99,3 @@ def test_the_example_of_the_docs_runs(
     code = code.replace('"art.png"', repr(str(art))).replace('"photos"', repr(str(photos)))
     exec(compile(code, "bulk.md", "exec"), {"__name__": "__main__"})
     assert "structure" in capfd.readouterr().out
-
-
-def test_an_engine_that_cannot_be_opened_is_one_line(bulk: Cli, photos: Path) -> None:
-    line = bulk(photos, "--backend", "nonesuch").error
-    assert "unknown backend 'nonesuch'" in line

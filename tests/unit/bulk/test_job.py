@@ -8,8 +8,6 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-pytest.importorskip("ray")
-
 from std_rt.bulk import job
 from std_rt.bulk.cluster import Engines
 from std_rt.bulk.job import Job, Report, run
