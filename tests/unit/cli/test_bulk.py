@@ -37,8 +37,6 @@ def test_a_folder_of_other_files_is_refused(cli: Cli, bundle: Path, photo: Path,
 def test_what_cannot_be_done_is_said_before_ray_starts(
     cli: Cli, bundle: Path, photo: Path, art: Path
 ) -> None:
-    cli: Cli, bundle: Path, photo: Path, art: Path
-) -> None:
     out = photo.with_name("out")
 
     def line(*flags: object) -> str:
