@@ -20,7 +20,18 @@ from pyarrow import ArrowInvalid, fs
 from std_rt.core.errors import MediaError
 from std_rt.core.files import atomic_file, reason
 
-__all__ = ["absolute", "fetched", "is_address", "joined", "listed", "matching", "opened", "stats", "stored"]
+__all__ = [
+    "absolute",
+    "fetched",
+    "is_address",
+    "joined",
+    "listed",
+    "matching",
+    "opened",
+    "stats",
+    "stored",
+    "sweep",
+]
 
 Stat = tuple[int, int]
 """Size in bytes and time of change in ns; (-1, -1) of a file that is not there."""
@@ -102,6 +113,14 @@ def listed(folder: str) -> dict[str, Stat]:
         if info.type == fs.FileType.File and not any(part.startswith(".") for part in inside.parts):
             found[inside.as_posix()] = _stat(info)
     return dict(sorted(found.items()))
+
+
+def sweep(folder: str) -> None:
+    """Remove what killed processes left half-written in a local folder that nobody else writes to."""
+    if not is_address(folder):
+        for left in Path(folder).rglob(".*.????????.part*"):
+            with suppress(OSError):
+                left.unlink()
 
 
 def matching(pattern: str) -> list[str]:

@@ -170,7 +170,10 @@ def _bulk(request: BulkRequest, options: BulkOptions, found: list[Wish], out: st
                 show(report)
                 return request.max_failures is None or report.failed <= request.max_failures
 
-            report = run(job, take)
+            try:
+                report = run(job, take)
+            finally:
+                places.sweep(out)
     return _tell_end(report, request, out, console)
 
 

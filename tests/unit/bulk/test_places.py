@@ -78,6 +78,17 @@ def test_what_is_missing_or_closed_is_named_by_its_address(scheme: str, tmp_path
         path.touch()
 
 
+def test_what_killed_processes_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    with suppress(EOFError), places.stored(str(tmp_path / "in" / "a.png")) as path:
+        left = path
+        raise EOFError
+    left.touch()
+    (tmp_path / "in" / ".kept.png").touch()
+    (tmp_path / "in" / "b.part.png").touch()
+    places.sweep(str(tmp_path))
+    assert files_in(tmp_path / "in") == {".kept.png", "b.part.png"}
+
+
 def test_an_unknown_scheme_says_what_is_missing() -> None:
     with pytest.raises(MediaError, match=r"nonesuch://a/b cannot be opened: .*; install"):
         places.opened("nonesuch://a/b")
