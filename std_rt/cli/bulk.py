@@ -115,6 +115,7 @@ def _options(request: BulkRequest) -> BulkOptions:
     from std_rt.bulk import BulkOptions, places
     from std_rt.core.bundle import BUILT_IN, load_bundle
     from std_rt.engines.registry import choose_backend, choose_form
+    from std_rt.pipeline.style_file import open_styles
 
     bundle = load_bundle(request.bundle)
     bundle.check_precision(request.precision)
@@ -124,6 +125,9 @@ def _options(request: BulkRequest) -> BulkOptions:
     bundle.coefficients(request.steps)
     if request.address is None:
         choose_form(choose_backend(request.backend)[0], request.precision, bundle.forms)
+    for style in request.style or ():
+        with places.fetched(style) as path:
+            open_styles([(path, 1.0)], bundle, request.stroke_size)
     is_built_in = bundle.name == BUILT_IN and request.bundle is None
     return BulkOptions(
         bundle=None if is_built_in else places.absolute(str(bundle.path)),
@@ -218,7 +222,8 @@ def _recorded(manifest: Manifest, console: Console) -> Iterator[Callable[[list[M
         manifest.add(rows)
         for row in rows:
             if row["reason"]:
-                _complain(console, f"failed: {row['input']}: {row['reason']}")
+                named = row["input"] in row["reason"]
+                _complain(console, f"failed: {'' if named else row['input'] + ': '}{row['reason']}")
         if time.monotonic() - last_s > _FLUSH_EVERY_S:
             flush()
 

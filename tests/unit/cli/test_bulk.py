@@ -47,4 +47,5 @@ def test_what_cannot_be_done_is_said_before_ray_starts(
     assert "has no int8 form" in line("--precision", "int8")
     assert "strength must be in" in line("--style-strength", 9)
     assert "works at 16 to 512 px" in line("--size", 2000)
+    assert "none.png does not exist" in line("-s", "none.png")
     assert not out.exists()
