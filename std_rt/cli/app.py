@@ -10,6 +10,7 @@ import typer
 
 from std_rt import __version__
 from std_rt.cli.bench import bench
+from std_rt.cli.bulk import bulk
 from std_rt.cli.bundles import bundles_app
 from std_rt.cli.demo import demo
 from std_rt.cli.doctor import doctor
@@ -52,6 +53,7 @@ def _root(
 
 
 app.command("stylize")(command_of(stylize))
+app.command("bulk")(command_of(bulk))
 app.command("export")(command_of(export))
 app.command("train")(train)
 app.command("bench")(command_of(bench))

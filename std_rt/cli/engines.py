@@ -223,7 +223,7 @@ def plan(
         guidance_mode=guidance_mode,
         vae=vae,
     ) as stylizer:
-        check_size(stylizer, size)
+        check_size(stylizer.bundle, size)
         coming = frame or size or opened.size_default
         key = RunnerKey(stylizer.quality(*((coming, coming) if isinstance(coming, int) else coming)))
         text = {name: value.shape[1:] for name, value in opened.conditioning().items()}

@@ -30,6 +30,7 @@ from std_rt.core.errors import MediaError, StdRtError, UsageError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from std_rt.core.bundle import Bundle
     from std_rt.media.image import Picture
     from std_rt.media.sources import Job
     from std_rt.pipeline.mask import Mask
@@ -209,17 +210,17 @@ def open_stylizer(flags: StylizerFlags, console: Console, *, live: bool = False)
         vae=bundle.choose_vae(flags.vae, live=live),
         meanwhile=(lambda line: note(console, f"note: {line}")) if flags.build_in_background else None,
     ) as stylizer:
-        check_size(stylizer, size)
+        check_size(stylizer.bundle, size)
         yield stylizer
 
 
-def check_size(stylizer: Stylizer, size: int | tuple[int, int] | None) -> None:
+def check_size(bundle: Bundle, size: int | tuple[int, int] | None) -> None:
     """Raise UsageError if the bundle does not support ``size``, a side or (H, W) in px."""
-    low, high = stylizer.bundle.size_range
+    low, high = bundle.size_range
     sides = (size, size) if isinstance(size, int) else size
     if sides is not None and not all(low <= side <= high for side in sides):
         raise UsageError(
-            f"bundle '{stylizer.bundle.name}' works at {low} to {high} px per side, not at "
+            f"bundle '{bundle.name}' works at {low} to {high} px per side, not at "
             f"{sides[1]}x{sides[0]}; change --size"
         )
 

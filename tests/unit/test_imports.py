@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "streaming": {"pipeline", "engines", "media", "core", MEASURES},
     "live": {"streaming", "pipeline", "engines", "media", "core", MEASURES},
     "serve": {"live", "streaming", "pipeline", "engines", "media", "core", MEASURES},
+    "bulk": {"streaming", "pipeline", "engines", "media", "core", MEASURES},
     "models": {"core"},
     "examples": set(),
     "export": {"models", "pipeline", "engines", "core", "examples"},
@@ -46,8 +47,10 @@ HEAVY = {
     "onnxscript",
     "accelerate",
     "psutil",
+    "pyarrow",
+    "ray",
 }
-MAY_BE_HEAVY = {"export", "models", "training"}
+MAY_BE_HEAVY = {"bulk", "export", "models", "training"}
 HEAVY_MODULES = {"diffusers_baseline", "inpaint", "students", "scorers", "candidates"}  # of evaluation
 
 

@@ -1,0 +1,178 @@
+"""A job: a plan through the three stages, streamed, until every item has a result.
+
+Blocks of items that a dying worker, engine or machine took with it come back with nothing. They are given
+out again, item by item, so that an item which kills its worker takes no other with it.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from std_rt.bulk.cluster import Engines, job_context
+from std_rt.bulk.options import BulkOptions
+from std_rt.bulk.plan import is_clip_name
+from std_rt.bulk.stages import RESULT, Fitter, PaintBlock, ReadBlock, WriteBlock
+from std_rt.core.bundle import Bundle
+from std_rt.core.errors import StdRtError
+from std_rt.core.machine import peak_memory_mb
+
+__all__ = ["Job", "Report", "blocks", "fitter", "run"]
+
+_PASSES = 3
+_BLOCK_MB = 24  # of frames: bounds what waits between stages
+_MOST_ROWS = 64
+_BLOCKS_AN_ENGINE = 4  # at least, so that none is idle at the end for long
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to make, how, where to and with what: ``plan`` holds `plan.ITEM` rows."""
+
+    plan: pa.Table
+    options: BulkOptions
+    bundle: Bundle
+    out: str
+    engines: Engines
+
+
+@dataclass
+class Report:
+    """What has become of a job so far. Times in s: ``wall_s`` of the job, the others summed over workers."""
+
+    total: int
+    engines: int
+    done: int = 0
+    failed: int = 0
+    frames: int = 0
+    wall_s: float = 0.0
+    read_s: float = 0.0
+    engine_s: float = 0.0
+    write_s: float = 0.0
+    peak_mb: float = 0.0
+    driver_mb: float = 0.0
+    disk_is_full: bool = False
+    lost: int = 0
+    """Items that had to be given out again."""
+    _begun_s: float = field(default_factory=time.monotonic)
+
+    def add(self, row: Row) -> None:
+        """Count a result."""
+        self.failed += bool(row["reason"])
+        self.done += not row["reason"]
+        self.frames += row["frames"]
+        for name in ("read_s", "engine_s", "write_s"):
+            setattr(self, name, getattr(self, name) + row[name])
+        self.peak_mb = max(self.peak_mb, row["peak_mb"])
+        self.driver_mb = peak_memory_mb() or 0.0
+        self.disk_is_full |= row["disk_full"]
+        self.wall_s = time.monotonic() - self._begun_s
+
+    @property
+    def engine_share(self) -> float:
+        """Share of the time that the engines were at work, 0..1."""
+        return min(1.0, self.engine_s / (self.wall_s * self.engines)) if self.wall_s else 0.0
+
+
+def run(job: Job, take: Callable[[list[Row], Report], bool]) -> Report:
+    """Make every item of the plan. ``take`` gets results (`stages.RESULT`) as they come, each item once.
+
+    It returns whether to go on. Raises StdRtError if the engines cannot be opened.
+    """
+    report = Report(job.plan.num_rows, job.engines.count)
+    missing = job.plan
+    with job_context():
+        for attempt in range(_PASSES):
+            seen: set[str] = set()
+            for rows in _results(job, missing, alone=attempt > 0):
+                fresh = [row for row in rows if row["key"] not in seen]
+                seen.update(row["key"] for row in fresh)
+                for row in fresh:
+                    report.add(row)
+                if not take(fresh, report) or report.disk_is_full:
+                    return report
+            keep = np.array([key not in seen for key in missing["key"].to_pylist()], bool)
+            missing = missing.filter(pa.array(keep))
+            if not missing.num_rows:
+                return report
+            report.lost += missing.num_rows
+    reason = f"its worker ended without a result, {_PASSES} times: a crash, or out of memory"
+    lost = [_lost(row, reason) for row in missing.to_pylist()]
+    for row in lost:
+        report.add(row)
+    take(lost, report)
+    return report
+
+
+def _lost(item: Row, reason: str) -> Row:
+    nothing = dict.fromkeys(RESULT.names, 0) | {"disk_full": False}
+    return nothing | dict(item) | {"stage": "worker", "reason": reason}
+
+
+def _results(job: Job, items: pa.Table, *, alone: bool) -> Iterator[list[Row]]:
+    """Results in the order in which they are written, a block at a time."""
+    rows = 1 if alone else _block_rows(job, items.num_rows)
+    options = replace(job.options, cores=job.engines.cores)
+    tasks = {"batch_format": "pyarrow", **job.engines.tasks()}
+    # A task that its actor's death took with it must not be tried again by Ray, which waits for that actor:
+    # it may have no place to come back to. Ray says that the argument will have another name.
+    actors = {"batch_format": "pyarrow", "max_task_retries": 0, **job.engines.actors()}
+    read = ray.data.from_arrow(list(blocks(items, rows))).map_batches(
+        ReadBlock(fitter(job), options.keep_colours).run, **tasks
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        painted = read.map_batches(PaintBlock, fn_constructor_args=(options, job.out), **actors)
+    dataset = painted.map_batches(WriteBlock(job.out, options.upscale).run, **tasks)
+    try:
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield batch.to_pylist()
+    except ray.exceptions.RayError as error:
+        raise StdRtError(_cause(error)) from error
+
+
+def _cause(error: BaseException) -> str:
+    """The one line of ours in an error of Ray's, or the last line of its own."""
+    cause = getattr(error, "cause", None) or error.__cause__ or error.__context__
+    if isinstance(error, StdRtError) or cause is None:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        ours = [line.partition(": ")[2] for line in lines if line.startswith("std_rt.core.errors.")]
+        return (ours or lines or [type(error).__name__])[-1]
+    return _cause(cause)
+
+
+def fitter(job: Job) -> Fitter:
+    bundle = job.bundle
+    size = bundle.size_default if job.options.size is None else job.options.size
+    return Fitter(size, bundle.size_multiple, *bundle.size_range)
+
+
+def _block_rows(job: Job, count: int) -> int:
+    """Items in a block: many share calls of the engine, few bound the memory and what a crash loses."""
+    size = job.bundle.size_default if job.options.size is None else job.options.size
+    height, width = (size, size) if isinstance(size, int) else size
+    fitting = int(_BLOCK_MB * 2**20 / (height * width * 3))
+    spread = -(-count // (_BLOCKS_AN_ENGINE * job.engines.count))
+    return max(1, min(fitting, _MOST_ROWS, spread))
+
+
+def blocks(items: pa.Table, rows: int) -> Iterator[pa.Table]:
+    """Slices of ``rows`` items; a clip has its own, as nobody knows how long it takes."""
+    is_clip = [is_clip_name(name) for name in items["input"].to_pylist()]
+    begin = 0
+    for index, clip in enumerate([*is_clip, True]):
+        if index > begin and (clip or index - begin == rows):
+            yield items.slice(begin, index - begin)
+            begin = index
+        if index < len(is_clip) and clip:
+            yield items.slice(index, 1)
+            begin = index + 1

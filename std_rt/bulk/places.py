@@ -1,0 +1,188 @@
+"""Files by path or address: local, or on any file system that Arrow or fsspec opens (``s3://``, ``gs://``).
+
+The runtime reads and writes local files: `fetched` and `stored` give it one, and carry it over if it is not
+at home here. A half-written file never has the final name, wherever it is.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Any
+from uuid import uuid4
+
+from pyarrow import ArrowInvalid, fs
+
+from std_rt.core.errors import MediaError
+from std_rt.core.files import atomic_file, reason
+
+__all__ = [
+    "absolute",
+    "fetched",
+    "is_address",
+    "joined",
+    "listed",
+    "matching",
+    "opened",
+    "stats",
+    "stored",
+    "sweep",
+]
+
+Stat = tuple[int, int]
+"""Size in bytes and time of change in ns; (-1, -1) of a file that is not there."""
+
+_CHUNK_BYTES = 1 << 20
+
+
+def is_address(place: str) -> bool:
+    """Whether ``place`` is an address such as ``s3://bucket/folder``, not a local path."""
+    return "://" in place
+
+
+def absolute(place: str) -> str:
+    """A path as every process of this machine understands it; an address as it is."""
+    return place.rstrip("/") if is_address(place) else str(Path(place).absolute())
+
+
+def joined(folder: str, name: str) -> str:
+    """``name``, a relative path with ``/``, inside ``folder``."""
+    return f"{folder}/{name}" if is_address(folder) else str(Path(folder, name))
+
+
+@lru_cache(maxsize=64)
+def _file_system(scheme: str, host: str, query: str) -> Any:
+    try:
+        return fs.FileSystem.from_uri(f"{scheme}://{host}/{query}")[0]
+    except (ArrowInvalid, NotImplementedError):  # not one of Arrow's own
+        import fsspec
+
+        return fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem(scheme)))
+
+
+def opened(place: str) -> tuple[Any, str]:
+    """(Arrow file system, path on it). Raises MediaError if nothing here opens such an address."""
+    if not is_address(place):
+        return fs.LocalFileSystem(), place
+    scheme, _, rest = place.partition("://")
+    rest, mark, query = rest.partition("?")
+    host, _, path = rest.partition("/")
+    try:
+        files = _file_system(scheme, host, mark + query)
+    except (ImportError, ValueError, OSError) as error:
+        raise MediaError(
+            f"{place} cannot be opened: {reason(error)}; install the fsspec package for {scheme}://"
+        ) from error
+    in_host = scheme in ("file", "local", "hdfs", "viewfs")
+    return files, f"/{path}" if in_host else f"{host}/{path}".rstrip("/")
+
+
+def stats(places: Sequence[str]) -> list[Stat]:
+    """Size and time of change of each file; (-1, -1) where there is none."""
+    found: list[Stat] = []
+    for begin in range(0, len(places), 1000):
+        some = places[begin : begin + 1000]
+        files = [opened(place) for place in some]
+        if all(not is_address(place) for place in some):
+            found += [_stat(info) for info in fs.LocalFileSystem().get_file_info(list(some))]
+        else:
+            found += [_stat(system.get_file_info(path)) for system, path in files]
+    return found
+
+
+def _stat(info: Any) -> Stat:
+    return (info.size, info.mtime_ns or 0) if info.type == fs.FileType.File else (-1, -1)
+
+
+def listed(folder: str) -> dict[str, Stat]:
+    """Every file below ``folder``, by its path relative to it (with ``/``), and what `stats` says of it.
+
+    Hidden files and folders are left out. Empty if there is no such folder.
+    """
+    files, path = opened(folder)
+    selector = fs.FileSelector(path, allow_not_found=True, recursive=True)
+    root = PurePosixPath(path.replace("\\", "/"))
+    found: dict[str, Stat] = {}
+    for info in files.get_file_info(selector):
+        name = PurePosixPath(info.path.replace("\\", "/"))
+        inside = name.relative_to(root) if name.is_relative_to(root) else name
+        if info.type == fs.FileType.File and not any(part.startswith(".") for part in inside.parts):
+            found[inside.as_posix()] = _stat(info)
+    return dict(sorted(found.items()))
+
+
+def sweep(folder: str) -> None:
+    """Remove what killed processes left half-written in a local folder that nobody else writes to."""
+    if not is_address(folder):
+        for left in Path(folder).rglob(".*.????????.part*"):
+            with suppress(OSError):
+                left.unlink()
+
+
+def matching(pattern: str) -> list[str]:
+    """The files that match a pattern with ``*``, ``?``, ``[...]`` and ``**``, by name."""
+    from fsspec.implementations.arrow import ArrowFSWrapper
+
+    files, path = opened(absolute(pattern))
+    head = pattern.partition("://")[0] + "://" if is_address(pattern) else ""
+    names = sorted(ArrowFSWrapper(files).glob(path))
+    return [f"{head}{name}" for name in names if files.get_file_info(name).type == fs.FileType.File]
+
+
+@contextmanager
+def fetched(place: str) -> Iterator[Path]:
+    """The file as a local one for the time of the block. Raises MediaError if it cannot be fetched."""
+    if not is_address(place):
+        yield Path(place)
+        return
+    files, path = opened(place)
+    with TemporaryDirectory(prefix="std-rt-") as folder:
+        local = Path(folder) / (PurePosixPath(path).name or "file")
+        try:
+            with files.open_input_stream(path) as source, local.open("wb") as sink:
+                shutil.copyfileobj(source, sink, _CHUNK_BYTES)
+        except OSError as error:
+            raise MediaError(f"{place} cannot be read: {reason(error)}") from error
+        try:
+            yield local
+        except MediaError as error:
+            raise MediaError(str(error).replace(str(local), place)) from error
+
+
+@contextmanager
+def stored(place: str) -> Iterator[Path]:
+    """A local path to write; what is there when the block ends appears at ``place`` as a whole.
+
+    Raises MediaError if it cannot be stored; exceptions of the block pass through, and nothing is left.
+    """
+    if not is_address(place):
+        sink = Path(place)
+        try:
+            sink.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MediaError(f"{place} cannot be written: {reason(error)}") from error
+        with atomic_file(sink, error=MediaError) as partial:
+            yield partial
+        return
+    files, path = opened(place)
+    final = PurePosixPath(path)
+    with TemporaryDirectory(prefix="std-rt-") as folder:
+        local = Path(folder) / final.name
+        yield local
+        partial_path = str(final.with_name(f".{uuid4().hex[:8]}.part{final.suffix}"))
+        try:
+            files.create_dir(str(final.parent), recursive=True)
+            try:
+                with local.open("rb") as source, files.open_output_stream(partial_path) as sink:
+                    shutil.copyfileobj(source, sink, _CHUNK_BYTES)
+                files.move(partial_path, path)
+            except OSError:
+                with suppress(OSError):
+                    files.delete_file(partial_path)
+                raise
+        except OSError as error:
+            raise MediaError(f"{place} cannot be written: {reason(error)}") from error
