@@ -180,7 +180,6 @@ def test_demo_writes_a_sheet_of_every_pair(
     assert files_in(tmp_path / "demo") == {
         "inputs",
         "styles",
-        "tally",
         "32",
         "64",
         "sheet.png",
