@@ -21,7 +21,9 @@ def test_without_its_extra_it_says_what_to_install(cli: Cli, monkeypatch: pytest
         lambda name, *more: None if name == "starlette" else find(name, *more),
     )
     error = cli("serve").error
-    assert error.startswith("error: std-rt serve needs starlette; run: ")
+    assert error.startswith(
+        "error: std-rt serve needs starlette, uvicorn, websockets, python_multipart; run: "
+    )
     assert "[serve]" in error
 
 
