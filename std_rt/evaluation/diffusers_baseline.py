@@ -53,7 +53,8 @@ class DiffusersLoop:
         """``guidance`` is diffusers' scale (None: the bundle's own; 1: none).
 
         ``precision`` is fp32, bf16 (autocast) or fp16: UNet and VAE in fp16, but a VAE that overflows in it
-        (``force_upcast``) in fp32, as in diffusers. Raises UsageError if ``device`` is cuda and torch finds none.
+        (``force_upcast``) in fp32, as in diffusers. Raises UsageError if ``device`` is cuda and torch finds
+        none.
         """
         if device == "cuda" and not torch.cuda.is_available():
             raise UsageError(
