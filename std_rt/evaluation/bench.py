@@ -240,8 +240,6 @@ def _against_precision(name: str, backend: str) -> str:
 def _against(stylizer: Stylizer, size: Size, name: str) -> Step:
     """The step of one of `AGAINST`, where std-rt runs: on the GPU too if the backend is for GPUs."""
     on_gpu = stylizer.backend in GPU_BACKENDS
-    if on_gpu:
-        _require_cuda(name, stylizer.backend)
     compiled = name == "compile"
     how = {"precision": _against_precision(name, stylizer.backend), "compiled": compiled}
     step = diffusers_step(
@@ -256,18 +254,6 @@ def _against(stylizer: Stylizer, size: Size, name: str) -> Step:
     with Console(stderr=True).status(f"{title_of(name, stylizer.backend)}: first frame{slow}"):
         step()
     return step
-
-
-def _require_cuda(name: str, backend: str) -> None:
-    """Raise UsageError unless torch can use the GPU too."""
-    import torch
-
-    if not torch.cuda.is_available():
-        raise UsageError(
-            f"--against {name} beside backend '{backend}' needs torch on the GPU, and torch "
-            f"{torch.__version__} finds none; install a torch with CUDA (pytorch.org), or compare on the "
-            "CPU: --backend cpu"
-        )
 
 
 def run_first_frame(settings: Settings) -> None:

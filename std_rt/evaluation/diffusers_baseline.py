@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from std_rt.core.bundle import CONTENT, INPAINTING, Bundle
+from std_rt.core.errors import UsageError
 from std_rt.engines.glue import GLUE
 from std_rt.export.modules import VaeDecoder, VaeEncoder, affine_inverse, latent_affine
 from std_rt.export.restore import load_torch_components
@@ -52,8 +53,14 @@ class DiffusersLoop:
         """``guidance`` is diffusers' scale (None: the bundle's own; 1: none).
 
         ``precision`` is fp32, bf16 (autocast) or fp16: UNet and VAE in fp16, but a VAE that overflows in it
-        (``force_upcast``) in fp32, as in diffusers.
+        (``force_upcast``) in fp32, as in diffusers. Raises UsageError if ``device`` is cuda and torch finds
+        none.
         """
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UsageError(
+                f"diffusers beside a GPU backend needs torch on the GPU, and torch {torch.__version__} finds "
+                "none; install a torch with CUDA (pytorch.org), or compare on the CPU: --backend cpu"
+            )
         self._bundle, self._size, self._autocast = bundle, size, precision == "bf16"
         self._scale = choose_guidance(bundle, guidance).scale
         parts = load_torch_components(bundle)

@@ -72,9 +72,6 @@ def test_fp16_as_on_a_gpu_paints_nearly_the_same_and_every_stage_ends_with_a_wai
 def test_a_gpu_is_compared_with_diffusers_on_the_gpu_in_fp16(
     own_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch
-
-    from std_rt.core.errors import UsageError
     from std_rt.evaluation import bench
 
     asked: list[dict[str, object]] = []
@@ -82,12 +79,6 @@ def test_a_gpu_is_compared_with_diffusers_on_the_gpu_in_fp16(
     with Stylizer.load(own_bundle, size=(64, 64), precision="fp32") as stylizer:
         bench._against(stylizer, (64, 64), "diffusers")
         stylizer.backend = "rtx"
-        if not torch.cuda.is_available():
-            with pytest.raises(
-                UsageError, match=r"beside backend 'rtx' needs torch on the GPU, .*--backend cpu"
-            ):
-                bench._against(stylizer, (64, 64), "diffusers")
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         for name in bench.AGAINST:
             bench._against(stylizer, (64, 64), name)
     assert asked == [
@@ -96,3 +87,16 @@ def test_a_gpu_is_compared_with_diffusers_on_the_gpu_in_fp16(
         {"precision": "fp16", "compiled": True, "device": "cuda"},
     ]
     assert bench.title_of("compile", "rtx") == "diffusers (torch.compile fp16, GPU)"
+
+
+def test_without_a_gpu_a_comparison_on_one_is_refused(
+    own_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from std_rt.core.errors import UsageError
+    from std_rt.evaluation.diffusers_baseline import DiffusersLoop
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match=r"needs torch on the GPU, .* compare on the CPU: --backend cpu"):
+        DiffusersLoop(own_bundle, 1, (64, 64), device="cuda")
