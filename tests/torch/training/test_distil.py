@@ -152,7 +152,7 @@ def test_last_jumps_alone_are_judged_and_all_else_is_as_published(config: Distil
     last = replace(config, adversarial=AdversarialConfig(jumps="last"))
     published, judged = _distiller(config), _distiller(last)
     seen = []
-    for _ in range(6):
+    for _ in range(16):
         a, b = published.draw(), judged.draw()
         assert torch.equal(a.states.x, b.states.x)
         assert torch.equal(a.s, b.s)

@@ -79,7 +79,7 @@ def test_style_pictures_cost_image_branches_an_encoder_and_tokens(clip: Path) ->
     assert found.parameters["lora"] == plain.parameters["lora"]
     more = found.memory_gib["autoencoder and encoders"] - plain.memory_gib["autoencoder and encoders"]
     encoder = 4 * sum(p.numel() for p in base.style_encoder.parameters()) / GIB
-    assert more == pytest.approx(encoder, rel=0.1)  # the files' headers count too
+    assert encoder <= more < 1.3 * encoder  # the files' headers count too
     tokens = base.null_tokens
     assert tokens is not None
     sizes = plain.bank_gib * GIB, found.bank_gib * GIB
