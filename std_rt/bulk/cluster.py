@@ -42,10 +42,13 @@ class Engines:
         }
 
     def tasks(self) -> dict[str, Any]:
-        """Arguments of `Dataset.map_batches` for a stage that reads or writes."""
+        """Arguments of `Dataset.map_batches` for a stage that reads or writes.
+
+        Ray would try a task without end whose file kills its process each time.
+        """
         if self.gpus:  # a GPU waits for many readers: a photo of 12 megapixels takes a core 0.4 s
-            return {"num_cpus": 1}
-        return {"num_cpus": _IO_CPUS, "concurrency": self.count * max(2, self.cores)}
+            return {"num_cpus": 1, "max_retries": 1}
+        return {"num_cpus": _IO_CPUS, "max_retries": 1, "concurrency": self.count * max(2, self.cores)}
 
 
 @contextmanager

@@ -105,7 +105,7 @@ def run(job: Job, take: Callable[[list[Row], Report], bool]) -> Report:
             if not missing.num_rows:
                 return report
             report.lost += missing.num_rows
-    reason = f"its worker ended without a result, {_PASSES} times: a crash, or out of memory"
+    reason = "its worker ended without a result, each time: a crash, or out of memory"
     lost = [_lost(row, reason) for row in missing.to_pylist()]
     for row in lost:
         report.add(row)
@@ -124,15 +124,14 @@ def _results(job: Job, items: pa.Table, *, alone: bool) -> Iterator[list[Row]]:
     options = replace(job.options, cores=job.engines.cores)
     tasks = {"batch_format": "pyarrow", **job.engines.tasks()}
     # A task that its actor's death took with it must not be tried again by Ray, which waits for that actor:
-    # it may have no place to come back to. Ray says that the argument will have another name.
+    # it may have no place to come back to. Ray says that such arguments will have other names.
     actors = {"batch_format": "pyarrow", "max_task_retries": 0, **job.engines.actors()}
-    read = ray.data.from_arrow(list(blocks(items, rows))).map_batches(
-        ReadBlock(fitter(job), options.keep_colours).run, **tasks
-    )
+    reader, writer = ReadBlock(fitter(job), options.keep_colours), WriteBlock(job.out, options.upscale)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
+        read = ray.data.from_arrow(list(blocks(items, rows))).map_batches(reader.run, **tasks)
         painted = read.map_batches(PaintBlock, fn_constructor_args=(options, job.out), **actors)
-    dataset = painted.map_batches(WriteBlock(job.out, options.upscale).run, **tasks)
+        dataset = painted.map_batches(writer.run, **tasks)
     try:
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield batch.to_pylist()

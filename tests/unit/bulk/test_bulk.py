@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from pyarrow import parquet
 from support.cli_support import Cli, Result, files_in, picture
 
 from std_rt import Stylizer
+from std_rt.bulk.stages import ReadBlock
 from std_rt.core.bundle import Bundle
 from std_rt.media import read_picture
 
@@ -99,3 +104,33 @@ def test_the_example_of_the_docs_runs(
     code = code.replace('"art.png"', repr(str(art))).replace('"photos"', repr(str(photos)))
     exec(compile(code, "bulk.md", "exec"), {"__name__": "__main__"})
     assert "structure" in capfd.readouterr().out
+
+
+class _CrashingRead(ReadBlock):
+    """A decoder that takes its process with it at one file."""
+
+    def run(self, block: pa.Table) -> pa.Table:
+        if any(name.endswith("c.png") for name in block["input"].to_pylist()):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().run(block)
+
+
+def test_a_file_that_kills_its_process_fails_alone(
+    bulk: Cli, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr("std_rt.bulk.job.ReadBlock", _CrashingRead)
+    done = bulk(photos)
+    assert "4 made, 1 failed" in done.out, done.err
+    (failure,) = map(json.loads, (tmp_path / "out" / "failed.jsonl").read_text(encoding="utf-8").splitlines())
+    assert failure["input"] == str(photos / "c.png")
+    assert "its worker ended without a result" in failure["reason"]
+
+
+def test_an_engine_that_cannot_be_opened_is_said_in_one_line(bulk: Cli, photos: Path) -> None:
+    done = bulk(photos, "--prompt", "a cat")  # the prompt of this bundle is baked in
+    assert done.code == 2
+    assert done.err.splitlines()[-1].startswith("error: ")
+    assert "prompt" in done.err.splitlines()[-1]
