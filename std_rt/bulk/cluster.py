@@ -126,7 +126,7 @@ def job_context() -> Iterator[None]:
         for name, value in settings.items():
             setattr(context, name, value)
         with warnings.catch_warnings():  # few blocks, as in a small job or a last pass, are no fault
-            warnings.filterwarnings("ignore", "The maximum number of concurrent tasks")
+            warnings.filterwarnings("ignore", "The (maximum|minimum) number of concurrent")
             yield
     finally:
         for name, value in before.items():
