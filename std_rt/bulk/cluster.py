@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,7 +125,9 @@ def job_context() -> Iterator[None]:
     try:
         for name, value in settings.items():
             setattr(context, name, value)
-        yield
+        with warnings.catch_warnings():  # few blocks, as in a small job or a last pass, are no fault
+            warnings.filterwarnings("ignore", "The (maximum|minimum) number of concurrent")
+            yield
     finally:
         for name, value in before.items():
             setattr(context, name, value)
