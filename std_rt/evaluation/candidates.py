@@ -75,6 +75,11 @@ def read_candidate(path: Path, base: Base) -> Candidate:
             f"--lora {path} was trained on another base ({notes.get('base', 'unnamed')}) than "
             f"--teacher {base.name}; give the folder it was trained on"
         )
+    if "ip_adapter_digest" in notes:
+        raise UsageError(
+            f"--lora {path} was trained with style pictures, which --teacher cannot show it; "
+            "export it and give the bundle: std-rt evaluate CONTENTS STYLES --bundle NAME"
+        )
     try:
         return _from_notes(path, tensors, notes)
     except (ValueError, TypeError, KeyError) as error:

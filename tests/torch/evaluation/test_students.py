@@ -313,6 +313,7 @@ def _broken(base: Base, tmp_path: Path) -> Iterator[tuple[Path, str]]:
     yield _lora(base, tmp_path / "b" / "l.safetensors", tau="740"), "invalid metadata"
     yield _lora(base, tmp_path / "c" / "l.safetensors", method="magic"), "invalid metadata"
     yield _lora(base, tmp_path / "d" / "l.safetensors", guidance="[1"), "invalid metadata"
+    yield _lora(base, tmp_path / "e" / "l.safetensors", ip_adapter_digest="0" * 64), "with style pictures"
     yield write_lora(tmp_path / "plain.safetensors", base.unet), "has no method, eta, tau, base_digest in its"
     save_file({"unet.conv_in.weight": torch.zeros(1)}, tmp_path / "weights.safetensors", NOTES)
     yield tmp_path / "weights.safetensors", "holds no LoRA"
