@@ -29,7 +29,7 @@ _MODULES = (
 # Flags that export_pipeline takes as they are.
 _OPTIONS = (
     *("tau", "schedule", "guidance", "guidance_mode", "precision", "weights"),
-    *("prompt", "prompts", "style_layers", "name", "opset", "overwrite"),
+    *("prompt", "prompts", "style_layers", "name", "overwrite"),
 )
 
 
@@ -109,9 +109,6 @@ class ExportRequest:
         "baked"
     )
     style_layers: Annotated[str, Option(help="auto, all, published, or prefixes of layers.")] = "auto"
-    opset: Annotated[
-        int, Option(help="ONNX opset of the graphs: 20, or 23 with fused attention for GPUs.")
-    ] = 20
     name: Annotated[str, Option(help="The bundle's name; default: the folder's.")] = ""
     yes: Annotated[bool, Option("--yes", "-y", help="Download without asking.")] = False
     overwrite: OverwriteOption = False

@@ -257,8 +257,7 @@ class Build:
         self._precision[graph.name] = {"compute": compute, "weights": weights}
         self._progress(f"{graph.name}: tracing")
         path = self._folder / f"{graph.name}.onnx"
-        model = trace(graph.plan, self._options.opset)
-        externalize(model, graph.state, path, self._folder / graph.weights, weights)
+        externalize(trace(graph.plan), graph.state, path, self._folder / graph.weights, weights)
         lint(path)
 
     def _check(self, name: str, examples: list[Example]) -> None:

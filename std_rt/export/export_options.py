@@ -21,9 +21,6 @@ WEIGHTS = ("fp16", "fp32")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8")
 GUIDANCE_MODES = ("auto", "none", "full", "residual")
 PROMPTS = ("baked", "encoder")
-# 20 is the newest that ONNX Runtime, OpenVINO and TensorRT-RTX all take in older releases too. 23 has one
-# Attention operation for each attention, for which GPU backends have a kernel.
-OPSETS = (20, 23)
 # Parameters of a UNet of SDXL's size: it is made for GPUs, which compute in halves, and to export it takes
 # gigabytes.
 LARGE = 500_000_000
@@ -37,11 +34,10 @@ def check_choices(asked: Mapping[str, Any]) -> None:
         ("guidance_mode", GUIDANCE_MODES),
         ("prompts", PROMPTS),
         ("schedule", ("auto", *SCHEDULES)),
-        ("opset", OPSETS),
     ):
         if asked.get(name, known[0]) not in known:
             flag = name.replace("_", "-")
-            raise ExportError(f"--{flag} must be one of {', '.join(map(str, known))}, got {asked[name]!r}")
+            raise ExportError(f"--{flag} must be one of {', '.join(known)}, got {asked[name]!r}")
     guidance = asked.get("guidance")
     if guidance is not None and not 1 <= guidance <= 50:
         raise ExportError(f"--guidance must be in 1..50 (1 is none), got {guidance:g}")
@@ -80,7 +76,6 @@ class ExportOptions:
     style_layers: str = "auto"
     name: str = ""
     profile: str = ""
-    opset: int = OPSETS[0]
     origins: Mapping[Path, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -144,7 +139,6 @@ class _Recipe(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_def
     prompts: str = "baked"
     style_layers: str = "auto"
     name: str = ""
-    opset: int = OPSETS[0]
 
 
 def load_recipe(path: Path) -> dict[str, Any]:

@@ -33,6 +33,9 @@ __all__ = [
 
 Arrays = dict[str, NDArray[Any]]
 
+# 20 is the newest that ONNX Runtime, OpenVINO and TensorRT-RTX all take; OpenVINO executes the same
+# fused operations for 21 and 23.
+OPSET = 20
 _MAX_BATCH = 32  # 64 meets a limit of another axis, and torch then traces twice
 _MAX_UNITS = 1024
 _STACKS = "do_not_emit_stack_traces"
@@ -70,7 +73,7 @@ class Trace:
     multiples: Mapping[str, int] = field(default_factory=dict)
 
 
-def trace(plan: Trace, opset: int = 20) -> ir.Model:
+def trace(plan: Trace) -> ir.Model:
     """Export ``plan`` at a made-up size; every axis given by name stays open, under that name."""
     dims = {axis: _dim(axis, plan.multiples.get(axis, 1)) for port in plan.inputs for axis in port.open_axes}
     shapes = {port.name: {i: dims[a] for i, a in enumerate(port.shape) if a in dims} for port in plan.inputs}
@@ -80,7 +83,7 @@ def trace(plan: Trace, opset: int = 20) -> ir.Model:
             (),
             kwargs=_trace_inputs(plan),
             dynamo=True,
-            opset_version=opset,
+            opset_version=OPSET,
             dynamic_shapes=shapes,
             output_names=[port.name for port in plan.outputs],
             verbose=False,

@@ -195,7 +195,7 @@ def test_a_failing_clip_leaves_nothing(stylize: Cli, tmp_path: Path, monkeypatch
     def broken(*_: object, **__: object) -> object:
         raise BackendError("the engine gave up")
 
-    monkeypatch.setattr(Stylizer, "run_many", broken)
+    monkeypatch.setattr(Stylizer, "submit_many", broken)
     result = stylize(clip)
     assert result.code == 2
     assert result.err.splitlines()[-1] == "error: the engine gave up"
