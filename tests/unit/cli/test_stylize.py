@@ -169,16 +169,16 @@ def test_a_signal_leaves_a_playable_clip(
 ) -> None:
     clip = make_clip(tmp_path / "clip.mp4", ClipSpec(pts=tuple(range(0, 60 * 512, 512))))
     calls = 0
-    run_many = Stylizer.run_many
+    submit_many = Stylizer.submit_many
 
     def counted(self: Stylizer, *arguments: object, **options: object) -> object:
         nonlocal calls
         calls += 1
         if calls == 4:  # of 15, and what waits between the threads is some ten frames
             signal.raise_signal(kind)
-        return run_many(self, *arguments, **options)  # type: ignore[arg-type]
+        return submit_many(self, *arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Stylizer, "run_many", counted)
+    monkeypatch.setattr(Stylizer, "submit_many", counted)
     before = signal.getsignal(kind)
     result = stylize(clip)
     assert result.code == 130

@@ -105,7 +105,7 @@ def test_an_error_in_the_engines_reaches_the_caller(
     def broken(*arguments: object, **named: object) -> Frame:
         raise RuntimeError("engine")
 
-    monkeypatch.setattr(stylizer, "run_many", broken)
+    monkeypatch.setattr(stylizer, "submit_many", broken)
     source.give(FRAMES[0])
     with Session(stylizer, source, greys) as session:
         with pytest.raises(RuntimeError, match="engine"):

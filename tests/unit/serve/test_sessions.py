@@ -332,7 +332,7 @@ def test_an_engine_that_fails_ends_the_session_in_words(
         raise ZeroDivisionError("secret detail")
 
     with begun(site) as socket:
-        monkeypatch.setattr(stylizer, "run_many", fail)
+        monkeypatch.setattr(stylizer, "submit_many", fail)
         send_frame(socket, 1, jpeg(noise(1)))
         assert next_text(socket, "error") == "the engines failed; the server's log says more"
         assert "secret detail" in caplog.text
