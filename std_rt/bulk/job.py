@@ -140,13 +140,16 @@ def _results(job: Job, items: pa.Table, *, alone: bool) -> Iterator[list[Row]]:
 
 
 def _cause(error: BaseException) -> str:
-    """The one line of ours in an error of Ray's, or the last line of its own."""
-    cause = getattr(error, "cause", None) or error.__cause__ or error.__context__
-    if isinstance(error, StdRtError) or cause is None:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        ours = [line.partition(": ")[2] for line in lines if line.startswith("std_rt.core.errors.")]
-        return (ours or lines or [type(error).__name__])[-1]
-    return _cause(cause)
+    """The one line of ours in an error of Ray's and its causes, or the last line of the innermost."""
+    lines: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:  # the innermost may be an empty error of Ray's own
+        if isinstance(cause, StdRtError):
+            return str(cause)
+        lines += [line.strip() for line in str(cause).splitlines() if line.strip()]
+        cause = getattr(cause, "cause", None) or cause.__cause__ or cause.__context__
+    ours = [line.partition(": ")[2] for line in lines if line.startswith("std_rt.core.errors.")]
+    return (ours or lines or [type(error).__name__])[-1]
 
 
 def fitter(job: Job) -> Fitter:
