@@ -26,7 +26,7 @@ from std_rt.bulk.options import BulkOptions
 from std_rt.bulk.plan import ITEM, is_clip_name
 from std_rt.core.arrays import Frame, Size
 from std_rt.core.errors import StdRtError
-from std_rt.core.files import reason
+from std_rt.core.files import disk_is_full, reason
 from std_rt.core.machine import peak_memory_mb
 from std_rt.media import chroma, fit
 from std_rt.media.image import Picture, read_picture, write_picture
@@ -90,7 +90,9 @@ class _Row:
         self.values |= {
             "stage": stage,
             "reason": " ".join(text.split()),
-            "disk_full": "the disk is full" in text,
+            "disk_full": any(
+                isinstance(each, OSError) and disk_is_full(each) for each in (error, error.__cause__)
+            ),
         }
         self.values |= empty
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from std_rt.core.machine import peak_memory_mb
 from std_rt.streaming.frame_stream import FramePacket
 
-__all__ = ["SCHEMA", "Counts", "Metrics", "Recent"]
+__all__ = ["SCHEMA", "Counts", "Metrics", "Recent", "rounded"]
 
 SCHEMA = 1
 """Version of the report; changes if the meaning of a name does."""
@@ -295,29 +295,29 @@ class Metrics:
         count = int(switches.sum())
         processed = counts.intervals - counts.skipped_intervals
         return {
-            "fps": _rounded(counts.intervals / seconds if seconds else None, 2),
-            "fps_processed": _rounded(processed / seconds if seconds else None, 2),
+            "fps": rounded(counts.intervals / seconds if seconds else None, 2),
+            "fps_processed": rounded(processed / seconds if seconds else None, 2),
             "latency_ms": _percentiles(counts.latency, 50, 95, 99),
             "interval_ms": _percentiles(counts.interval, 50, 95, 99),
-            "stages_ms": {name: _rounded(_percentile(all_, 50), 3) for name, all_ in counts.stages.items()},
+            "stages_ms": {name: rounded(_percentile(all_, 50), 3) for name, all_ in counts.stages.items()},
             "frames": counts.frames,
             "skips": counts.skips,
             "captured": counts.captured,
             "drops": counts.drops,
             "stalls": counts.stalls,
             "source_stalls": counts.source_stalls,
-            "seconds": _rounded(seconds, 3),
+            "seconds": rounded(seconds, 3),
             "style_switch_ms": {
                 "count": count,
                 **_percentiles(switches, 50, 95),
-                "worst": _rounded(_percentile(switches, 100), 2),
-                "last": _rounded(counts.switched_ms if count else None, 2),
+                "worst": rounded(_percentile(switches, 100), 2),
+                "last": rounded(counts.switched_ms if count else None, 2),
             },
-            "warping_error": _rounded(counts.warping / counts.warped if counts.warped else None, 5),
-            "sharpness": _rounded(counts.sharpness / counts.warped if counts.warped else None, 3),
-            "levels_s": {name: _rounded(spent, 3) for name, spent in counts.levels_s.items() if name},
-            "first_frame_s": _rounded(self._first_frame_s, 2),
-            "peak_memory_mb": _rounded(peak_memory_mb(), 2),
+            "warping_error": rounded(counts.warping / counts.warped if counts.warped else None, 5),
+            "sharpness": rounded(counts.sharpness / counts.warped if counts.warped else None, 3),
+            "levels_s": {name: rounded(spent, 3) for name, spent in counts.levels_s.items() if name},
+            "first_frame_s": rounded(self._first_frame_s, 2),
+            "peak_memory_mb": rounded(peak_memory_mb(), 2),
         }
 
     # The lock is held
@@ -372,8 +372,9 @@ class Metrics:
 
 
 def _percentiles(histogram: Histogram, *shares: int) -> dict[str, float | None]:
-    return {f"p{share}": _rounded(_percentile(histogram, share), 2) for share in shares}
+    return {f"p{share}": rounded(_percentile(histogram, share), 2) for share in shares}
 
 
-def _rounded(value: float | None, digits: int) -> float | None:
+def rounded(value: float | None, digits: int) -> float | None:
+    """``value`` with so many digits; None stays None."""
     return None if value is None else round(value, digits)

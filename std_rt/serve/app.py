@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from types import TracebackType
@@ -141,12 +142,10 @@ class Server:
     # The page
 
     async def _page(self, request: Request) -> Response:
-        page = resources.files("std_rt.serve").joinpath("static", "index.html").read_text(encoding="utf-8")
-        return Response(page, media_type="text/html")
+        return Response(_static("index.html"), media_type="text/html")
 
     async def _openapi(self, request: Request) -> Response:
-        text = resources.files("std_rt.serve").joinpath("static", "openapi.json").read_text(encoding="utf-8")
-        return Response(text, media_type="application/json")
+        return Response(_static("openapi.json"), media_type="application/json")
 
     # What there is
 
@@ -337,6 +336,12 @@ def uvicorn_config(server: Server, **options: Any) -> uvicorn.Config:
         timeout_graceful_shutdown=_SHUTDOWN_S,
         **options,
     )
+
+
+@cache
+def _static(name: str) -> str:
+    """A file of the package that many requests ask for."""
+    return resources.files("std_rt.serve").joinpath("static", name).read_text(encoding="utf-8")
 
 
 async def _in_thread(work: Callable[..., Any], *values: Any) -> Any:

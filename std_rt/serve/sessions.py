@@ -23,7 +23,7 @@ from typing import Any
 
 from std_rt.core.arrays import Frame
 from std_rt.core.errors import StdRtError, UsageError
-from std_rt.live.metrics import Counts
+from std_rt.live.metrics import Counts, rounded
 from std_rt.live.session import Session, Settings
 from std_rt.live.style_mixer import NUDGE_S, StyleMixer
 from std_rt.media.camera.frame_source import Captured, Source
@@ -267,9 +267,9 @@ class LiveSession:
         recent = self.session.metrics.recent()
         quality = self.session.stream.quality
         return {
-            "fps": _rounded(recent.fps),
-            "latency_p50_ms": _rounded(recent.latency_p50_ms),
-            "latency_p95_ms": _rounded(recent.latency_p95_ms),
+            "fps": rounded(recent.fps, 1),
+            "latency_p50_ms": rounded(recent.latency_p50_ms, 1),
+            "latency_p95_ms": rounded(recent.latency_p95_ms, 1),
             "size": None if quality is None else [quality.size[1], quality.size[0]],
             "steps": None if quality is None else quality.steps,
             "style": self.mixer.title(time.perf_counter()),
@@ -283,10 +283,6 @@ class LiveSession:
             self._thread.join(_JOIN_S)
         self.mixer.close()
         return self.session.metrics.counts()
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 1)
 
 
 class SessionPool:
