@@ -149,7 +149,12 @@ class Library:
     def read(self, file: BinaryIO, name: str, stroke_size: float) -> StyleFile:
         """An uploaded style that is used once and not kept. Raises MediaError."""
         with self._uploads.spooled(file, _suffix(file)) as path:
-            return self._encoded(replace(self._read(path), name=clean_name(name)), stroke_size)
+            if path.suffix == SUFFIX:
+                return replace(load_style(path, self._stylizer.bundle), name=clean_name(name))
+            # Whole, as `std-rt stylize` takes it: made small twice, it would be another style by a shade.
+            frame = read_picture(path, self._limits.picture_px).frame
+        encode = self._stylizer.encode_style
+        return read_style(frame, self._stylizer.bundle, encode, name, stroke_size=stroke_size)
 
     def _read(self, path: Path) -> Style:
         if path.suffix == SUFFIX:

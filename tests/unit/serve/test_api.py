@@ -46,6 +46,17 @@ def test_a_picture_comes_out_as_the_stylizer_paints_it(
         np.testing.assert_array_equal(decoded(answer.body), expected)
 
 
+def test_a_large_style_that_is_sent_is_resized_once(site: Site, stylizer: Stylizer) -> None:
+    side = 5 * stylizer.bundle.style_px
+    large = noise(3, side, side)
+    large[:, : side // 3] //= 4
+    answer = site.post(
+        "/v1/stylize", ("picture", ("x", encoded(noise(1)))), ("style", ("a.png", encoded(large)))
+    )
+    stylizer.set_style(large)
+    np.testing.assert_array_equal(decoded(answer.body), stylizer.stylize(noise(1)))
+
+
 def test_its_options_are_those_of_the_command(site: Site, stylizer: Stylizer, art: dict[str, Frame]) -> None:
     answer = site.post(
         "/v1/stylize",
