@@ -26,7 +26,7 @@ from contextlib import closing
 import numpy as np
 from std_rt.media.window.window import Closed, Window
 frame = np.full((64, 64, 3), (250, 10, 20), np.uint8)
-end = time.perf_counter() + 60
+end = time.perf_counter() + 200
 try:
     with closing(Window("std-rt", size=(64, 64))) as window:
         count, closed = 0, False
@@ -86,7 +86,7 @@ def live(display: str) -> Iterator[subprocess.Popen[str]]:
 
 def ended(process: subprocess.Popen[str]) -> list[str]:
     """Its last lines; it ended by itself, well, and wrote nothing to stderr."""
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     assert (process.returncode, err) == (0, "")
     return out.splitlines()
 
