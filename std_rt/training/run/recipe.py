@@ -166,6 +166,7 @@ class StylistConfig:
     crop_px: CropSide = 192
     style_px: CropSide = 224
     learning_rate: Positive = 4e-4
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: hidden weights by Muon, at the same rate
     warmup: Whole = 200
     ema_decay: Share = 0.999
     drop_style: Share = 0.08

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +30,7 @@ from std_rt.training.run.checkpoint import (
     unpacking,
     whole_file,
 )
+from std_rt.training.run.muon import Muon
 from std_rt.training.run.recipe import as_dict, check_same_run
 from std_rt.training.run.report import Report, Stopwatch
 
@@ -284,28 +285,39 @@ class Run:
 
 
 class ModuleRun(Run):
-    """A run that trains whole modules with AdamW in one process.
+    """A run that trains whole modules with AdamW in one process, those ``by_muon`` with Muon.
 
     Everything random must come from ``rng`` and ``generator``, which are part of the checkpoint.
     """
 
     def __init__(
-        self, config: Any, modules: dict[str, nn.Module], parameters: list[nn.Parameter], weight_decay: float
+        self,
+        config: Any,
+        modules: dict[str, nn.Module],
+        parameters: list[nn.Parameter],
+        weight_decay: float,
+        by_muon: Sequence[nn.Parameter] = (),
     ) -> None:
         self.parameters = parameters
         self.rng = np.random.default_rng(config.seed)
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.optimizer = torch.optim.AdamW(
-            parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay
-        )
-        super().__init__(config, modules, {"main": self.optimizer}, self)
+        rate, others = config.learning_rate, {id(p) for p in by_muon}
+        rest = [p for p in parameters if id(p) not in others]
+        optimizers: dict[str, torch.optim.Optimizer] = {
+            "main": torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=weight_decay)
+        }
+        if by_muon:
+            optimizers["muon"] = Muon(by_muon, lr=rate, weight_decay=weight_decay)
+        super().__init__(config, modules, optimizers, self)
 
     def update(self, loss: Tensor, samples: int) -> None:
         """One optimizer step."""
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
+        for optimizer in self.optimizers.values():
+            optimizer.step()
         self.add(loss=loss, gradient=norm)
         self.seen += samples
 

@@ -32,6 +32,7 @@ from std_rt.core.schedule import (
 from std_rt.models.autoencoder import AutoencoderPixelShuffle
 from std_rt.pipeline.denoise import Guidance, denoise
 from std_rt.training.data.picture_set import load_pictures
+from std_rt.training.run.muon import hidden_weights
 from std_rt.training.run.precision import mixed_precision
 from std_rt.training.run.recipe import DataConfig, FinishConfig, StylistConfig, TeacherConfig
 from std_rt.training.run.sheet import Pairs, save_sheet, spread_pairs, to_frames, to_tensor
@@ -266,7 +267,9 @@ def pipeline_run(
         "average_style": average.style_encoder,
     }
     parameters = [p for m in (live.unet, live.style_encoder) for p in m.parameters() if p.requires_grad]
-    return ModuleRun(config, modules, parameters, weight_decay=1e-2)
+    muon = isinstance(config, StylistConfig) and config.optimizer == "muon"
+    hidden = hidden_weights(live.unet) + hidden_weights(live.style_encoder) if muon else []
+    return ModuleRun(config, modules, parameters, 1e-2, hidden)
 
 
 def denoising_loss(

@@ -64,6 +64,19 @@ def test_stylist_resumes_bit_for_bit(
     assert_same(read_checkpoint(broken), read_checkpoint(stylist_config))
 
 
+def test_a_run_with_muon_moves_every_weight_and_resumes_bit_for_bit(
+    stylist_config: StylistConfig, tmp_path: Path
+) -> None:
+    whole, broken = (replace(stylist_config, output=str(tmp_path / n), optimizer="muon") for n in "ab")
+    after = load_tiny(train_stylist(whole))
+    train_stylist(broken, stop_after=2)
+    train_stylist(broken)
+    assert_same(read_checkpoint(broken), read_checkpoint(whole))
+    before = build_stylist(whole)
+    for name, weight in before.unet.named_parameters():
+        assert not torch.equal(weight, after.unet.get_parameter(name)), name
+
+
 def test_a_new_model_predicts_what_the_old_one_did(
     stylist_config: StylistConfig, teacher_folder: Path
 ) -> None:
