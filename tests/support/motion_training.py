@@ -26,13 +26,13 @@ __all__ = ["motion_recipe", "write_adapter", "write_clips", "write_dino", "write
 
 
 def write_motion_base(folder: Path) -> Path:
-    """An SDXL in miniature with two levels, and in it ``motion``, an adapter without a mid block."""
-    write_clip_pipeline(folder, layers_per_block=1)
+    """An SDXL in miniature with one level, and in it ``motion``, an adapter without a mid block."""
+    write_clip_pipeline(folder, layers_per_block=1, levels=1)
     write_adapter(folder / "motion")
     return folder
 
 
-def write_adapter(folder: Path, *, widths: tuple[int, ...] = (16, 32), positions: int = 8) -> Path:
+def write_adapter(folder: Path, *, widths: tuple[int, ...] = (32,), positions: int = 8) -> Path:
     """A motion adapter of the kind that SDXL has, for a UNet of ``widths`` with one layer a block."""
     torch.manual_seed(0)
     adapter = MotionAdapter(
