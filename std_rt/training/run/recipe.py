@@ -509,9 +509,7 @@ def _check_motion(recipe: DistilConfig) -> None:
     if recipe.style.used:
         raise RecipeError("[style] is for pictures; leave it out, or motion.adapter")
     if recipe.sheet.contents or recipe.sheet.styles:
-        raise RecipeError(
-            "sheets are of pictures; leave sheet.contents and sheet.styles out with motion.adapter"
-        )
+        raise RecipeError("[sheet] is for pictures; leave it out, or motion.adapter")
     if motion.judged > motion.frames:
         raise RecipeError(f"motion.judged = {motion.judged} is more than motion.frames = {motion.frames}")
     if recipe.method == "mcm" and recipe.adversarial.weight and recipe.adversarial.jumps == "all":

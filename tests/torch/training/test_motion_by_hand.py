@@ -100,7 +100,9 @@ def _distiller(**changes: Any) -> Distiller:
         bank=BankConfig(capacity=6, spread=False), motion=motion, adversarial=AdversarialConfig(weight=0.5),
         pictures=PicturesConfig("clips"),
     )  # fmt: skip
-    base = Base(Network(), nn.Identity(), NoiseSchedule.scaled_linear(), "known", "", motion=Motion("m", T, 2))
+    base = Base(
+        Network(), nn.Identity(), NoiseSchedule.scaled_linear(), "known", "", motion=Motion("m", T, 2)
+    )
     add_lora(base.unet, config.lora, 0)
     parameters = lora_parameters(base.unet)
     average = Average(parameters)
@@ -223,7 +225,9 @@ def test_a_step_on_clips_by_hand(kind: str) -> None:
             return _huber(_head(heads[0], x_s), _head(heads[1], target))
         return _huber(_represented(kind, x_s), _represented(kind, target))
 
-    ours = distiller.consistency_loss(distiller.student_jump(distiller.base.unet, batch.states, batch.s), batch)
+    ours = distiller.consistency_loss(
+        distiller.student_jump(distiller.base.unet, batch.states, batch.s), batch
+    )
     assert ours.item() == pytest.approx(loss(), rel=1e-4)
     ours.backward()
     _check_slopes(lora, lora_parameters(distiller.base.unet), loss)
