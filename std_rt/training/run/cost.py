@@ -120,10 +120,11 @@ def estimate(config: DistilConfig, device: str = "", flops_per_s: float | None =
         tokens, more = _add_adapter(unet, config)
         encoders += more
     sizes = _latent_sizes(config, unet, vae)
-    shape = picture = (int(unet.config.in_channels), *sizes[len(sizes) // 2])
+    picture = (int(unet.config.in_channels), *sizes[len(sizes) // 2])
+    shape: tuple[int, ...] = picture
     if config.motion.adapter:
         unet = _add_motion(unet, config.motion.adapter)
-        shape = (shape[0], config.motion.frames, *shape[1:])
+        shape = (picture[0], config.motion.frames, *picture[1:])
     pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
     words = 1 if own else TEXT_TOKENS
     inputs = _unet_inputs(unet, shape, pooled, words, tokens)
