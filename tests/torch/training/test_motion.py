@@ -344,7 +344,8 @@ def test_mcm_starts_half_of_its_states_from_the_students_own_result(
 # --- runs -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["std", pytest.param("mcm", marks=pytest.mark.long)])
+@pytest.mark.long  # resuming itself: test_distil.py
+@pytest.mark.parametrize("method", ["std", "mcm"])
 def test_a_resumed_run_on_clips_equals_an_unbroken_one(
     config: DistilConfig, loaded: Base, method: str, tmp_path: Path
 ) -> None:
