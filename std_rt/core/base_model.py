@@ -9,8 +9,8 @@ from pathlib import Path
 
 __all__ = ["licence", "unet_digest"]
 
-# Weights that are not the UNet's own: the image branch of an IP-Adapter, and LoRAs.
-_BESIDE = re.compile(r"(^|\.)(encoder_hid_proj|processor|to_[kv]_ip|lora_\w+)(\.|$)")
+# Weights that are not the UNet's own: the image branch of an IP-Adapter, a motion adapter, and LoRAs.
+_BESIDE = re.compile(r"(^|\.)(encoder_hid_proj|processor|to_[kv]_ip|motion_modules|lora_\w+)(\.|$)")
 
 
 def licence(folder: Path) -> str:
@@ -28,9 +28,9 @@ def licence(folder: Path) -> str:
 def unet_digest(state: Mapping[str, Sequence[int]]) -> str:
     """sha256 over ``name shape`` of a UNet's plain weights, in order of the names.
 
-    ``state`` maps the names of a state dict to shapes, so that a file's header is enough. Image branches
-    and LoRAs do not count: the same UNet with and without them has one digest. Two trainings of one
-    architecture have the same digest too.
+    ``state`` maps the names of a state dict to shapes, so that a file's header is enough. Image branches,
+    motion modules and LoRAs do not count: the same UNet with and without them has one digest. Two
+    trainings of one architecture have the same digest too.
     """
     plain = {
         name.replace(".base_layer.", "."): shape for name, shape in state.items() if not _BESIDE.search(name)

@@ -10,16 +10,18 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.distil_runs import ADVERSARIAL, assert_same, read_checkpoint, small_recipe, write_latents
+from support.motion_training import motion_recipe, write_clips, write_dino, write_motion_base
 from support.pipelines import write_own_pipeline
 
 from std_rt.core.errors import RecipeError
 from std_rt.training.distil.loop import train_distil
 from std_rt.training.run.checkpoint import load_state
-from std_rt.training.run.recipe import DistilConfig, as_dict
+from std_rt.training.run.recipe import BankConfig, DistilConfig, as_dict
 
 
 @pytest.fixture(autouse=True)
@@ -143,19 +145,23 @@ Path(sys.argv[1], f"out{state.process_index}.json").write_text(json.dumps(found)
 """
 
 
-def test_two_processes_agree_see_different_data_and_resume(config: DistilConfig, tmp_path: Path) -> None:
-    """Acceptance tests 5 and 6 with two ranks, the adversarial loss and accumulation."""
-    config = replace(config, adversarial=ADVERSARIAL, accumulate=2, steps=4)
-    folder = _keep_recipe(config)
-    script = tmp_path / "two.py"
-    script.write_text(TWO_PROCESSES, encoding="utf-8")
+def _two_processes(script: str, config: DistilConfig, tmp_path: Path) -> list[dict[str, Any]]:
+    """What ``script`` leaves in ``outRANK.json`` of the run folder that it is given."""
+    folder, path = _keep_recipe(config), tmp_path / "two.py"
+    path.write_text(script, encoding="utf-8")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [*launch, str(script), str(folder)], capture_output=True, encoding="utf-8", env=env, timeout=400
+        [*launch, str(path), str(folder)], capture_output=True, encoding="utf-8", env=env, timeout=400
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (json.loads((folder / f"out{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1))
+    return [json.loads((folder / f"out{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
+
+
+def test_two_processes_agree_see_different_data_and_resume(config: DistilConfig, tmp_path: Path) -> None:
+    """Acceptance tests 5 and 6 with two ranks, the adversarial loss and accumulation."""
+    config = replace(config, adversarial=ADVERSARIAL, accumulate=2, steps=4)
+    one, two = _two_processes(TWO_PROCESSES, config, tmp_path)
     assert (one["world"], two["world"]) == (2, 2)
     assert one["lora"] == two["lora"]
     assert one["heads"] == two["heads"]
@@ -168,6 +174,57 @@ def test_two_processes_agree_see_different_data_and_resume(config: DistilConfig,
     assert_same(whole, read_checkpoint(resumed))
     with pytest.raises(RecipeError, match="trained by 2 processes, now there are 1"):
         train_distil(replace(config, steps=5))
+
+
+TWO_ON_CLIPS = """
+import hashlib, json, sys
+from dataclasses import replace
+from pathlib import Path
+from accelerate import PartialState
+from std_rt.training.data.picture_source import PictureSource
+from std_rt.training.distil import loop as distil
+from std_rt.training.run.recipe import load_run_recipe
+
+state = PartialState(cpu=True)
+kept, seen, take = {}, [], PictureSource.take
+
+
+class Run(distil.Run):
+    def __init__(self, config, parts, *args, **kwargs):
+        kept.update({n: p if isinstance(p, dict) else p.state_dict() for n, p in parts.items()})
+        super().__init__(config, parts, *args, **kwargs)
+
+
+def noted(self, n, shape):
+    fresh = take(self, n, shape)
+    seen.extend(name.split("#")[0] for name in fresh.names)
+    return fresh
+
+
+distil.Run, PictureSource.take = Run, noted
+config = load_run_recipe(Path(sys.argv[1]))
+distil.train_distil(config)
+found = {"seen": seen[:2]}
+for name, part in kept.items():
+    found[name] = hashlib.sha256(b"".join(v.detach().numpy().tobytes() for v in part.values())).hexdigest()
+broken = replace(config, output=config.output + "-broken")
+distil.train_distil(broken, stop_after=3)
+distil.train_distil(broken)
+Path(sys.argv[1], f"out{state.process_index}.json").write_text(json.dumps(found))
+"""
+
+
+@pytest.mark.long
+def test_two_processes_on_clips_agree_see_different_clips_and_resume(tmp_path: Path) -> None:
+    """The motion head and its average too, with accumulation and the adversarial loss."""
+    base, clips = write_motion_base(tmp_path / "base"), write_clips(tmp_path / "clips")
+    config = motion_recipe(tmp_path / "run", base, clips, write_dino(tmp_path / "dino"))
+    config = replace(config, batch=1, accumulate=2, bank=BankConfig(capacity=2, spread=False))
+    one, two = _two_processes(TWO_ON_CLIPS, config, tmp_path)
+    assert one.keys() == {"lora", "average", "heads", "motion_head", "motion_head_average", "seen"}
+    assert [name for name in one if one[name] != two[name]] == ["seen"]
+    assert not set(one["seen"]) & set(two["seen"])
+    assert_same(read_checkpoint(config), read_checkpoint(replace(config, output=config.output + "-broken")))
 
 
 LIMITED = """

@@ -10,6 +10,7 @@ in which threads finish, what was read ahead and when a run was killed do not ch
 - A file that turns out broken is counted and named, and the next one of its bucket takes its place.
 - A base that takes styles gets one with each sample, by the recipe's pairing; where that is any picture, the
   style picture is also what the discriminator takes for real (nothing else is known to be in that style).
+- For a base with a motion adapter a sample is so many frames of a clip, with one crop and one mirroring.
 - With a cache, latents and embeddings are kept on disk. Crops are then centred (a mirror image is a second
   file), a style picture has ``style.crops`` crops, a clip gives one of ``CLIP_FRAMES`` frames, and what is
   missing is encoded one by one: batches of another size differ in their last bits, and a resumed run finds
@@ -41,8 +42,16 @@ from std_rt.core.errors import RecipeError
 from std_rt.core.files import write_bytes
 from std_rt.training.data.buckets import Size, bucket_sizes, nearest_bucket, place
 from std_rt.training.data.picture_set import Frame, random_crop
-from std_rt.training.data.pictures import BrokenFileError, Entry, draw_frame, index_pictures, read_frame
-from std_rt.training.distil.base import Base, Conditioning, Fresh, StyleCode
+from std_rt.training.data.pictures import (
+    BrokenFileError,
+    Entry,
+    Index,
+    draw_frame,
+    index_pictures,
+    read_clip,
+    read_frame,
+)
+from std_rt.training.distil.base import Base, Conditioning, Fresh, Motion, StyleCode
 from std_rt.training.run.recipe import PicturesConfig, StyleConfig
 from std_rt.training.run.sheet import to_tensor
 
@@ -60,15 +69,18 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class _View:
-    """A picture or a frame of a clip; read when it is first looked at."""
+    """A picture, a frame of a clip, or some frames of one; read when it is first looked at."""
 
     entry: Entry
     index: int = 0
+    motion: Motion | None = None  # with it, so many frames from ``index`` on
 
     @cached_property
     def pixels(self) -> Frame:
-        """Upright; raises BrokenFileError."""
-        return read_frame(self.entry, self.index)
+        """Upright, ``[H, W, 3]`` or ``[T, H, W, 3]``; raises BrokenFileError."""
+        if self.motion is None:
+            return read_frame(self.entry, self.index)
+        return read_clip(self.entry, self.index, self.motion.frames, self.motion.interval)
 
     def identity(self) -> list[Any]:
         """Identifies the file as it is now. Raises BrokenFileError if it is gone."""
@@ -76,7 +88,8 @@ class _View:
             about, path = self.entry.path.stat(), self.entry.path.resolve()
         except OSError as error:
             raise BrokenFileError(error.strerror or str(error)) from error
-        return [str(path), about.st_size, about.st_mtime_ns, self.entry.offset, self.index]
+        shown = [] if self.motion is None else [self.motion.frames, self.motion.interval]
+        return [str(path), about.st_size, about.st_mtime_ns, self.entry.offset, self.index, *shown]
 
 
 @dataclass(frozen=True)
@@ -85,7 +98,7 @@ class _Part:
 
     key: str  # in the cache
     stored: Tensors | None  # found there, each tensor with one row, and then nothing below
-    raw: Frame | str = ""  # [H, W, 3] of the size that is encoded, or a caption
+    raw: Frame | str = ""  # [H, W, 3] of the size that is encoded, of a clip [T, H, W, 3], or a caption
     time_ids: tuple[int, ...] = ()
 
 
@@ -214,7 +227,10 @@ class PictureSource:
                 f"[style]: {base.name} takes no style pictures; set style.adapter to an IP-Adapter file"
             )
         sizes = bucket_sizes(config.resolution_px, base.multiple, config.buckets)
-        index = index_pictures(config, quiet=rank > 0)
+        if base.motion is None:
+            index = index_pictures(config, quiet=rank > 0)
+        else:
+            index = _long_clips(config, base.motion, quiet=rank > 0)
         self.broken = dict(index.broken)  # name -> reason; those found while reading come to it
         self._named = 0  # of those, in the log
         groups: dict[Size, list[Entry]] = {size: [] for size in sizes}
@@ -298,7 +314,11 @@ class PictureSource:
         return _Sample(name, broken, picture, text, style, real)
 
     def _view(self, entry: Entry, rng: np.random.Generator) -> _View:
-        return _View(entry, draw_frame(entry, rng) if self._cache is None else _spread_frame(entry, rng))
+        motion, room = self.base.motion, entry
+        if motion is not None:  # the frame to start at: any with enough after it
+            room = replace(entry, frames=entry.frames - _span(motion) + 1)
+        index = draw_frame(room, rng) if self._cache is None else _spread_frame(room, rng)
+        return _View(entry, index, motion)
 
     def _style(
         self, view: _View, size: Size, rng: np.random.Generator, broken: dict[str, str]
@@ -330,8 +350,11 @@ class PictureSource:
         if part.stored is not None:
             return part
         centred = self.config.centre or self._cache is not None
-        placed = place(view.pixels.shape[:2], size, None if centred else rng, flip)
-        return replace(part, raw=placed.apply(view.pixels), time_ids=placed.time_ids)
+        height, width = view.pixels.shape[-3:-1]
+        placed = place((height, width), size, None if centred else rng, flip)
+        clip = view.pixels if view.motion else view.pixels[None]
+        shown = [placed.apply(frame) for frame in clip]
+        return replace(part, raw=np.stack(shown) if view.motion else shown[0], time_ids=placed.time_ids)
 
     def _cropped(self, view: _View, rng: np.random.Generator) -> _Part:
         """A style picture as its encoder takes it: any crop, or with a cache one of a few."""
@@ -377,7 +400,13 @@ class PictureSource:
         return {name: torch.cat([made[part.key][name] for part in parts]) for name in names}
 
     def _latents(self, parts: list[_Part]) -> Tensors:
-        z = self.base.encode(to_tensor([np.asarray(p.raw) for p in parts])).float().cpu()
+        frames = [np.asarray(p.raw) for p in parts]
+        if self.base.motion is None:
+            z = self.base.encode(to_tensor(frames)).float().cpu()
+        else:
+            # Clip by clip: decoders and encoders of pictures take much more memory than what they give.
+            clips = [self.base.encode(to_tensor(list(clip))).float().cpu() for clip in frames]
+            z = torch.stack(clips).transpose(1, 2).contiguous()
         return {"z": z, "time_ids": torch.tensor([p.time_ids for p in parts], dtype=torch.float32)}
 
     def _words(self, parts: list[_Part]) -> Tensors:
@@ -455,8 +484,36 @@ class PictureSource:
             self._pool.shutdown(cancel_futures=True)
 
 
+def _span(motion: Motion) -> int:
+    """Frames of a clip that a sample reaches over."""
+    return (motion.frames - 1) * motion.interval + 1
+
+
+def _long_clips(config: PicturesConfig, motion: Motion, quiet: bool) -> Index:
+    """The clips of a folder that are long enough; RecipeError if there is none."""
+    index = index_pictures(replace(config, kind="videos"), quiet)
+    span, what = _span(motion), f"{motion.frames} frames at an interval of {motion.interval}"
+    fitting = [entry for entry in index.entries if entry.frames >= span]
+    short = [entry for entry in index.entries if entry.frames < span]
+    if not fitting:
+        longest = max(short, key=lambda entry: entry.frames)
+        possible = (longest.frames - 1) // (motion.frames - 1)
+        remedy = f"set motion.interval = {possible}" if possible else "set fewer motion.frames"
+        raise RecipeError(
+            f"no clip in {config.folder} has the {span} frames that {what} need; the longest is "
+            f"{longest.name} with {longest.frames}: {remedy}, or give longer clips"
+        )
+    if short and not quiet:
+        named = ", ".join(f"{entry.name} {entry.frames}" for entry in short[:5])
+        _LOG.warning(
+            "left out %d clips with fewer than the %d frames that %s need (%s%s)",
+            len(short), span, what, named, ", ..." if len(short) > 5 else "",
+        )  # fmt: skip
+    return Index(fitting, index.broken)
+
+
 def _spread_frames(entry: Entry) -> list[int]:
-    """``CLIP_FRAMES`` evenly spaced frames of a clip; of a picture, 0."""
+    """``CLIP_FRAMES`` evenly spaced frames of a clip (or places to start at); of a picture, 0."""
     if not entry.frames:
         return [0]
     return [entry.frames * (2 * i + 1) // (2 * CLIP_FRAMES) for i in range(CLIP_FRAMES)]

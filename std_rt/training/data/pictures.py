@@ -44,6 +44,7 @@ __all__ = [
     "draw_frame",
     "first_five",
     "index_pictures",
+    "read_clip",
     "read_frame",
 ]
 
@@ -421,6 +422,32 @@ def _decode_frame(path: Path, index: int) -> Frame:
         if last is None:
             raise BrokenFileError(f"frame {index} cannot be decoded")
         return _upright(last)
+
+
+def read_clip(entry: Entry, start: int, count: int, interval: int) -> NDArray[np.uint8]:
+    """``count`` frames from ``start`` on, each ``interval`` after the last: uint8 ``[T, H, W, 3]``, upright.
+
+    Frames are those due at their times at the average rate. Raises BrokenFileError.
+    """
+    try:
+        return np.stack(_decode_frames(entry.path, range(start, start + count * interval, interval)))
+    except _DAMAGE as error:
+        raise BrokenFileError(_reason(error)) from error
+
+
+def _decode_frames(path: Path, wanted: range) -> list[Frame]:
+    """The frames of rising numbers, in one pass from the key frame before the first."""
+    with _open_clip(path) as (container, stream):
+        step = 1 / (_rate(stream) * (stream.time_base or Fraction(1, 90_000)))
+        due = [(stream.start_time or 0) + round(index * step) for index in wanted]
+        container.seek(due[0], stream=stream)
+        found: list[Frame] = []
+        for frame in container.decode(stream):
+            while frame.pts is not None and len(found) < len(due) and frame.pts >= due[len(found)] - step / 2:
+                found.append(_upright(frame))
+            if len(found) == len(due):
+                return found
+        raise BrokenFileError(f"it ends before frame {wanted[len(found)]}")
 
 
 # --- both -------------------------------------------------------------------------------------------

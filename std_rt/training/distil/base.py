@@ -7,6 +7,7 @@ a style picture) and std-tiny's (on a style picture). The rest of the training c
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,7 @@ from std_rt.models.ip_adapter import (
     choose_layers,
 )
 from std_rt.models.style_encoder import StyleEncoder
-from std_rt.training.run.recipe import StyleConfig
+from std_rt.training.run.recipe import MotionConfig, StyleConfig
 from std_rt.training.tiny.tiny_pipeline import load_tiny
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "Base",
     "Conditioning",
     "Fresh",
+    "Motion",
     "Rows",
     "StyleCode",
     "TextEncoders",
@@ -117,8 +119,20 @@ class Adapter:
 
 
 @dataclass(frozen=True)
+class Motion:
+    """The motion adapter that a base was given, and the clips that it is trained on, for the LoRAs' notes."""
+
+    name: str  # of the folder, or the hub id
+    frames: int
+    interval: int  # frames of the clip from one to the next
+
+
+@dataclass(frozen=True)
 class Fresh:
-    """New samples, on the CPU; the three are one picture unless the base is std-tiny."""
+    """New samples, on the CPU; the three are one picture unless the base is std-tiny.
+
+    Latents of clips are ``[n, C, T, h, w]``.
+    """
 
     z: Tensor  # [n, C, h, w] where trajectories end, as far as that is known
     c: Tensor  # [n, C, h, w] the content that they start from
@@ -160,6 +174,7 @@ class Base:
     adapter: Adapter | None = None
     text: TextEncoders | None = None
     licence: str = ""  # as its README.md says in the front matter; empty if nothing does
+    motion: Motion | None = None  # None: a base for pictures
 
     def to(self, device: torch.device | str) -> None:
         """Move every network."""
@@ -197,14 +212,21 @@ class Base:
         return int(self.vae_scale * 2 ** (len(self.unet.config.block_out_channels) - 1))
 
     def predict(self, unet: Any, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """Raw output ``[B, C, h, w]`` of ``unet`` (this base's, or the same one wrapped), fp32."""
+        """Raw output, in the shape of ``x``, of ``unet`` (this base's, or the same one wrapped), fp32.
+
+        ``x`` is ``[B, C, h, w]``, of clips ``[B, C, T, h, w]``; ``t [B]``.
+        """
         added: dict[str, Any] = {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
         if cond.tokens is not None:
             added["image_embeds"] = [cond.tokens[:, None]]
         if cond.content is not None:
             x = torch.cat([x, cond.content], 1)
         dtype = next(self.unet.parameters()).dtype
-        out = unet(x.to(dtype), t, cond.context.to(dtype), added_cond_kwargs=added, return_dict=False)[0]
+        context = cond.context.to(dtype)
+        if self.motion is not None:
+            # UNetMotionModel repeats time, sizes and pooled text for each frame; this is its caller's part.
+            context = context.repeat_interleave(x.shape[2], 0)
+        out = unet(x.to(dtype), t, context, added_cond_kwargs=added, return_dict=False)[0]
         return cast(Tensor, out.float())
 
     @torch.no_grad()
@@ -358,6 +380,8 @@ def check_source(source: str | Path) -> Path:
 
 def _add_style(base: Base, folder: Path, config: StyleConfig, dtype: torch.dtype) -> None:
     """Give the base (in place) the recipe's IP-Adapter: image branches in the UNet, and their encoder."""
+    if base.null_tokens is not None:
+        raise RecipeError(f"base = {str(folder)!r} has its own style encoder; leave style.adapter empty")
     encoder, branches, layers = open_style(base.unet, folder, config)
     base.null_tokens, base.style_px = encoder.negative(), encoder.image_px
     pairs = ((layer, branches[layer]) for layer in layers)
@@ -368,6 +392,41 @@ def _add_style(base: Base, folder: Path, config: StyleConfig, dtype: torch.dtype
         encoder.dtype = torch.float16
     path = Path(config.adapter)
     base.style_encoder, base.adapter = encoder, Adapter(path.name, adapter_digest(path), tuple(layers))
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    """Not diffusers' warning of layers to be kept in fp32, of which a motion UNet has none."""
+    return "kept in float32: []" not in record.getMessage()
+
+
+def _add_motion(base: Base, config: MotionConfig) -> None:
+    """Put the recipe's motion adapter into the base's UNet (in place): it takes ``[B, C, T, h, w]`` then."""
+    from diffusers import MotionAdapter, UNetMotionModel
+
+    if base.text is None:
+        raise RecipeError(f"{base.name} takes no motion adapter; set base to an SDXL, or motion.adapter = ''")
+    plain = base.unet
+    logging.getLogger("diffusers.models.modeling_utils").addFilter(_is_of_use)
+    try:
+        adapter: Network = MotionAdapter.from_pretrained(config.adapter)
+        unet: Network = UNetMotionModel.from_unet2d(plain, adapter)
+    except (OSError, ValueError, RuntimeError, KeyError, IndexError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RecipeError(
+            f"motion.adapter = {config.adapter!r} cannot be put into {base.name} ({reason}); give a folder "
+            "of diffusers' MotionAdapter for it, or guoyww/animatediff-motion-adapter-sdxl-beta"
+        ) from None
+    longest = int(adapter.config.motion_max_seq_length)
+    if config.frames > longest:
+        raise RecipeError(
+            f"motion.frames = {config.frames}, but {config.adapter} has {longest} positions; "
+            f"set it to {longest} or less"
+        )
+    # diffusers 0.42 forgets this layer, and what it leaves there is random.
+    unet.add_embedding.load_state_dict(plain.add_embedding.state_dict())
+    base.unet = unet.to(plain.device)
+    name = Path(config.adapter).name if Path(config.adapter).is_dir() else config.adapter
+    base.motion = Motion(name, config.frames, config.interval)
 
 
 def open_style(
@@ -420,10 +479,12 @@ def load_base(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     style: StyleConfig | None = None,
+    motion: MotionConfig | None = None,
 ) -> Base:
     """A folder in SDXL's layout (or a hub id), or one of std-tiny; frozen, on ``device``.
 
-    ``style`` names the IP-Adapter of an SDXL, if it is to have one; std-tiny has its own. The UNet is in
+    ``style`` names the IP-Adapter of an SDXL, if it is to have one; std-tiny has its own. ``motion`` names
+    its motion adapter, with which it is a base for clips. The UNet is in
     ``dtype``; with a half type, SDXL's text and image encoders are in fp16. All else is in fp32.
     Raises RecipeError if it is missing or another kind of pipeline.
     """
@@ -446,9 +507,9 @@ def load_base(
             "distillation trains those that see the noisy latents only"
         )
     if style is not None and style.adapter:
-        if base.null_tokens is not None:
-            raise RecipeError(f"base = {str(source)!r} has its own style encoder; leave style.adapter empty")
         _add_style(base, folder, style, dtype)
+    if motion is not None and motion.adapter:
+        _add_motion(base, motion)
     base.digest, base.licence = _digest(base.unet), licence(folder)
     for part in (base.unet, base.vae, base.style_encoder):
         if part is not None:

@@ -21,6 +21,7 @@ from std_rt.training.distil.bank import Shape, States, TrajectoryBank
 from std_rt.training.distil.base import Base, Fresh, cat
 from std_rt.training.distil.discriminator import draw_real_index, has_pair, renoise
 from std_rt.training.distil.lora import Average, adapters_off, functional
+from std_rt.training.distil.motion import Representation
 from std_rt.training.distil.trajectory import (
     CLEAN,
     Levels,
@@ -69,6 +70,20 @@ class StepBatch:
     pair: Tensor  # [B] whether there is an r below s
     # Rows that the discriminator is shown, at least one.
     judged: Tensor | slice = field(default_factory=lambda: slice(None))
+    frames: Tensor | None = None  # [B, F] of each clip that it is shown; None: pictures
+
+    def shown(self, latents: Tensor) -> Tensor:
+        """What the discriminator is shown of ``[B, C, (T,) h, w]``: pictures ``[N, C, h, w]``."""
+        rows = latents[self.judged]
+        if self.frames is None:
+            return rows
+        pairs = zip(rows, self.frames[self.judged], strict=True)
+        return torch.cat([clip[:, frames.tolist()].transpose(0, 1) for clip, frames in pairs])
+
+    def per_picture(self, values: Tensor) -> Tensor:
+        """``[B, ...]`` -> a row for each picture that is shown ``[N, ...]``."""
+        rows = values[self.judged]
+        return rows if self.frames is None else rows.repeat_interleave(self.frames.shape[1], 0)
 
     @property
     def judged_share(self) -> float:
@@ -94,7 +109,7 @@ class Distiller:
         self.device, self.watch = device, watch
         self.tau = distil_tau(config)
         # Random choices are made on the CPU, whatever the device, so that they are the same everywhere.
-        self.levels = Levels.of(base.schedule, self.tau)
+        self.levels = Levels.of(base.schedule, self.tau, dims=4 if base.motion is None else 5)
         if not self.levels.alpha(torch.tensor(self.levels.tau_index)):
             raise RecipeError(
                 f"{base.name} has zero terminal SNR: at eta {config.eta:g} nothing of the picture is left to "
@@ -104,6 +119,7 @@ class Distiller:
         self.last = last_index(self.tau, config.run_steps)
         self.window = target_window(config.eta, config.window, self.tau)
         self.edges = phase_edges(self.tau, config.phases)
+        self.representation = self._representation()
         where = device if config.bank.device == "auto" else config.bank.device
         pinned = where == "cpu" and torch.device(device).type == "cuda"
         self.bank = TrajectoryBank(config.bank.capacity, self.last, where, self._capacities(), pinned)
@@ -143,9 +159,9 @@ class Distiller:
                 output = self.base.predict(self.base.unet, states.x, t, states.cond)
             else:
                 both = cat([states.cond, self.base.null(states.cond)])
-                twice = states.x.repeat(2, 1, 1, 1)
+                twice = torch.cat([states.x, states.x])
                 styled, free = self.base.predict(self.base.unet, twice, t.repeat(2), both).chunk(2)
-                output = free + states.scale.view(-1, 1, 1, 1) * (styled - free)
+                output = free + self.levels.column(states.scale) * (styled - free)
         return self._jump(output, states.x, states.index, to)
 
     @torch.no_grad()
@@ -157,7 +173,7 @@ class Distiller:
             unet = run if self.config.ema_target else self.base.unet
             output = self.base.predict(unet, x_next, self.device_levels.timestep(index), states.cond)
         arrived = self._jump(output, x_next, index, s)
-        here = send((s == index).view(-1, 1, 1, 1), self.device)
+        here = send(self.levels.column(s == index), self.device)
         return torch.where(here, x_next, arrived)
 
     def student_jump(self, unet: Any, states: States, s: Tensor) -> Tensor:
@@ -172,6 +188,14 @@ class Distiller:
         kind = self.base.schedule.prediction_type
         x_0, eps = to_x0_eps(output, x, at.alpha(index), at.sigma(index), kind)
         return jump(x_0, eps, at.alpha(s), at.sigma(s))
+
+    def _representation(self) -> Representation | None:
+        """Of clips, what the loss compares; the same in every process."""
+        if self.base.motion is None:
+            return None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            return Representation(self.config.motion, self.base.unet.config.out_channels).to(self.device)
 
     def _capacities(self) -> dict[Shape, int]:
         """Rarely drawn sizes get fewer trajectories, or theirs would be young for most of a run."""
@@ -240,11 +264,30 @@ class Distiller:
         if not self.uses_bank:
             std = self.config.method == "std"
             states = self.solved(count, shape) if std else self.fresh(count, shape)
-            return states, [], shape
+            return self.restarted(states) if self.config.method == "mcm" else states, [], shape
         new, slots = self.bank.plan(count, shape, self.rng)
         parts = [self.bank.get(shape, slots, self.device)] if slots else []
         parts += [self.fresh(new, shape)] if new else []
         return cat(parts), slots, shape
+
+    @torch.no_grad()
+    def restarted(self, states: States) -> States:
+        """MCM: some rows start from the student's own result, one jump from tau, noised to their own level.
+
+        Then training sees what a run will: states on the way to the student's clips, not to the data's.
+        """
+        own = torch.rand(len(states), generator=self.generator) < self.config.motion.own_starts
+        first, again = send(torch.randn((2, *states.x.shape), generator=self.generator), self.device)
+        rows = own.nonzero()[:, 0]
+        if not len(rows):
+            return states
+        some, at = states.rows(rows), self.device_levels
+        top = torch.full_like(some.index, at.tau_index)
+        start = replace(some, x=renoise(some.z, top, at, first[rows]), index=top)
+        clean = self.student_jump(self.base.unet, start, torch.full_like(top, CLEAN))
+        x = states.x.clone()
+        x[rows] = renoise(clean, some.index, at, again[rows])
+        return replace(states, x=x)
 
     def draw(self) -> StepBatch:
         """States, the teacher's step, the target and the real latents of one micro-batch."""
@@ -272,7 +315,15 @@ class Distiller:
         if self.uses_bank:
             moved = replace(stored, x=x_next, index=after)
             self.bank.update(shape, slots, moved)
-        return StepBatch(states, slots, shape, s, target, real, send(pair, self.device), judged)
+        pair = send(pair, self.device)
+        return StepBatch(states, slots, shape, s, target, real, pair, judged, self._frames(len(s)))
+
+    def _frames(self, batch: int) -> Tensor | None:
+        """Which frames of each clip the discriminator is shown ``[B, F]``, rising; None of pictures."""
+        if self.base.motion is None or not self.config.adversarial.weight:
+            return None
+        order = torch.rand(batch, self.base.motion.frames, generator=self.generator).argsort(1)
+        return order[:, : self.config.motion.judged].sort(1).values
 
     def _strides(self, index: Tensor) -> Tensor:
         """Grid points that the teacher goes, ``[B]``.
@@ -285,9 +336,15 @@ class Distiller:
         first = randint(torch.ones_like(index), full, self.generator)
         return torch.where(index == self.levels.tau_index, first, full)
 
-    def consistency_loss(self, x_s: Tensor, batch: StepBatch) -> Tensor:
-        """L_STD: pseudo-Huber distance of the student's and the target's x_s, mean over the batch."""
-        return pseudo_huber(x_s, batch.target, self.config.huber_c).mean()
+    def consistency_loss(self, x_s: Tensor, batch: StepBatch, head: Any = None) -> Tensor:
+        """L_STD: pseudo-Huber distance of the student's and the target's x_s, mean over the batch.
+
+        Of clips their representations are compared; ``head`` is that of the representation, perhaps wrapped.
+        """
+        target = batch.target
+        if self.representation is not None:
+            x_s, target = self.representation.student(x_s, head), self.representation.target(target)
+        return pseudo_huber(x_s, target, self.config.huber_c).mean()
 
     # --- resuming -----------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The distillation stage: a few-step LoRA of a base, by STD, TCD, LCM or PCM.
+"""The distillation stage: a few-step LoRA of a base, by STD, TCD, LCM, PCM or MCM, of pictures or clips.
 
 Single Trajectory Distillation: arXiv 2412.18945. Several processes go through Accelerate; each has its own
 data, noise and bank.
@@ -115,6 +115,7 @@ def lora_notes(config: DistilConfig, base: Base, step: int) -> dict[str, str]:
         step=step,
         seed=config.seed,
         adapter=base.adapter,
+        motion=base.motion,
     )
 
 
@@ -150,7 +151,8 @@ def train_distil(config: DistilConfig, stop_after: int | None = None, base: Base
         ExitStack() as stack,
     ):
         device = accelerator.device
-        base = base or load_base(config.base, _base_dtype(config, device), device, config.style)
+        dtype = _base_dtype(config, device)
+        base = base or load_base(config.base, dtype, device, config.style, config.motion)
         return _train(config, accelerator, base, stop_after, stack)
 
 
@@ -179,8 +181,12 @@ def _train(  # noqa: C901
     source = stack.enter_context(closing(_source(config, base, rank, world)))
     distiller = Distiller(config, base, source, average, device=str(device), rank=rank, watch=watch)
     student_rate, heads_rate = learning_rates(config, world)
-    optimizer = _optimizer(config, list(parameters.values()), student_rate)
+    clips = distiller.representation
+    motion_head = None if clips is None else clips.head  # learns with the student, and is not exported
+    trained = [*parameters.values(), *([] if motion_head is None else motion_head.parameters())]
+    optimizer = _optimizer(config, trained, student_rate)
     student, optimizer = accelerator.prepare(base.unet, optimizer)
+    compare = None if motion_head is None else accelerator.prepare(motion_head)
 
     # --- the discriminator, if the recipe has one -----------------------------------------------------
     adversary = heads = heads_optimizer = None
@@ -195,6 +201,8 @@ def _train(  # noqa: C901
     # --- resume ------------------------------------------------------------------------------------------
     parts: dict[str, Any] = {"lora": parameters, "average": average.tensors}
     optimizers = {"student": optimizer}
+    if clips is not None and motion_head is not None and clips.average is not None:
+        parts |= {"motion_head": motion_head, "motion_head_average": clips.average.tensors}
     if adversary is not None:
         parts["heads"], optimizers["heads"] = adversary.heads, heads_optimizer
     run = Run(
@@ -220,15 +228,15 @@ def _train(  # noqa: C901
         for _ in range(config.accumulate):
             batch = distiller.draw()
             judge = adversary is not None and step >= config.adversarial.start_step
-            with accelerator.accumulate(*([student] if heads is None else [student, heads])):
+            with accelerator.accumulate(*(part for part in (student, compare, heads) if part is not None)):
                 # The student's step; the discriminator's heads are frozen in it.
                 x_s = distiller.student_jump(student, batch.states, batch.s)
-                loss = distiller.consistency_loss(x_s, batch)
+                loss = distiller.consistency_loss(x_s, batch, compare)
                 run.add(consistency=loss)
                 if judge and adversary:
-                    rows, share = batch.judged, batch.judged_share
-                    condition = base.heads_condition(batch.states.cond)[rows]
-                    fake, pair = x_s[rows], batch.pair[rows]
+                    share = batch.judged_share
+                    condition = batch.per_picture(base.heads_condition(batch.states.cond))
+                    fake, pair = batch.shown(x_s), batch.per_picture(batch.pair)
                     with watch("adversarial"), distiller.judging():
                         maps = adversary.features(fake)  # decoded and encoded once, for both networks
                         fooled = share * adversary.generator_loss(fake, condition, pair, maps)
@@ -237,7 +245,7 @@ def _train(  # noqa: C901
                 with watch("student"):
                     accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm)
+                    norm = accelerator.clip_grad_norm_(trained, config.max_grad_norm)
                     # fp16 overflows now and then by design; such a step is skipped, not an error.
                     run.add(gradient=norm if accelerator.scaler is None else norm.nan_to_num(0, 0, 0))
                 with watch("optimizer"):
@@ -249,7 +257,7 @@ def _train(  # noqa: C901
                         judged, parts = adversary.discriminator_loss(
                             heads,
                             fake.detach(),
-                            batch.real[rows],
+                            batch.shown(batch.real),
                             condition,
                             pair,
                             config.adversarial.r1,
@@ -264,6 +272,8 @@ def _train(  # noqa: C901
         with watch("optimizer"):
             if not optimizer.step_was_skipped:  # fp16: the scaler found an overflow and halves its scale
                 average.update(config.ema_decay)
+                if clips is not None:
+                    clips.update()
         run.seen += config.batch * config.accumulate * world
         if run.due(step):
             run.save(step)

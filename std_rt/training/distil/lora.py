@@ -26,7 +26,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from std_rt import __version__
 from std_rt.core.errors import RecipeError
 from std_rt.core.schedule import GRID_POINTS, trajectory_timesteps
-from std_rt.training.distil.base import Adapter
+from std_rt.training.distil.base import Adapter, Motion
 from std_rt.training.run.checkpoint import whole_file
 from std_rt.training.run.recipe import LORA_TARGETS, LoraConfig
 
@@ -34,6 +34,7 @@ __all__ = [
     "Average",
     "adapters_off",
     "add_lora",
+    "call_by_position",
     "choose_layers",
     "functional",
     "lora_parameters",
@@ -47,6 +48,8 @@ Network = Any
 _ADAPTER = "default"
 # Layers of an IP-Adapter have the same kind of names (proj_in, ff.net.2, ...) and are not the student's.
 _IMAGE_BRANCH = re.compile(r"(^|\.)(encoder_hid_proj|processor)(\.|$)")
+
+_MOTION_PROJECTION = re.compile(r"motion_modules\.\d+\.proj_(in|out)$")
 
 
 def add_lora(unet: Network, config: LoraConfig, seed: int) -> list[str]:
@@ -64,7 +67,25 @@ def add_lora(unet: Network, config: LoraConfig, seed: int) -> list[str]:
     for name, value in lora_parameters(unet).items():
         value.data = _initial(name, value, rng)
         value.requires_grad_(True)
+    call_by_position(unet)
     return layers
+
+
+def call_by_position(unet: nn.Module) -> None:
+    """Let the projections of motion modules carry a LoRA: diffusers calls them ``proj_in(input=x)``.
+
+    PEFT's layers name that argument otherwise (diffusers 0.42, PEFT 0.21). To be called again after another
+    LoRA was put on; does nothing where there are no motion modules.
+    """
+    for name, module in unet.named_modules():
+        if _MOTION_PROJECTION.search(name) and isinstance(module, BaseTunerLayer):
+            module.register_forward_pre_hook(_by_position, with_kwargs=True)
+
+
+def _by_position(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Keyword ``input`` -> the first argument."""
+    more = dict(kwargs)
+    return ((more.pop("input"), *args) if "input" in more else args), more
 
 
 def _initial(name: str, value: Tensor, rng: torch.Generator) -> Tensor:
@@ -171,11 +192,13 @@ def make_notes(
     step: int,
     seed: int,
     adapter: Adapter | None = None,
+    motion: Motion | None = None,
 ) -> dict[str, str]:
     """Metadata of a LoRA's file: where it starts, for which step counts, on which base.
 
     ``tau`` is a grid timestep; ``guidance`` the range of the teacher's scale; ``base_digest`` that of
-    ``std_rt.core.base_model.unet_digest``; ``adapter`` the IP-Adapter that teacher and student had.
+    ``std_rt.core.base_model.unet_digest``; ``adapter`` and ``motion`` the IP-Adapter and the motion
+    adapter that teacher and student had.
     """
     timesteps = {str(count): trajectory_timesteps(eta, count, tau) for count in run_steps}
     return {
@@ -195,6 +218,10 @@ def make_notes(
         "ip_adapter": adapter.name,
         "ip_adapter_digest": adapter.digest,
         "style_layers": ",".join(adapter.layers),
+    }) | ({} if motion is None else {
+        "motion_adapter": motion.name,
+        "frames": str(motion.frames),
+        "interval": str(motion.interval),
     })  # fmt: skip
 
 

@@ -29,7 +29,7 @@ __all__ = [
     "to_x0_eps",
 ]
 
-METHODS = ("std", "tcd", "lcm", "pcm")
+METHODS = ("std", "tcd", "lcm", "pcm", "mcm")
 CLEAN = -1
 
 
@@ -42,14 +42,15 @@ class Levels:
     alphas: Tensor
     sigmas: Tensor
     device: torch.device | str = "cpu"  # of what the methods return
+    dims: int = 4  # of the latents that they are multiplied with: 5 of clips
 
     @classmethod
-    def of(cls, schedule: NoiseSchedule, tau: int) -> Levels:
-        """For trajectories from the grid timestep ``tau``."""
+    def of(cls, schedule: NoiseSchedule, tau: int, dims: int = 4) -> Levels:
+        """For trajectories from the grid timestep ``tau``, of latents with so many ``dims``."""
         grid = [grid_timestep(i) for i in range(GRID_POINTS)]
         pairs = [schedule.alpha_sigma(t) for t in (-1, *grid)]
         alphas, sigmas = (torch.tensor(v, dtype=torch.float32) for v in zip(*pairs, strict=True))
-        return cls(grid.index(tau), torch.tensor([0, *grid]), alphas, sigmas)
+        return cls(grid.index(tau), torch.tensor([0, *grid]), alphas, sigmas, dims=dims)
 
     def to(self, device: torch.device | str) -> Levels:
         """The same, with what it returns on ``device``.
@@ -63,12 +64,16 @@ class Levels:
         return send(self.timesteps[index + 1], self.device)
 
     def alpha(self, index: Tensor) -> Tensor:
-        """``[B]`` -> ``[B, 1, 1, 1]``."""
-        return send(self.alphas[index + 1].view(-1, 1, 1, 1), self.device)
+        """``[B]`` -> ``[B, 1, 1, 1]``, of clips ``[B, 1, 1, 1, 1]``."""
+        return send(self.column(self.alphas[index + 1]), self.device)
 
     def sigma(self, index: Tensor) -> Tensor:
-        """``[B]`` -> ``[B, 1, 1, 1]``."""
-        return send(self.sigmas[index + 1].view(-1, 1, 1, 1), self.device)
+        """As `alpha`."""
+        return send(self.column(self.sigmas[index + 1]), self.device)
+
+    def column(self, values: Tensor) -> Tensor:
+        """``[B]`` in the shape that multiplies latents row by row."""
+        return values.view(-1, *[1] * (self.dims - 1))
 
 
 def send(x: Tensor, device: torch.device | str) -> Tensor:
@@ -146,7 +151,7 @@ def draw_target(
             return randint((t_index - window).clamp(min=CLEAN), below, generator)
         case "tcd":
             return randint(clean, below, generator)
-        case "lcm":
+        case "lcm" | "mcm":
             return clean
         case "pcm":
             falls = torch.tensor(edges)
@@ -157,7 +162,7 @@ def draw_target(
 
 
 def content_share(levels: Levels, index: Tensor) -> Tensor:
-    """``k = NSR(t) / NSR(tau)`` ``[B, 1, 1, 1]``: how much of the start's content a state at t still has.
+    """``k = NSR(t) / NSR(tau)``, shaped as `Levels.alpha`: how much of the start's content a state at t has.
 
     DDIM from a start that holds content c while the clean estimate is z passes
     ``x_t = alpha_t ((1 - k) z + k c) + sigma_t n``: so a state at any t is made without solving. Where c is

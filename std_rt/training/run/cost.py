@@ -72,6 +72,8 @@ SDXL_VAE: dict[str, Any] = {
     "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
+SDXL_MOTION_NAME = "guoyww/animatediff-motion-adapter-sdxl-beta"
+SDXL_MOTION: dict[str, Any] = {"block_out_channels": [320, 640, 1280], "use_motion_mid_block": False}
 SDXL_TEXT_PARAMETERS = 817_720_320  # CLIP ViT-L's and OpenCLIP bigG's text towers with their projection
 
 # diffusers' modules carry no types.
@@ -118,13 +120,18 @@ def estimate(config: DistilConfig, device: str = "", flops_per_s: float | None =
         tokens, more = _add_adapter(unet, config)
         encoders += more
     sizes = _latent_sizes(config, unet, vae)
-    shape = (int(unet.config.in_channels), *sizes[len(sizes) // 2])
+    picture = (int(unet.config.in_channels), *sizes[len(sizes) // 2])
+    shape: tuple[int, ...] = picture
+    if config.motion.adapter:
+        unet = _add_motion(unet, config.motion.adapter)
+        shape = (picture[0], config.motion.frames, *picture[1:])
     pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
     words = 1 if own else TEXT_TOKENS
     inputs = _unet_inputs(unet, shape, pooled, words, tokens)
     flops, outputs = _forward(unet, **inputs)
     dim = inputs["encoder_hidden_states"].shape[2]
-    judge = _judge(config, style, vae, shape, pooled + (dim if tokens else 0))
+    judge = _judge(config, style, vae, picture, pooled + (dim if tokens else 0))
+    judged = config.motion.judged if config.motion.adapter else 1  # pictures of a sample
 
     modules = dict(unet.named_modules())
     layers = [modules[name].weight for name in choose_layers(unet, config.lora.targets)]
@@ -139,7 +146,7 @@ def estimate(config: DistilConfig, device: str = "", flops_per_s: float | None =
     bank = 4 * row * config.bank.capacity * len(sizes) / GIB if with_bank else 0.0
     kept = outputs * DTYPES[config.precision].itemsize * config.batch * MARGIN
     recomputed = config.gradient_checkpointing and vae._supports_gradient_checkpointing
-    kept_judging = judge.kept + judge.decoder * (DECODER_CHECKPOINTED if recomputed else 1)
+    kept_judging = judged * (judge.kept + judge.decoder * (DECODER_CHECKPOINTED if recomputed else 1))
     half = config.precision != "fp32" and device != "cpu" and not own
     wide = counts["vae"] + judge.frozen + encoders * (0.5 if half else 1)
     memory = _weights(config, counts, wide, on_cpu=device == "cpu") | {
@@ -147,7 +154,7 @@ def estimate(config: DistilConfig, device: str = "", flops_per_s: float | None =
         "decoder and DINOv2 activations": 4 * kept_judging * config.batch / GIB,
         "trajectory bank": bank if config.bank.device != "cpu" or device == "cpu" else 0.0,
     }
-    work = _evaluations(config, lora / counts["unet"], judge.flops / flops)
+    work = _evaluations(config, lora / counts["unet"], judged * judge.flops / flops)
     return Estimate(
         parameters=counts,
         lora_layers=len(layers),
@@ -231,6 +238,18 @@ def _add_adapter(unet: Network, config: DistilConfig) -> tuple[int, int]:
     return tokens, 0 if config.style.precompute else _stored(folder) + _count(module)
 
 
+def _add_motion(unet: Network, source: str) -> Network:
+    """A UNet without numbers with a motion adapter's modules, by the adapter's config."""
+    try:
+        found = SDXL_MOTION if source == SDXL_MOTION_NAME else diffusers.MotionAdapter.load_config(source)
+        with torch.device("meta"):
+            adapter = diffusers.MotionAdapter.from_config(found)
+            return diffusers.UNetMotionModel.from_unet2d(unet, adapter, load_weights=False)
+    except (OSError, TypeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RecipeError(f"motion.adapter = {source!r} does not fit the base's UNet: {reason}") from None
+
+
 def _build_vae(config: dict[str, Any]) -> Network:
     name = str(config.get("_class_name", "AutoencoderKL"))
     ours = {AutoencoderPixelShuffle.__name__: AutoencoderPixelShuffle}
@@ -254,7 +273,8 @@ def _latent_sizes(config: DistilConfig, unet: Network, vae: Network) -> list[tup
 def _unet_inputs(
     unet: Network, shape: tuple[int, ...], pooled: int, words: int, style_tokens: int
 ) -> dict[str, Any]:
-    """One sample, without numbers."""
+    """One sample, without numbers; ``shape`` ``[C, h, w]``, of clips ``[C, T, h, w]``."""
+    rows = shape[1] if len(shape) == 4 else 1  # of the context
     dims = unet.config.cross_attention_dim
     dim = dims if isinstance(dims, int) else max(dims)
     with torch.device("meta"):
@@ -264,7 +284,7 @@ def _unet_inputs(
         return {
             "sample": torch.empty(1, *shape),
             "timestep": torch.empty(1, dtype=torch.long),
-            "encoder_hidden_states": torch.empty(1, words, dim),
+            "encoder_hidden_states": torch.empty(rows, words, dim),
             "added_cond_kwargs": added,
         }
 

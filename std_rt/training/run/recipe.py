@@ -286,6 +286,21 @@ class LatentsConfig:
 
 
 @dataclass(frozen=True)
+class MotionConfig:
+    """Clips instead of pictures: an AnimateDiff motion adapter in the UNet; without one, pictures."""
+
+    adapter: str = ""  # folder or hub id of a diffusers MotionAdapter for SDXL
+    frames: Annotated[int, Meta(ge=2)] = 8  # of a sample; at most as many as the adapter has positions
+    interval: Count = 4  # frames of the clip from one of the sample to the next
+    # What the consistency loss compares. difference: of neighbouring frames; low, high: frequencies in
+    # time; head: a small network that trains along and is not exported, its average on the target's side
+    representation: Literal["raw", "difference", "low", "high", "head"] = "raw"
+    head_decay: Share = 0.95  # of that moving average
+    judged: Count = 2  # frames of a clip that the discriminator is shown
+    own_starts: Share = 0.5  # mcm: share of states that start from the student's own one-jump result
+
+
+@dataclass(frozen=True)
 class SheetConfig:
     """Held-out pictures for the periodic sheets; empty: no sheets."""
 
@@ -302,7 +317,7 @@ class DistilConfig:
     output: str
     base: str
     stage: str = "distil"
-    method: Literal["std", "tcd", "lcm", "pcm"] = "std"
+    method: Literal["std", "tcd", "lcm", "pcm", "mcm"] = "std"
     seed: Whole = 0
     steps: Count = 10_000  # optimizer steps
     batch: Count = 1  # samples a micro-batch and process
@@ -335,6 +350,7 @@ class DistilConfig:
     pictures: PicturesConfig = field(default_factory=PicturesConfig)
     style: StyleConfig = field(default_factory=StyleConfig)
     latents: LatentsConfig = field(default_factory=LatentsConfig)
+    motion: MotionConfig = field(default_factory=MotionConfig)
     sheet: SheetConfig = field(default_factory=SheetConfig)
 
 
@@ -468,6 +484,39 @@ def _check_parts(recipe: DistilConfig) -> None:
         raise RecipeError(
             f'adversarial.jumps = "last" judges decoded pictures, and adversarial.features = '
             f'"{judge.features}" sees latents; set features = "dinov2", or jumps = "all"'
+        )
+    _check_motion(recipe)
+
+
+def _check_motion(recipe: DistilConfig) -> None:
+    """What a distillation of clips needs and excludes; RecipeError names the first that does not fit."""
+    motion = recipe.motion
+    if not motion.adapter:
+        if recipe.method == "mcm":
+            raise RecipeError(
+                'method = "mcm" is for clips; set motion.adapter, or method = "lcm" for pictures'
+            )
+        if motion != MotionConfig():
+            raise RecipeError(
+                "[motion] is for clips; set motion.adapter to a motion adapter's folder or hub id"
+            )
+        return
+    if not recipe.pictures.folder:
+        raise RecipeError("motion.adapter trains on clips; set pictures.folder to a folder of them")
+    if recipe.pictures.kind not in ("auto", "videos"):
+        raise RecipeError(
+            f'pictures.kind = "{recipe.pictures.kind}" has no clips, which motion.adapter needs; set "videos"'
+        )
+    if recipe.style.used:
+        raise RecipeError("[style] is for pictures; leave it out, or motion.adapter")
+    if recipe.sheet.contents or recipe.sheet.styles:
+        raise RecipeError("[sheet] is for pictures; leave it out, or motion.adapter")
+    if motion.judged > motion.frames:
+        raise RecipeError(f"motion.judged = {motion.judged} is more than motion.frames = {motion.frames}")
+    if recipe.method == "mcm" and recipe.adversarial.weight and recipe.adversarial.jumps == "all":
+        raise RecipeError(
+            'method = "mcm" jumps to the clean end, below which no real frame lies; '
+            'set adversarial.jumps = "last", or adversarial.weight = 0'
         )
 
 
