@@ -6,9 +6,9 @@
     results = list(batch.flush())  # the frames still inside
 
 While a GPU runs one call, the next frame can be pushed: then a result is returned one push later, or by
-`StreamBatch.collect`. More frames per second, N - 1 frames later (StreamDiffusion, arXiv 2312.12491, section 3.1). A frame keeps the
-style and the noise it entered with through all its steps, so each comes out as it does one by one. The
-launches are in `pipeline.stream_program`.
+`StreamBatch.collect`. More frames per second, N - 1 frames later (StreamDiffusion, arXiv 2312.12491, section
+3.1). A frame keeps the style and the noise it entered with through all its steps, so each comes out as it
+does one by one. The launches are in `pipeline.stream_program`.
 """
 
 from __future__ import annotations

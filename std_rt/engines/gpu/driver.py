@@ -101,7 +101,7 @@ def choose_gpu(device: str) -> None:
     in_use = opened if _chosen is None else _chosen
     if in_use is not None and in_use != index:
         raise UsageError(
-            f"this process uses cuda:{in_use} already, and cannot change to {device}; start another one for it"
+            f"this process uses cuda:{in_use} already and cannot change to {device}; start another one for it"
         )
     if _chosen == index:
         return

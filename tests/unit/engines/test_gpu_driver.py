@@ -327,7 +327,7 @@ def test_a_gpu_chosen_is_the_only_one_that_is_seen(
         choose_gpu(device)
         assert os.environ["CUDA_VISIBLE_DEVICES"] == after
     probe.cache_clear.assert_called_once()
-    with pytest.raises(UsageError, match="uses cuda:[01] already, and cannot change to cuda:7"):
+    with pytest.raises(UsageError, match=r"uses cuda:[01] already and cannot change to cuda:7"):
         choose_gpu("cuda:7")
     monkeypatch.setattr(cuda_driver, "_chosen", None)
     probe.return_value = Report("no NVIDIA driver found")
@@ -339,7 +339,7 @@ def test_a_gpu_that_is_open_cannot_be_exchanged(monkeypatch: pytest.MonkeyPatch)
     """CUDA reads CUDA_VISIBLE_DEVICES once: another choice would be without effect, and without a word."""
     monkeypatch.setattr(cuda_driver, "_chosen", None)
     monkeypatch.setattr(cuda_driver, "cuda_device", Mock(cache_info=lambda: Mock(currsize=1)))
-    with pytest.raises(UsageError, match="uses cuda:0 already, and cannot change to cuda:1; start another"):
+    with pytest.raises(UsageError, match="uses cuda:0 already and cannot change to cuda:1; start another"):
         choose_gpu("cuda:1")
 
 
