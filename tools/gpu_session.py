@@ -90,7 +90,7 @@ CALLS = {
             needs=("torch", "diffusers"),
             on_fake=None,
         ),
-        _cli("live", *_LIVE, limit_s=60, on_fake=("--duration", "2", "--size", "64", "--steps", "1")),
+        _cli("live", *_LIVE, limit_s=60, on_fake=("--duration", "30", "--size", "64", "--steps", "1")),
     ),
 }
 
