@@ -108,11 +108,11 @@ def _costs(side_px: int) -> tuple[Cost, dict[str, Cost]]:
     import torch
 
     unet, full, tiny = _networks()
-    at = {"device": "meta"}
-    latents = torch.empty(1, 4, side_px // 8, side_px // 8, **at)
-    image = torch.empty(1, 3, side_px, side_px, **at)
-    words, pooled, ids = (torch.empty(shape, **at) for shape in ((1, 77, 2048), (1, 1280), (1, 6)))
-    time = torch.zeros(1, **at)
+    with torch.device("meta"):
+        latents = torch.empty(1, 4, side_px // 8, side_px // 8)
+        image = torch.empty(1, 3, side_px, side_px)
+        words, pooled, ids = (torch.empty(shape) for shape in ((1, 77, 2048), (1, 1280), (1, 6)))
+        time = torch.zeros(1)
     added = {"text_embeds": pooled, "time_ids": ids}
     cost = _count(unet, lambda net: net(latents, time, words, added_cond_kwargs=added))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from tools.expected_fps import TEXT_PARAMETERS, Cost, Gpu, _networks, frame_s
 
 
