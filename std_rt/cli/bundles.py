@@ -1,4 +1,4 @@
-"""`std-rt bundles list | info | verify | unpack | int8`: the models std-rt can find."""
+"""`std-rt bundles list | info | verify | compare | unpack | int8`: the models std-rt can find."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from typer import Option
 
-from std_rt.cli.options import BundleArgument, OverwriteOption
+from std_rt.cli.options import BundleArgument, DeviceOption, OverwriteOption, PrecisionOption, choose_device
 from std_rt.cli.terminal import print_table
 from std_rt.core.errors import UsageError
 from std_rt.core.machine import require
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["bundles_app"]
 
 bundles_app = typer.Typer(
-    help="List, describe, verify, unpack and quantize bundles (exported models).", no_args_is_help=True
+    help="List, describe, verify, compare, unpack and quantize bundles (exported models).",
+    no_args_is_help=True,
 )
 
 
@@ -102,6 +103,64 @@ def verify(bundle: BundleArgument = None) -> None:
     verify_bundle(found)
     count = len(found.manifest["files"])
     typer.echo(f"{found.name}: {count} files, {found.total_bytes / 2**20:.1f} MB, unchanged since export")
+
+
+@bundles_app.command("compare")
+def compare(
+    bundle: BundleArgument = None,
+    other: Annotated[
+        str | None, typer.Argument(metavar="OTHER", help="Another bundle; default: the same.")
+    ] = None,
+    backend: Annotated[str, Option(help="The backend that is right, as in std-rt doctor.")] = "onnxruntime",
+    against: Annotated[str, Option(metavar="BACKEND", help="The backend in doubt.")] = "openvino",
+    graph: Annotated[list[str] | None, Option(help="Only this graph, such as unet; repeatable.")] = None,
+    floor: Annotated[float, Option(metavar="DB", help="Below this PSNR a layer differs.")] = 60.0,
+    precision: PrecisionOption = "fp32",
+    device: DeviceOption = None,
+) -> None:
+    """Find the first layer that two backends, or two bundles, compute differently.
+
+    std-rt bundles compare --backend onnxruntime --against openvino --precision auto
+
+    std-rt bundles compare engines/a engines/b --graph unet --against onnxruntime
+
+    On the bundle's own reference inputs. Exits with 1 if a layer differs. Needs the extra \\[export]: see
+    std-rt doctor.
+    """
+    require("std-rt bundles compare", "export", "onnx")
+    from std_rt.core.bundle import load_bundle
+    from std_rt.export.layer_comparison import Side, first_difference
+
+    choose_device(device)
+    one = load_bundle(bundle)
+    second = one if other is None else load_bundle(other)
+    names = graph or [name for name in one.graph_names if name in second.graph_names]
+    reference, differs = one.reference(), False
+    for name in names:
+        if name not in one.graph_names or name not in second.graph_names:
+            known = ", ".join(one.graph_names)
+            raise UsageError(f"there is no graph '{name}' in both; use --graph with one of {known}")
+        start = f"{name}/in/"
+        inputs = {key.removeprefix(start): value for key, value in reference.items() if key.startswith(start)}
+        if not inputs:
+            typer.echo(f"{name}: no reference inputs in {one.name}, left out")
+            continue
+        sides = [
+            Side(
+                each.graph_path(name),
+                on,
+                precision,
+                each.manifest.get("precision", {}).get(name, {}).get("compute", "fp32"),
+            )
+            for each, on in ((one, backend), (second, against))
+        ]
+        found = first_difference(sides[0], sides[1], inputs, floor)
+        differs |= found is not None
+        typer.echo(
+            f"{name}: {f'no layer below {floor:g} dB' if found is None else f'first differs in {found}'}"
+        )
+    if differs:
+        raise typer.Exit(1)
 
 
 @bundles_app.command("unpack")

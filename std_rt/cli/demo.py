@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from typer import Option
 
-from std_rt.cli.options import BackendOption, BundleOption
+from std_rt.cli.options import BackendOption, BundleOption, DeviceOption, choose_device
 from std_rt.cli.stylize import StylizeRequest
 from std_rt.cli.terminal import progress_lines, working
 
@@ -34,6 +34,7 @@ def demo(
     output: Annotated[Path, Option("--output", "-o", metavar="FOLDER")] = Path("demo"),
     bundle: BundleOption = None,
     backend: BackendOption = "auto",
+    device: DeviceOption = None,
 ) -> None:
     """Stylize example pictures in example styles, and lay out the results on two sheets."""
     import numpy as np
@@ -41,6 +42,7 @@ def demo(
     from std_rt import examples
     from std_rt.evaluation.picture_quality import write_sheet
 
+    choose_device(device)
     scenes = _write(examples.scenes(EXAMPLE_PX), output / "inputs")
     styles = _write(examples.styles(EXAMPLE_PX), output / "styles")
     results = {size: _stylize(scenes, styles, size, output / str(size), bundle, backend) for size in SIZES}

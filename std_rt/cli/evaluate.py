@@ -17,9 +17,11 @@ from typer import Argument, Option
 
 from std_rt.cli.options import (
     BackendOption,
+    DeviceOption,
     OverwriteOption,
     PrecisionOption,
     SizeOption,
+    choose_device,
     parse_size,
 )
 from std_rt.cli.terminal import counting, print_table, progress_lines
@@ -143,7 +145,7 @@ class EvaluateRequest:
     )
     seed: Annotated[int, Option(min=0, help="Seed of the students' noise, and of --blind's order.")] = 0
     batch: Annotated[int, _students(min=1, help="Pictures at a time.")] = 4
-    device: Annotated[str, _students(help="auto, cpu, cuda or cuda:1.")] = "auto"
+    device: DeviceOption = None  # with --teacher also cpu, for torch
     clip: Annotated[Path | None, _weights(metavar="FOLDER", help="A CLIPModel.")] = None
     dino: Annotated[Path | None, _weights(metavar="FOLDER", help="A Dinov2Model.")] = None
     csd: Annotated[Path | None, _weights(metavar="FILE", help="The CSD checkpoint.")] = None
@@ -172,6 +174,8 @@ class EvaluateRequest:
     def __post_init__(self) -> None:
         if self.evaluations and self.steps:
             raise UsageError("--evaluations and --steps are mutually exclusive; give one of the two")
+        if self.teacher is None:  # torch takes the name itself
+            choose_device(self.device)
         if self.protocol is not None:
             self._check_protocol_flags()
         if self.teacher is None:
@@ -585,12 +589,13 @@ def _prepare(
     """Everything loaded and encoded."""
     from std_rt.evaluation.candidates import read_candidate, teachers
     from std_rt.evaluation.picture_quality import read_mask
-    from std_rt.evaluation.students import Comparison, choose_device
+    from std_rt.evaluation.students import Comparison
+    from std_rt.evaluation.students import choose_device as torch_device
     from std_rt.training.distil.base import load_base
     from std_rt.training.distil.sampling import encode_scene
 
     assert request.teacher is not None
-    device = choose_device(request.device)
+    device = torch_device(request.device or "auto")
     judge = _judge_with(request, device)
     base = load_base(request.teacher)
     loras = [read_candidate(path, base) for path in dict.fromkeys(request.lora or ())]

@@ -29,6 +29,7 @@ __all__ = [
     "TemporalOption",
     "VaeOption",
     "check_stroke_option",
+    "choose_device",
     "command_of",
     "parse_frame_size",
     "parse_size",
@@ -100,10 +101,7 @@ class EngineFlags:
     def __post_init__(self) -> None:
         if self.vae not in ("auto", "full", "tiny"):
             raise BadParameter(f"--vae must be auto, full or tiny, got {self.vae!r}")
-        if self.device is not None:
-            from std_rt.engines.gpu.driver import choose_gpu
-
-            choose_gpu(self.device)
+        choose_device(self.device)
         parse_size(self.size)
         if self.temporal not in ("off", "noise", "full"):
             raise BadParameter(f"--temporal must be off, noise or full, got {self.temporal!r}")
@@ -170,6 +168,14 @@ def parse_size(text: str | None) -> int | Size | None:
     if match is None or int(match[1]) == 0 or (match[2] and int(match[2]) == 0):
         raise BadParameter(f"{text!r} is not a size; use pixels such as 512, or WIDTHxHEIGHT such as 512x384")
     return (int(match[2]), int(match[1])) if match[2] else int(match[1])
+
+
+def choose_device(device: str | None) -> None:
+    """``--device``: the GPU of this process. Raises UsageError as `choose_gpu` does."""
+    if device is not None:
+        from std_rt.engines.gpu.driver import choose_gpu
+
+        choose_gpu(device)
 
 
 def check_stroke_option(stroke_size: float | None) -> None:

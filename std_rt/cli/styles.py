@@ -14,9 +14,11 @@ from typer import Argument, Option
 from std_rt.cli.options import (
     BackendOption,
     BundleOption,
+    DeviceOption,
     OverwriteOption,
     StrokeSizeOption,
     check_stroke_option,
+    choose_device,
     parse_style,
     split_number,
 )
@@ -44,6 +46,7 @@ def save(
     stroke_size: StrokeSizeOption = None,
     bundle: BundleOption = None,
     backend: BackendOption = "auto",
+    device: DeviceOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Encode a picture, or a blend of several, into a style file.
@@ -58,6 +61,7 @@ def save(
 
     pairs = [parse_style(text) for text in styles]
     check_stroke_option(stroke_size)
+    choose_device(device)
     check_style_output(output, overwrite)
     for path, _ in pairs:
         check_input(path)

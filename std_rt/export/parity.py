@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
 from std_rt.core.errors import BackendError, ExportError
 from std_rt.core.machine import install_hint
 from std_rt.engines import GraphSpec, backends, open_engine
 from std_rt.export.graphs import Example
+from std_rt.export.layer_comparison import Side, first_difference, psnr_db
 
 __all__ = ["FLOOR_DB", "check_graph", "lint", "psnr_db"]
 
@@ -21,15 +21,6 @@ __all__ = ["FLOOR_DB", "check_graph", "lint", "psnr_db"]
 FLOOR_DB = {"fp32": 60.0, "fp16": 35.0, "bf16": 28.0}
 # Backends to compare on, if installed. The last takes the least memory for a large graph in fp32.
 _CPU = ("openvino", "onnxruntime")
-
-
-def psnr_db(found: NDArray[Any], wanted: NDArray[Any]) -> float:
-    """Peak signal-to-noise ratio; the peak is the range of ``wanted``. Equal arrays give 200 dB."""
-    error = float(np.mean((found.astype(np.float64) - wanted) ** 2))
-    span = float(wanted.max() - wanted.min())
-    if not np.isfinite(error):
-        return float("-inf")
-    return 200.0 if error == 0 else min(200.0, 10 * np.log10(max(span, 1e-12) ** 2 / error))
 
 
 def check_graph(
@@ -48,11 +39,13 @@ def check_graph(
         raise ExportError(f"no backend is installed to check the export with; run: {install_hint('onnx')}")
     rows = [_compare(name, path, example, backend) for backend in found for example in examples]
     worst = min(rows, key=lambda row: float(row["psnr_db"]))
-    if worst["psnr_db"] < FLOOR_DB[precision]:
+    floor = FLOOR_DB[precision]
+    if worst["psnr_db"] < floor:
+        good = [b for b in found if all(r["psnr_db"] >= floor for r in rows if r["runtime"] == b)]
         raise ExportError(
             f"graph '{name}' differs from torch: {worst['psnr_db']:.1f} dB on {worst['runtime']}, below the "
-            f"{FLOOR_DB[precision]:.0f} dB required, so nothing was written; "
-            "try --precision fp32 or --weights fp32"
+            f"{floor:.0f} dB required, so nothing was written; try --precision fp32 or --weights fp32"
+            + (_where(path, examples[0], good[0], worst["runtime"], floor) if good else "")
         )
     return {
         **worst,
@@ -60,6 +53,20 @@ def check_graph(
         "against": "torch fp32",
         "max_abs": max(r["max_abs"] for r in rows),
     }
+
+
+def _where(path: Path, example: Example, good: str, bad: str, floor: float) -> str:
+    """For the error: the layer in which ``bad`` leaves what ``good`` computes."""
+    sides = Side(path, good, "fp32"), Side(path, bad, "fp32")
+    try:
+        found = first_difference(*sides, example.inputs, floor)
+    except BackendError:
+        return ""
+    what = "" if found is None else f" {bad} first differs from {good} in {found};"
+    return (
+        f".{what} a bundle that passes is compared like that by: "
+        f"std-rt bundles compare NAME --backend {good} --against {bad}"
+    )
 
 
 def _compare(name: str, path: Path, example: Example, backend: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from std_rt.core.bundle import INPAINTING, Bundle, load_bundle
 from std_rt.core.errors import UsageError
 from std_rt.core.turns import Turns
 from std_rt.engines import Engine
+from std_rt.engines.gpu.driver import choose_gpu
 from std_rt.engines.hot_swap import close_when_open, has_failed
 from std_rt.engines.program import Mark, no_mark
 from std_rt.engines.registry import GPU_BACKENDS, choose_form
@@ -142,6 +143,7 @@ class Stylizer:
         bundle: str | Path | Bundle | None = None,
         *,
         backend: str = "auto",
+        device: str | None = None,
         size: int | Size | None = None,
         steps: int | None = None,
         precision: str = "auto",
@@ -153,11 +155,14 @@ class Stylizer:
         """Open a bundle by name or folder (None: the built-in model) on a backend.
 
         With ``meanwhile``, frames run on a CPU backend until the engines of a GPU backend are built;
-        ``meanwhile`` is called with a message when that changes. ``precision`` is auto (see
+        ``meanwhile`` is called with a message when that changes. ``device`` is the GPU, as ``cuda:1``; a
+        process has one (`engines.gpu.driver.choose_gpu`). ``precision`` is auto (see
         `engines.registry.choose_form`), fp32, bf16 or int8. Raises BundleError (unknown, damaged, wrong
         step count, no int8 form) or BackendError (not installed, wrong precision), and UsageError if
-        ``guidance`` and ``guidance_mode`` do not fit together.
+        ``guidance`` and ``guidance_mode`` do not fit together, or for a ``device`` that is not there.
         """
+        if device is not None:
+            choose_gpu(device)
         opened = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         opened.check_precision(precision)
         chosen = openers(backend, precision, meanwhile)

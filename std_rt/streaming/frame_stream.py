@@ -63,6 +63,9 @@ class _Batcher(Protocol):
     def push(self, working: Frame, state: State, mark: Mark = no_mark) -> list[Frame]:
         """Take one frame, return those that are finished."""
 
+    def collect(self, mark: Mark = no_mark) -> list[Frame]:
+        """Wait for what the engines run at this moment."""
+
     def flush(self, mark: Mark = no_mark) -> Iterator[Frame]:
         """Finish the frames still inside."""
 
@@ -81,6 +84,10 @@ class _Grouped:
             return []
         self._submit(mark)
         return [*self._collect(mark, leave=1)]
+
+    def collect(self, mark: Mark = no_mark) -> list[Frame]:
+        with self._stylizer.lock:
+            return [*self._collect(mark)]
 
     def flush(self, mark: Mark = no_mark) -> Iterator[Frame]:
         if self._waiting:
@@ -211,8 +218,8 @@ class FrameStream:
             for packet in packets:
                 yield from self._take(packet)
                 # A frame that is skipped needs the result of the one before.
-                if self._batching == ONE_BY_ONE and (self._similarity is not None or not more()):
-                    yield from self._flush()
+                if self._batcher is not None and (self._similarity is not None or not more()):
+                    yield from self._finish_all(self._batcher.collect(_stopwatch(packet, self._now)), packet)
             yield from self._flush()
         finally:
             self._running = False
@@ -252,10 +259,7 @@ class FrameStream:
         with self._stylizer.lock:
             self._use_style()
             done = self._batcher.push(working, state, mark)
-        for styled in done:
-            if self._batching == STREAM_BATCH:  # the time of the call it comes out of
-                self._inside[0].packet.stages_ms = packet.stages_ms
-            yield self._finish(styled)
+        yield from self._finish_all(done, packet)
 
     def _follow_shape(self, shape: Size) -> Iterator[FramePacket]:
         """Start over if frames of this shape have another working size, or other steps."""
@@ -290,6 +294,13 @@ class FrameStream:
         if changing or self._last is None:
             self._similarity.force()
         return self._similarity.skip(working)
+
+    def _finish_all(self, done: Iterable[Frame], newest: FramePacket) -> Iterator[FramePacket]:
+        """The packets that these are the results of; ``newest`` is the last that was taken."""
+        for styled in done:
+            if self._batching == STREAM_BATCH:  # the time of the call it comes out of
+                self._inside[0].packet.stages_ms = newest.stages_ms
+            yield self._finish(styled)
 
     def _finish(self, styled: Frame) -> FramePacket:
         """The packet that ``styled`` is the result of."""

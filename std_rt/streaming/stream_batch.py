@@ -5,13 +5,15 @@
         results = batch.push(stylizer.fit(frame), state)  # empty until N frames have entered
     results = list(batch.flush())  # the frames still inside
 
-More frames per second, N - 1 frames later (StreamDiffusion, arXiv 2312.12491, section 3.1). A frame keeps the
-style and the noise it entered with through all its steps, so each comes out as it does one by one. The
-launches are in `pipeline.stream_program`.
+While a GPU runs one call, the next frame can be pushed: then a result is returned one push later, or by
+`StreamBatch.collect`. More frames per second, N - 1 frames later (StreamDiffusion, arXiv 2312.12491, section
+3.1). A frame keeps the style and the noise it entered with through all its steps, so each comes out as it
+does one by one. The launches are in `pipeline.stream_program`.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from threading import get_ident
@@ -20,7 +22,7 @@ from std_rt.core.arrays import Array, Frame, Size
 from std_rt.core.errors import UsageError
 from std_rt.engines.program import Mark, no_mark
 from std_rt.pipeline.conditioning import Conditioning
-from std_rt.pipeline.runner_cache import CachedRunner, Quality, RunnerKey
+from std_rt.pipeline.runner_cache import CachedRunner, Quality, RunnerKey, Submitted
 from std_rt.pipeline.stylizer import State, Stylizer
 
 __all__ = ["StreamBatch"]
@@ -50,6 +52,7 @@ class StreamBatch:
         self._thread = 0  # of the frames inside
         self._newest: _Slot | None = None
         self._last: Frame | None = None
+        self._submitted: deque[tuple[Submitted, bool]] = deque()  # with whether a frame comes out of it
 
     @property
     def inside(self) -> int:
@@ -57,7 +60,8 @@ class StreamBatch:
         return sum(slot is not None for slot in self._slots)
 
     def push(self, working: Frame, state: State, mark: Mark = no_mark) -> list[Frame]:
-        """Take a frame uint8 [H, W, 3] of the working size; the result of the frame N - 1 pushes ago, if any.
+        """Take a frame uint8 [H, W, 3] of the working size; the result of the frame N - 1 pushes ago, if any
+        and if the engines have it already.
 
         The current style and noise are used. Raises UsageError if frame or state have another size.
         After an error of the engines, the frames inside are lost.
@@ -78,9 +82,26 @@ class StreamBatch:
                 self._claim(runner)
                 found = self._advance(runner, None, mark)
             yield from found
+        yield from self.collect(mark)
+
+    def collect(self, mark: Mark = no_mark) -> list[Frame]:
+        """Wait for the call that still runs, if one does: the frame that comes out of it, if any."""
+        with self._stylizer.lock:
+            return self._collect(mark)
+
+    def _collect(self, mark: Mark, leave: int = 0) -> list[Frame]:
+        """The results of all calls but the last ``leave`` that still run."""
+        found = []
+        while self._submitted and (len(self._submitted) > leave or not self._submitted[0][0].running):
+            call, comes_out = self._submitted.popleft()
+            slots, self._slots = self._slots, [None] * len(self._slots)
+            styled = call.collect(mark)
+            self._slots = slots
+            found += [styled[0]] if comes_out else []
+        return found
 
     def _advance(self, runner: CachedRunner, entering: _Slot | None, mark: Mark) -> list[Frame]:
-        """One run. An empty slot gets the newest frame's inputs, so that nothing is fed for it."""
+        """One call. An empty slot gets the newest frame's inputs, so that nothing is fed for it."""
         assert self._newest is not None
         assert self._last is not None
         slots = [entering, *self._slots]
@@ -88,9 +109,10 @@ class StreamBatch:
         self._slots = [None] * (len(slots) - 1)
         conditioning, noise = [row.conditioning for row in rows], [row.noise for row in rows]
         masks = self._stylizer.mask_feeds(self._key.quality.size)
-        styled = runner.run(self._last[None], conditioning, noise, mark, masks)
+        call = runner.submit(self._last[None], conditioning, noise, mark, masks)
         self._slots = slots[:-1]
-        return [styled[0]] if slots[-1] is not None else []
+        self._submitted.append((call, slots[-1] is not None))
+        return self._collect(mark, leave=1)
 
     def _claim(self, runner: CachedRunner) -> None:
         """Take over the runner's slots. Raises UsageError if another stream batch took them and frames are

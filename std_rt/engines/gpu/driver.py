@@ -80,18 +80,31 @@ def driver_problem() -> str:
     return probe().problem or ""
 
 
+_chosen: int | None = None
+
+
 def choose_gpu(device: str) -> None:
     """Make one GPU, named as ``cuda:1``, the only one that this process and its children see.
 
-    By ``CUDA_VISIBLE_DEVICES``, which every library obeys that has not touched the driver yet. Raises
-    UsageError for another name, a GPU that does not exist, or where none can be used.
+    By ``CUDA_VISIBLE_DEVICES``, which every library obeys that has not touched the driver yet; so a process
+    has one GPU, and the same name may be given again. Raises UsageError for another name, a second or
+    missing GPU, or where none can be used.
     """
+    global _chosen
     match = re.fullmatch(r"cuda(?::(\d+))?", device)
     if match is None:
         raise UsageError(
             f"--device must be a GPU such as cuda:0 or cuda:1, got {device!r}; see std-rt doctor"
         )
     found, index = probe(), int(match[1] or 0)
+    opened = 0 if cuda_device.cache_info().currsize else None
+    in_use = opened if _chosen is None else _chosen
+    if in_use is not None and in_use != index:
+        raise UsageError(
+            f"this process uses cuda:{in_use} already and cannot change to {device}; start another one for it"
+        )
+    if _chosen == index:
+        return
     if found.problem:
         raise UsageError(f"--device {device} cannot be used: {found.problem}; use --backend cpu")
     if index >= len(found.gpus):
@@ -100,6 +113,7 @@ def choose_gpu(device: str) -> None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = str(index) if visible is None else visible.split(",")[index].strip()
     probe.cache_clear()
+    _chosen = index
 
 
 @cache

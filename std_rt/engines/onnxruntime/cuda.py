@@ -3,7 +3,8 @@
 Graphs run in the precision they were exported in: fp32 (tensor cores in TF32 unless fp32 is asked for), fp16,
 or int8. bf16 is refused: the provider lacks kernels that SDXL needs in it (InstanceNormalization, Resize,
 Pad, ReduceMean), and would carry those layers back to the CPU. Each launch ends with a wait of microseconds;
-the TensorRT backends, which replay a whole frame, have none.
+the TensorRT backends, which replay a whole frame, have none. Those waits are in a thread of their own, in
+which all programs run: callers follow the motion, settle and present meanwhile (`CudaRunner.submit`).
 
 Untested on a real GPU.
 """
@@ -12,11 +13,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, redirect_stdout
 from functools import cache
 from io import StringIO
 from itertools import count
-from threading import RLock, get_ident
+from threading import RLock
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -36,7 +39,7 @@ from std_rt.engines.onnxruntime.ort_session import (
     open_session,
     ports_of,
 )
-from std_rt.engines.program import Frame, Launch, Mark, Program, no_mark
+from std_rt.engines.program import Frame, Launch, Mark, Program, check_feeds, check_frame, no_mark
 from std_rt.engines.protocol import Array, GraphSpec
 from std_rt.engines.shared import Shared
 
@@ -46,9 +49,11 @@ _PROVIDER = "CUDAExecutionProvider"
 _INSTALL = install_hint("cuda")
 _LOG = logging.getLogger(__name__)
 # ONNX Runtime captures in CUDA's global mode, which is spoilt by memory that any thread allocates or frees
-# meanwhile. Whoever allocates, frees or captures holds the first lock, so replays wait for no graph that is
-# opened. Whoever runs a program holds the second: sessions that replay must not be in two threads at once.
-_ALLOCATING, _RUNNING = RLock(), RLock()
+# meanwhile. Whoever allocates, frees or captures holds the lock, so replays wait for no graph that is opened.
+_ALLOCATING = RLock()
+# Programs run here, in the order in which they were given work: ONNX Runtime keeps a CUDA graph for each
+# thread, and sessions that replay must not be in two threads at once.
+_LANE = ThreadPoolExecutor(1, thread_name_prefix="std-rt-cuda")
 _SESSIONS = Shared[ort.InferenceSession](lambda session: None)
 _GRAPH_IDS = count(1)
 _NO_GRAPH = "-1"  # a run that is neither captured nor replayed
@@ -68,26 +73,71 @@ class CudaEngine(OnnxRuntimeEngine):
 
 
 class CudaRunner(OrtRunner):
-    """A program on the GPU; its sessions may be shared with other programs, which take turns."""
+    """A program on the GPU; its sessions may be shared with other programs, which take turns.
 
-    _captured_by: int | None = None  # a thread: ONNX Runtime keeps a CUDA graph for each
+    `submit` is the first half of `run`, as in `engines.tensorrt.gpu_runner.GpuRunner`.
+    """
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        """See `OrtRunner`."""
+        super().__init__(*given, **named)
+        self._given: dict[str, Array] = {}  # feeds, which may still be on their way
+        self._feeding: list[Future[None]] = []  # since the last frame
+        self._captured = False
 
     def set(self, **feeds: Array) -> None:
-        """See `Runner`."""
-        with _RUNNING:
-            super().set(**feeds)
+        """See `Runner`; frames on their way keep theirs."""
+        self._check_open()
+        check_feeds(self._program, feeds)
+        self._given |= feeds
+        self._feeding.append(_LANE.submit(super().set, **feeds))
 
     def run(self, frame: Frame, mark: Mark = no_mark) -> Frame:
-        """See `Runner`. A thread's first run captures, alone on the GPU."""
-        captured = self._captured_by == get_ident()
-        with nullcontext() if captured else _ALLOCATING, _RUNNING:
-            styled = super().run(frame, mark)
-        self._captured_by = get_ident()
-        return styled
+        """See `Runner`. The first run captures, alone on the GPU."""
+        return self._start(frame, mark).result()
+
+    def submit(self, frame: Frame) -> Callable[[Mark], Frame]:
+        """Start a frame and return at once: call the result, once, to wait for it.
+
+        The whole frame is one stage for its ``mark``: "frame". Raises BackendError as `run` does.
+        """
+        self._check_open()
+        check_frame(self._program, frame, self._given)
+        running = self._start(frame.copy(), no_mark)
+
+        def collect(mark: Mark) -> Frame:
+            styled = running.result()
+            mark("frame")
+            return styled
+
+        return collect
+
+    def carried(self) -> dict[str, Array]:
+        """See `Runner`."""
+        return _LANE.submit(super().carried).result()
+
+    def carry(self, **buffers: Array) -> None:
+        """See `Runner`."""
+        _LANE.submit(super().carry, **buffers).result()
 
     def close(self) -> None:
-        """See `Runner`."""
-        with _ALLOCATING, _RUNNING:
+        """See `Runner`; frames on their way are finished first."""
+        _LANE.submit(self._close).result()
+
+    def _start(self, frame: Frame, mark: Mark) -> Future[Frame]:
+        feeding, self._feeding = self._feeding, []
+        return _LANE.submit(self._run, frame, mark, feeding)
+
+    def _run(self, frame: Frame, mark: Mark, feeding: list[Future[None]]) -> Frame:
+        for fed in feeding:
+            fed.result()  # done before this began; raises what went wrong there
+        with nullcontext() if self._captured else _ALLOCATING:
+            styled = super().run(frame, mark)
+        self._captured = True
+        return styled
+
+    def _close(self) -> None:
+        with _ALLOCATING:
             super().close()
 
 

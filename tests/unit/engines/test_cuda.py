@@ -197,14 +197,58 @@ def test_nothing_is_allocated_while_a_frame_is_captured_and_replays_do_not_wait(
     assert found == [False, True]
 
     def elsewhere() -> None:
-        runner.run(frame)  # ONNX Runtime has no graph in this thread yet
+        runner.run(frame)  # ONNX Runtime keeps a graph for each thread, but runs are in one
 
     threads = [Thread(target=allocating), Thread(target=elsewhere)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found[2] is False
+    assert found[2] is True
+
+
+def fed_program() -> Program:
+    """Its picture is that of a feed, doubled."""
+    whole = program()
+    launches = (
+        whole.launches[0],
+        Launch("unet", {"x": "given"}, {"out": "a"}, "unet"),
+        whole.launches[2],
+        whole.launches[5],
+    )
+    buffers = {name: port for name, port in whole.buffers.items() if name != "b"}
+    return Program(launches, {**buffers, "given": buffers["image"]})
+
+
+def test_the_host_goes_on_while_a_frame_runs_and_frames_keep_their_feeds(
+    opened: list[tuple[str, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = cuda.open_runner(fed_program(), {"unet": spec()}, "auto")
+    host = HostRunner({"unet": open_engine("onnxruntime", spec())}, fed_program())
+    rng, go = np.random.default_rng(0), Event()
+    run, frame, expected, collects, told = OrtRunner.run, np.zeros(SHAPE, np.uint8), [], [], []
+
+    def slow(self: OrtRunner, frame: np.ndarray, mark: Any) -> np.ndarray:
+        assert go.wait(10), "the host waits for the GPU"
+        return run(self, frame, mark)
+
+    monkeypatch.setattr(OrtRunner, "run", slow)
+    with pytest.raises(BackendError, match="given"):
+        runner.submit(frame)
+    for _ in range(3):
+        given = rng.uniform(-1, 1, (1, 3, 8, 8)).astype(np.float32)
+        host.set(given=given)
+        expected.append(host.run(frame))
+        runner.set(given=given)
+        collects.append(runner.submit(frame))
+    go.set()
+    for collect, wanted in zip(collects, expected, strict=True):
+        np.testing.assert_array_equal(collect(told.append), wanted)
+    assert told == ["frame"] * 3
+    runner.close()
+    for call in (lambda: runner.submit(frame), lambda: runner.run(frame), lambda: runner.set(given=given)):
+        with pytest.raises(BackendError, match="was closed"):
+            call()
 
 
 def test_an_engine_beside_frames_waits_for_a_capture(opened: list[tuple[str, bool]]) -> None:

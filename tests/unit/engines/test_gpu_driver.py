@@ -14,10 +14,13 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
+from std_rt.cli.app import app
 from std_rt.core.errors import BackendError, UsageError
 from std_rt.engines.gpu import driver as cuda_driver
 from std_rt.engines.gpu.driver import _FUNCTIONS, CudaDevice, choose_gpu
 from std_rt.engines.gpu.probe import Gpu, Report
+from std_rt.pipeline import stylizer as stylizer_module
+from std_rt.pipeline.stylizer import Stylizer
 
 HANDLE = 0x7FFF_1234_5678_0000  # loses bits where an argument is passed as an int
 
@@ -316,15 +319,54 @@ def test_a_gpu_chosen_is_the_only_one_that_is_seen(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before or "")  # undone after the test
     if before is None:
         del os.environ["CUDA_VISIBLE_DEVICES"]
-    choose_gpu(device)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == after
-    probe.cache_clear.assert_called_once()
+    monkeypatch.setattr(cuda_driver, "_chosen", None)
     for wrong, words in (("gpu1", "must be a GPU such as cuda:0"), ("cuda:2", "cuda:0 is A .*, cuda:1 is B")):
         with pytest.raises(UsageError, match=words):
             choose_gpu(wrong)
+    for _ in range(2):  # the same name again is the same GPU, although only one is seen by now
+        choose_gpu(device)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == after
+    probe.cache_clear.assert_called_once()
+    with pytest.raises(UsageError, match=r"uses cuda:[01] already and cannot change to cuda:7"):
+        choose_gpu("cuda:7")
+    monkeypatch.setattr(cuda_driver, "_chosen", None)
     probe.return_value = Report("no NVIDIA driver found")
     with pytest.raises(UsageError, match="cannot be used: no NVIDIA driver found; use --backend cpu"):
         choose_gpu(device)
+
+
+def test_a_gpu_that_is_open_cannot_be_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA reads CUDA_VISIBLE_DEVICES once: another choice would be without effect, and without a word."""
+    monkeypatch.setattr(cuda_driver, "_chosen", None)
+    monkeypatch.setattr(cuda_driver, "cuda_device", Mock(cache_info=lambda: Mock(currsize=1)))
+    with pytest.raises(UsageError, match="uses cuda:0 already and cannot change to cuda:1; start another"):
+        choose_gpu("cuda:1")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["stylize", "a.png", "--style", "b.png"],
+        ["demo"],
+        ["styles", "save", "a.png", "-o", "a.safetensors"],
+        ["evaluate", "photos", "paintings"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_every_command_takes_the_same_device(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def refuse(device: str) -> None:
+        asked.append(device)
+        raise UsageError("no such GPU")
+
+    monkeypatch.setattr(cuda_driver, "choose_gpu", refuse)
+    with pytest.raises(UsageError, match="no such GPU"):
+        app([*command, "--device", "cuda:5"], standalone_mode=False)
+    assert asked == ["cuda:5"]
+    monkeypatch.setattr(stylizer_module, "choose_gpu", refuse)
+    with pytest.raises(UsageError, match="no such GPU"):
+        Stylizer.load(device="cuda:6")
 
 
 def test_events_mark_a_place_in_a_stream(library: Library) -> None:

@@ -52,13 +52,15 @@ def test_the_outcome_of_every_command_is_told_and_kept(
             Command("bad", ("-c", "raise SystemExit(3)"), 60),
             Command("slow", ("-c", "import time; time.sleep(60)"), 1),
             Command("lacks", ("-c", ""), 60, needs=("no_such_package",)),
-            Command("times", ("-c", ""), 60, on_fake=False),
+            Command("times", ("-c", ""), 60, on_fake=None),
+            Command("smaller", ("-c", "import sys; print(sys.argv[1:])"), 60, on_fake=("--size", "64")),
         )
     }
     (tmp_path / "tests").mkdir()
     monkeypatch.setattr(gpu_session, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_session, "CALLS", calls)
     monkeypatch.setattr(gpu_session, "probe", lambda: Report("no NVIDIA driver found"))
+    monkeypatch.setattr(gpu_session, "FAKE_PATIENCE", 1)
     assert main(["1"]) == 1
     out = capsys.readouterr().out
     assert "no NVIDIA driver found: the same commands run on the simulated GPU" in out
@@ -73,3 +75,5 @@ def test_the_outcome_of_every_command_is_told_and_kept(
     assert outcomes["slow"].startswith("failed: not done after 1 s; see ")
     assert outcomes["lacks"] == "left out: no_such_package is not installed"
     assert outcomes["times"] == "left out: it only times a GPU"
+    assert outcomes["smaller"] == "passed"
+    assert (folder / "smaller.txt").read_text(encoding="utf-8") == "['--size', '64']\n"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,8 +72,37 @@ def test_the_next_frame_is_submitted_before_the_last_is_waited_for(
     assert order == ["launch", *["launch", "wait"] * 3, "wait"]
 
 
+@pytest.mark.parametrize("batching", [ONE_BY_ONE, STREAM_BATCH])
+def test_motion_is_followed_and_results_are_settled_while_the_gpu_runs(
+    batching: str, gpu: tuple[Stylizer, fake_gpu.FakeBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stylizer, installed = gpu
+    log = installed.device.log
+    for name in ("follow", "settle"):
+        monkeypatch.setattr(TemporalFilter, name, _logged(getattr(TemporalFilter, name), name, log))
+    for _ in range(2):  # the first time engines are opened
+        log.clear()
+        list(FrameStream(stylizer, batching=batching, temporal=TemporalFilter("full")).run(_packets(6)))
+    running, beside = 0, []
+    for name in log:
+        running = 0 if name == "synchronize" else running + (name == "launch") - (name == "wait")
+        if name in ("follow", "settle"):
+            beside.append((name, running))
+    assert len(beside) == 12
+    assert [name for name, running in beside if not running] == ["follow", "settle"]  # the first, the last
+
+
+def _logged(method: Callable[..., Any], name: str, log: list[str]) -> Callable[..., Any]:
+    def call(*given: Any, **named: Any) -> Any:
+        log.append(name)
+        return method(*given, **named)
+
+    return call
+
+
+@pytest.mark.parametrize(("batching", "late"), [(ONE_BY_ONE, 0), (STREAM_BATCH, 1)])
 def test_a_frame_is_not_held_back_for_one_that_is_not_there(
-    gpu: tuple[Stylizer, fake_gpu.FakeBackend],
+    batching: str, late: int, gpu: tuple[Stylizer, fake_gpu.FakeBackend]
 ) -> None:
     """A camera slower than the engines: every frame comes out before the next one is waited for."""
     entered = 0
@@ -83,11 +113,11 @@ def test_a_frame_is_not_held_back_for_one_that_is_not_there(
             entered += 1
             yield packet
 
-    stream = FrameStream(gpu[0])
-    for packet in stream.run(camera(), lambda: False):
-        assert packet.index == entered - 1
-        assert packet.stages_ms["frame"] > 0
-    assert entered == 4
+    stream = FrameStream(gpu[0], batching=batching)
+    found = [(entered, packet) for packet in stream.run(camera(), lambda: False)]
+    assert [packet.index for _, packet in found] == [0, 1, 2, 3]
+    assert [count for count, _ in found] == [min(i + 1 + late, 4) for i in range(4)]
+    assert all(packet.stages_ms["frame"] > 0 for _, packet in found[: 4 - late])
 
 
 def test_skipped_frames_stay_in_order(gpu: tuple[Stylizer, fake_gpu.FakeBackend]) -> None:
