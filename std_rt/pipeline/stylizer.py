@@ -35,6 +35,7 @@ from std_rt.pipeline.conditioning import (
     Conditioning,
     EncodedStyle,
     StyleEncoder,
+    StyleSquares,
     blend,
     check_negative,
     check_stroke_size,
@@ -237,6 +238,13 @@ class Stylizer:
         """
         return self._cache.ready(RunnerKey(quality, frames, stream_batch))
 
+    def when_open(self, quality: Quality, call: Callable[[], None]) -> None:
+        """Have ``call`` called, in any thread, once the engines of a quality are open or have failed to open.
+
+        At once if they are, or if nobody has asked for them.
+        """
+        self._cache.when_done(RunnerKey(quality), call)
+
     def frames_per_call(self, size: Size) -> int:
         """How many frames `run_many` puts into one call at a working size (H, W) by default.
 
@@ -272,7 +280,7 @@ class Stylizer:
         encoded = [(self.encode_style(one, stroke_size), float(weight)) for one, weight in pairs]
         self.use_style(blend(encoded), strength, keep_colours=keep_colours)
 
-    def encode_style(self, picture: Picture, stroke_size: float = 1.0) -> EncodedStyle:
+    def encode_style(self, picture: Picture | StyleSquares, stroke_size: float = 1.0) -> EncodedStyle:
         """A style as a value for `use_style`: the same object for the same picture, as long as it is cached.
 
         ``stroke_size`` (0.5..2): see `conditioning.style_views`. May run in another thread than frames do:
@@ -280,7 +288,7 @@ class Stylizer:
         stroke size out of range.
         """
         check_stroke_size(stroke_size)
-        frame = _frame(picture)
+        frame = picture if isinstance(picture, StyleSquares) else _frame(picture)
         try:
             engine = self._open_style_encoder().result()
         except CancelledError:  # closed meanwhile
