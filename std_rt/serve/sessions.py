@@ -9,7 +9,7 @@
 A session is `live.session.Session`: what is new here is a source that clients push frames into, and a thread
 that encodes results. The newest frame wins on the way in; on the way out a source rests while its client has
 not read the last result, so one that stops reading costs the others nothing. Frames of different sessions
-take turns at the engines (`core.turns`).
+take turns at the engines (`core.turns`), and share calls where that is faster (`streaming.shared_calls`).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from std_rt.pipeline.stylizer import Quality, Stylizer
 from std_rt.serve.library import Library
 from std_rt.serve.limits import BusyError, Limits, MissingError
 from std_rt.serve.protocol import Header, Look, decode_frame, encode_frame, one_line
+from std_rt.streaming.shared_calls import SharedCalls
 from std_rt.streaming.temporal import TemporalFilter
 
 __all__ = ["LiveSession", "PushedFrames", "SessionPool"]
@@ -148,6 +149,7 @@ class LiveSession:
             Settings(temporal=look.temporal, seed=look.seed),
             mirror=source.is_camera,
         )
+        self.session.stream.calls = pool.calls
         self._thread = Thread(target=self._present, name=f"std-rt-serve-{self.id[:4]}", daemon=True)
 
     def start(self) -> None:
@@ -300,6 +302,7 @@ class SessionPool:
     def __init__(self, stylizer: Stylizer, library: Library, limits: Limits, look: Look) -> None:
         """``look``: what a session starts with."""
         self.stylizer, self.library, self.limits, self.look = stylizer, library, limits, look
+        self.calls = SharedCalls(stylizer)
         self._lock = Lock()
         self._places = 0
         self._sessions: dict[str, LiveSession] = {}
