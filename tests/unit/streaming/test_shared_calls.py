@@ -31,7 +31,7 @@ def stylizer(handmade: Bundle) -> Iterator[Stylizer]:
 
 
 def stream_of(stylizer: Stylizer, index: int, calls: SharedCalls | None) -> Callable[[], list[Frame]]:
-    style = stylizer.encode_style(noise(100 + index))
+    style = stylizer.encode_style(np.full((32, 32, 3), 40 * index, np.uint8))
     stream = FrameStream(stylizer, lambda _: (style, 1 - index / 10), seed=index)
     stream.calls = calls
     return lambda: [*stream.frames([noise(index)])]
