@@ -105,10 +105,10 @@ def listed(folder: str) -> dict[str, Stat]:
     """
     files, path = opened(folder)
     selector = fs.FileSelector(path, allow_not_found=True, recursive=True)
-    root = PurePosixPath(path.replace("\\", "/"))
+    root = PurePosixPath(path.replace("\\", "/").lstrip("/"))
     found: dict[str, Stat] = {}
     for info in files.get_file_info(selector):
-        name = PurePosixPath(info.path.replace("\\", "/"))
+        name = PurePosixPath(info.path.replace("\\", "/").lstrip("/"))  # fsspec's memory adds one
         inside = name.relative_to(root) if name.is_relative_to(root) else name
         if info.type == fs.FileType.File and not any(part.startswith(".") for part in inside.parts):
             found[inside.as_posix()] = _stat(info)

@@ -19,6 +19,7 @@ from std_rt.cli.evaluate import evaluate
 from std_rt.cli.export import export
 from std_rt.cli.live import live
 from std_rt.cli.options import command_of
+from std_rt.cli.serve import app as window
 from std_rt.cli.serve import serve
 from std_rt.cli.styles import styles_app
 from std_rt.cli.stylize import stylize
@@ -59,6 +60,7 @@ app.command("train")(train)
 app.command("bench")(command_of(bench))
 app.command("live")(command_of(live))
 app.command("serve")(command_of(serve))
+app.command("app")(command_of(window))
 app.command("evaluate")(command_of(evaluate))
 app.command("eval", hidden=True)(command_of(evaluate))  # its old name
 app.command("tally")(tally)

@@ -1,13 +1,19 @@
-"""`std-rt serve`: the page and the API, until Ctrl-C."""
+"""`std-rt serve`: the page and the API, until Ctrl-C; `std-rt app`: the page in its own window."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import socket
+import subprocess
+import webbrowser
+from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Timer
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,10 +33,18 @@ if TYPE_CHECKING:
     from std_rt.pipeline.stylizer import Stylizer
     from std_rt.serve.app import Options, OwnStyle, Server
 
-__all__ = ["ServeRequest", "serve"]
+__all__ = ["ServeRequest", "app", "serve"]
 
 _OPEN_AFTER_S = 0.5
 _SHORTEST_TOKEN = 12
+_BROWSERS = (  # those that show a page as a window of its own
+    *("google-chrome", "google-chrome-stable", "chromium", "chromium-browser", "chrome", "brave-browser"),
+    *("microsoft-edge", "msedge", "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"),
+    "C:/Program Files/Google/Chrome/Application/chrome.exe",
+    "C:/Program Files (x86)/Microsoft/Edge/Application/msedge.exe",
+)
+
+Show = Callable[[str, Callable[[], None]], None]  # of a link, until it returns, and what ends the server
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +107,42 @@ def serve(request: ServeRequest) -> None:
 
     std-rt serve -s paintings/ --host 0.0.0.0 --cert cert.pem --key key.pem
     """
+
+    def show(link: str, end: Callable[[], None]) -> None:
+        webbrowser.open(link)
+
+    _serve(request, show if request.open_page else None)
+
+
+def app(request: ServeRequest) -> None:
+    """The page of std-rt serve in a window of its own; closing it ends the program.
+
+    std-rt app
+    """
+    browser = next(filter(None, map(shutil.which, _BROWSERS)), None)
+    if browser is None:
+        raise UsageError(
+            "std-rt app needs Chrome, Chromium, Edge or Brave; std-rt serve opens the page in any browser"
+        )
+    with ExitStack() as stack:
+        profile = stack.enter_context(TemporaryDirectory(prefix="std-rt-app-", ignore_cleanup_errors=True))
+
+        def show(link: str, end: Callable[[], None]) -> None:
+            command = [browser, f"--app={link}", f"--user-data-dir={profile}", "--no-first-run"]
+            window = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            stack.callback(_closed, window)
+            window.wait()
+            end()
+
+        _serve(request, show)
+
+
+def _closed(window: subprocess.Popen[bytes]) -> None:
+    window.terminate()
+    window.wait()
+
+
+def _serve(request: ServeRequest, show: Show | None) -> None:
     require("std-rt serve", "serve", "starlette", "uvicorn", "websockets", "python_multipart")
     console = Console(stderr=True)
     styles = _styles(request)
@@ -108,7 +158,7 @@ def serve(request: ServeRequest) -> None:
         note(console, describe(stylizer))
         link = _say_links(request, server, listening.getsockname()[1], console)
         with suppress(KeyboardInterrupt):  # the usual end
-            _run(request, server, listening, link if request.open_page else None)
+            _run(request, server, listening, None if show is None else partial(show, link))
         note(console, "stopped")
 
 
@@ -208,21 +258,24 @@ def _say_links(request: ServeRequest, server: Server, port: int, console: Consol
     return link
 
 
-def _run(request: ServeRequest, server: Server, listening: socket.socket, link: str | None) -> None:
-    import webbrowser
-
+def _run(
+    request: ServeRequest,
+    server: Server,
+    listening: socket.socket,
+    show: Callable[[Callable[[], None]], None] | None,
+) -> None:
     import uvicorn
 
     from std_rt.serve.app import uvicorn_config
 
     config = uvicorn_config(server, ssl_certfile=request.cert, ssl_keyfile=request.key)
-    opener = None
-    if link is not None:
-        opener = Timer(_OPEN_AFTER_S, webbrowser.open, (link,))
+    served, opener = uvicorn.Server(config), None
+    if show is not None:
+        opener = Timer(_OPEN_AFTER_S, show, (lambda: setattr(served, "should_exit", True),))
         opener.daemon = True
         opener.start()
     try:
-        uvicorn.Server(config).run(sockets=[listening])
+        served.run(sockets=[listening])
     finally:
         if opener is not None:
             opener.cancel()

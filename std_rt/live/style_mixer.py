@@ -29,7 +29,7 @@ from std_rt.core.arrays import Frame
 from std_rt.core.bundle import Bundle
 from std_rt.core.errors import StdRtError, UsageError
 from std_rt.media.image import read_picture
-from std_rt.pipeline.conditioning import STROKE_SIZES, EncodedStyle, blend, check_stroke_size, style_square
+from std_rt.pipeline.conditioning import STROKE_SIZES, EncodedStyle, StyleSquares, blend, check_stroke_size
 from std_rt.pipeline.style_file import (
     Encode,
     StyleFile,
@@ -58,13 +58,13 @@ _LEAST_SHARE = 1e-4  # smaller remainders, left by many interrupted crossfades, 
 class Card:
     """One loaded style at a stroke size. ``thumbnail``: uint8 [h, w, 3], at most 96 px per side.
 
-    ``picture``: what to encode again at another stroke size (`style_square`); None for a style file.
+    ``picture``: what to encode again at another stroke size; None for a style file.
     """
 
     name: str
     thumbnail: Frame
     style: EncodedStyle
-    picture: Frame | None
+    picture: StyleSquares | None
     stroke_size: float | None
 
 
@@ -176,8 +176,8 @@ class StyleMixer:
         """All styles, in the order in which they finished loading."""
         return self._cards
 
-    def add(self, source: Path | Frame | StyleFile, name: str | None = None) -> int:
-        """Load a picture, a style file, its content or a frame uint8 [H, W, 3] now; returns its index.
+    def add(self, source: Path | Frame | StyleSquares | StyleFile, name: str | None = None) -> int:
+        """Load a picture (path, frame uint8 [H, W, 3] or squares) or a style file now; returns its index.
 
         A file is read once. The first style is shown immediately. Raises as `read_style` does.
         """
@@ -185,6 +185,8 @@ class StyleMixer:
         if isinstance(source, Path) and not is_style_file(source):
             name = name or source.stem
             source = read_picture(source).frame
+        if isinstance(source, np.ndarray):
+            source = StyleSquares.of(source, self._bundle.style_px)
         if isinstance(source, StyleFile):
             loaded = source if name is None else replace(source, name=clean_name(name))
         else:
@@ -194,7 +196,7 @@ class StyleMixer:
             loaded.name,
             thumbnail(loaded.thumbnail, _THUMBNAIL_PX),
             loaded.style,
-            style_square(source, self._bundle.style_px) if isinstance(source, np.ndarray) else None,
+            source if isinstance(source, StyleSquares) else None,
             loaded.stroke_size,
         )
         with self._lock:

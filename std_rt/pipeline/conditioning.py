@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -29,13 +29,13 @@ __all__ = [
     "Conditioning",
     "EncodedStyle",
     "StyleEncoder",
+    "StyleSquares",
     "blend",
     "check_negative",
     "check_stroke_size",
     "choose_guidance",
     "conditioning_for",
     "square",
-    "style_square",
     "style_views",
     "time_ids",
     "unet_inputs",
@@ -82,12 +82,26 @@ def check_stroke_size(stroke_size: float) -> float:
     return float(stroke_size)
 
 
-def style_square(frame: Frame, side_px: int) -> Frame:
-    """All that any stroke size needs of a picture: its centred square, at most 2 ``side_px`` a side."""
-    return square(frame, min(2 * side_px, *frame.shape[:2]))
+class StyleSquares(NamedTuple):
+    """All that any stroke size needs of a picture: its centred square, each resized from the whole once.
+
+    ``whole``: at ``side_px``; ``large``: at most at twice that. Stands in for the picture.
+    """
+
+    whole: Frame
+    large: Frame
+
+    @classmethod
+    def of(cls, picture: Frame | StyleSquares, side_px: int) -> StyleSquares:
+        """Of a frame uint8 [H, W, 3]; those of one encoder as they are."""
+        if isinstance(picture, StyleSquares):
+            return picture
+        return cls(square(picture, side_px), square(picture, min(2 * side_px, *picture.shape[:2])))
 
 
-def style_views(frame: Frame, side_px: int, stroke_size: float = 1.0) -> list[tuple[Frame, float]]:
+def style_views(
+    picture: Frame | StyleSquares, side_px: int, stroke_size: float = 1.0
+) -> list[tuple[Frame, float]]:
     """Squares of ``side_px`` that the style encoder sees of a picture [H, W, 3], with their weights.
 
     Stroke size 1 is the centred square; 2 is its quarters, where strokes are twice as large; 0.5 is the whole
@@ -95,7 +109,7 @@ def style_views(frame: Frame, side_px: int, stroke_size: float = 1.0) -> list[tu
     borders would count some parts of the picture twice, and the palette would change. Raises as
     `check_stroke_size` does.
     """
-    whole = square(frame, side_px)
+    whole, large = StyleSquares.of(picture, side_px)
     share = abs(math.log2(check_stroke_size(stroke_size)))
     if stroke_size < 1:
         inner = square(whole, max(1, side_px // 2))
@@ -104,7 +118,6 @@ def style_views(frame: Frame, side_px: int, stroke_size: float = 1.0) -> list[tu
         mirrored = cv2.copyMakeBorder(inner, before, after, before, after, cv2.BORDER_REFLECT)
         others = [np.asarray(mirrored, np.uint8)]
     else:
-        large = style_square(frame, side_px)
         half = (len(large) + 1) // 2
         starts = (0, len(large) - half)
         others = [square(large[y : y + half, x : x + half], side_px) for y in starts for x in starts]
@@ -167,9 +180,9 @@ class StyleEncoder:
         self._run, self._side_px, self._remember = run, side_px, remember
         self._known: dict[str, EncodedStyle] = {}
 
-    def __call__(self, frame: Frame, stroke_size: float = 1.0) -> EncodedStyle:
+    def __call__(self, picture: Frame | StyleSquares, stroke_size: float = 1.0) -> EncodedStyle:
         """Encode a frame uint8 [H, W, 3] by its `style_views`, which raises."""
-        views = style_views(frame, self._side_px, stroke_size)
+        views = style_views(picture, self._side_px, stroke_size)
         digests = [hashlib.sha256(view.tobytes()).hexdigest() for view, _ in views]
         parts = [
             (self._remembered(digest, partial(self._encode, view)), weight)

@@ -144,6 +144,10 @@ class CachedRunner:
         """Opened, or failed to open."""
         return self._runner.done()
 
+    def when_done(self, call: Callable[[], None]) -> None:
+        """Have ``call`` called once `done`, in any thread."""
+        self._runner.add_done_callback(lambda _: call())
+
     def wait(self) -> Runner:
         """Wait for the runner. Raises the error of opening it."""
         try:
@@ -252,6 +256,15 @@ class RunnerCache:
             return False
         runner.wait()
         return True
+
+    def when_done(self, key: RunnerKey, call: Callable[[], None]) -> None:
+        """Have ``call`` called, in any thread, once the runner of ``key`` is open or failed; else at once."""
+        with self._lock:
+            runner = self._runners.get(key)
+        if runner is None:
+            call()
+        else:
+            runner.when_done(call)
 
     def values(self) -> list[CachedRunner]:
         """All runners, least recently used first."""

@@ -29,7 +29,7 @@ from std_rt.core.errors import MediaError, UsageError
 from std_rt.core.files import check_input, check_output, reason, write_bytes, writing
 from std_rt.core.machine import upgrade_hint
 from std_rt.media.image import PICTURE_SUFFIXES, read_picture
-from std_rt.pipeline.conditioning import EncodedStyle, blend, square
+from std_rt.pipeline.conditioning import EncodedStyle, StyleSquares, blend, square
 
 __all__ = [
     "FORMAT_VERSION",
@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 StyleSource = Frame | EncodedStyle
-Encode = Callable[[Frame, float], EncodedStyle]  # of a picture, at a stroke size
+Encode = Callable[[Frame | StyleSquares, float], EncodedStyle]  # of a picture, at a stroke size
 
 FORMAT_VERSION = 1
 SUFFIX = ".safetensors"
@@ -117,7 +117,7 @@ def style_paths(folder: Path) -> list[Path]:
 
 
 def read_style(
-    source: Path | Frame,
+    source: Path | Frame | StyleSquares,
     bundle: Bundle,
     encode: Encode,
     name: str | None = None,
@@ -126,7 +126,8 @@ def read_style(
 ) -> StyleFile:
     """A style from a picture or a style file; ``encode`` encodes pictures for ``bundle``.
 
-    ``source`` is a path or a frame uint8 [H, W, 3]. ``name``: default is the file's own, or its stem.
+    ``source`` is a path, a frame uint8 [H, W, 3] or its squares. ``name``: default is the file's own, or its
+    stem.
     ``stroke_size`` None: a style file's own, 1 for a picture. Raises MediaError as `load_style` does, or if a
     picture cannot be read.
     """
@@ -134,14 +135,15 @@ def read_style(
         if is_style_file(source):
             loaded = load_style(source, bundle, stroke_size)
             return loaded if name is None else replace(loaded, name=clean_name(name))
-        frame, origin, called = read_picture(source).frame, source.name, name or source.stem
+        picture: Frame | StyleSquares = read_picture(source).frame
+        origin, called = source.name, name or source.stem
     else:
-        frame, origin, called = source, name or "a picture", name or "style"
+        picture, origin, called = source, name or "a picture", name or "style"
     stroke_size = 1.0 if stroke_size is None else stroke_size
     return StyleFile(
-        style=encode(frame, stroke_size),
+        style=encode(picture, stroke_size),
         name=clean_name(called),
-        thumbnail=thumbnail(frame),
+        thumbnail=thumbnail(picture.large if isinstance(picture, StyleSquares) else picture),
         encoder=style_encoder_id(bundle),
         bundle=bundle.name,
         sources=((clean_name(origin), 1.0),),

@@ -36,6 +36,7 @@ from std_rt.pipeline.conditioning import (
     Conditioning,
     EncodedStyle,
     StyleEncoder,
+    StyleSquares,
     blend,
     check_negative,
     check_stroke_size,
@@ -242,6 +243,13 @@ class Stylizer:
         """
         return self._cache.ready(RunnerKey(quality, frames, stream_batch))
 
+    def when_open(self, quality: Quality, call: Callable[[], None]) -> None:
+        """Have ``call`` called, in any thread, once the engines of a quality are open or have failed to open.
+
+        At once if they are, or if nobody has asked for them.
+        """
+        self._cache.when_done(RunnerKey(quality), call)
+
     def frames_per_call(self, size: Size) -> int:
         """How many frames `run_many` puts into one call at a working size (H, W) by default.
 
@@ -277,7 +285,7 @@ class Stylizer:
         encoded = [(self.encode_style(one, stroke_size), float(weight)) for one, weight in pairs]
         self.use_style(blend(encoded), strength, keep_colours=keep_colours)
 
-    def encode_style(self, picture: Picture, stroke_size: float = 1.0) -> EncodedStyle:
+    def encode_style(self, picture: Picture | StyleSquares, stroke_size: float = 1.0) -> EncodedStyle:
         """A style as a value for `use_style`: the same object for the same picture, as long as it is cached.
 
         ``stroke_size`` (0.5..2): see `conditioning.style_views`. May run in another thread than frames do:
@@ -285,7 +293,7 @@ class Stylizer:
         stroke size out of range.
         """
         check_stroke_size(stroke_size)
-        frame = _frame(picture)
+        frame = picture if isinstance(picture, StyleSquares) else _frame(picture)
         try:
             engine = self._open_style_encoder().result()
         except CancelledError:  # closed meanwhile
@@ -418,15 +426,19 @@ class Stylizer:
         quality: Quality | None = None,
         frames: int | None = None,
         mask: Mask | None = None,
+        styles: Sequence[tuple[EncodedStyle, float]] | None = None,
     ) -> list[Frame]:
         """Stylize frames of one working size, ``frames`` in each call: the same results as `run`.
 
         ``frames`` defaults to `frames_per_call`. A shorter last group is filled up with its last frame, so
-        one set of engines is enough. All frames get the style that is set now. With a ``mask`` the latents
+        one set of engines is enough. All frames get the style that is set now, or each its own of ``styles``
+        (style and strength), of which the last is set afterwards. With a ``mask`` the latents
         outside it are kept; laying the result over the frame is left to the caller (`Mask.composite`).
         """
         with self.lock:
-            groups = self.submit_many(working, states, mark, quality=quality, frames=frames, mask=mask)
+            groups = self.submit_many(
+                working, states, mark, quality=quality, frames=frames, mask=mask, styles=styles
+            )
             return [frame for group in groups for frame in group.collect(mark)][: len(working)]
 
     def submit_many(
@@ -438,6 +450,7 @@ class Stylizer:
         quality: Quality | None = None,
         frames: int | None = None,
         mask: Mask | None = None,
+        styles: Sequence[tuple[EncodedStyle, float]] | None = None,
     ) -> list[Submitted]:
         """The first half of `run_many`: groups of frames, each to be collected once, with ``lock`` held.
 
@@ -458,11 +471,13 @@ class Stylizer:
             runner = self.runner(RunnerKey(quality or self.quality_at(size), count, masked=masked))
             for frame, state in zip(working, states, strict=True):
                 runner.check(frame, state.noise)
+            conditioned = [self._conditioned(size, style) for style in styles or (self._style,)]
+            conditioned *= len(working) // len(conditioned)
             for begin in range(0, len(working), count):
                 group = [min(begin + i, len(working) - 1) for i in range(count)]
                 together = np.stack([working[i] for i in group]) if count > 1 else working[begin][None]
                 noise = [states[i].noise for i in group]
-                conditioning = [self.conditioning(size)] * count
+                conditioning = [conditioned[i] for i in group]
                 submitted.append(runner.submit(together, conditioning, noise, mark, masks))
         return submitted
 
@@ -517,6 +532,11 @@ class Stylizer:
                 positive = unet_inputs(self._text, *self._style, size)
                 self._conditioning[size] = conditioning_for(self.guidance.mode, self._text, positive)
             return self._conditioning[size]
+
+    def _conditioned(self, size: Size, style: tuple[EncodedStyle, float] | None) -> Conditioning:
+        if style is not None:
+            self.use_style(*style)
+        return self.conditioning(size)
 
     def mask_feeds(self, size: Size, mask: Mask | None = None) -> dict[str, Array]:
         """What programs of a working size (H, W) take of a mask; a UNet that inpaints always takes one."""

@@ -42,7 +42,7 @@ from std_rt.serve.library import Library, Style, Uploads
 from std_rt.serve.limits import BusyError, Limits, MissingError
 from std_rt.serve.painting import ClipJobs, paint_picture
 from std_rt.serve.protocol import Look, encode_frame, one_line
-from std_rt.serve.security import Guard, Rules
+from std_rt.serve.security import Guard, Rules, patient_for
 from std_rt.serve.sessions import SessionPool
 from std_rt.serve.sockets import Sockets
 
@@ -329,6 +329,7 @@ def uvicorn_config(server: Server, **options: Any) -> uvicorn.Config:
         access_log=False,
         proxy_headers=False,
         server_header=False,
+        http=patient_for(server.limits.headers_s),
         ws="websockets-sansio",
         ws_max_size=server.limits.frame_bytes + _FRAME_HEADER_ROOM,
         ws_per_message_deflate=False,

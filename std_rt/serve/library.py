@@ -23,7 +23,7 @@ from std_rt.core.arrays import Frame
 from std_rt.core.errors import MediaError, StdRtError, UsageError
 from std_rt.core.files import file_digest, writing
 from std_rt.media.image import Picture, read_picture
-from std_rt.pipeline.conditioning import style_square
+from std_rt.pipeline.conditioning import StyleSquares
 from std_rt.pipeline.style_file import (
     SUFFIX,
     StyleFile,
@@ -86,7 +86,7 @@ class Uploads:
 
 @dataclass(frozen=True, eq=False)
 class Style:
-    """A style of the library. ``picture`` (uint8 [H, W, 3]) is None for one that came as a style file.
+    """A style of the library. ``picture`` is None for one that came as a style file.
 
     ``file``: that style file. ``uploaded``: by a client, so it may be renamed and deleted.
     """
@@ -94,7 +94,7 @@ class Style:
     id: str
     name: str
     thumbnail: Frame
-    picture: Frame | None
+    picture: StyleSquares | None
     file: StyleFile | None
     uploaded: bool = True
 
@@ -163,8 +163,8 @@ class Library:
         return self._of_picture(read_picture(path, self._limits.picture_px).frame)
 
     def _of_picture(self, frame: Frame) -> Style:
-        square = style_square(frame, self._stylizer.bundle.style_px)  # all that is ever looked at
-        return Style("", "", thumbnail(frame), square, None)
+        squares = StyleSquares.of(frame, self._stylizer.bundle.style_px)
+        return Style("", "", thumbnail(frame), squares, None)
 
     def _put(self, style: Style) -> str:
         with self._lock:

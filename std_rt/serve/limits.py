@@ -24,7 +24,8 @@ class Limits:
     ``sessions`` and ``viewers`` at once; ``pictures`` and ``jobs`` waiting or under way. ``*_bytes`` of a
     request body or a message, ``*_px`` pixels of one picture or frame, ``clip_frames`` frames of a
     clip, ``keep_s`` how long uploads and results stay, ``body_s`` and ``clip_body_s`` how long a body may
-    take, and ``idle_s`` how long it may stand still. ``unread``: results a client may leave unread.
+    take, ``idle_s`` how long it may stand still, and ``headers_s`` how long a connection may take to ask for
+    something. ``unread``: results a client may leave unread.
     """
 
     sessions: int = 8
@@ -44,4 +45,5 @@ class Limits:
     body_s: float = 60.0
     clip_body_s: float = 1800.0
     idle_s: float = 20.0
+    headers_s: float = 20.0
     unread: int = 3

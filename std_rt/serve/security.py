@@ -20,10 +20,11 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from std_rt.serve.limits import Limits
 
-__all__ = ["Guard", "Rules", "is_loopback"]
+__all__ = ["Guard", "Rules", "is_loopback", "patient_for"]
 
 _PAGES = ("/", "/output", "/watch")
 _SMALL_BODY = 64 << 10
@@ -186,6 +187,39 @@ class Guard:
             path="/",
         )
         await answer(scope, receive, _with_headers(send))
+
+
+def patient_for(seconds: float) -> type[asyncio.Protocol]:
+    """uvicorn's protocol, but a connection whose headers do not come in time is closed.
+
+    uvicorn itself waits without end for the headers of a request whose first byte has come (slowloris).
+    """
+
+    class Patient(H11Protocol):
+        _due: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._due = self.loop.call_later(seconds, transport.close)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            asks = self.cycle is not None and not self.cycle.response_complete
+            if asks or self.transport.get_protocol() is not self:  # a request, or a WebSocket
+                self._stop()
+            elif self._due is None:
+                self._due = self.loop.call_later(seconds, self.transport.close)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop()
+            super().connection_lost(exc)
+
+        def _stop(self) -> None:
+            if self._due is not None:
+                self._due.cancel()
+                self._due = None
+
+    return Patient
 
 
 def _token_of(scope: Scope, headers: Headers) -> str | None:

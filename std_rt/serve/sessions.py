@@ -9,7 +9,7 @@
 A session is `live.session.Session`: what is new here is a source that clients push frames into, and a thread
 that encodes results. The newest frame wins on the way in; on the way out a source rests while its client has
 not read the last result, so one that stops reading costs the others nothing. Frames of different sessions
-take turns at the engines (`core.turns`).
+take turns at the engines (`core.turns`), and share calls where that is faster (`streaming.shared_calls`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from threading import Condition, Lock, Thread
+from threading import Condition, Event, Lock, Thread
 from typing import Any
 
 from std_rt.core.arrays import Frame
@@ -32,11 +32,11 @@ from std_rt.pipeline.stylizer import Quality, Stylizer
 from std_rt.serve.library import Library
 from std_rt.serve.limits import BusyError, Limits, MissingError
 from std_rt.serve.protocol import Header, Look, decode_frame, encode_frame, one_line
+from std_rt.streaming.shared_calls import SharedCalls
 from std_rt.streaming.temporal import TemporalFilter
 
 __all__ = ["LiveSession", "PushedFrames", "SessionPool"]
 
-_POLL_S = 0.02
 _JOIN_S = 30.0
 _HEADERS_KEPT = 64
 
@@ -61,13 +61,18 @@ class PushedFrames:
         self.faults: dict[str, int] = {}
         self.replaced = 0
         self.rests: Callable[[], bool] = lambda: False
-        """Whether frames are to wait, because results are not read."""
+        """Whether frames are to wait, because results are not read; `wake` when that may have changed."""
 
     def push(self, header: Header, data: bytes) -> None:
         """Take a frame in place of one that still waits."""
         with self._changed:
             self.replaced += self._newest is not None
             self._newest = header, data, self._now()
+            self._changed.notify_all()
+
+    def wake(self) -> None:
+        """Have `read` ask again whether frames are to wait."""
+        with self._changed:
             self._changed.notify_all()
 
     def header(self, index: int) -> Header:
@@ -82,7 +87,7 @@ class PushedFrames:
         """Wait for the next frame and decode it. Raises MediaError as `decode_frame`."""
         with self._changed:
             while not self._closed and (self._newest is None or self.rests()):
-                self._changed.wait(_POLL_S if self._newest else None)
+                self._changed.wait()
             if self._closed or self._newest is None:
                 return None
             (header, data, at_s), self._newest = self._newest, None
@@ -136,6 +141,7 @@ class LiveSession:
         self._joining = Lock()
         self._applying = Lock()
         self._asked: tuple[Any, ...] | None = None
+        self._opened = Event()  # engines that are waited for, or there is no more need of them
         self.session = Session(
             self._stylizer,
             _Prepared(source, self._prepare),
@@ -143,6 +149,7 @@ class LiveSession:
             Settings(temporal=look.temporal, seed=look.seed),
             mirror=source.is_camera,
         )
+        self.session.stream.calls = pool.calls
         self._thread = Thread(target=self._present, name=f"std-rt-serve-{self.id[:4]}", daemon=True)
 
     def start(self) -> None:
@@ -226,8 +233,11 @@ class LiveSession:
         height, width = frame.shape[:2]
         quality = self._stylizer.quality(height, width, size=look.size, steps=look.steps)
         if self._pool.prepare(self, quality):
-            while not self._stylizer.ready(quality) and not self.over:
-                time.sleep(_POLL_S)
+            self._opened.clear()
+            self._stylizer.when_open(quality, self._opened.set)
+            self._opened.wait()
+            if not self.over:
+                self._stylizer.ready(quality)  # raises what opening raised
         self.session.stream.size, self.session.stream.steps = look.size, look.steps
         self._asked = asked
 
@@ -278,6 +288,7 @@ class LiveSession:
     def close(self) -> Counts:
         """End its threads; returns what was counted."""
         self.over = True
+        self._opened.set()
         self.session.close()
         if self._thread.ident is not None:
             self._thread.join(_JOIN_S)
@@ -291,6 +302,7 @@ class SessionPool:
     def __init__(self, stylizer: Stylizer, library: Library, limits: Limits, look: Look) -> None:
         """``look``: what a session starts with."""
         self.stylizer, self.library, self.limits, self.look = stylizer, library, limits, look
+        self.calls = SharedCalls(stylizer)
         self._lock = Lock()
         self._places = 0
         self._sessions: dict[str, LiveSession] = {}

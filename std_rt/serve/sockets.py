@@ -29,7 +29,9 @@ _log = logging.getLogger(__name__)
 class _Outbox:
     """The newest result for one client, and how many it has left unread. `put` is for any thread."""
 
-    def __init__(self, unread: int) -> None:
+    def __init__(self, unread: int, taken: Callable[[], None]) -> None:
+        """``taken`` is called when the newest result is on its way, and there is room for another."""
+        self._taken = taken
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
         self._most, self._unread = unread, deque[int]()
@@ -51,6 +53,7 @@ class _Outbox:
             await self._news.wait()
         result, self.newest = self.newest, None
         self._unread.append(result[0].number)
+        self._taken()
         return result
 
     def read(self, number: int) -> None:
@@ -121,7 +124,9 @@ class _Connection:
 
     def __init__(self, socket: WebSocket, live: LiveSession, limits: Limits, *, controls: bool) -> None:
         self._socket, self._live, self._limits, self._controls = socket, live, limits, controls
-        self._outbox = _Outbox(limits.unread)
+        source = live.source
+        wake = source.wake if isinstance(source, PushedFrames) else lambda: None
+        self._outbox = _Outbox(limits.unread, wake)
         self._loop = asyncio.get_running_loop()
         self._over = self._loop.create_future()
         self._asked: dict[str, Any] = {}

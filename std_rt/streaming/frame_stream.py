@@ -26,6 +26,7 @@ from std_rt.pipeline.conditioning import EncodedStyle
 from std_rt.pipeline.mask import Mask, unless_whole
 from std_rt.pipeline.runner_cache import Submitted
 from std_rt.pipeline.stylizer import Quality, State, Stylizer
+from std_rt.streaming.shared_calls import SharedCalls
 from std_rt.streaming.similarity import SimilarityFilter
 from std_rt.streaming.stream_batch import StreamBatch
 from std_rt.streaming.temporal import Motion, TemporalFilter
@@ -162,6 +163,8 @@ class FrameStream:
         self.size: int | Size | None = None
         self.steps: int | None = None
         self.keep_colours: bool | None = None
+        self.calls: SharedCalls | None = None
+        """With other streams, for one by one without a mask. To be set before the first frame."""
         self._temporal = self.temporal
         self._similarity, self._seed, self._now = similarity, seed, now
         self._followed: tuple[Size, int | Size | None, int | None] | None = None  # shape of the frames, asked
@@ -256,9 +259,13 @@ class FrameStream:
         state = self._temporal.noise(self._state, motion)
         mark("follow")
         self._inside.append(_Inside(packet, motion, changing, self._keep_colours))
-        with self._stylizer.lock:
-            self._use_style()
-            done = self._batcher.push(working, state, mark)
+        if self.calls is not None and self.calls.applies(style):
+            assert style is not None
+            done: Iterable[Frame] = [self.calls.run(working, state, style, self._quality, mark)]
+        else:
+            with self._stylizer.lock:
+                self._use_style()
+                done = self._batcher.push(working, state, mark)
         yield from self._finish_all(done, packet)
 
     def _follow_shape(self, shape: Size) -> Iterator[FramePacket]:

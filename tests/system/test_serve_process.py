@@ -43,3 +43,23 @@ def test_a_signal_ends_it_with_nothing_left(handmade: Bundle, tmp_path: Path, ki
     assert process.returncode == 0
     assert "Traceback" not in said
     assert not list(temporary.glob("std-rt-serve-*"))
+
+
+def test_the_end_of_the_window_is_the_end_of_the_program(handmade: Bundle, tmp_path: Path) -> None:
+    write_picture(tmp_path / "art.png", np.full((32, 32, 3), 90, np.uint8))
+    seen = tmp_path / "seen.json"
+    browser = tmp_path / "google-chrome"
+    browser.write_text(
+        f"""#!{sys.executable}
+import sys, urllib.request
+link = sys.argv[1].removeprefix("--app=")
+open({str(seen)!r}, "wb").write(urllib.request.urlopen(link + "v1/health").read())
+"""
+    )
+    browser.chmod(0o755)
+    command = [sys.executable, "-m", "std_rt", "app", "--port", "0", "--backend", "openvino"]
+    command += ["--bundle", str(handmade.path), "-s", str(tmp_path / "art.png")]
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, text=True, env=environment, capture_output=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(seen.read_bytes())["status"] == "ok"

@@ -89,6 +89,22 @@ def test_what_killed_processes_left_is_swept_and_nothing_else(tmp_path: Path) ->
     assert files_in(tmp_path / "in") == {".kept.png", "b.part.png"}
 
 
+def test_a_store_without_folders_of_its_own_is_like_a_disk(tmp_path: Path) -> None:
+    """fsspec's memory, which stands for S3 and its like: nothing of it is a path of this machine."""
+    folder = f"memory://{tmp_path.name}"
+    for name in ("a.png", "more/b.png"):
+        with places.stored(f"{folder}/{name}") as path:
+            path.write_bytes(name.encode())
+    with suppress(EOFError), places.stored(f"{folder}/half.png") as path:
+        path.write_bytes(b"half")
+        raise EOFError
+    found = places.listed(folder)
+    assert {name: size for name, (size, _) in found.items()} == {"a.png": 5, "more/b.png": 10}
+    assert places.stats([f"{folder}/a.png", f"{folder}/none.png"]) == [found["a.png"], (-1, -1)]
+    with places.fetched(f"{folder}/more/b.png") as path:
+        assert path.read_bytes() == b"more/b.png"
+
+
 def test_an_unknown_scheme_says_what_is_missing() -> None:
     with pytest.raises(MediaError, match=r"nonesuch://a/b cannot be opened: .*; install"):
         places.opened("nonesuch://a/b")

@@ -49,6 +49,11 @@ def test_a_port_that_is_taken_is_told_before_engines_open(cli: Cli, tmp_path: Pa
     assert error.endswith("give another with --port, or --port 0 for any")
 
 
+def test_a_window_needs_a_browser_that_has_them(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert "std-rt serve opens the page in any browser" in cli("app").error
+
+
 def test_the_documented_header_has_its_bytes() -> None:
     (layout,) = re.findall(r'struct\.pack\("([^"]+)"', DOC.read_text(encoding="utf-8"))
     assert struct.calcsize(layout) == 16

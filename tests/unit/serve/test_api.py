@@ -46,15 +46,16 @@ def test_a_picture_comes_out_as_the_stylizer_paints_it(
         np.testing.assert_array_equal(decoded(answer.body), expected)
 
 
-def test_a_large_style_that_is_sent_is_resized_once(site: Site, stylizer: Stylizer) -> None:
+def test_a_large_style_that_is_sent_or_kept_is_resized_once(site: Site, stylizer: Stylizer) -> None:
     side = 5 * stylizer.bundle.style_px
     large = noise(3, side, side)
     large[:, : side // 3] //= 4
-    answer = site.post(
-        "/v1/stylize", ("picture", ("x", encoded(noise(1)))), ("style", ("a.png", encoded(large)))
-    )
+    kept = site.post("/v1/styles", ("picture", ("a.png", encoded(large)))).json["id"]
     stylizer.set_style(large)
-    np.testing.assert_array_equal(decoded(answer.body), stylizer.stylize(noise(1)))
+    for style in (("a.png", encoded(large)), kept):
+        answer = site.post("/v1/stylize", ("picture", ("x", encoded(noise(1)))), ("style", style))
+        np.testing.assert_array_equal(decoded(answer.body), stylizer.stylize(noise(1)))
+    assert site.ask("DELETE", f"/v1/styles/{kept}").status == 204
 
 
 def test_its_options_are_those_of_the_command(site: Site, stylizer: Stylizer, art: dict[str, Frame]) -> None:

@@ -221,6 +221,29 @@ def test_a_body_that_comes_too_slowly_is_given_up(stylizer: Stylizer, art: dict[
                 assert b"came too slowly" in answer
 
 
+def test_headers_that_come_too_slowly_are_given_up(stylizer: Stylizer, art: dict[str, Frame]) -> None:
+    """Slowloris: a connection that never finishes its request, at once or after one that it did finish."""
+    limits = Limits(headers_s=0.5)
+    whole = b"GET /v1/health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with (
+        Server(stylizer, own(art), Options(limits=limits)) as server,
+        running(server) as site,
+        site.connect() as session,
+    ):
+        for before in (b"", whole):
+            with socket.create_connection(("127.0.0.1", site.port), timeout=20) as raw:
+                raw.sendall(before)
+                while before and b"ok" not in raw.recv(4096):
+                    pass
+                raw.sendall(b"GET / HT")
+                began = time.monotonic()
+                while raw.recv(4096):  # until the server hangs up
+                    pass
+                assert time.monotonic() - began < 4, "uvicorn's own limit, of a connection at rest, is 5 s"
+        send_frame(session, 1, jpeg(noise(1)))  # a WebSocket has asked already, however quiet it is
+        next_result(session)
+
+
 def test_paths_do_not_lead_out_of_the_static_files(site: Site) -> None:
     for path in ("/static/../app.py", "/static/%2e%2e/app.py", "/static//etc/passwd", "/static/..%2fapp.py"):
         answer = site.get(path)
