@@ -207,7 +207,7 @@ class Bundle:
         if self.window is not None:
             raise UsageError(
                 f"bundle '{self.name}' is video-to-video ({self.window[0]} frames at once), which {what} does "
-                "not do; use std-rt stylize CLIP, or a bundle for single frames (std-rt bundles)"
+                "not support; use std-rt stylize CLIP, or a bundle for single frames (std-rt bundles)"
             )
 
     @property
@@ -486,7 +486,8 @@ def _check_structure(bundle: Bundle) -> None:
     frames, overlap = bundle.window or (2, 0)
     if frames < 2 or not 0 <= overlap < frames:
         raise BundleError(
-            f"bundle '{bundle.name}' has windows of {frames} frames that share {overlap}; {_repair(bundle.path)}"
+            f"bundle '{bundle.name}' has windows of {frames} frames that share {overlap}; "
+            f"{_repair(bundle.path)}"
         )
     for graph in [*REQUIRED_GRAPHS, *bundle.int8_graphs]:
         if graph not in bundle.manifest["graphs"]:

@@ -284,7 +284,11 @@ class Build:
             "vae_scale": source.vae_scale,
             "latent_channels": source.unet.config.out_channels,
             "unet_inputs": list(source.unet_inputs),
-            **({} if options.window is None else {"window": dict(zip(("frames", "overlap"), options.window, strict=True))}),
+            **(
+                {}
+                if options.window is None
+                else {"window": dict(zip(("frames", "overlap"), options.window, strict=True))}
+            ),
             "schedule": schedule_section(source.schedule, self._trajectory),
             "guidance": {
                 "mode": guidance_mode(options, self._trajectory),
@@ -304,6 +308,13 @@ class Build:
             "sources": source.listed(),
             "parity": self._parity,
         }
+
+
+def _window_section(options: ExportOptions) -> dict[str, Any]:
+    if options.window is None:
+        return {}
+    frames, overlap = options.window
+    return {"window": {"frames": frames, "overlap": overlap}}
 
 
 def _check_size(size: tuple[int, int], source: Source) -> int:

@@ -51,8 +51,8 @@ class ExportOptions:
     ``eta``, ``tau``, ``steps``, ``schedule`` and ``guidance`` left out come from the LoRA, or from the
     ``profile`` of a published one, or are 0.75, (4,), ``std`` and 1; the first step count is the bundle's
     default. ``motion_adapter`` makes a video-to-video bundle, whose UNet sees ``frames`` (8) at once, windows
-    sharing ``overlap`` (2) of them. ``negative`` None means whatever the model uses without a negative prompt. ``origins`` says where
-    files came from (`std_rt.export.sources.resolve`).
+    sharing ``overlap`` (2) of them. ``negative`` None means whatever the model uses without a
+    negative prompt. ``origins`` says where files came from (`std_rt.export.sources.resolve`).
     """
 
     source: Path
@@ -101,11 +101,11 @@ class ExportOptions:
     def _check_window(self) -> None:
         if self.motion_adapter is None:
             if self.frames is not None or self.overlap is not None:
-                raise ExportError("--frames and --overlap are for video-to-video; add --motion-adapter FOLDER")
+                raise ExportError("--frames and --overlap are for video; add --motion-adapter FOLDER")
             return
         frames, overlap = self.window or (0, 0)
         if frames < 2:
-            raise ExportError(f"--frames must be 2 or more, got {frames}; without video, omit --motion-adapter")
+            raise ExportError(f"--frames must be 2 or more, got {frames}; for pictures omit --motion-adapter")
         if not 0 <= overlap < frames:
             raise ExportError(
                 f"--overlap must be from 0 to {frames - 1}, less than --frames {frames}, got {overlap}"

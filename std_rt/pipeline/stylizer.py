@@ -248,6 +248,7 @@ class Stylizer:
         one size share their engines, so another number of steps costs next to nothing. Raises UsageError for
         more than `runner_cache.MAX_KEPT`.
         """
+        self.bundle.check_single_frames("this command")
         with self.lock:
             self._check_open()
             self._cache.keep([RunnerKey(quality, frames, stream_batch) for quality in qualities])

@@ -214,7 +214,9 @@ class _Resolver:
             asked.profile,
             asked.eta,
             {folder: _origin(base)}
-            | {place.path: _origin(place) for place in (*loras, adapter, encoder, vae, tiny, motion) if place},
+            | {
+                place.path: _origin(place) for place in (*loras, adapter, encoder, vae, tiny, motion) if place
+            },
         )
 
     def _base(self) -> tuple[_Place, _Place | None]:

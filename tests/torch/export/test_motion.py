@@ -18,7 +18,7 @@ from std_rt.core.errors import ExportError, UsageError
 from std_rt.engines import open_engine
 from std_rt.evaluation.bench import sample_frame
 from std_rt.export.build import export_pipeline
-from std_rt.pipeline.conditioning import unet_inputs
+from std_rt.pipeline.conditioning import EncodedStyle, unet_inputs
 from std_rt.pipeline.denoise import denoise
 from std_rt.pipeline.openers import window_specs
 from std_rt.streaming.frame_stream import ONE_BY_ONE, STREAM_BATCH, FrameStream
@@ -47,6 +47,7 @@ def bundle(made: dict[str, Path]) -> Bundle:
         frames=FRAMES,
         overlap=OVERLAP,
         lora=((made["lora"], 1.0),),
+        eta=0.75,
         style_layers="all",
         weights="fp32",
         steps=(4, 2),
@@ -77,15 +78,19 @@ def test_the_graph_is_diffusers_motion_model_with_the_lora_in_it(
     specs = window_specs(bundle, SIZE, {name: value.shape for name, value in text.items()})
     sample = np.random.default_rng(0).normal(size=specs["unet"].shapes["sample"]).astype(np.float32)
     tokens = np.zeros(specs["unet"].shapes["style_tokens"], np.float32)
-    given: dict[str, Any] = unet_inputs(text, type("Style", (), {"tokens": tokens, "text_embeds": None})(), 0.0, SIZE)
+    given: dict[str, Any] = unet_inputs(text, EncodedStyle(tokens), 0.0, SIZE)
     engine = open_engine("onnxruntime", specs["unet"], "fp32")
     found = engine(sample=sample, timestep=np.full(1, 739, np.float32), **given)["noise_pred"]
-    wanted = unet(
-        torch.from_numpy(sample).transpose(0, 1)[None],
-        torch.tensor([739.0]),
-        torch.from_numpy(given["encoder_hidden_states"]).repeat_interleave(FRAMES, 0),
-        added_cond_kwargs={key: torch.from_numpy(given[key]) for key in ("text_embeds", "time_ids")},
-    ).sample[0].transpose(0, 1)
+    wanted = (
+        unet(
+            torch.from_numpy(sample).transpose(0, 1)[None],
+            torch.tensor([739.0]),
+            torch.from_numpy(given["encoder_hidden_states"]).repeat_interleave(FRAMES, 0),
+            added_cond_kwargs={key: torch.from_numpy(given[key]) for key in ("text_embeds", "time_ids")},
+        )
+        .sample[0]
+        .transpose(0, 1)
+    )
     np.testing.assert_allclose(found, wanted.numpy(), atol=2e-4)
     engine.close()
 
@@ -130,9 +135,7 @@ def test_a_cut_begins_a_scene_in_every_temporal_mode(bundle: Bundle) -> None:
                 for scene in scenes
                 for frame in FrameStream(stylizer, temporal=TemporalFilter(mode)).frames(scene)
             ]
-            together = [
-                *FrameStream(stylizer, temporal=TemporalFilter(mode)).frames(scenes[0] + scenes[1])
-            ]
+            together = [*FrameStream(stylizer, temporal=TemporalFilter(mode)).frames(scenes[0] + scenes[1])]
             np.testing.assert_array_equal(np.stack(together), np.stack(apart))
 
 
@@ -140,7 +143,8 @@ def test_a_picture_is_a_window_of_equal_frames(bundle: Bundle) -> None:
     frame = moving(1)[0]
     with opened(bundle) as stylizer:
         (clip, *_) = FrameStream(stylizer).frames([frame] * FRAMES)
-        np.testing.assert_array_equal(stylizer.stylize(frame), clip)
+        # In a clip the copies drift apart a little, each at its own position in the window.
+        assert np.abs(stylizer.stylize(frame).astype(int) - clip).max() <= 2
 
 
 def test_full_guidance_is_the_mean_of_both_prompts_predictions(made: dict[str, Path], bundle: Bundle) -> None:
@@ -191,7 +195,7 @@ def test_an_adapter_of_another_kind_or_size_is_refused(made: dict[str, Path], tm
         with pytest.raises(ExportError, match=message):
             export_pipeline(made["pipeline"], tmp_path / "never", motion_adapter=adapter)
     with pytest.raises(ExportError, match="add --motion-adapter FOLDER"):
-        export_pipeline(made["pipeline"], tmp_path / "never", lora=((made["lora"], 1.0),))
+        export_pipeline(made["pipeline"], tmp_path / "never", eta=0.75, lora=((made["lora"], 1.0),))
 
 
 def test_an_image_lora_fits_the_video_unet_too(made: dict[str, Path], tmp_path: Path) -> None:
