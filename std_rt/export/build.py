@@ -284,11 +284,7 @@ class Build:
             "vae_scale": source.vae_scale,
             "latent_channels": source.unet.config.out_channels,
             "unet_inputs": list(source.unet_inputs),
-            **(
-                {}
-                if options.window is None
-                else {"window": dict(zip(("frames", "overlap"), options.window, strict=True))}
-            ),
+            **_window_section(options),
             "schedule": schedule_section(source.schedule, self._trajectory),
             "guidance": {
                 "mode": guidance_mode(options, self._trajectory),

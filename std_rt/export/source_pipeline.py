@@ -273,6 +273,8 @@ def _with_motion(unet: Network, adapter: Network, *, weights: bool) -> Network:
     try:
         with quiet("diffusers"):
             motion = UNetMotionModel.from_unet2d(unet, adapter, load_weights=weights)
+        if weights:  # diffusers 0.42 leaves these of SDXL at random values
+            motion.add_embedding.load_state_dict(unet.add_embedding.state_dict())
     except (ValueError, RuntimeError) as error:
         raise ExportError(f"the motion adapter does not fit the UNet: {str(error)[:200]}") from error
     return motion.eval().requires_grad_(False)

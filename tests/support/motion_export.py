@@ -37,9 +37,11 @@ def write_motion_adapter(
 
 
 def motion_unet(pipeline: Path, adapter: Path) -> UNetMotionModel:
-    """What diffusers makes of the two."""
+    """What diffusers makes of the two, with all weights of the first."""
     unet = UNet2DConditionModel.from_pretrained(pipeline / "unet", low_cpu_mem_usage=False)
-    return UNetMotionModel.from_unet2d(unet, MotionAdapter.from_pretrained(adapter)).eval()
+    motion = UNetMotionModel.from_unet2d(unet, MotionAdapter.from_pretrained(adapter))
+    motion.add_embedding.load_state_dict(unet.add_embedding.state_dict())  # which diffusers leaves random
+    return motion.eval()
 
 
 def write_v2v_lora(path: Path, unet: UNetMotionModel, *, prefix: str = "", rank: int = 2) -> Path:
