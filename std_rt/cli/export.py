@@ -29,7 +29,7 @@ _MODULES = (
 # Flags that export_pipeline takes as they are.
 _OPTIONS = (
     *("tau", "schedule", "guidance", "guidance_mode", "precision", "weights"),
-    *("prompt", "prompts", "style_layers", "name", "overwrite"),
+    *("prompt", "prompts", "style_layers", "name", "overwrite", "frames", "overlap"),
 )
 
 
@@ -73,6 +73,16 @@ class ExportRequest:
     vae: Annotated[str | None, Option(help="VAE: folder, hub id, fp16-fix or tiny.")] = None
     tiny_vae: Annotated[
         str | None, Option(help="A second, faster VAE, which `std-rt live` uses: folder, hub id or tiny.")
+    ] = None
+    motion_adapter: Annotated[
+        str | None,
+        Option(metavar="FOLDER|HUB", help="Video-to-video: a diffusers MotionAdapter for the UNet."),
+    ] = None
+    frames: Annotated[
+        int | None, Option(help="Frames that a video UNet sees at once; default: 8, as trained.")
+    ] = None
+    overlap: Annotated[
+        int | None, Option(help="Frames that two of its windows share, fewer than --frames; default: 2.")
     ] = None
     config: Annotated[str | None, Option(help="Pipeline whose configs a single-file checkpoint uses.")] = None
     profile: Annotated[str, Option(help="A published LoRA: std-0.75, tcd, lightning-4step, ...")] = ""
@@ -154,6 +164,7 @@ def export(request: ExportRequest) -> None:
         image_encoder=request.image_encoder,
         vae=request.vae,
         tiny_vae=request.tiny_vae,
+        motion_adapter=request.motion_adapter,
         eta=request.eta,
         profile=request.profile,
         config=request.config,

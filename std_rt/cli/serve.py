@@ -151,6 +151,7 @@ def _serve(request: ServeRequest, show: Show | None) -> None:
         listening = stack.enter_context(closing(_listen(request.host, request.port)))
         stack.enter_context(ended_as_by_ctrl_c("SIGTERM", "SIGHUP"))
         stylizer = stack.enter_context(open_stylizer(request, console))
+        stylizer.bundle.check_single_frames("std-rt serve")
         if request.prompt is not None:
             stylizer.set_prompt(request.prompt, request.negative_prompt)
         with builds_shown(console, stylizer.backend):

@@ -53,7 +53,7 @@ __all__ = [
     "write_bundle",
 ]
 
-SCHEMA = 2  # 1: a UNet that sees the noisy latents only
+SCHEMA = 3  # 1: a UNet that sees the noisy latents only; 2: and more; 3: and several frames at once
 MANIFEST = "manifest.json"
 BUILT_IN = "std-tiny"
 REQUIRED_GRAPHS = ("style_encoder", "vae_encoder", "unet", "vae_decoder")
@@ -194,6 +194,21 @@ class Bundle:
     def unet_inputs(self) -> tuple[str, ...]:
         """What the UNet sees beside the noisy latents: nothing, `CONTENT` or `INPAINTING`."""
         return tuple(self.manifest.get("unet_inputs", ()))
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """(frames, overlap) of a video-to-video bundle: its UNet sees that many frames at once, and two
+        windows in a row share ``overlap`` of them. None for a UNet that sees one frame."""
+        found = self.manifest.get("window")
+        return None if found is None else (int(found["frames"]), int(found["overlap"]))
+
+    def check_single_frames(self, what: str) -> None:
+        """Raise UsageError if ``what`` was asked of a video-to-video bundle, which cannot do it."""
+        if self.window is not None:
+            raise UsageError(
+                f"bundle '{self.name}' is video-to-video ({self.window[0]} frames at once), which {what} "
+                "does not support; use std-rt stylize CLIP, or a bundle for single frames (std-rt bundles)"
+            )
 
     @property
     def guidance(self) -> dict[str, Any]:
@@ -371,7 +386,7 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
     listed = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {path.relative_to(folder).as_posix(): _entry(path) for path in listed}
     # A bundle that needs nothing new says so, for older versions of std-rt.
-    schema = SCHEMA if manifest.get("unet_inputs") else 1
+    schema = 3 if manifest.get("window") else 2 if manifest.get("unet_inputs") else 1
     complete = {"schema": schema, **manifest, "files": files}
     complete["manifest_sha256"] = manifest_digest(complete)
     text = json.dumps(complete, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -467,6 +482,12 @@ def _check_structure(bundle: Bundle) -> None:
         raise BundleError(
             f"bundle '{bundle.name}' has a UNet that sees {', '.join(bundle.unet_inputs)}, unknown to this "
             f"std-rt; upgrade std-rt: git pull, then {install_hint()}"
+        )
+    frames, overlap = bundle.window or (2, 0)
+    if frames < 2 or not 0 <= overlap < frames:
+        raise BundleError(
+            f"bundle '{bundle.name}' has windows of {frames} frames that share {overlap}; "
+            f"{_repair(bundle.path)}"
         )
     for graph in [*REQUIRED_GRAPHS, *bundle.int8_graphs]:
         if graph not in bundle.manifest["graphs"]:

@@ -99,6 +99,7 @@ def _plan(options: ExportOptions, notes: Sequence[LoraNotes], remark: Progress) 
     for line in remarks(options, trajectory, notes):
         remark(line)
     parts = {"vae": options.vae, "image_encoder": options.image_encoder}
+    parts |= {"motion_adapter": options.motion_adapter}
     stored = options.precision if options.precision in ("fp16", "bf16") else options.weights
     need = estimate_export(
         options.source,
@@ -283,6 +284,7 @@ class Build:
             "vae_scale": source.vae_scale,
             "latent_channels": source.unet.config.out_channels,
             "unet_inputs": list(source.unet_inputs),
+            **_window_section(options),
             "schedule": schedule_section(source.schedule, self._trajectory),
             "guidance": {
                 "mode": guidance_mode(options, self._trajectory),
@@ -302,6 +304,13 @@ class Build:
             "sources": source.listed(),
             "parity": self._parity,
         }
+
+
+def _window_section(options: ExportOptions) -> dict[str, Any]:
+    if options.window is None:
+        return {}
+    frames, overlap = options.window
+    return {"window": {"frames": frames, "overlap": overlap}}
 
 
 def _check_size(size: tuple[int, int], source: Source) -> int:

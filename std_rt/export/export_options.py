@@ -50,8 +50,9 @@ class ExportOptions:
 
     ``eta``, ``tau``, ``steps``, ``schedule`` and ``guidance`` left out come from the LoRA, or from the
     ``profile`` of a published one, or are 0.75, (4,), ``std`` and 1; the first step count is the bundle's
-    default. ``negative`` None means whatever the model uses without a negative prompt. ``origins`` says where
-    files came from (`std_rt.export.sources.resolve`).
+    default. ``motion_adapter`` makes a video-to-video bundle, whose UNet sees ``frames`` (8) at once, windows
+    sharing ``overlap`` (2) of them. ``negative`` None means whatever the model uses without a
+    negative prompt. ``origins`` says where files came from (`std_rt.export.sources.resolve`).
     """
 
     source: Path
@@ -76,6 +77,9 @@ class ExportOptions:
     style_layers: str = "auto"
     name: str = ""
     profile: str = ""
+    motion_adapter: Path | None = None
+    frames: int | None = None
+    overlap: int | None = None
     origins: Mapping[Path, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -89,9 +93,34 @@ class ExportOptions:
         for path, _ in self.lora:
             if not path.is_file():
                 raise ExportError(f"LoRA {path} does not exist")
-        for folder in (self.vae, self.tiny_vae, self.image_encoder):
+        self._check_window()
+        for folder in (self.vae, self.tiny_vae, self.image_encoder, self.motion_adapter):
             if folder is not None and not folder.is_dir():
                 raise ExportError(f"{folder} is not a folder")
+
+    def _check_window(self) -> None:
+        if self.motion_adapter is None:
+            if self.frames is not None or self.overlap is not None:
+                raise ExportError("--frames and --overlap are for video; add --motion-adapter FOLDER")
+            return
+        frames, overlap = self.window or (0, 0)
+        if frames < 2:
+            raise ExportError(f"--frames must be 2 or more, got {frames}; for pictures omit --motion-adapter")
+        if not 0 <= overlap < frames:
+            raise ExportError(
+                f"--overlap must be from 0 to {frames - 1}, less than --frames {frames}, got {overlap}"
+            )
+        for flag, asked in (("--precision int8", self.precision == "int8"),
+                            ("--guidance-mode residual", self.guidance_mode == "residual")):  # fmt: skip
+            if asked:
+                raise ExportError(f"{flag} does not work with --motion-adapter; omit one of them")
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """(frames, overlap) of a video-to-video bundle."""
+        if self.motion_adapter is None:
+            return None
+        return (8 if self.frames is None else self.frames, 2 if self.overlap is None else self.overlap)
 
     def working_size(self, parameters: int) -> tuple[int, int]:
         """(H, W) in px for a UNet of that many parameters."""
@@ -139,6 +168,9 @@ class _Recipe(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_def
     prompts: str = "baked"
     style_layers: str = "auto"
     name: str = ""
+    motion_adapter: str | None = None
+    frames: int | None = None
+    overlap: int | None = None
 
 
 def load_recipe(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch.export import Dim
 from torch.fx import config as fx_config
 
 from std_rt.core.bundle import CONTENT, INPAINTING
-from std_rt.export.modules import UNet, VaeDecoder, VaeEncoder
+from std_rt.export.modules import MotionUNet, UNet, VaeDecoder, VaeEncoder
 from std_rt.export.source_pipeline import Source, Style
 from std_rt.models.components import Network, plain_config, quiet
 
@@ -234,22 +234,26 @@ def _shared(encoder: Graph, style: Style) -> Graph:
 def unet_graph(source: Source, unet: Network, dtype: torch.dtype, style: Style, tokens: int | str) -> Graph:
     """The UNet, prepared by `prepare_attention` and with weights of ``dtype``.
 
-    ``tokens`` is the number of text tokens, or the name of that axis if prompts may have any length.
+    ``tokens`` is the number of text tokens, or the name of that axis if prompts may have any length. With a
+    motion adapter the latents are those of one window, and the rest, which they share, has a batch of 1.
     """
     context, pooled = source.text_dims
+    window = source.options.window
+    batch: int | str = "batch" if window is None else 1
+    rows: int | str = "batch" if window is None else window[0]
     inputs = (
-        _latents("sample", source, "noisy latents x_t"),
-        Port("timestep", ("batch",), "t in 0..999"),
-        Port("encoder_hidden_states", ("batch", tokens, context), "text tokens"),
-        Port("text_embeds", ("batch", pooled), "pooled text (or style)"),
-        Port("time_ids", ("batch", 6), "H, W, crop top, crop left, target H, target W in px"),
-        Port("style_tokens", ("batch", style.tokens, style.dim), "style tokens, projected"),
-        Port("style_strength", ("batch",), "factor of the style's attention, 1 as trained"),
+        _latents("sample", source, "noisy latents x_t", rows),
+        Port("timestep", (batch,), "t in 0..999"),
+        Port("encoder_hidden_states", (batch, tokens, context), "text tokens"),
+        Port("text_embeds", (batch, pooled), "pooled text (or style)"),
+        Port("time_ids", (batch, 6), "H, W, crop top, crop left, target H, target W in px"),
+        Port("style_tokens", (batch, style.tokens, style.dim), "style tokens, projected"),
+        Port("style_strength", (batch,), "factor of the style's attention, 1 as trained"),
         *_seen(source),
     )
-    output = _latents("noise_pred", source, f"network output ({source.schedule.prediction_type})")
+    output = _latents("noise_pred", source, f"network output ({source.schedule.prediction_type})", rows)
     multiple = source.latent_multiple
-    module = UNet(unet, dtype, source.content_affine)
+    module = (UNet if window is None else MotionUNet)(unet, dtype, source.content_affine)
     plan = Trace(module, inputs, (output,), {"latent_height": multiple, "latent_width": multiple})
     return Graph("unet", plan, unet.state_dict(), type(unet).__name__, plain_config(unet))
 
@@ -273,8 +277,8 @@ def _image(meaning: str) -> Port:
     return Port("image", ("batch", 3, "height", "width"), meaning)
 
 
-def _latents(name: str, source: Source, meaning: str) -> Port:
-    return Port(name, ("batch", source.unet.config.out_channels, "latent_height", "latent_width"), meaning)
+def _latents(name: str, source: Source, meaning: str, rows: int | str = "batch") -> Port:
+    return Port(name, (rows, source.unet.config.out_channels, "latent_height", "latent_width"), meaning)
 
 
 class ReferenceRun:
@@ -310,9 +314,11 @@ class ReferenceRun:
     def unet(self, unet: Network, source: Source, timestep: int, text: Arrays) -> Example:
         """The noisy latents through the UNet with diffusers' own IP-Adapter processors attached."""
         alpha, sigma = source.schedule.alpha_sigma(timestep)
+        window = source.options.window
+        z = self._z if window is None else _moving(self._z, window[0])
         pooled = torch.from_numpy(text["text_embeds"]) if self._pooled is None else self._pooled
         inputs = {
-            "sample": alpha * self._z + sigma * torch.randn(self._z.shape, generator=self._rng),
+            "sample": alpha * z + sigma * torch.randn(z.shape, generator=self._rng),
             "timestep": torch.full((1,), float(timestep)),
             "encoder_hidden_states": torch.from_numpy(text["encoder_hidden_states"]),
             "text_embeds": pooled,
@@ -325,13 +331,17 @@ class ReferenceRun:
             if getattr(processor, "scale", [0.0]) != [0.0]:
                 processor.scale = [self.strength]
         added = {key: inputs[key] for key in ("text_embeds", "time_ids")}
+        sample, context = torch.cat([inputs["sample"], *seen.values()], 1), inputs["encoder_hidden_states"]
+        if window is not None:  # diffusers has frames on an axis of their own, and text repeated for each
+            sample, context = sample.transpose(0, 1)[None], context.repeat_interleave(window[0], 0)
         output = unet(
-            torch.cat([inputs["sample"], *seen.values()], 1),
+            sample,
             inputs["timestep"],
-            inputs["encoder_hidden_states"],
+            context,
             added_cond_kwargs={**added, "image_embeds": [inputs["style_tokens"]]},
             return_dict=False,
         )[0]
+        output = output if window is None else output[0].transpose(0, 1)
         if "content_latents" in seen:
             seen["content_latents"] = self._z
         return _example(inputs | seen, {"noise_pred": output})
@@ -345,6 +355,11 @@ class ReferenceRun:
             mask = (torch.rand(self._z[:, :1].shape, generator=self._rng) > 0.5).float()
             return {"mask": mask, "masked_latents": (1 - mask) * self._z}
         return {}
+
+
+def _moving(z: Tensor, frames: int) -> Tensor:
+    """Latents [1, C, h, w] of a picture, shifted by a cell a frame: [T, C, h, w]."""
+    return torch.cat([z.roll(i, -1) for i in range(frames)])
 
 
 def _picture(size: tuple[int, int], rng: torch.Generator) -> Tensor:

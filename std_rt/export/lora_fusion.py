@@ -127,8 +127,10 @@ def _placed(
 
 def original_names(unet: Any) -> dict[str, str]:
     """Module of a diffusers UNet -> its name in the original SDXL code, for those with weights."""
+    layers = unet.config.layers_per_block  # of a motion model perhaps one number for each block
+    count = layers if isinstance(layers, int) else layers[0]
     return {
-        name: _original_name(name, unet.config.layers_per_block + 1, unet)
+        name: _original_name(name, count + 1, unet)
         for name, module in unet.named_modules()
         if next(module.parameters(recurse=False), None) is not None
     }
@@ -193,6 +195,7 @@ def _place(
         raise ExportError(
             f"LoRA {path} has weights for {len(own)} layers of the {role}, of which "
             f"{len(own) - len(strangers)} fit (not {strangers[0].name}); it was made for {_family(shapes)}"
+            + ("; add --motion-adapter FOLDER" if ".motion_modules." in strangers[0].name else "")
         )
     for layer in own:
         name = known[_flat(layer.name)]
@@ -301,7 +304,7 @@ _BLOCK = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(\w+)\.(\d+)\.(.+)"
 def _original_name(name: str, per_block: int, unet: Any) -> str:
     """The original counts the layers of all levels in one row; a layer's attention is its part 1."""
     match = _BLOCK.fullmatch(name)
-    if match is None:
+    if match is None or match[3] == "motion_modules":  # the original has none
         return _ENDS.get(name, name)
     side, level, kind, index, rest = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
     count = level * per_block + index

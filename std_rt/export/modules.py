@@ -20,6 +20,7 @@ from std_rt.models.components import Network
 
 __all__ = [
     "ClipText",
+    "MotionUNet",
     "StyleAttention",
     "UNet",
     "VaeDecoder",
@@ -132,7 +133,7 @@ def prepare_attention(unet: Network, styled: Mapping[str, tuple[Tensor, Tensor]]
     processors: dict[str, nn.Module] = {}
     for name in unet.attn_processors:
         layer = name.removesuffix(".processor")
-        if layer.endswith("attn1"):
+        if layer.endswith("attn1") or ".motion_modules." in layer:
             processors[name] = SelfAttention()
         else:
             processors[name] = StyleAttention(*styled[layer]) if layer in styled else TextAttention()
@@ -203,8 +204,26 @@ class UNet(Wrapper):
         content = None if content_latents is None else affine_inverse(content_latents, *self.content)
         seen = [x for x in (sample, content, mask, masked_latents) if x is not None]
         x = (torch.cat(seen, 1) if len(seen) > 1 else sample).to(self.dtype)
+        return self._predict(x, timestep, context, added).float()
+
+    def _predict(
+        self, x: Tensor, timestep: Tensor, context: tuple[Tensor, ...], added: dict[str, Tensor]
+    ) -> Tensor:
         output: Tensor = self.module(x, timestep, context, added_cond_kwargs=added, return_dict=False)[0]
-        return output.float()
+        return output
+
+
+class MotionUNet(UNet):
+    """The noise predictions of one window: ``sample`` [T, C, h, w], everything else with a batch of 1.
+
+    Keys and values of text and style are computed once and broadcast over the frames.
+    """
+
+    def _predict(
+        self, x: Tensor, timestep: Tensor, context: tuple[Tensor, ...], added: dict[str, Tensor]
+    ) -> Tensor:
+        output = super()._predict(x.transpose(0, 1)[None], timestep, context, added)
+        return output[0].transpose(0, 1)
 
 
 class VaeEncoder(Wrapper):

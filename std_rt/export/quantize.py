@@ -124,6 +124,7 @@ def _combine(pictures: Sequence[Frame], count: int) -> list[Pair]:
 
 
 def _check(bundle: Bundle) -> None:
+    bundle.check_single_frames("int8")
     try:
         metadata.version("nncf")
     except metadata.PackageNotFoundError as error:

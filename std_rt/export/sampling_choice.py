@@ -61,7 +61,7 @@ class LoraNotes:
     @property
     def gamma(self) -> float:
         """Stochasticity of a step, by the training method."""
-        return LCM_GAMMA if self.method == "lcm" else 0.0
+        return LCM_GAMMA if self.method in ("lcm", "mcm") else 0.0
 
     @property
     def start(self) -> str:

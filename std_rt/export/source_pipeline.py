@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import UNetMotionModel
 from torch import Tensor, nn
 
 from std_rt.core.base_model import licence
@@ -90,6 +91,7 @@ class Source:
     layout: str
     layers: tuple[str, ...]
     schedule: NoiseSchedule
+    motion: Network | None = None  # with a motion adapter: the video UNet, likewise without weights
 
     @property
     def folder(self) -> Path:
@@ -141,11 +143,14 @@ class Source:
     @property
     def parameters(self) -> int:
         """Of the UNet."""
-        return sum(parameter.numel() for parameter in self.unet.parameters())
+        return sum(parameter.numel() for parameter in (self.motion or self.unet).parameters())
 
     def load_unet(self) -> Network:
-        """With LoRAs fused."""
-        return self._fused("unet", load_part("unet", self.folder / "unet"))
+        """With LoRAs fused; with a motion adapter diffusers' UNetMotionModel."""
+        unet = load_part("unet", self.folder / "unet")
+        if self.options.motion_adapter is not None:
+            unet = _with_motion(unet, load_part("motion_adapter", self.options.motion_adapter), weights=True)
+        return self._fused("unet", unet)
 
     def load_tiny_vae(self, folder: Path) -> Network:
         """A second VAE of the same latents. Raises ExportError if they differ."""
@@ -189,6 +194,7 @@ class Source:
         found = [self._entry("pipeline", options.source)]
         found += [{**self._entry("lora", path), "scale": scale} for path, scale in options.lora]
         found += [self._entry("ip_adapter", self.adapter)]
+        found += [self._entry("motion_adapter", options.motion_adapter)] if options.motion_adapter else []
         found += [self._entry("vae", self.vae_folder)] if options.vae else []
         return found + ([self._entry("tiny_vae", options.tiny_vae)] if options.tiny_vae else [])
 
@@ -218,8 +224,9 @@ def read_source(options: ExportOptions) -> Source:
     roles = text_roles(folder)
     for role in ("unet", *roles):
         check_part(role, folder / role)
+    motion = None if options.motion_adapter is None else _read_motion(options, unet)
     for path, _ in options.lora:
-        check_lora({"unet": unet}, path, elsewhere=roles)
+        check_lora({"unet": motion or unet}, path, elsewhere=roles)
     adapter = options.ip_adapter or folder / "ip_adapter.safetensors"
     if not adapter.is_file():
         raise ExportError(
@@ -232,7 +239,45 @@ def read_source(options: ExportOptions) -> Source:
         check_encoder(adapter, encoder)
     layout, layers = choose_layers(unet, options.style_layers, own_encoder=own)
     schedule = _schedule(folder / "scheduler" / "scheduler_config.json")
-    return Source(options, unet, vae_config, roles, adapter, layout, tuple(layers), schedule)
+    return Source(options, unet, vae_config, roles, adapter, layout, tuple(layers), schedule, motion)
+
+
+def _read_motion(options: ExportOptions, unet: Network) -> Network:
+    """The video UNet on torch's ``meta`` device. Raises ExportError if the adapter does not fit."""
+    folder, (frames, _) = options.motion_adapter, options.window or (0, 0)
+    assert folder is not None
+    check_part("motion_adapter", folder)
+    config = read_config("motion_adapter", folder)
+    longest = int(config.get("motion_max_seq_length", 32))
+    if frames > longest:
+        raise ExportError(f"--frames {frames} is more than the {longest} that {folder} has positions for")
+    if config.get("conv_in_channels"):
+        raise ExportError(f"{folder} is a PIA adapter (conv_in_channels), which std-rt does not export")
+    if _unet_inputs(unet.config.in_channels, unet.config.out_channels):
+        raise ExportError("--motion-adapter needs a UNet that sees the noisy latents only")
+    if unet.config.resnet_time_scale_shift != "default":
+        raise ExportError("the UNet has resnet_time_scale_shift, which diffusers' UNetMotionModel lacks")
+    with torch.device("meta"), quiet("diffusers"):
+        adapter = resolve("motion_adapter", config["_class_name"]).from_config(config)
+        return _with_motion(unet, adapter, weights=False)
+
+
+def _with_motion(unet: Network, adapter: Network, *, weights: bool) -> Network:
+    """diffusers' UNetMotionModel of the two. Raises ExportError if they do not fit together."""
+    wide, theirs = list(unet.config.block_out_channels), list(adapter.config.block_out_channels)
+    if wide != theirs:
+        raise ExportError(
+            f"the motion adapter is for a UNet of widths {theirs}, this one has {wide}; "
+            "give --motion-adapter one made for this model (SDXL's: 320, 640, 1280)"
+        )
+    try:
+        with quiet("diffusers"):
+            motion = UNetMotionModel.from_unet2d(unet, adapter, load_weights=weights)
+        if weights:  # diffusers 0.42 leaves these of SDXL at random values
+            motion.add_embedding.load_state_dict(unet.add_embedding.state_dict())
+    except (ValueError, RuntimeError) as error:
+        raise ExportError(f"the motion adapter does not fit the UNet: {str(error)[:200]}") from error
+    return motion.eval().requires_grad_(False)
 
 
 def _schedule(path: Path) -> NoiseSchedule:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, MotionAdapter, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 from transformers.utils import logging as transformers_logging
@@ -45,6 +45,7 @@ Network = Any
 # The classes that each part may have; any other is refused.
 CLASSES: dict[str, tuple[Any, ...]] = {
     "unet": (UNet2DConditionModel,),
+    "motion_adapter": (MotionAdapter,),
     "vae": (AutoencoderKL, AutoencoderTiny, AutoencoderPixelShuffle),
     "image_encoder": (CLIPVisionModelWithProjection, StyleEncoder),
     "text_encoder": (CLIPTextModel,),

@@ -247,7 +247,7 @@ def attach_diffusers(unet: Network, branches: Branches, tokens: int) -> None:
     processors: dict[str, Any] = {}
     for name, old in unet.attn_processors.items():
         layer = name.removesuffix(".processor")
-        if layer.endswith("attn1"):
+        if layer.endswith("attn1") or ".motion_modules." in layer:  # a motion module attends to its frames
             processors[name] = old
             continue
         if layer not in branches:

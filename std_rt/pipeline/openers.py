@@ -19,7 +19,7 @@ from std_rt.pipeline.program_builder import FrameNumbers, frame_program, graph_s
 from std_rt.pipeline.runner_cache import RunnerKey
 from std_rt.pipeline.stream_program import stream_program
 
-__all__ = ["GraphOpener", "Openers", "RunnerOpener", "graph_spec", "openers", "program_for"]
+__all__ = ["GraphOpener", "Openers", "RunnerOpener", "graph_spec", "openers", "program_for", "window_specs"]
 
 GraphOpener = Callable[[GraphSpec], Engine]
 RunnerOpener = Callable[[Program, dict[str, GraphSpec]], Runner]
@@ -108,6 +108,32 @@ def program_for(
     program = stream_program(*common) if key.stream else frame_program(*common, key.frames, masked=key.masked)
     shapes = graph_shapes(program)
     return program, {name: graph_spec(bundle, bundle.vae_graph(name, vae), shapes[name]) for name in shapes}
+
+
+def window_specs(
+    bundle: Bundle, size: tuple[int, int], text: Mapping[str, Shape], vae: str = "full"
+) -> dict[str, GraphSpec]:
+    """The graphs of a video-to-video bundle at a size (H, W): the VAE frame by frame, the UNet by windows.
+
+    ``text``: shapes, with a batch of 1. Raises UsageError if the bundle does not support the size.
+    """
+    assert bundle.window is not None
+    _check_size(bundle, size)
+    latents = (bundle.latent_channels, size[0] // bundle.vae_scale, size[1] // bundle.vae_scale)
+    shapes: dict[str, dict[str, Shape]] = {
+        "vae_encoder": {"image": (1, 3, *size)},
+        "unet": {
+            "sample": (bundle.window[0], *latents),
+            "timestep": (1,),
+            "encoder_hidden_states": text["encoder_hidden_states"],
+            "text_embeds": text["text_embeds"],
+            "time_ids": (1, 6),
+            "style_tokens": (1, int(bundle.style["tokens"]), int(bundle.style["dim"])),
+            "style_strength": (1,),
+        },
+        "vae_decoder": {"latents": (1, *latents)},
+    }
+    return {name: graph_spec(bundle, bundle.vae_graph(name, vae), each) for name, each in shapes.items()}
 
 
 def graph_spec(bundle: Bundle, name: str, shapes: Mapping[str, Shape]) -> GraphSpec:

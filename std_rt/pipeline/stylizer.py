@@ -46,7 +46,14 @@ from std_rt.pipeline.conditioning import (
 )
 from std_rt.pipeline.denoise import noise_draws
 from std_rt.pipeline.mask import Mask, unless_whole
-from std_rt.pipeline.openers import GraphOpener, Openers, graph_spec, openers, program_for
+from std_rt.pipeline.openers import (
+    GraphOpener,
+    Openers,
+    graph_spec,
+    openers,
+    program_for,
+    window_specs,
+)
 from std_rt.pipeline.runner_cache import (
     CachedRunner,
     Quality,
@@ -55,6 +62,7 @@ from std_rt.pipeline.runner_cache import (
     Submitted,
 )
 from std_rt.pipeline.text_encoder import TextEncoder
+from std_rt.pipeline.windows import WindowGraphs, WindowStream
 
 __all__ = ["Quality", "State", "Stylizer", "draw_noise"]
 
@@ -62,6 +70,7 @@ Picture = Frame | Path | str
 
 _FRAMES_PER_CALL = 4
 _LARGE_BYTES = 2**30
+_WINDOW_SIZES = 2  # sizes whose graphs for windows stay open: portrait and landscape in turn
 _CACHED_SIZES = 8  # sizes whose conditioning is remembered
 
 
@@ -124,6 +133,11 @@ class Stylizer:
         self._asked_steps = bundle.default_steps if steps is None else steps
         self._text = bundle.conditioning()
         check_negative(bundle, self._text, self.guidance)
+        if bundle.window is not None and self.guidance.mode == "residual":
+            raise UsageError(
+                f"bundle '{bundle.name}' is video-to-video, which has no residual guidance; "
+                "use --guidance-mode full or none"
+            )
         self.keep_colours = False
         """Whether results get the colours of their frames (`media.chroma`); any thread may set it."""
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="std-rt-open")
@@ -136,6 +150,7 @@ class Stylizer:
         self._cache = RunnerCache(self._open_runner)
         self._style: tuple[EncodedStyle, float] | None = None
         self._conditioning: dict[Size, Conditioning] = {}
+        self._window_graphs: dict[tuple[Size, int], WindowGraphs] = {}  # by size and text tokens
         self._everywhere = Mask(np.full((1, 1), 255, np.uint8))
 
     @classmethod
@@ -166,6 +181,8 @@ class Stylizer:
             choose_gpu(device)
         opened = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         opened.check_precision(precision)
+        if meanwhile is not None:
+            opened.check_single_frames("--build-in-background")
         chosen = openers(backend, precision, meanwhile)
         choose_form(chosen.backend, precision, opened.forms)  # raises if the backend cannot run it
         return cls(
@@ -188,6 +205,8 @@ class Stylizer:
         """The precision of the UNet, once engines are open: fp32, bf16, fp16 or int8."""
         for runner in self._cache.values():
             return runner.wait().precision
+        for graphs in self._window_graphs.values():
+            return graphs.precision
         return "unknown"
 
     @property
@@ -221,6 +240,9 @@ class Stylizer:
     def prepare(self, height_px: int, width_px: int, *, masked: bool = False) -> None:
         """Start to open, in the background, the engines for frames of this size and for styles."""
         self._open_style_encoder()
+        if self.bundle.window is not None:
+            self.window_stream(self.quality(height_px, width_px))
+            return
         self.runner(RunnerKey(self.quality(height_px, width_px), masked=masked and self._blends))
 
     def prepare_qualities(
@@ -232,6 +254,7 @@ class Stylizer:
         one size share their engines, so another number of steps costs next to nothing. Raises UsageError for
         more than `runner_cache.MAX_KEPT`.
         """
+        self.bundle.check_single_frames("this command")
         with self.lock:
             self._check_open()
             self._cache.keep([RunnerKey(quality, frames, stream_batch) for quality in qualities])
@@ -461,6 +484,8 @@ class Stylizer:
         if not working:
             return []
         size = (working[0].shape[0], working[0].shape[1])
+        if self.bundle.window is not None:
+            return [self._stills(working, states, mark, quality or self.quality_at(size), mask)]
         count = self.frames_per_call(size) if frames is None else frames
         if count < 1:
             raise UsageError(f"a call takes at least one frame, got {count}")
@@ -481,6 +506,52 @@ class Stylizer:
                 submitted.append(runner.submit(together, conditioning, noise, mark, masks))
         return submitted
 
+    def _stills(
+        self,
+        working: Sequence[Frame],
+        states: Sequence[State],
+        mark: Mark,
+        quality: Quality,
+        mask: Mask | None,
+    ) -> Submitted:
+        """Each frame as a scene of its own: a window of equal frames."""
+        if mask is not None:
+            self.bundle.check_single_frames("--mask")
+        with self.lock:
+            stream, styled = self.window_stream(quality), []
+            for frame, state in zip(working, states, strict=True):
+                styled += [*stream.push(frame, state.noise, mark), *stream.flush(mark)]
+        result = np.stack(styled)
+        return Submitted(lambda mark: result, running=False)
+
+    def window_stream(self, quality: Quality) -> WindowStream:
+        """Frames of a scene at a quality, for a bundle whose UNet sees several at once.
+
+        Its graphs begin to open. Hold ``lock`` while it works.
+        """
+        assert self.bundle.window is not None
+        steps, size = self.bundle.coefficients(quality.steps), quality.size
+
+        def current() -> tuple[WindowGraphs, Conditioning]:
+            return self._graphs_of_windows(size), self.conditioning(size)
+
+        with self.lock:
+            self._graphs_of_windows(size)
+        kind = self.bundle.prediction_type
+        return WindowStream(self.bundle.window, steps, kind, self.guidance, current)
+
+    def _graphs_of_windows(self, size: Size) -> WindowGraphs:
+        self._check_open()
+        key = (size, self._text["encoder_hidden_states"].shape[1])
+        if key not in self._window_graphs:
+            while len(self._window_graphs) >= _WINDOW_SIZES:
+                self._window_graphs.pop(next(iter(self._window_graphs))).close()
+            text = {name: value.shape for name, value in self._text.items()}
+            specs = window_specs(self.bundle, size, text, self.vae)
+            opening = {name: self._pool.submit(self._openers.graph, spec) for name, spec in specs.items()}
+            self._window_graphs[key] = WindowGraphs(opening, size)
+        return self._window_graphs[key]
+
     def stylize(self, frame: Frame, seed: int = 0, *, mask: Mask | None = None) -> Frame:
         """Stylize one frame on its own: `step` without a stream."""
         frame = check_frame(frame)
@@ -493,6 +564,8 @@ class Stylizer:
                 self._closed = True
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._cache.clear()
+            while self._window_graphs:
+                self._window_graphs.popitem()[1].close()
             with self._style_lock:
                 if self._style_engine is not None:
                     close_when_open(self._style_engine)
@@ -554,6 +627,7 @@ class Stylizer:
 
         Hold ``lock`` while it runs; another thread may have it closed otherwise.
         """
+        self.bundle.check_single_frames("this command")
         with self.lock:
             self._check_open()
             return self._cache.get(key)

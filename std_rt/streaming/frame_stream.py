@@ -26,18 +26,21 @@ from std_rt.pipeline.conditioning import EncodedStyle
 from std_rt.pipeline.mask import Mask, unless_whole
 from std_rt.pipeline.runner_cache import Submitted
 from std_rt.pipeline.stylizer import Quality, State, Stylizer
+from std_rt.streaming.optical_flow import SMALLEST_PX, Follower
 from std_rt.streaming.shared_calls import SharedCalls
 from std_rt.streaming.similarity import SimilarityFilter
 from std_rt.streaming.stream_batch import StreamBatch
 from std_rt.streaming.temporal import Motion, TemporalFilter
 
-__all__ = ["GROUPED", "ONE_BY_ONE", "STREAM_BATCH", "FramePacket", "FrameStream", "StyleAt"]
+__all__ = ["GROUPED", "ONE_BY_ONE", "STREAM_BATCH", "WINDOWS", "FramePacket", "FrameStream", "StyleAt"]
 
 StyleAt = Callable[[float], tuple[EncodedStyle, float]]  # time in s -> style and strength at that instant
 
 # Batching modes: lowest latency; N steps of N consecutive frames in one call of the UNet (more frames
 # per second, N - 1 frames later); several whole frames in one call of each graph (for files).
 ONE_BY_ONE, STREAM_BATCH, GROUPED = "one by one", "stream batch", "grouped"
+# Overlapping windows of frames (`pipeline.windows`): what a video-to-video bundle does, whatever is asked.
+WINDOWS = "windows"
 
 
 @dataclass(eq=False, slots=True)
@@ -110,12 +113,29 @@ class _Grouped:
             yield from group.collect(mark)[:count]
 
 
+class _Windowed:
+    """Overlapping windows of frames that the UNet sees at once; a flush ends a scene."""
+
+    def __init__(self, stylizer: Stylizer, quality: Quality) -> None:
+        self._stream = stylizer.window_stream(quality)
+
+    def push(self, working: Frame, state: State, mark: Mark = no_mark) -> list[Frame]:
+        return self._stream.push(working, state.noise, mark)
+
+    def collect(self, mark: Mark = no_mark) -> list[Frame]:
+        return []  # a window needs its later frames, or a flush
+
+    def flush(self, mark: Mark = no_mark) -> Iterator[Frame]:
+        return self._stream.flush(mark)
+
+
 _BATCHERS: dict[str, Callable[[Stylizer, Quality, Mask | None], _Batcher]] = {
     ONE_BY_ONE: lambda stylizer, quality, mask: _Grouped(stylizer, quality, 1, mask),
     STREAM_BATCH: lambda stylizer, quality, _: StreamBatch(stylizer, quality),
     GROUPED: lambda stylizer, quality, mask: _Grouped(
         stylizer, quality, stylizer.frames_per_call(quality.size), mask
     ),
+    WINDOWS: lambda stylizer, quality, _: _Windowed(stylizer, quality),
 }
 
 
@@ -148,13 +168,19 @@ class FrameStream:
 
         ``similarity`` skips frames that hardly differ from the one before: they get its result. ``mask``: see
         `Stylizer.step`. Raises ValueError for an unknown batching mode, or one that cannot be combined with
-        ``similarity`` or ``mask``.
+        ``similarity`` or ``mask``. With a video-to-video bundle it is always `WINDOWS`, without masks
+        (UsageError), and results come some frames later.
         """
         if batching not in _BATCHERS:
             raise ValueError(f"unknown batching mode {batching!r}; use one of {', '.join(_BATCHERS)}")
         if similarity is not None and batching != ONE_BY_ONE:
             raise ValueError(f"frames can only be skipped {ONE_BY_ONE!r}, not {batching!r}")
         self._mask = unless_whole(mask)
+        if stylizer.bundle.window is not None:
+            for asked, what in ((similarity, "skipping frames"), (self._mask, "--mask")):
+                if asked is not None:
+                    stylizer.bundle.check_single_frames(what)
+            batching = WINDOWS
         if self._mask is not None and batching == STREAM_BATCH:
             raise ValueError(f"a mask cannot be combined with the {batching!r}")
         self._stylizer, self._style_at, self._batching = stylizer, style_at, batching
@@ -166,6 +192,7 @@ class FrameStream:
         self.calls: SharedCalls | None = None
         """With other streams, for one by one without a mask. To be set before the first frame."""
         self._temporal = self.temporal
+        self._cuts = Follower(fine=False, weight=0.0)  # for windows, where the temporal filter sees none
         self._similarity, self._seed, self._now = similarity, seed, now
         self._followed: tuple[Size, int | Size | None, int | None] | None = None  # shape of the frames, asked
         self.usual: Quality | None = None
@@ -246,7 +273,7 @@ class FrameStream:
         mark("convert")
         style = self._look_up_style(packet)
         changing = _differ(self._style, style)
-        if changing and self._batching == GROUPED:  # one call has one style
+        if changing and self._batching in (GROUPED, WINDOWS):  # one call has one style
             yield from self._flush()
         self._style = style
         before, self._keep_colours = self._keep_colours, self.keeps_colours
@@ -256,6 +283,8 @@ class FrameStream:
             yield packet
             return
         motion = self._temporal.follow(working)
+        if self._batching == WINDOWS and self._is_cut(working, motion):
+            yield from self._flush()
         state = self._temporal.noise(self._state, motion)
         mark("follow")
         self._inside.append(_Inside(packet, motion, changing, self._keep_colours))
@@ -283,6 +312,7 @@ class FrameStream:
         self._quality, self._last = quality, None
         self._state = self._stylizer.state_for(quality, seed=self._seed)
         self._temporal.reset()
+        self._cuts.reset()
         self._inside.clear()
         self._batcher = _BATCHERS[self._batching](self._stylizer, quality, self._mask)
 
@@ -301,6 +331,12 @@ class FrameStream:
         if changing or self._last is None:
             self._similarity.force()
         return self._similarity.skip(working)
+
+    def _is_cut(self, working: Frame, motion: Motion) -> bool:
+        """Whether a scene begins with this frame, which no window may share with the one before."""
+        if min(working.shape[:2]) < SMALLEST_PX:
+            return False
+        return (self._cuts.follow(working) if self._temporal.mode == "off" else motion.followed) is None
 
     def _finish_all(self, done: Iterable[Frame], newest: FramePacket) -> Iterator[FramePacket]:
         """The packets that these are the results of; ``newest`` is the last that was taken."""

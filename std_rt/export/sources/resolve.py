@@ -83,6 +83,7 @@ class Sources:
     image_encoder: Path | None = None
     vae: Path | None = None
     tiny_vae: Path | None = None
+    motion_adapter: Path | None = None
     profile: str = ""
     eta: float | None = None
     origins: Mapping[Path, Origin] = field(default_factory=dict)
@@ -96,6 +97,7 @@ def resolve_sources(
     image_encoder: str | None = None,
     vae: str | None = None,
     tiny_vae: str | None = None,
+    motion_adapter: str | None = None,
     eta: float | None = None,
     profile: str = "",
     config: str | None = None,
@@ -113,7 +115,7 @@ def resolve_sources(
     if profile:
         find_profile(profile)  # a wrong name is said before anything is fetched
     scaled = tuple(map(_split_scale, loras))
-    asked = _Asked(base, scaled, ip_adapter, image_encoder, vae, tiny_vae, eta, profile)
+    asked = _Asked(base, scaled, ip_adapter, image_encoder, vae, tiny_vae, eta, profile, motion_adapter)
     asked = _published_recipe(asked) if base is None else asked
     return _Resolver(asked, config, say, confirm).run()
 
@@ -128,6 +130,7 @@ class _Asked:
     tiny_vae: str | None
     eta: float | None
     profile: str
+    motion_adapter: str | None = None
 
 
 def _published_recipe(asked: _Asked) -> _Asked:
@@ -194,6 +197,7 @@ class _Resolver:
         vae = self._folder(named, "--vae") if named else None
         named = VAES.get(asked.tiny_vae or "", asked.tiny_vae)
         tiny = self._folder(named, "--tiny-vae") if named else None
+        motion = self._folder(asked.motion_adapter, "--motion-adapter") if asked.motion_adapter else None
         self._fetch()
         encoder = encoder or self._fitting_encoder(base, adapter)
         folder = base.path
@@ -206,10 +210,13 @@ class _Resolver:
             encoder.path if encoder else None,
             vae.path if vae else None,
             tiny.path if tiny else None,
+            motion.path if motion else None,
             asked.profile,
             asked.eta,
             {folder: _origin(base)}
-            | {place.path: _origin(place) for place in (*loras, adapter, encoder, vae, tiny) if place},
+            | {
+                place.path: _origin(place) for place in (*loras, adapter, encoder, vae, tiny, motion) if place
+            },
         )
 
     def _base(self) -> tuple[_Place, _Place | None]:

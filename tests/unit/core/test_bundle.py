@@ -123,7 +123,7 @@ def test_an_edited_manifest_is_refused(folder: Path) -> None:
 
 def test_a_newer_schema_says_upgrade(folder: Path) -> None:
     reseal(folder, lambda manifest: manifest.update(schema=SCHEMA + 1))
-    with pytest.raises(BundleError, match=r"has schema 3 .* upgrade std-rt"):
+    with pytest.raises(BundleError, match=r"has schema 4 .* upgrade std-rt"):
         load_bundle(folder)
 
 
@@ -139,8 +139,17 @@ def test_only_a_bundle_that_needs_it_has_the_new_schema(folder: Path, handmade: 
         return manifest | {"unet_inputs": list(CONTENT)}
 
     written = write_bundle(folder.with_name("content"), fill)
-    assert written.manifest["schema"] == SCHEMA
+    assert written.manifest["schema"] == 2
     assert written.unet_inputs == CONTENT
+
+
+def test_windows_are_a_schema_of_their_own_and_must_make_sense(folder: Path, handmade: Bundle) -> None:
+    reseal(folder, lambda manifest: manifest.update(schema=SCHEMA, window={"frames": 8, "overlap": 2}))
+    assert load_bundle(folder).window == (8, 2)
+    assert handmade.window is None
+    reseal(folder, lambda manifest: manifest.update(window={"frames": 4, "overlap": 4}))
+    with pytest.raises(BundleError, match="windows of 4 frames that share 4"):
+        load_bundle(folder)
 
 
 def test_a_unet_that_sees_something_unknown_says_upgrade(folder: Path) -> None:
