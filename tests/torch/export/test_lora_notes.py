@@ -198,9 +198,10 @@ def test_profiles_of_full_range_loras_take_any_eta(options: Any) -> None:
     assert chosen(options(profile="tcd"), {})[0].gamma == 0.3
 
 
-def test_the_stochasticity_of_lcm_reaches_the_manifest(options: Any) -> None:
+@pytest.mark.parametrize("method", ["lcm", "mcm"])
+def test_the_stochasticity_of_lcm_reaches_the_manifest(options: Any, method: str) -> None:
     schedule = NoiseSchedule.scaled_linear()
-    found = schedule_section(schedule, chosen(options(), notes(method="lcm"))[0])
+    found = schedule_section(schedule, chosen(options(), notes(method=method))[0])
     assert found["gamma"] == 1.0
     *stochastic, last = [row[4] for row in found["steps"]["4"]["coefficients"]]
     assert all(noise > 0.3 for noise in stochastic)
