@@ -358,7 +358,7 @@ def test_a_loss_that_is_no_number_stops_with_the_step(
     config = replace(config, snapshot_every=1)
     train_distil(config, stop_after=1)
     kept = read_checkpoint(config)
-    monkeypatch.setattr(Distiller, "consistency_loss", lambda self, x_s, batch: x_s.sum() * float("nan"))
+    monkeypatch.setattr(Distiller, "consistency_loss", lambda self, x_s, *_: x_s.sum() * float("nan"))
     with pytest.raises(RecipeError, match=r"not a number at step 2; lower learning_rate"):
         train_distil(config)
     assert_same(kept, read_checkpoint(config))
@@ -368,9 +368,7 @@ def test_the_loss_that_is_no_number_is_found_within_a_log_window(
     config: DistilConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = iter([1.0, 1.0, float("nan"), 1.0, 1.0, 1.0])
-    monkeypatch.setattr(
-        Distiller, "consistency_loss", lambda self, x_s, batch: x_s.mean() * 1e-3 * next(calls)
-    )
+    monkeypatch.setattr(Distiller, "consistency_loss", lambda self, x_s, *_: x_s.mean() * 1e-3 * next(calls))
     config = replace(config, steps=3, accumulate=2, log_every=3, snapshot_every=3)
     with pytest.raises(RecipeError, match="not a number at step 2"):
         train_distil(config)

@@ -94,7 +94,7 @@ def test_the_recipes_hold_for_every_eta_and_method(eta: str, method: str) -> Non
     ("arguments", "said"),
     [
         (["--set", "metod=tcd"], "did you mean method?"),
-        (["--set", "method=lmc"], "did you mean lcm?"),
+        (["--set", "method=lcmm"], "did you mean lcm?"),
         (["--set", "bank.capasity=3"], "did you mean bank.capacity?"),
         (["--set", "bank.capacity=1"], "at least twice the batch"),
         (["--set", "guidance=[3.0, 1.0]"], "range [low, high]"),

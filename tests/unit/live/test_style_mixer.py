@@ -18,21 +18,26 @@ from support.live_support import Clock
 from std_rt.core.bundle import Bundle
 from std_rt.core.errors import MediaError, UsageError
 from std_rt.live.style_mixer import FADE_STEPS, NUDGE_S, Ramp, StyleMixer
-from std_rt.pipeline.conditioning import EncodedStyle, blend
+from std_rt.pipeline.conditioning import EncodedStyle, StyleSquares, blend
 from std_rt.pipeline.style_file import read_style, save_style
 
 WAIT_S = 30
 
 
-def encode(frame: np.ndarray, stroke_size: float = 1.0) -> EncodedStyle:
+def _value(picture: np.ndarray | StyleSquares) -> int:
+    """Which picture of `_frame` it is; the mixer keeps what the encoder needs of it."""
+    return int((picture.whole if isinstance(picture, StyleSquares) else picture)[0, 0, 0])
+
+
+def encode(picture: np.ndarray | StyleSquares, stroke_size: float = 1.0) -> EncodedStyle:
     """Tokens of a made-up encoder: random, but the same for the same picture."""
-    rng = np.random.default_rng(int(frame[0, 0, 0]))
+    rng = np.random.default_rng(_value(picture))
     return EncodedStyle(rng.standard_normal((1, 2, 4), np.float32), rng.standard_normal((1, 6), np.float32))
 
 
-def at_size(frame: np.ndarray, stroke_size: float) -> EncodedStyle:
+def at_size(picture: np.ndarray | StyleSquares, stroke_size: float) -> EncodedStyle:
     """Tokens that say which picture they are of, and at which stroke size."""
-    tokens = np.full((1, 2, 4), frame[0, 0, 0] + stroke_size / 10, np.float32)
+    tokens = np.full((1, 2, 4), _value(picture) + stroke_size / 10, np.float32)
     return EncodedStyle(tokens, np.zeros((1, 6), np.float32))
 
 
@@ -441,7 +446,7 @@ def test_a_picture_that_is_deleted_changes_nothing(mixer: StyleMixer, clock: Clo
     mixer.select(index)
     assert mixer.at(clock.at)[0] is mixer.cards[index].style
     assert _names(mixer)[index] == "ink"
-    assert mixer.cards[index].thumbnail.shape == (96, 96, 3)
+    assert mixer.cards[index].thumbnail.shape == (64, 64, 3)  # twice the side of this bundle's encoder
     assert mixer.cards[0].thumbnail.shape == (10, 10, 3)  # never enlarged
 
 
@@ -478,8 +483,8 @@ def test_a_dropped_folder_shows_its_first_readable_picture(
 
 
 def test_failures_in_the_background_are_one_line_each(handmade: Bundle, clock: Clock, tmp_path: Path) -> None:
-    def broken(frame: np.ndarray, stroke_size: float) -> EncodedStyle:
-        if frame[0, 0, 0] == 99:
+    def broken(frame: StyleSquares, stroke_size: float) -> EncodedStyle:
+        if _value(frame) == 99:
             raise RuntimeError("engine\nfailed")
         return encode(frame)
 
@@ -507,7 +512,7 @@ def test_failures_in_the_background_are_one_line_each(handmade: Bundle, clock: C
 def test_frames_do_not_wait_for_the_encoder(handmade: Bundle, clock: Clock, tmp_path: Path) -> None:
     begun, go_on = threading.Event(), threading.Event()
 
-    def slow(frame: np.ndarray, stroke_size: float) -> EncodedStyle:
+    def slow(frame: StyleSquares, stroke_size: float) -> EncodedStyle:
         if threading.current_thread() is not threading.main_thread():
             begun.set()
             assert go_on.wait(WAIT_S)
@@ -666,9 +671,9 @@ def test_the_cycle_and_the_blend_do_not_notice_a_stroke_size(strokes: StyleMixer
 def test_shown_styles_are_encoded_first_and_frames_do_not_wait(handmade: Bundle, clock: Clock) -> None:
     asked, go_on, seen = threading.Event(), threading.Event(), []
 
-    def slow(frame: np.ndarray, stroke_size: float) -> EncodedStyle:
+    def slow(frame: StyleSquares, stroke_size: float) -> EncodedStyle:
         if stroke_size != 1:
-            seen.append((int(frame[0, 0, 0]), stroke_size))
+            seen.append((_value(frame), stroke_size))
             asked.set()
             assert go_on.wait(WAIT_S)
         return at_size(frame, stroke_size)
@@ -732,7 +737,7 @@ def test_a_stroke_size_that_was_asked_for_must_be_that_of_style_files(
 
 
 def test_an_encoder_that_fails_leaves_the_styles_as_they_are(handmade: Bundle, clock: Clock) -> None:
-    def broken(frame: np.ndarray, stroke_size: float) -> EncodedStyle:
+    def broken(frame: StyleSquares, stroke_size: float) -> EncodedStyle:
         if stroke_size != 1:
             raise RuntimeError("engine\nfailed")
         return at_size(frame, stroke_size)
