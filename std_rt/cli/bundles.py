@@ -77,6 +77,8 @@ def _facts(bundle: Bundle) -> Iterator[tuple[str, str]]:
     yield "guidance", f"{bundle.guidance['mode']}, scale {bundle.guidance['scale']:g}"
     yield "style", f"{bundle.style['tokens']} tokens from {bundle.style_px} px"
     yield "text", str(manifest["text"]["mode"])
+    if bundle.window is not None:
+        yield "window", f"{bundle.window[0]} frames at once, {bundle.window[1]} shared with the window before"
     if bundle.unet_inputs:
         yield "unet sees", ", ".join(bundle.unet_inputs)
     for name in bundle.graph_names:
@@ -184,8 +186,8 @@ def unpack(
     if output.exists():
         raise UsageError(f"{output} exists; choose another folder with -o")
     found = load_bundle(bundle)
-    parts = load_torch_components(found)
-    if not isinstance(parts["style_encoder"], StyleEncoder):
+    parts = {} if found.window is not None else load_torch_components(found)
+    if not isinstance(parts.get("style_encoder"), StyleEncoder):
         raise UsageError(f"{found.name} was exported from a diffusers folder; train on that folder instead")
     if "betas" not in found.manifest["schedule"]:
         raise UsageError(

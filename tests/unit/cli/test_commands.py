@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 from support.cli_support import Cli, files_in, picture
+from support.media_samples import make_clip
 
 from std_rt import __version__
+from std_rt.core.bundle import manifest_digest
 
 
 def test_version(cli: Cli) -> None:
@@ -69,6 +71,19 @@ def test_bundles_info_says_what_is_inside(cli: Cli, bundle: Path) -> None:
     out = cli("bundles", "info", bundle).out
     for words in ("64x64 px", "eta 0.5", "tau 499", "4 steps", "(default)", "graph unet", "Apache-2.0"):
         assert words in out
+
+
+def test_bundles_info_tells_a_video_to_video_bundle_and_live_refuses_it(cli: Cli, own_bundle: Path) -> None:
+    manifest = json.loads((own_bundle / "manifest.json").read_text(encoding="utf-8"))
+    manifest.update(schema=3, window={"frames": 8, "overlap": 2})
+    manifest["manifest_sha256"] = manifest_digest(manifest)
+    (own_bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert "8 frames at once, 2 shared with the window before" in cli("bundles", "info", own_bundle).out
+    art = picture(own_bundle.parent / "art.png", 32, 32)
+    camera = make_clip(own_bundle.parent / "clip.mkv")
+    refused = cli("live", "--style", art, "--bundle", own_bundle, "--camera", camera, "--no-window")
+    assert refused.code == 2
+    assert "is video-to-video (8 frames at once), which std-rt live does not support" in refused.error
 
 
 def test_bundles_verify_finds_a_changed_byte(cli: Cli, own_bundle: Path) -> None:
