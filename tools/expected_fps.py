@@ -18,7 +18,7 @@ from typing import Any
 
 __all__ = ["GPUS", "SHARE", "Cost", "Gpu", "frame_s", "main"]
 
-SHARE = 0.45  # of the peak, the goal of issue 15; nothing has been measured
+SHARE = 0.45  # of the peak: a goal; nothing has been measured
 BANDWIDTH_SHARE = 0.8
 SIZES_PX, STEPS = (512, 1024), (1, 2, 4)
 # Keys and values of the text in the UNet's 70 cross-attention layers: 2 matrices each, from 2048.
@@ -79,27 +79,11 @@ def _networks() -> tuple[Any, Any, Any]:
     import torch
     from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 
+    from std_rt.training.run.cost import SDXL_UNET, SDXL_VAE
+
     with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            sample_size=128,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            block_out_channels=(320, 640, 1280),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
-        full = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            latent_channels=4,
-        )
+        unet = UNet2DConditionModel.from_config(SDXL_UNET)
+        full = AutoencoderKL.from_config(SDXL_VAE)
         return unet, full, AutoencoderTiny()
 
 

@@ -17,6 +17,7 @@ from std_rt.core.machine import require
 
 if TYPE_CHECKING:
     from std_rt.core.bundle import Bundle
+    from std_rt.export.layer_comparison import Side
 
 __all__ = ["bundles_app"]
 
@@ -131,38 +132,38 @@ def compare(
     """
     require("std-rt bundles compare", "export", "onnx")
     from std_rt.core.bundle import load_bundle
-    from std_rt.export.layer_comparison import Side, first_difference
+    from std_rt.export.layer_comparison import first_difference
 
     choose_device(device)
     one = load_bundle(bundle)
     second = one if other is None else load_bundle(other)
     names = graph or [name for name in one.graph_names if name in second.graph_names]
-    reference, differs = one.reference(), False
     for name in names:
         if name not in one.graph_names or name not in second.graph_names:
             known = ", ".join(one.graph_names)
             raise UsageError(f"there is no graph '{name}' in both; use --graph with one of {known}")
+    reference, differs = one.reference(), False
+    for name in names:
         start = f"{name}/in/"
         inputs = {key.removeprefix(start): value for key, value in reference.items() if key.startswith(start)}
         if not inputs:
             typer.echo(f"{name}: no reference inputs in {one.name}, left out")
             continue
-        sides = [
-            Side(
-                each.graph_path(name),
-                on,
-                precision,
-                each.manifest.get("precision", {}).get(name, {}).get("compute", "fp32"),
-            )
-            for each, on in ((one, backend), (second, against))
-        ]
-        found = first_difference(sides[0], sides[1], inputs, floor)
+        sides = (_side(one, name, backend, precision), _side(second, name, against, precision))
+        found = first_difference(*sides, inputs, floor)
         differs |= found is not None
         typer.echo(
             f"{name}: {f'no layer below {floor:g} dB' if found is None else f'first differs in {found}'}"
         )
     if differs:
         raise typer.Exit(1)
+
+
+def _side(bundle: Bundle, graph: str, backend: str, precision: str) -> Side:
+    from std_rt.export.layer_comparison import Side
+
+    compute = bundle.manifest.get("precision", {}).get(graph, {}).get("compute", "fp32")
+    return Side(bundle.graph_path(graph), backend, precision, compute)
 
 
 @bundles_app.command("unpack")

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import UNetMotionModel
 from torch import Tensor, nn
 
 from std_rt.core.base_model import licence
@@ -29,6 +28,7 @@ from std_rt.models.components import (
     Network,
     check_part,
     load_part,
+    motion_unet,
     plain_config,
     quiet,
     read_config,
@@ -271,10 +271,7 @@ def _with_motion(unet: Network, adapter: Network, *, weights: bool) -> Network:
             "give --motion-adapter one made for this model (SDXL's: 320, 640, 1280)"
         )
     try:
-        with quiet("diffusers"):
-            motion = UNetMotionModel.from_unet2d(unet, adapter, load_weights=weights)
-        if weights:  # diffusers 0.42 leaves these of SDXL at random values
-            motion.add_embedding.load_state_dict(unet.add_embedding.state_dict())
+        motion = motion_unet(unet, adapter, weights=weights)
     except (ValueError, RuntimeError) as error:
         raise ExportError(f"the motion adapter does not fit the UNet: {str(error)[:200]}") from error
     return motion.eval().requires_grad_(False)

@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, MotionAdapter, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    MotionAdapter,
+    UNet2DConditionModel,
+    UNetMotionModel,
+)
 from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 from transformers.utils import logging as transformers_logging
@@ -31,6 +37,7 @@ __all__ = [
     "Network",
     "check_part",
     "load_part",
+    "motion_unet",
     "plain_config",
     "quiet",
     "read_config",
@@ -147,3 +154,16 @@ def plain_config(module: Network) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key[0] != "_" and key not in dropped}
     plain: dict[str, Any] = json.loads(json.dumps(kept, default=list))
     return plain
+
+
+def motion_unet(unet: Network, adapter: Network, *, weights: bool = True) -> Network:
+    """diffusers' UNetMotionModel of an SDXL UNet and a motion adapter, all weights of the two in it.
+
+    ``weights`` False: the architecture alone, on torch's current device. Raises ValueError or RuntimeError if
+    they do not fit together.
+    """
+    with quiet("diffusers"):
+        motion = UNetMotionModel.from_unet2d(unet, adapter, load_weights=weights)
+    if weights:  # diffusers 0.42 forgets this layer, and what it leaves there is random
+        motion.add_embedding.load_state_dict(unet.add_embedding.state_dict())
+    return motion

@@ -21,6 +21,7 @@ from std_rt.core.base_model import licence, unet_digest
 from std_rt.core.errors import ExportError, RecipeError
 from std_rt.core.schedule import NoiseSchedule
 from std_rt.models.clip_style import ClipStyleEncoder, find_encoder, open_adapter
+from std_rt.models.components import motion_unet
 from std_rt.models.ip_adapter import (
     Branches,
     adapter_digest,
@@ -401,7 +402,7 @@ def _is_of_use(record: logging.LogRecord) -> bool:
 
 def _add_motion(base: Base, config: MotionConfig) -> None:
     """Put the recipe's motion adapter into the base's UNet (in place): it takes ``[B, C, T, h, w]`` then."""
-    from diffusers import MotionAdapter, UNetMotionModel
+    from diffusers import MotionAdapter
 
     if base.text is None:
         raise RecipeError(f"{base.name} takes no motion adapter; set base to an SDXL, or motion.adapter = ''")
@@ -409,7 +410,7 @@ def _add_motion(base: Base, config: MotionConfig) -> None:
     logging.getLogger("diffusers.models.modeling_utils").addFilter(_is_of_use)
     try:
         adapter: Network = MotionAdapter.from_pretrained(config.adapter)
-        unet: Network = UNetMotionModel.from_unet2d(plain, adapter)
+        unet: Network = motion_unet(plain, adapter)
     except (OSError, ValueError, RuntimeError, KeyError, IndexError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RecipeError(
@@ -422,8 +423,6 @@ def _add_motion(base: Base, config: MotionConfig) -> None:
             f"motion.frames = {config.frames}, but {config.adapter} has {longest} positions; "
             f"set it to {longest} or less"
         )
-    # diffusers 0.42 forgets this layer, and what it leaves there is random.
-    unet.add_embedding.load_state_dict(plain.add_embedding.state_dict())
     base.unet = unet.to(plain.device)
     name = Path(config.adapter).name if Path(config.adapter).is_dir() else config.adapter
     base.motion = Motion(name, config.frames, config.interval)

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from std_rt.core.errors import ExportError, RecipeError
 from std_rt.models.autoencoder import AutoencoderPixelShuffle
+from std_rt.models.components import motion_unet
 from std_rt.models.ip_adapter import attach_diffusers, make_projection, pair_branches, read_ip_adapter
 from std_rt.models.ip_adapter import choose_layers as choose_style_layers
 from std_rt.training.data.buckets import bucket_sizes
@@ -244,7 +245,7 @@ def _add_motion(unet: Network, source: str) -> Network:
         found = SDXL_MOTION if source == SDXL_MOTION_NAME else diffusers.MotionAdapter.load_config(source)
         with torch.device("meta"):
             adapter = diffusers.MotionAdapter.from_config(found)
-            return diffusers.UNetMotionModel.from_unet2d(unet, adapter, load_weights=False)
+            return motion_unet(unet, adapter, weights=False)
     except (OSError, TypeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RecipeError(f"motion.adapter = {source!r} does not fit the base's UNet: {reason}") from None
