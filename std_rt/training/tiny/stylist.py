@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from std_rt.core.errors import RecipeError
+from std_rt.core.errors import RecipeError, one_line
 from std_rt.core.schedule import trajectory_timesteps
 from std_rt.models.perceptual import (
     colour_distance,
@@ -136,7 +136,7 @@ def build_stylist(config: StylistConfig) -> TinyPipeline:
         try:
             copy_weights(pipeline, source)
         except (RuntimeError, IndexError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise RecipeError(
                 f"start_from = {config.start_from!r} does not fit the recipe's model: {reason}"
             ) from None

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from std_rt.core.errors import RecipeError
+from std_rt.core.errors import RecipeError, one_line
 from std_rt.core.schedule import (
     NoiseSchedule,
     grid_timestep,
@@ -243,7 +243,7 @@ def _copy_weights(folder: Path, pipeline: TinyPipeline) -> None:
         pipeline.unet.load_state_dict(source.unet.state_dict())
         pipeline.style_encoder.load_state_dict(source.style_encoder.state_dict())
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise RecipeError(f"start_from = {str(folder)!r} does not fit the recipe's model: {reason}") from None
 
 
