@@ -73,7 +73,7 @@ def test_bundles_info_says_what_is_inside(cli: Cli, bundle: Path) -> None:
         assert words in out
 
 
-def test_bundles_info_tells_a_video_to_video_bundle_and_live_what_it_cannot(cli: Cli, own_bundle: Path) -> None:
+def test_bundles_info_tells_a_video_to_video_bundle(cli: Cli, own_bundle: Path) -> None:
     manifest = json.loads((own_bundle / "manifest.json").read_text(encoding="utf-8"))
     manifest.update(schema=3, window={"frames": 8, "overlap": 2})
     manifest["manifest_sha256"] = manifest_digest(manifest)
