@@ -40,8 +40,9 @@ def estimate_export(
     """What the export of a diffusers folder takes with weights stored in ``precision``.
 
     ``precision``: fp32, fp16 or bf16. ``parts`` are folders used instead of the source's own (as
-    ``{"vae": Path(...)}``; ``motion_adapter`` comes to them), ``adapter`` an IP-Adapter file. ``text`` is False if prompts are baked in, so
-    that text encoders are loaded and not stored. Raises ExportError on an unreadable weight file.
+    ``{"vae": Path(...)}``), and ``motion_adapter``; ``adapter`` is an IP-Adapter file. ``text`` is False if
+    prompts are baked in, so that text encoders are loaded and not stored. Raises ExportError on an unreadable
+    weight file.
     """
     folders = {part: source / part for part in _PARTS} | (parts or {})
     sizes = {part: _parameters(folder) for part, folder in folders.items()}
