@@ -144,6 +144,9 @@ class LiveRequest(StylizerFlags):
 def live(request: LiveRequest) -> None:
     """Stylize a camera live. In the window, H shows the keys.
 
+    A video-to-video bundle paints windows of frames together, so a frame is shown T - overlap - 1 frames and
+    the time of a window after it was captured; the start says how long that is.
+
     std-rt live --style art.png
 
     std-rt live -s paintings/ --camera clip.mp4 --stream-batch --record out.mp4
@@ -168,6 +171,7 @@ def live(request: LiveRequest) -> None:
         if first is None:
             raise MediaError(f"{source.name} delivers no frames; name another camera with --camera")
         stylizer = stack.enter_context(open_stylizer(request, console, live=True))
+        settings.check(stylizer.bundle)
         if request.prompt is not None:
             stylizer.set_prompt(request.prompt, request.negative_prompt)
         stylizer.keep_colours = request.keep_colours
@@ -187,10 +191,21 @@ def live(request: LiveRequest) -> None:
         # Closed first, so that nothing can prevent a recording from being finished.
         stack.callback(presenter.close)
         note(console, f"{describe(stylizer)}, {source.name}")
+        if stylizer.bundle.window is not None:
+            note(console, _latency(stylizer.bundle.window, source.fps or _USUAL_FPS))
         _present(presenter, outputs, request.duration, console)
         session.metrics.pause("end")  # the time that closing takes does not count
         session.report()
     typer.echo(json.dumps(session.report()))
+
+
+def _latency(window: tuple[int, int], fps: float) -> str:
+    """What a video-to-video bundle costs in time, in one line."""
+    frames, new = window[0], window[0] - window[1]
+    return (
+        f"video-to-video: windows of {frames} frames, {new} of them new, so a frame is shown {new - 1} "
+        f"frames ({(new - 1) / fps:.2f} s at {fps:g} fps) and the time of a window after it was captured"
+    )
 
 
 def _mixer(request: LiveRequest, stylizer: Stylizer) -> StyleMixer:
