@@ -28,6 +28,7 @@ __all__ = [
     "listed",
     "matching",
     "opened",
+    "remove",
     "stats",
     "stored",
     "sweep",
@@ -121,6 +122,16 @@ def sweep(folder: str) -> None:
         for left in Path(folder).rglob(".*.????????.part*"):
             with suppress(OSError):
                 left.unlink()
+
+
+def remove(place: str) -> None:
+    """Remove a file, or a folder with all that is in it; nothing happens where there is none."""
+    files, path = opened(place)
+    with suppress(OSError):
+        if files.get_file_info(path).type == fs.FileType.File:
+            files.delete_file(path)
+        else:
+            files.delete_dir(path)
 
 
 def matching(pattern: str) -> list[str]:
