@@ -45,16 +45,21 @@ def s3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
         server = subprocess.Popen([str(MOTO), "-p", str(port)], stdout=log, stderr=log)
     try:
         deadline_s = time.monotonic() + _PATIENCE_S
-        while socket.socket().connect_ex(("127.0.0.1", port)):
+        while not answers(port):
             assert server.poll() is None
             assert time.monotonic() < deadline_s
             time.sleep(0.5)
-        found = fs.S3FileSystem(allow_bucket_creation=True)
+        found, _ = fs.FileSystem.from_uri("s3://studio/?allow_bucket_creation=true")
         found.create_dir("studio")
         yield found
     finally:
         server.kill()
         server.wait()
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as caller:
+        return caller.connect_ex(("127.0.0.1", port)) == 0
 
 
 def start(bundle: Bundle, source: str, art: str, out: str) -> subprocess.Popen[str]:

@@ -169,7 +169,7 @@ wait $other
 
 def _launch_on_hosts(script: Path, folder: Path) -> list[str]:
     """docs/training.md's command on each of two hosts. Skips where users may not have namespaces."""
-    allowed = ["unshare", "-rn", "ip", "link", "add", "a", "type", "veth", "peer", "name", "b"]
+    allowed = ["unshare", "-rn", "ip", "link", "add", "to1", "type", "veth", "peer", "name", "to0"]
     try:
         subprocess.run(allowed, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
