@@ -1,4 +1,4 @@
-"""`std-rt bulk` from and to S3: a local server stands in for it (``pip install 'moto[server]'``)."""
+"""`std-rt bulk` from and to S3: a local server stands in for it (``pip install 'moto[server]>=5.2.5'``)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ parquet = pytest.importorskip("pyarrow.parquet")
 MOTO = shutil.which("moto_server")
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.skipif(MOTO is None, reason="needs a local S3 server: pip install 'moto[server]'"),
+    pytest.mark.skipif(MOTO is None, reason="needs a local S3 server: pip install 'moto[server]>=5.2.5'"),
 ]
 
 COUNT = 12
@@ -75,11 +75,16 @@ def finish(job: subprocess.Popen[str]) -> str:
     return said
 
 
-def objects(s3: Any, folder: str) -> dict[str, bytes]:
+def names_in(s3: Any, folder: str) -> set[str]:
     """Every file below ``folder``, hidden ones too."""
     found = s3.get_file_info(fs.FileSelector(folder, recursive=True, allow_not_found=True))
-    paths = [info.path for info in found if info.type == fs.FileType.File]
-    return {path[len(folder) + 1 :]: s3.open_input_stream(path).readall() for path in paths}
+    return {info.path[len(folder) + 1 :] for info in found if info.type == fs.FileType.File}
+
+
+def read(s3: Any, path: str) -> bytes:
+    with s3.open_input_stream(path) as stream:
+        data: bytes = stream.readall()
+    return data
 
 
 def test_a_bucket_becomes_another_and_a_killed_command_goes_on(
@@ -96,21 +101,20 @@ def test_a_bucket_becomes_another_and_a_killed_command_goes_on(
     addresses = "s3://studio/photos", "s3://studio/art.png", "s3://studio/styled"
 
     killed = start(handmade, *addresses)
-    while killed.poll() is None and not any(name.endswith(".png") for name in objects(s3, "studio/styled")):
+    names = {f"{index:02}.png" for index in range(COUNT)} | {"clip.mp4"}
+    while killed.poll() is None and not names & names_in(s3, "studio/styled"):
         time.sleep(0.1)
     killed.kill()
     killed.communicate()
-    left = objects(s3, "studio/styled")
+    left = {name: read(s3, f"studio/styled/{name}") for name in names & names_in(s3, "studio/styled")}
     finish(start(handmade, *addresses))
     finish(start(handmade, str(here), str(art), str(tmp_path / "styled")))
 
-    found = objects(s3, "studio/styled")
-    names = {f"{index:02}.png" for index in range(COUNT)} | {"clip.mp4"}
-    assert {name for name in found if not name.startswith("manifest/")} == names | {"failed.jsonl"}
-    assert {name: found[name] for name in names} == {
-        name: (tmp_path / "styled" / name).read_bytes() for name in names
-    }
-    assert all(found[name] == left[name] for name in names & left.keys()), "half a file had its final name"
+    there = names_in(s3, "studio/styled")
+    assert {name for name in there if not name.startswith("manifest/")} == names | {"failed.jsonl"}
+    found = {name: read(s3, f"studio/styled/{name}") for name in names}
+    assert found == {name: (tmp_path / "styled" / name).read_bytes() for name in names}
+    assert left == {name: found[name] for name in left}, "half a file had its final name"
     recorded = parquet.read_table("studio/styled/manifest", filesystem=s3)["output"].to_pylist()
     assert Counter(recorded) == Counter(names)
     assert "13 of 13 are finished already" in finish(start(handmade, *addresses))
