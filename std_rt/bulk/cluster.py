@@ -74,7 +74,6 @@ def connect(address: str | None = None) -> bool:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it writes to stderr
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # 30 are not enough on a busy machine
-    os.environ.setdefault("RAY_agent_register_timeout_ms", "300000")  # nor are they for what it starts
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
         low, high = _STORE_GB

@@ -39,11 +39,10 @@ def items(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def cluster() -> Iterator[Any]:
     """A head and one more node, of two processors each."""
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setenv("RAY_agent_register_timeout_ms", "300000")  # as `connect` has it
     found = Cluster(
         initialize_head=True,
         head_node_args={"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False},
