@@ -31,9 +31,7 @@ _PASSES = 3
 _BLOCK_MB = 24  # of frames: bounds what waits between stages
 _MOST_ROWS = 64
 _BLOCKS_AN_ENGINE = 4  # at least, so that none is idle at the end for long
-_SEGMENT_S = (
-    60.0  # long beside the second or the group of pictures that each decodes ahead of its first frame
-)
+_SEGMENT_S = 60.0  # long beside what each decodes ahead of its first frame: a second, or a group of pictures
 
 Row = Mapping[str, Any]
 

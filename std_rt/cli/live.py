@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from std_rt.live.presenter import Outputs, Presenter
-    from std_rt.live.session import Session
+    from std_rt.live.session import Session, Settings
     from std_rt.live.style_mixer import StyleMixer
     from std_rt.media.camera.frame_source import Source
     from std_rt.media.video.record import Recorder
@@ -152,18 +152,11 @@ def live(request: LiveRequest) -> None:
     std-rt live -s paintings/ --camera clip.mp4 --stream-batch --record out.mp4
     """
     from std_rt.live.presenter import Presenter
-    from std_rt.live.session import Session, Settings
+    from std_rt.live.session import Session
 
     styles = expand_styles(request.style)
     _check_outputs(request, [path for path, _ in styles])
-    settings = Settings(
-        stream_batch=request.stream_batch,
-        temporal=request.temporal,
-        similar=request.skip_similar,
-        target_fps=request.target_fps,
-        crossfade_s=request.crossfade,
-        seed=request.seed,
-    )
+    settings = _settings(request)
     console = Console(stderr=True)
     with ExitStack() as stack:
         source = stack.enter_context(closing(_open_source(request)))
@@ -197,6 +190,19 @@ def live(request: LiveRequest) -> None:
         session.metrics.pause("end")  # the time that closing takes does not count
         session.report()
     typer.echo(json.dumps(session.report()))
+
+
+def _settings(request: LiveRequest) -> Settings:
+    from std_rt.live.session import Settings
+
+    return Settings(
+        stream_batch=request.stream_batch,
+        temporal=request.temporal,
+        similar=request.skip_similar,
+        target_fps=request.target_fps,
+        crossfade_s=request.crossfade,
+        seed=request.seed,
+    )
 
 
 def _latency(window: tuple[int, int], fps: float) -> str:

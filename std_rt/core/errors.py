@@ -53,7 +53,7 @@ class RecipeError(StdRtError):
     """A recipe with a wrong key or value, or data it cannot find."""
 
 
-def one_line(error: object, limit: int | None = None) -> str:
+def one_line(error: BaseException | str, limit: int | None = None) -> str:
     """The text of an error in one line: its first ``limit`` characters, or the last where negative.
 
     Libraries end long messages with the cause as often as they begin with it. An error without text
@@ -62,4 +62,4 @@ def one_line(error: object, limit: int | None = None) -> str:
     text = " ".join(str(error).split())
     if limit is not None:
         text = text[:limit] if limit >= 0 else text[limit:]
-    return text or type(error).__name__
+    return text if text or isinstance(error, str) else type(error).__name__
