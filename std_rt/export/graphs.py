@@ -363,10 +363,14 @@ def _moving(z: Tensor, frames: int) -> Tensor:
 
 
 def _picture(size: tuple[int, int], rng: torch.Generator) -> Tensor:
-    """A picture with large and small structure, ``[1, 3, H, W]`` in [-1, 1]."""
+    """A picture with large and small structure, ``[1, 3, H, W]`` in [-1, 1].
+
+    In steps of 1/16: bundles carry the style picture, and so it compresses to a quarter.
+    """
     coarse = torch.randn(1, 3, 6, 6, generator=rng)
     smooth = torch.nn.functional.interpolate(coarse, size, mode="bicubic")
-    return (0.5 * smooth + 0.1 * torch.randn(1, 3, *size, generator=rng)).clamp(-1, 1)
+    picture = (0.5 * smooth + 0.1 * torch.randn(1, 3, *size, generator=rng)).clamp(-1, 1)
+    return (picture * 16).round() / 16
 
 
 def _example(inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Example:

@@ -21,7 +21,8 @@ from std_rt.core.bundle import Bundle
 pytest.importorskip("ray")
 fs = pytest.importorskip("pyarrow.fs")
 parquet = pytest.importorskip("pyarrow.parquet")
-MOTO = shutil.which("moto_server")
+# That of this environment: an older one found elsewhere does not complete multipart uploads.
+MOTO = shutil.which("moto_server", path=str(Path(sys.executable).parent))
 pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(MOTO is None, reason="needs a local S3 server: pip install 'moto[server]>=5.2.5'"),

@@ -67,11 +67,10 @@ def builder(cache: EngineCache) -> EngineBuilder:
 
 @pytest.fixture
 def decoder() -> GraphSpec:
-    """The built-in model's decoder at 64 px: 3 MB of weights in a file beside the graph."""
+    """The built-in model's decoder at 64 px: 2 MB of weights in a file beside the graph."""
     bundle = load_bundle()
-    return GraphSpec(
-        "vae_decoder", bundle.graph_path("vae_decoder"), {"latents": (1, 8, 8, 8)}, bundle.digest
-    )
+    shape = (1, bundle.latent_channels, 8, 8)
+    return GraphSpec("vae_decoder", bundle.graph_path("vae_decoder"), {"latents": shape}, bundle.digest)
 
 
 @pytest.fixture

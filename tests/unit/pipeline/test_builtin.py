@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from std_rt import Stylizer
-from std_rt.core.bundle import Bundle, load_bundle, verify_bundle
+from std_rt.core.bundle import CONTENT, Bundle, load_bundle, verify_bundle
 from std_rt.evaluation.measures import score
 from std_rt.examples import scenes, styles
 from std_rt.media.image import read_picture, write_picture
@@ -31,12 +31,46 @@ def stylizer(bundle: Bundle) -> Iterator[Stylizer]:
 
 
 def test_it_is_intact_and_within_its_size(bundle: Bundle) -> None:
+    """Both forms and the self-check together."""
     verify_bundle(bundle)
-    weights = {bundle.weights_path(graph) for graph in bundle.graph_names}
-    assert sum(path.stat().st_size for path in weights) <= 40 * MB
+    assert bundle.total_bytes <= 40 * MB
+    assert "unet" in bundle.int8_graphs
     assert bundle.tau == 739
-    assert bundle.default_steps == 4
     assert {source["licence"] for source in bundle.manifest["sources"]} == {"apache-2.0"}
+
+
+def test_two_steps_without_guidance_are_its_default(bundle: Bundle) -> None:
+    assert (bundle.default_steps, bundle.steps_allowed) == (2, [1, 2, 4])
+    assert bundle.manifest["guidance"] == {"mode": "none", "scale": 1.0}
+    assert bundle.unet_inputs == CONTENT  # what few steps rest on
+
+
+def _multiplications(bundle: Bundle, graph: str, size_px: int) -> int:
+    """Of all convolutions and matrix products for one picture of ``size_px`` squared."""
+    from openvino import Core
+
+    axes = {"height": size_px, "width": size_px, "latent_height": size_px // 8, "latent_width": size_px // 8}
+    model = Core().read_model(bundle.graph_path(graph))
+    inputs = bundle.manifest["graphs"][graph]["inputs"]
+    model.reshape({p["name"]: [axes.get(n, 1 if n == "batch" else n) for n in p["shape"]] for p in inputs})
+    total = 0
+    for node in model.get_ordered_ops():
+        kind = node.get_type_name()
+        if kind not in ("Convolution", "MatMul"):
+            continue
+        second = node.input(1).get_shape()
+        if kind == "MatMul":
+            second = [0, second[-1 if node.get_attributes()["transpose_b"] else -2]]
+        total += int(np.prod(node.output(0).get_shape()) * np.prod(second[1:]))
+    return total
+
+
+def test_a_frame_costs_what_two_ordinary_cores_can_do(bundle: Bundle) -> None:
+    """6.5 GMAC at 256 px and 2 steps; the style encoder runs once a style."""
+    calls = {"vae_encoder": 1, "unet": bundle.default_steps, "vae_decoder": 1}
+    cost = {graph: count * _multiplications(bundle, graph, 256) for graph, count in calls.items()}
+    assert cost["unet"] > 3e9  # what is counted is there
+    assert sum(cost.values()) <= 6.5e9
 
 
 def test_the_manifest_names_no_place_on_a_machine(bundle: Bundle) -> None:
@@ -50,7 +84,7 @@ def test_torch_gives_the_same_picture(bundle: Bundle) -> None:
     from std_rt.evaluation.diffusers_baseline import DiffusersLoop
 
     frame, style = scenes(128)["lake"], styles(256)["swirls"]
-    loop = DiffusersLoop(bundle, 4, (128, 128))
+    loop = DiffusersLoop(bundle, bundle.default_steps, (128, 128))
     loop.set_style(style)
     theirs = loop.step(frame)
     for backend in ("openvino", "onnxruntime"):
