@@ -38,8 +38,9 @@ def stochastic(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def numbers_of(bundle: Bundle) -> FrameNumbers:
     """What of a bundle decides shapes, as its graphs declare it."""
     ports = {port["name"]: port["shape"][1:] for port in bundle.manifest["graphs"]["unet"]["inputs"]}
-    conditioning = {k: tuple(v) for k, v in ports.items() if k not in ("sample", "timestep")}
-    return FrameNumbers(bundle.vae_scale, bundle.latent_channels, conditioning)
+    per_frame = ("sample", "timestep", *bundle.unet_inputs)
+    conditioning = {k: tuple(v) for k, v in ports.items() if k not in per_frame}
+    return FrameNumbers(bundle.vae_scale, bundle.latent_channels, conditioning, bundle.unet_inputs)
 
 
 def program_of(
