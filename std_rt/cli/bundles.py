@@ -12,7 +12,7 @@ from typer import Option
 
 from std_rt.cli.options import BundleArgument, DeviceOption, OverwriteOption, PrecisionOption, choose_device
 from std_rt.cli.terminal import print_table
-from std_rt.core.errors import UsageError
+from std_rt.core.errors import UsageError, counted
 from std_rt.core.machine import require
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _facts(bundle: Bundle) -> Iterator[tuple[str, str]]:
     yield "schedule", f"{bundle.prediction_type}, eta {bundle.eta:g}, tau {bundle.tau}"
     for steps in bundle.steps_allowed:
         default = " (default)" if steps == bundle.default_steps else ""
-        yield f"{steps} steps", ", ".join(str(c.timestep) for c in bundle.coefficients(steps)) + default
+        yield counted(steps, "step"), ", ".join(str(c.timestep) for c in bundle.coefficients(steps)) + default
     yield "guidance", f"{bundle.guidance['mode']}, scale {bundle.guidance['scale']:g}"
     yield "style", f"{bundle.style['tokens']} tokens from {bundle.style_px} px"
     yield "text", str(manifest["text"]["mode"])

@@ -25,7 +25,7 @@ from std_rt.cli.terminal import (
     progress_lines,
     say,
 )
-from std_rt.core.errors import MediaError, StdRtError, UsageError
+from std_rt.core.errors import MediaError, StdRtError, UsageError, counted
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -227,7 +227,8 @@ def check_size(bundle: Bundle, size: int | tuple[int, int] | None) -> None:
 
 def describe(stylizer: Stylizer) -> str:
     """One line: bundle, steps, backend and why it was chosen."""
-    return f"{stylizer.bundle.name}, {stylizer.steps} steps, {stylizer.backend} ({stylizer.reason})"
+    steps = counted(stylizer.steps, "step")
+    return f"{stylizer.bundle.name}, {steps}, {stylizer.backend} ({stylizer.reason})"
 
 
 class _Work:

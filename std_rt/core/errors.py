@@ -53,6 +53,11 @@ class RecipeError(StdRtError):
     """A recipe with a wrong key or value, or data it cannot find."""
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 step``, ``2 steps``: in messages."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
 def one_line(error: BaseException | str, limit: int | None = None) -> str:
     """The text of an error in one line: its first ``limit`` characters, or the last where negative.
 

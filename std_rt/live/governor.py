@@ -19,7 +19,7 @@ from collections.abc import Collection, Hashable, Iterator, Mapping
 from itertools import pairwise
 from typing import Generic, TypeVar
 
-from std_rt.core.errors import StdRtError, UsageError
+from std_rt.core.errors import StdRtError, UsageError, counted
 from std_rt.live.metrics import Metrics
 from std_rt.pipeline.stylizer import Quality, Stylizer
 from std_rt.streaming.frame_stream import FramePacket, FrameStream
@@ -289,4 +289,4 @@ class QualityControl:
 
 def _name(quality: Quality) -> str:
     h, w = quality.size
-    return f"{w}x{h}, {quality.steps} step" + ("s" if quality.steps > 1 else "")
+    return f"{w}x{h}, {counted(quality.steps, 'step')}"

@@ -30,7 +30,7 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore
 from huggingface_hub.utils import tqdm as HubBar  # type: ignore[attr-defined]
 from rich.filesize import decimal
 
-from std_rt.core.errors import ExportError
+from std_rt.core.errors import ExportError, counted
 from std_rt.core.files import disk_is_full, file_digest
 from std_rt.core.machine import free_disk_gb
 
@@ -218,7 +218,8 @@ def fetch_all(wanted: Sequence[Fetch], say: Say, confirm: Callable[[str], bool])
         listing, left = fetch.listing, sum(file.size for file in fetch.missing)
         size = sum(listing.files[name].size for name in fetch.names)
         state = f"{_size(left)} to fetch" if fetch.missing else "cached"
-        say(f"{listing.ref} ({listing.commit[:12]}): {_files(fetch.names)}, {_size(size)}, {state}")
+        files = counted(len(fetch.names), "file")
+        say(f"{listing.ref} ({listing.commit[:12]}): {files}, {_size(size)}, {state}")
     if missing:
         _announce(wanted, missing, say, confirm)
     for fetch in wanted:
@@ -241,7 +242,7 @@ def _announce(
 ) -> None:
     """Say how much is to be fetched, and ask. Raises ExportError if it cannot or shall not be."""
     total = sum(file.size for file in missing)
-    summary = f"to fetch: {_files(missing)}, {_size(total)}, into {constants.HF_HUB_CACHE}"
+    summary = f"to fetch: {counted(len(missing), 'file')}, {_size(total)}, into {constants.HF_HUB_CACHE}"
     say(summary)
     offline = next((fetch for fetch in wanted if fetch.missing and not fetch.listing.online), None)
     if offline is not None:
@@ -257,10 +258,6 @@ def _announce(
         )
     if not confirm(summary):
         raise ExportError("download declined; nothing was fetched")
-
-
-def _files(found: Sequence[object]) -> str:
-    return f"{len(found)} file" + ("" if len(found) == 1 else "s")
 
 
 def _size(count: int) -> str:

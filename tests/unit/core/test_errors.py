@@ -2,7 +2,7 @@
 
 import pytest
 
-from std_rt.core.errors import one_line
+from std_rt.core.errors import counted, one_line
 
 
 @pytest.mark.parametrize(
@@ -18,3 +18,8 @@ from std_rt.core.errors import one_line
 )
 def test_an_error_is_one_line(error: BaseException | str, limit: int | None, said: str) -> None:
     assert one_line(error, limit) == said
+
+
+@pytest.mark.parametrize(("count", "said"), [(0, "0 steps"), (1, "1 step"), (2, "2 steps")])
+def test_a_count_agrees_with_its_noun(count: int, said: str) -> None:
+    assert counted(count, "step") == said
