@@ -175,7 +175,7 @@ def unpack(
 ) -> None:
     """Turn std-tiny, or a bundle of its kind, back into a diffusers folder, to train on.
 
-    Bundles that were exported from other diffusers folders do not hold all that was in these.
+    Bundles exported from other diffusers folders do not hold everything that training needs.
 
     Needs the extra \\[export]: see std-rt doctor.
     """
@@ -195,8 +195,8 @@ def unpack(
         kinds = {"pipeline": "the diffusers folder", "motion_adapter": "the motion adapter"}
         made_of = " and ".join(f"{what} {names[role]}" for role, what in kinds.items() if role in names)
         raise UsageError(
-            f"{found.name} was exported from {made_of or 'a diffusers folder'}, and text encoders or weights "
-            f"without its LoRAs are not in it; train on {'these' if ' and ' in made_of else 'that'} instead"
+            f"{found.name} was exported from {made_of or 'a diffusers folder'} and does not hold everything "
+            f"that training needs; train on {'these' if ' and ' in made_of else 'that'} instead"
         )
     if "betas" not in found.manifest["schedule"]:
         raise UsageError(
