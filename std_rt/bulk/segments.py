@@ -3,8 +3,8 @@
     OUT/.parts/KEY/BEGIN_END.arrow    painted frames of a segment, until its clip is on record
 
 A join makes the clip as ever, sound and times and all, but looks up each decoded frame in the parts, by its
-digest, before it paints it. So no cut can be seen or lose anything: a frame that a segment lacks, or has
-decoded in another way (a stream without clean key frames, damage), is painted at the join.
+digest, before it paints it. So no cut can be seen or lose anything: a frame that a segment lacks, holds as a
+damaged picture, or has decoded in another way (a stream without clean key frames), is painted at the join.
 """
 
 from __future__ import annotations
@@ -166,12 +166,12 @@ def _looked_up(
         ahead.extend(islice(parts, _AHEAD - len(ahead)))
         wanted = _digest(frame)
         at = next((index for index, (source, _) in enumerate(ahead) if source == wanted), None)
-        if at is None:
-            yield from paint(iter([frame]))
-            continue
-        for _ in range(at):
-            ahead.popleft()
-        yield _unpacked(ahead.popleft()[1])
+        painted = None
+        if at is not None:
+            for _ in range(at):
+                ahead.popleft()
+            painted = _unpacked(ahead.popleft()[1])
+        yield from paint(iter([frame])) if painted is None else (painted,)
 
 
 def _frames_of(parts: Iterable[str]) -> Iterator[tuple[bytes, bytes]]:
@@ -196,8 +196,10 @@ def _packed(frame: Frame) -> bytes:
     return cv2.imencode(".png", np.ascontiguousarray(frame), _FASTEST)[1].tobytes()
 
 
-def _unpacked(png: bytes) -> Frame:
-    return np.asarray(cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR), np.uint8)
+def _unpacked(png: bytes) -> Frame | None:
+    """None if it is damaged."""
+    found = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR) if png else None
+    return None if found is None else np.asarray(found, np.uint8)
 
 
 def discard(out: str, is_done: Callable[[str], bool]) -> None:

@@ -173,7 +173,9 @@ def unpack(
     ],
     bundle: BundleArgument = None,
 ) -> None:
-    """Turn a bundle back into a diffusers folder, to train on.
+    """Turn std-tiny, or a bundle of its kind, back into a diffusers folder, to train on.
+
+    Bundles exported from other diffusers folders do not hold everything that training needs.
 
     Needs the extra \\[export]: see std-rt doctor.
     """
@@ -189,7 +191,13 @@ def unpack(
     found = load_bundle(bundle)
     parts = {} if found.window is not None else load_torch_components(found)
     if not isinstance(parts.get("style_encoder"), StyleEncoder):
-        raise UsageError(f"{found.name} was exported from a diffusers folder; train on that folder instead")
+        names = {source["role"]: source["id"] for source in found.manifest.get("sources", [])}
+        kinds = {"pipeline": "the diffusers folder", "motion_adapter": "the motion adapter"}
+        made_of = " and ".join(f"{what} {names[role]}" for role, what in kinds.items() if role in names)
+        raise UsageError(
+            f"{found.name} was exported from {made_of or 'a diffusers folder'} and does not hold everything "
+            f"that training needs; train on {'these' if ' and ' in made_of else 'that'} instead"
+        )
     if "betas" not in found.manifest["schedule"]:
         raise UsageError(
             f"{found.name} does not contain its noise schedule; export it again with this std-rt"

@@ -93,6 +93,14 @@ class EvaluateRequest:
         list[Path] | None, Option(metavar="FILE", help="A clip to judge for flicker; repeatable.")
     ] = None
     frames: Annotated[int, Option(min=2, help="Frames to judge per clip.")] = 48
+    slices: Annotated[
+        Path | None,
+        Option(
+            metavar="SLICES.png",
+            help="Also a sheet of the clips' middle rows, frame below frame, side by side: flicker is seen "
+            "as stripes across.",
+        ),
+    ] = None
     precision: PrecisionOption = "auto"
     overwrite: OverwriteOption = False
     bundle: Annotated[
@@ -188,6 +196,7 @@ class EvaluateRequest:
             raise UsageError(f"--protocol must be std, got {self.protocol!r}")
         _refuse({"--teacher": self.teacher}, "compares networks in torch; with --protocol give --bundle")
         within = {"--save-outputs": self.save_outputs, "--blind": self.blind, "--table": self.table}
+        within["--slices"] = self.slices
         _refuse(within, "is part of --protocol; -o FOLDER says where")
 
     def _check_bundle_flags(self) -> None:
@@ -207,6 +216,7 @@ class EvaluateRequest:
 
         others: dict[str, object] = {"--bundle": self.bundle, "--evaluations": self.evaluations}
         others |= {"--peer": self.peer, "--save-outputs": self.save_outputs, "--blind": self.blind}
+        others["--slices"] = self.slices
         _refuse(others, "and --teacher are mutually exclusive; give one of the two")
         if isinstance(parse_size(self.size), tuple):
             raise UsageError(
@@ -249,7 +259,7 @@ def evaluate(request: EvaluateRequest) -> None:
     if request.protocol is not None:
         typer.echo(json.dumps(_run_protocol(request, request.output or Path("protocol"))))
         return
-    for path in (request.sheet, request.table):
+    for path in (request.sheet, request.table, request.slices):
         if path is not None:
             check_output(path, overwrite=request.overwrite)
     found, details = _judge_bundles(request) if request.teacher is None else _judge_students(request)
@@ -350,17 +360,18 @@ def _judge_bundles(request: EvaluateRequest) -> tuple[Found, Found]:
     run = _Run(request, *_candidates(request), files, clips, request.save_outputs)
     _check_plan(run)
     with counting(Console(stderr=True), "reading pictures") as told:
-        judge = _judge_with(request)
-        results = _paint(run, told)
+        results = _paint(run, _judge_with(request), told)
         if request.blind is not None:
             write_blind(request.blind, results.material.pairs, results.pictures, request.seed)
         results.add_baselines()
         headings = results.write_sheet(request.sheet)
-        by_pair, _ = results.scores(judge, told)
+        lines = [] if request.slices is None else [_write_slices(results, request.slices)]
+        by_pair, _ = results.scores(told)
     scores = {label: means(list(rows.values())) for label, rows in by_pair.items()}
     _print_scores(scores)
     _print_clips(results.steady)
-    typer.echo(f"sheet ({' | '.join(headings)}): {request.sheet}")
+    for line in (f"sheet ({' | '.join(headings)}): {request.sheet}", *lines):
+        typer.echo(line)
     if request.blind is not None:
         typer.echo(f"blind sheet: {request.blind}; its key: {key_path(request.blind)}")
     return _found(run, results) | {"scores": scores}, {"by_pair": by_pair}
@@ -381,10 +392,10 @@ def _run_protocol(request: EvaluateRequest, folder: Path) -> Found:
     _check_plan(run)
     with counting(Console(stderr=True), "reading pictures") as told:
         judge, describe = _judge_with(request), _describe_with(request, run.side_px)
-        results = _paint(run, told)
+        results = _paint(run, judge, told)
         told("sheets and voting page", 0, 1)
         lines = _write_pictures(run, results, folder)
-        by_pair, features = results.scores(judge, told, describe)
+        by_pair, features = results.scores(told, describe)
         told("intervals", 0, 1)
         summary = summarise(by_pair, features, results.steady)
     lines = [*_write_summary(summary, results, folder), *lines]
@@ -407,6 +418,8 @@ def _write_pictures(run: _Run, results: Results, folder: Path) -> list[str]:
     chosen = rows_shown(len(pairs), len(results.pictures) + 2, run.side_px)
     headings = results.write_sheet(folder / "sheet.png", chosen)
     lines = [f"sheet ({' | '.join(headings)}): {folder / 'sheet.png'}"]
+    if run.clips:
+        lines.append(_write_slices(results, folder / "slices.png"))
     if len(runners) < 2:
         return [
             *lines,
@@ -423,6 +436,12 @@ def _write_pictures(run: _Run, results: Results, folder: Path) -> list[str]:
         why = "is of other candidates and was kept; for a new one remove it, or give another folder with -o"
         return [*lines, f"note: {folder / KEY} {why}"]
     return [*lines, f"voting page: {folder / PAGE} (count votes: std-rt tally {folder / KEY} VOTES.csv ...)"]
+
+
+def _write_slices(results: Results, path: Path) -> str:
+    """A line that says what is on the sheet."""
+    headings, clips = results.write_slices(path), ", ".join(Path(clip).stem for clip in results.slices)
+    return f"slices over time, downwards, of {clips} ({' | '.join(headings)}): {path}"
 
 
 def _write_summary(summary: Summary, results: Results, folder: Path) -> list[str]:
@@ -457,6 +476,7 @@ def _found(run: _Run, results: Results) -> Found:
     return {
         "warping": results.clip_figures("warping"),
         "sharpness": results.clip_figures("sharpness"),
+        "clips": results.steady,
         "bundles": {one.label: one.as_dict() for one in run.bundles},
         "evaluations": results.evaluations,
         "pairs": len(run.files),
@@ -479,6 +499,8 @@ def _check_plan(run: _Run) -> None:
     from std_rt.evaluation.outputs import check_labels
 
     check_labels(run.labels)
+    if run.request.slices is not None and not run.clips:
+        raise UsageError("--slices is for clips, and there are none among CONTENTS; add --video FILE")
     blind, overwrite = run.request.blind, run.request.overwrite
     if blind is not None or (run.request.protocol and len(run.labels) > 1):
         check_count(len(run.labels))
@@ -487,7 +509,7 @@ def _check_plan(run: _Run) -> None:
             check_output(path, overwrite=overwrite, flag="--blind")
 
 
-def _paint(run: _Run, told: Callable[[str, int, int], None]) -> Results:
+def _paint(run: _Run, judge: Judge, told: Callable[[str, int, int], None]) -> Results:
     """All candidates' outputs: every bundle in turn, opened with its number of steps, then the peers."""
     from std_rt.evaluation.bundle_comparison import Material, Results
     from std_rt.evaluation.outputs import Store, open_store
@@ -497,7 +519,7 @@ def _paint(run: _Run, told: Callable[[str, int, int], None]) -> Results:
     store = Store()
     if run.place is not None:
         store = open_store(run.place, run.plan(), overwrite=request.overwrite, flag=run.flag)
-    results = Results(Material.read(run.files, run.side_px, run.clips, request.frames, store))
+    results = Results(Material.read(run.files, run.side_px, run.clips, request.frames, store), judge)
     ready = _read_peers(run.peers, results.material)
     results.material.prepare(told)
     how: dict[str, Any] = {"backend": request.backend, "size": run.size, "precision": request.precision}
@@ -529,16 +551,20 @@ def _print_scores(scores: dict[str, dict[str, float]]) -> None:
 
 
 def _print_clips(steady: dict[str, dict[str, dict[str, float]]]) -> None:
-    """One row per candidate, one column per clip: warping error / sharpness."""
-    judged = {Path(clip).stem: rows for clip, rows in steady.items() if rows}
-    labels = dict.fromkeys(label for rows in judged.values() for label in rows)
+    """A table per clip: warping error and sharpness, which belong together, then the other measures."""
+    from std_rt.evaluation.summary import MEASURES
 
-    def cell(row: dict[str, float] | None) -> str:
-        return "-" if row is None else f"{row['warping']:.4f} / {row['sharpness']:.2f}"
-
-    if judged:
-        table = [[label, *(cell(rows.get(label)) for rows in judged.values())] for label in labels]
-        print_table(table, ["warping error / sharpness", *judged], numeric=True)
+    for clip, rows in steady.items():
+        if rows:
+            others = [
+                name for name in MEASURES if name in rows["source"] and name not in ("warping", "sharpness")
+            ]
+            table = [
+                [label, f"{row['warping']:.4f}", *(f"{row[name]:.3f}" for name in ("sharpness", *others))]
+                for label, row in rows.items()
+            ]
+            headings = ("sharpness", *(MEASURES[name].title for name in others))
+            print_table(table, [f"clip {Path(clip).stem}", "warping error", *headings], numeric=True)
 
 
 def _judge_students(request: EvaluateRequest) -> tuple[Found, Found]:

@@ -29,9 +29,12 @@ from std_rt.evaluation.picture_quality import (
     Pair,
     check_side,
     draw_pair,
+    judge_clip,
     paint_clip,
     paint_picture,
     read_clips,
+    time_slice,
+    weight_free,
     write_sheet,
 )
 from std_rt.pipeline.stylizer import Stylizer
@@ -173,22 +176,27 @@ class PeerOutputs:
 class Results:
     """Outputs of all candidates by label, in the order in which they are added, and their scores.
 
-    ``steady``: clip -> label -> warping error and sharpness; empty for a clip of nothing but cuts.
-    ``evaluations``: label -> UNet evaluations of a picture, where known.
+    ``steady``: clip -> label -> what `judge_clip` finds; empty for a clip of nothing but cuts.
+    ``slices``: clip -> label -> `time_slice`. ``evaluations``: label -> UNet evaluations of a picture, where
+    known.
     """
 
-    def __init__(self, material: Material) -> None:
-        self.material = material
+    def __init__(self, material: Material, judge: Judge = weight_free) -> None:
+        self.material, self.judge = material, judge
         self.pictures: dict[str, Sequence[Frame]] = {}
         self.evaluations: dict[str, int] = {}
         self.steady: dict[str, dict[str, dict[str, float]]] = {str(clip.path): {} for clip in material.clips}
+        self.slices: dict[str, dict[str, Frame]] = {name: {} for name in self.steady}
         for clip in material.clips:
             self._add_clip("source", clip, clip.frames)
 
     def _add_clip(self, label: str, clip: Clip, frames: Sequence[Frame]) -> None:
-        found = clip.meter.judge(frames)
+        """Judge it now: of hundreds of clips' frames, memory holds one clip's."""
+        shown, name = list(frames), str(clip.path)
+        self.slices[name][label] = time_slice(shown)
+        found = judge_clip(clip, shown, self.judge)
         if found:
-            self.steady[str(clip.path)][label] = found
+            self.steady[name][label] = found
 
     def add_bundle(
         self, contender: Contender, opened: Callable[[], AbstractContextManager[Stylizer]], told: Told
@@ -250,7 +258,7 @@ class Results:
         return Lazy(len(pairs), lambda i: make(*pairs[i]))
 
     def scores(
-        self, judge: Judge, told: Told, describe: Mapping[str, Describe] | None = None
+        self, told: Told, describe: Mapping[str, Describe] | None = None
     ) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, dict[str, NDArray[np.float32]]]]:
         """Every measure of every output: label -> name of the pair -> numbers; and the features asked for.
 
@@ -265,7 +273,7 @@ class Results:
             pair = self.material.pairs[i]
             shown = {label: frames[i] for label, frames in self.pictures.items()}
             for label, frame in shown.items():
-                numbers[label][name] = judge(frame, *pair, None)
+                numbers[label][name] = self.judge(frame, *pair, None)
             for kind, of in (describe or {}).items():
                 for label, frame in {**shown, "style": pair[1]}.items():
                     vectors[kind][label].append(of(frame))
@@ -289,6 +297,14 @@ class Results:
         headings = ["content", "style", *shown]
         write_sheet(path, rows, names=dict(enumerate(headings)))
         return headings
+
+    def write_slices(self, path: Path) -> list[str]:
+        """One row per clip: its slice over time, then all candidates'; the headings."""
+        labels = list(dict.fromkeys(label for rows in self.slices.values() for label in rows))
+        empty = {clip: np.full_like(rows["source"], 255) for clip, rows in self.slices.items()}
+        rows = [[of.get(label, empty[clip]) for label in labels] for clip, of in self.slices.items()]
+        write_sheet(path, rows, names=dict(enumerate(labels)))
+        return labels
 
 
 def _without_filter(name: str) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from std_rt.core.errors import UsageError
-from std_rt.evaluation.measures import Mask, WarpingError, score, sharpness
+from std_rt.evaluation.measures import Mask, WarpingError, means, score, sharpness
 from std_rt.media.fit import resize
 from std_rt.media.image import read_picture, write_picture
 from std_rt.media.sources import expand_inputs, is_video
@@ -37,6 +37,7 @@ __all__ = [
     "clip_frames",
     "clips_among",
     "draw_pair",
+    "judge_clip",
     "paint_clip",
     "paint_picture",
     "pair_files",
@@ -44,6 +45,7 @@ __all__ = [
     "pair_up",
     "read_clips",
     "read_mask",
+    "time_slice",
     "weight_free",
     "write_sheet",
 ]
@@ -55,6 +57,7 @@ Judge = Callable[[Frame, Frame, Frame, Mask | None], dict[str, float]]
 Describe = Callable[[Frame], NDArray[np.float32]]  # a picture's features [D]
 
 SMALLEST_PX = 32  # below it, a quarter of the size has hardly any 5x5 patches
+MOST_JUDGED = 12  # frames of a clip that are judged as pictures: neighbours look alike
 _GAP_PX, _HEADER_PX = 4, 18
 
 
@@ -166,6 +169,25 @@ def paint_clip(stylizer: Stylizer, frames: list[Frame], temporal: str) -> list[F
     stream = FrameStream(stylizer, batching=GROUPED, temporal=TemporalFilter(temporal))
     styled = zip(stream.frames(frames), frames, strict=True)
     return [resize(one, (frame.shape[0], frame.shape[1])) for one, frame in styled]
+
+
+def judge_clip(clip: Clip, frames: Sequence[Frame], judge: Judge = weight_free) -> dict[str, float]:
+    """A clip's numbers by name: ``warping`` and ``sharpness`` over all frames, as `WarpingError.judge`.
+
+    With them the means of the other measures of ``judge`` over at most `MOST_JUDGED` frames, evenly spaced.
+    {} if no pair of frames is followed.
+    """
+    moving, count = clip.meter.judge(frames), len(frames)
+    if not moving:
+        return {}
+    chosen = [i * count // min(count, MOST_JUDGED) for i in range(min(count, MOST_JUDGED))]
+    return means([judge(frames[i], clip.frames[i], clip.style, None) for i in chosen]) | moving
+
+
+def time_slice(frames: Sequence[Frame]) -> Frame:
+    """The middle row of every frame [H, W, 3], time downwards, each thick enough for about a square."""
+    rows = np.stack([frame[len(frame) // 2] for frame in frames])
+    return rows.repeat(max(1, len(frames[0]) // len(rows)), 0)
 
 
 def write_sheet(

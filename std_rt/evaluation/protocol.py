@@ -9,6 +9,7 @@ large sets, as many as were asked for, spread evenly.
     FOLDER/table.md         measures by candidates
     FOLDER/plots.svg        the same to look at
     FOLDER/sheet.png        pictures of some pairs, and with shuffled columns blind.png and its key
+    FOLDER/slices.png       the clips' slices over time, if there are clips
     FOLDER/vote/            a page for blind votes, and its key beside it (`evaluation.voting`)
 """
 

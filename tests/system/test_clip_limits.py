@@ -13,6 +13,8 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from support.cli_support import picture
+from support.handmade import write_handmade
 from support.media_samples import (
     SAMPLE_RATE,
     Array,
@@ -132,6 +134,39 @@ def _mostly_sound(path: Path, seconds: int, late: bool) -> Path:
         if late:
             container.mux(packets)
     return path
+
+
+@pytest.mark.long
+@linux_only
+def test_three_thousand_frames_in_windows_take_no_more_memory_than_a_few(tmp_path: Path) -> None:
+    """Video-to-video, with a cut in the middle: all frames at their times, and none kept."""
+    pytest.importorskip("onnx")
+    count, size, cut = 3000, (256, 192), 1501  # 147 kB a frame, 37 kB a result
+
+    def moving(index: int) -> Array:
+        frame = moving_bar(index, *size)
+        return frame if index < cut else 255 - frame
+
+    times = [512 * index + 100 * (index % 3) for index in range(count)]
+    clip = make_clip(
+        tmp_path / "clip.mp4", ClipSpec(pts=times, width=size[0], height=size[1], picture=moving)
+    )
+    bundle = write_handmade(tmp_path / "v2v", window=(8, 2)).path
+    art, out = picture(tmp_path / "art.png", 32, 32), tmp_path / "out.mp4"
+    flags = ("--style", art, "--bundle", bundle, "--size", "128x96", "--steps", 2, "-o", out)
+    command = [sys.executable, "-m", "std_rt", "stylize", *map(str, (clip, *flags))]
+    resident_mb = []
+    with subprocess.Popen(command) as running:
+        while running.poll() is None:
+            pages = int(Path(f"/proc/{running.pid}/statm").read_text(encoding="ascii").split()[1])
+            resident_mb.append(pages * 4096 / 1e6)
+            time.sleep(0.1)
+    assert running.returncode == 0
+    assert frame_times(out) == pytest.approx(frame_times(clip))
+    assert len(frame_times(out)) == count
+    # Kept results alone would add some 50 MB between the two, kept frames some 200.
+    early, late = resident_mb[: len(resident_mb) // 3], resident_mb[-len(resident_mb) // 4 :]
+    assert np.median(late) - max(early) < 20
 
 
 # --- disks -----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.cli_support import Cli
 from support.motion_export import motion_unet, write_motion_adapter, write_v2v_lora
 from support.pipelines import write_clip_pipeline, write_lora
 
@@ -61,6 +62,13 @@ def test_the_manifest_declares_the_window(bundle: Bundle) -> None:
     assert opened.window == (FRAMES, OVERLAP)
     assert opened.manifest["schema"] == 3  # which readers of single frames refuse
     assert opened.manifest["parity"]["unet"]["psnr_db"] >= 60
+
+
+def test_unpacking_says_what_to_train_on_instead(cli: Cli, bundle: Bundle, tmp_path: Path) -> None:
+    error = cli("bundles", "unpack", bundle.path, "-o", tmp_path / "again").error
+    assert "from the diffusers folder pipeline and the motion adapter adapter and does" in error
+    assert error.endswith("; train on these instead")
+    assert not (tmp_path / "again").exists()
 
 
 @torch.no_grad()

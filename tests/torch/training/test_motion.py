@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import AnimateDiffSDXLPipeline, MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from safetensors.torch import load_file, save_file
+from support.cli_support import Cli
 from support.distil_runs import assert_same, read_checkpoint
 from support.motion_training import (
     motion_recipe,
@@ -441,6 +442,34 @@ def test_a_resumed_run_on_clips_equals_an_unbroken_one(
     lora = load_file(Path(whole.output) / "lora.safetensors")
     assert not [key for key in lora if not key.startswith(("unet.down", "unet.mid", "unet.up"))]
     assert any(".motion_modules.0.proj_in.lora_A" in key for key in lora)
+
+
+def test_a_dry_run_with_styles_counts_what_a_run_trains(
+    cli: Cli, config: DistilConfig, styled: tuple[StyleConfig, Base], tmp_path: Path
+) -> None:
+    """Recipe and command, against the networks themselves: layers of motion and of the styles' branches."""
+    (style, loaded), motion = styled, config.motion
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f"stage = 'distil'\noutput = '{config.output}'\nbase = '{config.base}'\nsteps = 4\nbatch = 2\n"
+        "accumulate = 1\nprecision = 'fp32'\neta = 0.2\nrun_steps = [2, 4]\nwarmup = 0\n"
+        "[lora]\nrank = 2\nalpha = 2\n[bank]\ncapacity = 4\n"
+        f"[pictures]\nfolder = '{config.pictures.folder}'\nresolution_px = 32\nbuckets = false\n"
+        f"[style]\nadapter = '{style.adapter}'\nencoder = '{style.encoder}'\nfolder = '{style.folder}'\n"
+        f"pairing = 'any'\n[motion]\nadapter = '{motion.adapter}'\nframes = 4\ninterval = 2\n",
+        encoding="utf-8",
+    )
+    done = cli("train", recipe, "--dry-run")
+    assert done.code == 0, done.err
+    assert not Path(config.output).exists()
+    unet = deepcopy(loaded.unet)
+    frozen = sum(value.numel() for value in unet.parameters())
+    layers = len(add_lora(unet, config.lora, seed=0))
+    trained = sum(value.numel() for value in lora_parameters(unet).values())
+    assert f"trains   {trained:,} parameters in a LoRA of rank 2 on {layers} layers\n" in done.out
+    assert f"frozen   {frozen:,} parameters in the UNet" in done.out
+    assert f"{trained:,} p" not in cli("train", recipe, "--dry-run", "--set", "motion.adapter=").out
+    assert f"{frozen:,} p" not in cli("train", recipe, "--dry-run", "--set", "style.adapter=").out
 
 
 def test_a_dry_run_counts_every_frame(config: DistilConfig) -> None:

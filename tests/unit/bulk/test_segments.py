@@ -207,6 +207,26 @@ def test_a_later_run_goes_on_with_the_parts_that_are_there(
     assert run().done == 0
 
 
+def test_damaged_pictures_in_a_part_are_painted_at_the_join(
+    run: Run, whole: Callable[[Path], Any], repainted: list[int], tmp_path: Path
+) -> None:
+    clip = sample(tmp_path / "in")
+    parts = tmp_path / "out" / segments.FOLDER
+    assert run(stop=lambda: len([*parts.rglob("*.arrow")]) == 6).done == 0
+    part = min(parts.rglob("*.arrow"), key=lambda part: part.name)
+    with pa.OSFile(str(part)) as file, pa.ipc.open_stream(file) as stream:
+        rows = stream.read_all().to_pylist()
+    for index, png in enumerate((rows[0]["png"][:-60], b"", b"no picture")):
+        rows[2 * index]["png"] = png
+    with pa.OSFile(str(part), "wb") as file, pa.ipc.new_stream(file, segments._PART) as stream:
+        for row in rows:
+            stream.write_batch(pa.RecordBatch.from_pylist([row], segments._PART))
+    report = run()
+    assert (report.parts, report.done, report.failed) == (0, 1, 0)
+    assert contents(tmp_path / "out" / "clip.mp4") == whole(clip)
+    assert repainted == [3]
+
+
 def test_parts_of_another_cut_or_job_are_removed(run: Run, tmp_path: Path) -> None:
     sample(tmp_path / "in")
     assert run(stop=lambda: True).done == 0

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from support.cli_support import Cli, Result, picture
+from support.handmade import write_handmade
 from support.media_samples import ClipSpec, make_clip
 
+from std_rt.evaluation.picture_quality import time_slice, weight_free
 from std_rt.media import read_picture, write_picture
 
 NOTES = {"method": "std", "eta": "0.75", "tau": "739", "base": "tiny", "guidance": "[2.0, 4.0]"}
@@ -99,6 +101,38 @@ def test_a_clip_is_judged_for_flicker(
         assert list(rows) == ["0--1", "1--0", "clip--1"]
         mean = np.mean([row["colour"] for row in rows.values()])
         assert found["scores"][label]["colour"] == pytest.approx(mean)
+
+
+def test_a_video_to_video_bundle_stands_beside_others_in_one_table(
+    cli: Cli, bundle: Path, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The numbers and slices are those of the outputs that are saved."""
+    v2v = write_handmade(tmp_path / "v2v", window=(3, 1)).path
+    clip, saved, slices = make_clip(tmp_path / "clip.mp4"), tmp_path / "pairs", tmp_path / "slices.png"
+    flags = ("--pairs", 1, "--size", 64, "--steps", 2, "--frames", 5, "--bundle", bundle, "--bundle", v2v)
+    paths = ("--video", clip, "--save-outputs", saved, "--slices", slices, "-o", tmp_path / "sheet.png")
+    result = cli("evaluate", *folders, *flags, *paths)
+    rows = _last(result)["clips"][str(clip)]
+    labels = ["source", "handmade-2-step", "handmade-2-step, temporal off"]
+    labels += ["v2v-2-step", "v2v-2-step, temporal off", "reinhard", "cv2.stylization"]
+    assert list(rows) == labels
+    sheet, style = read_picture(slices).frame, read_picture(saved / "style" / "clip--1.png").frame
+    places = {0: "content/clip--1", 3: "v2v-2-step/clip--1", 4: "v2v-2-step/clip--1/off"}
+    contents = [read_picture(path).frame for path in sorted((saved / places[0]).glob("*.png"))]
+    for i, place in places.items():
+        frames = [read_picture(path).frame for path in sorted((saved / place).glob("*.png"))]
+        judged = [weight_free(*pair, style) for pair in zip(frames, contents, strict=True)]
+        for name in ("colour", "texture", "structure", "ssim"):
+            assert rows[labels[i]][name] == pytest.approx(np.mean([one[name] for one in judged]))
+        assert (sheet[18:78, 68 * i : 68 * i + 64] == time_slice(frames)).all()
+    heading, *lines = result.out[result.out.index("clip clip") :].splitlines()
+    titles = "clip clip warping error sharpness colour texture structure SSIM"
+    assert " ".join(heading.split()) == titles
+    for (label, row), line in zip(rows.items(), lines, strict=False):
+        figures = (f"{row[name]:.3f}" for name in ("sharpness", "colour", "texture", "structure", "ssim"))
+        assert line.removeprefix(label).split() == [f"{row['warping']:.4f}", *figures]
+    more = ("--slices", tmp_path / "no.png", "-o", tmp_path / "no.png")
+    assert "--slices is for clips, and there are none" in cli("evaluate", *folders, *flags, *more).error
 
 
 def test_students_beside_their_teacher(
@@ -293,9 +327,11 @@ def test_vgg_weights_add_two_columns(
     from support.weights import write_vgg
 
     flags = ("--pairs", 1, "--size", 64, "--bundle", bundle, "-o", tmp_path / "sheet.png")
+    flags += ("--video", make_clip(tmp_path / "clip.mp4"), "--frames", 2)
     result = cli("evaluate", *folders, *flags, "--vgg", write_vgg(tmp_path / "vgg.safetensors"))
-    scores = _last(result)["scores"]
-    assert "VGG style  VGG content" in result.out
+    scores, (rows,) = _last(result)["scores"], _last(result)["clips"].values()
+    assert result.out.count("VGG style  VGG content") == 2
+    assert rows["source"]["vgg_content"] == 0 < rows["reinhard"]["vgg_content"]
     assert scores["photo"]["vgg_content"] == 0
     assert 0 < scores["reinhard"]["vgg_style"] < 1
     other = cli("evaluate", *folders, *flags, "--overwrite", "--vgg", tmp_path / "sheet.png")

@@ -46,6 +46,7 @@ def test_everything_is_written_and_says_what_is_missing(
     assert last["pairs"] == 3 * 4
     assert last["evaluations"] == {"handmade-1-step": 1, "handmade-2-step": 2}
     names = {"outputs", "results.json", "table.md", "plots.svg", "sheet.png", "blind.png", "blind.key.json"}
+    names.add("slices.png")
     assert {path.name for path in folder.iterdir()} == {*names, "vote", "vote.key.json"}
     assert {f"{content}--{style}.png" for content in "01" for style in ("cubism_1", "2", "ink_1", "3")} <= {
         path.name for path in (folder / "outputs" / "handmade-1-step").iterdir()

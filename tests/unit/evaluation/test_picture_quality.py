@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from support.handmade import write_handmade
 
 from std_rt.core.bundle import Bundle
 from std_rt.evaluation.bundle_comparison import Contender, Material, Results
-from std_rt.evaluation.measures import WarpingError
-from std_rt.evaluation.picture_quality import Clip, paint_clip, pair_files, read_mask
+from std_rt.evaluation.measures import WarpingError, structure_agreement
+from std_rt.evaluation.picture_quality import Clip, judge_clip, paint_clip, pair_files, read_mask, time_slice
 from std_rt.examples import moving
 from std_rt.pipeline.stylizer import Stylizer
 from std_rt.streaming.temporal import TemporalFilter
@@ -42,6 +43,10 @@ def _judged(stylizer: Stylizer, frames: list[Frame], style: Frame) -> dict[str, 
     return results.steady["clip.mp4"]
 
 
+def _moving(found: dict[str, float]) -> dict[str, float]:
+    return {name: found[name] for name in ("warping", "sharpness")}
+
+
 def test_the_flicker_reported_is_the_products(stylizer: Stylizer, clip: list[Frame]) -> None:
     """By hand, as `std-rt stylize --temporal full` does: follow the motion, move the noise, mix."""
     style = np.full((32, 32, 3), 200, np.uint8)
@@ -51,10 +56,44 @@ def test_the_flicker_reported_is_the_products(stylizer: Stylizer, clip: list[Fra
         styled = stylizer.run(frame, temporal.noise(state, motion))
         steady.append(temporal.settle(styled, motion))
     found, meter = _judged(stylizer, clip, style), WarpingError(clip)
-    assert found["ours"] == pytest.approx(meter.judge(steady), rel=0.01)
+    assert _moving(found["ours"]) == pytest.approx(meter.judge(steady), rel=0.01)
     alone = [stylizer.step(frame)[0] for frame in clip]
-    assert found["ours, temporal off"] == pytest.approx(meter.judge(alone), rel=0.01)
+    assert _moving(found["ours, temporal off"]) == pytest.approx(meter.judge(alone), rel=0.01)
     assert found["ours"]["warping"] < 0.9 * found["ours, temporal off"]["warping"]
+
+
+def test_a_video_to_video_bundle_is_judged_as_it_paints_clips(tmp_path: Path, clip: list[Frame]) -> None:
+    """In windows of neighbouring frames, which a still does not have."""
+    bundle, style = write_handmade(tmp_path / "v2v", window=(4, 1)), np.full((32, 32, 3), 200, np.uint8)
+    with Stylizer.load(bundle, backend="openvino", precision="fp32", size=64, steps=2) as stylizer:
+        found = _judged(stylizer, clip, style)
+        stream, noise = stylizer.window_stream(stylizer.quality(64, 64)), stylizer.state(64, 64).noise
+        painted = [*(done for frame in clip for done in stream.push(frame, noise)), *stream.flush()]
+        alone = [stylizer.stylize(frame) for frame in clip]
+    meter = WarpingError(clip)
+    assert _moving(found["ours, temporal off"]) == pytest.approx(meter.judge(painted))
+    assert _moving(found["ours, temporal off"]) != pytest.approx(meter.judge(alone), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("count", "chosen"), [(5, range(5)), (30, [0, 2, 5, 7, 10, 12, 15, 17, 20, 22, 25, 27])]
+)
+def test_looks_are_means_over_frames_spread_evenly(count: int, chosen: range | list[int]) -> None:
+    frames = list(moving(count, 64, 64))
+    outputs = [np.roll(frame, i, 1) for i, frame in enumerate(frames)]
+    clip = Clip(Path("clip.mp4"), "clip--style", frames, frames[0], WarpingError(frames))
+    found = judge_clip(clip, outputs)
+    assert found["structure"] == pytest.approx(
+        np.mean([structure_agreement(outputs[i], frames[i]) for i in chosen])
+    )
+    assert _moving(found) == clip.meter.judge(outputs)
+
+
+def test_a_slice_over_time_is_the_middle_row_of_each_frame(clip: list[Frame]) -> None:
+    found = time_slice(clip)
+    assert found.shape == (60, 64, 3)
+    for i, frame in enumerate(clip):
+        assert (found[5 * i : 5 * i + 5] == frame[32]).all()
 
 
 def test_painted_frames_have_the_size_of_their_contents(stylizer: Stylizer) -> None:
