@@ -59,12 +59,9 @@ def _multiplications(bundle: Bundle, graph: str, size_px: int) -> int:
         if kind not in ("Convolution", "MatMul"):
             continue
         second = node.input(1).get_shape()
-        inner = (
-            second[1:]
-            if kind == "Convolution"
-            else second[-1 if node.get_attributes()["transpose_b"] else -2]
-        )
-        total += int(np.prod(node.output(0).get_shape()) * np.prod(inner))
+        if kind == "MatMul":
+            second = [0, second[-1 if node.get_attributes()["transpose_b"] else -2]]
+        total += int(np.prod(node.output(0).get_shape()) * np.prod(second[1:]))
     return total
 
 
@@ -72,7 +69,7 @@ def test_a_frame_costs_what_two_ordinary_cores_can_do(bundle: Bundle) -> None:
     """6.5 GMAC at 256 px and 2 steps; the style encoder runs once a style."""
     calls = {"vae_encoder": 1, "unet": bundle.default_steps, "vae_decoder": 1}
     cost = {graph: count * _multiplications(bundle, graph, 256) for graph, count in calls.items()}
-    assert 3e9 < cost["unet"]  # what is counted is there
+    assert cost["unet"] > 3e9  # what is counted is there
     assert sum(cost.values()) <= 6.5e9
 
 
