@@ -27,9 +27,8 @@ Amount = Annotated[float, Meta(ge=0, le=1e9)]  # the upper end keeps infinity ou
 Pair = tuple[Count, Count]
 Positive = Annotated[float, Meta(gt=0, le=1e9)]
 CropSide = Annotated[int, Meta(ge=32, multiple_of=8)]  # px
-Side = Annotated[int, Meta(ge=1, le=32)]  # in latent pixels: stored latents have at least this short side
+Side = Annotated[int, Meta(ge=1, le=32)]  # in latent pixels
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
-Sides = Annotated[tuple[Side, ...], Meta(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -92,61 +91,6 @@ class UNetConfig:
     pooled_dim: Count = 256
 
 
-@dataclass(frozen=True)
-class TeacherConfig:
-    """Recipe of the base (teacher) stage: UNet and style encoder together."""
-
-    output: str
-    autoencoder: str
-    data: DataConfig
-    stage: str = "teacher"
-    start_from: str = ""  # a pipeline folder to go on from; empty: random weights
-    seed: Whole = 0
-    steps: Count = 20_000
-    batch: Count = 32
-    window: Sides = (16, 24)  # latent sizes of the training crops, drawn per step
-    learning_rate: Positive = 5e-4
-    warmup: Whole = 300
-    ema_decay: Share = 0.999
-    drop_style: Share = 0.12
-    snr_ratio: Positive = 4.0  # resolution ratio of the schedule shift: log-SNR + 2 ln(ratio)
-    start_eta: Share = 0.95  # highest noise level trained
-    content_from_eta: Share = 0.75  # level at and above which the input carries the content version only
-    share_art: Share = 0.6
-    share_generated: Share = 0.4
-    variants: Count = 2  # content versions an artwork, generated stylizations a photo
-    bf16: bool = True
-    snapshot_every: Count = 500
-    log_every: Count = 50
-    model: UNetConfig = field(default_factory=UNetConfig)
-
-
-@dataclass(frozen=True)
-class FinishConfig:
-    """Recipe of the finishing stage; data, shares and latents are those of the teacher's run."""
-
-    output: str
-    teacher: str  # the run folder of the teacher stage
-    stage: str = "finish"
-    seed: Whole = 1
-    steps: Count = 2_000
-    batch: Count = 24
-    window: Sides = (24, 28)
-    learning_rate: Positive = 2e-4
-    warmup: Whole = 100
-    ema_decay: Share = 0.998
-    eta: PositiveShare = 0.75
-    run_steps: Count = 4
-    guidance: Amount = 2.0  # of the frozen teacher that anchors content and colours
-    base_weight: Amount = 0.5
-    anchor_weight: Amount = 1.0
-    texture_weight: Amount = 0.5
-    detail_weight: Amount = 1.0
-    bf16: bool = True
-    snapshot_every: Count = 250
-    log_every: Count = 50
-
-
 LOWEST_START_ETA = 0.4  # of the stylist stage
 
 
@@ -159,7 +103,7 @@ class StylistConfig:
     triplets: str
     data: DataConfig
     stage: str = "stylist"
-    start_from: str = ""  # a pipeline folder whose weights are copied as far as the shapes overlap
+    start_from: str = ""  # a stylist's pipeline folder to go on from; empty: random weights
     seed: Whole = 0
     steps: Count = 20_000
     batch: Count = 6
@@ -276,13 +220,11 @@ class StyleConfig:
 
 @dataclass(frozen=True)
 class LatentsConfig:
-    """The data of std-tiny instead of pictures: a teacher's stored latents, or a folder of triplets."""
+    """The data of std-tiny instead of pictures: a folder of triplets."""
 
-    file: str = ""
-    triplets: str = ""  # for a base that sees the content
+    triplets: str = ""
     side: Side = 16  # of the crops, in latent pixels
     paired: Share = 1.0  # share with a known target; the others: a photo under an unrelated style, as in use
-    share_art: Share = 0.6  # (artwork, its content version) among these; the others: generated styles
 
 
 @dataclass(frozen=True)
@@ -356,8 +298,6 @@ class DistilConfig:
 
 STAGES: dict[str, type] = {
     "autoencoder": AutoencoderConfig,
-    "teacher": TeacherConfig,
-    "finish": FinishConfig,
     "stylist": StylistConfig,
     "distil": DistilConfig,
 }
@@ -423,14 +363,9 @@ def _override(table: dict[str, Any], assignment: str) -> None:
     table[name] = value
 
 
-def _check_teacher(recipe: TeacherConfig) -> None:
-    if recipe.share_art + recipe.share_generated <= 0:
-        raise RecipeError("share_art and share_generated are both 0, which leaves nothing to train on")
+def _check_stylist(recipe: StylistConfig) -> None:
     if recipe.model.cross_attention_dim % STYLE_HEADS:
         raise RecipeError(f"model.cross_attention_dim must be a multiple of {STYLE_HEADS}")
-
-
-def _check_stylist(recipe: StylistConfig) -> None:
     if recipe.look_px > recipe.crop_px:
         raise RecipeError(f"look_px = {recipe.look_px} is more than crop_px = {recipe.crop_px}")
     try:
@@ -458,10 +393,8 @@ def _check_distil(recipe: DistilConfig) -> None:
     if recipe.guidance[0] > recipe.guidance[1]:
         raise RecipeError(f"guidance = {list(recipe.guidance)} must be a range [low, high]")
     latents = recipe.latents
-    if sum(map(bool, (recipe.pictures.folder, latents.file, latents.triplets))) != 1:
-        raise RecipeError(
-            "set the data to train on: pictures.folder, latents.file or latents.triplets, only one of them"
-        )
+    if bool(recipe.pictures.folder) == bool(latents.triplets):
+        raise RecipeError("set the data to train on: pictures.folder or latents.triplets, only one of them")
     if bool(recipe.sheet.contents) != bool(recipe.sheet.styles) and not recipe.pictures.folder:
         raise RecipeError("set both sheet.contents and sheet.styles, or neither")
     if recipe.bank.enabled and recipe.method == "std" and recipe.bank.capacity < 2 * recipe.batch:
@@ -570,8 +503,6 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = (), given: dict[str, An
     if not isinstance(stage, str) or stage not in STAGES:
         raise RecipeError(f"{path}: stage = {stage!r}; known stages: {', '.join(STAGES)}")
     recipe = _build(STAGES[stage], table)
-    if isinstance(recipe, TeacherConfig):
-        _check_teacher(recipe)
     if isinstance(recipe, StylistConfig):
         _check_stylist(recipe)
     if isinstance(recipe, DistilConfig):

@@ -1,8 +1,8 @@
 """The stylist stage of std-tiny: a UNet that sees the content, taught by triplets.
 
-Trajectories are those of the base stage (``teacher.py``), from a photo's latents to those of its stylized
-form. The photo's clean latents stand beside the noisy ones at the input, so that no drawing is lost to the
-noise and targets are nearly determined: one or two steps are enough.
+Trajectories (``trajectories.py``) go from a photo's latents to those of its stylized form. The photo's clean
+latents stand beside the noisy ones at the input, so that no drawing is lost to the noise and targets are
+nearly determined: one or two steps are enough.
 
 Losses on triplets: the squared error of v, and, with a ``perceptual`` network, features and Gram matrices of
 the decoded clean estimate against those of the target, in a random window. The second is what makes strokes:
@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from std_rt.core.errors import RecipeError
 from std_rt.core.schedule import trajectory_timesteps
@@ -42,6 +42,7 @@ from std_rt.models.perceptual import (
 )
 from std_rt.pipeline.denoise import denoise
 from std_rt.training.data.picture_set import Frame, load_pictures, random_crop
+from std_rt.training.run.muon import hidden_weights
 from std_rt.training.run.precision import attention_kernels, precision_context
 from std_rt.training.run.recipe import LOWEST_START_ETA, StylistConfig
 from std_rt.training.run.training_run import ModuleRun, cosine_rate
@@ -50,17 +51,6 @@ from std_rt.training.tiny.autoencoder_parts import (
     latent_weights,
     load_autoencoder,
 )
-from std_rt.training.tiny.teacher import (
-    NoisyBatch,
-    draw_levels,
-    ema_update,
-    load_start,
-    noisy_states,
-    pipeline_run,
-    teacher_sheet,
-    v_loss,
-    watched_pairs,
-)
 from std_rt.training.tiny.tiny_pipeline import (
     TinyPipeline,
     load_tiny,
@@ -68,6 +58,14 @@ from std_rt.training.tiny.tiny_pipeline import (
     random_time_ids,
     run_unet,
     save_tiny,
+)
+from std_rt.training.tiny.trajectories import (
+    NoisyBatch,
+    draw_levels,
+    noisy_states,
+    run_sheet,
+    v_loss,
+    watched_pairs,
 )
 from std_rt.training.tiny.triplets import TripletSet
 
@@ -81,66 +79,54 @@ class Sample:
     noisy: NoisyBatch
 
 
-def _pooled_index(old: int, new: int, rest: int) -> Tensor:
-    """Where the style encoder's statistics of ``old`` latent channels stand among those of ``new``."""
-    channels = torch.arange(old)
-    pairs = (channels[:, None] * new + channels[None, :]).flatten()
-    start = 2 * new + new**2
-    return torch.cat([channels, new + channels, 2 * new + pairs, start + torch.arange(rest)])
-
-
-@torch.no_grad()
-def _copy_statistics(ours: nn.Sequential, theirs: nn.Sequential, index: Tensor) -> None:
-    """First two layers of the style encoder's head, whose inputs are statistics in a fixed order."""
-    mine, old = ours.state_dict(), theirs.state_dict()
-    mine["1.weight"].mul_(0.1)
-    for name in ("0.weight", "0.bias"):
-        mine[name][index] = old[name]
-    mine["1.weight"][:, index] = old["1.weight"]
-    mine["1.bias"].copy_(old["1.bias"])
-
-
-@torch.no_grad()
-def copy_weights(pipeline: TinyPipeline, source: TinyPipeline) -> None:
-    """Start from a model with fewer latent channels and no sight of the content.
-
-    Its latents are taken for the first of ours (``latents_like`` of the autoencoder's recipe); weights of
-    inputs that it lacks start at zero, so that they grow only where they help.
-    """
-    for ours, theirs in ((pipeline.unet, source.unet), (pipeline.style_encoder, source.style_encoder)):
-        old = theirs.state_dict()
-        for name, value in ours.state_dict().items():
-            if name.startswith("patchify") or name not in old:
-                continue
-            if value.shape == old[name].shape:
-                value.copy_(old[name])
-            elif value.dim() == 4:
-                kept = tuple(slice(0, n) for n in old[name].shape)
-                value[: kept[0].stop] = 0
-                value[kept] = old[name]
-            elif name.startswith("conv_out"):
-                value[: len(old[name])] = old[name]
-    mine, style = pipeline.style_encoder, source.style_encoder
-    rest = 2 * sum(style.config.widths)
-    index = _pooled_index(style.config.latent_channels, mine.config.latent_channels, rest)
-    _copy_statistics(mine.pooled, style.pooled, index)
-
-
 def build_stylist(config: StylistConfig) -> TinyPipeline:
-    """The recipe's pipeline, with older weights in it where ``start_from`` names some."""
+    """The recipe's pipeline, with the weights of the one that ``start_from`` names; RecipeError if unfit."""
     torch.manual_seed(config.seed)
     vae = load_autoencoder(config.autoencoder)
-    pipeline = new_pipeline(config.model, vae, config.snr_ratio, see_content=True)
-    if config.start_from:
-        source = load_start(Path(config.start_from))
-        try:
-            copy_weights(pipeline, source)
-        except (RuntimeError, IndexError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise RecipeError(
-                f"start_from = {config.start_from!r} does not fit the recipe's model: {reason}"
-            ) from None
+    pipeline = new_pipeline(config.model, vae, config.snr_ratio)
+    if not config.start_from:
+        return pipeline
+    folder = Path(config.start_from)
+    if not (folder / "model_index.json").exists():
+        raise RecipeError(
+            f"start_from = {config.start_from!r} is not a pipeline folder (it has no model_index.json)"
+        )
+    source = load_tiny(folder)
+    try:
+        pipeline.unet.load_state_dict(source.unet.state_dict())
+        # The recipe's autoencoder stays; its encoder is the first part of the style encoder.
+        own = {f"patchify.{key}": value for key, value in vae.encoder.state_dict().items()}
+        pipeline.style_encoder.load_state_dict(source.style_encoder.state_dict() | own)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RecipeError(
+            f"start_from = {config.start_from!r} does not fit the recipe's model: {reason}"
+        ) from None
     return pipeline
+
+
+def ema_update(average: TinyPipeline, live: TinyPipeline, step: int, decay: float) -> None:
+    """Move ``average`` towards ``live``; faster in the first steps, whose weights are worth little."""
+    decay = min(decay, (step + 1) / (step + 10))
+    with torch.no_grad():
+        for name in ("unet", "style_encoder"):
+            ours, theirs = getattr(average, name).parameters(), getattr(live, name).parameters()
+            for a, b in zip(ours, theirs, strict=True):
+                a.lerp_(b, 1 - decay)
+
+
+def pipeline_run(config: StylistConfig, live: TinyPipeline, average: TinyPipeline) -> ModuleRun:
+    """A run that trains UNet and style encoder of ``live`` and keeps their moving average."""
+    modules = {
+        "live_unet": live.unet,
+        "live_style": live.style_encoder,
+        "average_unet": average.unet,
+        "average_style": average.style_encoder,
+    }
+    parameters = [p for m in (live.unet, live.style_encoder) for p in m.parameters() if p.requires_grad]
+    muon = config.optimizer == "muon"
+    hidden = hidden_weights(live.unet) + hidden_weights(live.style_encoder) if muon else []
+    return ModuleRun(config, modules, parameters, 1e-2, hidden)
 
 
 @dataclass(frozen=True)
@@ -354,5 +340,5 @@ def train_stylist(config: StylistConfig, stop_after: int | None = None) -> Path:
             run.save(step)
             save_tiny(stylist.average, run.folder / "pipeline")
             copy = load_tiny(run.folder / "pipeline")
-            teacher_sheet(copy, pairs, run.sheet(step), [(1, 1.0), (2, 1.0), (4, 1.0)])
+            run_sheet(copy, pairs, run.sheet(step), [(1, 1.0), (2, 1.0), (4, 1.0)])
     return run.folder / "pipeline"

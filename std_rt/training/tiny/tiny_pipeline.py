@@ -50,17 +50,17 @@ def add_style_attention(unet: UNet2DConditionModel, tokens: int) -> None:
     unet.config.encoder_hid_dim_type = "ip_image_proj"
 
 
-def build_unet(config: UNetConfig, latent_channels: int, see_content: bool = False) -> UNet2DConditionModel:
+def build_unet(config: UNetConfig, latent_channels: int) -> UNet2DConditionModel:
     """The SDXL-layout UNet in miniature, with the image branch on every cross-attention layer.
 
-    With ``see_content`` the clean content latents stand beside the noisy ones at the input.
+    The clean content latents stand beside the noisy ones at the input.
     """
     # As in SDXL, the finest level has no attention: over its many positions that would cost more than
     # all the rest, and style reaches it through the scale and shift of the time embedding.
     kinds = ["", *["CrossAttn"] * (len(config.block_out_channels) - 1)]
     unet = UNet2DConditionModel(
         sample_size=32,
-        in_channels=latent_channels * (2 if see_content else 1),
+        in_channels=2 * latent_channels,
         out_channels=latent_channels,
         block_out_channels=config.block_out_channels,
         layers_per_block=config.layers_per_block,
@@ -116,9 +116,7 @@ class TinyPipeline:
     schedule: NoiseSchedule
 
 
-def new_pipeline(
-    config: UNetConfig, vae: AutoencoderPixelShuffle, snr_ratio: float, see_content: bool = False
-) -> TinyPipeline:
+def new_pipeline(config: UNetConfig, vae: AutoencoderPixelShuffle, snr_ratio: float) -> TinyPipeline:
     """A pipeline with random weights around a trained autoencoder.
 
     Prediction type: v; ``snr_ratio`` is the resolution ratio by which the schedule is shifted.
@@ -136,7 +134,7 @@ def new_pipeline(
     style.patchify.load_state_dict(vae.encoder.state_dict())
     shifted = NoiseSchedule.scaled_linear().shifted(snr_ratio)
     schedule = NoiseSchedule(shifted.alphas_cumprod, "v_prediction")
-    return TinyPipeline(build_unet(config, v.latent_channels, see_content), style, vae, schedule)
+    return TinyPipeline(build_unet(config, v.latent_channels), style, vae, schedule)
 
 
 def _split_ip(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

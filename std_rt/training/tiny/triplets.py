@@ -101,7 +101,7 @@ def _style_crop(style: Frame, side_px: int, rng: np.random.Generator) -> Frame:
 
 
 class TripletSource:
-    """The data of a distillation of a std-tiny that sees the content; each process has its own share."""
+    """The data of a distillation of std-tiny: crops of triplets, each process with its own share."""
 
     def __init__(self, config: LatentsConfig, base: Base, seed: int, rank: int = 0, world: int = 1) -> None:
         self.config, self.base = config, base
@@ -125,7 +125,7 @@ class TripletSource:
         # Contiguous, as they are after a checkpoint: other strides choose other kernels, whose sums differ.
         z, c, real = (self.base.encode(x).cpu().contiguous() for x in (z, c, real))
         cond = self.base.condition(None, self.base.look(style), random_time_ids(n, self.rng)).to("cpu")
-        return Fresh(z, c, real, replace(cond, content=c))
+        return Fresh(z, c, real, replace(cond, content=c) if self.base.sees_content else cond)
 
     def _one(self, side_px: int) -> tuple[Frame, Frame, Frame, Frame]:
         """Target, content, real and style pictures of one sample."""
