@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
-from std_rt.core.errors import UsageError
+from std_rt.core.errors import UsageError, one_line
 from std_rt.core.machine import available_memory_gb, describe_machine
 from std_rt.engines.registry import GPU_BACKENDS
 
@@ -87,7 +87,7 @@ def connect(address: str | None = None) -> bool:
         with _quiet_stderr():
             ray.init(address=address or "local", **quiet)
     except Exception as error:
-        why = " ".join(str(error).split())[:100]
+        why = one_line(error, 100)
         if address is None:
             raise UsageError(
                 f"Ray did not start on this machine ({why}); try again when it is less busy"

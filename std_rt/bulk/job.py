@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
+from std_rt.bulk import segments
 from std_rt.bulk.cluster import Engines, job_context
 from std_rt.bulk.options import BulkOptions
 from std_rt.bulk.plan import is_clip_name
@@ -30,6 +31,7 @@ _PASSES = 3
 _BLOCK_MB = 24  # of frames: bounds what waits between stages
 _MOST_ROWS = 64
 _BLOCKS_AN_ENGINE = 4  # at least, so that none is idle at the end for long
+_SEGMENT_S = 60.0  # long beside what each decodes ahead of its first frame: a second, or a group of pictures
 
 Row = Mapping[str, Any]
 
@@ -43,6 +45,18 @@ class Job:
     bundle: Bundle
     out: str
     engines: Engines
+
+    @property
+    def segment_seconds(self) -> float:
+        """Least length of a clip's segments in s; 0: clips stay whole.
+
+        A temporal filter needs the frames before. One engine gains nothing by cuts, and a clip behind an
+        address would be fetched for each of its segments: such are only cut if the options ask for it.
+        """
+        asked = self.options.segment_seconds
+        if self.options.temporal != "off" or self.bundle.window is not None:
+            return 0.0
+        return asked if asked is not None else _SEGMENT_S if self.engines.count > 1 else 0.0
 
 
 @dataclass
@@ -60,16 +74,22 @@ class Report:
     write_s: float = 0.0
     peak_mb: float = 0.0
     driver_mb: float = 0.0
+    parts: int = 0
+    """Segments that were painted, of ``all_parts`` without a part when the job began."""
+    all_parts: int = 0
     disk_is_full: bool = False
     lost: int = 0
     """Items that had to be given out again."""
     _begun_s: float = field(default_factory=time.monotonic)
 
     def add(self, row: Row) -> None:
-        """Count a result."""
-        self.failed += bool(row["reason"])
-        self.done += not row["reason"]
-        self.frames += row["frames"]
+        """Count a result. A segment that failed is painted, or fails, with its clip."""
+        if segments.is_part(row["output"]):
+            self.parts += 1
+        else:
+            self.failed += bool(row["reason"])
+            self.done += not row["reason"]
+            self.frames += row["frames"]
         for name in ("read_s", "engine_s", "write_s"):
             setattr(self, name, getattr(self, name) + row[name])
         self.peak_mb = max(self.peak_mb, row["peak_mb"])
@@ -89,28 +109,39 @@ def run(job: Job, take: Callable[[list[Row], Report], bool]) -> Report:
     It returns whether to go on. Raises StdRtError if the engines cannot be opened.
     """
     report = Report(job.plan.num_rows, job.engines.count)
-    missing = job.plan
+    cut = segments.segments_of(job.plan, seconds) if (seconds := job.segment_seconds) else {}
+    missing = segments.unpainted(job.out, cut) if cut else []
+    report.all_parts = len(missing)
+
+    def count(rows: list[Row]) -> bool:
+        for row in rows:
+            report.add(row)
+        items = [row for row in rows if not segments.is_part(row["output"])]
+        return take(items, report) and not report.disk_is_full
+
     with job_context():
-        for attempt in range(_PASSES):
-            seen: set[str] = set()
-            for rows in _results(job, missing, alone=attempt > 0):
-                fresh = [row for row in rows if row["key"] not in seen]
-                seen.update(row["key"] for row in fresh)
-                for row in fresh:
-                    report.add(row)
-                if not take(fresh, report) or report.disk_is_full:
-                    return report
-            keep = np.array([key not in seen for key in missing["key"].to_pylist()], bool)
-            missing = missing.filter(pa.array(keep))
-            if not missing.num_rows:
-                return report
-            report.lost += missing.num_rows
-    reason = "its worker ended without a result, each time: a crash, or out of memory"
-    lost = [_lost(row, reason) for row in missing.to_pylist()]
-    for row in lost:
-        report.add(row)
-    take(lost, report)
+        for turn in segments.rounds(job.plan, missing, cut, _BLOCKS_AN_ENGINE * job.engines.count):
+            if not _run_turn(job, turn, report, count):
+                break
     return report
+
+
+def _run_turn(job: Job, missing: pa.Table, report: Report, count: Callable[[list[Row]], bool]) -> bool:
+    """Make the rows of a turn, and give out again what is lost. Returns whether to go on."""
+    for attempt in range(_PASSES):
+        seen: set[str] = set()
+        for rows in _results(job, missing, alone=attempt > 0):
+            fresh = [row for row in rows if row["key"] not in seen]
+            seen.update(row["key"] for row in fresh)
+            if not count(fresh):
+                return False
+        keep = np.array([key not in seen for key in missing["key"].to_pylist()], bool)
+        missing = missing.filter(pa.array(keep))
+        if not missing.num_rows:
+            return True
+        report.lost += missing.num_rows
+    reason = "its worker ended without a result, each time: a crash, or out of memory"
+    return count([_lost(row, reason) for row in missing.to_pylist()])
 
 
 def _lost(item: Row, reason: str) -> Row:

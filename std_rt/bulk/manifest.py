@@ -18,7 +18,7 @@ from uuid import uuid4
 import pyarrow as pa
 from pyarrow import parquet
 
-from std_rt.bulk import places
+from std_rt.bulk import places, segments
 from std_rt.core.errors import MediaError
 from std_rt.core.files import writing
 
@@ -88,6 +88,8 @@ class Manifest:
             name = f"{uuid4().hex}.parquet"
             self._write(name, pa.Table.from_pylist([dict(row) for row in self._new], schema=_ROW))
             self._parts.append(name)
+            if any(row["frames"] > 1 for row in self._new):
+                segments.discard(self._out, {row["key"] for row in self._new}.__contains__)
             self._new = []
         told = ("input", "style", "output", "stage", "reason")
         lines = [json.dumps({name: row[name] for name in told}, ensure_ascii=False) for row in self._failed]
@@ -99,6 +101,7 @@ class Manifest:
         """Mark the folder as this command's, with its parts joined into one."""
         tables = [self._read(name) for name in self._parts]
         before, name = self._parts, f"{uuid4().hex}.parquet"
+        segments.discard(self._out, self._done.__contains__)
         if len(before) == 1:
             return
         rows = pa.concat_tables([*tables, _ROW.empty_table()])

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 __all__ = ["BulkOptions"]
 
 # Where and how fast an item is made, not what it looks like.
-_SAME_PICTURES = ("bundle", "cores", "digest")
+_SAME_PICTURES = ("bundle", "cores", "digest", "segment_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,8 @@ class BulkOptions:
     ``bundle``: a name or folder that every machine of the cluster has; ``digest``: the one it must have ("":
     any). ``size``: a side or (H, W) in px. ``per_call``: pictures of one size in a call of the engine; 0: as
     many as it likes. ``cores``: processor cores for each engine; 0: all of a machine, 8 at most.
-    ``upscale``, ``temporal`` and ``sound``: as in `std-rt stylize`, for files only.
+    ``upscale``, ``temporal`` and ``sound``: as in `std-rt stylize`, for files only. ``segment_seconds``:
+    clips are cut into segments of at least this, 0: never; None: as `Job.segment_seconds` decides.
     """
 
     bundle: str | None = None
@@ -37,6 +38,7 @@ class BulkOptions:
     upscale: bool = False
     temporal: str = "full"
     sound: str = "auto"
+    segment_seconds: float | None = None
     per_call: int = 0
     cores: int = 0
 

@@ -6,8 +6,10 @@ at home here. A half-written file never has the final name, wherever it is.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -28,6 +30,7 @@ __all__ = [
     "listed",
     "matching",
     "opened",
+    "remove",
     "stats",
     "stored",
     "sweep",
@@ -37,6 +40,7 @@ Stat = tuple[int, int]
 """Size in bytes and time of change in ns; (-1, -1) of a file that is not there."""
 
 _CHUNK_BYTES = 1 << 20
+_ASKED_AT_ONCE = 16
 
 
 def is_address(place: str) -> bool:
@@ -90,7 +94,8 @@ def stats(places: Sequence[str]) -> list[Stat]:
         if all(not is_address(place) for place in some):
             found += [_stat(info) for info in fs.LocalFileSystem().get_file_info(list(some))]
         else:
-            found += [_stat(system.get_file_info(path)) for system, path in files]
+            with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:  # each is a request to a server
+                found += pool.map(lambda each: _stat(each[0].get_file_info(each[1])), files)
     return found
 
 
@@ -116,11 +121,27 @@ def listed(folder: str) -> dict[str, Stat]:
 
 
 def sweep(folder: str) -> None:
-    """Remove what killed processes left half-written in a local folder that nobody else writes to."""
+    """Remove what killed processes left half-written in a folder that nobody else writes to."""
     if not is_address(folder):
         for left in Path(folder).rglob(".*.????????.part*"):
             with suppress(OSError):
                 left.unlink()
+        return
+    files, path = opened(folder)
+    for info in files.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True)):
+        if re.fullmatch(r"\.[0-9a-f]{8}\.part.*", PurePosixPath(info.path).name):
+            with suppress(OSError):
+                files.delete_file(info.path)
+
+
+def remove(place: str) -> None:
+    """Remove a file, or a folder with all that is in it; nothing happens where there is none."""
+    files, path = opened(place)
+    with suppress(OSError):
+        if files.get_file_info(path).type == fs.FileType.File:
+            files.delete_file(path)
+        else:
+            files.delete_dir(path)
 
 
 def matching(pattern: str) -> list[str]:

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from std_rt.bulk import places
+from std_rt.bulk import places, segments
 from std_rt.bulk.engine import BulkEngine
 from std_rt.bulk.options import BulkOptions
 from std_rt.bulk.plan import ITEM, is_clip_name
@@ -148,6 +148,8 @@ class ReadBlock:
         return _table(rows, _INSIDE)
 
     def _read(self, row: _Row, decode: Callable[[str], Picture | None]) -> dict[str, Any]:
+        if segments.is_part(row["output"]):
+            return {"is_clip": True}
         picture = decode(row["input"])
         if picture is None:
             output = row["output"] if is_clip_name(row["output"]) else f"{row['output']}.mp4"
@@ -221,7 +223,7 @@ class PaintBlock:
         return {"frame": result.tobytes(), "photo": b""}
 
     def _clip(self, row: _Row) -> dict[str, Any]:
-        """A clip from file to file, as `std-rt stylize` makes it."""
+        """A clip from file to file, as `std-rt stylize` makes it, or a segment of one."""
         options = self._options
         stream = FrameStream(
             self._engine.stylizer,
@@ -233,6 +235,10 @@ class PaintBlock:
         frames = fit.upscaling(stream.frames) if options.upscale else stream.frames
         place = places.joined(self._out, row["output"])
         with places.fetched(row["input"]) as source, places.stored(place) as sink:
+            if segments.is_part(row["output"]):
+                segments.paint_segment(source, sink, segments.Segment.of(row["output"]), frames)
+                return {}
+            frames = segments.joined(self._out, row["key"], frames)
             report = transcode_stream(source, sink, frames, overwrite=True, sound=options.sound)
         return {"width": report.width, "height": report.height, "frames": report.frames}
 

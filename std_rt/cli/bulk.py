@@ -76,12 +76,26 @@ class BulkRequest(StylizerFlags):
         bool, Option("--upscale", help="Bring results back to the size of their input, along its edges.")
     ] = False
     temporal: TemporalOption = "full"
+    segment_seconds: Annotated[
+        float | None,
+        Option(
+            min=0,
+            metavar="SECONDS",
+            help="With --temporal off: cut clips at key frames into segments of at least this, for several "
+            "engines to share and a later run to go on in the middle; 0: never. Default: 60 with several "
+            "engines.",
+        ),
+    ] = None
     sound: Annotated[str, Option(metavar="auto|copy|convert|drop", help="Sound of clips.")] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sound not in ("auto", "copy", "convert", "drop"):
             raise BadParameter(f"--sound must be one of auto, copy, convert, drop, got {self.sound!r}")
+        if self.segment_seconds and self.temporal != "off":
+            raise UsageError(
+                f"--segment-seconds needs --temporal off, got {self.temporal}, which needs the frames before"
+            )
         if self.overwrite or self.build_in_background:
             flag = "--overwrite" if self.overwrite else "--build-in-background"
             raise UsageError(f"bulk has no {flag}: finished items stay; delete the folder to make them again")
@@ -138,6 +152,7 @@ def _options(request: BulkRequest) -> BulkOptions:
             for name in (
                 *("backend", "steps", "precision", "guidance", "guidance_mode", "prompt", "negative_prompt"),
                 *("stroke_size", "keep_colours", "seed", "upscale", "temporal", "sound", "per_call", "cores"),
+                "segment_seconds",
             )
         },
     )
@@ -258,8 +273,9 @@ def _state(report: Report) -> str:
         f"{name} {seconds / busy_s:.0%}"
         for name, seconds in (("read", report.read_s), ("engine", report.engine_s), ("write", report.write_s))
     )
+    parts = f", {report.parts} of {report.all_parts} segments" if report.all_parts else ""
     failed = f", {report.failed} failed" if report.failed else ""
-    return f"{rate:.1f}/s, {shares}{failed}"
+    return f"{rate:.1f}/s, {shares}{parts}{failed}"
 
 
 def _tell_end(report: Report, request: BulkRequest, out: str, console: Console) -> int:

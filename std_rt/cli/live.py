@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from std_rt.live.presenter import Outputs, Presenter
-    from std_rt.live.session import Session
+    from std_rt.live.session import Session, Settings
     from std_rt.live.style_mixer import StyleMixer
     from std_rt.media.camera.frame_source import Source
     from std_rt.media.video.record import Recorder
@@ -144,23 +144,19 @@ class LiveRequest(StylizerFlags):
 def live(request: LiveRequest) -> None:
     """Stylize a camera live. In the window, H shows the keys.
 
+    A video-to-video bundle paints windows of frames together, so a frame is shown T - overlap - 1 frames and
+    the time of a window after it was captured; the start says how long that is.
+
     std-rt live --style art.png
 
     std-rt live -s paintings/ --camera clip.mp4 --stream-batch --record out.mp4
     """
     from std_rt.live.presenter import Presenter
-    from std_rt.live.session import Session, Settings
+    from std_rt.live.session import Session
 
     styles = expand_styles(request.style)
     _check_outputs(request, [path for path, _ in styles])
-    settings = Settings(
-        stream_batch=request.stream_batch,
-        temporal=request.temporal,
-        similar=request.skip_similar,
-        target_fps=request.target_fps,
-        crossfade_s=request.crossfade,
-        seed=request.seed,
-    )
+    settings = _settings(request)
     console = Console(stderr=True)
     with ExitStack() as stack:
         source = stack.enter_context(closing(_open_source(request)))
@@ -168,6 +164,7 @@ def live(request: LiveRequest) -> None:
         if first is None:
             raise MediaError(f"{source.name} delivers no frames; name another camera with --camera")
         stylizer = stack.enter_context(open_stylizer(request, console, live=True))
+        settings.check(stylizer.bundle)
         if request.prompt is not None:
             stylizer.set_prompt(request.prompt, request.negative_prompt)
         stylizer.keep_colours = request.keep_colours
@@ -187,10 +184,34 @@ def live(request: LiveRequest) -> None:
         # Closed first, so that nothing can prevent a recording from being finished.
         stack.callback(presenter.close)
         note(console, f"{describe(stylizer)}, {source.name}")
+        if stylizer.bundle.window is not None:
+            note(console, _latency(stylizer.bundle.window, source.fps or _USUAL_FPS))
         _present(presenter, outputs, request.duration, console)
         session.metrics.pause("end")  # the time that closing takes does not count
         session.report()
     typer.echo(json.dumps(session.report()))
+
+
+def _settings(request: LiveRequest) -> Settings:
+    from std_rt.live.session import Settings
+
+    return Settings(
+        stream_batch=request.stream_batch,
+        temporal=request.temporal,
+        similar=request.skip_similar,
+        target_fps=request.target_fps,
+        crossfade_s=request.crossfade,
+        seed=request.seed,
+    )
+
+
+def _latency(window: tuple[int, int], fps: float) -> str:
+    """What a video-to-video bundle costs in time, in one line."""
+    frames, new = window[0], window[0] - window[1]
+    return (
+        f"video-to-video: windows of {frames} frames, {new} of them new, so a frame is shown {new - 1} "
+        f"frames ({(new - 1) / fps:.2f} s at {fps:g} fps) and the time of a window after it was captured"
+    )
 
 
 def _mixer(request: LiveRequest, stylizer: Stylizer) -> StyleMixer:

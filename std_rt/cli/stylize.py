@@ -199,8 +199,6 @@ def open_stylizer(flags: StylizerFlags, console: Console, *, live: bool = False)
     from std_rt.pipeline.stylizer import Stylizer
 
     size, bundle = parse_size(flags.size), load_bundle(flags.bundle)
-    if live:
-        bundle.check_single_frames("std-rt live")
     with Stylizer.load(
         bundle,
         backend=flags.backend,

@@ -206,8 +206,8 @@ class Bundle:
         """Raise UsageError if ``what`` was asked of a video-to-video bundle, which cannot do it."""
         if self.window is not None:
             raise UsageError(
-                f"bundle '{self.name}' is video-to-video ({self.window[0]} frames at once), which {what} "
-                "does not support; use std-rt stylize CLIP, or a bundle for single frames (std-rt bundles)"
+                f"bundle '{self.name}' is video-to-video ({self.window[0]} frames at once) and does not "
+                f"work with {what}; use std-rt stylize CLIP, or a bundle for single frames (std-rt bundles)"
             )
 
     @property

@@ -21,6 +21,7 @@ __all__ = [
     "RecipeError",
     "StdRtError",
     "UsageError",
+    "one_line",
 ]
 
 
@@ -50,3 +51,15 @@ class ExportError(StdRtError):
 
 class RecipeError(StdRtError):
     """A recipe with a wrong key or value, or data it cannot find."""
+
+
+def one_line(error: BaseException | str, limit: int | None = None) -> str:
+    """The text of an error in one line: its first ``limit`` characters, or the last where negative.
+
+    Libraries end long messages with the cause as often as they begin with it. An error without text
+    gives the name of its class.
+    """
+    text = " ".join(str(error).split())
+    if limit is not None:
+        text = text[:limit] if limit >= 0 else text[limit:]
+    return text if text or isinstance(error, str) else type(error).__name__

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 
-from std_rt.core.errors import StdRtError
+from std_rt.core.errors import StdRtError, one_line
 from std_rt.engines.program import Frame, Mark, Runner, no_mark
 from std_rt.engines.protocol import Array, Engine
 
@@ -95,7 +95,7 @@ class HotSwapRunner:
         except (*_FAILURES, CancelledError) as error:
             if runner is not None:
                 runner.close()
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error)
             self._report(f"{fast} cannot be used, so frames stay on {slow}: {reason}")
             return None
         self._now.close()

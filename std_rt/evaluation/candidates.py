@@ -14,7 +14,7 @@ from diffusers.loaders import StableDiffusionXLLoraLoaderMixin as XL
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from std_rt.core.errors import UsageError
+from std_rt.core.errors import UsageError, one_line
 from std_rt.core.schedule import start_timestep, trajectory_timesteps
 from std_rt.training.distil.base import Base
 from std_rt.training.distil.trajectory import METHODS
@@ -159,7 +159,7 @@ def attached(unet: Any, candidate: Candidate) -> Iterator[None]:
         try:
             XL.load_lora_into_unet(state, None, unet, adapter_name="candidate", metadata=candidate.adapter)
         except (ValueError, RuntimeError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise UsageError(f"--lora {candidate.name} does not fit this teacher: {reason}") from None
         yield
     finally:

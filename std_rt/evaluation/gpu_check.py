@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from std_rt.core.arrays import Frame
-from std_rt.core.errors import BackendError, StdRtError
+from std_rt.core.errors import BackendError, StdRtError, one_line
 from std_rt.core.machine import describe_machine
 from std_rt.engines import BackendInfo, backends, open_engine, open_runner
 from std_rt.engines.gpu import probe
@@ -65,7 +65,7 @@ def _check(info: BackendInfo, expected: Frame, say: Say) -> dict[str, Any]:
         say(f"{info.name}: matrix products")
         result["matrix_tflops"] = round(_matrix_rate(info.name), 1)
     except (StdRtError, OSError, RuntimeError) as error:  # of a driver or a library; the next one is tried
-        return result | {"problem": " ".join(str(error).split())}
+        return result | {"problem": one_line(error)}
     difference = int(np.abs(styled.astype(int) - expected).max())
     result["difference"] = difference
     if difference > MOST_DIFFERENCE:

@@ -36,7 +36,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Model
 from transformers.utils import logging
 
-from std_rt.core.errors import RecipeError, UsageError
+from std_rt.core.errors import RecipeError, UsageError, one_line
 from std_rt.evaluation.measures import Frame
 from std_rt.evaluation.picture_quality import Describe
 from std_rt.models.artfid import SMALLEST_PX, ArtInception, Lpips
@@ -221,7 +221,7 @@ def _load_state(option: str, path: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # about old pickles; what cannot be read raises
             found = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise UsageError(f"{option} {path} cannot be read as weights: {reason}") from None
     if not isinstance(found, Mapping):
         raise UsageError(f"{option} {path} holds a {type(found).__name__}, not weights by name")
@@ -268,7 +268,7 @@ def _load_csd(path: Path, device: str) -> _Embedder:
     try:
         model: Any = _clip_from_openai(backbone, state["last_layer_style"].float()).to(device)
     except (KeyError, ValueError, RuntimeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise UsageError(
             f"--csd {path} is not a CSD checkpoint (backbone.*, last_layer_style): {reason}"
         ) from None

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from std_rt.core.errors import UsageError
+from std_rt.core.errors import UsageError, one_line
 from std_rt.core.schedule import GRID_POINTS, img2img_timesteps, trajectory_timesteps
 from std_rt.evaluation.candidates import Candidate, attached
 from std_rt.evaluation.inpaint import composite, keep_outside, latent_mask, outside_difference
@@ -87,7 +87,7 @@ def choose_device(name: str) -> str:
     try:
         torch.zeros(1, device=chosen)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error, 120)
         raise UsageError(f"--device {name} cannot be used ({reason}); try --device cpu") from None
     return chosen
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript.optimizer import fold_constants
 
-from std_rt.core.errors import ExportError
+from std_rt.core.errors import ExportError, one_line
 from std_rt.engines.protocol import STEADY_INPUTS
 from std_rt.export.weights import INLINE_ELEMENTS
 from std_rt.models.components import quiet
@@ -162,7 +162,7 @@ def _quantize(
                 ),
             )
         except (nncf.NNCFError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise ExportError(
                 f"NNCF cannot quantize graph '{name}': {reason}; use another --precision"
             ) from error

@@ -40,19 +40,24 @@ def estimate_export(
     """What the export of a diffusers folder takes with weights stored in ``precision``.
 
     ``precision``: fp32, fp16 or bf16. ``parts`` are folders used instead of the source's own (as
-    ``{"vae": Path(...)}``), ``adapter`` an IP-Adapter file. ``text`` is False if prompts are baked in, so
-    that text encoders are loaded and not stored. Raises ExportError on an unreadable weight file.
+    ``{"vae": Path(...)}``), and ``motion_adapter``; ``adapter`` is an IP-Adapter file. ``text`` is False if
+    prompts are baked in, so that text encoders are loaded and not stored. Raises ExportError on an unreadable
+    weight file.
     """
     folders = {part: source / part for part in _PARTS} | (parts or {})
     sizes = {part: _parameters(folder) for part, folder in folders.items()}
     adapter = adapter or source / "ip_adapter.safetensors"
     extra = _count(adapter) if adapter.suffix == ".safetensors" and adapter.is_file() else 0
     # The largest part in fp32; an adapter's weights join the UNet.
-    largest = max(sizes["unet"] + extra, *sizes.values())
+    video = sizes["unet"] + sizes.get("motion_adapter", 0)
+    largest = max(video + extra, *sizes.values())
     beside = _BESIDE_LARGE_GB if largest >= LARGE else _BESIDE_GB
+    memory_gb = _LOADED_BYTES * largest / _GB + beside
+    if "motion_adapter" in sizes:  # the video UNet is made beside the two that it is made of
+        memory_gb = max(memory_gb, _LOADED_BYTES * 2 * video / _GB + _BESIDE_GB)
     stored = extra + sum(size for part, size in sizes.items() if text or not part.startswith("text_"))
     stored_gb = _STORED_BYTES[precision] * stored / _GB
-    return Need(_LOADED_BYTES * largest / _GB + beside, _ON_DISK * stored_gb)
+    return Need(memory_gb, _ON_DISK * stored_gb)
 
 
 def check_room(need: Need, output: Path) -> None:

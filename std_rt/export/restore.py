@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from std_rt.core.bundle import Bundle
-from std_rt.core.errors import BundleError
+from std_rt.core.errors import BundleError, one_line
 from std_rt.models.clip_style import ClipStyleEncoder
 from std_rt.models.components import resolve
 from std_rt.models.ip_adapter import attach_diffusers
@@ -82,7 +82,7 @@ def _fill(bundle: Bundle, graph: str, module: nn.Module, state: dict[str, Tensor
     try:
         module.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise BundleError(f"bundle '{bundle.name}': weights of {graph} do not fit: {reason}") from error
 
 

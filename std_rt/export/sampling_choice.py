@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from std_rt.core.errors import ExportError
+from std_rt.core.errors import ExportError, one_line
 from std_rt.core.samplers import schedule_rows, takes_all
 from std_rt.core.schedule import (
     GRID_POINTS,
@@ -98,7 +98,7 @@ def read_notes(path: Path, metadata: Mapping[str, str]) -> LoraNotes:
         }
         run = {count: trajectory_timesteps(eta, count, tau) for count in timesteps}
     except (ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ExportError(f"LoRA {path} has invalid metadata ({reason}); use another snapshot") from error
     for count, noted in timesteps.items():
         if run[count] != noted:

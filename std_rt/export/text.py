@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from std_rt.core.errors import ExportError
+from std_rt.core.errors import ExportError, one_line
 from std_rt.export.graphs import Example, Graph, Port, Trace
 from std_rt.export.modules import ClipText
 from std_rt.models.components import (
@@ -173,7 +173,7 @@ def read_tokenizer(source: Path, role: str) -> ClipTokenizer:
         with quiet("transformers"):
             theirs = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the package underneath raises Exception itself
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ExportError(f"the tokenizer in {folder} cannot be read: {reason}") from error
     ids = {"begin": theirs.bos_token_id, "end": theirs.eos_token_id, "pad": theirs.pad_token_id}
     for name, number in ids.items():

@@ -89,7 +89,10 @@ class Presenter:
         self._finishing: deque[Future[Recording]] = deque()
 
     def run(self, stop: Callable[[], bool], seconds: float | None = None) -> None:
-        """Present; ``seconds`` are counted from the first frame."""
+        """Present; ``seconds`` are counted from the first frame.
+
+        At the end, a recording also gets what is painted and was not due yet.
+        """
         self._draw()
         while not (self._quit or stop() or self._session.over or self._is_time_up(seconds)):
             packet = self._session.get(_TICK_S)
@@ -107,6 +110,11 @@ class Presenter:
                 self._status_s = self._now()
                 figures = [line.replace("\t", " ") for line in self._session.lines()]
                 self._out.status("   ".join([*figures, self._session.source.status]).rstrip())
+        if self._out.recorder is not None and not self._session.paused:
+            for packet, at_s in self._session.rest():
+                assert packet.styled is not None
+                self._out.recorder.write(packet.styled, at_s)
+                self._session.presented(packet)
 
     def close(self) -> None:
         """End recordings and outputs, but not the session. May be called again."""

@@ -14,6 +14,8 @@ Three stages, each in its own thread; the last is the caller's (the main thread,
 
 Between the first two the newest frame wins and the others count as drops, so a slow model never falls behind.
 Between the last two a frame waits for its turn, so a slow screen slows the engines down and loses no frame.
+With a video-to-video bundle both queues hold a window: the newest T - overlap frames are the next one's, and
+its results, which come at once, are presented as far apart as they were captured.
 `metrics` counts all of it; `QualityControl` acts after each stylized frame.
 """
 
@@ -29,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from std_rt.core.bundle import Bundle
 from std_rt.core.errors import UsageError
 from std_rt.core.prefetcher import Prefetcher
 from std_rt.live.governor import QualityControl
@@ -36,7 +39,7 @@ from std_rt.live.metrics import Metrics
 from std_rt.live.style_mixer import StyleMixer
 from std_rt.media.camera.frame_source import Source
 from std_rt.pipeline.stylizer import Stylizer
-from std_rt.streaming.frame_stream import ONE_BY_ONE, STREAM_BATCH, FramePacket, FrameStream
+from std_rt.streaming.frame_stream import CARRIED, ONE_BY_ONE, STREAM_BATCH, FramePacket, FrameStream
 from std_rt.streaming.similarity import SimilarityFilter
 from std_rt.streaming.temporal import TemporalFilter
 
@@ -44,6 +47,7 @@ __all__ = ["Session", "Settings"]
 
 _STYLED_AHEAD = 2
 _GAP_S = 1.0  # without a frame for this long, those still inside the engines are out of date
+_CATCH_UP = 0.9  # of the time between two captures: results that come late do not stay late
 _END_S = 30.0  # for the engines to finish their last frame
 
 
@@ -63,6 +67,20 @@ class Settings:
     crossfade_s: float = 1.0
     seed: int = 0
 
+    def check(self, bundle: Bundle) -> None:
+        """Raise UsageError for what a video-to-video bundle cannot do."""
+        asked = {
+            "--stream-batch": self.stream_batch,
+            "--skip-similar": self.similar is not None,
+            "--target-fps": self.target_fps is not None,
+        }
+        flags = [flag for flag, is_on in asked.items() if is_on]
+        if bundle.window is not None and flags:
+            raise UsageError(
+                f"bundle '{bundle.name}' is video-to-video and paints windows of {bundle.window[0]} frames, "
+                f"which {flags[0]} does not work with; leave it out"
+            )
+
 
 class Session:
     """Call everything from one thread, the presenting one. ``mirror`` may be changed at any time."""
@@ -79,13 +97,14 @@ class Session:
     ) -> None:
         """The mixer holds at least one style. Nothing runs before `start` (or ``with``)."""
         self.settings = settings = settings or Settings()
+        settings.check(stylizer.bundle)
         self.mixer, self.source, self.mirror, self.paused = mixer, source, mirror, False
-        self._now = now
+        self._now, self._window = now, stylizer.bundle.window
         self.metrics = Metrics(_described(stylizer, source, settings), now=now)
         self.stream = FrameStream(  # its size, steps, temporal filter and colours may be set at any time
             stylizer,
             mixer.at,
-            batching=STREAM_BATCH if settings.stream_batch else ONE_BY_ONE,
+            batching=CARRIED if self._window else STREAM_BATCH if settings.stream_batch else ONE_BY_ONE,
             temporal=TemporalFilter(settings.temporal, self.metrics.warped),
             similarity=None if settings.similar is None else SimilarityFilter(settings.similar),
             seed=settings.seed,
@@ -101,22 +120,37 @@ class Session:
         self._captured: Prefetcher[FramePacket] | None = None
         self._styled: Prefetcher[FramePacket] | None = None
         self._lost = False
+        self._resumed_s = -math.inf  # when the first frame after a gap was captured
+        self._waiting: FramePacket | None = None  # not due yet
+        self._last: tuple[float, float] | None = None  # when the last packet was captured, and due
         self._presenting = Lock()
 
     def start(self) -> None:
         """Start capturing and stylizing, once. Raises UsageError the second time."""
         if self._styled is not None:
             raise UsageError("this session has started already; make a new Session for another run")
+        length, overlap = self._window or (0, 0)
         self._captured = Prefetcher(
-            self._capture(), room=1, latest=True, name="capture", dropped=lambda _: self.metrics.dropped()
+            self._capture(),
+            room=max(1, length - overlap),
+            latest=True,
+            name="capture",
+            dropped=lambda _: self.metrics.dropped(),
         )
-        self._styled = Prefetcher(self._stylize(self._captured), room=_STYLED_AHEAD, name="engines")
+        # Room for a window beside the one that is being presented: ending a session then loses neither.
+        self._styled = Prefetcher(
+            self._stylize(self._captured), room=max(_STYLED_AHEAD, 2 * length), name="engines"
+        )
 
     def _capture(self) -> Iterator[FramePacket]:
         """The first thread: frames as the source delivers them; those of a pause are discarded."""
+        last_s = math.inf
         while (taken := self.source.read()) is not None:
             self.metrics.captured(taken.at_s)
             if not self.paused:
+                if taken.at_s - last_s > _GAP_S:  # a pause, or a lost camera
+                    self._resumed_s = taken.at_s
+                last_s = taken.at_s
                 frame = np.ascontiguousarray(taken.frame[:, ::-1]) if self.mirror else taken.frame
                 yield FramePacket(frame, taken.at_s, taken.index)
 
@@ -130,7 +164,7 @@ class Session:
         """Packets as they enter the engines. After a gap, frames still inside are dropped."""
         last_s = math.inf
         for packet in captured:
-            if packet.captured_s - last_s > _GAP_S:  # a pause, or a lost camera
+            if last_s < self._resumed_s <= packet.captured_s:
                 self.metrics.dropped(self.stream.discard())
             last_s = packet.captured_s
             packet.stages_ms["wait"] = (self._now() - packet.captured_s) * 1000
@@ -148,9 +182,40 @@ class Session:
             if lost != self._lost:  # a lost camera stops the metrics' clock until its next frame
                 (self.metrics.pause if lost else self.metrics.resume)("source")
             self._lost = lost
-            return None if self._styled is None else self._styled.get(timeout_s)
+            packet = self._next(timeout_s)
+            wait_s = -math.inf if packet is None else self._due_s(packet) - self._now()
+            if wait_s > 0:
+                time.sleep(min(wait_s, timeout_s))
+            return None if packet is None or wait_s > timeout_s else self._handed(packet, self._now())
         finally:
             self._presenting.release()
+
+    def rest(self) -> Iterator[tuple[FramePacket, float]]:
+        """When presenting ends: what the last windows have painted, and when it would have been presented.
+
+        Nothing without windows, whose results come singly.
+        """
+        while self._window is not None and (packet := self._next(0)) is not None:
+            at_s = max(self._now(), self._due_s(packet))
+            yield self._handed(packet, at_s), at_s
+
+    def _next(self, timeout_s: float) -> FramePacket | None:
+        if self._waiting is None and self._styled is not None:
+            self._waiting = self._styled.get(timeout_s)
+        return self._waiting
+
+    def _handed(self, packet: FramePacket, at_s: float) -> FramePacket:
+        self._waiting, self._last = None, (packet.captured_s, at_s)
+        return packet
+
+    def _due_s(self, packet: FramePacket) -> float:
+        """When to present it: results of a window come together, but were not captured together."""
+        if self._window is None or self._last is None:
+            return -math.inf
+        captured_s, presented_s = self._last
+        if captured_s < self._resumed_s <= packet.captured_s:
+            return -math.inf
+        return presented_s + _CATCH_UP * (packet.captured_s - captured_s)
 
     def presented(self, packet: FramePacket) -> None:
         """Count a packet whose frame is now on the screen."""
@@ -159,7 +224,7 @@ class Session:
     @property
     def over(self) -> bool:
         """The source has ended and every frame was handed out, or the session is closed."""
-        return self._styled is None or self._styled.over
+        return self._styled is None or (self._styled.over and self._waiting is None)
 
     @property
     def notes(self) -> deque[str]:
@@ -188,6 +253,7 @@ class Session:
             latency = f"{recent.latency_p50_ms:.0f} ms  p95 {recent.latency_p95_ms:.0f}"
         modes = {
             "stream batch": settings.stream_batch,
+            f"windows of {self._window[0] if self._window else 0}": self._window is not None,
             f"temporal {settings.temporal}": settings.temporal != "off",
             f"target {settings.target_fps or 0:g} fps": settings.target_fps is not None,
         }
@@ -224,6 +290,7 @@ class Session:
             prefetcher.close()
         for prefetcher in prefetchers:
             prefetcher.close(_END_S)
+        self._waiting = None
 
     def __enter__(self) -> Session:
         self.start()
@@ -242,6 +309,7 @@ def _described(stylizer: Stylizer, source: Source, settings: Settings) -> dict[s
         "steps": stylizer.steps,
         "guidance": [stylizer.guidance.mode, stylizer.guidance.scale],
         "stream_batch": settings.stream_batch,
+        "window": stylizer.bundle.window,
         "temporal": settings.temporal,
         "similar": settings.similar,
         "target_fps": settings.target_fps,

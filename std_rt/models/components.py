@@ -166,4 +166,8 @@ def motion_unet(unet: Network, adapter: Network, *, weights: bool = True) -> Net
         motion = UNetMotionModel.from_unet2d(unet, adapter, load_weights=weights)
     if weights:  # diffusers 0.42 forgets this layer, and what it leaves there is random
         motion.add_embedding.load_state_dict(unet.add_embedding.state_dict())
+    elif unet.encoder_hid_proj is not None:  # it takes image branches over with the weights only
+        motion.set_attn_processor({**motion.attn_processors, **unet.attn_processors})
+        motion.encoder_hid_proj = unet.encoder_hid_proj
+        motion.register_to_config(encoder_hid_dim_type="ip_image_proj")
     return motion

@@ -17,7 +17,7 @@ import torch
 from diffusers.models.embeddings import ImageProjection, IPAdapterPlusImageProjection
 from torch import Tensor, nn
 
-from std_rt.core.errors import ExportError
+from std_rt.core.errors import ExportError, one_line
 from std_rt.models.components import Network, quiet, read_config
 from std_rt.models.weight_files import open_weights
 
@@ -109,7 +109,7 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
             "get the .safetensors of this adapter"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error, 200)
         raise ExportError(f"IP-Adapter weights {path} cannot be read: {reason}") from error
     flat = dict(_flatten(found)) if isinstance(found, dict) else {}
     if not flat:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from std_rt.core.errors import RecipeError
+from std_rt.core.errors import RecipeError, one_line
 
 _MEAN_BGR = (103.939, 116.779, 123.68)  # of ImageNet, subtracted from 0..255
 # (name in the weight file, input channels, output channels); a pool follows where the number is in _POOLED
@@ -124,7 +124,7 @@ def load_perceptual(path: str | Path) -> Vgg | SqueezeNet:
         state = load_file(path)
         network = Vgg(state) if any(key.startswith("vgg.") for key in state) else SqueezeNet(state)
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise RecipeError(
             f"{path} does not hold VGG-19 or SqueezeNet 1.1 weights ({reason}); see docs/training.md"
         ) from None

@@ -16,7 +16,7 @@ from typing import Any
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from std_rt.core.errors import ExportError
+from std_rt.core.errors import ExportError, one_line
 
 __all__ = [
     "Slot",
@@ -150,7 +150,7 @@ def _damage(path: Path, error: Exception) -> str:
     if path.is_dir():
         return "is a folder, not a .safetensors file"
     size = path.stat().st_size
-    reason = " ".join(str(error).split())
+    reason = one_line(error)
     if "not fully covered" in reason:
         return f"is incomplete or too long ({size} bytes do not match its header)"
     return f"is not a readable safetensors file ({size} bytes; {reason})"

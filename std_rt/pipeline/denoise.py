@@ -15,7 +15,7 @@ from typing import Any
 
 from std_rt.core.schedule import StepCoefficients, add_noise, step, to_eps
 
-__all__ = ["GUIDANCE_MODES", "Guidance", "denoise", "gap_share", "img2img", "noise_draws"]
+__all__ = ["GUIDANCE_MODES", "Guidance", "denoise", "gap_share", "guided", "img2img", "noise_draws"]
 
 Array = Any  # NDArray or Tensor
 Predict = Callable[[Array, int, bool], Array]  # (x_t, timestep, with the negative prompt) -> network output
@@ -55,6 +55,16 @@ def noise_draws(steps: Sequence[StepCoefficients]) -> int:
     return 1 + sum(1 for c in steps if c.noise)
 
 
+def guided(
+    x_t: Array, c: StepCoefficients, predict: Predict, prediction_type: str, guidance_scale: float
+) -> tuple[Array, Array]:
+    """The noise predicted with guidance, from both prompts, and the gap between the two predictions."""
+    eps = to_eps(predict(x_t, c.timestep, False), x_t, c, prediction_type)
+    eps_negative = to_eps(predict(x_t, c.timestep, True), x_t, c, prediction_type)
+    gap = eps - eps_negative
+    return eps_negative + guidance_scale * gap, gap
+
+
 def denoise(
     z: Array,
     predict: Predict,
@@ -75,13 +85,12 @@ def denoise(
     start, *fresh = noise
     x_t = add_noise(z, start, first)
     for c in steps:
-        eps = to_eps(predict(x_t, c.timestep, False), x_t, c, prediction_type)
         if guidance.mode == "full" or (guidance.mode == "residual" and gap is None):
-            eps_negative = to_eps(predict(x_t, c.timestep, True), x_t, c, prediction_type)
-            gap = eps - eps_negative
-            eps = eps_negative + w * gap
-        elif guidance.mode == "residual":
-            eps = eps + (w - 1) * gap_share(c, first) * gap
+            eps, gap = guided(x_t, c, predict, prediction_type, w)
+        else:
+            eps = to_eps(predict(x_t, c.timestep, False), x_t, c, prediction_type)
+            if guidance.mode == "residual":
+                eps = eps + (w - 1) * gap_share(c, first) * gap
         x_t = step(x_t, eps, c, fresh.pop(0) if c.noise else None)
         x_t = x_t if after is None else after(x_t, c.target)
     return x_t

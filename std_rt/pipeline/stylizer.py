@@ -254,9 +254,12 @@ class Stylizer:
         one size share their engines, so another number of steps costs next to nothing. Raises UsageError for
         more than `runner_cache.MAX_KEPT`.
         """
-        self.bundle.check_single_frames("this command")
         with self.lock:
             self._check_open()
+            if self.bundle.window is not None:
+                for quality in qualities:
+                    self._graphs_of_windows(quality.size)
+                return
             self._cache.keep([RunnerKey(quality, frames, stream_batch) for quality in qualities])
 
     def ready(self, quality: Quality, *, frames: int = 1, stream_batch: bool = False) -> bool:
@@ -264,6 +267,9 @@ class Stylizer:
 
         Raises, once, the error of opening them; the next use tries again.
         """
+        if self.bundle.window is not None:
+            graphs = self._window_graphs.get(self._window_key(quality.size))
+            return graphs is not None and graphs.ready
         return self._cache.ready(RunnerKey(quality, frames, stream_batch))
 
     def when_open(self, quality: Quality, call: Callable[[], None]) -> None:
@@ -524,10 +530,10 @@ class Stylizer:
         result = np.stack(styled)
         return Submitted(lambda mark: result, running=False)
 
-    def window_stream(self, quality: Quality) -> WindowStream:
+    def window_stream(self, quality: Quality, *, carried: bool = False) -> WindowStream:
         """Frames of a scene at a quality, for a bundle whose UNet sees several at once.
 
-        Its graphs begin to open. Hold ``lock`` while it works.
+        Its graphs begin to open. Hold ``lock`` while it works. ``carried``: see `pipeline.windows`.
         """
         assert self.bundle.window is not None
         steps, size = self.bundle.coefficients(quality.steps), quality.size
@@ -538,11 +544,14 @@ class Stylizer:
         with self.lock:
             self._graphs_of_windows(size)
         kind = self.bundle.prediction_type
-        return WindowStream(self.bundle.window, steps, kind, self.guidance, current)
+        return WindowStream(self.bundle.window, steps, kind, self.guidance, current, carried=carried)
+
+    def _window_key(self, size: Size) -> tuple[Size, int]:
+        return size, self._text["encoder_hidden_states"].shape[1]
 
     def _graphs_of_windows(self, size: Size) -> WindowGraphs:
         self._check_open()
-        key = (size, self._text["encoder_hidden_states"].shape[1])
+        key = self._window_key(size)
         if key not in self._window_graphs:
             while len(self._window_graphs) >= _WINDOW_SIZES:
                 self._window_graphs.pop(next(iter(self._window_graphs))).close()

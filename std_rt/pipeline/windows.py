@@ -21,6 +21,11 @@ program that holds the whole clip, but only the frames between the wave's ends a
 
 The last window of a scene is filled up with copies of the last frame, whose predictions are not used; a
 scene shorter than T, or a still, is one such window. What follows a cut is a scene of its own: `flush`.
+
+A camera cannot wait for later windows. With ``carried``, a window takes all its steps at once, as soon as
+its last frame is there. It paints its new frames; its first ``overlap`` ones, which the window before has
+painted, are given to the network as they were there at the same level, so that the two join. Results then
+come T - overlap at a time, and T frames are held however many steps there are.
 """
 
 from __future__ import annotations
@@ -40,7 +45,7 @@ from std_rt.engines.glue import GLUE
 from std_rt.engines.hot_swap import close_when_open
 from std_rt.engines.program import Mark, no_mark
 from std_rt.pipeline.conditioning import Conditioning
-from std_rt.pipeline.denoise import Guidance
+from std_rt.pipeline.denoise import Guidance, guided
 
 __all__ = ["WINDOW_GRAPHS", "WindowGraphs", "WindowStream", "Windows"]
 
@@ -51,9 +56,12 @@ PredictWindow = Callable[[Array, StepCoefficients], Array]  # x_t [T, C, h, w] -
 
 @dataclass(eq=False, slots=True)
 class _Inside:
-    """A frame on its way: its latents at its level, and the sum of the noise predicted there."""
+    """A frame on its way: its latents by level, and the sum of the noise predicted at the last one.
 
-    x: Array
+    Levels that no window will run at again are left out.
+    """
+
+    states: dict[int, Array]
     noise: Array
     eps: Array | None = None
     windows: int = 0
@@ -63,25 +71,31 @@ class Windows:
     """The scheme above on latents, whatever predicts; see the module."""
 
     def __init__(
-        self, window: tuple[int, int], steps: Sequence[StepCoefficients], predict: PredictWindow
+        self,
+        window: tuple[int, int],
+        steps: Sequence[StepCoefficients],
+        predict: PredictWindow,
+        *,
+        carried: bool = False,
     ) -> None:
-        """``window``: (frames, overlap)."""
+        """``window``: (frames, overlap). ``carried``: see the module."""
         self._length, self._overlap = window
-        self._hop = self._length - self._overlap
+        self._hop, self._carried = self._length - self._overlap, carried
         self._steps, self._predict = list(steps), predict
         self._draws = np.cumsum([bool(c.noise) for c in self._steps])  # noise[0] is the start's
         self._reset()
 
     def _reset(self) -> None:
-        self._inside: deque[_Inside] = deque()
-        self._finished, self._ended = 0, False
+        self._held: deque[_Inside] = deque()
+        self._gone = self._finished = 0  # frames that are not held any more, that have come out
+        self._ended = False
         self._reached = [0] * (len(self._steps) + 1)  # frames that have come to each level, or beyond
         self._run = [0] * len(self._steps)  # windows run at each level
 
     @property
     def inside(self) -> int:
         """Frames that have entered and not come out."""
-        return len(self._inside)
+        return self._reached[0] - self._finished
 
     def push(self, z: Array, noise: Array) -> list[Array]:
         """Take the clean latents [C, h, w] of the next frame and its noise draws [K, C, h, w].
@@ -94,7 +108,7 @@ class Windows:
                 f"the state has noise {list(noise.shape)} for latents {list(z.shape)}; "
                 "use state_for(...) with this size and these steps"
             )
-        self._inside.append(_Inside(add_noise(z, noise[0], self._steps[0]), noise))
+        self._held.append(_Inside({0: add_noise(z, noise[0], self._steps[0])}, noise))
         self._reached[0] += 1
         return self._advance()
 
@@ -112,9 +126,13 @@ class Windows:
                 self._window(level, c)
                 self._step(level, c)
             self._step(level, c)
-        count = self._reached[-1] - self._finished
-        self._finished += count
-        return [self._inside.popleft().x for _ in range(count)]
+        clean = len(self._steps)
+        done = [self._held[i - self._gone].states[clean] for i in range(self._finished, self._reached[-1])]
+        self._finished += len(done)
+        while self._gone < self._finished - (self._overlap if self._carried else 0):
+            self._held.popleft()
+            self._gone += 1
+        return done
 
     def _exists(self, window: int) -> bool:
         """Whether the window holds a frame, so far, that the one before does not."""
@@ -126,27 +144,30 @@ class Windows:
         return there >= end or (self._ended and self._exists(window) and there == self._reached[0])
 
     def _window(self, level: int, c: StepCoefficients) -> None:
-        begin = self._run[level] * self._hop - self._finished
-        frames = [self._inside[i] for i in range(begin, min(begin + self._length, len(self._inside)))]
-        rows = [frame.x for frame in frames]
+        begin = self._run[level] * self._hop - self._gone
+        frames = [self._held[i] for i in range(begin, min(begin + self._length, len(self._held)))]
+        rows = [frame.states[level] for frame in frames]
         rows += [rows[-1]] * (self._length - len(rows))
         eps = self._predict(np.stack(rows), c)
-        for i, frame in enumerate(frames):
+        painted = self._reached[level + 1] - self._gone - begin  # frames carried into this window
+        for i, frame in enumerate(frames[painted:], painted):
             frame.eps = eps[i] if frame.eps is None else frame.eps + eps[i]
             frame.windows += 1
         self._run[level] += 1
 
     def _step(self, level: int, c: StepCoefficients) -> None:
-        """Bring the frames that no later window of this level holds to the next level."""
+        """Bring the frames that no later window of this level changes to the next level."""
         run = self._run[level]
-        until = min(run * self._hop, self._reached[level])
+        carried = self._overlap if self._carried and run else 0
+        until = min(run * self._hop + carried, self._reached[level])
         if self._ended and not self._exists(run):
             until = self._reached[level]
         for i in range(self._reached[level + 1], until):
-            frame = self._inside[i - self._finished]
+            frame = self._held[i - self._gone]
             assert frame.eps is not None
             fresh = frame.noise[int(self._draws[level])] if c.noise else None
-            frame.x = step(frame.x, frame.eps / frame.windows, c, fresh)
+            x = frame.states[level] if self._carried else frame.states.pop(level)
+            frame.states[level + 1] = step(x, frame.eps / frame.windows, c, fresh)
             frame.eps, frame.windows = None, 0
         self._reached[level + 1] = max(self._reached[level + 1], until)
 
@@ -156,6 +177,11 @@ class WindowGraphs:
 
     def __init__(self, engines: Mapping[str, Future[Engine]], size: tuple[int, int]) -> None:
         self._engines, self._size = engines, size
+
+    @property
+    def ready(self) -> bool:
+        """Whether all are open. Raises the error of opening one."""
+        return all(engine.done() and engine.result() is not None for engine in self._engines.values())
 
     @property
     def precision(self) -> str:
@@ -201,11 +227,16 @@ class WindowStream:
         prediction_type: str,
         guidance: Guidance,
         current: Callable[[], tuple[WindowGraphs, Conditioning]],
+        *,
+        carried: bool = False,
     ) -> None:
-        """``current``: the graphs, and the conditioning of the style and prompt that are set now."""
+        """``current``: the graphs, and the conditioning of the style and prompt that are set now.
+
+        ``carried``: paint as soon as a window is full, as for a camera; see the module.
+        """
         self._kind, self._guidance, self._current = prediction_type, guidance, current
         self._mark: Mark = no_mark
-        self._windows = Windows(window, steps, self._predict)
+        self._windows = Windows(window, steps, self._predict, carried=carried)
 
     def push(self, working: Frame, noise: Array, mark: Mark = no_mark) -> list[Frame]:
         """Take a frame uint8 [H, W, 3] of the working size and its noise [K, C, h, w]."""
@@ -218,8 +249,7 @@ class WindowStream:
     def flush(self, mark: Mark = no_mark) -> Iterator[Frame]:
         """The results of the frames still inside; the next frame begins a scene."""
         self._mark = mark
-        if self._windows.inside:
-            yield from self._decoded(self._windows.finish())
+        yield from self._decoded(self._windows.finish())
 
     def _decoded(self, latents: Sequence[Array]) -> Iterator[Frame]:
         for each in latents:
@@ -229,9 +259,14 @@ class WindowStream:
 
     def _predict(self, x: Array, c: StepCoefficients) -> Array:
         graphs, conditioning = self._current()
-        eps = to_eps(graphs.predict(x, c.timestep, conditioning.positive), x, c, self._kind)
+
+        def predict(x_t: Array, timestep: int, negative: bool) -> Array:
+            given = conditioning.negative if negative else conditioning.positive
+            return graphs.predict(x_t, timestep, given)
+
         if self._guidance.mode == "full":
-            negative = to_eps(graphs.predict(x, c.timestep, conditioning.negative), x, c, self._kind)
-            eps = negative + self._guidance.scale * (eps - negative)
+            eps, _ = guided(x, c, predict, self._kind, self._guidance.scale)
+        else:
+            eps = to_eps(predict(x, c.timestep, False), x, c, self._kind)
         self._mark("unet")
         return np.asarray(eps, np.float32)

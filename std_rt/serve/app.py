@@ -32,7 +32,7 @@ from starlette.types import ASGIApp
 from std_rt import __version__
 from std_rt.core.arrays import Frame
 from std_rt.core.bundle import Bundle, list_bundles
-from std_rt.core.errors import StdRtError, UsageError
+from std_rt.core.errors import StdRtError, UsageError, one_line
 from std_rt.core.machine import peak_memory_mb
 from std_rt.media.camera.frame_source import Source
 from std_rt.media.image import write_picture
@@ -41,7 +41,7 @@ from std_rt.pipeline.stylizer import Stylizer
 from std_rt.serve.library import Library, Style, Uploads
 from std_rt.serve.limits import BusyError, Limits, MissingError
 from std_rt.serve.painting import ClipJobs, paint_picture
-from std_rt.serve.protocol import Look, encode_frame, one_line
+from std_rt.serve.protocol import Look, encode_frame
 from std_rt.serve.security import Guard, Rules, patient_for
 from std_rt.serve.sessions import SessionPool
 from std_rt.serve.sockets import Sockets

@@ -16,7 +16,7 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import Any
 
-from std_rt.core.errors import MediaError, StdRtError, UsageError
+from std_rt.core.errors import MediaError, StdRtError, UsageError, one_line
 from std_rt.media import fit
 from std_rt.media.image import Picture, open_picture, painted
 from std_rt.media.sources import is_video
@@ -26,7 +26,7 @@ from std_rt.pipeline.style_file import StyleFile
 from std_rt.pipeline.stylizer import Stylizer
 from std_rt.serve.library import Uploads, named
 from std_rt.serve.limits import BusyError, Limits, MissingError
-from std_rt.serve.protocol import Look, one_line
+from std_rt.serve.protocol import Look
 from std_rt.streaming.frame_stream import FrameStream
 from std_rt.streaming.temporal import TemporalFilter
 

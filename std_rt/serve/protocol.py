@@ -17,13 +17,13 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from std_rt.core.arrays import Frame, Size
-from std_rt.core.errors import MediaError, StdRtError, UsageError
+from std_rt.core.errors import MediaError, UsageError
 from std_rt.media.picture_formats import DAMAGE
 from std_rt.pipeline.conditioning import check_stroke_size
 from std_rt.pipeline.stylizer import Stylizer
 from std_rt.streaming.temporal import TEMPORAL_MODES
 
-__all__ = ["Header", "Look", "decode_frame", "encode_frame", "one_line", "parse_message"]
+__all__ = ["Header", "Look", "decode_frame", "encode_frame", "parse_message"]
 
 _HEADER = struct.Struct("<IId")
 _MOST_STYLES = 16
@@ -213,8 +213,3 @@ _PARSERS = {
     "crossfade": _crossfade,
     "seed": _seed,
 }
-
-
-def one_line(error: StdRtError) -> str:
-    """The message of an error, in one line."""
-    return " ".join(str(error).split())

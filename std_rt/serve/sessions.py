@@ -22,7 +22,7 @@ from threading import Condition, Event, Lock, Thread
 from typing import Any
 
 from std_rt.core.arrays import Frame
-from std_rt.core.errors import StdRtError, UsageError
+from std_rt.core.errors import StdRtError, UsageError, one_line
 from std_rt.live.metrics import Counts, rounded
 from std_rt.live.session import Session, Settings
 from std_rt.live.style_mixer import NUDGE_S, StyleMixer
@@ -31,7 +31,7 @@ from std_rt.pipeline.runner_cache import MAX_KEPT
 from std_rt.pipeline.stylizer import Quality, Stylizer
 from std_rt.serve.library import Library
 from std_rt.serve.limits import BusyError, Limits, MissingError
-from std_rt.serve.protocol import Header, Look, decode_frame, encode_frame, one_line
+from std_rt.serve.protocol import Header, Look, decode_frame, encode_frame
 from std_rt.streaming.shared_calls import SharedCalls
 from std_rt.streaming.temporal import TemporalFilter
 

@@ -13,9 +13,9 @@ import anyio
 import anyio.to_thread
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from std_rt.core.errors import StdRtError, UsageError
+from std_rt.core.errors import StdRtError, UsageError, one_line
 from std_rt.serve.limits import BusyError, Limits
-from std_rt.serve.protocol import Header, Look, one_line, parse_message
+from std_rt.serve.protocol import Header, Look, parse_message
 from std_rt.serve.sessions import LiveSession, PushedFrames, Result, SessionPool
 
 __all__ = ["Sockets"]

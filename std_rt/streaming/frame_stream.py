@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from std_rt.core.arrays import Frame, Size
+from std_rt.core.bundle import Bundle
 from std_rt.core.errors import UsageError
 from std_rt.engines.program import Mark, no_mark
 from std_rt.media import chroma, fit
@@ -32,15 +33,25 @@ from std_rt.streaming.similarity import SimilarityFilter
 from std_rt.streaming.stream_batch import StreamBatch
 from std_rt.streaming.temporal import Motion, TemporalFilter
 
-__all__ = ["GROUPED", "ONE_BY_ONE", "STREAM_BATCH", "WINDOWS", "FramePacket", "FrameStream", "StyleAt"]
+__all__ = [
+    "CARRIED",
+    "GROUPED",
+    "ONE_BY_ONE",
+    "STREAM_BATCH",
+    "WINDOWS",
+    "FramePacket",
+    "FrameStream",
+    "StyleAt",
+]
 
 StyleAt = Callable[[float], tuple[EncodedStyle, float]]  # time in s -> style and strength at that instant
 
 # Batching modes: lowest latency; N steps of N consecutive frames in one call of the UNet (more frames
 # per second, N - 1 frames later); several whole frames in one call of each graph (for files).
 ONE_BY_ONE, STREAM_BATCH, GROUPED = "one by one", "stream batch", "grouped"
-# Overlapping windows of frames (`pipeline.windows`): what a video-to-video bundle does, whatever is asked.
-WINDOWS = "windows"
+# Overlapping windows of frames (`pipeline.windows`): what a video-to-video bundle does, whatever is asked;
+# for a camera, `CARRIED`, whose results do not wait for later windows.
+WINDOWS, CARRIED = "windows", "carried windows"
 
 
 @dataclass(eq=False, slots=True)
@@ -116,8 +127,8 @@ class _Grouped:
 class _Windowed:
     """Overlapping windows of frames that the UNet sees at once; a flush ends a scene."""
 
-    def __init__(self, stylizer: Stylizer, quality: Quality) -> None:
-        self._stream = stylizer.window_stream(quality)
+    def __init__(self, stylizer: Stylizer, quality: Quality, *, carried: bool) -> None:
+        self._stream = stylizer.window_stream(quality, carried=carried)
 
     def push(self, working: Frame, state: State, mark: Mark = no_mark) -> list[Frame]:
         return self._stream.push(working, state.noise, mark)
@@ -135,7 +146,8 @@ _BATCHERS: dict[str, Callable[[Stylizer, Quality, Mask | None], _Batcher]] = {
     GROUPED: lambda stylizer, quality, mask: _Grouped(
         stylizer, quality, stylizer.frames_per_call(quality.size), mask
     ),
-    WINDOWS: lambda stylizer, quality, _: _Windowed(stylizer, quality),
+    WINDOWS: lambda stylizer, quality, _: _Windowed(stylizer, quality, carried=False),
+    CARRIED: lambda stylizer, quality, _: _Windowed(stylizer, quality, carried=True),
 }
 
 
@@ -168,22 +180,12 @@ class FrameStream:
 
         ``similarity`` skips frames that hardly differ from the one before: they get its result. ``mask``: see
         `Stylizer.step`. Raises ValueError for an unknown batching mode, or one that cannot be combined with
-        ``similarity`` or ``mask``. With a video-to-video bundle it is always `WINDOWS`, without masks
+        ``similarity`` or ``mask``. With a video-to-video bundle it is `WINDOWS` or `CARRIED`, without masks
         (UsageError), and results come some frames later.
         """
-        if batching not in _BATCHERS:
-            raise ValueError(f"unknown batching mode {batching!r}; use one of {', '.join(_BATCHERS)}")
-        if similarity is not None and batching != ONE_BY_ONE:
-            raise ValueError(f"frames can only be skipped {ONE_BY_ONE!r}, not {batching!r}")
         self._mask = unless_whole(mask)
-        if stylizer.bundle.window is not None:
-            for asked, what in ((similarity, "skipping frames"), (self._mask, "--mask")):
-                if asked is not None:
-                    stylizer.bundle.check_single_frames(what)
-            batching = WINDOWS
-        if self._mask is not None and batching == STREAM_BATCH:
-            raise ValueError(f"a mask cannot be combined with the {batching!r}")
-        self._stylizer, self._style_at, self._batching = stylizer, style_at, batching
+        self._batching = _checked(batching, stylizer.bundle, similarity, self._mask)
+        self._stylizer, self._style_at = stylizer, style_at
         # What any thread may set; it holds from the next frame on. None: as the stylizer has it.
         self.temporal = temporal or TemporalFilter("off")
         self.size: int | Size | None = None
@@ -192,7 +194,8 @@ class FrameStream:
         self.calls: SharedCalls | None = None
         """With other streams, for one by one without a mask. To be set before the first frame."""
         self._temporal = self.temporal
-        self._cuts = Follower(fine=False, weight=0.0)  # for windows, where the temporal filter sees none
+        # For windows, where the temporal filter sees no cuts.
+        self._cuts = None if stylizer.bundle.window is None else Follower(fine=False, weight=0.0)
         self._similarity, self._seed, self._now = similarity, seed, now
         self._followed: tuple[Size, int | Size | None, int | None] | None = None  # shape of the frames, asked
         self.usual: Quality | None = None
@@ -283,7 +286,7 @@ class FrameStream:
             yield packet
             return
         motion = self._temporal.follow(working)
-        if self._batching == WINDOWS and self._is_cut(working, motion):
+        if self._cuts is not None and self._is_cut(self._cuts, working, motion):
             yield from self._flush()
         state = self._temporal.noise(self._state, motion)
         mark("follow")
@@ -295,6 +298,8 @@ class FrameStream:
             with self._stylizer.lock:
                 self._use_style()
                 done = self._batcher.push(working, state, mark)
+                if done and self._batching == CARRIED:
+                    self._share_style(len(done))
         yield from self._finish_all(done, packet)
 
     def _follow_shape(self, shape: Size) -> Iterator[FramePacket]:
@@ -312,7 +317,8 @@ class FrameStream:
         self._quality, self._last = quality, None
         self._state = self._stylizer.state_for(quality, seed=self._seed)
         self._temporal.reset()
-        self._cuts.reset()
+        if self._cuts is not None:
+            self._cuts.reset()
         self._inside.clear()
         self._batcher = _BATCHERS[self._batching](self._stylizer, quality, self._mask)
 
@@ -325,6 +331,13 @@ class FrameStream:
         if self._style is not None:
             self._stylizer.use_style(*self._style)
 
+    def _share_style(self, count: int) -> None:
+        """The next ``count`` results are one window's, painted in the style that its newest frame found."""
+        window = [self._inside[i] for i in range(count)]
+        for each in window:
+            each.packet.style_s = window[-1].packet.style_s
+        window[0].changing = any(each.changing for each in window)
+
     def _may_skip(self, working: Frame, changing: bool) -> bool:
         if self._similarity is None:
             return False
@@ -332,11 +345,11 @@ class FrameStream:
             self._similarity.force()
         return self._similarity.skip(working)
 
-    def _is_cut(self, working: Frame, motion: Motion) -> bool:
+    def _is_cut(self, cuts: Follower, working: Frame, motion: Motion) -> bool:
         """Whether a scene begins with this frame, which no window may share with the one before."""
         if min(working.shape[:2]) < SMALLEST_PX:
             return False
-        return (self._cuts.follow(working) if self._temporal.mode == "off" else motion.followed) is None
+        return (cuts.follow(working) if self._temporal.mode == "off" else motion.followed) is None
 
     def _finish_all(self, done: Iterable[Frame], newest: FramePacket) -> Iterator[FramePacket]:
         """The packets that these are the results of; ``newest`` is the last that was taken."""
@@ -367,8 +380,10 @@ class FrameStream:
         return styled if self._mask is None else self._mask.composite(frame, styled)
 
     def _flush(self) -> Iterator[FramePacket]:
-        if not self._inside or self._batcher is None:
-            return
+        if self._batcher is None or not (self._inside or self._batching == CARRIED):
+            return  # carried windows hold frames that have come out, too
+        if self._inside and self._batching == CARRIED:
+            self._share_style(len(self._inside))
         watch: Mark = no_mark
         flushing = self._batcher.flush(lambda stage: watch(stage))
         while True:
@@ -380,6 +395,24 @@ class FrameStream:
             if styled is None:
                 return
             yield self._finish(styled)
+
+
+def _checked(batching: str, bundle: Bundle, similarity: SimilarityFilter | None, mask: Mask | None) -> str:
+    """The batching mode of this bundle. Raises ValueError or UsageError if the three do not fit together."""
+    if batching not in _BATCHERS:
+        raise ValueError(f"unknown batching mode {batching!r}; use one of {', '.join(_BATCHERS)}")
+    if bundle.window is not None:
+        for asked, what in ((similarity, "skipping frames"), (mask, "--mask")):
+            if asked is not None:
+                bundle.check_single_frames(what)
+        return CARRIED if batching == CARRIED else WINDOWS
+    if batching in (WINDOWS, CARRIED):
+        raise ValueError(f"{batching!r} are for video-to-video bundles, which '{bundle.name}' is not")
+    if similarity is not None and batching != ONE_BY_ONE:
+        raise ValueError(f"frames can only be skipped {ONE_BY_ONE!r}, not {batching!r}")
+    if mask is not None and batching == STREAM_BATCH:
+        raise ValueError(f"a mask cannot be combined with the {batching!r}")
+    return batching
 
 
 def _differ(before: tuple[EncodedStyle, float] | None, style: tuple[EncodedStyle, float] | None) -> bool:

@@ -1,7 +1,8 @@
 """A bundle made by hand: graphs of a few nodes, whose output a test can compute on paper.
 
 Encoder: mean of each 8x8 block. Decoder: each latent pixel becomes an 8x8 block. UNet (epsilon):
-``sample / 2 + strength * mean(style_tokens)``. Style encoder: tokens that all hold the picture's mean.
+``sample / 2 + strength * mean(style_tokens)``; of a video-to-video bundle, plus a quarter of the mean of the
+window's frames. Style encoder: tokens that all hold the picture's mean.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def write_handmade(
     guidance: tuple[str, float] = ("none", 1.0),
     negative: float | None = None,
     int8: bool = False,
+    window: tuple[int, int] | None = None,
 ) -> Bundle:
     """Write the bundle to ``folder``, named after it; its negatives are filled with ``negative``.
 
@@ -34,7 +36,8 @@ def write_handmade(
     """
 
     def fill(partial: Path) -> dict[str, Any]:
-        graphs = {name: _write_graph(partial, name, model) for name, model in _models(sequence).items()}
+        models = _models(sequence, of_windows=window is not None)
+        graphs = {name: _write_graph(partial, name, model) for name, model in models.items()}
         text = {"encoder_hidden_states": (1, sequence, TEXT), "text_embeds": (1, POOLED)}
         stored = {name: np.zeros(shape, np.float32) for name, shape in text.items()}
         if negative is not None:
@@ -45,6 +48,8 @@ def write_handmade(
         np.savez(partial / "conditioning.npz", **stored)  # type: ignore[arg-type]
         mode, scale = guidance
         manifest = _manifest(folder.name, graphs, gamma) | {"guidance": {"mode": mode, "scale": scale}}
+        if window is not None:
+            manifest |= {"window": {"frames": window[0], "overlap": window[1]}}
         return manifest | ({"int8": _write_int8(partial, sequence)} if int8 else {})
 
     return write_bundle(folder, fill)
@@ -97,7 +102,12 @@ def _schedule(gamma: float) -> dict[str, Any]:
     }
 
 
-def _models(sequence: int) -> dict[str, Any]:
+def _models(sequence: int, *, of_windows: bool = False) -> dict[str, Any]:
+    seen = [
+        ("ReduceMean", ["sample", "frames"], "scene", {"keepdims": 1}),
+        ("Mul", ["scene", "quarter"], "part", {}),
+        ("Add", ["alone", "part"], "noise_pred", {}),
+    ]
     unet_inputs = {
         "sample": ["batch", 3, "height", "width"],
         "timestep": ["batch"],
@@ -140,12 +150,14 @@ def _models(sequence: int) -> dict[str, Any]:
                 ("Mul", ["mean", "style_strength"], "level", {}),
                 ("Reshape", ["level", "flat"], "eps", {}),
                 ("Mul", ["sample", "half"], "share", {}),
-                ("Add", ["share", "eps"], "noise_pred", {}),
+                ("Add", ["share", "eps"], "alone" if of_windows else "noise_pred", {}),
+                *(seen if of_windows else []),
             ],
             {
                 "last_axes": np.array([1, 2]),
                 "flat": np.array([-1, 1, 1, 1]),
                 "half": np.full((), 0.5, np.float32),
+                **({"frames": np.array([0]), "quarter": np.full((), 0.25, np.float32)} if of_windows else {}),
             },
         ),
         "vae_decoder": _model(

@@ -145,23 +145,59 @@ Path(sys.argv[1], f"out{state.process_index}.json").write_text(json.dumps(found)
 """
 
 
-def _two_processes(script: str, config: DistilConfig, tmp_path: Path) -> list[dict[str, Any]]:
+# Two hosts as far as the network is concerned: each has a network namespace, joined by a cable.
+# $0: the script, $1: its run folder, then what launches it.
+TWO_HOSTS = """
+ip link set lo up
+ip link add to1 type veth peer name to0
+unshare -n sh -c '
+    until ip link set to0 up 2>/dev/null; do sleep 0.1; done  # it is not here yet
+    ip link set lo up
+    ip addr add 10.18.0.2/24 dev to0
+    folder=$1; shift
+    GLOO_SOCKET_IFNAME=to0 exec "$@" --machine_rank 1 "$0" "$folder"' "$0" "$@" &
+other=$!
+until [ "$(readlink /proc/$other/ns/net)" != "$(readlink /proc/$$/ns/net)" ]; do sleep 0.1; done
+ip link set to0 netns $other
+ip addr add 10.18.0.1/24 dev to1
+ip link set to1 up
+folder=$1; shift
+GLOO_SOCKET_IFNAME=to1 "$@" --machine_rank 0 "$0" "$folder" || { kill $other; exit 1; }
+wait $other
+"""
+
+
+def _launch_on_hosts(script: Path, folder: Path) -> list[str]:
+    """docs/training.md's command on each of two hosts. Skips where users may not have namespaces."""
+    allowed = ["unshare", "-rn", "ip", "link", "add", "to1", "type", "veth", "peer", "name", "to0"]
+    try:
+        subprocess.run(allowed, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no network namespaces here: {error}")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "2"]
+    launch += ["--num_processes", "2", "--main_process_ip", "10.18.0.1", "--main_process_port", "29500"]
+    return ["unshare", "-rn", "sh", "-c", TWO_HOSTS, str(script), str(folder), *launch]
+
+
+def _two_processes(script: str, config: DistilConfig, tmp_path: Path, hosts: int = 1) -> list[dict[str, Any]]:
     """What ``script`` leaves in ``outRANK.json`` of the run folder that it is given."""
     folder, path = _keep_recipe(config), tmp_path / "two.py"
     path.write_text(script, encoding="utf-8")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = _launch_on_hosts(path, folder) if hosts == 2 else [*launch, str(path), str(folder)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*launch, str(path), str(folder)], capture_output=True, encoding="utf-8", env=env, timeout=400
-    )
+    done = subprocess.run(launch, capture_output=True, encoding="utf-8", env=env, timeout=400 * hosts)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"out{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
 
 
-def test_two_processes_agree_see_different_data_and_resume(config: DistilConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("hosts", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_two_processes_agree_see_different_data_and_resume(
+    config: DistilConfig, tmp_path: Path, hosts: int
+) -> None:
     """Acceptance tests 5 and 6 with two ranks, the adversarial loss and accumulation."""
     config = replace(config, adversarial=ADVERSARIAL, accumulate=2, steps=4)
-    one, two = _two_processes(TWO_PROCESSES, config, tmp_path)
+    one, two = _two_processes(TWO_PROCESSES, config, tmp_path, hosts)
     assert (one["world"], two["world"]) == (2, 2)
     assert one["lora"] == two["lora"]
     assert one["heads"] == two["heads"]

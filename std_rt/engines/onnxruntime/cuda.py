@@ -35,9 +35,9 @@ from std_rt.engines.onnxruntime.ort_session import (
     OnnxRuntimeEngine,
     check_precision,
     failures,
-    one_line,
     open_session,
     ports_of,
+    run_error,
 )
 from std_rt.engines.program import Frame, Launch, Mark, Program, check_feeds, check_frame, no_mark
 from std_rt.engines.protocol import Array, GraphSpec
@@ -214,7 +214,7 @@ def _warm_up(spec: GraphSpec, session: ort.InferenceSession) -> None:
     try:
         session.run(None, zeros, options)
     except failures() as error:
-        raise BackendError(one_line(spec, error)) from error
+        raise BackendError(run_error(spec, error)) from error
 
 
 def _open(spec: GraphSpec, precision: str, *, capture: bool) -> ort.InferenceSession:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnxruntime as ort
 
-from std_rt.core.errors import BackendError
-from std_rt.engines.onnxruntime.ort_session import failures, one_line
+from std_rt.core.errors import BackendError, one_line
+from std_rt.engines.onnxruntime.ort_session import failures, run_error
 from std_rt.engines.program import (
     FRAME,
     STYLED,
@@ -99,7 +99,7 @@ class OrtRunner:
             try:
                 call.session.run_with_iobinding(call.binding, call.options)
             except failures() as error:
-                raise BackendError(one_line(call.spec, error)) from error
+                raise BackendError(run_error(call.spec, error)) from error
             mark(call.stage)
         styled: Frame = self._values[STYLED].numpy()
         return styled.copy() if self._device == "cpu" else styled  # there it is the buffer itself
@@ -159,7 +159,7 @@ def _allocate(buffers: Ports, device: str, device_id: int) -> dict[str, ort.OrtV
         return {name: make(shape, dtype.type, device, device_id) for name, (shape, dtype) in buffers.items()}
     except failures() as error:
         size_mb = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in buffers.values()) / 2**20
-        reason = " ".join(str(error).split())[-200:]
+        reason = one_line(error, -200)
         raise BackendError(
             f"onnxruntime cannot allocate {size_mb:.0f} MB for a frame's buffers on {device}: {reason}"
         ) from error

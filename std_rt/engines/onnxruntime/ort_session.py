@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from std_rt.core.errors import BackendError
+from std_rt.core.errors import BackendError, one_line
 from std_rt.core.onnx_file import axis_values, fixed_shapes, read_ports
 from std_rt.engines.protocol import Array, GraphSpec, Ports, check_inputs
 
@@ -26,10 +26,10 @@ __all__ = [
     "check_precision",
     "devices",
     "failures",
-    "one_line",
     "open_graph",
     "open_session",
     "ports_of",
+    "run_error",
 ]
 
 Providers = Sequence[str | tuple[str, dict[str, str]]]
@@ -117,7 +117,7 @@ def open_session(spec: GraphSpec, providers: Providers) -> ort.InferenceSession:
             disabled_optimizers=["ConstantFolding"] if lean else [],
         )
     except failures() as error:
-        raise BackendError(one_line(spec, error)) from error
+        raise BackendError(run_error(spec, error)) from error
     session.disable_fallback()  # else a provider that fails is swapped for the CPU, with a line on stdout
     return session
 
@@ -179,9 +179,9 @@ def failures() -> tuple[type[Exception], ...]:
     return (*(getattr(state, name) for name in _FAILURES), RuntimeError, ValueError, OSError)
 
 
-def one_line(spec: GraphSpec, error: Exception) -> str:
+def run_error(spec: GraphSpec, error: Exception) -> str:
     """What failed, at which shapes, and the end of ONNX Runtime's message."""
-    reason = " ".join(str(error).split())[-300:]
+    reason = one_line(error, -300)
     return (
         f"onnxruntime cannot run graph '{spec.name}' at {spec.describe_shapes()}: {reason}; "
         "try another --size"

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
-from std_rt.core.errors import BackendError
+from std_rt.core.errors import BackendError, one_line
 from std_rt.engines.cache import EngineKey
 from std_rt.engines.openvino.graph import keep_half_weights, split_steady
 from std_rt.engines.protocol import GraphSpec, Ports
@@ -69,7 +69,7 @@ def compile_graph(core: ov.Core, spec: GraphSpec, config: dict[str, str]) -> tup
     try:
         return _compile(core, spec, config)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[-300:]
+        reason = one_line(error, -300)
         raise BackendError(
             f"openvino cannot run graph '{spec.name}' at {spec.describe_shapes()}: {reason}; "
             "try another --size or --backend onnxruntime"

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from std_rt.core.errors import BackendError
+from std_rt.core.errors import BackendError, one_line
 from std_rt.core.files import is_inside
 from std_rt.core.machine import install_hint
 from std_rt.core.onnx_file import external_locations
@@ -71,7 +71,7 @@ def load_product(product: Product) -> Any:
     try:
         trt = import_module(product.module)
     except (ImportError, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise BackendError(f"{product.label} does not load ({reason}); run: {product.install}") from error
     found = tuple(int(part) for part in trt.__version__.split(".")[:2])
     if found < product.oldest:
@@ -319,7 +319,7 @@ def _parser_error(parser: Any, logger: Any) -> str:
     if not parser.num_errors:
         return str(logger.reason())
     error = parser.get_error(0)
-    reason = " ".join(str(error.desc()).split())[-300:]
+    reason = one_line(error.desc(), -300)
     return f"at {error.node_operator()} {error.node_name()}: {reason}" if error.node_name() else reason
 
 

@@ -21,7 +21,7 @@ from diffusers import StableDiffusionXLPipeline
 from filelock import FileLock
 from safetensors import SafetensorError
 
-from std_rt.core.errors import ExportError
+from std_rt.core.errors import ExportError, one_line
 from std_rt.core.files import cache_root, file_digest
 from std_rt.core.machine import free_disk_gb
 from std_rt.models.components import quiet, read_config, read_json
@@ -154,7 +154,7 @@ def _convert(path: Path, shapes: Shapes, configs: Path, work: Path) -> None:
             )
         # A missing weight is a KeyError in there, one left empty a NotImplementedError, and so on.
         except (LookupError, ValueError, RuntimeError, AttributeError, TypeError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise ExportError(f"{path} cannot be read as SDXL ({reason}); {hint}") from error
         for role, prefix in _PREFIXES.items():
             if role in left_out:

@@ -100,6 +100,10 @@ class Clip(ABC):
     def read(self) -> Generator[DecodedFrame, None, None]:
         """Upright frames until the end, or as far as a damaged file goes."""
 
+    def key_times(self) -> Sequence[int]:
+        """Times (pts) near key frames, where reading may begin; none if the file has no index of them."""
+        return ()
+
     @property
     def sound(self) -> Sequence[AudioStream]:
         """Sound that can be copied."""

@@ -63,6 +63,7 @@ _MARKS = {
 }
 _MARKED_FRAMES = 12  # captions do not come with the very first one
 _LARGE_PX = 1920 * 1088
+_LEAD_S = 1  # before a segment, at least: longer than any frame is held back for its order
 _LAST_PACKET_S = 0.2  # longer than any packet of sound, whose duration FLV does not store
 # ISO files that hold a picture, which the mov reader would return as the tiles of a mosaic.
 _STILL_BRANDS = frozenset({"heic", "heix", "heim", "heis", "mif1", "avif"})
@@ -345,6 +346,32 @@ class ContainerClip(Clip):
         for frame in self._deinterlacer.flush():
             yield self._upright(frame)
         self.ended = True
+
+    def key_times(self) -> list[int]:
+        """As `Clip.key_times`. An MP4 counts from when a frame is decoded, which may be earlier."""
+        if not self.container.format.name.startswith(("mov", "matroska")):
+            return []
+        with open_container(self.path) as container, suppress(av.FFmpegError):
+            video = container.streams[self.video.index]
+            container.seek(0, stream=video)  # Matroska's index is at the end, and read when it is needed
+            return sorted(entry.timestamp for entry in video.index_entries if entry.is_keyframe)
+        return []
+
+    def read_between(self, begin: int | None, end: int | None) -> Generator[DecodedFrame, None, None]:
+        """`read`, but only frames with ``begin`` <= pts < ``end`` (None: all from or to there).
+
+        It decodes from an earlier key frame: in an open group of pictures, those before its key frame need
+        the group before, and what an index calls a time may be that of decoding.
+        """
+        if begin is not None:
+            with suppress(av.FFmpegError):  # then it reads from the start
+                self.container.seek(begin - round(_LEAD_S / self.time_base), stream=self.video)
+        with closing(self.read()) as frames:
+            for frame in frames:
+                if end is not None and frame.pts >= end:
+                    return
+                if begin is None or frame.pts >= begin:
+                    yield frame
 
     def _packets(self) -> Iterator[Packet[Stream]]:
         """All packets; those of sound too, which show where the file ends."""

@@ -16,13 +16,13 @@ from std_rt.core.errors import MediaError
 from std_rt.core.files import atomic_file, check_output
 from std_rt.core.prefetcher import Prefetcher
 from std_rt.media.video.animation import is_animated_picture
-from std_rt.media.video.base import Clip, DecodedFrame
+from std_rt.media.video.base import DecodedFrame
 from std_rt.media.video.clip import copied_streams, nothing_decoded, open_clip, open_container
 from std_rt.media.video.clip_writer import ClipWriter
 from std_rt.media.video.encoder import CLIP_SUFFIXES
 from std_rt.media.video.sound import sound_fits
 
-__all__ = ["CLIP_SUFFIXES", "VideoReport", "default_clip_suffix", "transcode_stream"]
+__all__ = ["CLIP_SUFFIXES", "Stream", "VideoReport", "default_clip_suffix", "stylized", "transcode_stream"]
 
 # Frames waiting between the threads: enough for a group that shares one call of the engines, and few enough
 # for 4K clips, whose frames are 25 MB.
@@ -111,7 +111,7 @@ def transcode_stream(
                 announce(line)
         try:
             with atomic_file(sink, error=MediaError) as partial:
-                with writer.open(partial), _stylized(clip, stream) as frames:
+                with writer.open(partial), stylized(clip.read(), stream) as frames:
                     for frame, styled in frames:
                         if should_stop is not None and should_stop():
                             stopped = True
@@ -130,13 +130,15 @@ def transcode_stream(
 
 
 @contextmanager
-def _stylized(clip: Clip, stream: Stream) -> Iterator[Iterator[tuple[DecodedFrame, Frame]]]:
-    """The clip, decoded in one thread and stylized in another; both have ended when the block has.
+def stylized(
+    frames: Iterator[DecodedFrame], stream: Stream
+) -> Iterator[Iterator[tuple[DecodedFrame, Frame]]]:
+    """A clip's frames with their results, decoded in one thread and stylized in another.
 
-    They use the clip, which must not be closed under them.
+    Both have ended when the block has: they use the clip, which must not be closed under them.
     """
     with (
-        Prefetcher(clip.read(), room=_DECODED_AHEAD, name="decode") as decoded,
+        Prefetcher(frames, room=_DECODED_AHEAD, name="decode") as decoded,
         Prefetcher(_paired(decoded, stream), room=_STYLED_AHEAD, name="engines") as styled,
     ):
         try:

@@ -10,7 +10,8 @@ in which threads finish, what was read ahead and when a run was killed do not ch
 - A file that turns out broken is counted and named, and the next one of its bucket takes its place.
 - A base that takes styles gets one with each sample, by the recipe's pairing; where that is any picture, the
   style picture is also what the discriminator takes for real (nothing else is known to be in that style).
-- For a base with a motion adapter a sample is so many frames of a clip, with one crop and one mirroring.
+- For a base with a motion adapter a sample is so many frames of a clip, with one crop and one mirroring. Its
+  style is a picture or a frame, never a clip; as what is real, the picture stands still.
 - With a cache, latents and embeddings are kept on disk. Crops are then centred (a mirror image is a second
   file), a style picture has ``style.crops`` crops, a clip gives one of ``CLIP_FRAMES`` frames, and what is
   missing is encoded one by one: batches of another size differ in their last bits, and a resumed run finds
@@ -55,7 +56,7 @@ from std_rt.training.distil.base import Base, Conditioning, Fresh, Motion, Style
 from std_rt.training.run.recipe import PicturesConfig, StyleConfig
 from std_rt.training.run.sheet import to_tensor
 
-__all__ = ["CLIP_FRAMES", "PictureSource"]
+__all__ = ["CLIP_FRAMES", "PictureSource", "long_clips"]
 
 CLIP_FRAMES = 16  # of a clip that are used with a cache, evenly spaced
 
@@ -120,7 +121,8 @@ class _Styles:
     def __init__(self, config: StyleConfig, pictures: PicturesConfig, own: list[Entry], quiet: bool) -> None:
         self.pairing, self.entries = config.pairing, own
         if config.folder:
-            folder = replace(pictures, folder=config.folder, caption_key="")
+            kind = "auto" if pictures.kind == "videos" else pictures.kind
+            folder = replace(pictures, folder=config.folder, caption_key="", kind=kind)
             self.entries = index_pictures(folder, quiet, "style.folder").entries
         self._groups: dict[str, list[Entry]] = {}
         for entry in self.entries:
@@ -230,7 +232,7 @@ class PictureSource:
         if base.motion is None:
             index = index_pictures(config, quiet=rank > 0)
         else:
-            index = _long_clips(config, base.motion, quiet=rank > 0)
+            index = long_clips(config, base.motion, quiet=rank > 0)
         self.broken = dict(index.broken)  # name -> reason; those found while reading come to it
         self._named = 0  # of those, in the log
         groups: dict[Size, list[Entry]] = {size: [] for size in sizes}
@@ -305,7 +307,7 @@ class PictureSource:
 
     def _draw(self, entry: Entry, size: Size, rng: np.random.Generator, broken: dict[str, str]) -> _Sample:
         flip = self.config.flip and rng.random() < 0.5
-        view = self._view(entry, rng)
+        view = self._view(entry, rng, self.base.motion)
         picture = self._placed(view, size, rng, flip)
         style, real = (None, None) if self._styles is None else self._style(view, size, rng, broken)
         words = self.base.text is not None
@@ -313,8 +315,8 @@ class PictureSource:
         name = f"{entry.name}#{view.index}" if entry.frames else entry.name
         return _Sample(name, broken, picture, text, style, real)
 
-    def _view(self, entry: Entry, rng: np.random.Generator) -> _View:
-        motion, room = self.base.motion, entry
+    def _view(self, entry: Entry, rng: np.random.Generator, motion: Motion | None = None) -> _View:
+        room = entry
         if motion is not None:  # the frame to start at: any with enough after it
             room = replace(entry, frames=entry.frames - _span(motion) + 1)
         index = draw_frame(room, rng) if self._cache is None else _spread_frame(room, rng)
@@ -327,7 +329,7 @@ class PictureSource:
         assert self._styles is not None
         entries = self._styles.draw(view.entry, rng)
         if entries is None:
-            return self._cropped(view, rng), None
+            return self._cropped(replace(view, motion=None), rng), None
         for entry in entries:
             other = self._view(entry, rng)
             try:
@@ -384,6 +386,8 @@ class PictureSource:
             pictures["time_ids"],
         )
         real = self._encode([s.real for s in samples if s.real is not None], self._latents)
+        if real and self.base.motion is not None:
+            real["z"] = real["z"][:, :, None].repeat(1, 1, self.base.motion.frames, 1, 1)
         return pictures["z"], real["z"] if real else pictures["z"], cond
 
     def _encode(self, parts: list[_Part], encode: Callable[[list[_Part]], Tensors]) -> Tensors:
@@ -401,7 +405,7 @@ class PictureSource:
 
     def _latents(self, parts: list[_Part]) -> Tensors:
         frames = [np.asarray(p.raw) for p in parts]
-        if self.base.motion is None:
+        if frames[0].ndim == 3:
             z = self.base.encode(to_tensor(frames)).float().cpu()
         else:
             # Clip by clip: decoders and encoders of pictures take much more memory than what they give.
@@ -489,7 +493,7 @@ def _span(motion: Motion) -> int:
     return (motion.frames - 1) * motion.interval + 1
 
 
-def _long_clips(config: PicturesConfig, motion: Motion, quiet: bool) -> Index:
+def long_clips(config: PicturesConfig, motion: Motion, quiet: bool) -> Index:
     """The clips of a folder that are long enough; RecipeError if there is none."""
     index = index_pictures(replace(config, kind="videos"), quiet)
     span, what = _span(motion), f"{motion.frames} frames at an interval of {motion.interval}"

@@ -33,6 +33,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from rich.progress import track
 
 from std_rt.core.errors import RecipeError
+from std_rt.core.files import reason
 from std_rt.training.data.buckets import Size
 from std_rt.training.data.picture_set import SUFFIXES, Frame
 from std_rt.training.run.recipe import PicturesConfig
@@ -117,7 +118,7 @@ class Index:
 
 def first_five(broken: dict[str, str]) -> str:
     """``3 (a.png: reason; ...)``: how many, and the first five by name."""
-    named = "; ".join(f"{name}: {reason}" for name, reason in list(broken.items())[:5])
+    named = "; ".join(f"{name}: {why}" for name, why in list(broken.items())[:5])
     return f"{len(broken)} ({named}{'; ...' if len(broken) > 5 else ''})"
 
 
@@ -292,8 +293,7 @@ def _reason(error: BaseException) -> str:
     """One short line."""
     if isinstance(error, UnidentifiedImageError):
         return "not a picture"
-    text = getattr(error, "strerror", None) or str(error)
-    return " ".join(str(text).split())[:120] or type(error).__name__
+    return reason(error)[:120]
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from std_rt.core.base_model import licence, unet_digest
-from std_rt.core.errors import ExportError, RecipeError
+from std_rt.core.errors import ExportError, RecipeError, one_line
 from std_rt.core.schedule import NoiseSchedule
 from std_rt.models.clip_style import ClipStyleEncoder, find_encoder, open_adapter
 from std_rt.models.components import motion_unet
@@ -412,7 +412,7 @@ def _add_motion(base: Base, config: MotionConfig) -> None:
         adapter: Network = MotionAdapter.from_pretrained(config.adapter)
         unet: Network = motion_unet(plain, adapter)
     except (OSError, ValueError, RuntimeError, KeyError, IndexError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise RecipeError(
             f"motion.adapter = {config.adapter!r} cannot be put into {base.name} ({reason}); give a folder "
             "of diffusers' MotionAdapter for it, or guoyww/animatediff-motion-adapter-sdxl-beta"
@@ -493,7 +493,7 @@ def load_base(
     try:
         base = _tiny(folder) if _is_tiny(folder) else _sdxl(str(source), dtype, device)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise RecipeError(
             f"base = {str(source)!r} cannot be loaded ({reason}); give a pipeline folder"
         ) from None

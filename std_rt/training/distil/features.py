@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
-from std_rt.core.errors import RecipeError
+from std_rt.core.errors import RecipeError, one_line
 from std_rt.models.style_encoder import StyleEncoder
 
 __all__ = ["DinoFeatures", "Features", "StyleFeatures", "load_dino"]
@@ -155,7 +155,7 @@ def load_dino(source: str | Path) -> Any:
         if lacking:
             raise ValueError(f"it lacks {len(lacking)} weights, {lacking[0]!r} the first")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise RecipeError(
             f"adversarial.dino = {str(source)!r} cannot be loaded ({reason}); {remedy}"
         ) from None

@@ -24,14 +24,18 @@ from std_rt.core.schedule import (
 )
 from std_rt.pipeline.denoise import denoise
 from std_rt.training.data.picture_set import Frame
-from std_rt.training.distil.base import Base, Conditioning, cat
+from std_rt.training.data.picture_source import long_clips
+from std_rt.training.data.pictures import read_clip
+from std_rt.training.distil.base import Base, Conditioning, Motion, cat
 from std_rt.training.distil.distiller import Distiller
 from std_rt.training.distil.lora import adapters_off, functional
 from std_rt.training.run.precision import precision_context
-from std_rt.training.run.recipe import DistilConfig
-from std_rt.training.run.sheet import save_sheet, spread_pairs, to_frames, to_tensor
+from std_rt.training.run.recipe import DistilConfig, PicturesConfig
+from std_rt.training.run.sheet import centre_crop, save_sheet, spread_pairs, to_frames, to_tensor
 
 __all__ = ["Scene", "SheetMaker", "draw_noise", "encode_scene", "reference_timesteps", "sample_latents"]
+
+_SHOWN = 4  # frames of a clip in a sheet
 
 After = Callable[[Tensor, int], Tensor]  # (state, its timestep; -1: clean) -> state
 
@@ -40,7 +44,8 @@ After = Callable[[Tensor, int], Tensor]  # (state, its timestep; -1: clean) -> s
 class Scene:
     """Pictures to run on, encoded once: N contents and styles (frames of one size).
 
-    z [N, C, h, w]; noise [K, N, C, h, w]: the start noise, then one for each stochastic step.
+    z [N, C, h, w]; noise [K, N, C, h, w]: the start noise, then one for each stochastic step. Of clips both
+    have T before h; ``shown`` frames of each are among the contents, one after the other.
     """
 
     contents: list[Frame]
@@ -49,6 +54,7 @@ class Scene:
     cond: Conditioning
     noise: Tensor
     mask: NDArray[np.bool_] | None = None
+    shown: tuple[int, ...] = ()
 
 
 def draw_noise(seed: int, shape: tuple[int, ...]) -> Tensor:
@@ -92,6 +98,26 @@ def encode_scene(
     rows = 1 if one_noise else len(latents)
     noise = draw_noise(seed, (draws, rows, *latents.shape[1:])).to(device)
     return Scene(contents, styles, latents, cat(parts), noise.expand(-1, len(latents), -1, -1, -1), mask)
+
+
+@torch.no_grad()
+def _encode_clips(
+    base: Base, clips: Sequence[Sequence[Frame]], styles: Sequence[Frame], draws: int, device: str
+) -> Scene:
+    """Clips of square frames of one size, each with a style picture if the base takes one."""
+    side, count = clips[0][0].shape[0], len(clips[0])
+    shown = tuple(dict.fromkeys(round(i * (count - 1) / (_SHOWN - 1)) for i in range(_SHOWN)))
+    z = torch.stack([base.encode(to_tensor(list(clip)).to(device)).transpose(0, 1) for clip in clips])
+    looks = None if base.null_tokens is None else base.look(_style_images(base, styles))
+    ids = torch.tensor([[side, side, 0, 0, side, side]] * len(z), dtype=torch.float32, device=device)
+    return Scene(
+        [clip[i] for clip in clips for i in shown],
+        [] if looks is None else [style for style in styles for _ in shown],
+        z,
+        base.condition(base.read_text([""] * len(z)), looks, ids),
+        draw_noise(0, (draws, *z.shape)).to(device),
+        shown=shown,
+    )
 
 
 def _style_images(base: Base, styles: Sequence[Frame]) -> Tensor:
@@ -171,9 +197,8 @@ class SheetMaker:
         if not self.left:
             with adapters_off(self.base.unet):
                 teacher = self._run(reference_timesteps(self.distiller.tau), sum(self.config.guidance) / 2)
-            self.left = [
-                list(row) for row in zip(self.scene.contents, self.scene.styles, teacher, strict=True)
-            ]
+            known = (self.scene.contents, self.scene.styles, teacher)
+            self.left = [list(row) for row in zip(*(column for column in known if column), strict=True)]
         columns = [
             self._run(trajectory_timesteps(self.config.eta, n, start=self.distiller.tau), 1.0, student=True)
             for n in self.config.run_steps
@@ -189,9 +214,30 @@ class SheetMaker:
                     f"sheet.{name} = {value!r} is not a folder; set it to one, or to '' for no sheets"
                 )
         contents = Path(sheet.contents)
+        if self.base.motion is not None:
+            return self._clips(self.base.motion)
         pairs = spread_pairs(contents, Path(sheet.styles or contents), sheet.pairs, sheet.size_px)
         draws = max(self.config.run_steps)
         return encode_scene(self.base, pairs, draws=draws, device=self.distiller.device)
+
+    def _clips(self, motion: Motion) -> Scene:
+        """Clips spread over their folder from their first frames on, styles over theirs."""
+        sheet = self.config.sheet
+        entries = long_clips(PicturesConfig(sheet.contents), motion, quiet=True).entries
+        chosen = [entries[i * len(entries) // sheet.pairs] for i in range(min(sheet.pairs, len(entries)))]
+        clips = [
+            [
+                centre_crop(frame, sheet.size_px)
+                for frame in read_clip(entry, 0, motion.frames, motion.interval)
+            ]
+            for entry in chosen
+        ]
+        styles = [clip[0] for clip in clips]
+        if sheet.styles:
+            pairs = spread_pairs(Path(sheet.styles), Path(sheet.styles), len(clips), sheet.size_px)
+            styles = [pairs[i % len(pairs)][1] for i in range(len(clips))]
+        draws = max(self.config.run_steps)
+        return _encode_clips(self.base, clips, styles, draws, self.distiller.device)
 
     @torch.no_grad()
     def _run(self, timesteps: list[int], guidance: float, *, student: bool = False) -> list[Any]:
@@ -208,5 +254,6 @@ class SheetMaker:
                 z: Tensor = sample_latents(
                     self.base, cond, self.scene.z[row], timesteps, guidance, noise, gamma, unet=unet
                 )
-            frames += to_frames(self.base.decode(z.float()))
+            pictures = z[0].transpose(0, 1)[list(self.scene.shown)] if self.scene.shown else z
+            frames += to_frames(self.base.decode(pictures.float()))
         return frames

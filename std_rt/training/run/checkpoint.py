@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from std_rt.core.errors import RecipeError
+from std_rt.core.errors import RecipeError, one_line
 from std_rt.core.files import atomic_file
 
 __all__ = ["flatten_optimizer", "load_state", "restore_optimizer", "save_state", "unpacking", "whole_file"]
@@ -66,13 +66,9 @@ def whole_file(path: Path, standing: str = STANDING) -> Iterator[Path]:
         with suppress(OSError):
             room = f" ({shutil.disk_usage(path.parent).free / 2**20:.0f} MB free)"
         raise RecipeError(
-            f"{path} could not be written: {_one_line(error)}; the disk may be full or not writable{room}, "
-            f"{standing}; free some room and run the same command again to continue"
+            f"{path} could not be written: {one_line(error, 200)}; the disk may be full or not "
+            f"writable{room}, {standing}; free some room and run the same command again to continue"
         ) from None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -92,7 +88,7 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise RecipeError(f"no checkpoint {path}; start the run with std-rt train") from None
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise RecipeError(
-            f"checkpoint {path} cannot be read ({_one_line(error)}); delete it to start over"
+            f"checkpoint {path} cannot be read ({one_line(error, 200)}); delete it to start over"
         ) from None
     return tensors, meta
 
@@ -106,7 +102,7 @@ def unpacking(path: Path) -> Iterator[None]:
         raise  # nothing is wrong with the file
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise RecipeError(
-            f"checkpoint {path} belongs to another run ({type(error).__name__}: {_one_line(error)}); "
+            f"checkpoint {path} belongs to another run ({type(error).__name__}: {one_line(error, 200)}); "
             "delete it to start over"
         ) from None
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from std_rt.core.errors import ExportError, RecipeError
+from std_rt.core.errors import ExportError, RecipeError, one_line
 from std_rt.models.autoencoder import AutoencoderPixelShuffle
 from std_rt.models.components import motion_unet
 from std_rt.models.ip_adapter import attach_diffusers, make_projection, pair_branches, read_ip_adapter
@@ -191,7 +191,7 @@ def _configs(base: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any],
         unet = diffusers.UNet2DConditionModel.load_config(base, subfolder="unet")
         return unet, diffusers.AutoencoderKL.load_config(base, subfolder="vae"), {}, 0
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:150]
+        reason = one_line(error, 150)
         raise RecipeError(f"base = {base!r} is not a folder, and cannot be fetched: {reason}") from None
 
 
@@ -209,7 +209,7 @@ def _build_unet(config: dict[str, Any], style_tokens: int) -> Network:
             if style_tokens:
                 add_style_attention(unet, style_tokens)
     except (TypeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise RecipeError(f"the base's unet/config.json does not describe a UNet: {reason}") from None
     if unet.config.addition_embed_type != "text_time":
         raise RecipeError("the base's UNet is not an SDXL UNet (it has no text_time embedding)")
@@ -247,7 +247,7 @@ def _add_motion(unet: Network, source: str) -> Network:
             adapter = diffusers.MotionAdapter.from_config(found)
             return motion_unet(unet, adapter, weights=False)
     except (OSError, TypeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise RecipeError(f"motion.adapter = {source!r} does not fit the base's UNet: {reason}") from None
 
 

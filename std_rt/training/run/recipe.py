@@ -440,10 +440,6 @@ def _check_motion(recipe: DistilConfig) -> None:
         raise RecipeError(
             f'pictures.kind = "{recipe.pictures.kind}" has no clips, which motion.adapter needs; set "videos"'
         )
-    if recipe.style.used:
-        raise RecipeError("[style] is for pictures; leave it out, or motion.adapter")
-    if recipe.sheet.contents or recipe.sheet.styles:
-        raise RecipeError("[sheet] is for pictures; leave it out, or motion.adapter")
     if motion.judged > motion.frames:
         raise RecipeError(f"motion.judged = {motion.judged} is more than motion.frames = {motion.frames}")
     if recipe.method == "mcm" and recipe.adversarial.weight and recipe.adversarial.jumps == "all":

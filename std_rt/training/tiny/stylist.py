@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from std_rt.core.errors import RecipeError
+from std_rt.core.errors import RecipeError, one_line
 from std_rt.core.schedule import trajectory_timesteps
 from std_rt.models.perceptual import (
     colour_distance,
@@ -98,7 +98,7 @@ def build_stylist(config: StylistConfig) -> TinyPipeline:
         own = {f"patchify.{key}": value for key, value in vae.encoder.state_dict().items()}
         pipeline.style_encoder.load_state_dict(source.style_encoder.state_dict() | own)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise RecipeError(
             f"start_from = {config.start_from!r} does not fit the recipe's model: {reason}"
         ) from None

@@ -21,6 +21,7 @@ from std_rt.export.build import export_pipeline
 from std_rt.pipeline.conditioning import EncodedStyle, unet_inputs
 from std_rt.pipeline.denoise import denoise
 from std_rt.pipeline.openers import window_specs
+from std_rt.pipeline.runner_cache import RunnerKey
 from std_rt.streaming.frame_stream import ONE_BY_ONE, STREAM_BATCH, FrameStream
 from std_rt.streaming.temporal import TemporalFilter
 
@@ -159,7 +160,7 @@ def test_full_guidance_is_the_mean_of_both_prompts_predictions(made: dict[str, P
 def test_what_windows_cannot_do_is_said(bundle: Bundle) -> None:
     with opened(bundle) as stylizer:
         with pytest.raises(UsageError, match=r"video-to-video .4 frames at once"):
-            stylizer.prepare_qualities([stylizer.quality(*SIZE)])
+            stylizer.runner(RunnerKey(stylizer.quality(*SIZE)))
         assert FrameStream(stylizer, batching=STREAM_BATCH)._batching != STREAM_BATCH
         assert FrameStream(stylizer, batching=ONE_BY_ONE)._batching != ONE_BY_ONE
 

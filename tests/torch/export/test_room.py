@@ -55,6 +55,15 @@ def test_another_vae_takes_the_place_of_the_sources(source: Path, tmp_path: Path
     assert less == pytest.approx(1.05 * in_gb(WEIGHTS["vae"] - 100, 2))
 
 
+def test_a_video_unet_is_made_beside_what_it_is_made_of(source: Path, tmp_path: Path) -> None:
+    motion = tmp_path / "motion"
+    motion.mkdir()
+    save_file({"a": np.zeros(700, np.float16)}, motion / "diffusion_pytorch_model.safetensors")
+    before, after = (estimate_export(source, parts=parts) for parts in ({}, {"motion_adapter": motion}))
+    assert after.disk_gb - before.disk_gb == pytest.approx(1.05 * in_gb(700, 2))
+    assert after.memory_gb == pytest.approx(1 + in_gb(2 * (WEIGHTS["unet"] + 700), 4), rel=1e-9)
+
+
 def test_an_adapter_in_the_folder_joins_the_unet(source: Path) -> None:
     before = estimate_export(source)
     save_file({"a": np.zeros(1000, np.float32)}, source / "ip_adapter.safetensors")

@@ -41,7 +41,15 @@ from std_rt.training.distil.lora import (
 )
 from std_rt.training.distil.motion import MotionHead, low_pass
 from std_rt.training.run.cost import estimate
-from std_rt.training.run.recipe import LORA_TARGETS, BankConfig, DistilConfig, MotionConfig, load_recipe
+from std_rt.training.run.recipe import (
+    LORA_TARGETS,
+    BankConfig,
+    DistilConfig,
+    MotionConfig,
+    SheetConfig,
+    StyleConfig,
+    load_recipe,
+)
 from std_rt.training.run.sheet import to_tensor
 
 RECIPE = Path(__file__).parents[3] / "training/std_sdxl_v2v.toml"
@@ -280,6 +288,70 @@ def test_a_clip_that_ends_early_is_replaced(
     assert "0.mkv is broken (it ends before frame" in caplog.text
 
 
+# --- styles and sheets ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def styled(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[StyleConfig, Base]:
+    """With a folder of two style pictures."""
+    art = tmp_path_factory.mktemp("art")
+    for seed in range(2):
+        frame = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype=np.uint8)
+        cv2.imwrite(str(art / f"{seed}.png"), cv2.resize(frame, (40, 40), interpolation=cv2.INTER_CUBIC))
+    style = StyleConfig(
+        str(folder / "ip_adapter.safetensors"), str(folder / "image_encoder"), pairing="any", folder=str(art)
+    )
+    return style, load_base(folder, style=style, motion=MotionConfig(str(folder / "motion"), 4, 2))
+
+
+def test_every_frame_of_a_clip_sees_its_style(folder: Path, styled: tuple[StyleConfig, Base]) -> None:
+    """As the pictures' network does, where the motion modules add nothing."""
+    style, loaded = styled
+    base, pictures = replace(loaded, unet=deepcopy(loaded.unet)), load_base(folder, style=style)
+    for name, value in base.unet.named_parameters():
+        if "motion_modules" in name and ".proj_out." in name:
+            value.data.zero_()
+    x, t, plain = _inputs(base)
+    side = base.style_px
+    cond = replace(plain, tokens=base.look(torch.rand(2, 3, side, side) * 2 - 1).tokens)
+    with torch.no_grad():
+        found = base.predict(base.unet, x, t, cond)
+        frames = [pictures.predict(pictures.unet, x[:, :, n], t, cond) for n in range(4)]
+        without = base.predict(base.unet, x, t, base.null(cond))
+    torch.testing.assert_close(found, torch.stack(frames, 2), atol=1e-5, rtol=1e-5)
+    assert (found - without).abs().max() > 1e-3
+
+
+def test_styles_of_clips_are_pictures(config: DistilConfig, styled: tuple[StyleConfig, Base]) -> None:
+    style, base = styled
+    any_one = PictureSource(config.pictures, base, seed=3, style=style).take(3, (8, 8))
+    assert any_one.real.shape == any_one.z.shape
+    assert torch.equal(any_one.real[:, :, 0], any_one.real[:, :, 3]), "a style picture stands still"
+    assert not torch.equal(any_one.real[:, :, 0], any_one.z[:, :, 0])
+    own = PictureSource(config.pictures, base, seed=3, style=replace(style, pairing="crop", folder=""))
+    fresh = own.take(3, (8, 8))
+    assert torch.equal(fresh.real, fresh.z)
+    assert fresh.cond.tokens is not None
+    assert fresh.cond.tokens.shape == (3, *base.null_tokens.shape[1:])  # type: ignore[union-attr]
+
+
+def test_a_run_on_clips_with_styles_writes_sheets_of_their_frames(
+    config: DistilConfig, styled: tuple[StyleConfig, Base], clips: Path
+) -> None:
+    style, loaded = styled
+    sheet = SheetConfig(str(clips), style.folder, pairs=2, size_px=32)
+    run = replace(
+        config, style=style, sheet=sheet, steps=2, batch=1, bank=BankConfig(capacity=2, spread=False)
+    )
+    train_distil(run, None, replace(loaded, unet=deepcopy(loaded.unet)))
+    sheets = sorted(Path(run.output).rglob("*.png"))
+    sizes = {path.name: cv2.imread(str(path)).shape[:2] for path in sheets}
+    # Two clips of four frames; content, style, teacher, and the student at two step counts.
+    assert (8 * 36, 5 * 36) in sizes.values(), sizes
+    notes = lora_notes(run, loaded, 2)
+    assert {"ip_adapter", "motion_adapter"} <= notes.keys()
+
+
 # --- the loss -------------------------------------------------------------------------------------------
 
 
@@ -392,8 +464,6 @@ def test_a_dry_run_counts_every_frame(config: DistilConfig) -> None:
         (("motion.adapter=", "method=mcm"), "mcm.* is for clips"),
         (("pictures.folder=", "latents.file=x"), "set pictures.folder to a folder of them"),
         (("pictures.kind=webdataset",), 'set "videos"'),
-        (("style.adapter=x",), r"\[style\] is for pictures"),
-        (("sheet.contents=x",), r"\[sheet\] is for pictures"),
         (("motion.judged=9",), "motion.judged = 9 is more than motion.frames = 8"),
         (("method=mcm",), 'adversarial.jumps = "last"'),
         (("motion.frames=1",), "motion.frames = 1: expected int >= 2"),

@@ -682,3 +682,97 @@ def test_latents_are_scaled_and_shifted_as_the_autoencoder_says() -> None:
     torch.testing.assert_close(base.encode(x), (x[:, :, ::2, ::2] - SHIFT) * SCALING)
     z = _values(1, C, 2, 2, seed=1)
     torch.testing.assert_close(base.decode(z), base.vae.decode(z / SCALING + SHIFT).sample)
+
+
+# --- pictures, bit for bit ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _plain_ddim(
+    output: Tensor, x: Tensor, here: tuple[Tensor, Tensor], there: tuple[Tensor, Tensor]
+) -> Tensor:
+    return there[0] * ((x - here[1] * output) / here[0]) + there[1] * output
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_a_picture_step_is_the_plain_one_bit_for_bit(average: bool, tmp_path: Path) -> None:
+    """In torch as one would write it for pictures alone, its random draws included: what clips added to
+    training must not change one bit of a picture's states, target, loss or gradients."""
+    config = _config(tmp_path, bank=BankConfig(enabled=False), ema_target=average, eta=0.3)
+    base = _base()
+    add_lora(base.unet, config.lora, 0)
+    live = lora_parameters(base.unet)
+    distiller = Distiller(config, base, Items(False, False), Average(live))
+    with torch.no_grad():
+        for seed, value in enumerate([*live.values(), *distiller.average.tensors.values()]):
+            value.add_(0.3 * _values(*value.shape, seed=500 + seed))
+    teacher, student, target_net = Network(False), base.unet, deepcopy(base.unet)
+    target_net.load_state_dict(distiller.average.tensors if average else {}, strict=False)
+
+    kept = NoiseSchedule.scaled_linear()
+    levels = [tuple(torch.tensor(v) for v in kept.alpha_sigma(t)) for t in (-1, *range(19, 1000, 20))]
+    steps = [0, *range(19, 1000, 20)]
+    top, last = 14, distiller.last
+    items, generator = Items(False, False), torch.Generator().manual_seed(
+        int(np.random.default_rng((config.seed, 0)).integers(2**62))
+    )  # fmt: skip
+
+    def at(index: Tensor) -> tuple[Tensor, Tensor]:
+        pairs = [levels[i + 1] for i in index.tolist()]
+        alpha, sigma = (torch.stack(v).float().view(-1, 1, 1, 1) for v in zip(*pairs, strict=True))
+        return alpha, sigma
+
+    def run(unet: nn.Module, x: Tensor, index: Tensor, cond: Conditioning) -> Tensor:
+        t = torch.tensor([steps[i + 1] for i in index.tolist()])
+        added = {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
+        return unet(x, t, cond.context, added_cond_kwargs=added, return_dict=False)[0]
+
+    def draw(low: Tensor, high: Tensor) -> Tensor:
+        return low + (torch.rand(2, generator=generator, dtype=torch.float64) * (high - low + 1)).long()
+
+    @torch.no_grad()
+    def teach(x: Tensor, index: Tensor, scale: Tensor, cond: Conditioning) -> Tensor:
+        without = Conditioning(cond.context * 0, cond.pooled * 0, cond.time_ids)
+        both = run(teacher, torch.cat([x, x]), index.repeat(2), cat([cond, without]))
+        styled, free = both.chunk(2)
+        output = free + scale.view(-1, 1, 1, 1) * (styled - free)
+        return _plain_ddim(output, x, at(index), at(index - 1))
+
+    for _ in range(3):
+        batch = distiller.draw()
+        new = items.take(2, SHAPE)
+        noise = torch.randn(new.z.shape, generator=generator)
+        scale = 2.0 + (5.0 - 2.0) * torch.rand(2, generator=generator)
+        keep = (torch.rand(2, generator=generator) >= 0.3).float()
+        index = torch.full((2,), top)
+        alpha, sigma = at(index)
+        x = alpha * new.c + sigma * noise
+        cond = Conditioning(
+            new.cond.context * keep.view(-1, 1, 1), new.cond.pooled * keep.view(-1, 1), new.cond.time_ids
+        )
+        until = draw(torch.full((2,), last), index)
+        while len(rows := (index > until).nonzero()[:, 0]):
+            x[rows] = teach(x[rows], index[rows], scale[rows], cond.rows(rows))
+            index[rows] -= 1
+        s = draw((index - distiller.window).clamp(min=-1), index - 1)
+        x_next = teach(x, index, scale, cond)
+        r = draw(torch.full((2,), -1), s - 1)
+        alpha, sigma = at(r)
+        real = alpha * new.real + sigma * torch.randn(new.z.shape, generator=generator)
+        arrived = _plain_ddim(run(target_net, x_next, index - 1, cond), x_next, at(index - 1), at(s))
+        target = torch.where((s == index - 1).view(-1, 1, 1, 1), x_next, arrived)
+        for ours, plain in (
+            (batch.states.x, x), (batch.states.index, index), (batch.s, s), (batch.real, real),
+            (batch.target, target), (distiller.generator.get_state(), generator.get_state()),
+        ):  # fmt: skip
+            assert torch.equal(ours, plain)
+
+        loss = distiller.consistency_loss(distiller.student_jump(student, batch.states, s), batch)
+        ours = torch.autograd.grad(loss, list(live.values()))
+        (alpha, sigma), (alpha_s, sigma_s) = at(index), at(s)
+        output = run(student, x, index, cond)
+        x_s = alpha_s * ((x - sigma * output) / alpha) + sigma_s * output
+        plain_loss = (((x_s - target) ** 2 + 0.05 * 0.05).sqrt() - 0.05).flatten(1).mean(1).mean()
+        assert torch.equal(loss, plain_loss)
+        for a, b in zip(ours, torch.autograd.grad(plain_loss, list(live.values())), strict=True):
+            assert torch.equal(a, b)

@@ -102,6 +102,6 @@ def test_a_full_disk_and_too_many_failures_end_a_job_at_once(monkeypatch: pytest
 
 def test_the_share_of_the_engines_is_theirs_of_the_time() -> None:
     report = Report(4, engines=2)
-    report.add(result({"key": "a"}, engine_s=3.0, read_s=1.0))
+    report.add(result({"key": "a", "output": "a.png"}, engine_s=3.0, read_s=1.0))
     report.wall_s = 2.0
     assert report.engine_share == 0.75

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.cli_support import Cli, files_in, picture
+from support.handmade import write_handmade
 from support.live_support import ScriptedSource
 from support.media_samples import ClipSpec, frame_times, make_clip
 
@@ -70,6 +71,23 @@ def test_the_last_line_is_the_contract(live: Cli) -> None:
     assert report["frames"] + report["drops"] == report["captured"]
     assert report["captured"] + late == FRAMES
     assert report["settings"]["source"] == "clip.mp4"
+
+
+def test_a_video_to_video_bundle_says_how_late_its_results_are(
+    cli: Cli, art: Path, clip: Path, tmp_path: Path
+) -> None:
+    v2v = write_handmade(tmp_path / "v2v", window=(4, 1)).path
+    flags = ["--style", art, "--camera", clip, "--no-window", "--bundle", v2v, "--size", "64x48", "--once"]
+    result = cli("live", *flags, "--record", tmp_path / "out.mp4")
+    assert result.code == 0, result.err
+    said = " ".join(result.err.split())
+    assert "windows of 4 frames, 3 of them new" in said
+    assert "2 frames (0.08 s at 25 fps) and the time of a window" in said
+    report = report_of(result.out)
+    assert report["settings"]["window"] == [4, 1]
+    assert report["frames"] + report["drops"] == report["captured"] > 0
+    assert len(frame_times(tmp_path / "out.mp4")) == report["frames"] > 0
+    assert "--stream-batch does not work with" in cli("live", *flags, "--stream-batch").error
 
 
 def test_colours_are_kept_if_asked(live: Cli) -> None:

@@ -58,6 +58,28 @@ def whole_clip(
     return x
 
 
+def carried_clip(
+    z: Array, noise: Array, window: tuple[int, int], cs: list[StepCoefficients], predict: Predict
+) -> Array:
+    """Window after window to the end: of each only what the one before has not painted is kept."""
+    length, hop = window[0], window[0] - window[1]
+    states = [add_noise(z, noise[:, 0], cs[0]), *(np.full_like(z, np.nan) for _ in cs)]
+    painted = 0
+    while painted < len(z):
+        begin = max(0, painted - window[1])
+        assert begin % hop == 0
+        rows = np.minimum(np.arange(begin, begin + length), len(z) - 1)
+        end, drawn = min(begin + length, len(z)), 1
+        for level, c in enumerate(cs):
+            eps = predict(states[level][rows], c)
+            new = slice(painted, end)
+            fresh = noise[new, drawn] if c.noise else None
+            drawn += bool(c.noise)
+            states[level + 1][new] = step(states[level][new], eps[painted - begin : end - begin], c, fresh)
+        painted = end
+    return states[-1]
+
+
 def streamed(windows: Windows, z: Array, noise: Array) -> Array:
     done = [x for each in zip(z, noise, strict=True) for x in windows.push(*each)]
     return np.stack([*done, *windows.finish()])
@@ -113,6 +135,30 @@ def test_only_the_frames_of_the_wave_are_held_and_no_window_runs_twice() -> None
     assert most <= 8 + 3 * 6
     assert calls == 4 * (1 + (3002 - 8) // 6)
     assert windows.inside == 0
+
+
+@pytest.mark.parametrize("frames", [1, 3, 4, 5, 6, 7, 10, 11, 23])
+@pytest.mark.parametrize("window", [(4, 1), (4, 2), (4, 3), (4, 0), (5, 3), (2, 1)])
+def test_carried_windows_are_painted_one_after_the_other(frames: int, window: tuple[int, int]) -> None:
+    cs, predict = steps(gamma=0.3), network()
+    z, noise = clip(frames, noise_draws(cs))
+    windows = Windows(window, cs, predict, carried=True)
+    expected = carried_clip(z, noise, window, cs, predict)
+    np.testing.assert_allclose(streamed(windows, z, noise), expected, rtol=1e-9, atol=1e-9)
+    again = streamed(windows, z, noise)  # a new scene begins as the first, without the last one's frames
+    np.testing.assert_allclose(again, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_carried_windows_give_their_new_frames_at_once_and_hold_no_more_than_a_window() -> None:
+    windows = Windows((8, 2), steps(4), network(), carried=True)
+    z, noise = clip(1)
+    came = []
+    for _ in range(602):
+        came.append(len(windows.push(z[0], noise[0])))
+        assert len(windows._held) <= 8
+    assert came == [*[0] * 7, 8, *([0] * 5 + [6]) * 99]
+    assert windows.inside == 0
+    assert windows.finish() == []
 
 
 def test_noise_of_another_size_is_refused() -> None:
