@@ -79,7 +79,6 @@ def _features(config: DistilConfig, base: Base) -> Features:
 
 
 def _source(config: DistilConfig, base: Base, rank: int, world: int) -> Source:
-    latents = config.latents
     if config.pictures.folder:
         from std_rt.training.data.picture_source import PictureSource
 
@@ -91,9 +90,9 @@ def _source(config: DistilConfig, base: Base, rank: int, world: int) -> Source:
         return pictures
     if not isinstance(base.style_encoder, StyleEncoder):
         raise RecipeError(
-            "latents.triplets needs a std-tiny, with its style encoder; set pictures.folder instead"
+            "triplets.folder needs a std-tiny, with its style encoder; set pictures.folder instead"
         )
-    return TripletSource(latents, base, config.seed, rank, world)
+    return TripletSource(config.triplets, base, config.seed, rank, world)
 
 
 def lora_notes(config: DistilConfig, base: Base, step: int) -> dict[str, str]:

@@ -86,18 +86,15 @@ def run_unet(
     tokens: Tensor,
     pooled: Tensor,
     time_ids: Tensor,
-    content: Tensor | None = None,
+    content: Tensor,
 ) -> Tensor:
     """One evaluation with the null text context (a single zero token); returns ``[B, C, h, w]``.
 
-    A UNet with more input than output channels also takes the clean ``content`` latents ``[B, C, h, w]``.
+    ``x``, and ``content``, the clean content latents: ``[B, C, h, w]``.
     """
-    if unet.config.in_channels > unet.config.out_channels:
-        assert content is not None, "this UNet sees the content"
-        x = torch.cat([x, content], 1)
     null = x.new_zeros(x.shape[0], 1, unet.config.cross_attention_dim)
     added = {"text_embeds": pooled, "time_ids": time_ids, "image_embeds": [tokens[:, None]]}
-    return unet(x, t, null, added_cond_kwargs=added, return_dict=False)[0]
+    return unet(torch.cat([x, content], 1), t, null, added_cond_kwargs=added, return_dict=False)[0]
 
 
 def random_time_ids(batch: int, rng: np.random.Generator) -> Tensor:

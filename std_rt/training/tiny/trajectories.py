@@ -27,8 +27,8 @@ from std_rt.core.schedule import (
     trajectory_timesteps,
 )
 from std_rt.pipeline.denoise import Guidance, denoise
-from std_rt.training.run.recipe import DataConfig
-from std_rt.training.run.sheet import Pairs, save_sheet, spread_pairs, to_frames, to_tensor
+from std_rt.training.run.recipe import SheetConfig
+from std_rt.training.run.sheet import save_sheet, spread_pairs, to_frames, to_tensor
 from std_rt.training.tiny.tiny_pipeline import TinyPipeline, run_unet
 
 
@@ -39,7 +39,6 @@ class NoisyBatch:
     x_t: Tensor
     t: Tensor
     z: Tensor
-    s: Tensor
     alpha: Tensor
     sigma: Tensor
 
@@ -76,7 +75,6 @@ def draw_levels(
 def noisy_states(
     z: Tensor,
     c: Tensor,
-    s: Tensor,
     schedule: NoiseSchedule,
     levels: tuple[list[int], list[int]],
     rng: np.random.Generator,
@@ -97,7 +95,7 @@ def noisy_states(
     k = (sigma / alpha / start).float().clamp(max=1.0) ** jitter[:, None, None, None]
     noise = torch.randn(z.shape, generator=generator).to(z.device)
     x_t = alpha * ((1 - k) * z + k * c) + sigma * noise
-    return NoisyBatch(x_t, torch.tensor(ts, device=z.device), z, s, alpha, sigma)
+    return NoisyBatch(x_t, torch.tensor(ts, device=z.device), z, alpha, sigma)
 
 
 def v_loss(v: Tensor, batch: NoisyBatch, weights: Tensor | None = None, most: float = 10.0) -> Tensor:
@@ -142,13 +140,11 @@ def sample(
     return pipeline.vae.decode(z_0).sample
 
 
-def watched_pairs(data: DataConfig) -> Pairs:
-    """The same unseen (content, style) pairs in every sheet."""
-    return spread_pairs(Path(data.held_out_content), Path(data.held_out_style))
-
-
-def run_sheet(pipeline: TinyPipeline, pairs: Pairs, path: Path, settings: list[tuple[int, float]]) -> None:
-    """One row a pair: content, style, then one output per (steps, guidance)."""
+def run_sheet(
+    pipeline: TinyPipeline, config: SheetConfig, path: Path, settings: list[tuple[int, float]]
+) -> None:
+    """One row a pair of unseen pictures: content, style, then one output per (steps, guidance)."""
+    pairs = spread_pairs(Path(config.contents), Path(config.styles), config.pairs, config.size_px)
     images, styles = to_tensor([a for a, _ in pairs]), to_tensor([b for _, b in pairs])
     columns = [to_frames(sample(pipeline, images, styles, n, g)) for n, g in settings]
     save_sheet(path, [[a, b, *outs] for (a, b), *outs in zip(pairs, *columns, strict=True)])
