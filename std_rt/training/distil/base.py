@@ -236,7 +236,8 @@ class Base:
         encoded = self.vae.encode(images.to(next(self.vae.parameters())))
         # A KL autoencoder's mode: the same picture gives the same latents, which caching relies on.
         z = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-        return cast(Tensor, (z.float() - self._shift) * self.vae.config.scaling_factor)
+        # Contiguous, as they are after a checkpoint: other strides choose other kernels, whose sums differ.
+        return cast(Tensor, (z.float() - self._shift) * self.vae.config.scaling_factor).contiguous()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents -> images ``[B, 3, H, W]``, not clamped; gradients flow."""

@@ -139,8 +139,7 @@ class TripletSource:
         rows = [self._one(side) for _ in range(n)]
         device = next(self.base.vae.parameters()).device
         z, c, real, style = (to_tensor(list(column)).to(device) for column in zip(*rows, strict=True))
-        # Contiguous, as they are after a checkpoint: other strides choose other kernels, whose sums differ.
-        z, c, real = (self.base.encode(x).cpu().contiguous() for x in (z, c, real))
+        z, c, real = (self.base.encode(x).cpu() for x in (z, c, real))
         ids = random_time_ids(n, self.rng)
         return Fresh(z, c, real, self.base.condition(None, self.base.look(style), ids, c).to("cpu"))
 

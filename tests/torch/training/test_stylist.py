@@ -40,9 +40,10 @@ def _run(seed: int = 0, noted: dict[str, Tensor] | None = None) -> ModuleRun:
     """Random numbers as a run has them; losses go to ``noted``."""
     note = {} if noted is None else noted
     run = SimpleNamespace(
-        rng=np.random.default_rng(seed), generator=torch.Generator().manual_seed(seed), add=note.update
+        rng=np.random.default_rng(seed),
+        generator=torch.Generator().manual_seed(seed),
+        add=lambda **losses: note.update(losses),
     )
-    run.add = lambda **losses: note.update(losses)
     return cast(ModuleRun, run)
 
 
@@ -285,15 +286,15 @@ def test_the_distillers_teacher_draws_what_the_pipeline_does(
     assert torch.allclose(base.decode(z), wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize("data", ["triplets", "pictures"])
+@pytest.mark.parametrize("kind", ["triplets", "pictures"])
 def test_a_stylist_is_distilled_and_resumed(
-    stylist_config: StylistConfig, stylist_folder: Path, tmp_path: Path, data: str
+    stylist_config: StylistConfig, stylist_folder: Path, tmp_path: Path, kind: str
 ) -> None:
     config = replace(
         small_recipe(tmp_path / "whole", stylist_folder, Path(stylist_config.triplets)),
         adversarial=ADVERSARIAL,
     )
-    if data == "pictures":
+    if kind == "pictures":
         pictures = PicturesConfig(stylist_config.sheet.contents, resolution_px=64, buckets=False, workers=0)
         style = StyleConfig(folder=stylist_config.sheet.styles, pairing="any")
         config = replace(config, triplets=TripletsConfig(), pictures=pictures, style=style)
