@@ -1,7 +1,8 @@
 """Make training triplets (photo, style picture, stylized photo) from pretrained style transfer networks.
 
-    python -m tools.make_triplets --photos PHOTOS --art ART --out TRIPLETS --count 2000 [--photos-per-style 6] \
-        [--adain adain_vgg19.safetensors] [--microast FILE] [--fixed FILE] [--cd-wct FILE] [--magenta FOLDER]
+    python -m tools.make_triplets --photos PHOTOS --art ART --out TRIPLETS --count 2000 \
+        [--photos-per-style 6] [--adain adain_vgg19.safetensors] [--microast FILE] \
+        [--fixed FILE] [--cd-wct FILE] [--magenta FOLDER]
 
 The folder written is a triplet data set as training reads it, and users can bring their own in its layout:
 
@@ -12,11 +13,11 @@ The folder written is a triplet data set as training reads it, and users can bri
 
 A file may be .jpg, .png or .webp; equal names (without the suffix) belong together.
 
-For each triplet a photo is drawn, and for one or more in a row (--photos-per-style) a teacher by its share and
-an artwork by weight. Several crops of the artwork at different scales are tried; the best by VGG style plus
-content distance is kept, and none where even that one is poor. VGG weights come from the --adain file. Without
-it one crop is tried and kept unjudged, which is far faster. Triplet i depends only on the options and i, so a
-run that was stopped goes on where it was, and gives the same files.
+For each triplet a photo is drawn, and for one or more in a row (--photos-per-style) a teacher by its share
+and an artwork by weight. Several crops of the artwork at different scales are tried; the best by VGG style
+plus content distance is kept, and none where even that one is poor. VGG weights come from the --adain file.
+Without it one crop is tried and kept unjudged, which is far faster. Triplet i depends only on the options and
+i, so a run that was stopped goes on where it was, and gives the same files.
 """
 
 from __future__ import annotations
