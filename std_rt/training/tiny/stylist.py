@@ -251,9 +251,11 @@ class Stylist:
         config = self.config
         styles = config.own_styles if step >= config.own_from else 0
         own = styles * config.photos
+        # In a context of its own: autocast would keep weights that it cast without gradients, of own runs.
         with self.precision(), attention_kernels(self.device):
             sample = self.sample(pictures, run, own)
-            states = sample.states
+        states = sample.states
+        with self.precision(), attention_kernels(self.device):
             v = self.predict(states.x_t, states.t, sample.told)
         loss = v_loss(v, states, self.weights, most=3.0)
         run.add(latents=loss)
