@@ -1,7 +1,8 @@
 """Make training triplets (photo, style picture, stylized photo) from pretrained style transfer networks.
 
     python -m tools.make_triplets --photos PHOTOS --art ART --out TRIPLETS --count 2000 \
-        [--adain adain_vgg19.safetensors] [--microast FILE] [--fixed FILE] [--cd-wct FILE] [--magenta FOLDER]
+        [--photos-per-style 6] [--adain adain_vgg19.safetensors] [--microast FILE] \
+        [--fixed FILE] [--cd-wct FILE] [--magenta FOLDER]
 
 The folder written is a triplet data set as training reads it, and users can bring their own in its layout:
 
@@ -12,11 +13,11 @@ The folder written is a triplet data set as training reads it, and users can bri
 
 A file may be .jpg, .png or .webp; equal names (without the suffix) belong together.
 
-For each triplet one teacher is drawn by its share, a photo and an artwork by weight, and several crops of the
-artwork at different scales are tried; the best by VGG style plus content distance is kept, and none where
-even that one is poor. VGG weights come from the --adain file. Without it one crop is tried and kept unjudged,
-which is far faster. Triplet i depends only on the options and i, so a run that was stopped goes on where it
-was, and gives the same files.
+For each triplet a photo is drawn, and for one or more in a row (--photos-per-style) a teacher by its share
+and an artwork by weight. Several crops of the artwork at different scales are tried; the best by VGG style
+plus content distance is kept, and none where even that one is poor. VGG weights come from the --adain file.
+Without it one crop is tried and kept unjudged, which is far faster. Triplet i depends only on the options and
+i, so a run that was stopped goes on where it was, and gives the same files.
 """
 
 from __future__ import annotations
@@ -118,6 +119,7 @@ class Maker:
         self.art = load_pictures(args.art, args.sources, 128)
         self.seed, self.sides, self.style_px = args.seed, args.sides, args.style_px
         self.candidates = args.candidates if self.vgg else 1
+        self.photos_per_style = args.photos_per_style
 
     def _judge(self, kind: str, photo: Tensor, styled: list[tuple[Tensor, Tensor]]) -> list[Made]:
         """Distances of all candidates (style, stylized) of one photo; not a number without VGG."""
@@ -149,16 +151,17 @@ class Maker:
         """Two photos in one drawn style (halftone, glass, ink, ...): exact, and free of any teacher."""
         source = self.art.frames[self.art.draw(rng)] if rng.random() < 0.6 else None
         name, apply = draw_style(rng, source)
-        stylized, style = (to_tensor([apply(to_frames(x)[0], rng)]) for x in (photo, other))
+        style, stylized = (to_tensor([apply(to_frames(x)[0], rng)]) for x in (other, photo))
         return self._judge(f"generated:{name}", photo, [(style, stylized)])
 
     def make(self, number: int) -> tuple[Made, str, str] | None:
         """Triplet ``number`` with the names of its sources, or None where no candidate is good enough."""
-        rng = np.random.default_rng([self.seed, number])
+        rng = np.random.default_rng([self.seed, number // self.photos_per_style])
+        of_photo = np.random.default_rng([self.seed, number, 1])
         kind = self.kinds[int(rng.choice(len(self.kinds), p=self.weights))]
         side = int(rng.choice(self.sides))
-        at = self.photos.draw(rng)
-        photo = square(self.photos.frames[at], side, rng.uniform(0.6, 1.0), rng)
+        at = self.photos.draw(of_photo)
+        photo = square(self.photos.frames[at], side, of_photo.uniform(0.6, 1.0), of_photo)
         if kind in ("fixed", "generated"):
             other = self.photos.draw(rng)
             make = self._fixed if kind == "fixed" else self._generated
@@ -250,6 +253,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sides", type=int, nargs="+", default=SIDES_PX, help="of photos, in pixels")
     parser.add_argument("--style-px", type=int, default=256, help="least side of a style picture")
     parser.add_argument("--candidates", type=int, default=2, help="style crops tried for a triplet")
+    parser.add_argument("--photos-per-style", type=int, default=1, help="triplets that share a style picture")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     return parser.parse_args()

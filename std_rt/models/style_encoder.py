@@ -1,9 +1,9 @@
 """The style encoder of std-tiny: a style picture -> style tokens and a pooled style vector.
 
-It reads the autoencoder's latents (its own frozen copy of the encoder), because their statistics
-carry palette and texture energy directly and training can run on stored latents. Half of the tokens
-come from channel means and standard deviations at three depths, half from a resampler over positions
-(as in IP-Adapter Plus). The pooled vector enters the UNet where SDXL's pooled text embedding does.
+It reads the autoencoder's latents (its own frozen copy of the encoder), because their statistics carry
+palette and texture energy directly. Half of the tokens come from channel means and standard deviations at
+three depths, half from a resampler over positions (as in IP-Adapter Plus). The pooled vector enters the UNet
+where SDXL's pooled text embedding does.
 """
 
 from __future__ import annotations

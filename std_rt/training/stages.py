@@ -10,8 +10,6 @@ from typing import Any
 # and no DINOv2.
 _FUNCTIONS = {
     "autoencoder": ("std_rt.training.tiny.autoencoder_stage", "train_autoencoder"),
-    "teacher": ("std_rt.training.tiny.teacher", "train_teacher"),
-    "finish": ("std_rt.training.tiny.finish", "finish_pipeline"),
     "stylist": ("std_rt.training.tiny.stylist", "train_stylist"),
     "distil": ("std_rt.training.distil.loop", "train_distil"),
 }

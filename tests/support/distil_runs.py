@@ -1,9 +1,11 @@
-"""Distillations of a miniature std-tiny: base, stored latents, recipe, and what a run leaves."""
+"""Distillations of a miniature std-tiny: triplets, recipe, and what a run leaves."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import cv2
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -11,30 +13,29 @@ from std_rt.training.run.recipe import (
     AdversarialConfig,
     BankConfig,
     DistilConfig,
-    LatentsConfig,
     LoraConfig,
     StylistConfig,
+    TripletsConfig,
 )
-from std_rt.training.tiny.latents import Triple, save_latents
 
-__all__ = ["ADVERSARIAL", "assert_same", "read_checkpoint", "small_recipe", "write_latents"]
+__all__ = ["ADVERSARIAL", "assert_same", "read_checkpoint", "small_recipe", "write_triplets"]
 
 ADVERSARIAL = AdversarialConfig(weight=0.5, features="style", learning_rate=1e-2, r1=1e-2)
 
 
-def write_latents(path: Path) -> Path:
-    """Six triples of each kind, 32 x 32."""
-    rng = torch.Generator().manual_seed(0)
+def write_triplets(folder: Path, count: int = 6, size: tuple[int, int] = (96, 80), styles: int = 0) -> Path:
+    """``count`` triplets of noise, ``size`` (height, width), with a style each or ``styles`` in turn."""
+    rng = np.random.default_rng(0)
+    for kind in ("content", "style", "stylized"):
+        (folder / kind).mkdir(parents=True)
+        drawn = [rng.integers(0, 256, (*size, 3), np.uint8) for _ in range(count)]
+        for i in range(count):
+            frame = drawn[i % styles if styles and kind == "style" else i]
+            cv2.imwrite(str(folder / kind / f"{i}.png"), frame)
+    return folder
 
-    def draw() -> torch.Tensor:
-        return torch.randn(8, 32, 32, generator=rng).half()
 
-    triples = {k: [Triple(draw(), draw(), (draw(),)) for _ in range(6)] for k in ("art", "generated")}
-    save_latents(triples, path)
-    return path
-
-
-def small_recipe(output: Path, base: Path, latents: Path) -> DistilConfig:
+def small_recipe(output: Path, base: Path, triplets: Path) -> DistilConfig:
     """Six steps of two samples, in fp32."""
     return DistilConfig(
         output=str(output),
@@ -52,7 +53,7 @@ def small_recipe(output: Path, base: Path, latents: Path) -> DistilConfig:
         log_every=1,
         lora=LoraConfig(rank=4, alpha=4.0),
         bank=BankConfig(capacity=6),
-        latents=LatentsConfig(file=str(latents), side=8),
+        triplets=TripletsConfig(str(triplets), side=8),
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.distil_runs import ADVERSARIAL, assert_same, read_checkpoint, small_recipe, write_latents
+from support.distil_runs import ADVERSARIAL, assert_same, read_checkpoint, small_recipe, write_triplets
 from support.motion_training import motion_recipe, write_clips, write_dino, write_motion_base
 from support.pipelines import write_own_pipeline
 
@@ -35,8 +35,8 @@ def _one_thread() -> object:
 
 @pytest.fixture
 def config(tmp_path: Path) -> DistilConfig:
-    base = write_own_pipeline(tmp_path / "tiny", levels=1)
-    return small_recipe(tmp_path / "run", base, write_latents(tmp_path / "latents.safetensors"))
+    base = write_own_pipeline(tmp_path / "tiny", levels=1, sees_content=True)
+    return small_recipe(tmp_path / "run", base, write_triplets(tmp_path / "triplets"))
 
 
 def _keep_recipe(config: DistilConfig) -> Path:
@@ -101,7 +101,7 @@ from pathlib import Path
 from accelerate import PartialState
 from std_rt.training.distil import loop as distil
 from std_rt.training.run.recipe import load_run_recipe
-from std_rt.training.tiny.latents import TripleSource
+from std_rt.training.tiny.triplets import TripletSource
 
 state = PartialState(cpu=True)
 kept, pool = {}, []
@@ -111,7 +111,7 @@ def digest(tensors):
     return hashlib.sha256(b"".join(v.detach().numpy().tobytes() for v in tensors)).hexdigest()
 
 
-parameters, adversary, start = distil.lora_parameters, distil.Adversary, TripleSource.__init__
+parameters, adversary, start = distil.lora_parameters, distil.Adversary, TripletSource.__init__
 
 
 def keep_lora(unet):
@@ -126,10 +126,10 @@ def keep_heads(*args, **kwargs):
 
 def keep_pool(self, *args, **kwargs):
     start(self, *args, **kwargs)
-    pool.extend(digest([t.z]) for triples in self.latents.values() for t in triples)
+    pool.extend(hashlib.sha256(photo.tobytes()).hexdigest() for photo, _, _ in self.triplets.items)
 
 
-distil.lora_parameters, distil.Adversary, TripleSource.__init__ = keep_lora, keep_heads, keep_pool
+distil.lora_parameters, distil.Adversary, TripletSource.__init__ = keep_lora, keep_heads, keep_pool
 config = load_run_recipe(Path(sys.argv[1]))
 distil.train_distil(config)
 found = {
@@ -202,7 +202,7 @@ def test_two_processes_agree_see_different_data_and_resume(
     assert one["lora"] == two["lora"]
     assert one["heads"] == two["heads"]
     assert not set(one["pool"]) & set(two["pool"])
-    assert len(set(one["pool"]) | set(two["pool"])) == 12
+    assert len(set(one["pool"]) | set(two["pool"])) == 6
     resumed = replace(config, output=config.output + "-broken")
     whole = read_checkpoint(config)
     assert any(name.startswith("rank1") for name in whole)

@@ -384,6 +384,7 @@ class PictureSource:
             (texts["context"], texts["pooled"]) if texts else None,
             StyleCode(**styles) if styles else None,
             pictures["time_ids"],
+            pictures["z"],
         )
         real = self._encode([s.real for s in samples if s.real is not None], self._latents)
         if real and self.base.motion is not None:

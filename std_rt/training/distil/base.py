@@ -236,7 +236,8 @@ class Base:
         encoded = self.vae.encode(images.to(next(self.vae.parameters())))
         # A KL autoencoder's mode: the same picture gives the same latents, which caching relies on.
         z = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-        return cast(Tensor, (z.float() - self._shift) * self.vae.config.scaling_factor)
+        # Contiguous, as they are after a checkpoint: other strides choose other kernels, whose sums differ.
+        return cast(Tensor, (z.float() - self._shift) * self.vae.config.scaling_factor).contiguous()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents -> images ``[B, 3, H, W]``, not clamped; gradients flow."""
@@ -269,16 +270,23 @@ class Base:
         return StyleCode(*(x.float() for x in ((found,) if isinstance(found, Tensor) else found)))
 
     def condition(
-        self, text: tuple[Tensor, Tensor] | None, style: StyleCode | None, time_ids: Tensor
+        self,
+        text: tuple[Tensor, Tensor] | None,
+        style: StyleCode | None,
+        time_ids: Tensor,
+        content: Tensor | None = None,
     ) -> Conditioning:
-        """Conditioning from what `read_text` and `look` gave, and sizes ``[B, 6]``."""
+        """Conditioning from what `read_text` and `look` gave, and sizes ``[B, 6]``.
+
+        ``content``: clean latents, kept where the UNet sees them.
+        """
         assert (style is None) == (self.null_tokens is None), "a style picture for each row, or for none"
         tokens = None if style is None else style.tokens
         if text is None:
             assert style is not None, "this base has neither text encoders nor a style encoder"
             null = style.tokens.new_zeros(len(style.tokens), 1, self.unet.config.cross_attention_dim)
             text = null, cast(Tensor, style.pooled)
-        return Conditioning(*text, time_ids.float(), tokens)
+        return Conditioning(*text, time_ids.float(), tokens, content if self.sees_content else None)
 
     def masked(self, cond: Conditioning, keep: Tensor) -> Conditioning:
         """Rows where ``keep [B]`` is 0 become the unconditional branch, as the runtime has it.

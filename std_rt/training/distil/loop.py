@@ -28,7 +28,6 @@ from std_rt.training.run.precision import DTYPES, attention_kernels, resolve_pre
 from std_rt.training.run.recipe import DistilConfig, describe_rates, distil_tau, learning_rates
 from std_rt.training.run.report import Stopwatch
 from std_rt.training.run.training_run import Run, cosine_rate
-from std_rt.training.tiny.latents import TripleSource
 from std_rt.training.tiny.triplets import TripletSource
 
 __all__ = ["train_distil"]
@@ -80,7 +79,6 @@ def _features(config: DistilConfig, base: Base) -> Features:
 
 
 def _source(config: DistilConfig, base: Base, rank: int, world: int) -> Source:
-    latents = config.latents
     if config.pictures.folder:
         from std_rt.training.data.picture_source import PictureSource
 
@@ -90,16 +88,11 @@ def _source(config: DistilConfig, base: Base, rank: int, world: int) -> Source:
         if config.style.precompute:
             pictures.precompute_styles()
         return pictures
-    name = "latents.triplets" if latents.triplets else "latents.file"
     if not isinstance(base.style_encoder, StyleEncoder):
-        raise RecipeError(f"{name} needs a std-tiny, with its style encoder; set pictures.folder instead")
-    if base.sees_content != bool(latents.triplets):
-        other = "latents.file" if latents.triplets else "latents.triplets"
-        sees = "sees" if base.sees_content else "does not see"
-        raise RecipeError(f"base = {config.base!r} {sees} the content; set {other}, not {name}")
-    if latents.triplets:
-        return TripletSource(latents, base, config.seed, rank, world)
-    return TripleSource(latents, base, config.seed, rank, world)
+        raise RecipeError(
+            "triplets.folder needs a std-tiny, with its style encoder; set pictures.folder instead"
+        )
+    return TripletSource(config.triplets, base, config.seed, rank, world)
 
 
 def lora_notes(config: DistilConfig, base: Base, step: int) -> dict[str, str]:

@@ -263,8 +263,8 @@ def _build_vae(config: dict[str, Any]) -> Network:
 
 def _latent_sizes(config: DistilConfig, unet: Network, vae: Network) -> list[tuple[int, int]]:
     """Latent heights and widths of the training, the square in the middle."""
-    if config.latents.file or config.latents.triplets:
-        return [(config.latents.side, config.latents.side)]
+    if config.triplets.folder:
+        return [(config.triplets.side, config.triplets.side)]
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
     multiple = scale * 2 ** (len(unet.config.block_out_channels) - 1)
     sizes = bucket_sizes(config.pictures.resolution_px, multiple, config.pictures.buckets)

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from std_rt.training.run.recipe import Precision
 
-__all__ = ["DTYPES", "attention_kernels", "mixed_precision", "precision_context", "resolve_precision"]
+__all__ = ["DTYPES", "attention_kernels", "precision_context", "resolve_precision"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -41,11 +41,4 @@ def attention_kernels(device: str) -> Iterator[None]:
     Around whole steps, not around a network's forward: gradient checkpointing runs it again in the backward.
     """
     with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext():
-        yield
-
-
-@contextmanager
-def mixed_precision(bf16: bool) -> Iterator[None]:
-    """Both, for the stages of std-tiny, which train on the CPU."""
-    with precision_context("bf16" if bf16 else "fp32", "cpu"), attention_kernels("cpu"):
         yield

@@ -27,9 +27,8 @@ Amount = Annotated[float, Meta(ge=0, le=1e9)]  # the upper end keeps infinity ou
 Pair = tuple[Count, Count]
 Positive = Annotated[float, Meta(gt=0, le=1e9)]
 CropSide = Annotated[int, Meta(ge=32, multiple_of=8)]  # px
-Side = Annotated[int, Meta(ge=1, le=32)]  # in latent pixels: stored latents have at least this short side
+Side = Annotated[int, Meta(ge=1, le=32)]  # in latent pixels
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
-Sides = Annotated[tuple[Side, ...], Meta(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -93,58 +92,13 @@ class UNetConfig:
 
 
 @dataclass(frozen=True)
-class TeacherConfig:
-    """Recipe of the base (teacher) stage: UNet and style encoder together."""
+class SheetConfig:
+    """Held-out pictures for the periodic sheets; empty: no sheets."""
 
-    output: str
-    autoencoder: str
-    data: DataConfig
-    stage: str = "teacher"
-    start_from: str = ""  # a pipeline folder to go on from; empty: random weights
-    seed: Whole = 0
-    steps: Count = 20_000
-    batch: Count = 32
-    window: Sides = (16, 24)  # latent sizes of the training crops, drawn per step
-    learning_rate: Positive = 5e-4
-    warmup: Whole = 300
-    ema_decay: Share = 0.999
-    drop_style: Share = 0.12
-    snr_ratio: Positive = 4.0  # resolution ratio of the schedule shift: log-SNR + 2 ln(ratio)
-    start_eta: Share = 0.95  # highest noise level trained
-    content_from_eta: Share = 0.75  # level at and above which the input carries the content version only
-    share_art: Share = 0.6
-    share_generated: Share = 0.4
-    variants: Count = 2  # content versions an artwork, generated stylizations a photo
-    bf16: bool = True
-    snapshot_every: Count = 500
-    log_every: Count = 50
-    model: UNetConfig = field(default_factory=UNetConfig)
-
-
-@dataclass(frozen=True)
-class FinishConfig:
-    """Recipe of the finishing stage; data, shares and latents are those of the teacher's run."""
-
-    output: str
-    teacher: str  # the run folder of the teacher stage
-    stage: str = "finish"
-    seed: Whole = 1
-    steps: Count = 2_000
-    batch: Count = 24
-    window: Sides = (24, 28)
-    learning_rate: Positive = 2e-4
-    warmup: Whole = 100
-    ema_decay: Share = 0.998
-    eta: PositiveShare = 0.75
-    run_steps: Count = 4
-    guidance: Amount = 2.0  # of the frozen teacher that anchors content and colours
-    base_weight: Amount = 0.5
-    anchor_weight: Amount = 1.0
-    texture_weight: Amount = 0.5
-    detail_weight: Amount = 1.0
-    bf16: bool = True
-    snapshot_every: Count = 250
-    log_every: Count = 50
+    contents: str = ""
+    styles: str = ""
+    pairs: Count = 6
+    size_px: Count = 256
 
 
 LOWEST_START_ETA = 0.4  # of the stylist stage
@@ -157,39 +111,36 @@ class StylistConfig:
     output: str
     autoencoder: str
     triplets: str
-    data: DataConfig
     stage: str = "stylist"
-    start_from: str = ""  # a pipeline folder whose weights are copied as far as the shapes overlap
+    start_from: str = ""  # a stylist's pipeline folder to go on from; empty: random weights
     seed: Whole = 0
-    steps: Count = 20_000
-    batch: Count = 6
-    crop_px: CropSide = 192
-    style_px: CropSide = 224
-    learning_rate: Positive = 4e-4
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: hidden weights by Muon, at the same rate
+    steps: Count = 3_200
+    styles: Count = 12  # of a step
+    photos: Count = 3  # under each of them
+    crop_px: CropSide = 128
+    style_px: CropSide = 256
+    learning_rate: Positive = 5e-4
     warmup: Whole = 200
-    ema_decay: Share = 0.999
-    drop_style: Share = 0.08
+    cooldown: Whole = 270  # steps at the end in which the rate falls in a straight line
+    ema_decay: Share = 0.99
+    drop_style: Share = 0.05
     snr_ratio: Positive = 6.0
     eta: PositiveShare = 0.75  # of the run that ships: half of all trajectories start here
     start_eta: Annotated[float, Meta(ge=LOWEST_START_ETA, le=1)] = 0.95  # highest level trained
-    run_steps: Counts = (1, 2, 4)  # three in four samples lie on these runs' timesteps
+    run_steps: Counts = (1, 1, 2, 4)  # nine in ten samples lie on these runs' timesteps
     perceptual: str = ""  # VGG-19 or SqueezeNet weights: the decoded estimate must look like the target
-    look_px: CropSide = 96  # side of the decoded window that is looked at
-    look_weight: Amount = 0.25
-    v_weight: Amount = 1.0  # of the squared error of v, a few times larger than the perceptual terms at first
-    look_from: Whole = 0  # step at which that begins
-    own_batch: Whole = 0  # further samples without a target, on the network's own runs
-    own_px: CropSide = 160
+    look_weight: Amount = 0.5
+    own_styles: Whole = 4  # of `styles`: those whose samples are the network's own runs; needs `perceptual`
+    own_from: Whole = 2_400  # step at which that begins
+    own_steps: Counts = (1, 2, 2)  # lengths of those runs
     own_vgg: str = ""  # VGG-19 weights: Gram matrices of its first three levels count there too
-    own_steps: Counts = (1, 2)  # lengths of those runs
-    style_weight: Amount = 1.0
-    content_weight: Amount = 0.5
-    colour_weight: Amount = 2.0
-    bf16: bool = True
+    style_weight: Amount = 2.0
+    colour_weight: Amount = 0.5
+    bf16: bool = False  # for GPUs, and processors that have it
     device: Literal["auto", "cpu", "cuda"] = "cpu"  # auto: CUDA where there is one
     snapshot_every: Count = 250
     log_every: Count = 50
+    sheet: SheetConfig = field(default_factory=lambda: SheetConfig(pairs=8))
     model: UNetConfig = field(default_factory=UNetConfig)
 
 
@@ -275,14 +226,12 @@ class StyleConfig:
 
 
 @dataclass(frozen=True)
-class LatentsConfig:
-    """The data of std-tiny instead of pictures: a teacher's stored latents, or a folder of triplets."""
+class TripletsConfig:
+    """Triplets as the data of std-tiny, instead of pictures."""
 
-    file: str = ""
-    triplets: str = ""  # for a base that sees the content
+    folder: str = ""
     side: Side = 16  # of the crops, in latent pixels
     paired: Share = 1.0  # share with a known target; the others: a photo under an unrelated style, as in use
-    share_art: Share = 0.6  # (artwork, its content version) among these; the others: generated styles
 
 
 @dataclass(frozen=True)
@@ -298,16 +247,6 @@ class MotionConfig:
     head_decay: Share = 0.95  # of that moving average
     judged: Count = 2  # frames of a clip that the discriminator is shown
     own_starts: Share = 0.5  # mcm: share of states that start from the student's own one-jump result
-
-
-@dataclass(frozen=True)
-class SheetConfig:
-    """Held-out pictures for the periodic sheets; empty: no sheets."""
-
-    contents: str = ""
-    styles: str = ""
-    pairs: Count = 6
-    size_px: Count = 256
 
 
 @dataclass(frozen=True)
@@ -349,15 +288,13 @@ class DistilConfig:
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     pictures: PicturesConfig = field(default_factory=PicturesConfig)
     style: StyleConfig = field(default_factory=StyleConfig)
-    latents: LatentsConfig = field(default_factory=LatentsConfig)
+    triplets: TripletsConfig = field(default_factory=TripletsConfig)
     motion: MotionConfig = field(default_factory=MotionConfig)
     sheet: SheetConfig = field(default_factory=SheetConfig)
 
 
 STAGES: dict[str, type] = {
     "autoencoder": AutoencoderConfig,
-    "teacher": TeacherConfig,
-    "finish": FinishConfig,
     "stylist": StylistConfig,
     "distil": DistilConfig,
 }
@@ -423,20 +360,26 @@ def _override(table: dict[str, Any], assignment: str) -> None:
     table[name] = value
 
 
-def _check_teacher(recipe: TeacherConfig) -> None:
-    if recipe.share_art + recipe.share_generated <= 0:
-        raise RecipeError("share_art and share_generated are both 0, which leaves nothing to train on")
+def _check_stylist(recipe: StylistConfig) -> None:
     if recipe.model.cross_attention_dim % STYLE_HEADS:
         raise RecipeError(f"model.cross_attention_dim must be a multiple of {STYLE_HEADS}")
-
-
-def _check_stylist(recipe: StylistConfig) -> None:
-    if recipe.look_px > recipe.crop_px:
-        raise RecipeError(f"look_px = {recipe.look_px} is more than crop_px = {recipe.crop_px}")
+    if recipe.own_styles > recipe.styles:
+        raise RecipeError(f"own_styles = {recipe.own_styles} is more than styles = {recipe.styles}")
+    if recipe.own_styles and not recipe.perceptual:
+        raise RecipeError(
+            "own_styles needs a perceptual network; set perceptual to its weights, or own_styles = 0"
+        )
     try:
         trajectory_timesteps(min(LOWEST_START_ETA, recipe.eta), max(recipe.run_steps))
+        trajectory_timesteps(recipe.eta, max(recipe.own_steps))
     except ValueError as error:
-        raise RecipeError(f"eta and run_steps do not fit together: {error}") from None
+        raise RecipeError(f"eta, run_steps and own_steps do not fit together: {error}") from None
+    _check_sheet(recipe.sheet)
+
+
+def _check_sheet(sheet: SheetConfig) -> None:
+    if bool(sheet.contents) != bool(sheet.styles):
+        raise RecipeError("set both sheet.contents and sheet.styles, or neither")
 
 
 def _check_distil(recipe: DistilConfig) -> None:
@@ -457,13 +400,10 @@ def _check_distil(recipe: DistilConfig) -> None:
         raise RecipeError(f"tau = {tau} does not belong to eta {recipe.eta:g}; set {other}0 for {rule}")
     if recipe.guidance[0] > recipe.guidance[1]:
         raise RecipeError(f"guidance = {list(recipe.guidance)} must be a range [low, high]")
-    latents = recipe.latents
-    if sum(map(bool, (recipe.pictures.folder, latents.file, latents.triplets))) != 1:
-        raise RecipeError(
-            "set the data to train on: pictures.folder, latents.file or latents.triplets, only one of them"
-        )
-    if bool(recipe.sheet.contents) != bool(recipe.sheet.styles) and not recipe.pictures.folder:
-        raise RecipeError("set both sheet.contents and sheet.styles, or neither")
+    if bool(recipe.pictures.folder) == bool(recipe.triplets.folder):
+        raise RecipeError("set the data to train on: pictures.folder or triplets.folder, only one of them")
+    if not recipe.pictures.folder:
+        _check_sheet(recipe.sheet)
     if recipe.bank.enabled and recipe.method == "std" and recipe.bank.capacity < 2 * recipe.batch:
         raise RecipeError(
             f"bank.capacity = {recipe.bank.capacity} must be at least twice the batch of {recipe.batch}"
@@ -474,7 +414,7 @@ def _check_parts(recipe: DistilConfig) -> None:
     """Tables of a distillation that must fit each other; RecipeError names the first that does not."""
     style = recipe.style
     if style.used and not recipe.pictures.folder:
-        raise RecipeError("[style] goes with pictures.folder; the other data bring their styles along")
+        raise RecipeError("[style] goes with pictures.folder; triplets bring their styles along")
     if style.folder and style.pairing == "crop":
         raise RecipeError('style.folder is not read with style.pairing = "crop"; set it to "any" or "style"')
     if style.precompute and not recipe.pictures.cache:
@@ -566,8 +506,6 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = (), given: dict[str, An
     if not isinstance(stage, str) or stage not in STAGES:
         raise RecipeError(f"{path}: stage = {stage!r}; known stages: {', '.join(STAGES)}")
     recipe = _build(STAGES[stage], table)
-    if isinstance(recipe, TeacherConfig):
-        _check_teacher(recipe)
     if isinstance(recipe, StylistConfig):
         _check_stylist(recipe)
     if isinstance(recipe, DistilConfig):

@@ -34,7 +34,7 @@ from std_rt.training.run.muon import Muon
 from std_rt.training.run.recipe import as_dict, check_same_run
 from std_rt.training.run.report import Report, Stopwatch
 
-__all__ = ["ModuleRun", "Run", "cosine_rate", "random_state", "restore_random_state"]
+__all__ = ["ModuleRun", "Run", "cosine_rate", "linear_rate", "random_state", "restore_random_state"]
 
 State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and JSON values
 
@@ -330,14 +330,13 @@ class ModuleRun(Run):
         restore_random_state(self.rng, self.generator, tensors, meta)
 
 
-def cosine_rate(
-    base: float, step: int, steps: int, warmup: int, flat: float = 0.0, floor: float = 0.02
-) -> float:
-    """Linear warm-up, ``base`` until the share ``flat`` of all steps, then a cosine to ``floor * base``.
-
-    The cosine begins after the warm-up at the earliest.
-    """
-    begin = max(flat * steps, warmup)
-    late = max(0.0, step - begin) / max(1.0, steps - begin)
+def cosine_rate(base: float, step: int, steps: int, warmup: int, floor: float = 0.02) -> float:
+    """Linear warm-up, then a cosine from ``base`` to ``floor * base``."""
+    late = max(0.0, step - warmup) / max(1.0, steps - warmup)
     warm = min(1.0, (step + 1) / max(1, warmup))
     return base * warm * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * late)))
+
+
+def linear_rate(base: float, step: int, steps: int, warmup: int, cooldown: int) -> float:
+    """Linear warm-up, ``base``, and over the last ``cooldown`` steps a straight line to nothing."""
+    return base * min(1.0, (step + 1) / max(1, warmup), (steps - step) / max(1, cooldown))

@@ -1,1 +1,1 @@
-"""std-tiny, the built-in model: its three stages."""
+"""std-tiny, the built-in model: its two stages, autoencoder and stylist."""

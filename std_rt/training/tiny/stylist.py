@@ -1,16 +1,15 @@
 """The stylist stage of std-tiny: a UNet that sees the content, taught by triplets.
 
-Trajectories are those of the base stage (``teacher.py``), from a photo's latents to those of its stylized
-form. The photo's clean latents stand beside the noisy ones at the input, so that no drawing is lost to the
-noise and targets are nearly determined: one or two steps are enough.
+Trajectories (``trajectories.py``) go from a photo's latents to those of its stylized form. The photo's clean
+latents stand beside the noisy ones at the input, so that no drawing is lost to the noise and targets are
+nearly determined: one or two steps are enough.
 
-Losses on triplets: the squared error of v, and, with a ``perceptual`` network, features and Gram matrices of
-the decoded clean estimate against those of the target, in a random window. The second is what makes strokes:
-the first alone asks for the mean of all that is possible, which has none.
-
-Losses without a target, with ``own_batch``: the network runs its own one or two steps from any photo under
-any artwork, as the product does, and a decoded estimate is compared with the artwork (Gram matrices, colours)
-and with the photo (features). So its pictures can become better than its teachers'.
+Losses: the squared error of v, each latent channel weighed by what the decoder makes of it; with a
+``perceptual`` network, the decoded clean estimate against the decoded target (features, Gram matrices,
+pixels). The second is what makes strokes: the first alone asks for the mean of all that is possible, which
+has none. And for ``own_styles`` of the styles the samples are the network's own runs of one or two steps, as
+the product makes them: their decoded estimates are also compared with the style picture itself (Gram
+matrices, the mean over all photos of a style; colours), so they can become better than the teachers'.
 """
 
 from __future__ import annotations
@@ -20,20 +19,19 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from std_rt.core.errors import RecipeError, one_line
 from std_rt.core.schedule import trajectory_timesteps
 from std_rt.models.perceptual import (
     colour_distance,
-    content_distance,
     feature_distance,
     gram,
     gram_distance,
@@ -41,25 +39,15 @@ from std_rt.models.perceptual import (
     relative_l1,
 )
 from std_rt.pipeline.denoise import denoise
-from std_rt.training.data.picture_set import Frame, load_pictures, random_crop
+from std_rt.training.data.picture_set import Frame
+from std_rt.training.run.muon import hidden_weights
 from std_rt.training.run.precision import attention_kernels, precision_context
 from std_rt.training.run.recipe import LOWEST_START_ETA, StylistConfig
-from std_rt.training.run.training_run import ModuleRun, cosine_rate
+from std_rt.training.run.training_run import ModuleRun, linear_rate
 from std_rt.training.tiny.autoencoder_parts import (
     choose_device,
     latent_weights,
     load_autoencoder,
-)
-from std_rt.training.tiny.teacher import (
-    NoisyBatch,
-    draw_levels,
-    ema_update,
-    load_start,
-    noisy_states,
-    pipeline_run,
-    teacher_sheet,
-    v_loss,
-    watched_pairs,
 )
 from std_rt.training.tiny.tiny_pipeline import (
     TinyPipeline,
@@ -69,120 +57,102 @@ from std_rt.training.tiny.tiny_pipeline import (
     run_unet,
     save_tiny,
 )
-from std_rt.training.tiny.triplets import TripletSet
+from std_rt.training.tiny.trajectories import (
+    NoisyBatch,
+    draw_levels,
+    noisy_states,
+    run_sheet,
+    v_loss,
+)
+from std_rt.training.tiny.triplets import TripletSet, crop_pair, crop_style
+
+Told = tuple[Tensor, Tensor, Tensor, Tensor]  # style tokens, pooled style, time ids, content latents
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One batch on the training device: pictures in [-1, 1] and the latents made of them."""
+    """States on trajectories, and what the UNet is told beside them; a row a sample."""
 
-    target: Tensor  # [B, 3, crop, crop]
-    content: Tensor  # latents [B, C, crop / 8, crop / 8]
-    noisy: NoisyBatch
-
-
-def _pooled_index(old: int, new: int, rest: int) -> Tensor:
-    """Where the style encoder's statistics of ``old`` latent channels stand among those of ``new``."""
-    channels = torch.arange(old)
-    pairs = (channels[:, None] * new + channels[None, :]).flatten()
-    start = 2 * new + new**2
-    return torch.cat([channels, new + channels, 2 * new + pairs, start + torch.arange(rest)])
-
-
-@torch.no_grad()
-def _copy_statistics(ours: nn.Sequential, theirs: nn.Sequential, index: Tensor) -> None:
-    """First two layers of the style encoder's head, whose inputs are statistics in a fixed order."""
-    mine, old = ours.state_dict(), theirs.state_dict()
-    mine["1.weight"].mul_(0.1)
-    for name in ("0.weight", "0.bias"):
-        mine[name][index] = old[name]
-    mine["1.weight"][:, index] = old["1.weight"]
-    mine["1.bias"].copy_(old["1.bias"])
-
-
-@torch.no_grad()
-def copy_weights(pipeline: TinyPipeline, source: TinyPipeline) -> None:
-    """Start from a model with fewer latent channels and no sight of the content.
-
-    Its latents are taken for the first of ours (``latents_like`` of the autoencoder's recipe); weights of
-    inputs that it lacks start at zero, so that they grow only where they help.
-    """
-    for ours, theirs in ((pipeline.unet, source.unet), (pipeline.style_encoder, source.style_encoder)):
-        old = theirs.state_dict()
-        for name, value in ours.state_dict().items():
-            if name.startswith("patchify") or name not in old:
-                continue
-            if value.shape == old[name].shape:
-                value.copy_(old[name])
-            elif value.dim() == 4:
-                kept = tuple(slice(0, n) for n in old[name].shape)
-                value[: kept[0].stop] = 0
-                value[kept] = old[name]
-            elif name.startswith("conv_out"):
-                value[: len(old[name])] = old[name]
-    mine, style = pipeline.style_encoder, source.style_encoder
-    rest = 2 * sum(style.config.widths)
-    index = _pooled_index(style.config.latent_channels, mine.config.latent_channels, rest)
-    _copy_statistics(mine.pooled, style.pooled, index)
+    states: NoisyBatch
+    told: Told
 
 
 def build_stylist(config: StylistConfig) -> TinyPipeline:
-    """The recipe's pipeline, with older weights in it where ``start_from`` names some."""
+    """The recipe's pipeline, with the weights of the one that ``start_from`` names; RecipeError if unfit."""
     torch.manual_seed(config.seed)
     vae = load_autoencoder(config.autoencoder)
-    pipeline = new_pipeline(config.model, vae, config.snr_ratio, see_content=True)
-    if config.start_from:
-        source = load_start(Path(config.start_from))
-        try:
-            copy_weights(pipeline, source)
-        except (RuntimeError, IndexError) as error:
-            reason = one_line(error, 200)
-            raise RecipeError(
-                f"start_from = {config.start_from!r} does not fit the recipe's model: {reason}"
-            ) from None
+    pipeline = new_pipeline(config.model, vae, config.snr_ratio)
+    if not config.start_from:
+        return pipeline
+    folder = Path(config.start_from)
+    if not (folder / "model_index.json").exists():
+        raise RecipeError(
+            f"start_from = {config.start_from!r} is not a pipeline folder (it has no model_index.json)"
+        )
+    source = load_tiny(folder)
+    try:
+        pipeline.unet.load_state_dict(source.unet.state_dict())
+        # The recipe's autoencoder stays; its encoder is the first part of the style encoder.
+        own = {f"patchify.{key}": value for key, value in vae.encoder.state_dict().items()}
+        pipeline.style_encoder.load_state_dict(source.style_encoder.state_dict() | own)
+    except RuntimeError as error:
+        reason = one_line(error, 200)
+        raise RecipeError(
+            f"start_from = {config.start_from!r} does not fit the recipe's model: {reason}"
+        ) from None
     return pipeline
+
+
+def ema_update(average: TinyPipeline, live: TinyPipeline, step: int, decay: float) -> None:
+    """Move ``average`` towards ``live``; faster in the first steps, whose weights are worth little."""
+    decay = min(decay, (step + 1) / (step + 10))
+    with torch.no_grad():
+        for name in ("unet", "style_encoder"):
+            ours, theirs = getattr(average, name).parameters(), getattr(live, name).parameters()
+            for a, b in zip(ours, theirs, strict=True):
+                a.lerp_(b, 1 - decay)
+
+
+def pipeline_run(config: StylistConfig, live: TinyPipeline, average: TinyPipeline) -> ModuleRun:
+    """A run that trains UNet and style encoder of ``live`` and keeps their moving average."""
+    modules = {
+        "live_unet": live.unet,
+        "live_style": live.style_encoder,
+        "average_unet": average.unet,
+        "average_style": average.style_encoder,
+    }
+    parameters = [p for m in (live.unet, live.style_encoder) for p in m.parameters() if p.requires_grad]
+    hidden = hidden_weights(live.unet) + hidden_weights(live.style_encoder)
+    return ModuleRun(config, modules, parameters, 1e-2, hidden)
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """One step's crops, uint8 ``[B, H, W, 3]``.
+    """One step's crops, uint8 ``[B, H, W, 3]``; of the photos each few in a row belong to one style."""
 
-    Each of ``art`` is for two of ``photos``: a style's features are a third of a sample's cost.
-    """
-
-    content: Tensor
     style: Tensor
+    content: Tensor
     target: Tensor
-    photos: Tensor | None = None  # without a target
-    art: Tensor | None = None
 
 
 class StylistData:
-    """Triplets, and photos and artworks that have nothing to do with each other."""
+    """Triplets, several of a style at a time."""
 
     def __init__(self, config: StylistConfig) -> None:
         """Read everything into memory. Raises RecipeError."""
-        self.config, data = config, config.data
-        self.triplets = TripletSet(config.triplets, config.crop_px)
-        if config.own_batch:
-            self.photos = load_pictures(data.photos, data.sources)
-            self.art = load_pictures(data.art, data.sources)
+        self.config = config
+        self.groups = TripletSet(config.triplets, config.crop_px).by_style()
 
     def draw(self, step: int) -> Pictures:
         """The crops of a step, from random numbers of its own: so steps can be drawn in any order."""
         config, rng = self.config, np.random.default_rng([self.config.seed, step])
-        rows = [self.triplets.draw(config.crop_px, config.style_px, rng) for _ in range(config.batch)]
-        content, style, target = (_stacked(column) for column in zip(*rows, strict=True))
-        if not config.own_batch:
-            return Pictures(content, style, target)
-        photos, art = (
-            _stacked([random_crop(kind.frames[kind.draw(rng)], side, rng) for _ in range(n)])
-            for kind, side, n in (
-                (self.photos, config.own_px, config.own_batch),
-                (self.art, config.style_px, -(-config.own_batch // 2)),
-            )
-        )
-        return Pictures(content, style, target, photos, art)
+        styles, pairs = [], []
+        for _ in range(config.styles):
+            group = self.groups[int(rng.integers(len(self.groups)))]
+            styles.append(crop_style(group[0][1], config.style_px, rng))
+            chosen = rng.choice(len(group), config.photos, replace=len(group) < config.photos)
+            pairs += [crop_pair(group[i], config.crop_px, rng) for i in chosen]
+        return Pictures(_stacked(styles), *(_stacked(column) for column in zip(*pairs, strict=True)))
 
     def ahead(self, start: int) -> Iterator[Pictures]:
         """The crops of every step from ``start`` on, a few of them drawn ahead in threads."""
@@ -223,107 +193,121 @@ class Stylist:
         """uint8 ``[B, H, W, 3]`` -> images ``[B, 3, H, W]`` in [-1, 1] on the device."""
         return crops.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
-    @torch.no_grad()
-    def sample(self, pictures: Pictures, run: ModuleRun) -> Sample:
-        """The triplets' latents, and states on trajectories between them."""
-        content, style, target = map(self.images, (pictures.content, pictures.style, pictures.target))
-        with self.precision():
-            c, s, z = (self.live.vae.encode(x).latents.float() for x in (content, style, target))
-        config = self.config
-        etas, steps = (LOWEST_START_ETA, config.start_eta), config.run_steps
-        levels = draw_levels(len(z), run.rng, eta=config.eta, etas=etas, run_steps=steps, on_runs=0.75)
-        noisy = noisy_states(z, c, s, self.live.schedule, levels, run.rng, run.generator)
-        return Sample(target, c, noisy)
-
     def precision(self) -> AbstractContextManager[None]:
         return precision_context("bf16" if self.config.bf16 else "fp32", self.device)
 
-    def loss(self, sample: Sample, run: ModuleRun, step: int) -> Tensor:
-        """v-loss plus, from ``look_from`` on, the weighted perceptual one."""
-        config, batch = self.config, sample.noisy
-        keep = torch.from_numpy(run.rng.random(config.batch) >= config.drop_style).float().to(self.device)
-        ids = random_time_ids(config.batch, run.rng).to(self.device)
-        with self.precision(), attention_kernels(self.device):
-            tokens, pooled = self.live.style_encoder.encode_latents(batch.s)
-            tokens, pooled = tokens * keep[:, None, None], pooled * keep[:, None]
-            v = run_unet(self.live.unet, batch.x_t, batch.t, tokens, pooled, ids, sample.content).float()
-        loss = v_loss(v, batch, self.weights, most=3.0)
-        run.add(v=loss)
-        loss = config.v_weight * loss
-        if self.look is None or step < config.look_from:
-            return loss
-        return loss + config.look_weight * self._perceptual_loss(
-            batch.alpha * batch.x_t - batch.sigma * v, sample, run
-        )
+    def predict(self, x: Tensor, t: Tensor, told: Told) -> Tensor:
+        """The live network's v, fp32."""
+        tokens, pooled, ids, content = told
+        return run_unet(self.live.unet, x, t, tokens, pooled, ids, content).float()
 
-    def _perceptual_loss(self, x_0: Tensor, sample: Sample, run: ModuleRun) -> Tensor:
-        """Features and Grams of the decoded estimate against the target's, in one window for the batch."""
-        assert self.look is not None
-        side, room = self.config.look_px // 8, x_0.shape[-1] - self.config.look_px // 8
-        y, x = (int(run.rng.integers(0, room + 1)) for _ in range(2))
-        # A rim of two latents is decoded with it, so that the window's edge is not the decoder's.
-        top, left = max(0, y - 2), max(0, x - 2)
-        crop = x_0[:, :, top : y + side + 2, left : x + side + 2]
-        rows, columns = (slice(8 * o, 8 * o + self.config.look_px) for o in (y, x))
-        inner = tuple(slice(8 * (o - t), 8 * (o - t) + self.config.look_px) for o, t in ((y, top), (x, left)))
-        with self.precision():
-            picture = self.live.vae.decode(crop).sample[:, :, inner[0], inner[1]]
-            with torch.no_grad():
-                wanted = self.look(sample.target[:, :, rows, columns], 3)
-            features = self.look(picture, 3)
-        loss = feature_distance(features, wanted) + F.l1_loss(picture, sample.target[:, :, rows, columns])
-        return loss + gram_distance([f.float() for f in features], [f.float() for f in wanted])
+    def sample(self, pictures: Pictures, run: ModuleRun, own: int) -> Sample:
+        """States on the triplets' trajectories; the last ``own`` at a random step of the network's own runs.
 
-    def own_run_loss(self, photos: Tensor, art: Tensor, run: ModuleRun) -> Tensor:
-        """Style, colours and content of a decoded estimate at a random step of the network's own run."""
-        assert self.look is not None
-        config, photo, style = self.config, self.images(photos), self.images(art)
-        with self.precision(), attention_kernels(self.device):
-            picture = self.live.vae.decode(self._own_estimate(photo, style, run)).sample.float()
-            features = self.look(picture)
-            with torch.no_grad():
-                kept = self.look(photo)
-            # The deepest level has too few positions in a crop for statistics: it stands for content alone.
-            styled, wanted = features[:3], self.look(style, 3)
-            if self.vgg is not None:
-                styled, wanted = styled + self.vgg(picture, 3), wanted + self.vgg(style, 3)
-        grams = [_twice(gram(f.float()), photo) for f in wanted]
-        like = relative_l1([gram(f.float()) for f in styled], grams)
-        deepest = zip(features[-2:], kept[-2:], strict=True)
-        same = torch.stack([content_distance(f, k).mean() for f, k in deepest]).mean()
-        colours = colour_distance(picture, _twice(style, photo), run.generator)
-        run.add(style=like, content=same, colour=colours)
-        return config.style_weight * like + config.content_weight * same + config.colour_weight * colours
-
-    def _own_estimate(self, photo: Tensor, style: Tensor, run: ModuleRun) -> Tensor:
-        """Clean latents as estimated at a random step of a run; gradients of that step only."""
-        config, live = self.config, self.live
-        timesteps = trajectory_timesteps(config.eta, int(run.rng.choice(config.own_steps)))
-        coefficients = live.schedule.coefficients(timesteps)
-        at = int(run.rng.integers(len(coefficients)))
-        ids = random_time_ids(len(photo), run.rng).to(self.device)
+        Style is dropped for some of the others.
+        """
+        config = self.config
         with torch.no_grad():
-            content, s = (live.vae.encode(x).latents.float() for x in (photo, style))
-        tokens, pooled = (_twice(x, photo) for x in live.style_encoder.encode_latents(s))
+            crops = pictures.style, pictures.content, pictures.target
+            s, c, z = (self.live.vae.encode(self.images(x)).latents.float() for x in crops)
+        etas = LOWEST_START_ETA, config.start_eta
+        levels = draw_levels(
+            len(z), run.rng, eta=config.eta, etas=etas, run_steps=config.run_steps, on_runs=0.9
+        )
+        states = noisy_states(z, c, self.live.schedule, levels, run.rng, run.generator)
+        keep = torch.from_numpy(run.rng.random(len(z)) >= config.drop_style).float().to(self.device)
+        keep[len(z) - own :] = 1
+        tokens, pooled = (
+            x.repeat_interleave(config.photos, 0) for x in self.live.style_encoder.encode_latents(s)
+        )
+        ids = random_time_ids(len(z), run.rng).to(self.device)
+        told = tokens * keep[:, None, None], pooled * keep[:, None], ids, c
+        return Sample(self.own_states(states, told, own, run) if own else states, told)
+
+    def own_states(self, states: NoisyBatch, told: Told, own: int, run: ModuleRun) -> NoisyBatch:
+        """``states`` with the last ``own`` at a random step of a run from the photo, by the live network."""
+        tokens, pooled, ids, content = (x[-own:] for x in told)
+        timesteps = trajectory_timesteps(self.config.eta, int(run.rng.choice(self.config.own_steps)))
+        steps = self.live.schedule.coefficients(timesteps)
+        at = int(run.rng.integers(len(steps)))
         noise = torch.randn(content.shape, generator=run.generator).to(self.device)
 
         def predict(x: Tensor, timestep: int, _: bool) -> Tensor:
-            t = torch.full((len(x),), timestep, device=self.device)
-            return run_unet(live.unet, x, t, tokens, pooled, ids, content).float()
+            t = torch.full((own,), timestep, device=self.device)
+            return self.predict(x, t, (tokens, pooled, ids, content))
 
-        c = coefficients[at]
-        x = c.alpha_t * content + c.sigma_t * noise
+        now = steps[at]
+        x = now.alpha_t * content + now.sigma_t * noise
         if at:
             with torch.no_grad():
-                x = denoise(
-                    content, predict, noise=[noise], steps=coefficients[:at], prediction_type="v_prediction"
-                )
-        return c.alpha_t * x - c.sigma_t * predict(x, c.timestep, False)
+                x = denoise(content, predict, noise=[noise], steps=steps[:at], prediction_type="v_prediction")
+        changed = {"x_t": x}
+        for name, value in (("t", now.timestep), ("alpha", now.alpha_t), ("sigma", now.sigma_t)):
+            changed[name] = torch.full_like(getattr(states, name)[-own:], value)
+        return replace(states, **{k: torch.cat([getattr(states, k)[:-own], v]) for k, v in changed.items()})
+
+    def loss(self, pictures: Pictures, run: ModuleRun, step: int) -> Tensor:
+        """The weighted sum of the module docstring's losses."""
+        config = self.config
+        styles = config.own_styles if step >= config.own_from else 0
+        own = styles * config.photos
+        # In a context of its own: autocast would keep weights that it cast without gradients, of own runs.
+        with self.precision(), attention_kernels(self.device):
+            sample = self.sample(pictures, run, own)
+        states = sample.states
+        with self.precision(), attention_kernels(self.device):
+            v = self.predict(states.x_t, states.t, sample.told)
+        loss = v_loss(v, states, self.weights, most=3.0)
+        run.add(latents=loss)
+        if self.look is None:
+            return loss
+        with self.precision():
+            picture = self.live.vae.decode(states.alpha * states.x_t - states.sigma * v).sample
+            features = self.look(picture, 3)
+            with torch.no_grad():
+                target = self.live.vae.decode(states.z).sample
+                wanted = self.look(target, 3)
+        look = look_distance(picture.float(), features, target.float(), wanted)
+        run.add(look=look)
+        loss = loss + config.look_weight * look
+        if own:
+            style = self.images(pictures.style[-styles:])
+            loss = loss + self.style_loss(picture[-own:], [f[-own:] for f in features], style, run)
+        return loss
+
+    def style_loss(self, picture: Tensor, features: list[Tensor], style: Tensor, run: ModuleRun) -> Tensor:
+        """Gram matrices and colours of pictures against those of their styles, a scalar.
+
+        ``picture [S P, 3, H, W]`` with its ``features``, ``style [S, 3, h, w]``: P pictures of each style.
+        """
+        assert self.look is not None
+        config = self.config
+        with self.precision():
+            with torch.no_grad():
+                wanted = self.look(style, 3)
+            if self.vgg is not None:
+                features = features + self.vgg(picture, 3)
+                with torch.no_grad():
+                    wanted = wanted + self.vgg(style, 3)
+        like = relative_l1(mean_grams(features, config.photos), mean_grams(wanted, 1))
+        beside = picture.float().unflatten(0, (-1, config.photos)).transpose(1, 2).flatten(2, 3)
+        colour = colour_distance(beside, style, run.generator)
+        run.add(style=like, colour=colour)
+        return config.style_weight * like + config.colour_weight * colour
 
 
-def _twice(rows: Tensor, photos: Tensor) -> Tensor:
-    """Each row for two photos, as `StylistData` draws them."""
-    return rows.repeat_interleave(2, 0)[: len(photos)]
+def look_distance(picture: Tensor, features: list[Tensor], target: Tensor, wanted: list[Tensor]) -> Tensor:
+    """Features, Gram matrices and pixels of pictures against those of their targets, a scalar."""
+    ours, theirs = ([f.float() for f in each] for each in (features, wanted))
+    return feature_distance(ours, theirs) + gram_distance(ours, theirs) + 2 * F.l1_loss(picture, target)
+
+
+def mean_grams(features: list[Tensor], photos: int) -> list[Tensor]:
+    """Gram matrices ``[S, C, C]`` of each layer ``[S photos, C, h, w]``: the mean over each style's photos.
+
+    What photos show comes and goes in the mean, as it does not in the Gram matrix of one.
+    """
+    return [gram(f.float()).unflatten(0, (-1, photos)).mean(1) for f in features]
 
 
 def train_stylist(config: StylistConfig, stop_after: int | None = None) -> Path:
@@ -332,27 +316,20 @@ def train_stylist(config: StylistConfig, stop_after: int | None = None) -> Path:
     ``stop_after`` ends the call at that step with a checkpoint written, as a kill would. The folder is also
     written at every snapshot, so that it can be looked at while the run goes on.
     """
-    if config.own_batch and not config.perceptual:
-        raise RecipeError(
-            "own_batch needs a perceptual network; set perceptual to its weights, or own_batch = 0"
-        )
     data = StylistData(config)
     stylist = Stylist(config, data.draw(0).content)
     run = pipeline_run(config, stylist.live, stylist.average)
-    pairs = watched_pairs(config.data)
 
     def rate(step: int) -> float:
-        return cosine_rate(config.learning_rate, step, config.steps, config.warmup, 0.5)
+        return linear_rate(config.learning_rate, step, config.steps, config.warmup, config.cooldown)
 
     for step, pictures in zip(run.steps(rate, stop_after), data.ahead(run.start), strict=False):
-        loss = stylist.loss(stylist.sample(pictures, run), run, step)
-        if pictures.photos is not None and pictures.art is not None:
-            loss = loss + stylist.own_run_loss(pictures.photos, pictures.art, run)
-        run.update(loss, config.batch + config.own_batch)
+        run.update(stylist.loss(pictures, run, step), len(pictures.content))
         ema_update(stylist.average, stylist.live, step, config.ema_decay)
         if run.due(step):
             run.save(step)
             save_tiny(stylist.average, run.folder / "pipeline")
-            copy = load_tiny(run.folder / "pipeline")
-            teacher_sheet(copy, pairs, run.sheet(step), [(1, 1.0), (2, 1.0), (4, 1.0)])
+            if config.sheet.contents:
+                copy = load_tiny(run.folder / "pipeline")
+                run_sheet(copy, config.sheet, run.sheet(step), [(1, 1.0), (2, 1.0), (4, 1.0)])
     return run.folder / "pipeline"

@@ -50,17 +50,17 @@ def add_style_attention(unet: UNet2DConditionModel, tokens: int) -> None:
     unet.config.encoder_hid_dim_type = "ip_image_proj"
 
 
-def build_unet(config: UNetConfig, latent_channels: int, see_content: bool = False) -> UNet2DConditionModel:
+def build_unet(config: UNetConfig, latent_channels: int) -> UNet2DConditionModel:
     """The SDXL-layout UNet in miniature, with the image branch on every cross-attention layer.
 
-    With ``see_content`` the clean content latents stand beside the noisy ones at the input.
+    The clean content latents stand beside the noisy ones at the input.
     """
     # As in SDXL, the finest level has no attention: over its many positions that would cost more than
     # all the rest, and style reaches it through the scale and shift of the time embedding.
     kinds = ["", *["CrossAttn"] * (len(config.block_out_channels) - 1)]
     unet = UNet2DConditionModel(
         sample_size=32,
-        in_channels=latent_channels * (2 if see_content else 1),
+        in_channels=2 * latent_channels,
         out_channels=latent_channels,
         block_out_channels=config.block_out_channels,
         layers_per_block=config.layers_per_block,
@@ -86,18 +86,15 @@ def run_unet(
     tokens: Tensor,
     pooled: Tensor,
     time_ids: Tensor,
-    content: Tensor | None = None,
+    content: Tensor,
 ) -> Tensor:
     """One evaluation with the null text context (a single zero token); returns ``[B, C, h, w]``.
 
-    A UNet with more input than output channels also takes the clean ``content`` latents ``[B, C, h, w]``.
+    ``x``, and ``content``, the clean content latents: ``[B, C, h, w]``.
     """
-    if unet.config.in_channels > unet.config.out_channels:
-        assert content is not None, "this UNet sees the content"
-        x = torch.cat([x, content], 1)
     null = x.new_zeros(x.shape[0], 1, unet.config.cross_attention_dim)
     added = {"text_embeds": pooled, "time_ids": time_ids, "image_embeds": [tokens[:, None]]}
-    return unet(x, t, null, added_cond_kwargs=added, return_dict=False)[0]
+    return unet(torch.cat([x, content], 1), t, null, added_cond_kwargs=added, return_dict=False)[0]
 
 
 def random_time_ids(batch: int, rng: np.random.Generator) -> Tensor:
@@ -116,9 +113,7 @@ class TinyPipeline:
     schedule: NoiseSchedule
 
 
-def new_pipeline(
-    config: UNetConfig, vae: AutoencoderPixelShuffle, snr_ratio: float, see_content: bool = False
-) -> TinyPipeline:
+def new_pipeline(config: UNetConfig, vae: AutoencoderPixelShuffle, snr_ratio: float) -> TinyPipeline:
     """A pipeline with random weights around a trained autoencoder.
 
     Prediction type: v; ``snr_ratio`` is the resolution ratio by which the schedule is shifted.
@@ -136,7 +131,7 @@ def new_pipeline(
     style.patchify.load_state_dict(vae.encoder.state_dict())
     shifted = NoiseSchedule.scaled_linear().shifted(snr_ratio)
     schedule = NoiseSchedule(shifted.alphas_cumprod, "v_prediction")
-    return TinyPipeline(build_unet(config, v.latent_channels, see_content), style, vae, schedule)
+    return TinyPipeline(build_unet(config, v.latent_channels), style, vae, schedule)
 
 
 def _split_ip(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -10,7 +10,8 @@ Files of one name (any suffix that pictures have) belong together. ``tools/make_
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from std_rt.core.errors import RecipeError
 from std_rt.training.data.picture_set import SUFFIXES, Frame, random_crop, read_picture
 from std_rt.training.distil.bank import Shape
 from std_rt.training.distil.base import Base, Fresh
-from std_rt.training.run.recipe import LatentsConfig
+from std_rt.training.run.recipe import TripletsConfig
 from std_rt.training.run.sheet import to_tensor
 from std_rt.training.tiny.tiny_pipeline import random_time_ids
 
 FOLDERS = ("content", "style", "stylized")
+
+Item = tuple[Frame, Frame, Frame]  # photo, style and stylized photo
 
 
 @dataclass(frozen=True)
@@ -59,53 +62,67 @@ def find_triplets(folder: str | Path) -> list[Triplet]:
 
 
 class TripletSet:
-    """All triplets of a folder in memory (uint8; 256 to 384 px: about 0.9 MB each), cropped at random."""
+    """All triplets of a folder in memory (uint8; 256 to 384 px: about 0.9 MB each), cropped at random.
+
+    Equal style pictures are kept once.
+    """
 
     def __init__(self, folder: str | Path, min_px: int) -> None:
-        self.items: list[tuple[Frame, Frame, Frame]] = []
+        self.items: list[Item] = []
+        styles: dict[bytes, Frame] = {}
         for found in track(find_triplets(folder), f"reading {folder}", transient=True):
             content, style, stylized = map(read_picture, (found.content, found.style, found.stylized))
             if content is None or style is None or stylized is None:
                 continue
             if content.shape == stylized.shape and min(content.shape[:2]) >= min_px:
+                style = styles.setdefault(sha256(style.tobytes()).digest(), style)
                 self.items.append((content, style, stylized))
         if not self.items:
             raise RecipeError(
                 f"no triplet in {folder} has a photo of {min_px} px or more and a stylized one of its size"
             )
 
-    def any(self, rng: np.random.Generator) -> tuple[Frame, Frame, Frame]:
-        """Photo, style and stylized photo of one triplet, whole."""
+    def by_style(self) -> list[list[Item]]:
+        """The triplets of each style picture."""
+        groups: dict[int, list[Item]] = {}
+        for item in self.items:
+            groups.setdefault(id(item[1]), []).append(item)
+        return list(groups.values())
+
+    def any(self, rng: np.random.Generator) -> Item:
+        """One triplet, whole."""
         return self.items[int(rng.integers(len(self.items)))]
 
-    def draw(self, crop_px: int, style_px: int, rng: np.random.Generator) -> tuple[Frame, Frame, Frame]:
-        """Photo, style, stylized photo: first and last cropped alike, sides ``crop_px`` and ``style_px``.
 
-        Only small style pictures are resized, so that strokes keep their size relative to the style's.
-        """
-        content, style, stylized = self.any(rng)
-        y, x = (int(rng.integers(0, side - crop_px + 1)) for side in content.shape[:2])
-        window = slice(y, y + crop_px), slice(x, x + crop_px)
-        a, b = content[window], stylized[window]
-        if rng.random() < 0.5:
-            a, b = a[:, ::-1], b[:, ::-1]
-        return np.ascontiguousarray(a), _style_crop(style, style_px, rng), np.ascontiguousarray(b)
+def crop_pair(item: Item, side_px: int, rng: np.random.Generator) -> tuple[Frame, Frame]:
+    """A square of photo and stylized photo at the same place, mirrored half the time."""
+    content, _, stylized = item
+    y, x = (int(rng.integers(0, side - side_px + 1)) for side in content.shape[:2])
+    window = slice(y, y + side_px), slice(x, x + side_px)
+    turn = -1 if rng.random() < 0.5 else 1
+    a, b = (np.ascontiguousarray(picture[window][:, ::turn]) for picture in (content, stylized))
+    return a, b
 
 
-def _style_crop(style: Frame, side_px: int, rng: np.random.Generator) -> Frame:
+def crop_style(style: Frame, side_px: int, rng: np.random.Generator) -> Frame:
+    """A square of a style picture.
+
+    Only small ones are resized, so that strokes keep their size relative to those of the stylized photo.
+    """
     short = min(style.shape[:2])
     if short < side_px:
         scale = side_px / short
         style = cv2.resize(style, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
-    return random_crop(style, side_px, rng, min_scale=1.0) if min(style.shape[:2]) > side_px else style
+    whole = style.shape[:2] == (side_px, side_px)
+    return style if whole else random_crop(style, side_px, rng, min_scale=1.0)
 
 
 class TripletSource:
-    """The data of a distillation of a std-tiny that sees the content; each process has its own share."""
+    """The data of a distillation of std-tiny: crops of triplets, each process with its own share."""
 
-    def __init__(self, config: LatentsConfig, base: Base, seed: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, config: TripletsConfig, base: Base, seed: int, rank: int = 0, world: int = 1) -> None:
         self.config, self.base = config, base
-        self.triplets = TripletSet(config.triplets, config.side * base.vae_scale)
+        self.triplets = TripletSet(config.folder, config.side * base.vae_scale)
         self.triplets.items = self.triplets.items[rank::world] or self.triplets.items
         self.rng = np.random.default_rng((seed, rank, 7))
         self.shapes: list[Shape] = [(config.side, config.side)]
@@ -122,18 +139,18 @@ class TripletSource:
         rows = [self._one(side) for _ in range(n)]
         device = next(self.base.vae.parameters()).device
         z, c, real, style = (to_tensor(list(column)).to(device) for column in zip(*rows, strict=True))
-        # Contiguous, as they are after a checkpoint: other strides choose other kernels, whose sums differ.
-        z, c, real = (self.base.encode(x).cpu().contiguous() for x in (z, c, real))
-        cond = self.base.condition(None, self.base.look(style), random_time_ids(n, self.rng)).to("cpu")
-        return Fresh(z, c, real, replace(cond, content=c))
+        z, c, real = (self.base.encode(x).cpu() for x in (z, c, real))
+        ids = random_time_ids(n, self.rng)
+        return Fresh(z, c, real, self.base.condition(None, self.base.look(style), ids, c).to("cpu"))
 
     def _one(self, side_px: int) -> tuple[Frame, Frame, Frame, Frame]:
         """Target, content, real and style pictures of one sample."""
-        photo, style, stylized = self.triplets.draw(side_px, self.base.style_px, self.rng)
-        if self.rng.random() < self.config.paired:
+        item = self.triplets.any(self.rng)
+        photo, stylized = crop_pair(item, side_px, self.rng)
+        paired = self.rng.random() < self.config.paired
+        style = crop_style((item if paired else self.triplets.any(self.rng))[1], self.base.style_px, self.rng)
+        if paired:
             return stylized, photo, stylized, style
-        other = self.triplets.any(self.rng)[1]
-        style = _style_crop(other, self.base.style_px, self.rng)
         return photo, photo, random_crop(style, side_px, self.rng, min_scale=1.0), style
 
     def state(self) -> dict[str, Any]:

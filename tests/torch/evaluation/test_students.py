@@ -33,8 +33,8 @@ from std_rt.training.distil.sampling import (
     sample_latents,
 )
 from std_rt.training.run.recipe import LoraConfig
-from std_rt.training.tiny.teacher import sample
 from std_rt.training.tiny.tiny_pipeline import load_tiny
+from std_rt.training.tiny.trajectories import sample
 
 TAU = 739
 NOTES = {"method": "std", "eta": "0.75", "tau": str(TAU), "base": "tiny", "guidance": "[2.0, 4.0]"}
@@ -47,7 +47,7 @@ def _pictures(count: int, seed: int, side: int = 64) -> list[Frame]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_own_pipeline(tmp_path_factory.mktemp("base"))
+    return write_own_pipeline(tmp_path_factory.mktemp("base"), sees_content=True)
 
 
 @pytest.fixture(scope="module")
@@ -111,14 +111,15 @@ def test_a_run_is_the_runtime_formulas_step_by_step(
     assert np.abs(found.numpy() - x).max() < 2e-3 * np.abs(x).max()
 
 
-def test_a_run_is_the_teacher_stages_own(folder: Path, base: Base, scene: Scene) -> None:
+def test_a_run_is_the_stylist_stages_own(folder: Path, base: Base, scene: Scene) -> None:
     pipeline = load_tiny(folder)
     images, styles = (torch.rand(2, 3, 64, 64) * 2 - 1 for _ in range(2))
     theirs = sample(pipeline, images, styles, 4, guidance=2.0, seed=5)
     noise = torch.randn(scene.z.shape[1:], generator=torch.Generator().manual_seed(5))
-    cond = base.condition(None, base.look(styles), torch.tensor([[64, 64, 0, 0, 64, 64]] * 2))
+    content = base.encode(images)
+    cond = base.condition(None, base.look(styles), torch.tensor([[64, 64, 0, 0, 64, 64]] * 2), content)
     timesteps = trajectory_timesteps(0.75, 4)
-    z = sample_latents(base, cond, base.encode(images), timesteps, 2.0, noise.expand(1, 2, -1, -1, -1))
+    z = sample_latents(base, cond, content, timesteps, 2.0, noise.expand(1, 2, -1, -1, -1))
     assert torch.allclose(base.decode(z), theirs, atol=1e-4 * float(theirs.abs().max()))
 
 

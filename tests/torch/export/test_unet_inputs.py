@@ -31,8 +31,8 @@ from std_rt.pipeline.mask import Mask
 from std_rt.pipeline.stylizer import State
 from std_rt.streaming.frame_stream import ONE_BY_ONE, STREAM_BATCH, FrameStream
 from std_rt.training.run.recipe import UNetConfig
-from std_rt.training.tiny.teacher import sample
 from std_rt.training.tiny.tiny_pipeline import TinyPipeline, new_pipeline, save_tiny
+from std_rt.training.tiny.trajectories import sample
 
 Frame = np.ndarray
 SIZE = (64, 96)  # (H, W)
@@ -150,7 +150,7 @@ def stylist() -> TinyPipeline:
     config = UNetConfig(
         (32, 32), cross_attention_dim=48, attention_head_dim=16, style_tokens=4, pooled_dim=16
     )
-    pipeline = new_pipeline(config, randomize(vae, 1), 4.0, see_content=True)
+    pipeline = new_pipeline(config, randomize(vae, 1), 4.0)
     randomize(pipeline.unet, 2)
     pipeline.style_encoder.eval()
     return pipeline

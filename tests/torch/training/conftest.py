@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from support.distil_runs import write_triplets
 from support.weights import write_squeezenet, write_vgg
 
-from std_rt.training.run.recipe import AutoencoderConfig, DataConfig, FinishConfig, TeacherConfig, UNetConfig
-from std_rt.training.run.sheet import spread_pairs
+from std_rt.training.run.recipe import (
+    AutoencoderConfig,
+    DataConfig,
+    SheetConfig,
+    StylistConfig,
+    UNetConfig,
+)
 
 
 def _picture(rng: np.random.Generator, size: int = 272) -> np.ndarray:
@@ -29,14 +34,6 @@ def _picture(rng: np.random.Generator, size: int = 272) -> np.ndarray:
 def _few_threads() -> None:
     """Networks this small are slower on many threads, and other processes that tests start have one too."""
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _small_sheets() -> Iterator[None]:
-    """Two pairs of 64 px in the periodic sheets, which would take most of the time of these runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("std_rt.training.tiny.teacher.spread_pairs", partial(spread_pairs, count=2, size_px=64))
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -79,28 +76,30 @@ def vae_folder(autoencoder_config: AutoencoderConfig) -> Path:
 
 
 @pytest.fixture(scope="session")
-def teacher_config(
-    data: DataConfig, vae_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> TeacherConfig:
-    model = UNetConfig(
-        (32, 32, 32), cross_attention_dim=48, attention_head_dim=16, style_tokens=4, pooled_dim=16
+def stylist_config(
+    autoencoder_config: AutoencoderConfig, tmp_path_factory: pytest.TempPathFactory
+) -> StylistConfig:
+    """Two photos under each of two styles, no perceptual network."""
+    from std_rt.training.tiny.autoencoder_stage import train_autoencoder
+
+    folder = tmp_path_factory.mktemp("stylist")
+    vae = train_autoencoder(
+        replace(autoencoder_config, output=str(folder / "vae"), steps=1, latent_channels=16)
     )
-    return TeacherConfig(
-        str(tmp_path_factory.mktemp("teacher")), str(vae_folder), data, steps=2, batch=2, window=(16,),
-        variants=1, warmup=2, bf16=False, snapshot_every=1, model=model,
+    data = autoencoder_config.data
+    return StylistConfig(
+        str(folder / "run"), str(vae), str(write_triplets(folder / "triplets", 5, (144, 160), styles=2)),
+        steps=4, styles=2, photos=2, own_styles=0, crop_px=64, style_px=128, warmup=1, cooldown=1,
+        snapshot_every=2,
+        sheet=SheetConfig(data.held_out_content, data.held_out_style, 2, 64),
+        model=UNetConfig(
+            (32, 32, 32), cross_attention_dim=48, attention_head_dim=16, style_tokens=4, pooled_dim=16
+        ),
     )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
-def teacher_folder(teacher_config: TeacherConfig) -> Path:
-    from std_rt.training.tiny.teacher import train_teacher
+def stylist_folder(stylist_config: StylistConfig) -> Path:
+    from std_rt.training.tiny.stylist import train_stylist
 
-    return train_teacher(teacher_config)
-
-
-@pytest.fixture
-def finish_config(teacher_folder: Path, tmp_path: Path) -> FinishConfig:
-    return FinishConfig(
-        str(tmp_path), str(teacher_folder.parent), steps=2, batch=2, window=(16,),
-        bf16=False, snapshot_every=1,
-    )  # fmt: skip
+    return train_stylist(stylist_config)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from support.distil_runs import ADVERSARIAL, assert_same, read_checkpoint, small_recipe, write_latents
+from support.distil_runs import ADVERSARIAL, assert_same, read_checkpoint, small_recipe, write_triplets
 from support.pipelines import write_clip_pipeline, write_own_pipeline
 
 from std_rt.core.errors import RecipeError
@@ -37,30 +37,30 @@ from std_rt.training.run.recipe import (
     DistilConfig,
     LoraConfig,
 )
-from std_rt.training.tiny.latents import TripleSource
+from std_rt.training.tiny.triplets import TripletSource
 
 METHODS = ("std", "tcd", "lcm", "pcm")
 
 
 @pytest.fixture(scope="module")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_own_pipeline(tmp_path_factory.mktemp("base") / "tiny", levels=1)
+    return write_own_pipeline(tmp_path_factory.mktemp("base") / "tiny", levels=1, sees_content=True)
 
 
 @pytest.fixture(scope="module")
-def latents_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_latents(tmp_path_factory.mktemp("latents") / "latents.safetensors")
+def triplets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_triplets(tmp_path_factory.mktemp("triplets"))
 
 
 @pytest.fixture
-def config(base_folder: Path, latents_file: Path, tmp_path: Path) -> DistilConfig:
-    return small_recipe(tmp_path / "run", base_folder, latents_file)
+def config(base_folder: Path, triplets: Path, tmp_path: Path) -> DistilConfig:
+    return small_recipe(tmp_path / "run", base_folder, triplets)
 
 
 def _distiller(config: DistilConfig, base: Base | None = None, rank: int = 0) -> Distiller:
     base = base or load_base(config.base)
     add_lora(base.unet, config.lora, config.seed)
-    source = TripleSource(config.latents, base, config.seed, rank)
+    source = TripletSource(config.triplets, base, config.seed, rank)
     return Distiller(config, base, source, Average(lora_parameters(base.unet)), rank=rank)
 
 
@@ -218,11 +218,11 @@ def test_a_photo_under_an_unrelated_style_is_its_own_target_and_the_style_is_rea
     config: DistilConfig,
 ) -> None:
     base = load_base(config.base)
-    source = TripleSource(replace(config.latents, paired=0.0), base, 0)
+    source = TripletSource(replace(config.triplets, paired=0.0), base, 0)
     new = source.take(4, (8, 8))
     assert torch.equal(new.z, new.c)
     assert not torch.equal(new.real, new.c)
-    paired = TripleSource(config.latents, base, 0).take(4, (8, 8))
+    paired = TripletSource(config.triplets, base, 0).take(4, (8, 8))
     assert torch.equal(paired.real, paired.z)
     assert not torch.equal(paired.z, paired.c)
 
@@ -453,7 +453,7 @@ def test_the_bank_is_pinned_where_networks_are_on_cuda(
     monkeypatch.setattr(distiller_module, "TrajectoryBank", lambda *args: made.append(args[-1]))
     base = load_base(config.base)
     for where, device in (("cpu", "cuda:1"), ("auto", "cuda"), ("cpu", "cpu")):
-        source = TripleSource(config.latents, base, 0, 0)
+        source = TripletSource(config.triplets, base, 0, 0)
         changed = replace(config, bank=BankConfig(device=where))
         Distiller(changed, base, source, Average({}), device=device)
     assert made == [True, False, False]

@@ -33,10 +33,10 @@ from std_rt.training.run.recipe import (
     AdversarialConfig,
     BankConfig,
     DistilConfig,
-    LatentsConfig,
     LoraConfig,
     PicturesConfig,
     StyleConfig,
+    TripletsConfig,
     load_recipe,
 )
 
@@ -139,7 +139,7 @@ def test_the_bank_is_as_large_as_a_real_one(own: Path) -> None:
     cond = Conditioning(torch.ones(1, 1, 24), torch.ones(1, 20), torch.ones(1, 6), torch.ones(1, 6, 24))
     z, number = torch.ones(1, 8, 12, 12), torch.ones(1, dtype=torch.long)
     row = States(z, z, number, torch.ones(1), number, cond).tensors().values()
-    stored = {"latents": LatentsConfig("latents", side=12), "pictures": PicturesConfig()}
+    stored = {"triplets": TripletsConfig("triplets", side=12), "pictures": PicturesConfig()}
     stored |= {"bank": BankConfig(capacity=10)}
     assert _of(own, **stored).bank_gib * GIB == pytest.approx(10 * sum(value.nbytes for value in row))
     assert _of(own, method="lcm", **stored).bank_gib == 0

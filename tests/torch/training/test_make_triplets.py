@@ -43,7 +43,7 @@ def maker(
     args = Namespace(
         adain=adain, microast=None, cd_wct=None, magenta=None, fixed=None,
         photos=data.photos, art=data.art, sources="", seed=3, candidates=2,
-        sides=(64, 96), style_px=64,
+        sides=(64, 96), style_px=64, photos_per_style=1,
     )  # fmt: skip
     return make_triplets.Maker(args)
 
@@ -62,6 +62,16 @@ def test_a_stopped_run_goes_on_with_the_same_files(maker: make_triplets.Maker, t
     files = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*.*"))
     for name in files:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes(), name
+
+
+def test_photos_of_a_style_share_its_picture(maker: make_triplets.Maker, tmp_path: Path) -> None:
+    maker.photos_per_style, maker.candidates = 3, 1  # which of several tries is best depends on the photo
+    make_triplets.make_all(maker, tmp_path, range(6))
+    style, content = (
+        [p.read_bytes() for p in sorted((tmp_path / k).iterdir())] for k in ("style", "content")
+    )
+    assert style[0] == style[1] == style[2] != style[3] == style[4] == style[5]
+    assert len(set(content)) > 3
 
 
 def test_transfers_give_the_style_statistics() -> None:

@@ -491,7 +491,7 @@ def test_a_dry_run_counts_every_frame(config: DistilConfig) -> None:
     [
         (("motion.adapter=",), r"\[motion\] is for clips"),
         (("motion.adapter=", "method=mcm"), "mcm.* is for clips"),
-        (("pictures.folder=", "latents.file=x"), "set pictures.folder to a folder of them"),
+        (("pictures.folder=", "triplets.folder=x"), "set pictures.folder to a folder of them"),
         (("pictures.kind=webdataset",), 'set "videos"'),
         (("motion.judged=9",), "motion.judged = 9 is more than motion.frames = 8"),
         (("method=mcm",), 'adversarial.jumps = "last"'),

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 
 from std_rt.core.errors import RecipeError
 from std_rt.models.autoencoder import AutoencoderPixelShuffle
-from std_rt.training.run.recipe import AutoencoderConfig, FinishConfig, TeacherConfig
+from std_rt.training.run.recipe import AutoencoderConfig, StylistConfig
 from std_rt.training.tiny.autoencoder_stage import train_autoencoder
-from std_rt.training.tiny.finish import finish_pipeline
-from std_rt.training.tiny.teacher import sample, train_teacher
+from std_rt.training.tiny.stylist import train_stylist
 from std_rt.training.tiny.tiny_pipeline import load_tiny, save_tiny
+from std_rt.training.tiny.trajectories import sample
 
 
 def _same(a: Path, b: Path) -> None:
@@ -75,26 +75,16 @@ def test_standardize_changes_latents_not_pictures() -> None:
     assert torch.allclose(before[..., 24:-24, 24:-24], after[..., 24:-24, 24:-24], atol=1e-4)
 
 
-def test_teacher_resumes_bit_for_bit(
-    teacher_config: TeacherConfig, teacher_folder: Path, tmp_path: Path
-) -> None:
-    broken = replace(teacher_config, output=str(tmp_path))
-    train_teacher(broken, stop_after=1)
-    train_teacher(broken)
-    _same_checkpoints(tmp_path, teacher_config.output)
-    assert (Path(teacher_config.output) / "sheets" / "000002.png").exists()
-
-
-def test_saved_pipeline_gives_the_same_pictures(teacher_folder: Path, tmp_path: Path) -> None:
-    pipeline = load_tiny(teacher_folder)
+def test_saved_pipeline_gives_the_same_pictures(stylist_folder: Path, tmp_path: Path) -> None:
+    pipeline = load_tiny(stylist_folder)
     save_tiny(pipeline, tmp_path)
     again = load_tiny(tmp_path)
     images, styles = torch.rand(1, 3, 64, 64) * 2 - 1, torch.rand(1, 3, 224, 224) * 2 - 1
     assert torch.equal(sample(pipeline, images, styles, 2), sample(again, images, styles, 2))
 
 
-def test_style_and_guidance_reach_the_picture(teacher_folder: Path) -> None:
-    pipeline = load_tiny(teacher_folder)
+def test_style_and_guidance_reach_the_picture(stylist_folder: Path) -> None:
+    pipeline = load_tiny(stylist_folder)
     images = torch.rand(1, 3, 64, 64) * 2 - 1
     light, dark = torch.full((1, 3, 224, 224), 0.8), torch.full((1, 3, 224, 224), -0.8)
     first = sample(pipeline, images, light, 2)
@@ -102,54 +92,6 @@ def test_style_and_guidance_reach_the_picture(teacher_folder: Path) -> None:
     assert not torch.allclose(first, sample(pipeline, images, light, 2, guidance=3.0), atol=1e-4)
 
 
-def test_finish_resumes_bit_for_bit(finish_config: FinishConfig, tmp_path: Path) -> None:
-    whole = replace(finish_config, output=str(tmp_path / "whole"))
-    broken = replace(finish_config, output=str(tmp_path / "broken"))
-    finish_pipeline(whole)
-    finish_pipeline(broken, stop_after=1)
-    finish_pipeline(broken)
-    _same_checkpoints(tmp_path / "whole", tmp_path / "broken")
-
-
-def test_missing_stage_names_the_command(teacher_config: TeacherConfig, tmp_path: Path) -> None:
+def test_missing_stage_names_the_command(stylist_config: StylistConfig, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"std-rt train training/std_tiny_autoencoder\.toml"):
-        train_teacher(replace(teacher_config, output=str(tmp_path), autoencoder=str(tmp_path / "none")))
-
-
-def test_latents_are_made_again_for_another_autoencoder(
-    teacher_folder: Path, teacher_config: TeacherConfig
-) -> None:
-    from std_rt.training.tiny.latents import latents_made_from
-    from std_rt.training.tiny.teacher import _fingerprint
-
-    vae = load_tiny(teacher_folder).vae
-    path = Path(teacher_config.output) / "latents.safetensors"
-    assert latents_made_from(path) == _fingerprint(teacher_config, vae)
-    with torch.no_grad():
-        next(vae.encoder.parameters()).add_(1)
-    assert latents_made_from(path) != _fingerprint(teacher_config, vae)
-
-
-def test_damaged_latents_say_what_to_do(finish_config: FinishConfig, tmp_path: Path) -> None:
-    from std_rt.training.tiny.latents import load_latents
-
-    (tmp_path / "latents.safetensors").write_bytes(b"half")
-    with pytest.raises(RecipeError, match="delete it"):
-        load_latents(tmp_path / "latents.safetensors")
-
-
-def test_a_teacher_can_start_from_another_pipeline(
-    teacher_config: TeacherConfig, teacher_folder: Path, vae_folder: Path, tmp_path: Path
-) -> None:
-    from std_rt.models.autoencoder import AutoencoderPixelShuffle
-    from std_rt.training.tiny.teacher import _build
-
-    vae = AutoencoderPixelShuffle.from_pretrained(vae_folder)
-    pipeline = _build(replace(teacher_config, start_from=str(teacher_folder)), vae)
-    for name, value in load_tiny(teacher_folder).unet.state_dict().items():
-        assert torch.equal(value, pipeline.unet.state_dict()[name])
-    with pytest.raises(RecipeError, match="is not a pipeline folder"):
-        _build(replace(teacher_config, start_from=str(tmp_path)), vae)
-    wider = replace(teacher_config.model, style_tokens=6)
-    with pytest.raises(RecipeError, match="does not fit the recipe's model"):
-        _build(replace(teacher_config, start_from=str(teacher_folder), model=wider), vae)
+        train_stylist(replace(stylist_config, output=str(tmp_path), autoencoder=str(tmp_path / "none")))

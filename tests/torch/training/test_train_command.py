@@ -10,24 +10,20 @@ import numpy as np
 import pytest
 import torch
 from support.cli_support import Cli, picture
+from support.distil_runs import write_triplets
 from support.pipelines import write_own_pipeline
 
 from std_rt.training.distil.base import load_base
 from std_rt.training.run.recipe import load_recipe
-from std_rt.training.tiny.latents import Triple, save_latents
 
 RECIPES = Path(__file__).parents[3] / "training"
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A miniature std-tiny, with the latents of one triple in it."""
-    folder = write_own_pipeline(tmp_path_factory.mktemp("base") / "base", levels=1)
-    rng = torch.Generator().manual_seed(0)
-    triples = [
-        Triple(*(torch.randn(8, 32, 32, generator=rng).half() for _ in range(2)), (torch.randn(8, 32, 32),))
-    ]
-    save_latents({"art": triples}, folder / "latents.safetensors")
+    """A miniature std-tiny, with a triplet in it."""
+    folder = write_own_pipeline(tmp_path_factory.mktemp("base") / "base", levels=1, sees_content=True)
+    write_triplets(folder / "triplets", 1)
     return folder
 
 
@@ -38,7 +34,7 @@ def recipe(base: Path, tmp_path: Path) -> Path:
         "steps = 2\nbatch = 1\naccumulate = 1\nprecision = 'fp32'\neta = 0.2\n"
         "run_steps = [2, 4]\nwarmup = 0\n"
         "[lora]\nrank = 2\nalpha = 2\n[bank]\ncapacity = 2\n"
-        f"[latents]\nfile = '{(base / 'latents.safetensors').as_posix()}'\nside = 8\n"
+        f"[triplets]\nfolder = '{(base / 'triplets').as_posix()}'\nside = 8\n"
     )
     path = tmp_path / "recipe.toml"
     path.write_text(text, encoding="utf-8")
@@ -108,7 +104,7 @@ def test_the_recipes_hold_for_every_eta_and_method(eta: str, method: str) -> Non
         (["--set", "learning_rate=inf"], "learning_rate = inf: expected float <="),
         (["--set", "optimizer=adamw8bit"], "pip install bitsandbytes"),
         (["--set", "base=nowhere"], "does not exist; train that stage first"),
-        (["--set", "latents.file=nowhere"], "missing or damaged"),
+        (["--set", "triplets.folder=nowhere"], "no triplets in nowhere"),
         (["--set", "adversarial.weight=1", "--set", "adversarial.dino=nowhere"], "adversarial.dino=FOLDER"),
         (["--set", 'lora.targets=["to_x"]'], "fits no linear or conv layer"),
         (["--max-steps", "0"], "steps = 0: expected int >= 1"),
