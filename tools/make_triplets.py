@@ -154,6 +154,7 @@ class Maker:
         style, stylized = (to_tensor([apply(to_frames(x)[0], rng)]) for x in (other, photo))
         return self._judge(f"generated:{name}", photo, [(style, stylized)])
 
+    @torch.no_grad()
     def make(self, number: int) -> tuple[Made, str, str] | None:
         """Triplet ``number`` with the names of its sources, or None where no candidate is good enough."""
         rng = np.random.default_rng([self.seed, number // self.photos_per_style])
@@ -262,7 +263,6 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
-    torch.set_grad_enabled(False)
     make_all(Maker(args), args.out, range(args.count))
 
 

@@ -70,7 +70,10 @@ class FakeText(TextEncoders):
 
 def make_base(style: bool = False) -> Base:
     """A base with the sizes of SDXL's VAE and of a UNet with one level."""
-    unet: Any = SimpleNamespace(config=SimpleNamespace(block_out_channels=(1,), cross_attention_dim=3))
+    channels = {"in_channels": 4, "out_channels": 4}
+    unet: Any = SimpleNamespace(
+        config=SimpleNamespace(block_out_channels=(1,), cross_attention_dim=3, **channels)
+    )
     schedule = NoiseSchedule.scaled_linear()
     if style:
         encoder: Any = FakeStyle()
