@@ -102,7 +102,7 @@ def test_the_built_in_recipe_has_the_built_in_schedule() -> None:
 
 @pytest.mark.long
 def test_the_built_in_bundle_is_made_again(tmp_path: Path) -> None:
-    """From what `std-rt bundles unpack` gives back: the same graphs and weights, byte for byte, int8 aside."""
+    """From what `std-rt bundles unpack` gives back: float graphs and weights, byte for byte."""
     built_in = load_bundle(None)
     asked = ["bundles", "unpack", built_in.name, "-o", str(tmp_path / "pipeline")]
     assert CliRunner().invoke(app, asked).exit_code == 0
