@@ -49,9 +49,9 @@ _STEPS_WHEN_SMALL = 2
 _LEAST_PX = 128  # per side: smaller frames are unrecognizable
 _MOST_QUALITIES = 8
 _WORTH_IT = 0.9  # times the cost of the quality above: a smaller gain is not worth a switch
-# Cost of a frame apart from the UNet, in UNet calls: the built-in model on OpenVINO, fp32 to int8, 256 to
-# 512 px (1.1 to 1.9, from the table of speeds in docs/results.md). The governor learns the rest.
-_BESIDES_THE_UNET = 1.4
+# Cost of a frame apart from the UNet, in UNet calls: the built-in model on OpenVINO at 256 px (0.7 to 0.9 in
+# fp32, 0.6 in int8, from the speeds in docs/results.md). The governor learns the rest.
+_BESIDES_THE_UNET = 0.8
 _NOT_BUSY = frozenset({"wait", "present"})  # stages in which the engines' thread does nothing
 
 
