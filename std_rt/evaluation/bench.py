@@ -24,8 +24,8 @@ from rich.progress import track
 from rich.table import Table
 
 from std_rt.core.bundle import Bundle, load_bundle
-from std_rt.core.errors import UsageError
-from std_rt.core.machine import describe_machine, peak_memory_mb, require
+from std_rt.core.errors import UsageError, one_line
+from std_rt.core.machine import describe_machine, fastest_arithmetic, peak_memory_mb, require
 from std_rt.engines.registry import GPU_BACKENDS
 from std_rt.pipeline.stylizer import Stylizer
 from std_rt.streaming.frame_stream import FramePacket, FrameStream
@@ -234,7 +234,9 @@ def title_of(name: str, backend: str) -> str:
 def _against_precision(name: str, backend: str) -> str:
     if backend in GPU_BACKENDS:
         return "fp16"
-    return "bf16" if name == "compile" else "fp32"
+    # Compiled at its best: processors without bf16 units emulate it, several times slower than fp32.
+    fast = fastest_arithmetic(describe_machine())[0] == "bf16"
+    return "bf16" if name == "compile" and fast else "fp32"
 
 
 def _against(stylizer: Stylizer, size: Size, name: str) -> Step:
@@ -252,7 +254,14 @@ def _against(stylizer: Stylizer, size: Size, name: str) -> Step:
     )
     slow = " (compiling takes a minute or two)" if compiled else ""
     with Console(stderr=True).status(f"{title_of(name, stylizer.backend)}: first frame{slow}"):
-        step()
+        try:
+            step()
+        except RuntimeError as error:
+            if not compiled:
+                raise
+            raise UsageError(
+                f"torch.compile failed, leave --against compile out: {one_line(error, 200)}"
+            ) from None
     return step
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from std_rt import Stylizer
 from std_rt.core.bundle import Bundle
+from std_rt.core.errors import UsageError
+from std_rt.core.machine import describe_machine
+from std_rt.evaluation import bench
 from std_rt.evaluation.bench import sample_frame
 
 
@@ -72,8 +77,6 @@ def test_fp16_as_on_a_gpu_paints_nearly_the_same_and_every_stage_ends_with_a_wai
 def test_a_gpu_is_compared_with_diffusers_on_the_gpu_in_fp16(
     own_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from std_rt.evaluation import bench
-
     asked: list[dict[str, object]] = []
     monkeypatch.setattr(bench, "diffusers_step", lambda *given, **how: asked.append(how) or dict)  # type: ignore[func-returns-value]
     with Stylizer.load(own_bundle, size=(64, 64), precision="fp32") as stylizer:
@@ -100,3 +103,23 @@ def test_without_a_gpu_a_comparison_on_one_is_refused(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match=r"needs torch on the GPU, .* compare on the CPU: --backend cpu"):
         DiffusersLoop(own_bundle, 1, (64, 64), device="cuda")
+
+
+@pytest.mark.parametrize(("features", "precision"), [((), "fp32"), (("AVX-512 bf16",), "bf16")])
+def test_compiled_it_runs_in_what_the_processor_is_fast_in(
+    features: tuple[str, ...], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = replace(describe_machine(), features=features)
+    monkeypatch.setattr(bench, "describe_machine", lambda: machine)
+    assert bench.title_of("compile", "openvino") == f"diffusers (torch.compile {precision})"
+    assert bench.title_of("diffusers", "openvino") == "diffusers (eager fp32)"
+
+
+def test_a_compiler_that_fails_is_one_line(handmade: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise RuntimeError("no C++\ncompiler")
+
+    monkeypatch.setattr(bench, "diffusers_step", lambda *_, **__: fails)
+    said = r"^torch.compile failed.*: no C\+\+ compiler$"
+    with Stylizer.load(handmade) as stylizer, pytest.raises(UsageError, match=said):
+        bench._against(stylizer, (64, 64), "compile")
