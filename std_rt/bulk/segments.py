@@ -166,11 +166,9 @@ def _looked_up(
         ahead.extend(islice(parts, _AHEAD - len(ahead)))
         wanted = _digest(frame)
         at = next((index for index, (source, _) in enumerate(ahead) if source == wanted), None)
-        painted = None
-        if at is not None:
-            for _ in range(at):
-                ahead.popleft()
-            painted = _unpacked(ahead.popleft()[1])
+        painted = None if at is None else _unpacked(ahead[at][1])
+        for _ in range(0 if at is None else at + 1):
+            ahead.popleft()
         yield from paint(iter([frame])) if painted is None else (painted,)
 
 

@@ -235,8 +235,9 @@ def _against_precision(name: str, backend: str) -> str:
     if backend in GPU_BACKENDS:
         return "fp16"
     # Compiled at its best: processors without bf16 units emulate it, several times slower than fp32.
-    fast = fastest_arithmetic(describe_machine())[0] == "bf16"
-    return "bf16" if name == "compile" and fast else "fp32"
+    if name == "compile" and fastest_arithmetic(describe_machine())[0] == "bf16":
+        return "bf16"
+    return "fp32"
 
 
 def _against(stylizer: Stylizer, size: Size, name: str) -> Step:

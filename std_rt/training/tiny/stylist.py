@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -96,9 +97,8 @@ def build_stylist(config: StylistConfig) -> TinyPipeline:
         own = {f"patchify.{key}": value for key, value in vae.encoder.state_dict().items()}
         pipeline.style_encoder.load_state_dict(source.style_encoder.state_dict() | own)
     except RuntimeError as error:
-        reason = one_line(error, 200)
         raise RecipeError(
-            f"start_from = {config.start_from!r} does not fit the recipe's model: {reason}"
+            f"start_from = {config.start_from!r} does not fit the recipe's model: {one_line(error, 200)}"
         ) from None
     return pipeline
 
@@ -177,7 +177,8 @@ class Stylist:
     def __init__(self, config: StylistConfig, examples: Tensor) -> None:
         """``examples``: a few pictures as `images` takes them, on which latent channels are weighed."""
         self.config, self.device = config, choose_device(config.device)
-        self.live, self.average = build_stylist(config), build_stylist(config)
+        self.live = build_stylist(config)
+        self.average = deepcopy(self.live)
         # GPUs convolve faster with the channels last; CPUs gained nothing.
         layout = torch.channels_last if self.device == "cuda" else torch.contiguous_format
         for p in (self.live, self.average):
