@@ -187,7 +187,8 @@ def test_values_outside_their_range_are_refused(assignment: str, message: str) -
     ("assignment", "message"),
     [
         ("own_styles=13", "own_styles = 13 is more than styles = 12"),
-        ("perceptual=", "own_styles needs a perceptual network"),
+        ("own_styles=2", "own_styles needs a perceptual network"),
+        ("generated_styles=2", "generated_styles = 2 is more than own_styles = 0"),
         ("sheet.styles=", r"set both sheet\.contents and sheet\.styles"),
         ("crop_px=100", "crop_px = 100: expected int that's a multiple of 8"),
         ("run_steps=[1, 40]", "eta, run_steps and own_steps do not fit together"),
