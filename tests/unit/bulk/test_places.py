@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -151,7 +152,8 @@ def test_whatever_a_store_raises_becomes_one_line(
     with pytest.raises(MediaError) as read, places.fetched(place):
         pass
     assert str(read.value) == f"{place} cannot be read: {said}"
-    for ask in (places.listed, places.sweep, places.matching, lambda each: places.stats([each])):
+    asks: list[Callable[[str], object]] = [places.listed, places.sweep, places.matching]
+    for ask in (*asks, lambda each: places.stats([each])):
         with pytest.raises(MediaError) as asked:
             ask(place)
         assert str(asked.value) == str(read.value)
