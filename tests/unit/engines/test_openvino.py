@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import openvino as ov
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -165,7 +166,8 @@ def test_a_cache_that_cannot_take_the_engine_is_said_and_costs_nothing_else(
     assert [record.getMessage() for record in caplog.records] == ["the disk is full; make room"]
 
 
-def test_a_quantized_graph_says_int8_whatever_is_asked(tmp_path: Path) -> None:
+@pytest.fixture
+def quantized(tmp_path: Path) -> GraphSpec:
     nodes = [
         helper.make_node("QuantizeLinear", ["sample", "scale", "zero"], ["q"]),
         helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["near"]),
@@ -180,11 +182,33 @@ def test_a_quantized_graph_says_int8_whatever_is_asked(tmp_path: Path) -> None:
         fine=np.float32(1 / 16),
         q_weight=(WEIGHT * 16).astype(np.int8),
     )
+    return replace(spec, compute="int8")
+
+
+def test_a_quantized_graph_says_int8_whatever_is_asked(quantized: GraphSpec) -> None:
     for asked in ("auto", "fp32"):
-        engine = open_engine("openvino", replace(spec, compute="int8"), asked)
+        engine = open_engine("openvino", quantized, asked)
         assert engine.precision == "int8"
         found = engine(**draw())["noise_pred"]
         np.testing.assert_allclose(found, draw()["sample"] @ WEIGHT + np.cos(2), atol=0.02)
+
+
+def test_a_quantized_graph_that_bf16_beside_it_breaks_runs_in_fp32(
+    quantized: GraphSpec, spec: GraphSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compile_graph(
+        core: ov.Core, spec: GraphSpec, config: dict[str, str]
+    ) -> tuple[compiled.Compiled, int]:
+        if config["INFERENCE_PRECISION_HINT"] == "bf16":
+            raise BackendError("no suitable implementations")
+        return compile_really(core, spec, config)
+
+    compile_really = backend.compile_graph
+    monkeypatch.setattr(backend, "compile_graph", compile_graph)
+    monkeypatch.setattr(backend, "_precision", lambda core, asked: "bf16")
+    assert open_engine("openvino", quantized, "auto").precision == "int8"
+    with pytest.raises(BackendError, match="no suitable implementations"):
+        open_engine("openvino", spec, "auto")
 
 
 @pytest.mark.parametrize("compute", [TensorProto.FLOAT, TensorProto.FLOAT16])
