@@ -5,8 +5,8 @@
 
 The loop reads, stylizes and writes one picture after the other with one `Stylizer`, all in one process. Rates
 count from the first picture (the first block of the job) on, so neither opens its engines in that time. Two
-rounds each, in turn, as machines change their speed. Prints a line a round, and one line of JSON. Needs the
-extra [bulk].
+rounds each, in turn, as machines change their speed. Memory is flat if its peaks half-way are those of the
+end. Prints a line a round, and one line of JSON. Needs the extra [bulk].
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -60,15 +61,19 @@ def loop_rate(paths: list[Path], art: Path, out: Path, size: int | None) -> floa
         return len(paths) / (time.perf_counter() - begun_s)
 
 
-def bulk_rate(folder: Path, art: Path, out: Path, size: int | None, per_call: int) -> tuple[float, Report]:
-    """Pictures/s of a job from its first results on, and its report."""
+def bulk_rate(
+    folder: Path, art: Path, out: Path, size: int | None, per_call: int
+) -> tuple[float, Report, Report]:
+    """Pictures/s of a job from its first results on; its report when half was done, and at the end."""
     bundle = load_bundle()
     options = BulkOptions(digest=bundle.digest, size=size, per_call=per_call)
     plan = items(wishes([str(folder)], [str(art)]), options.made_by(), {})
     times: list[tuple[float, int]] = []
+    reports: list[Report] = []
 
     def take(rows: list[Any], report: Report) -> bool:
         times.append((time.perf_counter(), len(rows)))
+        reports.append(replace(report))
         return True
 
     with connected():
@@ -76,7 +81,7 @@ def bulk_rate(folder: Path, art: Path, out: Path, size: int | None, per_call: in
     if report.failed or len(times) < 2:
         raise SystemExit(f"{report.failed} failed in {len(times)} blocks; give more pictures with --count")
     after_first = sum(count for _, count in times[1:])
-    return after_first / (times[-1][0] - times[0][0]), report
+    return after_first / (times[-1][0] - times[0][0]), reports[len(reports) // 2], report
 
 
 def rounds(count: int, size: int | None, per_call: int, root: Path) -> Iterator[dict[str, float]]:
@@ -86,13 +91,15 @@ def rounds(count: int, size: int | None, per_call: int, root: Path) -> Iterator[
     write_picture(art, read_picture(paths[2]).frame)
     for number in range(2):
         loop = loop_rate(paths, art, root / f"loop{number}", size)
-        bulk, report = bulk_rate(photos, art, root / f"bulk{number}", size, per_call)
+        bulk, half, report = bulk_rate(photos, art, root / f"bulk{number}", size, per_call)
         yield {
             "loop_per_s": loop,
             "bulk_per_s": bulk,
             "share": bulk / loop,
             "engines_busy": report.engine_share,
+            "engine_peak_mb_half_way": half.peak_mb,
             "engine_peak_mb": report.peak_mb,
+            "driver_peak_mb_half_way": half.driver_mb,
             "driver_peak_mb": report.driver_mb,
         }
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from typing import Any
 from uuid import uuid4
 
@@ -109,9 +108,7 @@ class Manifest:
         self._write(name, rows.take(pa.array(sorted(last.values()), pa.int64())))
         self._parts = [name]
         for old in before:
-            files, path = places.opened(places.joined(self._folder, old))
-            with suppress(OSError):
-                files.delete_file(path)
+            places.remove(places.joined(self._folder, old))
 
     def _write(self, name: str, table: pa.Table) -> None:
         place = places.joined(self._folder, name)

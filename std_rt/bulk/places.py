@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
-from pyarrow import ArrowInvalid, fs
+from pyarrow import ArrowException, ArrowInvalid, fs
 
 from std_rt.core.errors import MediaError
 from std_rt.core.files import atomic_file, reason
@@ -41,6 +41,9 @@ Stat = tuple[int, int]
 
 _CHUNK_BYTES = 1 << 20
 _ASKED_AT_ONCE = 16
+_FAILURES = (OSError, ArrowException)  # Google's client raises both
+_GOOGLE = ("gs", "gcs")
+_RETRY = "?retry_limit_seconds=60"  # Google's own are 15 minutes, without a word if there are no credentials
 
 
 def is_address(place: str) -> bool:
@@ -59,13 +62,16 @@ def joined(folder: str, name: str) -> str:
 
 
 @lru_cache(maxsize=64)
-def _file_system(scheme: str, host: str, query: str) -> Any:
+def _file_system(scheme: str, host: str, query: str) -> tuple[Any, str]:
+    """An Arrow file system, and the path on it that ``scheme://host`` is."""
+    query = query or (_RETRY if scheme in _GOOGLE else "")
     try:
-        return fs.FileSystem.from_uri(f"{scheme}://{host}/{query}")[0]
+        found: tuple[Any, str] = fs.FileSystem.from_uri(f"{scheme}://{host}/{query}")
+        return found
     except (ArrowInvalid, NotImplementedError):  # not one of Arrow's own
         import fsspec
 
-        return fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem(scheme)))
+        return fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem(scheme))), host
 
 
 def opened(place: str) -> tuple[Any, str]:
@@ -76,13 +82,24 @@ def opened(place: str) -> tuple[Any, str]:
     rest, mark, query = rest.partition("?")
     host, _, path = rest.partition("/")
     try:
-        files = _file_system(scheme, host, mark + query)
+        files, base = _file_system(scheme, host, mark + query)
     except (ImportError, ValueError, OSError) as error:
         raise MediaError(
             f"{place} cannot be opened: {reason(error)}; install the fsspec package for {scheme}://"
         ) from error
-    in_host = scheme in ("file", "local", "hdfs", "viewfs")
-    return files, f"/{path}" if in_host else f"{host}/{path}".rstrip("/")
+    path = path.rstrip("/")
+    return files, f"{base.rstrip('/')}/{path}" if path else base
+
+
+@contextmanager
+def _asked(place: str, verb: str) -> Iterator[None]:
+    """Turn what a file system raises in the block into a MediaError of one line."""
+    try:
+        yield
+    except _FAILURES as error:
+        said = reason(error).partition(" error_info=")[0]  # Google's repeat themselves
+        said = said.rpartition(" last message of ")[2].removeprefix("google::cloud::Status(")
+        raise MediaError(f"{place} cannot be {verb}: {said}") from error
 
 
 def stats(places: Sequence[str]) -> list[Stat]:
@@ -95,8 +112,13 @@ def stats(places: Sequence[str]) -> list[Stat]:
             found += [_stat(info) for info in fs.LocalFileSystem().get_file_info(list(some))]
         else:
             with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:  # each is a request to a server
-                found += pool.map(lambda each: _stat(each[0].get_file_info(each[1])), files)
+                found += pool.map(_asked_stat, some, files)
     return found
+
+
+def _asked_stat(place: str, file: tuple[Any, str]) -> Stat:
+    with _asked(place, "read"):
+        return _stat(file[0].get_file_info(file[1]))
 
 
 def _stat(info: Any) -> Stat:
@@ -108,16 +130,23 @@ def listed(folder: str) -> dict[str, Stat]:
 
     Hidden files and folders are left out. Empty if there is no such folder.
     """
-    files, path = opened(folder)
-    selector = fs.FileSelector(path, allow_not_found=True, recursive=True)
+    _, path = opened(folder)
     root = PurePosixPath(path.replace("\\", "/").lstrip("/"))
     found: dict[str, Stat] = {}
-    for info in files.get_file_info(selector):
+    for info in _below(folder):
         name = PurePosixPath(info.path.replace("\\", "/").lstrip("/"))  # fsspec's memory adds one
         inside = name.relative_to(root) if name.is_relative_to(root) else name
         if info.type == fs.FileType.File and not any(part.startswith(".") for part in inside.parts):
             found[inside.as_posix()] = _stat(info)
     return dict(sorted(found.items()))
+
+
+def _below(folder: str) -> list[Any]:
+    """Arrow's infos of all that is below a folder."""
+    files, path = opened(folder)
+    with _asked(folder, "read"):
+        found: list[Any] = files.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True))
+    return found
 
 
 def sweep(folder: str) -> None:
@@ -127,17 +156,17 @@ def sweep(folder: str) -> None:
             with suppress(OSError):
                 left.unlink()
         return
-    files, path = opened(folder)
-    for info in files.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True)):
+    files, _ = opened(folder)
+    for info in _below(folder):
         if re.fullmatch(r"\.[0-9a-f]{8}\.part.*", PurePosixPath(info.path).name):
-            with suppress(OSError):
+            with suppress(*_FAILURES):
                 files.delete_file(info.path)
 
 
 def remove(place: str) -> None:
     """Remove a file, or a folder with all that is in it; nothing happens where there is none."""
     files, path = opened(place)
-    with suppress(OSError):
+    with suppress(*_FAILURES):
         if files.get_file_info(path).type == fs.FileType.File:
             files.delete_file(path)
         else:
@@ -149,9 +178,15 @@ def matching(pattern: str) -> list[str]:
     from fsspec.implementations.arrow import ArrowFSWrapper
 
     files, path = opened(absolute(pattern))
-    head = pattern.partition("://")[0] + "://" if is_address(pattern) else ""
-    names = sorted(ArrowFSWrapper(files).glob(path))
-    return [f"{head}{name}" for name in names if files.get_file_info(name).type == fs.FileType.File]
+    with _asked(pattern, "read"):
+        names = sorted(ArrowFSWrapper(files).glob(path))
+        names = [name for name in names if files.get_file_info(name).type == fs.FileType.File]
+    if not is_address(pattern):
+        return names
+    scheme, _, rest = pattern.partition("://")
+    root = f"{scheme}://{rest.partition('/')[0]}"
+    base = opened(root)[1].strip("/")
+    return [f"{root}/{name.lstrip('/').removeprefix(base).lstrip('/')}" for name in names]
 
 
 @contextmanager
@@ -163,11 +198,12 @@ def fetched(place: str) -> Iterator[Path]:
     files, path = opened(place)
     with TemporaryDirectory(prefix="std-rt-") as folder:
         local = Path(folder) / (PurePosixPath(path).name or "file")
-        try:
-            with files.open_input_stream(path) as source, local.open("wb") as sink:
-                shutil.copyfileobj(source, sink, _CHUNK_BYTES)
-        except OSError as error:
-            raise MediaError(f"{place} cannot be read: {reason(error)}") from error
+        with (
+            _asked(place, "read"),
+            files.open_input_stream(path) as source,
+            local.open("wb") as sink,
+        ):
+            shutil.copyfileobj(source, sink, _CHUNK_BYTES)
         try:
             yield local
         except MediaError as error:
@@ -195,15 +231,14 @@ def stored(place: str) -> Iterator[Path]:
         local = Path(folder) / final.name
         yield local
         partial_path = str(final.with_name(f".{uuid4().hex[:8]}.part{final.suffix}"))
-        try:
-            files.create_dir(str(final.parent), recursive=True)
+        with _asked(place, "written"):
+            if files.type_name != "gcs":  # where it would make a bucket, too, that is misspelt
+                files.create_dir(str(final.parent), recursive=True)
             try:
                 with local.open("rb") as source, files.open_output_stream(partial_path) as sink:
                     shutil.copyfileobj(source, sink, _CHUNK_BYTES)
                 files.move(partial_path, path)
-            except OSError:
-                with suppress(OSError):
+            except _FAILURES:
+                with suppress(*_FAILURES):
                     files.delete_file(partial_path)
                 raise
-        except OSError as error:
-            raise MediaError(f"{place} cannot be written: {reason(error)}") from error

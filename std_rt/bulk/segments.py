@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path, PurePosixPath
 
 import cv2
@@ -161,6 +161,17 @@ def _order(segment: Segment) -> float:
 def _looked_up(
     frames: Iterator[Frame], parts: Iterator[tuple[bytes, bytes]], paint: Stream
 ) -> Iterator[Frame]:
+    for lacking, run in groupby(_paired(frames, parts), key=lambda pair: pair[1] is None):
+        if lacking:  # as one stream, whose frames share calls of the engine
+            yield from paint(frame for frame, _ in run)
+        else:
+            yield from (painted for _, painted in run if painted is not None)
+
+
+def _paired(
+    frames: Iterator[Frame], parts: Iterator[tuple[bytes, bytes]]
+) -> Iterator[tuple[Frame, Frame | None]]:
+    """Each frame with what a part holds for it; None if no part does."""
     ahead: deque[tuple[bytes, bytes]] = deque()
     for frame in frames:
         ahead.extend(islice(parts, _AHEAD - len(ahead)))
@@ -169,7 +180,7 @@ def _looked_up(
         painted = None if at is None else _unpacked(ahead[at][1])
         for _ in range(0 if at is None else at + 1):
             ahead.popleft()
-        yield from paint(iter([frame])) if painted is None else (painted,)
+        yield frame, painted
 
 
 def _frames_of(parts: Iterable[str]) -> Iterator[tuple[bytes, bytes]]:

@@ -133,6 +133,9 @@ def load_perceptual(path: str | Path) -> Vgg | SqueezeNet:
 
 def gram(features: Tensor) -> Tensor:
     """``[B, C, h, w]`` -> ``[B, C, C]``: mean product of each two channels over all positions."""
+    if features.is_contiguous(memory_format=torch.channels_last):  # a view, where the other would copy
+        rows = features.permute(0, 2, 3, 1).flatten(1, 2)
+        return rows.transpose(1, 2) @ rows / rows.shape[1]
     flat = features.flatten(2)
     return flat @ flat.transpose(1, 2) / flat.shape[-1]
 
@@ -140,15 +143,9 @@ def gram(features: Tensor) -> Tensor:
 def style_distance(x: Sequence[Tensor], style: Sequence[Tensor]) -> Tensor:
     """Per-sample distance ``[B]`` of two lists of features, which may differ in size; 0 = same statistics.
 
-    Mean over the layers of the norm of the Gram matrices' difference, relative to the larger of their norms:
-    relative to the style's alone, a dark style under a bright photo would outweigh all others in a mean.
+    That of their Gram matrices by `relative_norm`.
     """
-    total = torch.zeros(len(x[0]), device=x[0].device)
-    for a, b in zip(x, style, strict=True):
-        ours, target = gram(a.float()), gram(b.float())
-        larger = torch.maximum(torch.linalg.matrix_norm(ours), torch.linalg.matrix_norm(target))
-        total = total + torch.linalg.matrix_norm(ours - target) / larger.clamp_min(1e-8)
-    return total / len(x)
+    return relative_norm(*([gram(f.float()) for f in features] for features in (x, style)))
 
 
 def content_distance(x: Tensor, photo: Tensor) -> Tensor:
@@ -160,7 +157,8 @@ def feature_distance(x: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
     """Mean over layers of the L1 of features relative to the target's mean size, a scalar."""
     total = x[0].new_zeros(())
     for a, b in zip(x, target, strict=True):
-        total = total + (a - b).abs().mean() / b.abs().mean().clamp_min(1e-8)
+        size = b.abs().float().mean().clamp_min(1e-8)
+        total = total + (a - b).abs().float().mean() / size
     return total / len(x)
 
 
@@ -171,6 +169,19 @@ def gram_distance(x: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
     strokes live, to a few strong ones.
     """
     return relative_l1([gram(a) for a in x], [gram(b) for b in target])
+
+
+def relative_norm(x: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
+    """Mean over lists of matrices ``[B, C, C]`` of the norm of their difference, per sample ``[B]``.
+
+    Relative to the larger of their norms (a constant to the gradient): relative to the target's alone, a dark
+    style under a bright photo would outweigh all others in a mean.
+    """
+    total = x[0].new_zeros(len(x[0]))
+    for ours, wanted in zip(x, target, strict=True):
+        norms = torch.linalg.matrix_norm(ours.detach()), torch.linalg.matrix_norm(wanted)
+        total = total + torch.linalg.matrix_norm(ours - wanted) / torch.maximum(*norms).clamp_min(1e-8)
+    return total / len(x)
 
 
 def relative_l1(x: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:

@@ -130,12 +130,14 @@ class StylistConfig:
     run_steps: Counts = (1, 1, 2, 4)  # nine in ten samples lie on these runs' timesteps
     perceptual: str = ""  # VGG-19 or SqueezeNet weights: the decoded estimate must look like the target
     look_weight: Amount = 0.5
-    own_styles: Whole = 4  # of `styles`: those whose samples are the network's own runs; needs `perceptual`
-    own_from: Whole = 2_400  # step at which that begins
-    own_steps: Counts = (1, 2, 2)  # lengths of those runs
-    own_vgg: str = ""  # VGG-19 weights: Gram matrices of its first three levels count there too
+    own_styles: Whole = 0  # of `styles`: those whose samples are the network's own runs; needs `perceptual`
+    generated_styles: Whole = 0  # of `own_styles`: drawn at random, their targets exact
+    own_steps: Counts = (1, 2, 2, 2, 4)  # lengths of those runs
     style_weight: Amount = 2.0
-    colour_weight: Amount = 0.5
+    colour_weight: Amount = 1.0
+    content_weight: Amount = 0.25
+    # Above 0 the decoder is trained too, and is held by pictures that must come back through it.
+    reconstruction_weight: Amount = 0.0
     bf16: bool = False  # for GPUs, and processors that have it
     device: Literal["auto", "cpu", "cuda"] = "cpu"  # auto: CUDA where there is one
     snapshot_every: Count = 250
@@ -368,6 +370,10 @@ def _check_stylist(recipe: StylistConfig) -> None:
     if recipe.own_styles and not recipe.perceptual:
         raise RecipeError(
             "own_styles needs a perceptual network; set perceptual to its weights, or own_styles = 0"
+        )
+    if recipe.generated_styles > recipe.own_styles:
+        raise RecipeError(
+            f"generated_styles = {recipe.generated_styles} is more than own_styles = {recipe.own_styles}"
         )
     try:
         trajectory_timesteps(min(LOWEST_START_ETA, recipe.eta), max(recipe.run_steps))

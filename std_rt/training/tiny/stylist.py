@@ -1,15 +1,16 @@
-"""The stylist stage of std-tiny: a UNet that sees the content, taught by triplets.
+"""The stylist stage of std-tiny: a UNet that sees the content, taught by triplets, then by style pictures.
 
 Trajectories (``trajectories.py``) go from a photo's latents to those of its stylized form. The photo's clean
 latents stand beside the noisy ones at the input, so that no drawing is lost to the noise and targets are
 nearly determined: one or two steps are enough.
 
-Losses: the squared error of v, each latent channel weighed by what the decoder makes of it; with a
-``perceptual`` network, the decoded clean estimate against the decoded target (features, Gram matrices,
-pixels). The second is what makes strokes: the first alone asks for the mean of all that is possible, which
-has none. And for ``own_styles`` of the styles the samples are the network's own runs of one or two steps, as
-the product makes them: their decoded estimates are also compared with the style picture itself (Gram
-matrices, the mean over all photos of a style; colours), so they can become better than the teachers'.
+Losses: on the triplets' trajectories the squared error of v, each latent channel weighed by what the decoder
+makes of it; with a ``perceptual`` network, the decoded clean estimate against the target (features, Gram
+matrices, pixels). The second is what makes strokes: the first alone asks for the mean of all that is
+possible, which has none. And for ``own_styles`` of the styles the samples are the network's own runs, as the
+product makes them: their decoded estimates are compared with the style picture itself (Gram matrices,
+colours) and with the photo (content), so they can become better than the teachers'. There the decoder may
+learn too (``reconstruction_weight``): held to what an autoencoder can return, strokes would stay soft.
 """
 
 from __future__ import annotations
@@ -23,21 +24,24 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from std_rt.core.errors import RecipeError, one_line
 from std_rt.core.schedule import trajectory_timesteps
 from std_rt.models.perceptual import (
     colour_distance,
+    content_distance,
     feature_distance,
     gram,
     gram_distance,
     load_perceptual,
     relative_l1,
+    relative_norm,
 )
 from std_rt.pipeline.denoise import denoise
 from std_rt.training.data.picture_set import Frame
@@ -50,6 +54,7 @@ from std_rt.training.tiny.autoencoder_parts import (
     latent_weights,
     load_autoencoder,
 )
+from std_rt.training.tiny.generated_styles import draw_style
 from std_rt.training.tiny.tiny_pipeline import (
     TinyPipeline,
     load_tiny,
@@ -67,15 +72,20 @@ from std_rt.training.tiny.trajectories import (
 )
 from std_rt.training.tiny.triplets import TripletSet, crop_pair, crop_style
 
+_OWN_PALETTE = 0.3  # share of the generated styles that take an artwork's colours
 Told = tuple[Tensor, Tensor, Tensor, Tensor]  # style tokens, pooled style, time ids, content latents
 
 
 @dataclass(frozen=True)
 class Sample:
-    """States on trajectories, and what the UNet is told beside them; a row a sample."""
+    """States on trajectories, and what the UNet is told beside them; a row a sample.
+
+    ``styled [B]``: false where no style was told.
+    """
 
     states: NoisyBatch
     told: Told
+    styled: Tensor
 
 
 def build_stylist(config: StylistConfig) -> TinyPipeline:
@@ -107,23 +117,35 @@ def ema_update(average: TinyPipeline, live: TinyPipeline, step: int, decay: floa
     """Move ``average`` towards ``live``; faster in the first steps, whose weights are worth little."""
     decay = min(decay, (step + 1) / (step + 10))
     with torch.no_grad():
-        for name in ("unet", "style_encoder"):
-            ours, theirs = getattr(average, name).parameters(), getattr(live, name).parameters()
-            for a, b in zip(ours, theirs, strict=True):
+        for ours, theirs in zip(_trained(average).values(), _trained(live).values(), strict=True):
+            for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
                 a.lerp_(b, 1 - decay)
 
 
+def _trained(pipeline: TinyPipeline) -> dict[str, nn.Module]:
+    """What a run trains; the decoder only where its weights are not frozen."""
+    return {"unet": pipeline.unet, "style": pipeline.style_encoder, "decoder": pipeline.vae.decoder}
+
+
 def pipeline_run(config: StylistConfig, live: TinyPipeline, average: TinyPipeline) -> ModuleRun:
-    """A run that trains UNet and style encoder of ``live`` and keeps their moving average."""
-    modules = {
-        "live_unet": live.unet,
-        "live_style": live.style_encoder,
-        "average_unet": average.unet,
-        "average_style": average.style_encoder,
-    }
-    parameters = [p for m in (live.unet, live.style_encoder) for p in m.parameters() if p.requires_grad]
+    """A run that trains ``live`` and keeps the moving average of its weights."""
+    both = {"live": live, "average": average}
+    modules = {f"{kind}_{k}": m for kind, pipeline in both.items() for k, m in _trained(pipeline).items()}
+    parameters = [p for m in _trained(live).values() for p in m.parameters() if p.requires_grad]
     hidden = hidden_weights(live.unet) + hidden_weights(live.style_encoder)
     return ModuleRun(config, modules, parameters, 1e-2, hidden)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Pictures ``[B, 3, H, W]`` in [-1, 1] with their perceptual features, a tensor a layer."""
+
+    images: Tensor
+    features: list[Tensor]
+
+    def rows(self, start: int, stop: int) -> Compared:
+        """Some of the samples."""
+        return Compared(self.images[start:stop], [f[start:stop] for f in self.features])
 
 
 @dataclass(frozen=True)
@@ -136,7 +158,7 @@ class Pictures:
 
 
 class StylistData:
-    """Triplets, several of a style at a time."""
+    """Triplets, several of a style at a time; the last styles are generated, if any."""
 
     def __init__(self, config: StylistConfig) -> None:
         """Read everything into memory. Raises RecipeError."""
@@ -147,12 +169,25 @@ class StylistData:
         """The crops of a step, from random numbers of its own: so steps can be drawn in any order."""
         config, rng = self.config, np.random.default_rng([self.config.seed, step])
         styles, pairs = [], []
-        for _ in range(config.styles):
+        for i in range(config.styles):
             group = self.groups[int(rng.integers(len(self.groups)))]
-            styles.append(crop_style(group[0][1], config.style_px, rng))
+            style = crop_style(group[0][1], config.style_px, rng)
             chosen = rng.choice(len(group), config.photos, replace=len(group) < config.photos)
-            pairs += [crop_pair(group[i], config.crop_px, rng) for i in chosen]
+            crops = [crop_pair(group[n], config.crop_px, rng) for n in chosen]
+            if i >= config.styles - config.generated_styles:
+                style, crops = self._generated(style, [content for content, _ in crops], rng)
+            styles.append(style)
+            pairs += crops
         return Pictures(_stacked(styles), *(_stacked(column) for column in zip(*pairs, strict=True)))
+
+    def _generated(
+        self, art: Frame, contents: Sequence[Frame], rng: np.random.Generator
+    ) -> tuple[Frame, list[tuple[Frame, Frame]]]:
+        """A random style on another photo, and on ``contents``; at times with the palette of ``art``."""
+        _, draw = draw_style(rng, art if rng.random() < _OWN_PALETTE else None)
+        group = self.groups[int(rng.integers(len(self.groups)))]
+        other = crop_style(group[int(rng.integers(len(group)))][0], self.config.style_px, rng)
+        return draw(other, rng), [(content, draw(content, rng)) for content in contents]
 
     def ahead(self, start: int) -> Iterator[Pictures]:
         """The crops of every step from ``start`` on, a few of them drawn ahead in threads."""
@@ -177,22 +212,26 @@ class Stylist:
     def __init__(self, config: StylistConfig, examples: Tensor) -> None:
         """``examples``: a few pictures as `images` takes them, on which latent channels are weighed."""
         self.config, self.device = config, choose_device(config.device)
+        # In 16 bits channels last is faster; CPUs gain nothing from it in fp32.
+        wide = self.device == "cuda" or config.bf16
+        self.layout = torch.channels_last if wide else torch.contiguous_format
         self.live = build_stylist(config)
+        self.live.vae.decoder.requires_grad_(config.reconstruction_weight > 0)
         self.average = deepcopy(self.live)
-        # GPUs convolve faster with the channels last; CPUs gained nothing.
-        layout = torch.channels_last if self.device == "cuda" else torch.contiguous_format
-        for p in (self.live, self.average):
-            for part in (p.unet, p.style_encoder, p.vae):
-                part.to(self.device, memory_format=layout)
-        self.look = load_perceptual(config.perceptual).to(self.device) if config.perceptual else None
-        self.vgg = load_perceptual(config.own_vgg).to(self.device) if config.own_vgg else None
+        self.look = load_perceptual(config.perceptual) if config.perceptual else None
+        if self.look is not None and config.bf16:
+            self.look.to(torch.bfloat16)  # once, not in every step: it is frozen
+        networks: list[Any] = [n for p in (self.live, self.average) for n in (p.unet, p.style_encoder, p.vae)]
+        for network in [*networks, *([self.look] if self.look else [])]:
+            network.to(self.device, memory_format=self.layout)
         with torch.no_grad():
             latents = self.live.vae.encode(self.images(examples)).latents
         self.weights = latent_weights(self.live.vae, latents)
 
     def images(self, crops: Tensor) -> Tensor:
         """uint8 ``[B, H, W, 3]`` -> images ``[B, 3, H, W]`` in [-1, 1] on the device."""
-        return crops.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        images = crops.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return images.contiguous(memory_format=self.layout)
 
     def precision(self) -> AbstractContextManager[None]:
         return precision_context("bf16" if self.config.bf16 else "fp32", self.device)
@@ -216,14 +255,15 @@ class Stylist:
             len(z), run.rng, eta=config.eta, etas=etas, run_steps=config.run_steps, on_runs=0.9
         )
         states = noisy_states(z, c, self.live.schedule, levels, run.rng, run.generator)
-        keep = torch.from_numpy(run.rng.random(len(z)) >= config.drop_style).float().to(self.device)
-        keep[len(z) - own :] = 1
-        tokens, pooled = (
-            x.repeat_interleave(config.photos, 0) for x in self.live.style_encoder.encode_latents(s)
-        )
+        styled = torch.from_numpy(run.rng.random(len(z)) >= config.drop_style).to(self.device)
+        with self.precision():
+            tokens, pooled = (
+                x.float().repeat_interleave(config.photos, 0)
+                for x in self.live.style_encoder.encode_latents(s)
+            )
         ids = random_time_ids(len(z), run.rng).to(self.device)
-        told = tokens * keep[:, None, None], pooled * keep[:, None], ids, c
-        return Sample(self.own_states(states, told, own, run) if own else states, told)
+        told = tokens * styled[:, None, None], pooled * styled[:, None], ids, c
+        return Sample(self.own_states(states, told, own, run) if own else states, told, styled)
 
     def own_states(self, states: NoisyBatch, told: Told, own: int, run: ModuleRun) -> NoisyBatch:
         """``states`` with the last ``own`` at a random step of a run from the photo, by the live network."""
@@ -247,68 +287,119 @@ class Stylist:
             changed[name] = torch.full_like(getattr(states, name)[-own:], value)
         return replace(states, **{k: torch.cat([getattr(states, k)[:-own], v]) for k, v in changed.items()})
 
-    def loss(self, pictures: Pictures, run: ModuleRun, step: int) -> Tensor:
+    def loss(self, pictures: Pictures, run: ModuleRun) -> Tensor:
         """The weighted sum of the module docstring's losses."""
         config = self.config
-        styles = config.own_styles if step >= config.own_from else 0
-        own = styles * config.photos
+        own = config.own_styles * config.photos
+        others = len(pictures.content) - own
         # In a context of its own: autocast would keep weights that it cast without gradients, of own runs.
         with self.precision(), attention_kernels(self.device):
             sample = self.sample(pictures, run, own)
         states = sample.states
         with self.precision(), attention_kernels(self.device):
             v = self.predict(states.x_t, states.t, sample.told)
-        loss = v_loss(v, states, self.weights, most=3.0)
-        run.add(latents=loss)
+        loss = v.new_zeros(())
+        if others:
+            loss = v_loss(v[:others], states.first(others), self.weights, most=3.0)
+            run.add(latents=loss)
+        if config.reconstruction_weight:
+            loss = loss + config.reconstruction_weight * self.reconstruction(sample.told[3], pictures, run)
         if self.look is None:
             return loss
         with self.precision():
-            picture = self.live.vae.decode(states.alpha * states.x_t - states.sigma * v).sample
-            features = self.look(picture, 3)
-            with torch.no_grad():
-                target = self.live.vae.decode(states.z).sample
-                wanted = self.look(target, 3)
-        look = look_distance(picture.float(), features, target.float(), wanted)
-        run.add(look=look)
-        loss = loss + config.look_weight * look
-        if own:
-            style = self.images(pictures.style[-styles:])
-            loss = loss + self.style_loss(picture[-own:], [f[-own:] for f in features], style, run)
+            picture = self.live.vae.decode(states.alpha * states.x_t - states.sigma * v).sample.float()
+        return loss + self.look_loss(picture, pictures, sample.styled, run)
+
+    def reconstruction(self, latents: Tensor, pictures: Pictures, run: ModuleRun) -> Tensor:
+        """L1 of a few photos and a style picture that went through the autoencoder, a scalar."""
+        few = len(pictures.content) // 4 + 1
+        style = self.images(pictures.style[:1])
+        with torch.no_grad(), self.precision():
+            style_latents = self.live.vae.encode(style).latents.float()
+        pairs = (latents[:few], self.images(pictures.content[:few])), (style_latents, style)
+        with self.precision():
+            losses = [F.l1_loss(self.live.vae.decode(z).sample.float(), image) for z, image in pairs]
+        loss = (losses[0] + losses[1]) / 2
+        run.add(reconstruction=loss)
         return loss
 
-    def style_loss(self, picture: Tensor, features: list[Tensor], style: Tensor, run: ModuleRun) -> Tensor:
-        """Gram matrices and colours of pictures against those of their styles, a scalar.
+    def look_loss(self, picture: Tensor, pictures: Pictures, styled: Tensor, run: ModuleRun) -> Tensor:
+        """Decoded estimates ``[B, 3, H, W]`` against their targets; own runs also against style and photo."""
+        assert self.look is not None
+        config = self.config
+        own, generated = (n * config.photos for n in (config.own_styles, config.generated_styles))
+        content, target = self.images(pictures.content), self.images(pictures.target)
+        # Without a style an own run gives the photo back.
+        plain = ~styled
+        plain[: len(picture) - own] = False
+        target = torch.where(plain[:, None, None, None], content, target)
+        with self.precision():
+            features = self.look(picture)
+            with torch.no_grad():
+                wanted = self.look(target)
+        # Own runs have the style picture's Gram matrices to follow. The marks of a generated style have no
+        # given places: only their means are asked for.
+        ours, theirs, count = Compared(picture, features), Compared(target, wanted), len(picture)
+        parts = (0, count - own, look_distance), (count - own, count - generated, place_distance)
+        look = picture.new_zeros(())
+        for start, stop, distance in (*parts, (count - generated, count, means_distance)):
+            if stop > start:
+                part = distance(ours.rows(start, stop), theirs.rows(start, stop))
+                look = look + part * (stop - start) / count
+        run.add(look=look)
+        loss = config.look_weight * look
+        if own:
+            exact = plain | (torch.arange(count, device=self.device) >= count - generated)
+            last = count - own, count
+            loss = loss + self.own_loss(ours.rows(*last), theirs.rows(*last), exact[-own:], pictures, run)
+        return loss
 
-        ``picture [S P, 3, H, W]`` with its ``features``, ``style [S, 3, h, w]``: P pictures of each style.
+    def own_loss(
+        self, ours: Compared, target: Compared, exact: Tensor, pictures: Pictures, run: ModuleRun
+    ) -> Tensor:
+        """Gram matrices and colours of own runs against those of their styles, content against the photo's.
+
+        ``exact [B]``: samples whose targets are known, and stand in the place of style picture and photo.
         """
         assert self.look is not None
         config = self.config
-        with self.precision():
-            with torch.no_grad():
-                wanted = self.look(style, 3)
-            if self.vgg is not None:
-                features = features + self.vgg(picture, 3)
-                with torch.no_grad():
-                    wanted = wanted + self.vgg(style, 3)
-        like = relative_l1(mean_grams(features, config.photos), mean_grams(wanted, 1))
-        beside = picture.float().unflatten(0, (-1, config.photos)).transpose(1, 2).flatten(2, 3)
-        colour = colour_distance(beside, style, run.generator)
-        run.add(style=like, colour=colour)
-        return config.style_weight * like + config.colour_weight * colour
+        style = self.images(pictures.style[-config.own_styles :])
+        with torch.no_grad(), self.precision():
+            of_style = [gram(f).float().repeat_interleave(config.photos, 0) for f in self.look(style)]
+            photo = self.look(self.images(pictures.content[-len(exact) :]))[-1]
+        wanted = [
+            torch.where(exact[:, None, None], gram(a).float(), b)
+            for a, b in zip(target.features, of_style, strict=True)
+        ]
+        grams = [gram(f).float() for f in ours.features]
+        like = (relative_l1(grams, wanted) + relative_norm(grams, wanted).mean()) / 2
+        styles = style.repeat_interleave(config.photos, 0)
+        colour = like.new_zeros(())
+        for rows, others in ((~exact, styles), (exact, target.images)):
+            if rows.any():
+                apart = colour_distance(ours.images[rows], others[rows], run.generator)
+                colour = colour + apart * rows.float().mean()
+        content = (content_distance(ours.features[-1], photo) * ~exact).mean()
+        run.add(style=like, colour=colour, content=content)
+        return config.style_weight * like + config.colour_weight * colour + config.content_weight * content
 
 
-def look_distance(picture: Tensor, features: list[Tensor], target: Tensor, wanted: list[Tensor]) -> Tensor:
+def look_distance(ours: Compared, target: Compared) -> Tensor:
     """Features, Gram matrices and pixels of pictures against those of their targets, a scalar."""
-    ours, theirs = ([f.float() for f in each] for each in (features, wanted))
-    return feature_distance(ours, theirs) + gram_distance(ours, theirs) + 2 * F.l1_loss(picture, target)
+    return place_distance(ours, target) + gram_distance(
+        *([f.float() for f in x.features] for x in (ours, target))
+    )
 
 
-def mean_grams(features: list[Tensor], photos: int) -> list[Tensor]:
-    """Gram matrices ``[S, C, C]`` of each layer ``[S photos, C, h, w]``: the mean over each style's photos.
+def place_distance(ours: Compared, target: Compared) -> Tensor:
+    """Features and pixels of pictures against those of their targets, a scalar."""
+    features = feature_distance(ours.features, target.features)
+    return features + 2 * F.l1_loss(ours.images, target.images)
 
-    What photos show comes and goes in the mean, as it does not in the Gram matrix of one.
-    """
-    return [gram(f.float()).unflatten(0, (-1, photos)).mean(1) for f in features]
+
+def means_distance(ours: Compared, target: Compared) -> Tensor:
+    """Means over 8x8 pixels of pictures against those of their targets, a scalar."""
+    return 2 * F.avg_pool2d(ours.images - target.images, 8).abs().mean()
 
 
 def train_stylist(config: StylistConfig, stop_after: int | None = None) -> Path:
@@ -325,7 +416,7 @@ def train_stylist(config: StylistConfig, stop_after: int | None = None) -> Path:
         return linear_rate(config.learning_rate, step, config.steps, config.warmup, config.cooldown)
 
     for step, pictures in zip(run.steps(rate, stop_after), data.ahead(run.start), strict=False):
-        run.update(stylist.loss(pictures, run, step), len(pictures.content))
+        run.update(stylist.loss(pictures, run), len(pictures.content))
         ema_update(stylist.average, stylist.live, step, config.ema_decay)
         if run.due(step):
             run.save(step)

@@ -42,6 +42,10 @@ class NoisyBatch:
     alpha: Tensor
     sigma: Tensor
 
+    def first(self, n: int) -> NoisyBatch:
+        """Its first ``n`` samples."""
+        return NoisyBatch(*(value[:n] for value in vars(self).values()))
+
 
 def draw_levels(
     batch: int,

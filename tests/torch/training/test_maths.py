@@ -186,8 +186,9 @@ def test_values_outside_their_range_are_refused(assignment: str, message: str) -
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("own_styles=13", "own_styles = 13 is more than styles = 12"),
+        ("own_styles=9", "own_styles = 9 is more than styles = 8"),
         ("perceptual=", "own_styles needs a perceptual network"),
+        ("generated_styles=9", "generated_styles = 9 is more than own_styles = 8"),
         ("sheet.styles=", r"set both sheet\.contents and sheet\.styles"),
         ("crop_px=100", "crop_px = 100: expected int that's a multiple of 8"),
         ("run_steps=[1, 40]", "eta, run_steps and own_steps do not fit together"),
@@ -195,7 +196,7 @@ def test_values_outside_their_range_are_refused(assignment: str, message: str) -
     ],
 )
 def test_wrong_values_of_the_stylist_stage_are_refused(assignment: str, message: str) -> None:
-    path = Path(__file__).parents[3] / "training" / "std_tiny_stylist.toml"
+    path = Path(__file__).parents[3] / "training" / "std_tiny_own.toml"
     with pytest.raises(RecipeError, match=message):
         load_recipe(path, (assignment,))
 

@@ -24,7 +24,9 @@ from std_rt.training.distil.sampling import encode_scene, sample_latents
 from std_rt.training.run.recipe import PicturesConfig, StyleConfig, StylistConfig, TripletsConfig
 from std_rt.training.run.sheet import spread_pairs, to_tensor
 from std_rt.training.run.training_run import ModuleRun
+from std_rt.training.tiny import stylist as stylist_module
 from std_rt.training.tiny.stylist import (
+    Compared,
     Stylist,
     StylistData,
     build_stylist,
@@ -48,11 +50,9 @@ def _run(seed: int = 0, noted: dict[str, Tensor] | None = None) -> ModuleRun:
 
 
 @pytest.fixture
-def own_config(stylist_config: StylistConfig, squeezenet_file: Path, vgg_file: Path) -> StylistConfig:
-    """One of the two styles on the network's own runs, from the start."""
-    return replace(
-        stylist_config, perceptual=str(squeezenet_file), own_vgg=str(vgg_file), own_styles=1, own_from=0
-    )
+def own_config(stylist_config: StylistConfig, vgg_file: Path) -> StylistConfig:
+    """One of the two styles on the network's own runs."""
+    return replace(stylist_config, perceptual=str(vgg_file), own_styles=1)
 
 
 @pytest.fixture
@@ -128,17 +128,44 @@ def test_distillation_refuses_a_unet_that_sees_anything_else(stylist_folder: Pat
 def test_a_run_with_all_losses_notes_them_and_resumes_bit_for_bit(
     own_config: StylistConfig, tmp_path: Path
 ) -> None:
-    config = replace(own_config, output=str(tmp_path / "a"), own_from=2)
+    config = replace(
+        own_config, output=str(tmp_path / "a"), styles=3, own_styles=2, generated_styles=1,
+        reconstruction_weight=1.0,
+    )  # fmt: skip
     train_stylist(config)
     rows = (tmp_path / "a" / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    first, last = map(json.loads, rows)
-    assert {"latents", "look"} <= first.keys()
-    assert "style" not in first
-    assert {"latents", "look", "style", "colour"} <= last.keys()
+    losses = {"latents", "look", "style", "colour", "content", "reconstruction"}
+    assert all(losses <= json.loads(row).keys() for row in rows)
     broken = replace(config, output=str(tmp_path / "b"))
     train_stylist(broken, stop_after=2)
     train_stylist(broken)
     assert_same(read_checkpoint(broken), read_checkpoint(config))
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_the_decoder_moves_where_pictures_must_come_back_through_it(
+    own_config: StylistConfig, tmp_path: Path, weight: float
+) -> None:
+    config = replace(own_config, output=str(tmp_path), own_styles=2, reconstruction_weight=weight)
+    before, after = build_stylist(config).vae.state_dict(), load_tiny(train_stylist(config)).vae.state_dict()
+    for name, value in before.items():
+        assert torch.equal(value, after[name]) != (weight > 0 and name.startswith("decoder")), name
+
+
+def test_generated_styles_come_last_with_exact_targets(
+    stylist_config: StylistConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = StylistData(stylist_config).draw(3)
+    data = StylistData(replace(stylist_config, own_styles=1, generated_styles=1))
+    monkeypatch.setattr(
+        stylist_module, "draw_style", lambda rng, art: ("negative", lambda frame, rng: 255 - frame)
+    )
+    pictures = data.draw(3)
+    for drawn, before in zip(vars(pictures).values(), vars(plain).values(), strict=True):
+        assert torch.equal(drawn[: len(drawn) // 2], before[: len(drawn) // 2])
+    assert torch.equal(pictures.content, plain.content)
+    assert torch.equal(pictures.target[2:], 255 - pictures.content[2:])
+    assert not torch.equal(pictures.style[1], plain.style[1])
 
 
 def test_the_photos_of_a_style_stay_together(stylist_config: StylistConfig, tmp_path: Path) -> None:
@@ -185,58 +212,71 @@ def _relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().sum() / max(a.abs().sum(), b.abs().sum()))
 
 
+def _compared(stylist: Stylist, images: Tensor) -> Compared:
+    network: Any = stylist.look
+    return Compared(images, network(images))
+
+
 def test_the_look_is_features_grams_and_twice_the_pixels(stylist: Stylist) -> None:
     torch.manual_seed(0)
-    ours, theirs = torch.rand(2, 2, 3, 64, 64) * 2 - 1
-    network: Any = stylist.look
-    a, b = network(ours, 3), network(theirs, 3)
-    wanted = 2 * (ours - theirs).abs().mean()
-    for x, y in zip(a, b, strict=True):
-        wanted += (x - y).abs().mean() / y.abs().mean() / 3
+    ours, theirs = (_compared(stylist, x) for x in torch.rand(2, 2, 3, 64, 64) * 2 - 1)
+    wanted = 2 * (ours.images - theirs.images).abs().mean()
+    for x, y in zip(ours.features, theirs.features, strict=True):
+        wanted += (x - y).abs().mean() / y.abs().mean() / 4
         for n in range(2):
-            wanted += _relative(_grams([x[n : n + 1]])[0], _grams([y[n : n + 1]])[0]) / 3 / 2
-    assert torch.allclose(look_distance(ours, a, theirs, b), wanted, rtol=1e-4)
+            wanted += _relative(_grams([x[n : n + 1]])[0], _grams([y[n : n + 1]])[0]) / 4 / 2
+    assert torch.allclose(look_distance(ours, theirs), wanted, rtol=1e-4)
 
 
-def test_own_runs_are_compared_with_their_style_in_the_mean_of_its_photos(stylist: Stylist) -> None:
+def test_own_runs_are_compared_with_style_and_photo_exact_ones_with_their_target(stylist: Stylist) -> None:
     torch.manual_seed(0)
-    pictures, styles = torch.rand(4, 3, 64, 64) * 2 - 1, torch.rand(2, 3, 96, 96) - 1
-    look, vgg = cast(Any, stylist.look), cast(Any, stylist.vgg)
+    picture, target = torch.rand(2, 2, 3, 64, 64) * 2 - 1
+    pictures = StylistData(stylist.config).draw(0)
+    style, photo = stylist.images(pictures.style[-1:]), stylist.images(pictures.content[-2:])
     noted: dict[str, Tensor] = {}
-    total = stylist.style_loss(pictures, look(pictures, 3), styles, _run(5, noted))
-    grams = [_grams([*look(p[None], 3), *vgg(p[None], 3)]) for p in pictures]
-    wanted = [_grams([*look(s[None], 3), *vgg(s[None], 3)]) for s in styles]
-    gaps = [
-        _relative((grams[2 * n][layer] + grams[2 * n + 1][layer]) / 2, wanted[n][layer])
-        for n in range(2)
-        for layer in range(6)
-    ]
+    total = stylist.own_loss(
+        _compared(stylist, picture), _compared(stylist, target), torch.tensor([False, True]),
+        pictures, _run(5, noted),
+    )  # fmt: skip
+    look = cast(Any, stylist.look)
+    gaps, apart = [], []
+    generator, shares = torch.Generator().manual_seed(5), torch.linspace(0, 1, 256)
+    for ours, theirs in zip(picture, (style[0], target[1]), strict=True):
+        for a, b in zip(_grams(look(ours[None])), _grams(look(theirs[None])), strict=True):
+            gaps += [_relative(a, b), float((a - b).norm() / max(a.norm(), b.norm()))]
+        axes = torch.randn(16, 3, generator=generator)
+        axes = axes / axes.norm(dim=1, keepdim=True)
+        small = (torch.nn.functional.avg_pool2d(x, 4).flatten(1) for x in (ours, theirs))
+        first, second = ((axes @ x).quantile(shares, 1) for x in small)
+        apart.append((first - second).abs().mean())
     assert float(noted["style"]) == pytest.approx(np.mean(gaps), rel=1e-4)
-    # Colours along 16 directions, sorted: all pixels of both photos against those of their style.
-    axes = torch.randn(16, 3, generator=torch.Generator().manual_seed(5))
-    axes = axes / axes.norm(dim=1, keepdim=True)
-    small, style = (torch.nn.functional.avg_pool2d(x, 4) for x in (pictures, styles))
-    apart = []
-    for n in range(2):
-        ours = axes @ torch.cat([small[2 * n].flatten(1), small[2 * n + 1].flatten(1)], 1)
-        theirs = axes @ style[n].flatten(1)
-        shares = torch.linspace(0, 1, 256)
-        apart.append((ours.quantile(shares, 1) - theirs.quantile(shares, 1)).abs().mean())
-    assert torch.allclose(noted["colour"], torch.stack(apart).mean(), rtol=1e-3)
-    assert torch.allclose(total, 2.0 * noted["style"] + 0.5 * noted["colour"])
+    assert float(noted["colour"]) == pytest.approx(float(sum(apart) / 2), rel=1e-3)
+    normal = [torch.nn.functional.instance_norm(look(x[:1])[-1]) for x in (picture, photo)]
+    assert torch.allclose(noted["content"], (normal[0] - normal[1]).square().mean() / 2, rtol=1e-4)
+    assert torch.allclose(total, 2.0 * noted["style"] + noted["colour"] + 0.25 * noted["content"])
+
+
+def test_an_own_run_without_a_style_gives_the_photo_back(stylist: Stylist) -> None:
+    """Its look is nothing where the picture is the photo, and styles no longer matter."""
+    stylist.config = replace(stylist.config, own_styles=2)
+    pictures = StylistData(stylist.config).draw(0)
+    photo, noted = stylist.images(pictures.content), {}
+    stylist.look_loss(photo, pictures, torch.zeros(4, dtype=torch.bool), _run(0, noted))
+    assert all(float(value) < 1e-6 for name, value in noted.items() if name != "colour")
+    stylist.look_loss(photo, pictures, torch.ones(4, dtype=torch.bool), _run(0, noted))
+    assert min(map(float, (noted["look"], noted["style"], noted["colour"]))) > 0.01
+    assert float(noted["content"]) < 1e-6
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_own_states_lie_on_the_networks_own_run(stylist: Stylist, seed: int) -> None:
     """Two steps from the photo, by hand; the triplets' states before them stay as they were."""
     pictures = StylistData(stylist.config).draw(seed)
-    stylist.config = replace(stylist.config, own_steps=(2,), drop_style=1.0)
+    stylist.config = replace(stylist.config, own_steps=(2,))
     plain = stylist.sample(pictures, _run(seed), 0)
     run = _run(seed)
-    sample_ = stylist.sample(pictures, run, 2)
-    states, (tokens, pooled, ids, content) = sample_.states, sample_.told
-    assert not tokens[:2].any(), "style is dropped"
-    assert tokens[2:].any(), "but not of own runs"
+    drawn = stylist.sample(pictures, run, 2)
+    states, (tokens, pooled, ids, content) = drawn.states, drawn.told
     for name in ("x_t", "t", "alpha", "sigma"):
         assert torch.equal(getattr(states, name)[:2], getattr(plain.states, name)[:2])
     first, second = stylist.live.schedule.coefficients(trajectory_timesteps(0.75, 2))
@@ -261,13 +301,13 @@ def test_own_states_lie_on_the_networks_own_run(stylist: Stylist, seed: int) -> 
 def test_all_losses_fall_along_their_gradient(stylist: Stylist) -> None:
     pictures = StylistData(stylist.config).draw(0)
     noted: dict[str, Tensor] = {}
-    before = stylist.loss(pictures, _run(3, noted), 0)
+    before = stylist.loss(pictures, _run(3, noted))
     before.backward()
     with torch.no_grad():
         for weight in stylist.live.unet.parameters():
             weight -= 0.003 * (0 if weight.grad is None else weight.grad)
-    assert stylist.loss(pictures, _run(3), 0) < before
-    assert noted.keys() == {"latents", "look", "style", "colour"}
+    assert stylist.loss(pictures, _run(3)) < before
+    assert noted.keys() == {"latents", "look", "style", "colour", "content"}
 
 
 def test_own_runs_in_bf16_lose_no_gradient(stylist: Stylist) -> None:
@@ -276,8 +316,8 @@ def test_own_runs_in_bf16_lose_no_gradient(stylist: Stylist) -> None:
     stylist.config = replace(stylist.config, own_styles=2, own_steps=(2,))
     drawn = ((seed, stylist.sample(pictures, _run(seed), 4).states.t[0]) for seed in range(20))
     seed = next(seed for seed, t in drawn if t < 500)  # the second step of two
-    stylist.config, stylist.look = replace(stylist.config, bf16=True), None
-    stylist.loss(pictures, _run(seed), 0).backward()
+    stylist.config = replace(stylist.config, bf16=True)
+    stylist.loss(pictures, _run(seed)).backward()
     lost = [n for n, p in stylist.live.unet.named_parameters() if p.requires_grad and p.grad is None]
     assert not lost, lost[:5]
 

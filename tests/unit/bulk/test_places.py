@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
-from pyarrow import fs
+from pyarrow import ArrowException, fs
 from support.cli_support import files_in
 
 from std_rt.bulk import places
@@ -103,6 +106,61 @@ def test_a_store_without_folders_of_its_own_is_like_a_disk(tmp_path: Path) -> No
     assert places.stats([f"{folder}/a.png", f"{folder}/none.png"]) == [found["a.png"], (-1, -1)]
     with places.fetched(f"{folder}/more/b.png") as path:
         assert path.read_bytes() == b"more/b.png"
+
+
+@pytest.mark.parametrize(
+    ("address", "path"),
+    [
+        ("gs://anonymous@studio/a b/c.png", "studio/a b/c.png"),
+        ("gs://studio", "studio"),
+        ("s3://key:secret@studio/a.png?region=eu-central-1", "studio/a.png"),
+        ("file:///", "/"),
+    ],
+)
+def test_an_address_may_say_who_asks(address: str, path: str) -> None:
+    assert places.opened(address)[1] == path
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            ArrowException(
+                "Unknown error: google::cloud::Status(UNKNOWN: Permanent error, with a last message of No "
+                "token. error_info={reason=UNKNOWN, metadata={original-message=No token.}})"
+            ),
+            "No token.",
+        ),
+        (
+            PermissionError(13, "google::cloud::Status(PERMISSION_DENIED: No error_info={})"),
+            "PERMISSION_DENIED: No",
+        ),
+        (OSError("AWS Error ACCESS_DENIED"), "AWS Error ACCESS_DENIED"),
+    ],
+)
+def test_whatever_a_store_raises_becomes_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    store = SimpleNamespace(
+        type_name="gcs", open_input_stream=fail, open_output_stream=fail, get_file_info=fail, delete_file=fail
+    )
+    monkeypatch.setattr(places, "_file_system", lambda *_: (store, "studio"))
+    place = "gs://studio/a.png"
+    with pytest.raises(MediaError) as read, places.fetched(place):
+        pass
+    assert str(read.value) == f"{place} cannot be read: {said}"
+    asks: list[Callable[[str], object]] = [places.listed, places.sweep, places.matching]
+    for ask in (*asks, lambda each: places.stats([each])):
+        with pytest.raises(MediaError) as asked:
+            ask(place)
+        assert str(asked.value) == str(read.value)
+    with pytest.raises(MediaError) as written, places.stored(place) as path:
+        path.touch()
+    assert str(written.value) == f"{place} cannot be written: {said}"
+    places.remove(place)
 
 
 def test_an_unknown_scheme_says_what_is_missing() -> None:

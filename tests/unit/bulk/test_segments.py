@@ -103,14 +103,15 @@ def whole(cli: Cli, handmade: Bundle, tmp_path: Path, art: Path) -> Callable[[Pa
 
 @pytest.fixture
 def repainted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Frames that joins paint themselves."""
-    found = [0]
+    """How many frames each stream has that joins paint themselves."""
+    found: list[int] = []
     look_up = segments._looked_up
 
     def counting(frames: Any, parts: Any, paint: Any) -> Any:
         def counted(some: Any) -> Any:
+            found.append(0)
             for frame in paint(some):
-                found[0] += 1
+                found[-1] += 1
                 yield frame
 
         return look_up(frames, parts, counted)
@@ -146,7 +147,7 @@ def test_joined_segments_are_the_whole_clip(
     report = run()
     assert (report.parts, report.done, report.failed, report.frames) == (6, 1, 0, COUNT)
     assert contents(tmp_path / "out" / name) == whole(clip)
-    assert repainted == [0], "segments were in vain"
+    assert repainted == [], "segments were in vain"
     assert files_in(tmp_path / "out") == {name, "manifest", "failed.jsonl"}
 
 
@@ -166,7 +167,7 @@ def test_a_clip_that_begins_in_the_middle_of_a_group(
     assert report.parts == 5
     assert report.frames < COUNT - 4, "the first frames were decoded after all"
     assert contents(tmp_path / "out" / "clip.mkv") == whole(clip)
-    assert repainted == [0]
+    assert repainted == []
 
 
 def test_frames_that_parts_lack_repeat_or_falsify_are_painted_at_the_join(
@@ -187,7 +188,7 @@ def test_frames_that_parts_lack_repeat_or_falsify_are_painted_at_the_join(
     monkeypatch.setattr(ContainerClip, "read_between", faulty)
     assert run().parts == 6
     assert contents(tmp_path / "out" / "clip.mp4") == whole(clip)
-    assert repainted == [6 * 2]  # the third and the seventh of each
+    assert repainted == [1] * 6 * 2  # the third and the seventh of each
 
 
 def test_a_later_run_goes_on_with_the_parts_that_are_there(
@@ -202,7 +203,8 @@ def test_a_later_run_goes_on_with_the_parts_that_are_there(
     again = run()
     assert (again.parts, again.done) == (2, 1)
     assert contents(tmp_path / "out" / "clip.mp4") == whole(clip)
-    assert 0 < repainted[0] < 10
+    (frames,) = repainted  # of one stream, whose frames share calls of the engine
+    assert 1 < frames < 10
     assert not parts.exists()
     assert run().done == 0
 
@@ -224,7 +226,7 @@ def test_damaged_pictures_in_a_part_are_painted_at_the_join(
     report = run()
     assert (report.parts, report.done, report.failed) == (0, 1, 0)
     assert contents(tmp_path / "out" / "clip.mp4") == whole(clip)
-    assert repainted == [3]
+    assert repainted == [1, 1, 1]
 
 
 def test_parts_of_another_cut_or_job_are_removed(run: Run, tmp_path: Path) -> None:

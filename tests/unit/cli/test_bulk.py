@@ -1,11 +1,13 @@
-"""`std-rt bulk` before Ray starts: what it needs, and flags that do not fit."""
+"""`std-rt bulk` without Ray: what it needs, flags that do not fit, and what a terminal shows."""
 
 from __future__ import annotations
 
 import importlib.util
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from support.cli_support import Cli
 
 from std_rt.core import machine
@@ -49,3 +51,19 @@ def test_what_cannot_be_done_is_said_before_ray_starts(
     assert "works at 16 to 512 px" in line("--size", 2000)
     assert "none.png does not exist" in line("-s", "none.png")
     assert not out.exists()
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="needs the extra bulk")
+def test_a_terminal_shows_what_is_done_and_where_the_time_goes() -> None:
+    from std_rt.bulk.job import Report
+    from std_rt.cli.bulk import _shown
+
+    screen = StringIO()
+    console = Console(file=screen, force_terminal=True, width=200)
+    report = Report(8, engines=1, done=4, failed=2, read_s=1.0, engine_s=7.0, write_s=2.0, wall_s=2.0)
+    with _shown(console, 8) as show:
+        show(report)
+        report.parts, report.all_parts = 3, 5
+        show(report)
+    assert "6/8" in screen.getvalue()
+    assert "2.0/s, read 10%, engine 70%, write 20%, 3 of 5 segments, 2 failed" in screen.getvalue()
