@@ -165,6 +165,7 @@ def _checked(offer: str, remote: str) -> RTCSessionDescription:
         description = SessionDescription.parse(offer)
         kinds = [(media.kind, media.direction) for media in description.media]
         candidates = [each for media in description.media for each in media.ice_candidates]
+        str(description)  # addresses are read only when they are written
     except Exception as error:  # whatever a damaged line leads to
         raise UsageError("the offer is not an SDP that can be read") from error
     if kinds != [("video", "sendrecv")]:

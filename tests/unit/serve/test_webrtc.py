@@ -24,7 +24,7 @@ from aiortc import (
 )
 from aiortc.sdp import SessionDescription
 from av import VideoFrame
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from std_rt.pipeline.stylizer import Stylizer
@@ -228,6 +228,7 @@ def test_damaged_offers_are_refused_in_one_line(site: Site) -> None:
 
         @settings(max_examples=40, deadline=None, database=None, suppress_health_check=list(HealthCheck))
         @given(spans)
+        @example((sdp.index("c=IN IP4") + 9, 1, "?"))  # an address that is none
         def damaged(span: tuple[int, int, str]) -> None:
             start, length, put = span
             body = json.dumps({"type": "offer", "sdp": sdp[:start] + put + sdp[start + length % 40 :]})
