@@ -58,7 +58,7 @@ $(RUNTIME)/.installed: pyproject.toml constraints.txt
 $(TESTS)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'std-rt needs Python 3.11 or newer: make PYTHON=python3.12')"
 	$(PYTHON) -m venv $(TESTS)
-	$(TESTS)/$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bulk,dev,export,int8,live,onnx,photos,rtx,serve,text,train]"
+	$(TESTS)/$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bulk,dev,export,int8,live,onnx,photos,rtx,serve,text,train,webrtc]"
 	touch $@
 
 clean:

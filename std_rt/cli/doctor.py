@@ -44,6 +44,7 @@ _EXTRAS = (
     ("int8", "export --precision int8", ("nncf",)),
     ("text", "--prompt", ("tokenizers",)),
     ("serve", "std-rt serve", ("starlette", "uvicorn", "websockets", "python_multipart")),
+    ("webrtc", "the camera of std-rt serve by WebRTC", ("aiortc",)),
 )
 _LITTLE_MEMORY_GB, _LITTLE_DISK_GB = 2.0, 1.0  # less than the built-in model needs with some room to spare
 

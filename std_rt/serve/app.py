@@ -14,9 +14,10 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
 import uvicorn
@@ -45,6 +46,9 @@ from std_rt.serve.protocol import Look, encode_frame
 from std_rt.serve.security import Guard, Rules, patient_for
 from std_rt.serve.sessions import SessionPool
 from std_rt.serve.sockets import Sockets
+
+if TYPE_CHECKING:
+    from std_rt.serve.webrtc import Peers
 
 __all__ = ["Options", "OwnStyle", "Server", "uvicorn_config"]
 
@@ -92,7 +96,7 @@ class Server:
         ``camera``: the server's own, shown to all. Raises StdRtError for a style that cannot be read.
         """
         self.stylizer, self.limits, self.rules = stylizer, options.limits, options.rules
-        self._pictures = 0
+        self._pictures, self.peers = 0, _peers(self.limits)
         with ExitStack() as stack:
             self.uploads = stack.enter_context(closing(Uploads()))
             self.library = Library(stylizer, self.uploads, self.limits)
@@ -109,7 +113,7 @@ class Server:
         self.app: ASGIApp = Guard(app, options.rules, self.limits)
 
     def _routes(self) -> list[BaseRoute]:
-        sockets = Sockets(self.pool, self.camera)
+        sockets = Sockets(self.pool, self.camera, self.peers)
         return [
             *(Route(path, self._page) for path in ("/", "/output", "/watch")),
             Mount("/static", StaticFiles(packages=[("std_rt.serve", "static")])),
@@ -126,6 +130,7 @@ class Server:
             Route("/v1/jobs", self._add_job, methods=["POST"]),
             Route("/v1/jobs/{id}", self._job, methods=["GET", "DELETE"]),
             Route("/v1/jobs/{id}/result", self._job_result),
+            Route("/v1/webrtc/{key}", self._webrtc, methods=["POST"]),
             Route("/v1/openapi.json", self._openapi),
             WebSocketRoute("/v1/stream", sockets.stream),
             WebSocketRoute("/v1/watch", sockets.watch),
@@ -289,6 +294,18 @@ class Server:
         # Without a name, which would win over the one that the page gives it.
         return FileResponse(path, media_type="video/mp4", headers={"content-disposition": "attachment"})
 
+    # Live
+
+    async def _webrtc(self, request: Request) -> Response:
+        found = await _json(request)
+        if not isinstance(found.get("sdp"), str) or found.get("type") != "offer":
+            raise UsageError('send an offer as JSON: {"type": "offer", "sdp": "v=0 ..."}')
+        if self.peers is None:
+            raise MissingError("this server has no WebRTC; its extra [webrtc] is not installed")
+        local, remote = (str((request.scope.get(end) or ("",))[0]) for end in ("server", "client"))
+        sdp = await self.peers.answer(request.path_params["key"], found["sdp"], local, remote)
+        return JSONResponse({"type": "answer", "sdp": sdp})
+
     def _asked(self, form: FormData, **defaults: Any) -> tuple[Look, StyleFile, bool]:
         """Look, style and ``upscale`` of a form. Raises UsageError for a field that is not known."""
         styles, weights = form.getlist("style"), _numbers(form.get("weights"))
@@ -343,6 +360,15 @@ def uvicorn_config(server: Server, **options: Any) -> uvicorn.Config:
 def _static(name: str) -> str:
     """A file of the package that many requests ask for."""
     return resources.files("std_rt.serve").joinpath("static", name).read_text(encoding="utf-8")
+
+
+def _peers(limits: Limits) -> Peers | None:
+    """None without the extra [webrtc]."""
+    if find_spec("aiortc") is None:
+        return None
+    from std_rt.serve.webrtc import Peers
+
+    return Peers(limits)
 
 
 async def _in_thread(work: Callable[..., Any], *values: Any) -> Any:

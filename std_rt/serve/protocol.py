@@ -23,7 +23,7 @@ from std_rt.pipeline.conditioning import check_stroke_size
 from std_rt.pipeline.stylizer import Stylizer
 from std_rt.streaming.temporal import TEMPORAL_MODES
 
-__all__ = ["Header", "Look", "decode_frame", "encode_frame", "parse_message"]
+__all__ = ["Header", "Look", "check_frame_size", "decode_frame", "encode_frame", "parse_message"]
 
 _HEADER = struct.Struct("<IId")
 _MOST_STYLES = 16
@@ -57,6 +57,12 @@ class Header:
         return cls(*_HEADER.unpack_from(message)), message[_HEADER.size :]
 
 
+def check_frame_size(w: int, h: int, max_pixels: int) -> None:
+    """Raise MediaError for a frame that is too large."""
+    if w * h > max_pixels:
+        raise MediaError(f"the frame is {w} x {h} px; the limit is {max_pixels / 1e6:.1f} megapixels")
+
+
 def decode_frame(data: bytes, max_pixels: int) -> Frame:
     """uint8 [H, W, 3] of a JPEG. Raises MediaError if it is none, damaged, or too large.
 
@@ -64,9 +70,7 @@ def decode_frame(data: bytes, max_pixels: int) -> Frame:
     """
     try:
         with JpegImageFile(BytesIO(data)) as picture:
-            w, h = picture.size
-            if w * h > max_pixels:
-                raise MediaError(f"the frame is {w} x {h} px; the limit is {max_pixels / 1e6:.1f} megapixels")
+            check_frame_size(*picture.size, max_pixels)
             return np.asarray(picture.convert("RGB"))
     except DAMAGE as error:
         raise MediaError("the frame is not a JPEG, or it is damaged") from error

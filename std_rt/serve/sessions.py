@@ -2,7 +2,7 @@
 
     pool = SessionPool(stylizer, library, limits, look)
     live = pool.open(PushedFrames(limits))      # BusyError when the limit is reached
-    live.join(put, ended)                       # put is called with every result, in the session's thread
+    live.join(read, ended)                      # read is called with every result, in the session's thread
     live.source.push(header, jpeg)
     pool.close(live)
 
@@ -18,6 +18,8 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from threading import Condition, Event, Lock, Thread
 from typing import Any
 
@@ -35,14 +37,27 @@ from std_rt.serve.protocol import Header, Look, decode_frame, encode_frame
 from std_rt.streaming.shared_calls import SharedCalls
 from std_rt.streaming.temporal import TemporalFilter
 
-__all__ = ["LiveSession", "PushedFrames", "SessionPool"]
+__all__ = ["LiveSession", "PushedFrames", "Result", "SessionPool"]
 
 _JOIN_S = 30.0
 _HEADERS_KEPT = 64
 
 _log = logging.getLogger(__name__)
 
-Result = tuple[Header, bytes]
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A painted frame, uint8 [H, W, 3]."""
+
+    header: Header
+    frame: Frame
+
+    @cached_property
+    def jpeg(self) -> bytes:
+        """The frame, encoded once for all who ask."""
+        return encode_frame(self.frame)
+
+
 Reader = Callable[[Result], None]
 
 
@@ -54,17 +69,18 @@ class PushedFrames:
     def __init__(self, limits: Limits, now: Callable[[], float] = time.perf_counter) -> None:
         self._max_pixels, self._now = limits.frame_px, now
         self._changed = Condition()
-        self._newest: tuple[Header, bytes, float] | None = None
+        self._newest: tuple[Header, bytes | Callable[[], Frame], float] | None = None
         self._closed = False
         self._count = 0
         self._taken: dict[int, Header] = {}  # by the index of the captured frame
         self.faults: dict[str, int] = {}
-        self.replaced = 0
+        self.replaced = self.number = 0  # frames replaced; the last frame's number
         self.rests: Callable[[], bool] = lambda: False
         """Whether frames are to wait, because results are not read; `wake` when that may have changed."""
 
-    def push(self, header: Header, data: bytes) -> None:
-        """Take a frame in place of one that still waits."""
+    def push(self, header: Header, data: bytes | Callable[[], Frame]) -> None:
+        """Take a frame in place of one that still waits: a JPEG, or what `read` is to call for it."""
+        self.number = header.number
         with self._changed:
             self.replaced += self._newest is not None
             self._newest = header, data, self._now()
@@ -84,7 +100,7 @@ class PushedFrames:
         return None
 
     def read(self) -> Captured | None:
-        """Wait for the next frame and decode it. Raises MediaError as `decode_frame`."""
+        """Wait for the next frame and decode it. Raises MediaError as `decode_frame` does."""
         with self._changed:
             while not self._closed and (self._newest is None or self.rests()):
                 self._changed.wait()
@@ -94,7 +110,7 @@ class PushedFrames:
         index, self._count = self._count, self._count + 1
         self._taken = {key: kept for key, kept in self._taken.items() if key > index - _HEADERS_KEPT}
         self._taken[index] = header
-        return Captured(decode_frame(data, self._max_pixels), at_s, index)
+        return Captured(data() if callable(data) else decode_frame(data, self._max_pixels), at_s, index)
 
     def close(self) -> None:
         """End `read`."""
@@ -136,7 +152,7 @@ class LiveSession:
         self._cards: dict[str, int] = {}  # index in the mixer, by style id
         self._readers: list[Reader] = []
         self._told: list[Callable[[str], None]] = []  # called once, with the reason of the end
-        self.over = False
+        self.over = self.by_webrtc = False  # by_webrtc: its client's frames and results go that way
         self._reason: str | None = None
         self._joining = Lock()
         self._applying = Lock()
@@ -249,8 +265,8 @@ class LiveSession:
                 packet = self.session.get(0.2)
                 if packet is None or packet.styled is None:
                     continue
-                drops = self.session.metrics.counts().drops + getattr(self.source, "replaced", 0)
-                result = self._header(packet.index, drops, packet.captured_s), encode_frame(packet.styled)
+                header = self._header(packet.index, self._drops(), packet.captured_s)
+                result = Result(header, packet.styled)
                 for reader in list(self._readers):
                     reader(result)
                 self.session.presented(packet)
@@ -265,6 +281,9 @@ class LiveSession:
             told = list(self._told)
         for tell in told:
             tell(self._reason)
+
+    def _drops(self) -> int:
+        return self.session.metrics.counts().drops + int(getattr(self.source, "replaced", 0))
 
     def _header(self, index: int, drops: int, captured_s: float) -> Header:
         if isinstance(self.source, PushedFrames):
@@ -282,7 +301,9 @@ class LiveSession:
             "latency_p95_ms": rounded(recent.latency_p95_ms, 1),
             "size": None if quality is None else [quality.size[1], quality.size[0]],
             "steps": None if quality is None else quality.steps,
+            "drops": self._drops(),
             "style": self.mixer.title(time.perf_counter()),
+            "transport": "webrtc" if self.by_webrtc else "websocket",
         }
 
     def close(self) -> Counts:

@@ -7,7 +7,7 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.to_thread
@@ -17,6 +17,9 @@ from std_rt.core.errors import StdRtError, UsageError, one_line
 from std_rt.serve.limits import BusyError, Limits
 from std_rt.serve.protocol import Header, Look, parse_message
 from std_rt.serve.sessions import LiveSession, PushedFrames, Result, SessionPool
+
+if TYPE_CHECKING:
+    from std_rt.serve.webrtc import Peers
 
 __all__ = ["Sockets"]
 
@@ -35,9 +38,9 @@ class _Outbox:
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
         self._most, self._unread = unread, deque[int]()
-        self.newest: Result | None = None
+        self.newest: tuple[Header, bytes] | None = None
 
-    def put(self, result: Result) -> None:
+    def put(self, result: tuple[Header, bytes]) -> None:
         """Replace the newest result."""
         self.newest = result
         self._wake()
@@ -46,7 +49,7 @@ class _Outbox:
         with suppress(RuntimeError):  # the loop has ended, and the server with it
             self._loop.call_soon_threadsafe(self._news.set)
 
-    async def get(self) -> Result:
+    async def get(self) -> tuple[Header, bytes]:
         """The newest result, once there is one and the client has read those before."""
         while self.newest is None or len(self._unread) >= self._most:
             self._news.clear()
@@ -66,8 +69,9 @@ class _Outbox:
 class Sockets:
     """The two WebSocket endpoints."""
 
-    def __init__(self, pool: SessionPool, camera: LiveSession | None) -> None:
-        self._pool, self._limits, self._camera = pool, pool.limits, camera
+    def __init__(self, pool: SessionPool, camera: LiveSession | None, peers: Peers | None) -> None:
+        """``peers``: None without WebRTC."""
+        self._pool, self._limits, self._camera, self._peers = pool, pool.limits, camera, peers
         self._viewers = 0
 
     async def stream(self, socket: WebSocket) -> None:
@@ -82,9 +86,12 @@ class Sockets:
             await _refuse(socket, error)
             return
         try:
-            await _Connection(socket, live, self._limits, controls=True).run()
+            invitation = None if self._peers is None else f"/v1/webrtc/{self._peers.invite(live)}"
+            await _Connection(socket, live, self._limits, controls=True, invitation=invitation).run()
         finally:
             with anyio.CancelScope(shield=True):  # its threads end, whatever ends the connection
+                if self._peers is not None:
+                    await self._peers.leave(live)
                 await anyio.to_thread.run_sync(self._pool.close, live)
 
     async def watch(self, socket: WebSocket) -> None:
@@ -122,8 +129,18 @@ async def _refuse(socket: WebSocket, error: StdRtError) -> None:
 class _Connection:
     """One client of one session."""
 
-    def __init__(self, socket: WebSocket, live: LiveSession, limits: Limits, *, controls: bool) -> None:
+    def __init__(
+        self,
+        socket: WebSocket,
+        live: LiveSession,
+        limits: Limits,
+        *,
+        controls: bool,
+        invitation: str | None = None,
+    ) -> None:
+        """``invitation``: where the client may offer WebRTC."""
         self._socket, self._live, self._limits, self._controls = socket, live, limits, controls
+        self._invitation = invitation
         source = live.source
         wake = source.wake if isinstance(source, PushedFrames) else lambda: None
         self._outbox = _Outbox(limits.unread, wake)
@@ -131,25 +148,34 @@ class _Connection:
         self._over = self._loop.create_future()
         self._asked: dict[str, Any] = {}
         self._asked_news = asyncio.Event()
-        self._last = 0  # number of the last frame
         self._sending = asyncio.Lock()
 
     async def run(self) -> None:
         """Until either side ends."""
         live = self._live
-        live.join(self._outbox.put, self._end)
-        if live.owned and self._controls and isinstance(live.source, PushedFrames):
+        live.join(self._put, self._end)
+        if self._owns and isinstance(live.source, PushedFrames):
             live.source.rests = lambda: self._outbox.newest is not None
         parts: list[Callable[[], Awaitable[None]]] = [self._receive, self._send, self._change, self._report]
         tasks = [asyncio.ensure_future(part()) for part in parts]
         try:
             await asyncio.wait([*tasks, self._over], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            live.leave(self._outbox.put, self._end)
+            live.leave(self._put, self._end)
             for task in tasks:
                 task.cancel()
             found = await asyncio.gather(*tasks, return_exceptions=True)
         await self._close(found)
+
+    def _put(self, result: Result) -> None:
+        """Encode a result (in the session's thread) and have it sent, unless WebRTC takes it."""
+        if not (self._owns and self._live.by_webrtc):
+            self._outbox.put((result.header, result.jpeg))
+
+    @property
+    def _owns(self) -> bool:
+        """Whether the session's frames come from this client."""
+        return self._controls and self._live.owned
 
     def _end(self, reason: str) -> None:
         """The session is over (called in its thread)."""
@@ -182,7 +208,9 @@ class _Connection:
 
     async def _send(self) -> None:
         quality = self._live.look.described()
-        await self._tell(session=self._live.id, look=quality, unread=self._limits.unread)
+        await self._tell(
+            session=self._live.id, look=quality, unread=self._limits.unread, webrtc=self._invitation
+        )
         while True:
             header, data = await self._outbox.get()
             async with self._sending:
@@ -200,14 +228,15 @@ class _Connection:
 
     def _take_frame(self, data: bytes) -> None:
         source = self._live.source
-        if not (self._controls and self._live.owned and isinstance(source, PushedFrames)):
+        if not (self._owns and isinstance(source, PushedFrames)):
             raise UsageError("this connection takes no frames; connect to /v1/stream")
         if len(data) > self._limits.frame_bytes:
             raise UsageError(f"a frame has {len(data)} bytes; the limit is {self._limits.frame_bytes}")
         header, picture = Header.unpack(data)
-        if header.number <= self._last:
-            raise UsageError(f"frames must have rising numbers, got {header.number} after {self._last}")
-        self._last = header.number
+        if self._live.by_webrtc:  # it was sent before the client could know
+            return
+        if header.number <= source.number:
+            raise UsageError(f"frames must have rising numbers, got {header.number} after {source.number}")
         self._outbox.read(header.received)
         source.push(header, picture)
 

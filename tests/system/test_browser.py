@@ -116,6 +116,44 @@ def test_camera_styles_snapshot_record_phone_and_restart(
         assert not [url for url in foreign if not url.startswith(("blob:", "about:"))]
 
 
+def by(page: Page, transport: str) -> None:
+    """Wait until the session uses a transport, and paints by it."""
+    page.until(f"document.getElementById('transport').textContent === {transport!r}")
+    page.click("#styles li:nth-child(1) .pick")
+    before = page.run(_SUM)
+    page.click("#styles li:nth-child(2) .pick")
+    changed_from(page, before)
+
+
+def test_the_camera_goes_by_webrtc_and_falls_back(handmade: Bundle, tmp_path: Path, page: Page) -> None:
+    pytest.importorskip("aiortc", reason="the extra [webrtc] is not installed")
+    styles, port = tmp_path / "styles", free_port()
+    styles.mkdir()
+    with serving(handmade, styles, port) as link:
+        page.open(link)
+        page.until("document.querySelectorAll('#styles li').length === 2")
+        page.run("window.made = []; window.Native = RTCPeerConnection; 0")
+        page.run(
+            "window.RTCPeerConnection = class extends Native"
+            " { constructor(...given) { super(...given); made.push(this); } }; 0"
+        )
+        page.click("#camera")
+        by(page, "WebRTC")
+        page.until("document.getElementById('p50').textContent.startsWith('≥')")
+        # Without it, a slow network has Chromium send frames of half the size and less.
+        assert page.run("made[0].getSenders()[0].track.contentHint") == "detail"
+        # It ends, and the page notices by itself.
+        page.run("made[0].close()")
+        by(page, "WebSocket")
+        # Nor does the page need it.
+        page.run("window.RTCPeerConnection = undefined; 0")
+        page.click("#camera")
+        by(page, "WebSocket")
+        assert page.run("made.length") == 1
+        assert page.run("made[0].getConfiguration().iceServers.length") == 0
+        assert not page.said
+
+
 def test_a_picture_is_painted_whole_and_the_other_pages_look_on(
     handmade: Bundle, tmp_path: Path, page: Page
 ) -> None:

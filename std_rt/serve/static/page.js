@@ -10,6 +10,7 @@ const HEADER_BYTES = 16;
 const MOST_IN_FLIGHT = 2; // frames on their way: one is painted while the next travels
 const LOST_AFTER_MS = 5000; // a frame without an answer is given up
 const SENT_SCALE = 1.15; // of the working size, so that rounding costs no detail
+const GATHERED_AFTER_MS = 1000; // the addresses of this machine, without a server that would tell others
 const FIGURES_OVER_MS = 2000;
 const FEWEST_PAINTED = 3;
 
@@ -59,6 +60,7 @@ const link = {
   path: "/v1/stream",
   wait: 500,
   wanted: false,
+  invitation: null, // where the server takes an offer of WebRTC
   number: 0, // of the last frame sent
   received: 0, // of the last result
   sentAt: 0,
@@ -86,7 +88,7 @@ const link = {
     socket.binaryType = "arraybuffer";
     this.socket = socket;
     this.number = this.received = 0;
-    this.newest = null;
+    this.newest = this.invitation = null;
     this.before.clear();
     socket.onmessage = ({ data }) => {
       if (socket !== this.socket) return;
@@ -96,11 +98,15 @@ const link = {
         refusal = message.error;
         say(message.error, true);
       }
-      if (message.session) this.begin();
+      if (message.session) {
+        this.invitation = message.webrtc;
+        this.begin();
+      }
       if (message.figures) showServerFigures(message.figures);
     };
     socket.onclose = () => {
       if (socket !== this.socket || !this.wanted) return;
+      rtc.close();
       say(`${refusal || "The server does not answer"}; trying again`, true);
       this.timer = setTimeout(() => this.connect(), this.wait);
       this.wait = Math.min(2 * this.wait, 5000);
@@ -114,6 +120,7 @@ const link = {
     await refreshStyles().catch((error) => say(error.message, true));
     this.tell(look);
     sinceChange = performance.now();
+    rtc.start();
   },
 
   get ready() {
@@ -178,6 +185,94 @@ const link = {
   },
 };
 
+// WebRTC: the camera's frames and their results as video tracks, if the server invites to it and a way is found.
+// The WebSocket carries frames until then. Afterwards, it takes a new session to go back to it.
+
+const rtc = {
+  connection: null,
+  on: false, // frames go this way
+  seen: false, // the server has said so
+  failed: false, // not tried again until a camera is started
+
+  async start() {
+    if (this.connection || this.failed || !link.invitation || source?.kind !== "camera") return;
+    if (!window.RTCPeerConnection || !HTMLVideoElement.prototype.requestVideoFrameCallback) return;
+    const connection = new RTCPeerConnection();
+    this.connection = connection;
+    connection.ontrack = ({ track, receiver }) => {
+      receiver.jitterBufferTarget = 0;
+      this.show(connection, new MediaStream([track]));
+    };
+    connection.onconnectionstatechange = () => {
+      if (connection !== this.connection) return;
+      if (connection.connectionState === "connected") this.on = true;
+      else if (["disconnected", "failed", "closed"].includes(connection.connectionState)) this.fail();
+    };
+    try {
+      const [track] = grabbed.captureStream().getVideoTracks();
+      track.contentHint = "detail"; // its size stays
+      connection.addTrack(track);
+      await connection.setLocalDescription();
+      await gathered(connection);
+      const headers = { "Content-Type": "application/json" };
+      const body = JSON.stringify(connection.localDescription);
+      const answer = await json(link.invitation, { method: "POST", headers, body });
+      if (connection === this.connection) await connection.setRemoteDescription(answer);
+    } catch {
+      if (connection === this.connection) this.fail();
+    }
+  },
+
+  show(connection, stream) {
+    const element = Object.assign(document.createElement("video"), { muted: true, playsInline: true, srcObject: stream });
+    const step = async () => {
+      if (connection !== this.connection) return;
+      try {
+        const share = Number($("divider").value);
+        const [picture, before] = await Promise.all([createImageBitmap(element), share ? createImageBitmap(grabbed) : null]);
+        if (connection !== this.connection) return;
+        shown?.before?.close();
+        draw(picture, before);
+        count({ at: NaN, drops, number: 0 });
+      } catch (error) {
+        say(`A result could not be shown: ${error.message}`, true);
+      }
+      element.requestVideoFrameCallback(step);
+    };
+    element.requestVideoFrameCallback(step);
+    element.play().catch(() => this.fail());
+  },
+
+  told({ transport, drops: dropped }) {
+    if (this.on && this.seen && transport !== "webrtc") this.fail();
+    this.seen = transport === "webrtc";
+    if (this.on) drops = dropped;
+  },
+
+  fail() {
+    this.failed = true;
+    if (this.close() && link.wanted) link.open(link.path);
+  },
+
+  close() {
+    // Returns whether frames went this way: then the session has ended for the WebSocket.
+    const { on } = this;
+    this.connection?.close();
+    this.connection = null;
+    this.on = this.seen = false;
+    return on;
+  },
+};
+
+function gathered(connection) {
+  return new Promise((done) => {
+    const check = () => { if (connection.iceGatheringState === "complete") done(); };
+    connection.onicegatheringstatechange = check;
+    setTimeout(done, GATHERED_AFTER_MS);
+    check();
+  });
+}
+
 // The picture, and what was before it
 
 let shown = null; // { picture, before }
@@ -241,15 +336,26 @@ function showFigures() {
   const recent = painted;
   const sorted = recent.map((each) => each.latency).filter((ms) => !Number.isNaN(ms)).sort((a, b) => a - b);
   const at = (share) => (sorted.length ? `${Math.round(sorted[Math.round(share * (sorted.length - 1))])} ms` : "–");
+  if (rtc.on && serverFigures?.latency_p50_ms != null) {
+    // Video frames carry no clock: what the server takes is the least that it can be.
+    $("p50").textContent = `≥ ${Math.round(serverFigures.latency_p50_ms)} ms`;
+    $("p95").textContent = `≥ ${Math.round(serverFigures.latency_p95_ms)} ms`;
+  } else {
+    $("p50").textContent = at(0.5);
+    $("p95").textContent = at(0.95);
+  }
   const span = recent.length > 1 ? (recent.at(-1).at - recent[0].at) / 1000 : 0;
   $("fps").textContent = span ? ((recent.length - 1) / span).toFixed(1) : "–";
-  $("p50").textContent = at(0.5);
-  $("p95").textContent = at(0.95);
   $("drops").textContent = drops;
 }
 setInterval(showFigures, 500);
 
+let serverFigures = null;
+
 function showServerFigures(figures) {
+  serverFigures = figures;
+  rtc.told(figures);
+  $("transport").textContent = { webrtc: "WebRTC", websocket: "WebSocket" }[figures.transport];
   $("working").textContent = figures.size ? `${figures.size[0]}×${figures.size[1]}, ${figures.steps}` : "–";
   if (view === "watch") say(figures.style);
 }
@@ -273,7 +379,7 @@ function hasNews() {
 
 function pump() {
   requestAnimationFrame(pump);
-  if (!source?.element || encoding || !link.hasRoom || !hasNews()) return;
+  if (!source?.element || encoding || !(rtc.on || link.hasRoom) || !hasNews()) return;
   const at = performance.now();
   const width = source.element.videoWidth || source.element.width;
   const height = source.element.videoHeight || source.element.height;
@@ -283,6 +389,7 @@ function pump() {
   grab.imageSmoothingQuality = "high";
   if (source.mirror && $("mirror").checked) grab.setTransform(-1, 0, 0, 1, grabbed.width, 0);
   grab.drawImage(source.element, 0, 0, grabbed.width, grabbed.height);
+  if (rtc.on) return; // the canvas is the track
   encoding = true;
   Promise.all([createImageBitmap(grabbed), new Promise((done) => grabbed.toBlob(done, "image/jpeg", 0.9))])
     .then(([frame, blob]) => link.send(frame, blob, at))
@@ -297,6 +404,8 @@ function side() {
 function use(next) {
   source?.stop?.();
   source = next;
+  rtc.failed = false;
+  if (rtc.close()) link.close();
   lastTime = -1;
   sinceChange = performance.now();
   const kind = next?.kind;
@@ -312,6 +421,7 @@ function use(next) {
   if (!kind) link.close();
   else if (kind === "server") link.open("/v1/stream?source=camera");
   else if (!link.wanted || link.path !== "/v1/stream") link.open("/v1/stream");
+  else rtc.start();
 }
 
 async function startCamera(device) {
