@@ -31,12 +31,12 @@ from std_rt.pipeline.denoise import noise_draws
 from std_rt.pipeline.program_builder import CONDITIONING, NEGATIVE, batch_rows
 from std_rt.pipeline.stream_program import unet_rows
 
-__all__ = ["MAX_KEPT", "CachedRunner", "Quality", "RunnerCache", "RunnerKey", "Submitted"]
+__all__ = ["MAX_KEPT", "RECENT", "CachedRunner", "Quality", "RunnerCache", "RunnerKey", "Submitted"]
 
 _Part = tuple[Array, int | None]  # an array [1, ...], or a row of a longer one
 
 MAX_KEPT = 8  # runners that `keep` takes
-_RECENT = 2  # others that stay open: enough for portrait and landscape in turn
+RECENT = 2  # others that stay open: enough for portrait and landscape in turn
 
 
 @dataclass(frozen=True)
@@ -219,9 +219,9 @@ class CachedRunner:
 class RunnerCache:
     """Runners by `RunnerKey`. `ready` may be called from any thread; the rest from one at a time."""
 
-    def __init__(self, open_runner: Callable[[RunnerKey], CachedRunner]) -> None:
-        """``open_runner`` starts to open a runner in the background."""
-        self._open_runner = open_runner
+    def __init__(self, open_runner: Callable[[RunnerKey], CachedRunner], recent: int = RECENT) -> None:
+        """``open_runner`` starts to open a runner in the background; the ``recent`` used last stay open."""
+        self._open_runner, self._recent = open_runner, recent
         self._runners: OrderedDict[RunnerKey, CachedRunner] = OrderedDict()
         self._kept: frozenset[RunnerKey] = frozenset()
         self._lock = Lock()
@@ -283,7 +283,7 @@ class RunnerCache:
         """Close runners that are neither kept nor recent and hold no frames."""
         with self._lock:
             others = [key for key in self._runners if key not in self._kept]
-            idle = [key for key in others[:-_RECENT] if not self._runners[key].holds_frames]
+            idle = [key for key in others[: -self._recent] if not self._runners[key].holds_frames]
             closing = [self._runners.pop(key) for key in idle]
         for runner in closing:
             runner.close()

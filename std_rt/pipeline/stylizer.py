@@ -55,6 +55,7 @@ from std_rt.pipeline.openers import (
     window_specs,
 )
 from std_rt.pipeline.runner_cache import (
+    RECENT,
     CachedRunner,
     Quality,
     RunnerCache,
@@ -70,6 +71,8 @@ Picture = Frame | Path | str
 
 _FRAMES_PER_CALL = 4
 _LARGE_BYTES = 2**30
+# Sizes of a small bundle that stay open: a folder's 4:3 and 3:2 in both directions, 150 MB each for std-tiny.
+_SMALL_BYTES, _SMALL_RECENT = 2**28, 4
 _WINDOW_SIZES = 2  # sizes whose graphs for windows stay open: portrait and landscape in turn
 _CACHED_SIZES = 8  # sizes whose conditioning is remembered
 
@@ -147,7 +150,8 @@ class Stylizer:
         self._style_engine: Future[Engine] | None = None
         self._encoder: StyleEncoder | None = None
         self._prompts: TextEncoder | None = None
-        self._cache = RunnerCache(self._open_runner)
+        recent = _SMALL_RECENT if bundle.total_bytes < _SMALL_BYTES else RECENT
+        self._cache = RunnerCache(self._open_runner, recent)
         self._style: tuple[EncodedStyle, float] | None = None
         self._conditioning: dict[Size, Conditioning] = {}
         self._window_graphs: dict[tuple[Size, int], WindowGraphs] = {}  # by size and text tokens

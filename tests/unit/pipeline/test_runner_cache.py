@@ -79,6 +79,14 @@ def test_the_two_used_last_stay_open_and_the_others_are_closed() -> None:
     assert [runner.closed for runner in runners.values()] == [1, 1, 1]
 
 
+def test_more_stay_open_where_the_user_of_the_cache_says_so() -> None:
+    openings = Openings()
+    cache = RunnerCache(openings, recent=4)
+    for side in (64, 96, 128, 160) * 2:
+        cache.get(key(side))
+    assert len(openings.futures) == 4
+
+
 def test_steps_and_the_way_of_frames_make_a_runner_too() -> None:
     openings = Openings()
     cache = RunnerCache(openings)

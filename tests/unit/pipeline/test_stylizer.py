@@ -19,6 +19,7 @@ from std_rt.core.schedule import add_noise, step, to_eps
 from std_rt.engines import Engine, GraphSpec, open_runner
 from std_rt.engines.host import HostRunner, open_on_host
 from std_rt.engines.program import Program
+from std_rt.pipeline import stylizer as stylizer_module
 from std_rt.pipeline.conditioning import choose_guidance
 from std_rt.pipeline.denoise import Guidance
 from std_rt.pipeline.openers import Openers
@@ -147,12 +148,19 @@ def test_a_frame_comes_back_in_its_aspect_and_never_larger(
     assert frame.shape[:2] == result
 
 
-def test_engines_of_the_size_used_longest_ago_are_closed(handmade: Bundle) -> None:
+@pytest.mark.parametrize(
+    ("small_bytes", "closed"),
+    [(2**28, [False, True, False, False, False]), (0, [False, True, True, True, False])],
+)
+def test_engines_of_the_sizes_used_longest_ago_are_closed_those_of_a_large_bundle_sooner(
+    handmade: Bundle, monkeypatch: pytest.MonkeyPatch, small_bytes: int, closed: list[bool]
+) -> None:
+    monkeypatch.setattr(stylizer_module, "_SMALL_BYTES", small_bytes)
     backend = Backend()
     with _stylizer(handmade, backend) as stylizer:
-        for shape in ((64, 64), (40, 80), (64, 64), (80, 40), (64, 64)):
+        for shape in ((64, 64), (40, 80), (64, 64), (80, 40), (64, 64), (48, 80), (64, 64), (80, 48)):
             stylizer.stylize(np.zeros((*shape, 3), np.uint8))
-        assert [engine.closed for engine in backend.engines("unet")] == [False, True, False]
+        assert [engine.closed for engine in backend.engines("unet")] == closed
     assert all(engine.closed for _, engine in backend.opened)
 
 

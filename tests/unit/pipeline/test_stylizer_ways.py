@@ -215,7 +215,7 @@ def test_levels_that_were_asked_for_stay_open(stylizer: Stylizer, backend: Backe
     closed = {
         spec.shapes["sample"][2] * 8: engine.closed for spec, engine in backend.opened if spec.name == "unet"
     }
-    assert closed == {64: True, 56: True, 48: False}
+    assert closed == {64: True, 56: False, 48: False}, "four of them were used last"
 
 
 def test_ready_says_whether_a_level_is_open_and_asks_for_nothing(handmade: Bundle) -> None:
