@@ -569,3 +569,14 @@ def test_conditioning_masks_rows(base_folder: Path) -> None:
     assert masked.tokens.sum((1, 2)).tolist() == [8, 24, 8]
     assert masked.time_ids.sum() == 18
     assert not base.null(cond).pooled.any()
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_a_sharded_student_is_refused_with_its_reason(
+    config: DistilConfig, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(
+        loop.Accelerator, "distributed_type", property(lambda self: f"DistributedType.{kind}")
+    )
+    with pytest.raises(RecipeError, match="shard the LoRA, whose average and file need it whole; use plain"):
+        train_distil(config)

@@ -16,6 +16,7 @@ from pyarrow import parquet
 from support.cli_support import Cli, Result, files_in, picture
 
 from std_rt import Stylizer
+from std_rt.bulk import cluster
 from std_rt.bulk.stages import ReadBlock
 from std_rt.core.bundle import Bundle
 from std_rt.media import read_picture
@@ -134,3 +135,27 @@ def test_an_engine_that_cannot_be_opened_is_said_in_one_line(bulk: Cli, photos: 
     assert done.code == 2
     assert done.err.splitlines()[-1].startswith("error: ")
     assert "prompt" in done.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "backend", "cores", "wanted"),
+    [
+        ([{"CPU": 2}], "auto", 0, (1, 0, 2)),
+        ([{"CPU": 8}, {"CPU": 5}], "auto", 2, (6, 0, 2)),
+        ([{"CPU": 32}, {"CPU": 16}], "openvino", 0, (6, 0, 8)),
+        ([{"CPU": 16, "GPU": 4}, {"CPU": 16, "GPU": 1}], "auto", 4, (5, 1, 0)),
+        ([{"CPU": 16, "GPU": 4}], "openvino", 4, (4, 0, 4)),
+    ],
+)
+def test_there_is_an_engine_for_each_gpu_or_for_every_few_cores(
+    nodes: list[dict[str, int]],
+    backend: str,
+    cores: int,
+    wanted: tuple[int, int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dead = {"Alive": False, "Resources": {"CPU": 64, "GPU": 8}}
+    alive = [{"Alive": True, "Resources": node} for node in nodes]
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: [dead, *alive])
+    engines = cluster.engines_for(backend, cores)
+    assert (engines.count, engines.gpus, engines.cores) == wanted
