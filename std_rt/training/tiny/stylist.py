@@ -80,12 +80,13 @@ Told = tuple[Tensor, Tensor, Tensor, Tensor]  # style tokens, pooled style, time
 class Sample:
     """States on trajectories, and what the UNet is told beside them; a row a sample.
 
-    ``styled [B]``: false where no style was told.
+    ``styled [B]``: false where no style was told; ``style [S, C, h, w]``: the style pictures' latents.
     """
 
     states: NoisyBatch
     told: Told
     styled: Tensor
+    style: Tensor
 
 
 def build_stylist(config: StylistConfig) -> TinyPipeline:
@@ -263,7 +264,7 @@ class Stylist:
             )
         ids = random_time_ids(len(z), run.rng).to(self.device)
         told = tokens * styled[:, None, None], pooled * styled[:, None], ids, c
-        return Sample(self.own_states(states, told, own, run) if own else states, told, styled)
+        return Sample(self.own_states(states, told, own, run) if own else states, told, styled, s)
 
     def own_states(self, states: NoisyBatch, told: Told, own: int, run: ModuleRun) -> NoisyBatch:
         """``states`` with the last ``own`` at a random step of a run from the photo, by the live network."""
@@ -303,20 +304,20 @@ class Stylist:
             loss = v_loss(v[:others], states.first(others), self.weights, most=3.0)
             run.add(latents=loss)
         if config.reconstruction_weight:
-            loss = loss + config.reconstruction_weight * self.reconstruction(sample.told[3], pictures, run)
+            loss = loss + config.reconstruction_weight * self.reconstruction(sample, pictures, run)
         if self.look is None:
             return loss
         with self.precision():
             picture = self.live.vae.decode(states.alpha * states.x_t - states.sigma * v).sample.float()
         return loss + self.look_loss(picture, pictures, sample.styled, run)
 
-    def reconstruction(self, latents: Tensor, pictures: Pictures, run: ModuleRun) -> Tensor:
+    def reconstruction(self, sample: Sample, pictures: Pictures, run: ModuleRun) -> Tensor:
         """L1 of a few photos and a style picture that went through the autoencoder, a scalar."""
         few = len(pictures.content) // 4 + 1
-        style = self.images(pictures.style[:1])
-        with torch.no_grad(), self.precision():
-            style_latents = self.live.vae.encode(style).latents.float()
-        pairs = (latents[:few], self.images(pictures.content[:few])), (style_latents, style)
+        pairs = (
+            (sample.told[3][:few], self.images(pictures.content[:few])),
+            (sample.style[:1], self.images(pictures.style[:1])),
+        )
         with self.precision():
             losses = [F.l1_loss(self.live.vae.decode(z).sample.float(), image) for z, image in pairs]
         loss = (losses[0] + losses[1]) / 2
