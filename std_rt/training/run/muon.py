@@ -20,16 +20,16 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 4
 
 
-def orthogonalized(matrix: Tensor) -> Tensor:
-    """``[M, N]`` with the same singular vectors and singular values near 1 (those that were not near 0)."""
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / (x.norm() + 1e-7)
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """``[B, M, N]`` with the same singular vectors and singular values near 1 (those that were not near 0)."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     a, b, c = _COEFFICIENTS
     for _ in range(_ITERATIONS):
-        square = x @ x.T
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -48,15 +48,24 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step, with Nesterov's look ahead."""
         for group in self.param_groups:
+            alike: dict[torch.Size, list[nn.Parameter]] = {}
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                mean = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                mean.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalized(p.grad.lerp(mean, group["momentum"]).flatten(1))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                scale = 0.2 * max(update.shape) ** 0.5
-                p.add_(update.view_as(p), alpha=-group["lr"] * scale)
+                if p.grad is not None:
+                    alike.setdefault(p.flatten(1).shape, []).append(p)
+            # Those of one shape together: a GPU would spend the step starting thousands of small products.
+            for shape, parameters in alike.items():
+                updates = orthogonalized(torch.stack([self._ahead(group, p).flatten(1) for p in parameters]))
+                scale = 0.2 * max(shape) ** 0.5
+                for p, update in zip(parameters, updates, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update.view_as(p), alpha=-group["lr"] * scale)
+
+    def _ahead(self, group: dict[str, Any], p: nn.Parameter) -> Tensor:
+        """The momentum moved on, and the gradient moved towards it."""
+        assert p.grad is not None
+        mean = self.state[p].setdefault("momentum", torch.zeros_like(p))
+        mean.lerp_(p.grad, 1 - group["momentum"])
+        return p.grad.lerp(mean, group["momentum"])
 
 
 def hidden_weights(module: nn.Module) -> list[nn.Parameter]:

@@ -136,6 +136,9 @@ class StylistConfig:
     style_weight: Amount = 2.0
     colour_weight: Amount = 1.0
     content_weight: Amount = 0.25
+    # Own runs of each step that are run again on their photos a little moved: the two must agree.
+    steady_photos: Whole = 0
+    steadiness_weight: Amount = 0.5
     # Above 0 the decoder is trained too, and is held by pictures that must come back through it.
     reconstruction_weight: Amount = 0.0
     bf16: bool = False  # for GPUs, and processors that have it
@@ -370,6 +373,11 @@ def _check_stylist(recipe: StylistConfig) -> None:
     if recipe.own_styles and not recipe.perceptual:
         raise RecipeError(
             "own_styles needs a perceptual network; set perceptual to its weights, or own_styles = 0"
+        )
+    if recipe.steady_photos > recipe.own_styles * recipe.photos:
+        raise RecipeError(
+            f"steady_photos = {recipe.steady_photos} is more than the {recipe.own_styles * recipe.photos} own runs"
+            " of a step (own_styles x photos)"
         )
     if recipe.generated_styles > recipe.own_styles:
         raise RecipeError(

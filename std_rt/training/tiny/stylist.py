@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from std_rt.core.errors import RecipeError, one_line
-from std_rt.core.schedule import trajectory_timesteps
+from std_rt.core.schedule import StepCoefficients, trajectory_timesteps
 from std_rt.models.perceptual import (
     colour_distance,
     content_distance,
@@ -72,6 +72,7 @@ from std_rt.training.tiny.trajectories import (
 )
 from std_rt.training.tiny.triplets import TripletSet, crop_pair, crop_style
 
+_MOST_MOVED_PX = 4
 _OWN_PALETTE = 0.3  # share of the generated styles that take an artwork's colours
 Told = tuple[Tensor, Tensor, Tensor, Tensor]  # style tokens, pooled style, time ids, content latents
 
@@ -81,12 +82,26 @@ class Sample:
     """States on trajectories, and what the UNet is told beside them; a row a sample.
 
     ``styled [B]``: false where no style was told; ``style [S, C, h, w]``: the style pictures' latents.
+    ``course``: that of the own runs.
     """
 
     states: NoisyBatch
     told: Told
     styled: Tensor
     style: Tensor
+    course: Course | None
+
+
+@dataclass(frozen=True)
+class Course:
+    """Own runs from ``noise [B, C, h, w]`` as far as the state before the last of ``steps``."""
+
+    noise: Tensor
+    steps: tuple[StepCoefficients, ...]
+
+    def first(self, n: int) -> Course:
+        """Its first ``n`` samples."""
+        return replace(self, noise=self.noise[:n])
 
 
 def build_stylist(config: StylistConfig) -> TinyPipeline:
@@ -219,7 +234,7 @@ class Stylist:
         self.live = build_stylist(config)
         self.live.vae.decoder.requires_grad_(config.reconstruction_weight > 0)
         self.average = deepcopy(self.live)
-        self.look = load_perceptual(config.perceptual) if config.perceptual else None
+        self.look = load_perceptual(config.perceptual, reflect=False) if config.perceptual else None
         if self.look is not None and config.bf16:
             self.look.to(torch.bfloat16)  # once, not in every step: it is frozen
         networks: list[Any] = [n for p in (self.live, self.average) for n in (p.unet, p.style_encoder, p.vae)]
@@ -264,29 +279,41 @@ class Stylist:
             )
         ids = random_time_ids(len(z), run.rng).to(self.device)
         told = tokens * styled[:, None, None], pooled * styled[:, None], ids, c
-        return Sample(self.own_states(states, told, own, run) if own else states, told, styled, s)
+        if not own:
+            return Sample(states, told, styled, s, None)
+        course = self.course(c[-own:].shape, run)
+        states = self.own_states(states, tuple(x[-own:] for x in told), course)
+        return Sample(states, told, styled, s, course)
 
-    def own_states(self, states: NoisyBatch, told: Told, own: int, run: ModuleRun) -> NoisyBatch:
-        """``states`` with the last ``own`` at a random step of a run from the photo, by the live network."""
-        tokens, pooled, ids, content = (x[-own:] for x in told)
+    def course(self, shape: torch.Size, run: ModuleRun) -> Course:
+        """Noise, and a random number of the first steps of a run."""
         timesteps = trajectory_timesteps(self.config.eta, int(run.rng.choice(self.config.own_steps)))
         steps = self.live.schedule.coefficients(timesteps)
         at = int(run.rng.integers(len(steps)))
-        noise = torch.randn(content.shape, generator=run.generator).to(self.device)
+        return Course(torch.randn(shape, generator=run.generator).to(self.device), tuple(steps[: at + 1]))
 
-        def predict(x: Tensor, timestep: int, _: bool) -> Tensor:
-            t = torch.full((own,), timestep, device=self.device)
-            return self.predict(x, t, (tokens, pooled, ids, content))
-
-        now = steps[at]
-        x = now.alpha_t * content + now.sigma_t * noise
-        if at:
-            with torch.no_grad():
-                x = denoise(content, predict, noise=[noise], steps=steps[:at], prediction_type="v_prediction")
-        changed = {"x_t": x}
+    def own_states(self, states: NoisyBatch, told: Told, course: Course) -> NoisyBatch:
+        """``states`` with the last ones on a run from the photo, by the live network; ``told``: their rows."""
+        own, now = len(course.noise), course.steps[-1]
+        changed = {"x_t": self.state_on(course, told)}
         for name, value in (("t", now.timestep), ("alpha", now.alpha_t), ("sigma", now.sigma_t)):
             changed[name] = torch.full_like(getattr(states, name)[-own:], value)
         return replace(states, **{k: torch.cat([getattr(states, k)[:-own], v]) for k, v in changed.items()})
+
+    def state_on(self, course: Course, told: Told) -> Tensor:
+        """The latents before the last step of ``course``, without gradients."""
+        content, now = told[3], course.steps[-1]
+
+        def predict(x: Tensor, timestep: int, _: bool) -> Tensor:
+            return self.predict(x, torch.full((len(x),), timestep, device=self.device), told)
+
+        if len(course.steps) == 1:
+            return now.alpha_t * content + now.sigma_t * course.noise
+        before = course.steps[:-1]
+        with torch.no_grad():
+            return denoise(
+                content, predict, noise=[course.noise], steps=before, prediction_type="v_prediction"
+            )
 
     def loss(self, pictures: Pictures, run: ModuleRun) -> Tensor:
         """The weighted sum of the module docstring's losses."""
@@ -309,7 +336,39 @@ class Stylist:
             return loss
         with self.precision():
             picture = self.live.vae.decode(states.alpha * states.x_t - states.sigma * v).sample.float()
-        return loss + self.look_loss(picture, pictures, sample.styled, run)
+        loss = loss + self.look_loss(picture, pictures, sample.styled, run)
+        if config.steady_photos:
+            loss = loss + config.steadiness_weight * self.unsteadiness(
+                picture[others:], pictures, sample, run
+            )
+        return loss
+
+    def unsteadiness(self, picture: Tensor, pictures: Pictures, sample: Sample, run: ModuleRun) -> Tensor:
+        """L1 of a few own runs against the same on photos a little moved, noisier and brighter, a scalar.
+
+        The noise that the run starts from stays in its place, as it does in a clip. ``picture``: the decoded
+        estimates of the own runs. Whole pixels, because resampling would ask for blur.
+        """
+        assert sample.course is not None
+        n, own = self.config.steady_photos, len(picture)
+        y, x = (int(shift) for shift in run.rng.integers(-_MOST_MOVED_PX, _MOST_MOVED_PX + 1, 2))
+        photo = self.images(pictures.content[-own:][:n]).roll((y, x), (2, 3))
+        gain, grain = run.rng.uniform(0.97, 1.03), run.rng.uniform(0, 0.04)
+        noise = torch.randn(photo.shape, generator=run.generator).to(self.device)
+        course = sample.course.first(n)
+        with self.precision(), attention_kernels(self.device), torch.no_grad():
+            moved = self.live.vae.encode((gain * photo + grain * noise).clamp(-1, 1)).latents.float()
+            tokens, pooled, ids = (value[-own:][:n] for value in sample.told[:3])
+            state = self.state_on(course, (tokens, pooled, ids, moved))
+        now = course.steps[-1]
+        with self.precision(), attention_kernels(self.device):
+            t = torch.full((n,), now.timestep, device=self.device)
+            v = self.predict(state, t, (tokens, pooled, ids, moved))
+            again = self.live.vae.decode(now.alpha_t * state - now.sigma_t * v).sample.float()
+        inside = slice(2 * _MOST_MOVED_PX, -2 * _MOST_MOVED_PX)  # what came in at the edge is left out
+        loss = F.l1_loss(again[..., inside, inside], picture[:n].roll((y, x), (2, 3))[..., inside, inside])
+        run.add(unsteadiness=loss)
+        return loss
 
     def reconstruction(self, sample: Sample, pictures: Pictures, run: ModuleRun) -> Tensor:
         """L1 of a few photos and a style picture that went through the autoencoder, a scalar."""

@@ -12,7 +12,7 @@ def test_singular_vectors_stay_and_singular_values_become_one(shape: tuple[int, 
     side = min(shape)
     left, right = (torch.linalg.qr(torch.randn(n, side))[0] for n in shape)
     matrix = left @ torch.diag(torch.logspace(0, -1.5, side)) @ right.T
-    values = left.T @ orthogonalized(matrix) @ right
+    values = left.T @ orthogonalized(matrix[None])[0] @ right
     assert torch.allclose(values, torch.diag(values.diagonal()), atol=1e-4)
     assert values.diagonal().min() > 0.3
     assert values.diagonal().max() < 1.3
@@ -29,6 +29,23 @@ def test_a_step_by_hand() -> None:
         weight.grad = gradient.clone()
         optimizer.step()
         mean = 0.9 * mean + 0.1 * gradient
-        move = orthogonalized((0.1 * gradient + 0.9 * mean).reshape(8, 36)).reshape(8, 4, 3, 3)
+        move = orthogonalized((0.1 * gradient + 0.9 * mean).reshape(1, 8, 36)).reshape(8, 4, 3, 3)
         expected = 0.95 * expected - 0.1 * 0.2 * 6 * move
         assert torch.allclose(weight, expected, atol=1e-5)
+
+
+def test_weights_of_one_shape_move_as_each_alone() -> None:
+    torch.manual_seed(2)
+    start = [torch.randn(8, 4, 3, 3), torch.randn(8, 36), torch.randn(6, 5), torch.randn(8, 4, 3, 3)]
+    gradients = [torch.randn_like(x) for x in start]
+
+    def moved(chosen: list[int]) -> list[torch.Tensor]:
+        weights = [torch.nn.Parameter(start[i].clone()) for i in chosen]
+        for weight, i in zip(weights, chosen, strict=True):
+            weight.grad = gradients[i].clone()
+        Muon(weights, lr=0.1).step()
+        return [weight.detach() for weight in weights]
+
+    for i, weight in enumerate(moved([0, 1, 2, 3])):
+        assert torch.allclose(weight, moved([i])[0], atol=1e-5)
+        assert not torch.allclose(weight, start[i], atol=1e-3)

@@ -298,6 +298,48 @@ def test_own_states_lie_on_the_networks_own_run(stylist: Stylist, seed: int) -> 
     assert noise.std() == pytest.approx(1, abs=0.2)
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_unsteadiness_by_hand(stylist: Stylist, steps: int) -> None:
+    """The run of two steps, or one, once more on the photo moved by (1, -3) px, from the same noise."""
+    stylist.config = replace(stylist.config, own_steps=(steps,), steady_photos=1)
+    pictures = StylistData(stylist.config).draw(0)
+    run = _run(0)
+    while len((sample := stylist.sample(pictures, run, 2)).course.steps) != steps:  # type: ignore[union-attr]
+        pass
+    course = cast(Any, sample.course)
+    picture = torch.rand(2, 3, *pictures.content.shape[1:3], generator=torch.Generator().manual_seed(1))
+    # No other brightness and no grain.
+    moves = SimpleNamespace(integers=lambda *_: np.array([1, -3]), uniform=lambda low, _: float(low == 0.97))
+    noted: dict[str, Tensor] = {}
+    run = cast(ModuleRun, SimpleNamespace(rng=moves, generator=run.generator, add=noted.update))
+    stylist.unsteadiness(picture, pictures, sample, run)
+    with torch.no_grad():
+        photo = torch.roll(stylist.images(pictures.content[2:3]), (1, -3), (2, 3))
+        content = stylist.live.vae.encode(photo).latents
+        x, told = content, [value[2:3] for value in sample.told[:3]]
+        for i, now in enumerate(course.steps):
+            if i == 0:
+                x = now.alpha_t * content + now.sigma_t * course.noise[:1]
+            v = run_unet(stylist.live.unet, x, torch.tensor([now.timestep]), *told, content)
+            clean, grain = now.alpha_t * x - now.sigma_t * v, now.sigma_t * x + now.alpha_t * v
+            if i + 1 < steps:
+                after = course.steps[i + 1]
+                x = after.alpha_t * clean + after.sigma_t * grain
+        again = stylist.live.vae.decode(clean).sample
+    gap = (again - torch.roll(picture[:1], (1, -3), (2, 3))).abs()[:, :, 8:-8, 8:-8].mean()
+    assert noted["unsteadiness"].item() == pytest.approx(float(gap), rel=1e-4)
+
+
+def test_unsteadiness_counts_in_the_loss(stylist: Stylist) -> None:
+    pictures, noted = StylistData(stylist.config).draw(0), {}
+    plain = stylist.loss(pictures, _run(3))
+    stylist.config = replace(stylist.config, steady_photos=2, steadiness_weight=0.7)
+    more = stylist.loss(pictures, _run(3, noted))
+    assert (more - plain).item() == pytest.approx(0.7 * noted["unsteadiness"].item(), rel=1e-3)
+    more.backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in stylist.live.unet.parameters())
+
+
 def test_all_losses_fall_along_their_gradient(stylist: Stylist) -> None:
     pictures = StylistData(stylist.config).draw(0)
     noted: dict[str, Tensor] = {}
