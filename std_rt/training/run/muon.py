@@ -21,7 +21,7 @@ _ITERATIONS = 4
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """``[B, M, N]`` with the same singular vectors and singular values near 1 (those that were not near 0)."""
+    """``[B, M, N]`` with the same singular vectors and singular values near 1, but for those near 0."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)

@@ -374,10 +374,11 @@ def _check_stylist(recipe: StylistConfig) -> None:
         raise RecipeError(
             "own_styles needs a perceptual network; set perceptual to its weights, or own_styles = 0"
         )
-    if recipe.steady_photos > recipe.own_styles * recipe.photos:
+    own_runs = recipe.own_styles * recipe.photos
+    if recipe.steady_photos > own_runs:
         raise RecipeError(
-            f"steady_photos = {recipe.steady_photos} is more than the {recipe.own_styles * recipe.photos} own runs"
-            " of a step (own_styles x photos)"
+            f"steady_photos = {recipe.steady_photos} is more than the {own_runs} own runs of a step "
+            "(own_styles x photos)"
         )
     if recipe.generated_styles > recipe.own_styles:
         raise RecipeError(

@@ -293,7 +293,7 @@ class Stylist:
         return Course(torch.randn(shape, generator=run.generator).to(self.device), tuple(steps[: at + 1]))
 
     def own_states(self, states: NoisyBatch, told: Told, course: Course) -> NoisyBatch:
-        """``states`` with the last ones on a run from the photo, by the live network; ``told``: their rows."""
+        """``states`` with the last ones on a run of the live network from the photo; ``told``: their rows."""
         own, now = len(course.noise), course.steps[-1]
         changed = {"x_t": self.state_on(course, told)}
         for name, value in (("t", now.timestep), ("alpha", now.alpha_t), ("sigma", now.sigma_t)):
