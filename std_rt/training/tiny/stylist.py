@@ -104,6 +104,11 @@ class Course:
         return replace(self, noise=self.noise[:n])
 
 
+def _last(told: Told, n: int) -> Told:
+    tokens, pooled, ids, content = (x[-n:] for x in told)
+    return tokens, pooled, ids, content
+
+
 def build_stylist(config: StylistConfig) -> TinyPipeline:
     """The recipe's pipeline, with the weights of the one that ``start_from`` names; RecipeError if unfit."""
     torch.manual_seed(config.seed)
@@ -282,7 +287,7 @@ class Stylist:
         if not own:
             return Sample(states, told, styled, s, None)
         course = self.course(c[-own:].shape, run)
-        states = self.own_states(states, tuple(x[-own:] for x in told), course)
+        states = self.own_states(states, _last(told, own), course)
         return Sample(states, told, styled, s, course)
 
     def course(self, shape: torch.Size, run: ModuleRun) -> Course:
@@ -338,9 +343,8 @@ class Stylist:
             picture = self.live.vae.decode(states.alpha * states.x_t - states.sigma * v).sample.float()
         loss = loss + self.look_loss(picture, pictures, sample.styled, run)
         if config.steady_photos:
-            loss = loss + config.steadiness_weight * self.unsteadiness(
-                picture[others:], pictures, sample, run
-            )
+            apart = self.unsteadiness(picture[others:], pictures, sample, run)
+            loss = loss + config.steadiness_weight * apart
         return loss
 
     def unsteadiness(self, picture: Tensor, pictures: Pictures, sample: Sample, run: ModuleRun) -> Tensor:
