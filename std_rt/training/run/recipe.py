@@ -136,6 +136,7 @@ class StylistConfig:
     style_weight: Amount = 2.0
     colour_weight: Amount = 1.0
     content_weight: Amount = 0.25
+    lattice_weight: Amount = 0.0  # against a pattern of the decoder's period on flat ground
     # Own runs of each step that are run again on their photos a little moved: the two must agree.
     steady_photos: Whole = 0
     steadiness_weight: Amount = 0.5

@@ -39,6 +39,7 @@ from std_rt.models.perceptual import (
     feature_distance,
     gram,
     gram_distance,
+    lattice,
     load_perceptual,
     relative_l1,
     relative_norm,
@@ -342,6 +343,10 @@ class Stylist:
         with self.precision():
             picture = self.live.vae.decode(states.alpha * states.x_t - states.sigma * v).sample.float()
         loss = loss + self.look_loss(picture, pictures, sample.styled, run)
+        if config.lattice_weight:
+            pattern = lattice(picture).mean()
+            run.add(lattice=pattern)
+            loss = loss + config.lattice_weight * pattern
         if config.steady_photos:
             apart = self.unsteadiness(picture[others:], pictures, sample, run)
             loss = loss + config.steadiness_weight * apart

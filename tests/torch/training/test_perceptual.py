@@ -20,6 +20,7 @@ from std_rt.models.perceptual import (
     Vgg,
     content_distance,
     gram,
+    lattice,
     load_perceptual,
     style_distance,
 )
@@ -33,6 +34,33 @@ def _picture(height: int = 64, width: int = 64, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     small = torch.rand((1, 3, 8, 8), generator=generator) * 2 - 1
     return F.interpolate(small, (height, width), mode="bicubic").clamp(-1, 1)
+
+
+def test_a_lattice_of_the_period_is_seen_and_no_other(vgg_file: Path) -> None:
+    picture = _picture(128, 128) + 0.05 * torch.randn(
+        1, 3, 128, 128, generator=torch.Generator().manual_seed(1)
+    )
+    rows, columns = torch.meshgrid(torch.arange(128), torch.arange(128), indexing="ij")
+
+    def with_dots(period: int) -> Tensor:
+        return picture + 0.3 * ((rows % period == 0) & (columns % period == 0))
+
+    plain = float(lattice(picture))
+    assert plain < 0.15
+    assert float(lattice(with_dots(8))) > plain + 0.1
+    assert float(lattice(with_dots(7))) < plain + 0.02
+    assert float(lattice(with_dots(7), 7)) > float(lattice(picture, 7)) + 0.1
+    # Louder fine detail in one place of the period, of random sign.
+    louder = picture + 0.3 * (picture - F.avg_pool2d(picture, 9, 1, 4)) * (columns % 8 < 2)
+    assert float(lattice(louder)) > plain + 0.05
+    assert torch.allclose(lattice(torch.cat([picture, with_dots(8)]))[:1], lattice(picture))
+
+
+def test_padding_with_zeros_changes_the_edge_alone(vgg_file: Path) -> None:
+    x = _picture()
+    ours, zeros = (load_perceptual(vgg_file, reflect)(x)[1] for reflect in (True, False))
+    assert torch.allclose(ours[..., 3:-3, 3:-3], zeros[..., 3:-3, 3:-3], atol=1e-5)
+    assert not torch.allclose(ours[..., :1, :], zeros[..., :1, :], atol=1e-3)
 
 
 def test_vgg_sees_what_the_published_convention_says(vgg_file: Path) -> None:

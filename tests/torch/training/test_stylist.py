@@ -340,6 +340,15 @@ def test_unsteadiness_counts_in_the_loss(stylist: Stylist) -> None:
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in stylist.live.unet.parameters())
 
 
+def test_the_lattice_counts_in_the_loss(stylist: Stylist) -> None:
+    pictures, noted = StylistData(stylist.config).draw(0), {}
+    plain = stylist.loss(pictures, _run(3))
+    stylist.config = replace(stylist.config, lattice_weight=0.7)
+    more = stylist.loss(pictures, _run(3, noted))
+    assert noted["lattice"] > 0.01
+    assert (more - plain).item() == pytest.approx(0.7 * noted["lattice"].item(), rel=1e-3)
+
+
 def test_all_losses_fall_along_their_gradient(stylist: Stylist) -> None:
     pictures = StylistData(stylist.config).draw(0)
     noted: dict[str, Tensor] = {}
