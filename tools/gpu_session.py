@@ -136,7 +136,8 @@ def _outcome(command: Command, output: Path, fake: bool) -> str:
     """Run it with its output in a file."""
     start = [sys.executable, *command.arguments]
     limit_s = command.limit_s * (FAKE_PATIENCE if fake else 1)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     if fake:
         environment["STD_RT_FAKE_GPU"] = "1"
         if command.arguments[:2] == ("-m", "std_rt"):

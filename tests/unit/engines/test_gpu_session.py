@@ -53,10 +53,14 @@ def test_the_outcome_of_every_command_is_told_and_kept(
             Command("slow", ("-c", "import time; time.sleep(60)"), 1),
             Command("lacks", ("-c", ""), 60, needs=("no_such_package",)),
             Command("times", ("-c", ""), 60, on_fake=None),
+            Command("finds", ("-c", "import only_here"), 60),
             Command("smaller", ("-c", "import sys; print(sys.argv[1:])"), 60, on_fake=("--size", "64")),
         )
     }
     (tmp_path / "tests").mkdir()
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "only_here.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))  # packages that are unpacked, not installed
     monkeypatch.setattr(gpu_session, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_session, "CALLS", calls)
     monkeypatch.setattr(gpu_session, "probe", lambda: Report("no NVIDIA driver found"))
@@ -75,5 +79,6 @@ def test_the_outcome_of_every_command_is_told_and_kept(
     assert outcomes["slow"].startswith("failed: not done after 1 s; see ")
     assert outcomes["lacks"] == "left out: no_such_package is not installed"
     assert outcomes["times"] == "left out: it only times a GPU"
+    assert outcomes["finds"] == "passed"
     assert outcomes["smaller"] == "passed"
     assert (folder / "smaller.txt").read_text(encoding="utf-8") == "['--size', '64']\n"
