@@ -21,6 +21,7 @@ from std_rt.core.errors import BackendError
 from std_rt.engines import GraphSpec, open_engine
 from std_rt.engines.glue import glue_path
 from std_rt.engines.gpu import libraries
+from std_rt.engines.gpu.probe import probe
 from std_rt.engines.host import HostRunner
 from std_rt.engines.onnxruntime import cuda
 from std_rt.engines.onnxruntime.io_binding import OrtRunner
@@ -327,7 +328,7 @@ def test_a_graph_that_cannot_be_captured_runs_as_it_is_and_says_so(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(NO_CUDA, reason="needs onnxruntime-gpu and a GPU")
+@pytest.mark.skipif(NO_CUDA or probe().problem is not None, reason="needs onnxruntime-gpu and a GPU")
 def test_on_a_gpu_a_program_gives_what_the_host_gives() -> None:
     runner = cuda.open_runner(program(), {"unet": spec()}, "fp32")
     host = HostRunner({"unet": open_engine("onnxruntime", spec())}, program())

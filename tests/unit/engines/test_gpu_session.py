@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ pytest.importorskip("onnxruntime")
 from std_rt.core.errors import BackendError
 from std_rt.engines.gpu.probe import Report
 from std_rt.engines.tensorrt.gpu_runner import GpuRunner
+from std_rt.pipeline.stylizer import Stylizer
 from tools import gpu_session
 from tools.gpu_session import Command, main
 
@@ -39,7 +41,12 @@ def test_frames_stay_the_same_while_engines_are_opened(
     assert gpu_session.step_capture()["frames"]["rtx"] >= 2
     run, count = GpuRunner._collect, iter(range(100))
     monkeypatch.setattr(GpuRunner, "_collect", lambda *given: run(*given) ^ np.uint8(next(count) == 2))
+    monkeypatch.setattr(Stylizer, "ready", lambda self, quality: False)  # it fails before the others are open
     with pytest.raises(BackendError, match="another picture after"):
+        gpu_session.step_capture()
+    assert not [thread for thread in threading.enumerate() if "_disturb" in thread.name]
+    monkeypatch.setattr(gpu_session, "MOST_FRAMES", 3)
+    with pytest.raises(BackendError, match="192 px is still not open after all frames"):
         gpu_session.step_capture()
 
 
