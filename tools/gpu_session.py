@@ -38,6 +38,7 @@ __all__ = ["CALLS", "Command", "main"]
 
 ROOT = Path(__file__).parents[1]
 REPLAYS, FRAMES, SIZE_PX, OTHER_PX = 1000, 6, 128, 192
+MOST_FRAMES = 10_000  # while engines open
 MOST_DIFFERENCE = 24  # of 255
 FAKE_PATIENCE = 4  # times the limit on the simulated GPU, which computes on the processor
 MODES = (("none", None), ("full", 3.0), ("residual", 3.0))
@@ -136,7 +137,8 @@ def _outcome(command: Command, output: Path, fake: bool) -> str:
     """Run it with its output in a file."""
     start = [sys.executable, *command.arguments]
     limit_s = command.limit_s * (FAKE_PATIENCE if fake else 1)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     if fake:
         environment["STD_RT_FAKE_GPU"] = "1"
         if command.arguments[:2] == ("-m", "std_rt"):
@@ -245,12 +247,18 @@ def step_capture() -> dict[str, Any]:
             frame = sample_frame(SIZE_PX, SIZE_PX)
             expected = stylizer.stylize(frame)
             errors: list[Exception] = []
-            opening = threading.Thread(target=_disturb, args=(stylizer, errors))
+            over = threading.Event()
+            opening = threading.Thread(target=_disturb, args=(stylizer, errors, over))
             opening.start()
-            for count in islice(_counting(opening), 10_000):
-                if not np.array_equal(stylizer.stylize(frame), expected):
-                    raise BackendError(f"{name}: another picture after {count} frames, while engines opened")
-            opening.join()
+            try:
+                for count in islice(_counting(opening), MOST_FRAMES):
+                    if not np.array_equal(stylizer.stylize(frame), expected):
+                        raise BackendError(
+                            f"{name}: another picture after {count} frames, while engines opened"
+                        )
+            finally:
+                over.set()  # else it waits for ever for what a closed stylizer no longer opens
+                opening.join()
             if errors:
                 raise errors[0]
             done[name] = count + 1
@@ -264,14 +272,15 @@ def _counting(thread: threading.Thread) -> Iterator[int]:
         count += 1
 
 
-def _disturb(stylizer: Stylizer, errors: list[Exception]) -> None:
-    """What may happen beside frames: another size is opened and run, a style is encoded."""
+def _disturb(stylizer: Stylizer, errors: list[Exception], over: threading.Event) -> None:
+    """What may happen beside frames until they are ``over``: another size opens, a style is encoded."""
     try:
         quality = stylizer.quality(OTHER_PX, OTHER_PX, size=OTHER_PX)
         stylizer.prepare_qualities([quality])
         stylizer.encode_style(sample_frame(256, 256, seed=2))
         while not stylizer.ready(quality):
-            time.sleep(0.01)
+            if over.wait(0.01):
+                raise BackendError(f"{OTHER_PX} px is still not open after all frames")
     except Exception as error:  # noqa: BLE001 (raised in the main thread)
         errors.append(error)
 

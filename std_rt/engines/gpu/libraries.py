@@ -12,18 +12,16 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ["cuda_version", "library_names", "missing_libraries"]
+__all__ = ["cuda_version", "library_names", "missing_libraries", "provider_problem"]
 
 _VERSION = re.compile(r"^cuda_version\s*=\s*['\"]([\d.]+)['\"]", re.MULTILINE)
 
 
 def cuda_version() -> str | None:
     """The CUDA that the installed onnxruntime was built with, as "13.0"; None for a build without it."""
-    spec = find_spec("onnxruntime")
-    if spec is None or spec.origin is None:
-        return None
-    info = Path(spec.origin).parent / "capi" / "build_and_package_info.py"
-    found = _VERSION.search(info.read_text(encoding="utf-8")) if info.is_file() else None
+    folder = _capi()
+    info = None if folder is None else folder / "build_and_package_info.py"
+    found = _VERSION.search(info.read_text(encoding="utf-8")) if info and info.is_file() else None
     return found[1] if found else None
 
 
@@ -45,6 +43,27 @@ def missing_libraries() -> list[str]:
         return []
     packaged = _packaged()
     return [name for name in library_names(cuda) if name not in packaged and not _loads(name)]
+
+
+def provider_problem() -> str:
+    """Why the CUDA provider of the installed onnxruntime does not load, in the system's words; "" if it does.
+
+    ONNX Runtime has the reason only in its log.
+    """
+    folder = _capi()
+    for name in ("shared", "cuda"):  # the second takes symbols from the first
+        for path in folder.glob(f"*onnxruntime_providers_{name}.*") if folder else ():
+            try:
+                ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+            except OSError as error:
+                return str(error)
+    return ""
+
+
+def _capi() -> Path | None:
+    """The folder of the installed onnxruntime's libraries."""
+    spec = find_spec("onnxruntime")
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent / "capi"
 
 
 def _packaged() -> set[str]:

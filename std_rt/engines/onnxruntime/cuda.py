@@ -27,7 +27,7 @@ import onnxruntime as ort
 from std_rt.core.errors import BackendError
 from std_rt.core.machine import install_hint
 from std_rt.engines.glue import GLUE
-from std_rt.engines.gpu.libraries import missing_libraries
+from std_rt.engines.gpu.libraries import missing_libraries, provider_problem
 from std_rt.engines.gpu.probe import probe
 from std_rt.engines.onnxruntime.io_binding import OrtRunner
 from std_rt.engines.onnxruntime.ort_session import (
@@ -223,9 +223,9 @@ def _open(spec: GraphSpec, precision: str, *, capture: bool) -> ort.InferenceSes
     session = open_session(spec, [provider, *CPU])
     # ONNX Runtime continues without a provider it cannot load; a user who asked for a GPU must know.
     if session.get_providers()[0] != _PROVIDER:
+        why = said or provider_problem() or "it loads but does not start; its log above has the reason"
         raise BackendError(
-            f"onnxruntime cannot load its CUDA provider: {said or 'CUDA or cuDNN libraries are missing'}; "
-            f"run: {_INSTALL}  and see std-rt doctor"
+            f"onnxruntime cannot load its CUDA provider: {why}; run: {_INSTALL}  and see std-rt doctor"
         )
     return session
 

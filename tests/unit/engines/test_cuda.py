@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from threading import Event, Thread
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,8 @@ import onnxruntime as ort
 from std_rt.core.errors import BackendError
 from std_rt.engines import GraphSpec, open_engine
 from std_rt.engines.glue import glue_path
+from std_rt.engines.gpu import libraries
+from std_rt.engines.gpu.probe import probe
 from std_rt.engines.host import HostRunner
 from std_rt.engines.onnxruntime import cuda
 from std_rt.engines.onnxruntime.io_binding import OrtRunner
@@ -77,6 +81,24 @@ def test_a_provider_that_is_dropped_in_silence_is_an_error(monkeypatch: pytest.M
     with pytest.raises(
         BackendError, match=r"cannot load its CUDA provider: Failed to load libcudnn.so.9; run"
     ):
+        cuda.open_graph(spec(), "auto")
+
+
+def test_a_provider_that_does_not_load_is_told_in_the_systems_words(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """All libraries are found, but the provider itself, here two bytes long, is refused by the loader."""
+    (tmp_path / "capi").mkdir()
+    (tmp_path / "capi" / "libonnxruntime_providers_cuda.so").write_bytes(b"no")
+    found = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(libraries, "find_spec", lambda name: found if name == "onnxruntime" else None)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(ort, "preload_dlls", lambda: None)
+    monkeypatch.setattr(cuda, "open_session", lambda spec, providers: open_session(spec, CPU))
+    with pytest.raises(BackendError, match=r"cannot load its CUDA provider: (?!it loads).+; run: "):
+        cuda.open_graph(spec(), "auto")
+    (tmp_path / "capi" / "libonnxruntime_providers_cuda.so").unlink()
+    with pytest.raises(BackendError, match="it loads but does not start; its log above has the reason"):
         cuda.open_graph(spec(), "auto")
 
 
@@ -306,7 +328,7 @@ def test_a_graph_that_cannot_be_captured_runs_as_it_is_and_says_so(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(NO_CUDA, reason="needs onnxruntime-gpu and a GPU")
+@pytest.mark.skipif(NO_CUDA or probe().problem is not None, reason="needs onnxruntime-gpu and a GPU")
 def test_on_a_gpu_a_program_gives_what_the_host_gives() -> None:
     runner = cuda.open_runner(program(), {"unet": spec()}, "fp32")
     host = HostRunner({"unet": open_engine("onnxruntime", spec())}, program())

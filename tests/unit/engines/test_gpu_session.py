@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ pytest.importorskip("onnxruntime")
 from std_rt.core.errors import BackendError
 from std_rt.engines.gpu.probe import Report
 from std_rt.engines.tensorrt.gpu_runner import GpuRunner
+from std_rt.pipeline.stylizer import Stylizer
 from tools import gpu_session
 from tools.gpu_session import Command, main
 
@@ -39,7 +41,12 @@ def test_frames_stay_the_same_while_engines_are_opened(
     assert gpu_session.step_capture()["frames"]["rtx"] >= 2
     run, count = GpuRunner._collect, iter(range(100))
     monkeypatch.setattr(GpuRunner, "_collect", lambda *given: run(*given) ^ np.uint8(next(count) == 2))
+    monkeypatch.setattr(Stylizer, "ready", lambda self, quality: False)  # it fails before the others are open
     with pytest.raises(BackendError, match="another picture after"):
+        gpu_session.step_capture()
+    assert not [thread for thread in threading.enumerate() if "_disturb" in thread.name]
+    monkeypatch.setattr(gpu_session, "MOST_FRAMES", 3)
+    with pytest.raises(BackendError, match="192 px is still not open after all frames"):
         gpu_session.step_capture()
 
 
@@ -53,10 +60,14 @@ def test_the_outcome_of_every_command_is_told_and_kept(
             Command("slow", ("-c", "import time; time.sleep(60)"), 1),
             Command("lacks", ("-c", ""), 60, needs=("no_such_package",)),
             Command("times", ("-c", ""), 60, on_fake=None),
+            Command("finds", ("-c", "import only_here"), 60),
             Command("smaller", ("-c", "import sys; print(sys.argv[1:])"), 60, on_fake=("--size", "64")),
         )
     }
     (tmp_path / "tests").mkdir()
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "only_here.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))  # packages that are unpacked, not installed
     monkeypatch.setattr(gpu_session, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_session, "CALLS", calls)
     monkeypatch.setattr(gpu_session, "probe", lambda: Report("no NVIDIA driver found"))
@@ -75,5 +86,6 @@ def test_the_outcome_of_every_command_is_told_and_kept(
     assert outcomes["slow"].startswith("failed: not done after 1 s; see ")
     assert outcomes["lacks"] == "left out: no_such_package is not installed"
     assert outcomes["times"] == "left out: it only times a GPU"
+    assert outcomes["finds"] == "passed"
     assert outcomes["smaller"] == "passed"
     assert (folder / "smaller.txt").read_text(encoding="utf-8") == "['--size', '64']\n"
