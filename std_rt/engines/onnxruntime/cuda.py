@@ -6,7 +6,7 @@ Pad, ReduceMean), and would carry those layers back to the CPU. Each launch ends
 the TensorRT backends, which replay a whole frame, have none. Those waits are in a thread of their own, in
 which all programs run: callers follow the motion, settle and present meanwhile (`CudaRunner.submit`).
 
-Untested on a real GPU.
+Tested on one NVIDIA H200 with onnxruntime-gpu 1.31.1 and CUDA 13.0.
 """
 
 from __future__ import annotations
@@ -244,6 +244,8 @@ def _load_libraries() -> str:
     said = StringIO()
     with redirect_stdout(said):  # it prints, and standard output may be JSON for another program
         ort.preload_dlls()
+    # Every session would say that no plugin brings the provider, which is built in.
+    ort.set_default_logger_severity(3)
     missing = missing_libraries()
     if missing:
         raise BackendError(f"onnxruntime-gpu does not find {', '.join(missing)}; run: {_INSTALL}")

@@ -73,7 +73,8 @@ from std_rt.training.tiny.trajectories import (
 )
 from std_rt.training.tiny.triplets import TripletSet, crop_pair, crop_style
 
-_MOST_MOVED_PX = 4
+_CUT_PX = 32
+_EDGE_PX = 16
 _OWN_PALETTE = 0.3  # share of the generated styles that take an artwork's colours
 Told = tuple[Tensor, Tensor, Tensor, Tensor]  # style tokens, pooled style, time ids, content latents
 
@@ -100,9 +101,9 @@ class Course:
     noise: Tensor
     steps: tuple[StepCoefficients, ...]
 
-    def first(self, n: int) -> Course:
-        """Its first ``n`` samples."""
-        return replace(self, noise=self.noise[:n])
+    def corner(self, n: int, side: int) -> Course:
+        """Its first ``n`` samples, as far as ``side`` latents from the top left."""
+        return replace(self, noise=self.noise[:n, :, :side, :side])
 
 
 def _last(told: Told, n: int) -> Told:
@@ -353,29 +354,31 @@ class Stylist:
         return loss
 
     def unsteadiness(self, picture: Tensor, pictures: Pictures, sample: Sample, run: ModuleRun) -> Tensor:
-        """L1 of a few own runs against the same on photos a little moved, noisier and brighter, a scalar.
+        """L1 of a few own runs against the same on a part of their photos, noisier and brighter, a scalar.
 
-        The noise that the run starts from stays in its place, as it does in a clip. ``picture``: the decoded
-        estimates of the own runs. Whole pixels, because resampling would ask for blur.
+        The part is 32 px smaller, at any whole pixel (resampling would ask for blur), and the noise that the
+        run starts from stays in its place, as it does in a clip. So nothing may hang on the decoder's grid,
+        nor on the edges, which lie inside the other picture. ``picture``: the own runs' decoded estimates.
         """
         assert sample.course is not None
         n, own = self.config.steady_photos, len(picture)
-        y, x = (int(shift) for shift in run.rng.integers(-_MOST_MOVED_PX, _MOST_MOVED_PX + 1, 2))
-        photo = self.images(pictures.content[-own:][:n]).roll((y, x), (2, 3))
+        y, x = (int(shift) for shift in run.rng.integers(0, _CUT_PX + 1, 2))
+        side = picture.shape[-1] - _CUT_PX
+        part = ..., slice(y, y + side), slice(x, x + side)
+        photo = self.images(pictures.content[-own:][:n])[part]
         gain, grain = run.rng.uniform(0.97, 1.03), run.rng.uniform(0, 0.04)
         noise = torch.randn(photo.shape, generator=run.generator).to(self.device)
-        course = sample.course.first(n)
+        course = sample.course.corner(n, side // (picture.shape[-1] // sample.course.noise.shape[-1]))
         with self.precision(), attention_kernels(self.device), torch.no_grad():
-            moved = self.live.vae.encode((gain * photo + grain * noise).clamp(-1, 1)).latents.float()
+            again = self.live.vae.encode((gain * photo + grain * noise).clamp(-1, 1)).latents.float()
             tokens, pooled, ids = (value[-own:][:n] for value in sample.told[:3])
-            state = self.state_on(course, (tokens, pooled, ids, moved))
+            told = tokens, pooled, ids, again
+            state = self.state_on(course, told)
         now = course.steps[-1]
         with self.precision(), attention_kernels(self.device):
-            t = torch.full((n,), now.timestep, device=self.device)
-            v = self.predict(state, t, (tokens, pooled, ids, moved))
-            again = self.live.vae.decode(now.alpha_t * state - now.sigma_t * v).sample.float()
-        inside = slice(2 * _MOST_MOVED_PX, -2 * _MOST_MOVED_PX)  # what came in at the edge is left out
-        loss = F.l1_loss(again[..., inside, inside], picture[:n].roll((y, x), (2, 3))[..., inside, inside])
+            v = self.predict(state, torch.full((n,), now.timestep, device=self.device), told)
+            ours = self.live.vae.decode(now.alpha_t * state - now.sigma_t * v).sample.float()
+        loss = F.l1_loss(ours, picture[:n][part])
         run.add(unsteadiness=loss)
         return loss
 
@@ -398,6 +401,8 @@ class Stylist:
         config = self.config
         own, generated = (n * config.photos for n in (config.own_styles, config.generated_styles))
         content, target = self.images(pictures.content), self.images(pictures.target)
+        # Scribbles along the edges would win style, and cost nothing in content.
+        picture, content, target = (inside(x) for x in (picture, content, target))
         # Without a style an own run gives the photo back.
         plain = ~styled
         plain[: len(picture) - own] = False
@@ -435,7 +440,7 @@ class Stylist:
         style = self.images(pictures.style[-config.own_styles :])
         with torch.no_grad(), self.precision():
             of_style = [gram(f).float().repeat_interleave(config.photos, 0) for f in self.look(style)]
-            photo = self.look(self.images(pictures.content[-len(exact) :]))[-1]
+            photo = self.look(inside(self.images(pictures.content[-len(exact) :])))[-1]
         wanted = [
             torch.where(exact[:, None, None], gram(a).float(), b)
             for a, b in zip(target.features, of_style, strict=True)
@@ -451,6 +456,11 @@ class Stylist:
         content = (content_distance(ours.features[-1], photo) * ~exact).mean()
         run.add(style=like, colour=colour, content=content)
         return config.style_weight * like + config.colour_weight * colour + config.content_weight * content
+
+
+def inside(images: Tensor) -> Tensor:
+    """``[B, C, H, W]`` without their edges."""
+    return images[..., _EDGE_PX:-_EDGE_PX, _EDGE_PX:-_EDGE_PX]
 
 
 def look_distance(ours: Compared, target: Compared) -> Tensor:
