@@ -152,13 +152,13 @@ def open_runner(program: Program, specs: Mapping[str, GraphSpec], precision: str
     """Open a program with all its buffers on the GPU. Raises BackendError."""
     for name in program.graphs:
         _check_precision(specs[name], precision)
-    _load_libraries()
     main = "unet" if "unet" in specs else program.graphs[0]
 
     def open_session(spec: GraphSpec) -> tuple[ort.InferenceSession, Callable[[], None]]:
         return _SESSIONS.take((spec.key, spec.identity, precision), lambda: _open_captured(spec, precision))
 
     with _ALLOCATING:
+        _load_libraries()
         return CudaRunner(
             program,
             specs,
@@ -234,6 +234,7 @@ def _open(spec: GraphSpec, precision: str, *, capture: bool) -> ort.InferenceSes
 def _load_libraries() -> str:
     """Load CUDA and cuDNN from pip's packages, where ONNX Runtime does not look; returns what it printed.
 
+    In one thread at a time: of two that redirect standard output at once, one would leave it redirected.
     Raises BackendError if one is missing: ONNX Runtime would say so at the first frame, or speak of memory.
     """
     if _PROVIDER not in ort.get_available_providers():

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
@@ -109,6 +112,40 @@ def test_what_onnx_runtime_prints_about_libraries_stays_off_stdout(
     monkeypatch.setattr(ort, "preload_dlls", lambda: print("Failed to load libcudnn.so.9"))
     assert cuda._load_libraries() == "Failed to load libcudnn.so.9"
     assert capsys.readouterr().out == ""
+
+
+def test_opening_in_two_threads_at_once_leaves_stdout_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a style encoder and a program are opened together: output was lost for good in half of the cases."""
+    inside: list[object] = []
+
+    def preload() -> None:
+        """The first to enter leaves first, with the second inside."""
+        inside.append(sys.stdout)
+        first, patience = len(inside) == 1, time.monotonic() + 0.5
+        while first and len(inside) < 2 and time.monotonic() < patience:
+            time.sleep(0.01)
+        time.sleep(0 if first else 0.2)
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(ort, "preload_dlls", preload)
+    monkeypatch.setattr(cuda, "open_session", lambda spec, providers: open_session(spec, CPU))
+    before = sys.stdout
+
+    def fails(open_it: Callable[[], object]) -> None:
+        with suppress(BackendError):
+            open_it()
+
+    ways = (
+        lambda: cuda.open_graph(spec(), "auto"),
+        lambda: cuda.open_runner(program(), {"unet": spec()}, "auto"),
+    )
+    threads = [Thread(target=fails, args=(way,)) for way in ways]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert inside
+    assert sys.stdout is before
 
 
 @pytest.mark.parametrize(
