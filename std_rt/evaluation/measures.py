@@ -6,6 +6,7 @@ For one output, compared with its content and style (frames uint8 [H, W, 3] in R
 * texture: the same of 5x5 patches less their local mean, at three scales (0 = same strokes and grain)
 * structure: correlation of blurred gradient strength with the content, -1..1 (1 = same drawing)
 * ssim: structural similarity of the grey picture to the content's, -1..1 (1 = same picture)
+* lattice: pattern with the period of the decoder in fine detail, 0.. (pictures have 0.03 to 0.1 by chance)
 
 With a mask (bool [H, W], True = judged) each looks only at the output's pixels inside.
 For clips, `WarpingError` follows the content's optical flow from frame to frame. A blurred or pale output
@@ -29,6 +30,7 @@ __all__ = [
     "Mask",
     "Score",
     "WarpingError",
+    "lattice",
     "means",
     "reinhard",
     "score",
@@ -54,21 +56,23 @@ _CUT_ERROR = 0.1
 
 @dataclass(frozen=True)
 class Score:
-    """The four numbers of the module docstring."""
+    """The numbers of the module docstring."""
 
     colour: float
     texture: float
     structure: float
     ssim: float
+    lattice: float
 
 
 def score(frame: Frame, content: Frame, style: Frame, mask: Mask | None = None) -> Score:
-    """All four of one output; ``content`` [H, W, 3] and ``mask`` [H, W] have its size, ``style`` any."""
+    """All of one output; ``content`` [H, W, 3] and ``mask`` [H, W] have its size, ``style`` any."""
     return Score(
         _colour_distance(frame, style, mask),
         texture_distance(frame, style, mask),
         structure_agreement(frame, content, mask),
         ssim(frame, content, mask),
+        lattice(frame, mask),
     )
 
 
@@ -174,6 +178,29 @@ def _gradient_energy(frame: Frame, mask: Mask | None) -> float:
     x, y = (cv2.Sobel(grey, cv2.CV_32F, *axis, scale=1 / 8) for axis in ((1, 0), (0, 1)))
     energy = np.square(x) + np.square(y)
     return float((energy if mask is None or not mask.any() else energy[mask]).mean())
+
+
+def lattice(frame: Frame, mask: Mask | None = None, period: int = 8) -> float:
+    """Strength of a pattern that repeats every ``period`` px, relative to the fine detail it is part of.
+
+    Fine detail is what a blur of 9 px takes away. Two things are added: the mean absolute value of its mean
+    over all periods, and the mean deviation of its size between places in a period. Decoders that upsample
+    by ``period`` leave such patterns on flat ground. The loss is `std_rt.models.perceptual.lattice`.
+    """
+    image = frame.astype(np.float32) / 255
+    fine = image - cv2.blur(image, (9, 9), borderType=cv2.BORDER_REFLECT_101)
+    rows, columns = (side // period * period for side in frame.shape[:2])
+    kept = np.ones(frame.shape[:2], bool) if mask is None or not mask.any() else mask
+
+    def per_place(values: Array) -> Array:
+        cells = values[:rows, :columns].reshape(rows // period, period, columns // period, period, -1)
+        return np.asarray(cells.sum((0, 2), dtype=np.float64))
+
+    count = per_place(kept[..., None]).clip(1)
+    fine = fine * kept[..., None]
+    signed, size = per_place(fine) / count, per_place(np.abs(fine)) / count
+    spread = np.abs(size - size.mean((0, 1))).mean()
+    return float((np.abs(signed).mean() + spread) / max(size.mean(), 1e-4))
 
 
 def ssim(frame: Frame, content: Frame, mask: Mask | None = None) -> float:

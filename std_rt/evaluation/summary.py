@@ -59,6 +59,7 @@ MEASURES: dict[str, Measure] = {
     "texture": Measure("texture", -1),
     "structure": Measure("structure", 1),
     "ssim": Measure("SSIM"),
+    "lattice": Measure("lattice", -1),
     "sharpness": Measure("sharpness"),
     "warping": Measure("warping", -1, _CLIP_INPUT),
     "clip_sharpness": Measure("clip sharpness", 0, _CLIP_INPUT),

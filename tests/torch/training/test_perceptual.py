@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from std_rt.core.errors import RecipeError
+from std_rt.evaluation import measures
 from std_rt.models.autoencoder import AutoencoderPixelShuffle, body_of
 from std_rt.models.perceptual import (
     SqueezeNet,
@@ -25,6 +26,7 @@ from std_rt.models.perceptual import (
     style_distance,
 )
 from std_rt.training.run.recipe import AutoencoderConfig
+from std_rt.training.run.sheet import to_tensor
 from std_rt.training.tiny.autoencoder_parts import copy_overlap, fit_shortcut, latent_weights
 from std_rt.training.tiny.autoencoder_stage import train_autoencoder
 from std_rt.training.tiny.triplets import find_triplets
@@ -54,6 +56,13 @@ def test_a_lattice_of_the_period_is_seen_and_no_other(vgg_file: Path) -> None:
     louder = picture + 0.3 * (picture - F.avg_pool2d(picture, 9, 1, 4)) * (columns % 8 < 2)
     assert float(lattice(louder)) > plain + 0.05
     assert torch.allclose(lattice(torch.cat([picture, with_dots(8)]))[:1], lattice(picture))
+
+
+def test_the_lattice_in_the_loss_is_that_of_the_evaluation() -> None:
+    frame = np.random.default_rng(3).integers(0, 256, (64, 80, 3)).astype(np.uint8)
+    frame[2::8] = 200
+    image = to_tensor([frame])
+    assert float(lattice(image)) == pytest.approx(measures.lattice(frame), rel=1e-3)
 
 
 def test_padding_with_zeros_changes_the_edge_alone(vgg_file: Path) -> None:

@@ -93,7 +93,9 @@ def test_a_clip_is_judged_for_flicker(
         assert 0 <= errors["source"] < 0.1
     assert found["sharpness"].keys() == found["warping"].keys()
     assert all(row["source"] == pytest.approx(1) for row in found["sharpness"].values())
-    assert found["scores"]["reinhard"].keys() == {"colour", "texture", "structure", "ssim", "sharpness"}
+    assert found["scores"]["reinhard"].keys() == {
+        "colour", "texture", "structure", "ssim", "lattice", "sharpness",
+    }  # fmt: skip
     whole = json.loads(table.read_text(encoding="utf-8"))
     by_pair = whole.pop("by_pair")
     assert whole == found
@@ -122,14 +124,16 @@ def test_a_video_to_video_bundle_stands_beside_others_in_one_table(
     for i, place in places.items():
         frames = [read_picture(path).frame for path in sorted((saved / place).glob("*.png"))]
         judged = [weight_free(*pair, style) for pair in zip(frames, contents, strict=True)]
-        for name in ("colour", "texture", "structure", "ssim"):
+        for name in ("colour", "texture", "structure", "ssim", "lattice"):
             assert rows[labels[i]][name] == pytest.approx(np.mean([one[name] for one in judged]))
         assert (sheet[18:78, 68 * i : 68 * i + 64] == time_slice(frames)).all()
     heading, *lines = result.out[result.out.index("clip clip") :].splitlines()
-    titles = "clip clip warping error sharpness colour texture structure SSIM"
+    titles = "clip clip warping error sharpness colour texture structure SSIM lattice"
     assert " ".join(heading.split()) == titles
     for (label, row), line in zip(rows.items(), lines, strict=False):
-        figures = (f"{row[name]:.3f}" for name in ("sharpness", "colour", "texture", "structure", "ssim"))
+        figures = (
+            f"{row[name]:.3f}" for name in ("sharpness", "colour", "texture", "structure", "ssim", "lattice")
+        )
         assert line.removeprefix(label).split() == [f"{row['warping']:.4f}", *figures]
     more = ("--slices", tmp_path / "no.png", "-o", tmp_path / "no.png")
     assert "--slices is for clips, and there are none" in cli("evaluate", *folders, *flags, *more).error

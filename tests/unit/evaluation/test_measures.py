@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from std_rt.evaluation.measures import (
     Flow,
     WarpingError,
+    lattice,
     score,
     sharpness,
     sliced_wasserstein,
@@ -169,6 +170,22 @@ def test_sharpness_is_the_slope_of_a_ramp() -> None:
     inner[:, 2:18] = True
     assert sharpness([spoiled], [ramp], inner) == pytest.approx(2, rel=1e-3)
     assert sharpness([_grey(9)], [_grey(9)]) == 0
+
+
+def test_a_lattice_of_the_decoders_period_is_seen() -> None:
+    rng = np.random.default_rng(0)
+    picture = np.clip(rng.normal(128, 12, (128, 128, 3)), 0, 255).astype(np.uint8)
+    dots = picture.copy()
+    dots[3::8, 5::8] += 40
+    assert lattice(picture) < 0.15
+    assert lattice(dots) > lattice(picture) + 0.1
+    assert lattice(dots, period=7) < lattice(picture, period=7) + 0.05
+    left = np.zeros((128, 128), bool)
+    left[:, :64] = True
+    mixed = np.concatenate([picture[:, :64], dots[:, 64:]], 1)
+    assert lattice(mixed, left) == pytest.approx(lattice(picture, left), rel=0.05)
+    assert lattice(mixed, ~left) == pytest.approx(lattice(dots, ~left), rel=0.05)
+    assert lattice(np.full((64, 64, 3), 9, np.uint8)) == 0
 
 
 def test_blur_lowers_the_warping_error_and_is_seen_in_the_sharpness() -> None:
