@@ -15,18 +15,12 @@ learn too (``reconstruction_weight``): held to what an autoencoder can return, s
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,7 +39,6 @@ from std_rt.models.perceptual import (
     relative_norm,
 )
 from std_rt.pipeline.denoise import denoise
-from std_rt.training.data.picture_set import Frame
 from std_rt.training.run.muon import hidden_weights
 from std_rt.training.run.precision import attention_kernels, precision_context
 from std_rt.training.run.recipe import LOWEST_START_ETA, StylistConfig
@@ -55,7 +48,6 @@ from std_rt.training.tiny.autoencoder_parts import (
     latent_weights,
     load_autoencoder,
 )
-from std_rt.training.tiny.generated_styles import draw_style
 from std_rt.training.tiny.tiny_pipeline import (
     TinyPipeline,
     load_tiny,
@@ -71,11 +63,10 @@ from std_rt.training.tiny.trajectories import (
     run_sheet,
     v_loss,
 )
-from std_rt.training.tiny.triplets import TripletSet, crop_pair, crop_style
+from std_rt.training.tiny.triplets import Pictures, StylistData
 
 _CUT_PX = 32
 _EDGE_PX = 16
-_OWN_PALETTE = 0.3  # share of the generated styles that take an artwork's colours
 Told = tuple[Tensor, Tensor, Tensor, Tensor]  # style tokens, pooled style, time ids, content latents
 
 
@@ -169,64 +160,6 @@ class Compared:
     def rows(self, start: int, stop: int) -> Compared:
         """Some of the samples."""
         return Compared(self.images[start:stop], [f[start:stop] for f in self.features])
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """One step's crops, uint8 ``[B, H, W, 3]``; of the photos each few in a row belong to one style."""
-
-    style: Tensor
-    content: Tensor
-    target: Tensor
-
-
-class StylistData:
-    """Triplets, several of a style at a time; the last styles are generated, if any."""
-
-    def __init__(self, config: StylistConfig) -> None:
-        """Read everything into memory. Raises RecipeError."""
-        self.config = config
-        self.groups = TripletSet(config.triplets, config.crop_px).by_style()
-
-    def draw(self, step: int) -> Pictures:
-        """The crops of a step, from random numbers of its own: so steps can be drawn in any order."""
-        config, rng = self.config, np.random.default_rng([self.config.seed, step])
-        styles, pairs = [], []
-        for i in range(config.styles):
-            group = self.groups[int(rng.integers(len(self.groups)))]
-            style = crop_style(group[0][1], config.style_px, rng)
-            chosen = rng.choice(len(group), config.photos, replace=len(group) < config.photos)
-            crops = [crop_pair(group[n], config.crop_px, rng) for n in chosen]
-            if i >= config.styles - config.generated_styles:
-                style, crops = self._generated(style, [content for content, _ in crops], rng)
-            styles.append(style)
-            pairs += crops
-        return Pictures(_stacked(styles), *(_stacked(column) for column in zip(*pairs, strict=True)))
-
-    def _generated(
-        self, art: Frame, contents: Sequence[Frame], rng: np.random.Generator
-    ) -> tuple[Frame, list[tuple[Frame, Frame]]]:
-        """A random style on another photo, and on ``contents``; at times with the palette of ``art``."""
-        _, draw = draw_style(rng, art if rng.random() < _OWN_PALETTE else None)
-        group = self.groups[int(rng.integers(len(self.groups)))]
-        other = crop_style(group[int(rng.integers(len(group)))][0], self.config.style_px, rng)
-        return draw(other, rng), [(content, draw(content, rng)) for content in contents]
-
-    def ahead(self, start: int) -> Iterator[Pictures]:
-        """The crops of every step from ``start`` on, a few of them drawn ahead in threads."""
-        workers = max(1, min(8, (os.cpu_count() or 1) // 2))
-        with ThreadPoolExecutor(workers, "std-rt-draw") as pool:
-            waiting = deque(pool.submit(self.draw, start + i) for i in range(2 * workers))
-            try:
-                for step in count(start + len(waiting)):
-                    yield waiting.popleft().result()
-                    waiting.append(pool.submit(self.draw, step))
-            finally:
-                pool.shutdown(cancel_futures=True)
-
-
-def _stacked(frames: Sequence[Frame]) -> Tensor:
-    return torch.from_numpy(np.stack(frames))
 
 
 class Stylist:

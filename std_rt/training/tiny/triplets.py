@@ -10,8 +10,13 @@ Files of one name (any suffix that pictures have) belong together. ``tools/make_
 
 from __future__ import annotations
 
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +24,20 @@ import cv2
 import numpy as np
 import torch
 from rich.progress import track
+from torch import Tensor
 
 from std_rt.core.errors import RecipeError
 from std_rt.training.data.picture_set import SUFFIXES, Frame, random_crop, read_picture
 from std_rt.training.distil.bank import Shape
 from std_rt.training.distil.base import Base, Fresh
-from std_rt.training.run.recipe import TripletsConfig
+from std_rt.training.run.recipe import StylistConfig, TripletsConfig
 from std_rt.training.run.sheet import to_tensor
+from std_rt.training.tiny.generated_styles import draw_style
 from std_rt.training.tiny.tiny_pipeline import random_time_ids
 
 FOLDERS = ("content", "style", "stylized")
+
+_OWN_PALETTE = 0.3  # share of the generated styles that take an artwork's colours
 
 Item = tuple[Frame, Frame, Frame]  # photo, style and stylized photo
 
@@ -115,6 +124,64 @@ def crop_style(style: Frame, side_px: int, rng: np.random.Generator) -> Frame:
         style = cv2.resize(style, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
     whole = style.shape[:2] == (side_px, side_px)
     return style if whole else random_crop(style, side_px, rng, min_scale=1.0)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """One step's crops, uint8 ``[B, H, W, 3]``; of the photos each few in a row belong to one style."""
+
+    style: Tensor
+    content: Tensor
+    target: Tensor
+
+
+class StylistData:
+    """Triplets, several of a style at a time; the last styles are generated, if any."""
+
+    def __init__(self, config: StylistConfig) -> None:
+        """Read everything into memory. Raises RecipeError."""
+        self.config = config
+        self.groups = TripletSet(config.triplets, config.crop_px).by_style()
+
+    def draw(self, step: int) -> Pictures:
+        """The crops of a step, from random numbers of its own: so steps can be drawn in any order."""
+        config, rng = self.config, np.random.default_rng([self.config.seed, step])
+        styles, pairs = [], []
+        for i in range(config.styles):
+            group = self.groups[int(rng.integers(len(self.groups)))]
+            style = crop_style(group[0][1], config.style_px, rng)
+            chosen = rng.choice(len(group), config.photos, replace=len(group) < config.photos)
+            crops = [crop_pair(group[n], config.crop_px, rng) for n in chosen]
+            if i >= config.styles - config.generated_styles:
+                style, crops = self._generated(style, [content for content, _ in crops], rng)
+            styles.append(style)
+            pairs += crops
+        return Pictures(_stacked(styles), *(_stacked(column) for column in zip(*pairs, strict=True)))
+
+    def _generated(
+        self, art: Frame, contents: Sequence[Frame], rng: np.random.Generator
+    ) -> tuple[Frame, list[tuple[Frame, Frame]]]:
+        """A random style on another photo, and on ``contents``; at times with the palette of ``art``."""
+        _, draw = draw_style(rng, art if rng.random() < _OWN_PALETTE else None)
+        group = self.groups[int(rng.integers(len(self.groups)))]
+        other = crop_style(group[int(rng.integers(len(group)))][0], self.config.style_px, rng)
+        return draw(other, rng), [(content, draw(content, rng)) for content in contents]
+
+    def ahead(self, start: int) -> Iterator[Pictures]:
+        """The crops of every step from ``start`` on, a few of them drawn ahead in threads."""
+        workers = max(1, min(8, (os.cpu_count() or 1) // 2))
+        with ThreadPoolExecutor(workers, "std-rt-draw") as pool:
+            waiting = deque(pool.submit(self.draw, start + i) for i in range(2 * workers))
+            try:
+                for step in count(start + len(waiting)):
+                    yield waiting.popleft().result()
+                    waiting.append(pool.submit(self.draw, step))
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def _stacked(frames: Sequence[Frame]) -> Tensor:
+    return torch.from_numpy(np.stack(frames))
 
 
 class TripletSource:

@@ -24,18 +24,17 @@ from std_rt.training.distil.sampling import encode_scene, sample_latents
 from std_rt.training.run.recipe import PicturesConfig, StyleConfig, StylistConfig, TripletsConfig
 from std_rt.training.run.sheet import spread_pairs, to_tensor
 from std_rt.training.run.training_run import ModuleRun
-from std_rt.training.tiny import stylist as stylist_module
+from std_rt.training.tiny import triplets as triplets_module
 from std_rt.training.tiny.stylist import (
     Compared,
     Stylist,
-    StylistData,
     build_stylist,
     look_distance,
     train_stylist,
 )
 from std_rt.training.tiny.tiny_pipeline import load_tiny, run_unet, save_tiny
 from std_rt.training.tiny.trajectories import sample
-from std_rt.training.tiny.triplets import TripletSource
+from std_rt.training.tiny.triplets import StylistData, TripletSource
 
 
 def _run(seed: int = 0, noted: dict[str, Tensor] | None = None) -> ModuleRun:
@@ -158,7 +157,7 @@ def test_generated_styles_come_last_with_exact_targets(
     plain = StylistData(stylist_config).draw(3)
     data = StylistData(replace(stylist_config, own_styles=1, generated_styles=1))
     monkeypatch.setattr(
-        stylist_module, "draw_style", lambda rng, art: ("negative", lambda frame, rng: 255 - frame)
+        triplets_module, "draw_style", lambda rng, art: ("negative", lambda frame, rng: 255 - frame)
     )
     pictures = data.draw(3)
     for drawn, before in zip(vars(pictures).values(), vars(plain).values(), strict=True):
