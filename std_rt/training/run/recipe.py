@@ -137,9 +137,11 @@ class StylistConfig:
     colour_weight: Amount = 1.0
     content_weight: Amount = 0.25
     lattice_weight: Amount = 0.0  # against a pattern of the decoder's period on flat ground
-    # Own runs of each step that are run again on their photos a little moved: the two must agree.
+    # Own runs of each step that are run again on parts of their photos: the two must agree, and at the
+    # part's edges it must follow the whole.
     steady_photos: Whole = 0
     steadiness_weight: Amount = 0.5
+    edge_weight: Amount = 1.0
     # Above 0 the decoder is trained too, and is held by pictures that must come back through it.
     reconstruction_weight: Amount = 0.0
     bf16: bool = False  # for GPUs, and processors that have it

@@ -29,6 +29,7 @@ from std_rt.training.tiny.stylist import (
     Compared,
     Stylist,
     build_stylist,
+    edge_distance,
     look_distance,
     train_stylist,
 )
@@ -229,16 +230,13 @@ def test_the_look_is_features_grams_and_twice_the_pixels(stylist: Stylist) -> No
 
 def test_own_runs_are_compared_with_style_and_photo_exact_ones_with_their_target(stylist: Stylist) -> None:
     torch.manual_seed(0)
-    picture, target = torch.rand(2, 2, 3, 32, 32) * 2 - 1
+    picture, target = torch.rand(2, 2, 3, 64, 64) * 2 - 1
     pictures = StylistData(stylist.config).draw(0)
-    style, photo = (
-        stylist.images(pictures.style[-1:]),
-        stylist.images(pictures.content[-2:])[..., 16:48, 16:48],
-    )
+    style, photo = stylist.images(pictures.style[-1:]), stylist.images(pictures.content[-2:])
     noted: dict[str, Tensor] = {}
     total = stylist.own_loss(
         _compared(stylist, picture), _compared(stylist, target), torch.tensor([False, True]),
-        pictures, _run(5, noted),
+        style, photo, _run(5, noted),
     )  # fmt: skip
     look = cast(Any, stylist.look)
     gaps, apart = [], []
@@ -258,14 +256,27 @@ def test_own_runs_are_compared_with_style_and_photo_exact_ones_with_their_target
     assert torch.allclose(total, 2.0 * noted["style"] + noted["colour"] + 0.25 * noted["content"])
 
 
-def test_what_happens_at_the_edges_is_not_judged_by_looks(stylist: Stylist) -> None:
+def test_the_edges_are_judged_by_looks_in_half_of_the_steps(stylist: Stylist) -> None:
     pictures = StylistData(stylist.config).draw(0)
     picture = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     framed = torch.nn.functional.pad(picture[..., 16:-16, 16:-16], (16, 16, 16, 16))
     styled = torch.ones(4, dtype=torch.bool)
-    assert stylist.look_loss(framed, pictures, styled, _run(2)) == stylist.look_loss(
-        picture, pictures, styled, _run(2)
-    )
+    same = [
+        stylist.look_loss(framed, pictures, styled, _run(seed))
+        == stylist.look_loss(picture, pictures, styled, _run(seed))
+        for seed in range(8)
+    ]
+    assert 0 < sum(same) < 8
+
+
+def test_the_distance_of_edges_leaves_out_the_inside() -> None:
+    wanted = torch.zeros(2, 3, 64, 96)
+    ours = torch.ones_like(wanted)
+    ours[..., 16:-16, 16:-16] = 5
+    assert edge_distance(ours, wanted) == pytest.approx(1)
+    ours[..., :16, :] = 3
+    rows = 16 * 96 / (64 * 96 - 32 * 64)
+    assert edge_distance(ours, wanted) == pytest.approx(1 + 2 * rows)
 
 
 def test_an_own_run_without_a_style_gives_the_photo_back(stylist: Stylist) -> None:
@@ -311,9 +322,11 @@ def test_own_states_lie_on_the_networks_own_run(stylist: Stylist, seed: int) -> 
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-def test_unsteadiness_by_hand(stylist: Stylist, steps: int) -> None:
+def test_steadiness_by_hand(stylist: Stylist, steps: int) -> None:
     """The run of two steps, or one, once more on a part of the photo at (5, 18) px, from the same noise."""
-    stylist.config = replace(stylist.config, own_steps=(steps,), steady_photos=1)
+    stylist.config = replace(
+        stylist.config, own_steps=(steps,), steady_photos=1, steadiness_weight=2.0, edge_weight=3.0
+    )
     pictures = StylistData(stylist.config).draw(0)
     run = _run(0)
     while len((sample := stylist.sample(pictures, run, 2)).course.steps) != steps:  # type: ignore[union-attr]
@@ -326,7 +339,7 @@ def test_unsteadiness_by_hand(stylist: Stylist, steps: int) -> None:
     moves = SimpleNamespace(integers=lambda *_: np.array([5, 18]), uniform=lambda low, _: float(low == 0.97))
     noted: dict[str, Tensor] = {}
     run = cast(ModuleRun, SimpleNamespace(rng=moves, generator=run.generator, add=noted.update))
-    stylist.unsteadiness(picture, pictures, sample, run)
+    loss = stylist.steadiness(picture, pictures, sample, run)
     with torch.no_grad():
         content = stylist.live.vae.encode(stylist.images(pictures.content[2:3])[part]).latents
         x, told = content, [value[2:3] for value in sample.told[:3]]
@@ -339,15 +352,19 @@ def test_unsteadiness_by_hand(stylist: Stylist, steps: int) -> None:
                 after = course.steps[i + 1]
                 x = after.alpha_t * clean + after.sigma_t * grain
         again = stylist.live.vae.decode(clean).sample
-    assert noted["unsteadiness"].item() == pytest.approx(float((again - picture[:1][part]).abs().mean()))
+    gap = float((again - picture[:1][part]).abs().mean())
+    assert noted["unsteadiness"].item() == pytest.approx(gap, rel=1e-4)
+    assert noted["edges"].item() == pytest.approx(gap, rel=1e-4)  # a part of 32 px is all edges
+    assert loss.item() == pytest.approx(5 * gap, rel=1e-4)
 
 
-def test_unsteadiness_counts_in_the_loss(stylist: Stylist) -> None:
+def test_steadiness_counts_in_the_loss(stylist: Stylist) -> None:
     pictures, noted = StylistData(stylist.config).draw(0), {}
     plain = stylist.loss(pictures, _run(3))
-    stylist.config = replace(stylist.config, steady_photos=2, steadiness_weight=0.7)
+    stylist.config = replace(stylist.config, steady_photos=2, steadiness_weight=0.7, edge_weight=0.4)
     more = stylist.loss(pictures, _run(3, noted))
-    assert (more - plain).item() == pytest.approx(0.7 * noted["unsteadiness"].item(), rel=1e-3)
+    extra = 0.7 * noted["unsteadiness"].item() + 0.4 * noted["edges"].item()
+    assert (more - plain).item() == pytest.approx(extra, rel=1e-3)
     more.backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in stylist.live.unet.parameters())
 
