@@ -127,7 +127,7 @@ def choose_form(backend: str, precision: str, forms: tuple[str, ...]) -> tuple[s
     """(one of ``forms``, why): the form of graphs that a backend runs at a ``precision`` of `PRECISIONS`.
 
     ``forms`` are what the graphs are there in (`Bundle.forms`, `GraphSpec.forms`). ``auto`` is int8 where the
-    processor has units for it and none for bf16. Raises BackendError if int8 is asked for, or all there is,
+    processor does it fastest (`fastest_arithmetic`). Raises BackendError if int8 is asked for, or all there is,
     and the backend is for GPUs.
     """
     if backend in GPU_BACKENDS:
@@ -144,7 +144,7 @@ def choose_form(backend: str, precision: str, forms: tuple[str, ...]) -> tuple[s
         return "int8", "the bundle has no other form"
     if backend != "openvino":  # ONNX Runtime was slower in int8 than in fp32, also with VNNI
         return forms[0], f"{backend} runs graphs as they were exported"
-    arithmetic, why = fastest_arithmetic(describe_machine())
+    arithmetic, why = fastest_arithmetic(describe_machine(), int8_at_hand=len(forms) > 1)
     if arithmetic != "int8":
         return forms[0], why
     return forms[-1], why if len(forms) > 1 else f"{why}, but the bundle has no int8 form"

@@ -52,7 +52,10 @@ def provider_problem() -> str:
     """
     folder = _capi()
     for name in ("shared", "cuda"):  # the second takes symbols from the first
-        for path in folder.glob(f"*onnxruntime_providers_{name}.*") if folder else ():
+        paths = list(folder.glob(f"*onnxruntime_providers_{name}.*")) if folder else []
+        if not paths:
+            return f"onnxruntime has no file of its provider '{name}'"
+        for path in paths:
             try:
                 ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
             except OSError as error:

@@ -223,7 +223,7 @@ def _open(spec: GraphSpec, precision: str, *, capture: bool) -> ort.InferenceSes
     session = open_session(spec, [provider, *CPU])
     # ONNX Runtime continues without a provider it cannot load; a user who asked for a GPU must know.
     if session.get_providers()[0] != _PROVIDER:
-        why = said or provider_problem() or "it loads but does not start; its log above has the reason"
+        why = said or provider_problem() or "it loads but does not start; std-rt doctor --gpu tests it"
         raise BackendError(
             f"onnxruntime cannot load its CUDA provider: {why}; run: {_INSTALL}  and see std-rt doctor"
         )

@@ -377,6 +377,15 @@ def _check_stylist(recipe: StylistConfig) -> None:
         raise RecipeError(
             "own_styles needs a perceptual network; set perceptual to its weights, or own_styles = 0"
         )
+    if recipe.own_styles and recipe.crop_px < 64:
+        raise RecipeError(
+            f"crop_px = {recipe.crop_px}: own runs are judged without 16 px at each edge; "
+            "set it to 64 or more"
+        )
+    if recipe.lattice_weight and not recipe.perceptual:
+        raise RecipeError(
+            "lattice_weight needs a perceptual network; set perceptual to its weights, or lattice_weight = 0"
+        )
     own_runs = recipe.own_styles * recipe.photos
     if recipe.steady_photos > own_runs:
         raise RecipeError(

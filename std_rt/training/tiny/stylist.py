@@ -11,6 +11,9 @@ possible, which has none. And for ``own_styles`` of the styles the samples are t
 product makes them: their decoded estimates are compared with the style picture itself (Gram matrices,
 colours) and with the photo (content), so they can become better than the teachers'. There the decoder may
 learn too (``reconstruction_weight``): held to what an autoencoder can return, strokes would stay soft.
+More losses hold what Gram matrices do not forbid: a pattern of the decoder's period (``lattice_weight``), and
+own runs that change when a part of the photo is run alone (``steadiness_weight``; ``edge_weight`` along that
+part's edges).
 """
 
 from __future__ import annotations
@@ -402,7 +405,7 @@ class Stylist:
 
 
 def inside(images: Tensor, edge_px: int) -> Tensor:
-    """``[B, C, H, W]`` without the edges."""
+    """``[B, C, H, W]`` without ``edge_px`` pixels at each side."""
     return images[..., edge_px : images.shape[-2] - edge_px, edge_px : images.shape[-1] - edge_px]
 
 

@@ -189,6 +189,7 @@ def test_values_outside_their_range_are_refused(assignment: str, message: str) -
         ("own_styles=9", "own_styles = 9 is more than styles = 8"),
         ("perceptual=", "own_styles needs a perceptual network"),
         ("steady_photos=17", "steady_photos = 17 is more than the 16 own runs"),
+        ("crop_px=32", "crop_px = 32: own runs are judged without 16 px at each edge; set it to 64"),
         ("generated_styles=9", "generated_styles = 9 is more than own_styles = 8"),
         ("sheet.styles=", r"set both sheet\.contents and sheet\.styles"),
         ("crop_px=100", "crop_px = 100: expected int that's a multiple of 8"),

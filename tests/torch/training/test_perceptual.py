@@ -38,7 +38,7 @@ def _picture(height: int = 64, width: int = 64, seed: int = 0) -> Tensor:
     return F.interpolate(small, (height, width), mode="bicubic").clamp(-1, 1)
 
 
-def test_a_lattice_of_the_period_is_seen_and_no_other(vgg_file: Path) -> None:
+def test_a_lattice_of_the_period_is_seen_and_no_other() -> None:
     picture = _picture(128, 128) + 0.05 * torch.randn(
         1, 3, 128, 128, generator=torch.Generator().manual_seed(1)
     )

@@ -166,7 +166,8 @@ def test_the_report_has_it_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     [
         ("avx2 avx512_vnni", True, "int8: this processor has VNNI and no bf16 units"),
         ("avx2 avx512_vnni", False, "fp32: this processor has VNNI and no bf16 units, but the bundle has no"),
-        ("avx2 avx512_bf16 avx512_vnni", True, "bf16: this processor has AVX-512 bf16 units"),
+        ("avx2 avx512_bf16 avx512_vnni", True, "int8: this processor's VNNI is faster than its AVX-512 bf16"),
+        ("avx2 avx512_bf16 avx512_vnni", False, "bf16: this processor has AVX-512 bf16 units"),
         ("avx2", True, "fp32: this processor has neither bf16 units nor VNNI"),
     ],
 )

@@ -76,6 +76,17 @@ def test_x86_flags_decide_the_arithmetic(
     assert fastest_arithmetic(describe_machine()) == (arithmetic, f"this processor {why}")
 
 
+def test_int8_graphs_at_hand_win_where_vnni_is_faster_than_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    for flags, arithmetic in (
+        ("avx2 avx512f avx512_bf16 avx512_vnni", "int8"),
+        ("avx2 avx512f avx512_bf16 avx512_vnni amx_bf16 amx_int8", "bf16"),
+        ("avx2 avx512f avx512_bf16", "bf16"),
+        ("avx2", "fp32"),
+    ):
+        monkeypatch.setattr(machine, "_proc_cpuinfo", lambda flags=flags: {"flags": flags})
+        assert fastest_arithmetic(describe_machine(), int8_at_hand=True)[0] == arithmetic
+
+
 @pytest.mark.parametrize(
     ("features", "arithmetic"), [("fp asimd asimddp", "fp32"), ("fp asimd asimddp i8mm bf16 sve", "bf16")]
 )

@@ -92,7 +92,8 @@ def test_a_provider_that_does_not_load_is_told_in_the_systems_words(
 ) -> None:
     """All libraries are found, but the provider itself, here two bytes long, is refused by the loader."""
     (tmp_path / "capi").mkdir()
-    (tmp_path / "capi" / "libonnxruntime_providers_cuda.so").write_bytes(b"no")
+    for name in ("shared", "cuda"):
+        (tmp_path / "capi" / f"libonnxruntime_providers_{name}.so").write_bytes(b"no")
     found = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr(libraries, "find_spec", lambda name: found if name == "onnxruntime" else None)
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
@@ -101,7 +102,11 @@ def test_a_provider_that_does_not_load_is_told_in_the_systems_words(
     with pytest.raises(BackendError, match=r"cannot load its CUDA provider: (?!it loads).+; run: "):
         cuda.open_graph(spec(), "auto")
     (tmp_path / "capi" / "libonnxruntime_providers_cuda.so").unlink()
-    with pytest.raises(BackendError, match="it loads but does not start; its log above has the reason"):
+    monkeypatch.setattr(libraries.ctypes, "CDLL", lambda *_, **__: None)
+    with pytest.raises(BackendError, match="onnxruntime has no file of its provider 'cuda'; run: "):
+        cuda.open_graph(spec(), "auto")
+    (tmp_path / "capi" / "libonnxruntime_providers_cuda.so").write_bytes(b"")
+    with pytest.raises(BackendError, match="it loads but does not start; std-rt doctor --gpu"):
         cuda.open_graph(spec(), "auto")
 
 

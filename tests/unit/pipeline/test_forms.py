@@ -21,7 +21,8 @@ from std_rt.pipeline.stylizer import Stylizer
 
 openvino = pytest.importorskip("std_rt.engines.openvino.engine")
 
-AVX2, VNNI, BF16 = "fma avx2", "fma avx2 avx512f avx512_vnni", "fma avx2 avx512f avx512_vnni avx512_bf16"
+AVX2, VNNI = "fma avx2", "fma avx2 avx512f avx512_vnni"
+EPYC, AMX = f"{VNNI} avx512_bf16", f"{VNNI} avx512_bf16 amx_bf16 amx_int8"
 GREY = np.full((64, 64, 3), 100, np.uint8)
 
 
@@ -50,7 +51,8 @@ def test_on_every_processor_the_form_that_is_said_runs(both: Bundle, processor: 
     for flags, precision, wanted, said in (
         (AVX2, "auto", exact, "fp32: this processor has neither bf16 units nor VNNI"),
         (VNNI, "auto", int8, "int8: this processor has VNNI and no bf16 units"),
-        (BF16, "auto", exact, "this processor has AVX-512 bf16 units"),
+        (EPYC, "auto", int8, "int8: this processor's VNNI is faster than its AVX-512 bf16 units"),
+        (AMX, "auto", exact, "this processor has AMX bf16 units"),
         (VNNI, "fp32", exact, "fp32: asked for"),
         (AVX2, "int8", int8, "int8: asked for"),
     ):
