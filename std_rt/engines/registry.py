@@ -127,7 +127,7 @@ def choose_form(backend: str, precision: str, forms: tuple[str, ...]) -> tuple[s
     """(one of ``forms``, why): the form of graphs that a backend runs at a ``precision`` of `PRECISIONS`.
 
     ``forms`` are what the graphs are there in (`Bundle.forms`, `GraphSpec.forms`). ``auto`` is int8 where the
-    processor does it fastest (`fastest_arithmetic`). Raises BackendError if int8 is asked for, or all there is,
+    processor does it fastest. Raises BackendError if int8 is asked for, or all there is,
     and the backend is for GPUs.
     """
     if backend in GPU_BACKENDS:

@@ -363,9 +363,9 @@ class Stylist:
         loss = config.look_weight * look
         if own:
             exact = plain | (torch.arange(count, device=self.device) >= count - generated)
-            compared = (x.rows(count - own, count) for x in (ours, theirs))
+            ours, theirs = (x.rows(count - own, count) for x in (ours, theirs))
             style = self.images(pictures.style[-config.own_styles :])
-            loss = loss + self.own_loss(*compared, exact[-own:], style, content[-own:], run)
+            loss = loss + self.own_loss(ours, theirs, exact[-own:], style, content[-own:], run)
         return loss
 
     def own_loss(
