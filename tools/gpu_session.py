@@ -231,7 +231,13 @@ def step_modes() -> dict[str, Any]:
 
 def _stream(backend: str, mode: str, scale: float | None, batching: str) -> np.ndarray[Any, Any]:
     with Stylizer.load(
-        None, backend=backend, size=SIZE_PX, steps=2, guidance=scale, guidance_mode=mode if scale else None
+        None,
+        backend=backend,
+        precision="fp32" if backend == "cpu" else "auto",  # not int8, which some processors take
+        size=SIZE_PX,
+        steps=2,
+        guidance=scale,
+        guidance_mode=mode if scale else None,
     ) as stylizer:
         stylizer.set_style(sample_frame(256, 256, seed=1))
         frames = [sample_frame(SIZE_PX, SIZE_PX, seed) for seed in range(FRAMES)]

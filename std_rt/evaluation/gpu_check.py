@@ -44,7 +44,7 @@ def check_gpu(say: Say) -> dict[str, Any]:
     if found.problem is not None:
         raise BackendError(f"there is no GPU to test: {found.problem}; std-rt doctor shows the rest")
     say("the picture on the processor")
-    expected = _picture("cpu", None)
+    expected = _picture("cpu", None, "fp32")  # by itself it may take int8, which is further away
     tried = {info.name: _check(info, expected, say) for info in backends() if info.name in GPU_BACKENDS}
     return {
         "gpus": [str(gpu) for gpu in found.gpus],
@@ -73,11 +73,11 @@ def _check(info: BackendInfo, expected: Frame, say: Say) -> dict[str, Any]:
     return result
 
 
-def _picture(backend: str, result: dict[str, Any] | None) -> Frame:
+def _picture(backend: str, result: dict[str, Any] | None, precision: str = "auto") -> Frame:
     """A stylized frame; timings go to ``result``."""
     size = (SIZE_PX, SIZE_PX)
     begun, before = time.perf_counter(), _free_mb(result)
-    with Stylizer.load(None, backend=backend, size=SIZE_PX, steps=STEPS) as stylizer:
+    with Stylizer.load(None, backend=backend, precision=precision, size=SIZE_PX, steps=STEPS) as stylizer:
         stylizer.set_style(sample_frame(stylizer.bundle.style_px, stylizer.bundle.style_px, seed=1))
         styled = stylizer.stylize(sample_frame(*size))
         if result is not None:
