@@ -200,6 +200,11 @@ class Stylist:
         tokens, pooled, ids, content = told
         return run_unet(self.live.unet, x, t, tokens, pooled, ids, content).float()
 
+    def decoded(self, x: Tensor, v: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
+        """The picture of the clean estimate ``[B, 3, H, W]``, not clamped."""
+        with self.precision():
+            return self.live.vae.decode(alpha * x - sigma * v).sample.float()
+
     def sample(self, pictures: Pictures, run: ModuleRun, own: int) -> Sample:
         """States on the triplets' trajectories; the last ``own`` at a random step of the network's own runs.
 
@@ -277,8 +282,7 @@ class Stylist:
             loss = loss + config.reconstruction_weight * self.reconstruction(sample, pictures, run)
         if self.look is None:
             return loss
-        with self.precision():
-            picture = self.live.vae.decode(states.alpha * states.x_t - states.sigma * v).sample.float()
+        picture = self.decoded(states.x_t, v, states.alpha, states.sigma)
         loss = loss + self.look_loss(picture, pictures, sample.styled, run)
         if config.lattice_weight:
             pattern = lattice(picture).mean()
@@ -313,7 +317,7 @@ class Stylist:
         now = course.steps[-1]
         with self.precision(), attention_kernels(self.device):
             v = self.predict(state, torch.full((n,), now.timestep, device=self.device), told)
-            ours = self.live.vae.decode(now.alpha_t * state - now.sigma_t * v).sample.float()
+        ours = self.decoded(state, v, now.alpha_t, now.sigma_t)
         wanted = picture[:n][part]
         loss, edges = F.l1_loss(ours, wanted), edge_distance(ours, wanted.detach())
         run.add(unsteadiness=loss, edges=edges)

@@ -183,6 +183,14 @@ def test_values_outside_their_range_are_refused(assignment: str, message: str) -
         load_recipe(path, (assignment,))
 
 
+def test_a_loss_of_the_lattice_without_a_network_to_decode_for_is_refused() -> None:
+    path = Path(__file__).parents[3] / "training" / "std_tiny_own.toml"
+    bare = ("perceptual=", "own_styles=0", "generated_styles=0", "steady_photos=0")
+    with pytest.raises(RecipeError, match="lattice_weight needs a perceptual network"):
+        load_recipe(path, bare)
+    load_recipe(path, (*bare, "lattice_weight=0"))
+
+
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [

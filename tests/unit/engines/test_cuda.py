@@ -122,14 +122,18 @@ def test_what_onnx_runtime_prints_about_libraries_stays_off_stdout(
 def test_opening_in_two_threads_at_once_leaves_stdout_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a style encoder and a program are opened together: output was lost for good in half of the cases."""
     inside: list[object] = []
+    second, first_left = Event(), Event()
 
     def preload() -> None:
         """The first to enter leaves first, with the second inside."""
         inside.append(sys.stdout)
-        first, patience = len(inside) == 1, time.monotonic() + 0.5
-        while first and len(inside) < 2 and time.monotonic() < patience:
-            time.sleep(0.01)
-        time.sleep(0 if first else 0.2)
+        if len(inside) == 1:
+            second.wait(0.5)  # in vain, where one enters at a time
+            first_left.set()
+        else:
+            second.set()
+            first_left.wait(0.5)
+            time.sleep(0.2)  # until the first is out of its block too
 
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(ort, "preload_dlls", preload)
