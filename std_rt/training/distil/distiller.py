@@ -21,11 +21,11 @@ from std_rt.training.distil.bank import Shape, States, TrajectoryBank
 from std_rt.training.distil.base import Base, Fresh, cat
 from std_rt.training.distil.discriminator import draw_real_index, has_pair, renoise
 from std_rt.training.distil.lora import Average, adapters_off, functional
+from std_rt.training.distil.matching import Matching
 from std_rt.training.distil.motion import Representation
 from std_rt.training.distil.trajectory import (
     CLEAN,
     Levels,
-    content_share,
     draw_start,
     draw_target,
     jump,
@@ -33,8 +33,10 @@ from std_rt.training.distil.trajectory import (
     phase_edges,
     pseudo_huber,
     randint,
+    run_indices,
     send,
     to_x0_eps,
+    trajectory_state,
 )
 from std_rt.training.run.precision import precision_context, resolve_precision
 from std_rt.training.run.recipe import DistilConfig, distil_tau, target_window
@@ -65,7 +67,8 @@ class StepBatch:
     slots: list[int]  # where the first rows came from in the bank; the others are fresh
     shape: Shape
     s: Tensor  # [B] grid index the student jumps to
-    target: Tensor  # [B, C, h, w] where the averaged student arrives from the teacher's state below t
+    # [B, C, h, w] where the averaged student arrives from the teacher's state below t; None: DMD has none.
+    target: Tensor | None
     real: Tensor  # [B, C, h, w] the item's own real latents at r
     pair: Tensor  # [B] whether there is an r below s
     # Rows that the discriminator is shown, at least one.
@@ -120,6 +123,7 @@ class Distiller:
         self.window = target_window(config.eta, config.window, self.tau)
         self.edges = phase_edges(self.tau, config.phases)
         self.representation = self._representation()
+        self.matching = Matching(self, average.tensors) if config.method == "dmd" else None
         where = device if config.bank.device == "auto" else config.bank.device
         pinned = where == "cpu" and torch.device(device).type == "cuda"
         self.bank = TrajectoryBank(config.bank.capacity, self.last, where, self._capacities(), pinned)
@@ -176,9 +180,12 @@ class Distiller:
         here = send(self.levels.column(s == index), self.device)
         return torch.where(here, x_next, arrived)
 
-    def student_jump(self, unet: Any, states: States, s: Tensor) -> Tensor:
-        """The student's jump from t to s; ``unet`` is the base's UNet with its LoRA, perhaps wrapped."""
-        with self.watch("student"), self._precision():
+    def student_jump(self, unet: Any, states: States, s: Tensor, watched: str = "student") -> Tensor:
+        """The student's jump from t to s; ``unet`` is the base's UNet with its LoRA, perhaps wrapped.
+
+        ``watched`` names the span of the timing that it counts in.
+        """
+        with self.watch(watched), self._precision():
             t = self.device_levels.timestep(states.index)
             output = self.base.predict(unet, states.x, t, states.cond)
         return self._jump(output, states.x, states.index, s)
@@ -223,9 +230,7 @@ class Distiller:
         keep = torch.rand(count, generator=self.generator) >= self.config.drop_conditioning
         if index is None:
             index = draw_start(self.config.method, self.levels.tau_index, self.last, count, self.generator)
-        k = content_share(self.levels, index)
-        clean = (1 - k) * new.z + k * new.c
-        x = self.levels.alpha(index) * clean + self.levels.sigma(index) * noise
+        x = trajectory_state(self.levels, index, new.z, new.c, noise)
         cond = self.base.masked(new.cond, keep)
         return States(new.real, x, index, scale, self.bank.number(count), cond).to(self.device)
 
@@ -264,7 +269,9 @@ class Distiller:
         if not self.uses_bank:
             std = self.config.method == "std"
             states = self.solved(count, shape) if std else self.fresh(count, shape)
-            return self.restarted(states) if self.config.method == "mcm" else states, [], shape
+            if self.config.method in ("mcm", "dmd"):
+                states = self.restarted(states) if self.config.method == "mcm" else self.on_own_run(states)
+            return states, [], shape
         new, slots = self.bank.plan(count, shape, self.rng)
         parts = [self.bank.get(shape, slots, self.device)] if slots else []
         parts += [self.fresh(new, shape)] if new else []
@@ -289,9 +296,31 @@ class Distiller:
         x[rows] = renoise(clean, some.index, at, again[rows])
         return replace(states, x=x)
 
+    @torch.no_grad()
+    def on_own_run(self, states: States) -> States:
+        """DMD: fresh states, brought by the student's own run of a random step count to a random step of it.
+
+        So it is trained at the states that its runs will meet (DMD2's backward simulation).
+        """
+        runs = [run_indices(self.tau, n) for n in self.config.run_steps]
+        first = torch.zeros_like(states.index)
+        chosen = randint(first, torch.full_like(first, len(runs) - 1), self.generator)
+        some = [runs[int(i)] for i in chosen]
+        reached = randint(first, torch.tensor([len(run) - 1 for run in some]), self.generator)
+        x, index = states.x.clone(), states.index.clone()
+        for step in range(1, int(reached.max()) + 1):
+            rows = (reached >= step).nonzero()[:, 0]
+            to = torch.tensor([some[int(row)][step] for row in rows])
+            x[rows] = self.student_jump(self.base.unet, replace(states, x=x, index=index).rows(rows), to)
+            index[rows] = to
+        return replace(states, x=x, index=index)
+
     def draw(self) -> StepBatch:
         """States, the teacher's step, the target and the real latents of one micro-batch."""
         stored, slots, shape = self.draw_states()
+        if self.matching is not None:
+            self.bank.count(stored.index)
+            return self._unpaired(stored, shape)
         mixed = self.uses_bank and not self.config.bank.stored_conditioning
         states = self.bank.mixed(stored, shape, self.rng) if mixed else stored
         self.bank.count(states.index)
@@ -318,6 +347,12 @@ class Distiller:
         pair = send(pair, self.device)
         return StepBatch(states, slots, shape, s, target, real, pair, judged, self._frames(len(s)))
 
+    def _unpaired(self, states: States, shape: Shape) -> StepBatch:
+        """DMD's: jumps to the clean end, without a target; the discriminator sees clean pictures beside."""
+        end = torch.full_like(states.index, CLEAN)
+        pair = send(torch.ones(len(states), dtype=torch.bool), self.device)
+        return StepBatch(states, [], shape, end, None, states.z, pair)
+
     def _frames(self, batch: int) -> Tensor | None:
         """Which frames of each clip the discriminator is shown ``[B, F]``, rising; None of pictures."""
         if self.base.motion is None or not self.config.adversarial.weight:
@@ -340,8 +375,12 @@ class Distiller:
         """L_STD: pseudo-Huber distance of the student's and the target's x_s, mean over the batch.
 
         Of clips their representations are compared; ``head`` is that of the representation, perhaps wrapped.
+        DMD has its own loss in its place.
         """
+        if self.matching is not None:
+            return self.matching.student_loss(x_s, batch.states)
         target = batch.target
+        assert target is not None, "only DMD does without"
         if self.representation is not None:
             x_s, target = self.representation.student(x_s, head), self.representation.target(target)
         return pseudo_huber(x_s, target, self.config.huber_c).mean()

@@ -1,4 +1,4 @@
-"""Frozen features that the discriminator's heads read: DINOv2's blocks, or std-tiny's own style encoder.
+"""Frozen features that the discriminator's heads read: of DINOv2, a perceptual network or the style encoder.
 
 A projected discriminator (Sauer et al., "Projected GANs Converge Faster", arXiv 2111.01007; with a ViT:
 StyleGAN-T, arXiv 2301.09515) trains small heads on a frozen network. Gradients pass through to the
@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from std_rt.core.errors import RecipeError, one_line
+from std_rt.models.perceptual import SqueezeNet, Vgg
 from std_rt.models.style_encoder import StyleEncoder
 
-__all__ = ["DinoFeatures", "Features", "StyleFeatures", "load_dino"]
+__all__ = ["DinoFeatures", "Features", "PerceptualFeatures", "StyleFeatures", "load_dino"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -104,6 +105,23 @@ class DinoFeatures:
         rows = pixels.shape[2] // int(config.patch_size)
         patches = state[:, 1 + getattr(config, "num_register_tokens", 0) :]
         return patches.transpose(1, 2).unflatten(2, (rows, -1)).float()
+
+
+class PerceptualFeatures:
+    """Decoded latents seen by a perceptual network at their own size; ``decode`` as in `DinoFeatures`."""
+
+    def __init__(self, network: Vgg | SqueezeNet, decode: Callable[[Tensor], Tensor]) -> None:
+        self.network, self.decode = network, decode
+        with torch.no_grad():
+            self.channels = [int(tap.shape[1]) for tap in network(torch.zeros(1, 3, 64, 64))]
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the network in place; the networks behind ``decode`` are the caller's."""
+        self.network.to(device)
+        return self
+
+    def __call__(self, latents: Tensor) -> list[Tensor]:
+        return [tap.float() for tap in self.network(self.decode(latents))]
 
 
 class StyleFeatures:

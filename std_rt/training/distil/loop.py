@@ -1,4 +1,4 @@
-"""The distillation stage: a few-step LoRA of a base, by STD, TCD, LCM, PCM or MCM, of pictures or clips.
+"""The distillation stage: a few-step LoRA of a base, by STD, TCD, LCM, PCM, MCM or DMD, of pictures or clips.
 
 Single Trajectory Distillation: arXiv 2412.18945. Several processes go through Accelerate; each has its own
 data, noise and bank.
@@ -17,11 +17,18 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from std_rt.core.errors import RecipeError
+from std_rt.models.perceptual import load_perceptual
 from std_rt.models.style_encoder import StyleEncoder
 from std_rt.training.distil.base import Base, load_base
 from std_rt.training.distil.discriminator import Adversary
 from std_rt.training.distil.distiller import Distiller, Source
-from std_rt.training.distil.features import DinoFeatures, Features, StyleFeatures, load_dino
+from std_rt.training.distil.features import (
+    DinoFeatures,
+    Features,
+    PerceptualFeatures,
+    StyleFeatures,
+    load_dino,
+)
 from std_rt.training.distil.lora import Average, add_lora, lora_parameters, make_notes, save_lora
 from std_rt.training.distil.sampling import SheetMaker
 from std_rt.training.run.precision import DTYPES, attention_kernels, resolve_precision
@@ -75,6 +82,8 @@ def _features(config: DistilConfig, base: Base) -> Features:
         if base.style_encoder is None:
             raise RecipeError("adversarial.features = 'style' needs a base with a style encoder; use dinov2")
         return StyleFeatures(base.style_encoder)
+    if chosen.features == "perceptual":
+        return PerceptualFeatures(load_perceptual(chosen.perceptual), base.decode)
     return DinoFeatures(load_dino(chosen.dino), base.decode, chosen.blocks, chosen.size_px)
 
 
@@ -191,6 +200,11 @@ def _train(  # noqa: C901
         # Its optimizer steps by itself: the heads are fp32, and fp16's gradient scaler is the student's.
         heads = accelerator.prepare(adversary.heads)
 
+    # --- DMD's second LoRA, in the same UNet -----------------------------------------------------------
+    matching, score_optimizer = distiller.matching, None
+    if matching is not None:
+        score_optimizer = _optimizer(config, [*matching.tensors.values()], student_rate * config.score_rate)
+
     # --- resume ------------------------------------------------------------------------------------------
     parts: dict[str, Any] = {"lora": parameters, "average": average.tensors}
     optimizers = {"student": optimizer}
@@ -198,6 +212,8 @@ def _train(  # noqa: C901
         parts |= {"motion_head": motion_head, "motion_head_average": clips.average.tensors}
     if adversary is not None:
         parts["heads"], optimizers["heads"] = adversary.heads, heads_optimizer
+    if matching is not None:
+        parts["score"], optimizers["score"] = matching.tensors, score_optimizer
     run = Run(
         config,
         parts,
@@ -244,6 +260,16 @@ def _train(  # noqa: C901
                 with watch("optimizer"):
                     optimizer.step()
                     optimizer.zero_grad()
+                if matching and score_optimizer:
+                    wrong = matching.score_loss(x_s, batch.states)
+                    with watch("score"):
+                        (wrong / config.accumulate).backward()
+                        if accelerator.sync_gradients:
+                            for value in matching.tensors.values():  # outside of DDP, which knows the student
+                                value.grad = accelerator.reduce(value.grad, "mean")
+                            score_optimizer.step()
+                            score_optimizer.zero_grad()
+                    run.add(score=wrong)
                 # The discriminator's step, on the same x_s; its gradients are cleared after it.
                 if judge and adversary and heads and heads_optimizer:
                     with watch("adversarial"), distiller.judging():

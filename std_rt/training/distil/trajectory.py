@@ -25,11 +25,13 @@ __all__ = [
     "phase_edges",
     "pseudo_huber",
     "randint",
+    "run_indices",
     "send",
     "to_x0_eps",
+    "trajectory_state",
 ]
 
-METHODS = ("std", "tcd", "lcm", "pcm", "mcm")
+METHODS = ("std", "tcd", "lcm", "pcm", "mcm", "dmd")
 CLEAN = -1
 
 
@@ -111,13 +113,17 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
 
 def last_index(tau: int, run_steps: tuple[int, ...]) -> int:
     """The lowest grid index that a run of any supported step count visits."""
-    return min((trajectory_timesteps(1.0, n, start=tau)[-1] + 1) // 20 - 1 for n in run_steps)
+    return min(run_indices(tau, n)[-1] for n in run_steps)
 
 
 def phase_edges(tau: int, phases: int) -> tuple[int, ...]:
     """Grid indices where the phases of PCM (arXiv 2405.18407) end, falling; the last is the clean end."""
-    points = [(t + 1) // 20 - 1 for t in trajectory_timesteps(1.0, phases, start=tau)]
-    return (*points[1:], CLEAN)
+    return (*run_indices(tau, phases)[1:], CLEAN)
+
+
+def run_indices(tau: int, steps: int) -> list[int]:
+    """Grid indices that a run of so many steps visits, falling."""
+    return [(t + 1) // 20 - 1 for t in trajectory_timesteps(1.0, steps, start=tau)]
 
 
 def randint(low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:
@@ -127,9 +133,9 @@ def randint(low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def draw_start(method: str, tau_index: int, last: int, batch: int, generator: torch.Generator) -> Tensor:
-    """Where fresh samples enter: STD at tau only, the others at any grid point up to tau. ``[B]``."""
+    """Where fresh samples enter: STD and DMD at tau only, the others at any grid point up to tau. ``[B]``."""
     top = torch.full((batch,), tau_index)
-    return top if method == "std" else randint(torch.full((batch,), last), top, generator)
+    return top if method in ("std", "dmd") else randint(torch.full((batch,), last), top, generator)
 
 
 def draw_target(
@@ -151,7 +157,7 @@ def draw_target(
             return randint((t_index - window).clamp(min=CLEAN), below, generator)
         case "tcd":
             return randint(clean, below, generator)
-        case "lcm" | "mcm":
+        case "lcm" | "mcm" | "dmd":
             return clean
         case "pcm":
             falls = torch.tensor(edges)
@@ -171,3 +177,9 @@ def content_share(levels: Levels, index: Tensor) -> Tensor:
     tau = torch.tensor([levels.tau_index], device=index.device)
     top = levels.sigma(tau) / levels.alpha(tau)
     return (levels.sigma(index) / levels.alpha(index) / top).clamp(max=1.0)
+
+
+def trajectory_state(levels: Levels, index: Tensor, clean: Tensor, content: Tensor, noise: Tensor) -> Tensor:
+    """The state at ``index [B]`` on the way from ``content`` to ``clean`` (latents); see `content_share`."""
+    k = content_share(levels, index)
+    return levels.alpha(index) * ((1 - k) * clean + k * content) + levels.sigma(index) * noise

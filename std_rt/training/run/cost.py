@@ -23,9 +23,11 @@ from std_rt.models.autoencoder import AutoencoderPixelShuffle
 from std_rt.models.components import motion_unet
 from std_rt.models.ip_adapter import attach_diffusers, make_projection, pair_branches, read_ip_adapter
 from std_rt.models.ip_adapter import choose_layers as choose_style_layers
+from std_rt.models.perceptual import load_perceptual
 from std_rt.training.data.buckets import bucket_sizes
 from std_rt.training.distil.base import check_source, read_json, style_adapter, style_encoder_folder
 from std_rt.training.distil.discriminator import Heads
+from std_rt.training.distil.features import PerceptualFeatures
 from std_rt.training.distil.lora import choose_layers
 from std_rt.training.distil.trajectory import CLEAN, draw_target, last_index, phase_edges
 from std_rt.training.run.precision import DTYPES, resolve_precision
@@ -335,10 +337,19 @@ def _judge(
     if chosen.features == "style":
         channels = [style["latent_channels"], *style["widths"]] if style else []
         return _Judge(_count_heads(channels, pooled))
+    flops, outputs = _forward(vae.decode, torch.empty(1, *shape, device="meta"))
+    if chosen.features == "perceptual":
+        features = PerceptualFeatures(load_perceptual(chosen.perceptual), vae.decode)
+        features.to("meta")
+        side = 2 ** (len(vae.config.block_out_channels) - 1)
+        seen, kept = _forward(
+            features.network, torch.empty(1, 3, side * shape[1], side * shape[2], device="meta")
+        )
+        heads = _count_heads(features.channels, pooled)
+        return _Judge(heads, _count(features.network), flops + seen, kept, outputs)
     named = (size for kind, size in DINO_SIZES.items() if kind in chosen.dino.lower())
     width, depth = next(named, DINO_SIZES["small"])
     tokens = (chosen.size_px // DINO_PATCH_PX) ** 2 + 1
-    flops, outputs = _forward(vae.decode, torch.empty(1, *shape, device="meta"))
     return _Judge(
         _count_heads([width] * len(chosen.blocks), pooled),
         12 * width**2 * depth,
@@ -362,14 +373,15 @@ def _weights(config: DistilConfig, counts: dict[str, int], wide: float, *, on_cp
     # On the CPU the base stays in fp32, and autocast holds its copy of it until the backward pass is done.
     base_bytes = 4 if config.precision == "fp32" else 6 if on_cpu else 2
     moments = 2 if config.optimizer == "adamw8bit" else 8  # Adam's two, bytes per number
-    trained = counts["lora"] + counts["heads"]
+    loras = counts["lora"] * (2 if config.method == "dmd" else 1)  # its score is one, too
+    trained = loras + counts["heads"]
     parts = {
         "base weights": base_bytes * counts["unet"],
         "autoencoder and encoders": 4 * wide,
         "LoRA and heads": 4 * trained,
         "moving average": 4 * counts["lora"],
         "gradients": 4 * trained,
-        "optimizer states": moments * counts["lora"] + 8 * counts["heads"],
+        "optimizer states": moments * loras + 8 * counts["heads"],
     }
     return {name: size / GIB for name, size in parts.items()}
 
@@ -397,9 +409,14 @@ def _evaluations(config: DistilConfig, lora: float, judge: float) -> dict[str, f
     if config.method == "std" and not config.bank.enabled:  # from tau down to a state drawn uniformly
         tau = distil_tau(config)
         teacher_steps += ((tau + 1) // 20 - 1 - last_index(tau, config.run_steps)) / 2
+    dmd = config.method == "dmd"
+    # On average a state lies in the middle of an own run.
+    own_steps = sum(n - 1 for n in config.run_steps) / len(config.run_steps) / 2
     parts = {
         "teacher": guided * teacher_steps,
-        "target": forward,
+        "target": 0.0 if dmd else forward,
+        "own runs": own_steps * forward if dmd else 0.0,
+        "score": 3 * forward + lora if dmd else 0.0,  # estimates in both losses, and the backward of one
         # A frozen layer's backward is one forward (its input's gradient); the LoRA's are two.
         "student": forward + again + 1 + 2 * lora,
         "adversarial": 3 * judge,  # the fake one forward and backward, the real one forward

@@ -183,7 +183,9 @@ class AdversarialConfig:
     """The asymmetric adversarial loss; weight 0 leaves it out."""
 
     weight: Amount = 0.0
-    features: Literal["dinov2", "style"] = "dinov2"  # style: std-tiny's style encoder, needs no download
+    # style: std-tiny's style encoder, on latents; perceptual: VGG-19 or SqueezeNet, on decoded pictures
+    features: Literal["dinov2", "style", "perceptual"] = "dinov2"
+    perceptual: str = ""  # the weight file of that
     dino: str = "facebook/dinov2-small"  # hub id or folder
     blocks: Annotated[tuple[Whole, ...], Meta(min_length=1)] = (2, 5, 8, 11)
     size_px: Count = 224
@@ -264,7 +266,7 @@ class DistilConfig:
     output: str
     base: str
     stage: str = "distil"
-    method: Literal["std", "tcd", "lcm", "pcm", "mcm"] = "std"
+    method: Literal["std", "tcd", "lcm", "pcm", "mcm", "dmd"] = "std"
     seed: Whole = 0
     steps: Count = 10_000  # optimizer steps
     batch: Count = 1  # samples a micro-batch and process
@@ -282,6 +284,7 @@ class DistilConfig:
     stride: Count = 1  # grid points of one teacher step: more is faster and coarser
     window: PositiveShare = 0.5  # s lies at most window * ceil(50 eta) grid points below t
     phases: Count = 4  # pcm only
+    score_rate: Positive = 5.0  # dmd only: learning rate of its second LoRA, in the student's
     guidance: tuple[Amount, Amount] = (6.0, 16.0)  # range of the teacher's scale; w = scale - 1
     drop_conditioning: Share = 0.1
     ema_decay: Share = 0.95
@@ -447,10 +450,25 @@ def _check_parts(recipe: DistilConfig) -> None:
     if style.precompute and not recipe.pictures.cache:
         raise RecipeError("style.precompute keeps tokens in pictures.cache; set that to a folder")
     judge = recipe.adversarial
-    if judge.jumps == "last" and judge.features != "dinov2":
+    if judge.jumps == "last" and judge.features == "style":
         raise RecipeError(
-            f'adversarial.jumps = "last" judges decoded pictures, and adversarial.features = '
-            f'"{judge.features}" sees latents; set features = "dinov2", or jumps = "all"'
+            'adversarial.jumps = "last" judges decoded pictures, and adversarial.features = "style" sees '
+            'latents; set features = "dinov2" or "perceptual", or jumps = "all"'
+        )
+    if judge.weight and judge.features == "perceptual" and not judge.perceptual:
+        raise RecipeError(
+            'adversarial.features = "perceptual" needs its weights: set adversarial.perceptual=FILE, '
+            "VGG-19 or SqueezeNet (docs/training.md)"
+        )
+    if recipe.method in ("mcm", "dmd") and judge.weight and judge.jumps == "all":
+        raise RecipeError(
+            f'method = "{recipe.method}" jumps to the clean end, below which no real picture lies; '
+            'set adversarial.jumps = "last", or adversarial.weight = 0'
+        )
+    if recipe.method == "dmd" and recipe.gradient_checkpointing:
+        raise RecipeError(
+            'method = "dmd" swaps the weights of one UNet, which gradient_checkpointing would run again with '
+            "the wrong ones; set it to false"
         )
     _check_motion(recipe)
 
@@ -476,11 +494,8 @@ def _check_motion(recipe: DistilConfig) -> None:
         )
     if motion.judged > motion.frames:
         raise RecipeError(f"motion.judged = {motion.judged} is more than motion.frames = {motion.frames}")
-    if recipe.method == "mcm" and recipe.adversarial.weight and recipe.adversarial.jumps == "all":
-        raise RecipeError(
-            'method = "mcm" jumps to the clean end, below which no real frame lies; '
-            'set adversarial.jumps = "last", or adversarial.weight = 0'
-        )
+    if recipe.method == "dmd":
+        raise RecipeError('method = "dmd" is for pictures; take out motion.adapter, or set method = "std"')
 
 
 def target_window(eta: float, rate: float, tau: int) -> int:

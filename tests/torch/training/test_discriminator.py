@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from std_rt.core.errors import RecipeError
 from std_rt.core.schedule import NoiseSchedule
+from std_rt.models.perceptual import load_perceptual
 from std_rt.models.style_encoder import StyleEncoder
 from std_rt.training.distil.discriminator import (
     Adversary,
@@ -23,7 +24,13 @@ from std_rt.training.distil.discriminator import (
     hinge_g,
     renoise,
 )
-from std_rt.training.distil.features import DinoFeatures, StyleFeatures, fit_patches, load_dino
+from std_rt.training.distil.features import (
+    DinoFeatures,
+    PerceptualFeatures,
+    StyleFeatures,
+    fit_patches,
+    load_dino,
+)
 from std_rt.training.distil.trajectory import Levels
 
 transformers = pytest.importorskip("transformers")
@@ -118,6 +125,18 @@ def test_dino_maps_are_the_named_blocks_outputs_without_class_token() -> None:
     for block, found in zip((2, 5, 8, 11), maps, strict=True):
         # Row-major patches: place (row, column) is token 1 + row * 2 + column.
         assert torch.equal(found[:, :, 3, 1], seen[block][:, 1 + 3 * 2 + 1])
+
+
+def test_a_perceptual_networks_maps_are_those_of_the_decoded_picture(squeezenet_file: Path) -> None:
+    network, decode = load_perceptual(squeezenet_file), Decode()
+    features, latents = PerceptualFeatures(network, decode), _noise(2, 4, 16, 12).requires_grad_()
+    maps = features(latents)
+    assert [m.shape[1] for m in maps] == features.channels
+    assert all(torch.equal(a, b) for a, b in zip(maps, network(decode(latents)), strict=True))
+    sum(m.square().mean() for m in maps).backward()
+    assert latents.grad is not None
+    assert latents.grad.abs().min() > 0
+    assert all(p.grad is None for p in network.parameters())
 
 
 def test_dino_registers_are_dropped_too() -> None:

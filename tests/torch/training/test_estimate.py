@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from std_rt.core.errors import RecipeError
 from std_rt.models.clip_style import ClipStyleEncoder
+from std_rt.models.perceptual import load_perceptual
 from std_rt.training.data.buckets import bucket_sizes
 from std_rt.training.distil.bank import States
 from std_rt.training.distil.base import Conditioning, load_base
@@ -163,6 +164,20 @@ def test_evaluations_are_those_of_the_method() -> None:
     # tau = 739 is grid point 36, run_steps end at 99, grid point 4: 16 steps on average, then one.
     assert units(bank=BankConfig(enabled=False))["teacher"] == 2 * (1 + 16)
     assert units(judge=0.5)["adversarial"] == 1.5
+    # Its score: one estimate, another one, and the backward of that. Own runs of 2, 4, 6 and 8 steps, to a
+    # random one of them.
+    dmd = {"teacher": 2, "student": 2.9, "own runs": 1.3 * 2, "score": 1.3 + 2.9}
+    assert units(method="dmd") == pytest.approx(dmd)
+
+
+def test_a_perceptual_network_is_counted_as_it_is(clip: Path, squeezenet_file: Path) -> None:
+    judge = AdversarialConfig(0.5, features="perceptual", perceptual=str(squeezenet_file))
+    judged, plain = _of(clip, adversarial=judge), _of(clip)
+    assert judged.parameters["heads"] == sum(p.numel() for p in Heads([64, 128, 256, 384], 20).parameters())
+    assert judged.evaluations["adversarial"] > 0
+    wide = "autoencoder and encoders"
+    network = sum(p.numel() for p in load_perceptual(squeezenet_file).parameters())
+    assert judged.memory_gib[wide] - plain.memory_gib[wide] == pytest.approx(4 * network / GIB)
 
 
 def test_work_and_activations_grow_with_the_batch(clip: Path) -> None:

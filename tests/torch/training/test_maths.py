@@ -150,7 +150,7 @@ def test_the_published_rates_are_those_of_eight_processes() -> None:
     assert learning_rates(published) == pytest.approx((6.25e-7, 1.25e-5))
     line = describe_rates(published, 8)
     assert "at most 5e-06, 0.0001 of the discriminator: 128 images per step of 8 processes" in line
-    assert learning_rates(load_recipe(recipes / "std_tiny.toml"), 8)[0] == 2e-3
+    assert learning_rates(load_recipe(recipes / "std_tiny.toml"), 8)[0] == 1e-3
 
 
 def test_overrides_reach_nested_keys(tmp_path: Path) -> None:
