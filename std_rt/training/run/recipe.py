@@ -460,6 +460,7 @@ def _check_parts(recipe: DistilConfig) -> None:
             'adversarial.features = "perceptual" needs its weights: set adversarial.perceptual=FILE, '
             "VGG-19 or SqueezeNet (docs/training.md)"
         )
+    _check_motion(recipe)
     if recipe.method in ("mcm", "dmd") and judge.weight and judge.jumps == "all":
         raise RecipeError(
             f'method = "{recipe.method}" jumps to the clean end, below which no real picture lies; '
@@ -470,7 +471,6 @@ def _check_parts(recipe: DistilConfig) -> None:
             'method = "dmd" swaps the weights of one UNet, which gradient_checkpointing would run again with '
             "the wrong ones; set it to false"
         )
-    _check_motion(recipe)
 
 
 def _check_motion(recipe: DistilConfig) -> None:
