@@ -7,17 +7,26 @@
 For every picture in ``pairs/content`` and the style of that name in ``pairs/style``: a file of the same name
 in ``pairs/microast``, ``pairs/magenta`` and ``pairs/adain``. Frames of clips are in folders of their own,
 named like the style.
+
+    python -m tools.peers pairs --microast FILE --magenta FOLDER --time 256 --time 512
+
+times them on OpenVINO instead, as `std-rt bench` does the bundles: fp32, one picture at a time, the part that
+depends on the style alone computed before.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
 from std_rt.core.errors import MediaError
 from std_rt.media.image import read_picture, write_picture
@@ -41,6 +50,47 @@ def write_outputs(pairs: Path, label: str, teacher: Teacher) -> int:
     return len(contents)
 
 
+class _FixedStyle(nn.Module):
+    """A network with its style picture inside, so that the compiler folds all that depends on it alone."""
+
+    def __init__(self, teacher: Teacher, side: int) -> None:
+        super().__init__()
+        self.teacher = teacher
+        self.register_buffer(
+            "style", torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+        )
+
+    def forward(self, photo: Tensor) -> Tensor:
+        return self.teacher(photo, self.style)
+
+
+def time_on_openvino(teacher: Teacher, side: int, threads: int, runs: int = 60) -> float:
+    """Median seconds per picture of ``side`` x ``side``; of Magenta, its transformer at that size."""
+    import openvino as ov
+
+    photo = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(1))
+    if isinstance(teacher, Magenta):
+        model = ov.Core().read_model(teacher.transformer)
+        shapes = {i: i.partial_shape for i in model.inputs}
+        model.reshape({i: [1, side, side, 3] if s[len(s) - 1] == 3 else s for i, s in shapes.items()})
+    else:
+        model = ov.convert_model(_FixedStyle(teacher, side), example_input=photo, input=[1, 3, side, side])
+    options = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    compiled = ov.compile_model(model, "CPU", options)
+    rng = np.random.default_rng(0)
+    inputs = [rng.random(i.partial_shape.to_shape(), np.float32) for i in compiled.inputs]
+    seconds = []
+    for _ in range(runs):
+        began = time.perf_counter()
+        compiled(inputs)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[runs // 6 :])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -50,6 +100,7 @@ def main() -> None:
     parser.add_argument("--adain", help="VGG-19 and the AdaIN decoder (safetensors)")
     parser.add_argument("--magenta", help="folder with the predict and transform ONNX files")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--time", type=int, action="append", metavar="PX", help="only time them; repeatable")
     args = parser.parse_args()
     makers: dict[str, Callable[[str], Teacher]] = {"microast": MicroAst, "adain": AdaIn, "magenta": Magenta}
     torch.set_num_threads(args.threads)
@@ -59,6 +110,11 @@ def main() -> None:
         parser.error("give at least one of --microast, --adain, --magenta")
     try:
         for label, weights in given.items():
+            for side in args.time or ():
+                took = time_on_openvino(makers[label](weights), side, args.threads)
+                print(f"{label} {side} px: {1000 * took:.1f} ms")
+            if args.time:
+                continue
             count = write_outputs(args.pairs, label, makers[label](weights))
             print(f"{args.pairs / label}: {count} pictures")
     except MediaError as error:

@@ -243,10 +243,9 @@ class Magenta:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        self.predict, self.transform = (
-            onnxruntime.InferenceSession(next(Path(folder).glob(f"*{kind}*.onnx")), options)
-            for kind in ("predict", "transform")
-        )
+        files = [next(Path(folder).glob(f"*{kind}*.onnx")) for kind in ("predict", "transform")]
+        self.transformer = files[1]
+        self.predict, self.transform = (onnxruntime.InferenceSession(file, options) for file in files)
         sides = next(i.shape[1:3] for i in self.transform.get_inputs() if i.shape[-1] == 3)
         self.size = tuple(sides) if all(isinstance(s, int) for s in sides) else None
 
