@@ -56,9 +56,8 @@ class _FixedStyle(nn.Module):
     def __init__(self, teacher: Teacher, side: int) -> None:
         super().__init__()
         self.teacher = teacher
-        self.register_buffer(
-            "style", torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-        )
+        style = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+        self.style = nn.Parameter(style, requires_grad=False)
 
     def forward(self, photo: Tensor) -> Tensor:
         return self.teacher(photo, self.style)
