@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch import Tensor
 
 from std_rt.core.errors import RecipeError
 from std_rt.models.perceptual import load_perceptual
 from std_rt.models.style_encoder import StyleEncoder
 from std_rt.training.distil.base import Base, load_base
 from std_rt.training.distil.discriminator import Adversary
-from std_rt.training.distil.distiller import Distiller, Source
+from std_rt.training.distil.distiller import Distiller, Source, StepBatch
 from std_rt.training.distil.features import (
     DinoFeatures,
     Features,
@@ -30,6 +31,7 @@ from std_rt.training.distil.features import (
     load_dino,
 )
 from std_rt.training.distil.lora import Average, add_lora, lora_parameters, make_notes, save_lora
+from std_rt.training.distil.matching import Matching
 from std_rt.training.distil.sampling import SheetMaker
 from std_rt.training.run.precision import DTYPES, attention_kernels, resolve_precision
 from std_rt.training.run.recipe import DistilConfig, describe_rates, distil_tau, learning_rates
@@ -158,6 +160,71 @@ def train_distil(config: DistilConfig, stop_after: int | None = None, base: Base
         return _train(config, accelerator, base, stop_after, stack)
 
 
+class _Game:
+    """The discriminator in a run: its part of the student's loss, and its own step on the same pictures."""
+
+    def __init__(
+        self, config: DistilConfig, base: Base, accelerator: Accelerator, rate: float, distiller: Distiller
+    ) -> None:
+        self.config, self.base, self.accelerator, self.distiller = config, base, accelerator, distiller
+        torch.manual_seed(config.seed)
+        self.adversary = Adversary(_features(config, base), base.heads_dim).to(accelerator.device)
+        self.optimizer = _optimizer(config, list(self.adversary.heads.parameters()), rate)
+        # Its optimizer steps by itself: the heads are fp32, and fp16's gradient scaler is the student's.
+        self.heads = accelerator.prepare(self.adversary.heads)
+
+    def fooled(self, x_s: Tensor, batch: StepBatch) -> Tensor:
+        """The student's loss, a scalar; the heads are frozen in it. What they saw is kept for `step`."""
+        self.batch, self.fake = batch, batch.shown(x_s)
+        self.condition = batch.per_picture(self.base.heads_condition(batch.states.cond))
+        self.pair = batch.per_picture(batch.pair)
+        with self.distiller.watch("adversarial"), self.distiller.judging():
+            self.maps = self.adversary.features(self.fake)  # decoded and encoded once, for both networks
+            loss = self.adversary.generator_loss(self.fake, self.condition, self.pair, self.maps)
+        return batch.judged_share * loss
+
+    def step(self) -> dict[str, Tensor]:
+        """The discriminator's turn, and what to log of it; its gradients are cleared after its step."""
+        with self.distiller.watch("adversarial"), self.distiller.judging():
+            judged, parts = self.adversary.discriminator_loss(
+                self.heads,
+                self.fake.detach(),
+                self.batch.shown(self.batch.real),
+                self.condition,
+                self.pair,
+                self.config.adversarial.r1,
+                [m.detach() for m in self.maps],
+            )
+            judged = self.batch.judged_share * judged
+            (judged / self.config.accumulate).backward()
+            if self.accelerator.sync_gradients:
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        return parts | {"discriminator": judged}
+
+
+class _Score:
+    """DMD's second LoRA in a run; outside of DDP, which knows the student's alone."""
+
+    def __init__(
+        self, config: DistilConfig, matching: Matching, accelerator: Accelerator, rate: float
+    ) -> None:
+        self.accelerator, self.matching, self.share = accelerator, matching, 1 / config.accumulate
+        self.optimizer = _optimizer(config, [*matching.tensors.values()], rate * config.score_rate)
+
+    def step(self, x_s: Tensor, batch: StepBatch) -> Tensor:
+        """Its turn on the student's results; the loss, a scalar."""
+        loss = self.matching.score_loss(x_s, batch.states)
+        with self.matching.distiller.watch("score"):
+            (self.share * loss).backward()
+            if self.accelerator.sync_gradients:
+                for value in self.matching.tensors.values():
+                    value.grad = self.accelerator.reduce(value.grad, "mean")
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        return loss
+
+
 # One long function, to be read from top to bottom.
 def _train(  # noqa: C901
     config: DistilConfig, accelerator: Accelerator, base: Base, stop_after: int | None, stack: ExitStack
@@ -190,30 +257,20 @@ def _train(  # noqa: C901
     student, optimizer = accelerator.prepare(base.unet, optimizer)
     compare = None if motion_head is None else accelerator.prepare(motion_head)
 
-    # --- the discriminator, if the recipe has one -----------------------------------------------------
-    adversary = heads = heads_optimizer = None
-    if config.adversarial.weight:
-        torch.manual_seed(config.seed)
-        features = _features(config, base)
-        adversary = Adversary(features, base.heads_dim).to(device)
-        heads_optimizer = _optimizer(config, list(adversary.heads.parameters()), heads_rate)
-        # Its optimizer steps by itself: the heads are fp32, and fp16's gradient scaler is the student's.
-        heads = accelerator.prepare(adversary.heads)
-
-    # --- DMD's second LoRA, in the same UNet -----------------------------------------------------------
-    matching, score_optimizer = distiller.matching, None
-    if matching is not None:
-        score_optimizer = _optimizer(config, [*matching.tensors.values()], student_rate * config.score_rate)
+    # --- what the recipe has besides, each with an optimizer of its own ----------------------------------
+    game = _Game(config, base, accelerator, heads_rate, distiller) if config.adversarial.weight else None
+    matching = distiller.matching
+    score = None if matching is None else _Score(config, matching, accelerator, student_rate)
 
     # --- resume ------------------------------------------------------------------------------------------
     parts: dict[str, Any] = {"lora": parameters, "average": average.tensors}
     optimizers = {"student": optimizer}
     if clips is not None and motion_head is not None and clips.average is not None:
         parts |= {"motion_head": motion_head, "motion_head_average": clips.average.tensors}
-    if adversary is not None:
-        parts["heads"], optimizers["heads"] = adversary.heads, heads_optimizer
-    if matching is not None:
-        parts["score"], optimizers["score"] = matching.tensors, score_optimizer
+    if game is not None:
+        parts["heads"], optimizers["heads"] = game.adversary.heads, game.optimizer
+    if score is not None:
+        parts["score"], optimizers["score"] = score.matching.tensors, score.optimizer
     run = Run(
         config,
         parts,
@@ -236,19 +293,14 @@ def _train(  # noqa: C901
     for step in run.steps(partial(_rate, config, student_rate), stop_after):
         for _ in range(config.accumulate):
             batch = distiller.draw()
-            judge = adversary is not None and step >= config.adversarial.start_step
-            with accelerator.accumulate(*(part for part in (student, compare, heads) if part is not None)):
-                # The student's step; the discriminator's heads are frozen in it.
+            playing = game if step >= config.adversarial.start_step else None
+            learning = (student, compare, None if game is None else game.heads)
+            with accelerator.accumulate(*(part for part in learning if part is not None)):
                 x_s = distiller.student_jump(student, batch.states, batch.s)
                 loss = distiller.consistency_loss(x_s, batch, compare)
                 run.add(consistency=loss)
-                if judge and adversary:
-                    share = batch.judged_share
-                    condition = batch.per_picture(base.heads_condition(batch.states.cond))
-                    fake, pair = batch.shown(x_s), batch.per_picture(batch.pair)
-                    with watch("adversarial"), distiller.judging():
-                        maps = adversary.features(fake)  # decoded and encoded once, for both networks
-                        fooled = share * adversary.generator_loss(fake, condition, pair, maps)
+                if playing is not None:
+                    fooled = playing.fooled(x_s, batch)
                     loss = loss + config.adversarial.weight * fooled
                     run.add(generator=fooled)
                 with watch("student"):
@@ -260,34 +312,10 @@ def _train(  # noqa: C901
                 with watch("optimizer"):
                     optimizer.step()
                     optimizer.zero_grad()
-                if matching and score_optimizer:
-                    wrong = matching.score_loss(x_s, batch.states)
-                    with watch("score"):
-                        (wrong / config.accumulate).backward()
-                        if accelerator.sync_gradients:
-                            for value in matching.tensors.values():  # outside of DDP, which knows the student
-                                value.grad = accelerator.reduce(value.grad, "mean")
-                            score_optimizer.step()
-                            score_optimizer.zero_grad()
-                    run.add(score=wrong)
-                # The discriminator's step, on the same x_s; its gradients are cleared after it.
-                if judge and adversary and heads and heads_optimizer:
-                    with watch("adversarial"), distiller.judging():
-                        judged, parts = adversary.discriminator_loss(
-                            heads,
-                            fake.detach(),
-                            batch.shown(batch.real),
-                            condition,
-                            pair,
-                            config.adversarial.r1,
-                            [m.detach() for m in maps],
-                        )
-                        judged = share * judged
-                        (judged / config.accumulate).backward()
-                        if accelerator.sync_gradients:
-                            heads_optimizer.step()
-                            heads_optimizer.zero_grad()
-                    run.add(discriminator=judged, **parts)
+                if score is not None:
+                    run.add(score=score.step(x_s, batch))
+                if playing is not None:
+                    run.add(**playing.step())
         with watch("optimizer"):
             if not optimizer.step_was_skipped:  # fp16: the scaler found an overflow and halves its scale
                 average.update(config.ema_decay)
