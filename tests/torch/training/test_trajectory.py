@@ -92,6 +92,7 @@ def test_a_jump_to_where_one_is_changes_nothing(kind: str) -> None:
 def test_targets_lie_below_t_and_in_the_methods_range(t: int, method: str, seed: int) -> None:
     window, edges = target_window(0.75, 0.5, 739), phase_edges(739, 4)
     s = draw_target(method, torch.full((8,), t), window, edges, _generator(seed))
+    assert torch.equal(s, draw_target(method, torch.full((8,), t), window, edges, _generator(seed)))
     assert (s < t).all()
     assert (s >= -1).all()
     if method == "std":

@@ -139,6 +139,7 @@ def test_a_shifted_schedule_survives_trained_betas() -> None:
     again = sch.NoiseSchedule.from_config(config)
     np.testing.assert_allclose(again.alphas_cumprod, shifted.alphas_cumprod, rtol=1e-9)
     assert again.prediction_type == "v_prediction"
+    assert again.shifted(2.0).prediction_type == "v_prediction"
 
 
 def test_an_unknown_schedule_or_prediction_is_named() -> None:
@@ -146,6 +147,9 @@ def test_an_unknown_schedule_or_prediction_is_named() -> None:
         sch.NoiseSchedule.from_config({"beta_schedule": "cosine"})
     with pytest.raises(ValueError, match="'velocity'"):
         sch.NoiseSchedule(SCHEDULE.alphas_cumprod, "velocity")
+    x = np.zeros((1, 1, 1, 1))
+    with pytest.raises(ValueError, match="'velocity'"):
+        sch.to_eps(x, x, SCHEDULE.coefficient(999, 0), "velocity")
 
 
 def test_zero_terminal_snr_is_diffusers() -> None:
