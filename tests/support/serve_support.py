@@ -9,8 +9,9 @@ import struct
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
 
@@ -155,6 +156,47 @@ def next_text(socket: ClientConnection, key: str) -> Any:
         message = socket.recv(timeout=60)
         if isinstance(message, str) and key in (found := json.loads(message)):
             return found[key]
+
+
+@dataclass
+class Streaming:
+    """A session that sends a frame, waits for its result, sends the next, ... in a thread of its own."""
+
+    invitation: str | None
+    """Where it may offer WebRTC."""
+    results: int = 0
+    longest_gap_s: float = 0.0
+    _over: threading.Event = field(default_factory=threading.Event)
+
+    def run(self, socket: ClientConnection, data: bytes) -> None:
+        before_s = time.monotonic()
+        while not self._over.is_set():
+            send_frame(socket, self.results + 1, data, self.results)
+            assert next_result(socket)[0] == self.results + 1
+            now_s = time.monotonic()
+            self.longest_gap_s, before_s = max(self.longest_gap_s, now_s - before_s), now_s
+            self.results += 1
+
+    def end(self) -> None:
+        self._over.set()
+
+
+@contextmanager
+def streaming(site: Site, path: str = "/v1/stream", data: bytes | None = None) -> Iterator[Streaming]:
+    """A session that goes on all along; the block fails if the session does."""
+    data = jpeg(np.full((64, 64, 3), 99, np.uint8)) if data is None else data
+    with site.connect(path) as socket, ThreadPoolExecutor(1) as pool:
+        session = Streaming(next_text(socket, "webrtc"))
+        running = pool.submit(session.run, socket, data)
+        try:
+            wait_until(lambda: session.results or running.done())
+            yield session
+            before = session.results
+            wait_until(lambda: session.results > before or running.done())
+        finally:
+            session.end()
+            running.result()
+    assert session.results > 1
 
 
 def end_code(socket: ClientConnection) -> int | None:

@@ -142,6 +142,7 @@ def test_bad_pictures_are_refused_in_one_line(site: Site, count: int) -> None:
         ([("picture", 0), ("style", "nobody")], "there is no style 'nobody'"),
         ([("picture", 0), ("style", "a:b")], "a style is ID or ID:WEIGHT"),
         ([("picture", 0), ("style", 0), ("weights", "1,2")], "give one weight a style"),
+        ([("picture", 0), *[("style", 0)] * 17], "at most 16 styles are blended, got 17"),
         ([("picture", 0), ("style", 0), ("weights", "x")], "weights must be numbers"),
         ([("picture", 0), ("style", 0), ("strength", "x")], "strength must be a number"),
         ([("picture", 0), ("style", 0), ("strength", "1e999")], "strength must be a number"),
@@ -175,7 +176,9 @@ def test_bodies_that_are_no_forms_are_refused(site: Site) -> None:
             answer = site.ask("POST", path, body, headers)
             assert answer.status == 400, (body[:40], answer)
             assert answer.error
-    for body in (b"{", b"[1]", b"\xff\xfe", b"[" * 9000):
+    picture = ("picture", ("x.png", encoded(noise(1))))
+    assert "there is no field 'colour'" in site.post("/v1/styles", picture, ("colour", "red")).error
+    for body in (b"{", b"[1]", b'{"name": "x", "colour": "red"}', b"\xff\xfe", b"[" * 9000):
         answer = site.ask("PATCH", "/v1/styles/x", body)
         assert answer.status in (400, 404)
         assert answer.error
