@@ -25,7 +25,7 @@ for _path in _folder.glob("*_*"):
 
 @schemathesis.hook
 def before_load_schema(context: Any, described: dict[str, Any]) -> None:
-    """Which styles are here, and how many weights they need. (It would send files of styles without a name.)"""
+    """Which styles are here, and how many weights. (It sends files of a list without their names.)"""
     described["components"]["schemas"]["StyleHere"] = {"enum": _known["styles"]}
     for path in ("/v1/stylize", "/v1/jobs"):
         form = described["paths"][path]["post"]["requestBody"]["content"]["multipart/form-data"]
