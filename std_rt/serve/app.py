@@ -24,7 +24,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
@@ -109,7 +109,12 @@ class Server:
             stack.callback(self.pool.close_all)
             self.camera = None if camera is None else self.pool.open(camera, owned=False)
             self._stack = stack.pop_all()
-        handlers: dict[Any, Any] = {HTTPException: _http_error, StdRtError: _user_error, Exception: _failure}
+        handlers: dict[Any, Any] = {
+            HTTPException: _http_error,
+            StdRtError: _user_error,
+            ClientDisconnect: _nobody,
+            Exception: _failure,
+        }
         app = Starlette(routes=self._routes(), exception_handlers=handlers)
         self.app: ASGIApp = Guard(app, options.rules, self.limits)
 
@@ -456,6 +461,11 @@ async def _user_error(request: Request, error: StdRtError) -> Response:
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
     return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
+
+
+async def _nobody(request: Request, error: ClientDisconnect) -> Response:
+    """The client hung up in the middle of its body: no failure, and no answer that anybody reads."""
+    return Response(status_code=400)
 
 
 async def _failure(request: Request, error: Exception) -> Response:
