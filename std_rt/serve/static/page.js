@@ -102,6 +102,7 @@ const link = {
         this.invitation = message.webrtc;
         this.begin();
       }
+      if (message.look) sinceChange = performance.now(); // only now it can be seen: styles take their time to encode
       if (message.figures) showServerFigures(message.figures);
     };
     socket.onclose = () => {
