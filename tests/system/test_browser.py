@@ -195,6 +195,14 @@ def test_a_picture_is_painted_whole_and_the_other_pages_look_on(
     with serving(handmade, styles, free_port()) as link:
         page.open(link)
         page.until("document.querySelectorAll('#styles li').length === 2")
+        for name, kind in (("no.png", "shown"), ("no.mp4", "played")):
+            (tmp_path / name).write_bytes(b"nothing")
+            page.put_file("#file-input", tmp_path / name)
+            page.until(f"document.getElementById('status').textContent.startsWith('{name} cannot be {kind}')")
+            page.run("new Promise((done) => setTimeout(done, 1000))")
+            assert "cannot be" in page.run("document.getElementById('status').textContent"), (
+                "it is still told"
+            )
         write_picture(tmp_path / "photo.png", np.full((60, 90, 3), 90, np.uint8))
         page.put_file("#file-input", tmp_path / "photo.png")
         page.until("document.getElementById('empty').hidden")

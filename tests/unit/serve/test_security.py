@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -415,6 +416,33 @@ def test_a_failure_says_nothing_of_the_inside(
     monkeypatch.setattr(site.server.library, "sweep", fail)
     answer = site.get("/v1/styles")
     assert (answer.status, answer.error) == (500, "the server has failed; its log says more")
+
+
+def test_the_end_of_the_server_is_no_failure(
+    stylizer: Stylizer,
+    art: dict[str, Frame],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It waits three seconds for what is being painted."""
+    begun, over = threading.Event(), threading.Event()
+
+    def paint(*_: object) -> None:
+        begun.set()
+        over.wait(20)
+
+    with Server(stylizer, own(art), Options()) as server, ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(server, "_painted", paint)
+        try:
+            with running(server) as site:
+                asked = pool.submit(site.post, "/v1/stylize", ("picture", ("x", b"")))
+                assert begun.wait(20)
+                threading.Timer(5, over.set).start()
+            answer = asked.result()
+        finally:
+            over.set()
+    assert (answer.status, answer.error) == (503, "the server has ended")
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_several_pictures_at_once_are_bounded(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
