@@ -24,7 +24,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
@@ -40,9 +40,9 @@ from std_rt.media.image import write_picture
 from std_rt.pipeline.style_file import StyleFile, blend_files
 from std_rt.pipeline.stylizer import Stylizer
 from std_rt.serve.library import Library, Style, Uploads
-from std_rt.serve.limits import BusyError, Limits, MissingError
+from std_rt.serve.limits import BusyError, ConflictError, Limits, MissingError
 from std_rt.serve.painting import ClipJobs, paint_picture
-from std_rt.serve.protocol import Look, encode_frame
+from std_rt.serve.protocol import MOST_STYLES, Look, encode_frame
 from std_rt.serve.security import Guard, Rules, patient_for
 from std_rt.serve.sessions import SessionPool
 from std_rt.serve.sockets import Sockets
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 __all__ = ["Options", "OwnStyle", "Server", "uvicorn_config"]
 
 _FORMATS = {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp"}
+_STATUS = {BusyError: 503, ConflictError: 409, MissingError: 404}  # of a refusal; 400 otherwise
 _MOST_PARTS = 32
 _FRAME_HEADER_ROOM = 64
 _CONNECTIONS = 256
@@ -108,7 +109,12 @@ class Server:
             stack.callback(self.pool.close_all)
             self.camera = None if camera is None else self.pool.open(camera, owned=False)
             self._stack = stack.pop_all()
-        handlers: dict[Any, Any] = {HTTPException: _http_error, StdRtError: _user_error, Exception: _failure}
+        handlers: dict[Any, Any] = {
+            HTTPException: _http_error,
+            StdRtError: _user_error,
+            ClientDisconnect: _nobody,
+            Exception: _failure,
+        }
         app = Starlette(routes=self._routes(), exception_handlers=handlers)
         self.app: ASGIApp = Guard(app, options.rules, self.limits)
 
@@ -121,8 +127,7 @@ class Server:
             Route("/v1/info", self._info),
             Route("/v1/metrics", self._metrics),
             Route("/v1/bundles", self._bundles),
-            Route("/v1/styles", self._styles),
-            Route("/v1/styles", self._add_style, methods=["POST"]),
+            Route("/v1/styles", self._styles, methods=["GET", "POST"]),
             Route("/v1/styles/{id}", self._change_style, methods=["PATCH", "DELETE"]),
             Route("/v1/styles/{id}/thumbnail", self._thumbnail),
             Route("/v1/style-file", self._style_file),
@@ -150,7 +155,14 @@ class Server:
         return Response(_static("index.html"), media_type="text/html")
 
     async def _openapi(self, request: Request) -> Response:
-        return Response(_static("openapi.json"), media_type="application/json")
+        """The description of the API, with what this server has and can, and whether it wants a token."""
+        described, bundle = json.loads(_static("openapi.json")), self.stylizer.bundle
+        schemas = described["components"]["schemas"]
+        schemas["Size"] |= dict(zip(("minimum", "maximum"), bundle.size_range, strict=True))
+        schemas["Steps"]["enum"] = list(bundle.steps_allowed)
+        schemas["Strength"] |= dict(zip(("minimum", "maximum"), bundle.strength_range, strict=True))
+        schemas["StyleHere"]["examples"] = [style.id for style in self.library.all()]
+        return JSONResponse(described | {"security": [] if self.rules.token is None else [{"token": []}]})
 
     # What there is
 
@@ -204,11 +216,15 @@ class Server:
     # Styles
 
     async def _styles(self, request: Request) -> Response:
+        if request.method == "POST":
+            return await self._add_style(request)
         await _in_thread(self.library.sweep)
         return JSONResponse({"styles": [_described(style) for style in self.library.all()]})
 
     async def _add_style(self, request: Request) -> Response:
         async with request.form(max_files=1, max_fields=4) as form:
+            if other := next((key for key in form if key not in ("picture", "name")), None):
+                raise UsageError(f"there is no field {other[:40]!r}; use picture and name")
             file, name = form.get("picture"), form.get("name")
             if not isinstance(file, UploadFile):
                 raise UsageError("send the style as a file called picture: curl -F picture=@art.png ...")
@@ -221,8 +237,9 @@ class Server:
         if request.method == "DELETE":
             await _in_thread(self.library.delete, key)
             return Response(status_code=204)
-        name = (await _json(request)).get("name")
-        if not isinstance(name, str) or not name.strip():
+        found = await _json(request)
+        name = found.get("name")
+        if not isinstance(name, str) or not name.strip() or len(found) > 1:
             raise UsageError('send the new name as JSON: {"name": "waves"}')
         return JSONResponse(_described(await _in_thread(self.library.rename, key, name)))
 
@@ -319,7 +336,9 @@ class Server:
         look = base.changed({**defaults, **fields}, self.stylizer)
         if not styles:
             raise UsageError("a style is needed: -F style=@art.png, or -F style=ID of one that is here")
-        if len(styles) > _MOST_PARTS or (weights and len(weights) != len(styles)):
+        if len(styles) > MOST_STYLES:
+            raise UsageError(f"at most {MOST_STYLES} styles are blended, got {len(styles)}")
+        if weights and len(weights) != len(styles):
             raise UsageError(f"got {len(styles)} styles and {len(weights)} weights; give one weight a style")
         parts = [self._part(style, look.stroke_size) for style in styles]
         pairs = [
@@ -436,12 +455,17 @@ def _as_file(name: str) -> dict[str, str]:
 
 
 async def _user_error(request: Request, error: StdRtError) -> Response:
-    status = 503 if isinstance(error, BusyError) else 404 if isinstance(error, MissingError) else 400
+    status = next((status for kind, status in _STATUS.items() if isinstance(error, kind)), 400)
     return JSONResponse({"error": one_line(error)}, status)
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
     return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
+
+
+async def _nobody(request: Request, error: ClientDisconnect) -> Response:
+    """The client hung up in the middle of its body: no failure, and no answer that anybody reads."""
+    return Response(status_code=400)
 
 
 async def _failure(request: Request, error: Exception) -> Response:

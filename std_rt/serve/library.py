@@ -20,7 +20,7 @@ from threading import Lock
 from typing import BinaryIO
 
 from std_rt.core.arrays import Frame
-from std_rt.core.errors import MediaError, StdRtError, UsageError
+from std_rt.core.errors import MediaError, StdRtError
 from std_rt.core.files import file_digest, writing
 from std_rt.media.image import Picture, read_picture
 from std_rt.pipeline.conditioning import StyleSquares
@@ -35,7 +35,7 @@ from std_rt.pipeline.style_file import (
     thumbnail,
 )
 from std_rt.pipeline.stylizer import Stylizer
-from std_rt.serve.limits import Limits, MissingError
+from std_rt.serve.limits import ConflictError, Limits, MissingError
 
 __all__ = ["Library", "Style", "Uploads", "named"]
 
@@ -138,7 +138,7 @@ class Library:
         return self._put(style)
 
     def add(self, file: BinaryIO, name: str) -> Style:
-        """Add an uploaded picture or style file. Raises MediaError, or UsageError if there is no room."""
+        """Add an uploaded picture or style file. Raises MediaError, or ConflictError if there is no room."""
         self.sweep()
         with self._uploads.spooled(file, _suffix(file)) as path:
             key = file_digest(path)[:_ID_LENGTH]
@@ -170,20 +170,21 @@ class Library:
         with self._lock:
             if style.id not in self._styles:
                 if len(self._styles) >= self._limits.styles:
-                    raise UsageError(f"{len(self._styles)} styles are here, which is the limit; delete some")
+                    count = len(self._styles)
+                    raise ConflictError(f"{count} styles are here, which is the limit; delete some")
                 self._styles[style.id] = style
             self._used_s[style.id] = self._now()
         return style.id
 
     def rename(self, key: str, name: str) -> Style:
-        """Rename an uploaded style. Raises UsageError."""
+        """Rename an uploaded style. Raises MissingError, or ConflictError for one of the server's."""
         style = replace(self._of_client(key), name=clean_name(name))
         with self._lock:
             self._styles[key] = style
         return style
 
     def delete(self, key: str) -> None:
-        """Delete an uploaded style; sessions that show it keep it. Raises UsageError."""
+        """Delete an uploaded style; sessions that show it keep it. Raises as `rename`."""
         self._of_client(key)
         with self._lock:
             self._styles.pop(key, None)
@@ -192,7 +193,7 @@ class Library:
     def _of_client(self, key: str) -> Style:
         style = self.get(key)
         if not style.uploaded:
-            raise UsageError(f"style '{style.name}' is the server's own and stays as it is")
+            raise ConflictError(f"style '{style.name}' is the server's own and stays as it is")
         return style
 
     def sweep(self) -> None:

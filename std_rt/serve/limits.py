@@ -6,11 +6,15 @@ from dataclasses import dataclass
 
 from std_rt.core.errors import StdRtError, UsageError
 
-__all__ = ["BusyError", "Limits", "MissingError"]
+__all__ = ["BusyError", "ConflictError", "Limits", "MissingError"]
 
 
 class BusyError(StdRtError):
     """The server does as much as it may already."""
+
+
+class ConflictError(UsageError):
+    """Not possible as things are: something of the server's own, not done yet, or no room."""
 
 
 class MissingError(UsageError):

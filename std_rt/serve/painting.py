@@ -16,7 +16,7 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import Any
 
-from std_rt.core.errors import MediaError, StdRtError, UsageError, one_line
+from std_rt.core.errors import MediaError, StdRtError, one_line
 from std_rt.media import fit
 from std_rt.media.image import Picture, open_picture, painted
 from std_rt.media.sources import is_video
@@ -25,7 +25,7 @@ from std_rt.media.video.transcode import transcode_stream
 from std_rt.pipeline.style_file import StyleFile
 from std_rt.pipeline.stylizer import Stylizer
 from std_rt.serve.library import Uploads, named
-from std_rt.serve.limits import BusyError, Limits, MissingError
+from std_rt.serve.limits import BusyError, ConflictError, Limits, MissingError
 from std_rt.serve.protocol import Look
 from std_rt.streaming.frame_stream import FrameStream
 from std_rt.streaming.temporal import TemporalFilter
@@ -188,14 +188,15 @@ class ClipJobs:
         raise MissingError("there is no such job; it may have been deleted, which happens after a time")
 
     def result(self, key: str) -> Path:
-        """The clip of a job that is done. Raises UsageError."""
+        """The clip of a job that is done. Raises MissingError, or ConflictError for one that is not."""
         job = self.get(key)
         if job.state != "done":
-            raise UsageError(f"the job is {job.state}{': ' + job.error if job.error else ''}")
+            why = f": {job.error}" if job.error else "; ask again when its state is done"
+            raise ConflictError(f"the job is {job.state}{why}")
         return job.sink
 
     def delete(self, key: str) -> None:
-        """Cancel a job if it runs, and delete its files. Raises UsageError."""
+        """Cancel a job if it runs, and delete its files. Raises MissingError."""
         self._drop(self.get(key))
 
     def _drop(self, job: ClipJob) -> None:

@@ -23,10 +23,18 @@ from std_rt.pipeline.conditioning import check_stroke_size
 from std_rt.pipeline.stylizer import Stylizer
 from std_rt.streaming.temporal import TEMPORAL_MODES
 
-__all__ = ["Header", "Look", "check_frame_size", "decode_frame", "encode_frame", "parse_message"]
+__all__ = [
+    "MOST_STYLES",
+    "Header",
+    "Look",
+    "check_frame_size",
+    "decode_frame",
+    "encode_frame",
+    "parse_message",
+]
 
 _HEADER = struct.Struct("<IId")
-_MOST_STYLES = 16
+MOST_STYLES = 16
 _LONGEST_CROSSFADE_S = 60.0
 _LARGEST = 1e9
 
@@ -194,8 +202,8 @@ def _crossfade(name: str, value: Any) -> float:
 def _styles(name: str, value: Any) -> dict[str, float]:
     if not isinstance(value, dict) or not value:
         raise UsageError(f'{name} must give weights by id, such as {{"ink": 1}}, got {_shown(value)}')
-    if len(value) > _MOST_STYLES:
-        raise UsageError(f"at most {_MOST_STYLES} styles are blended, got {len(value)}")
+    if len(value) > MOST_STYLES:
+        raise UsageError(f"at most {MOST_STYLES} styles are blended, got {len(value)}")
     weights = {str(key): _number(f"the weight of style {key}", weight) for key, weight in value.items()}
     if min(weights.values()) < 0 or max(weights.values()) == 0:
         raise UsageError("style weights must be 0 or more, and one of them above 0")

@@ -11,6 +11,7 @@ import hmac
 import ipaddress
 import socket
 from collections.abc import Awaitable, Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
@@ -104,12 +105,20 @@ class Guard:
         if refusal is None and self._has_link_token(scope):
             await self._remember_token(scope, receive, send)
         elif refusal is None:
-            await self._app(scope, self._bounded(scope, headers, receive), _with_headers(send))
+            await self._run(scope, self._bounded(scope, headers, receive), _with_headers(send))
         elif scope["type"] == "websocket":
             await receive()
             await send({"type": "websocket.close", "code": _REFUSED, "reason": refusal[1][:120]})
         else:
             await JSONResponse({"error": refusal[1]}, refusal[0])(scope, receive, _with_headers(send))
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receive, send)
+        except asyncio.CancelledError:  # the server ends, and has waited for its requests
+            if scope["type"] == "http":
+                with suppress(RuntimeError):  # the answer has begun
+                    await JSONResponse({"error": "the server has ended"}, 503)(scope, receive, send)
 
     def _refusal(self, scope: Scope, headers: Headers) -> tuple[int, str] | None:
         """Status and line, or None."""

@@ -98,11 +98,11 @@ class Page:
 
 
 @contextmanager
-def browser() -> Iterator[Page]:
-    """A browser with one empty page; the folder ``downloads`` takes what it saves."""
+def browser(*flags: str) -> Iterator[Page]:
+    """A browser with one empty page; the folder ``downloads`` takes what it saves. ``flags``: more."""
     assert CHROMIUM is not None
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        command = [CHROMIUM, *_FLAGS, f"--user-data-dir={folder}", "about:blank"]
+        command = [CHROMIUM, *_FLAGS, *flags, f"--user-data-dir={folder}", "about:blank"]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             try:
                 port = Path(folder) / "DevToolsActivePort"

@@ -9,6 +9,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -155,6 +156,51 @@ def next_text(socket: ClientConnection, key: str) -> Any:
         message = socket.recv(timeout=60)
         if isinstance(message, str) and key in (found := json.loads(message)):
             return found[key]
+
+
+@dataclass
+class Streaming:
+    """A session that sends a frame, waits for its result, sends the next, ... in a thread of its own."""
+
+    invitation: str | None
+    """Where it may offer WebRTC."""
+    results: int = 0
+    longest_gap_s: float = 0.0
+    over: bool = False
+
+    def run(self, socket: ClientConnection) -> None:
+        """Until ``over``: ten frames a second, which is little work for two cores that test other things."""
+        data, before_s = jpeg(np.full((64, 64, 3), 99, np.uint8)), time.monotonic()
+        while not self.over:
+            send_frame(socket, self.results + 1, data, self.results)
+            assert next_result(socket)[0] == self.results + 1
+            now_s = time.monotonic()
+            self.longest_gap_s, before_s = max(self.longest_gap_s, now_s - before_s), now_s
+            self.results += 1
+            time.sleep(0.1)
+
+    @contextmanager
+    def undisturbed(self, most_s: float = 5.0) -> Iterator[None]:
+        """It gets results during the block, and after it; never later than ``most_s`` after one another."""
+        self.longest_gap_s = 0.0
+        yield
+        before = self.results
+        wait_until(lambda: self.results > before)
+        assert self.longest_gap_s < most_s
+
+
+@contextmanager
+def streaming(site: Site, path: str = "/v1/stream") -> Iterator[Streaming]:
+    """A session that goes on all along; the block fails if it does."""
+    with site.connect(path) as socket, ThreadPoolExecutor(1) as pool:
+        session = Streaming(next_text(socket, "webrtc"))
+        running = pool.submit(session.run, socket)
+        try:
+            wait_until(lambda: session.results or running.done())
+            yield session
+        finally:
+            session.over = True
+            running.result()
 
 
 def end_code(socket: ClientConnection) -> int | None:

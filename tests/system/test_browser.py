@@ -7,9 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +22,12 @@ for _package in ("starlette", "uvicorn", "websockets"):
 from support.browser import CHROMIUM, Page, browser  # noqa: E402
 from support.live_support import wait_until  # noqa: E402
 from support.media_samples import ClipSpec, make_clip  # noqa: E402
+from support.serve_support import own, running  # noqa: E402
 
 from std_rt.core.bundle import Bundle  # noqa: E402
 from std_rt.media import write_picture  # noqa: E402
+from std_rt.pipeline.stylizer import Stylizer  # noqa: E402
+from std_rt.serve.app import Options, Server  # noqa: E402
 
 pytestmark = [
     pytest.mark.long,
@@ -116,6 +121,34 @@ def test_camera_styles_snapshot_record_phone_and_restart(
         assert not [url for url in foreign if not url.startswith(("blob:", "about:"))]
 
 
+def test_a_still_picture_is_painted_anew_however_long_its_style_takes(
+    handmade: Bundle, tmp_path: Path, page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is sent for three seconds after a change only, since nothing changes by itself."""
+    art = {name: np.full((32, 32, 3), value, np.uint8) for name, value in (("dark", 40), ("light", 220))}
+    write_picture(tmp_path / "photo.png", np.full((60, 90, 3), 90, np.uint8))
+    with (
+        Stylizer.load(handmade, backend="openvino", precision="fp32", steps=2) as stylizer,
+        Server(stylizer, own(art), Options()) as server,
+        running(server) as site,
+    ):
+        page.open(f"http://{site.host}/")
+        page.until("document.querySelectorAll('#styles li').length === 2")
+        page.put_file("#file-input", tmp_path / "photo.png")
+        page.until("document.getElementById('empty').hidden")
+        encode, before = stylizer.encode_style, page.run(_SUM)
+
+        def slowly(*given: Any, **more: Any) -> Any:
+            time.sleep(5)
+            return encode(*given, **more)
+
+        monkeypatch.setattr(stylizer, "encode_style", slowly)
+        for live in server.pool._sessions.values():
+            monkeypatch.setattr(live.mixer, "_encode", slowly)
+        page.click("#styles li:nth-child(2) .pick")
+        changed_from(page, before)
+
+
 def by(page: Page, transport: str) -> None:
     """Wait until the session uses a transport, and paints by it."""
     page.until(f"document.getElementById('transport').textContent === {transport!r}")
@@ -162,6 +195,14 @@ def test_a_picture_is_painted_whole_and_the_other_pages_look_on(
     with serving(handmade, styles, free_port()) as link:
         page.open(link)
         page.until("document.querySelectorAll('#styles li').length === 2")
+        for name, kind in (("no.png", "shown"), ("no.mp4", "played")):
+            (tmp_path / name).write_bytes(b"nothing")
+            page.put_file("#file-input", tmp_path / name)
+            page.until(f"document.getElementById('status').textContent.startsWith('{name} cannot be {kind}')")
+            page.run("new Promise((done) => setTimeout(done, 1000))")
+            assert "cannot be" in page.run("document.getElementById('status').textContent"), (
+                "it is still told"
+            )
         write_picture(tmp_path / "photo.png", np.full((60, 90, 3), 90, np.uint8))
         page.put_file("#file-input", tmp_path / "photo.png")
         page.until("document.getElementById('empty').hidden")

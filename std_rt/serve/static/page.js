@@ -102,6 +102,7 @@ const link = {
         this.invitation = message.webrtc;
         this.begin();
       }
+      if (message.look) sinceChange = performance.now(); // only now it can be seen: styles take their time to encode
       if (message.figures) showServerFigures(message.figures);
     };
     socket.onclose = () => {
@@ -418,7 +419,7 @@ function use(next) {
   $("figures").hidden = kind === "picture"; // it is sent when something changes, which is no rate
   painted.length = 0;
   $("whole-text").textContent = "";
-  if (!kind) link.close();
+  if (kind !== "server" && !next?.element) link.close(); // nothing that could be sent
   else if (kind === "server") link.open("/v1/stream?source=camera");
   else if (!link.wanted || link.path !== "/v1/stream") link.open("/v1/stream");
   else rtc.start();
@@ -450,19 +451,20 @@ async function listDevices(current) {
 
 async function openFile(file) {
   if (file.type.startsWith("video/")) {
-    const element = document.createElement("video");
+    let element = document.createElement("video");
     const url = URL.createObjectURL(file);
     Object.assign(element, { muted: true, playsInline: true, loop: true, src: url });
+    const stop = () => {
+      element?.pause();
+      element?.removeAttribute("src");
+      URL.revokeObjectURL(url);
+    };
     try {
       await element.play();
     } catch {
+      element = null;
       say(`${file.name} cannot be played by this browser; “Download it stylized” may read it`, true);
     }
-    const stop = () => {
-      element.pause();
-      element.removeAttribute("src");
-      URL.revokeObjectURL(url);
-    };
     use({ kind: "clip", element, file, stop });
     return;
   }

@@ -115,8 +115,12 @@ def test_a_style_is_added_renamed_saved_and_deleted(site: Site, stylizer: Styliz
 
 def test_the_servers_own_styles_stay(site: Site) -> None:
     key = ids(site)["dark"]
-    assert "is the server's own" in site.ask("DELETE", f"/v1/styles/{key}").error
-    assert "is the server's own" in site.ask("PATCH", f"/v1/styles/{key}", b'{"name": "x"}').error
+    for answer in (
+        site.ask("DELETE", f"/v1/styles/{key}"),
+        site.ask("PATCH", f"/v1/styles/{key}", b'{"name": "x"}'),
+    ):
+        assert answer.status == 409
+        assert "is the server's own" in answer.error
     assert key in ids(site).values()
 
 
@@ -154,7 +158,7 @@ def test_a_job_can_be_cancelled_and_leaves_nothing(site: Site, tmp_path: Path) -
     made = [site.post("/v1/jobs", *parts) for _ in range(3)]
     assert "busy: 3 clips wait already" in site.post("/v1/jobs", *parts).error
     for each in made:
-        assert site.get(f"{each.headers['location']}/result").status == 400
+        assert site.get(f"{each.headers['location']}/result").status == 409
         assert site.ask("DELETE", each.headers["location"]).status == 204
     wait_until(lambda: not list(site.server.uploads.folder.iterdir()))
 
@@ -241,3 +245,14 @@ def test_openapi_describes_every_route(site: Site) -> None:
     }
     listed = {(path, method.upper()) for path, found in described["paths"].items() for method in found}
     assert listed == routes
+    schemas, bundle = described["components"]["schemas"], site.server.stylizer.bundle
+    assert [schemas["Size"]["minimum"], schemas["Size"]["maximum"]] == list(bundle.size_range)
+    assert schemas["Steps"]["enum"] == list(bundle.steps_allowed)
+    assert schemas["StyleHere"]["examples"] == list(ids(site).values())
+    assert described["security"] == []
+
+
+def test_a_wrong_method_is_told_the_right_ones(site: Site) -> None:
+    answer = site.ask("PUT", "/v1/styles")
+    assert answer.status == 405
+    assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD", "POST"}

@@ -1,17 +1,35 @@
-"""Hostile clients: each is refused in one line, and nobody else notices."""
+"""Hostile clients: each is refused in one line, and nobody else notices: a session that paints all along."""
 
 from __future__ import annotations
 
 import os
 import socket
 import struct
+import threading
 import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import pytest
-from support.serve_support import Frame, Site, encoded, form, jpeg, next_result, own, running, send_frame
+from support.live_support import wait_until
+from support.serve_support import (
+    Frame,
+    Site,
+    Streaming,
+    encoded,
+    end_code,
+    form,
+    jpeg,
+    next_result,
+    next_text,
+    own,
+    running,
+    send_frame,
+    streaming,
+)
 from websockets.exceptions import InvalidStatus
 
 from std_rt.pipeline.stylizer import Stylizer
@@ -31,6 +49,19 @@ def style_of(site: Site) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
+def bystander(site: Site) -> Iterator[Streaming]:
+    """A session that paints while all tests of this file run."""
+    with streaming(site) as session:
+        yield session
+
+
+@pytest.fixture(autouse=True)
+def _undisturbed(bystander: Streaming) -> Iterator[None]:
+    with bystander.undisturbed():
+        yield
+
+
+@pytest.fixture(scope="module")
 def guarded(stylizer: Stylizer, art: dict[str, Frame]) -> Iterator[Site]:
     options = Options(Rules(TOKEN, ("paint.example",)))
     with Server(stylizer, own(art), options) as server, running(server) as site:
@@ -45,6 +76,9 @@ def test_a_foreign_host_is_refused(site: Site, host: str) -> None:
     answer = site.get("/v1/info", Host=host)
     assert answer.status == 421
     assert "does not go by that name" in answer.error
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+    key = {"Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="}
+    assert site.get("/v1/stream", Host=host, **upgrade, **key).status == 403
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]:80", "LOCALHOST:1"])
@@ -112,25 +146,103 @@ def bomb(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("count", [10, pytest.param(85, marks=pytest.mark.long)])  # 75 requests, and 300
-def test_bad_pictures_are_refused_in_one_line(site: Site, count: int) -> None:
-    """Bombs, truncated files, other kinds and random bytes, as picture and as style."""
+def claiming(kind: str, at: int, layout: str) -> bytes:
+    """A small picture whose header says that it has 60,000 px a side."""
+    data = bytearray(encoded(noise(1, 16, 16), kind))
+    struct.pack_into(layout, data, at, 60_000, 60_000)
+    return bytes(data)
+
+
+def bad_files(count: int = 7) -> dict[str, list[bytes]]:
+    """Files that are no picture, style or clip, by what is wrong with them; ``count`` of each random kind."""
     rng = np.random.default_rng(0)
-    whole = encoded(noise(1))
-    bad = [bomb(100_000), bomb(2_000), b"", b"GIF89a", b"%PDF-1.7", b"<svg/>", b"#EXTM3U\nhttp://127.0.0.1/x"]
-    bad += [whole[: len(whole) * share // 10] for share in range(1, 9)]
-    bad += [rng.bytes(int(size)) for size in rng.integers(1, 2000, count)]
-    for data in bad:
-        for path, parts in (
-            ("/v1/stylize", [("picture", ("x.png", data)), style_of(site)]),
-            ("/v1/stylize", [("picture", ("x.png", whole)), ("style", ("s.png", data))]),
-            ("/v1/styles", [("picture", ("x.png", data))]),
-        ):
-            answer = site.post(path, *parts)
-            assert answer.status == 400, (data[:20], answer)
-            assert str(site.server.uploads.folder) not in answer.error
-    assert "the limit is 1 megapixels" in site.post("/v1/styles", ("picture", ("x", bomb(2_000)))).error
+    picture = noise(1)
+    whole = {kind: encoded(picture, kind) for kind in ("PNG", "JPEG", "WEBP", "TIFF", "BMP")}
+    jpeg_size = encoded(noise(1, 16, 16), "JPEG").index(b"\xff\xc0") + 5
+    playlist = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://127.0.0.1:1/a.ts\n#EXT-X-ENDLIST\n"
+    header = b'{"style_tokens": {"dtype": "F32", "shape": [1, 2, 4], "data_offsets": [0, 999999]}}'
+    return {
+        "bomb": [
+            bomb(100_000),
+            bomb(2_000),  # within what a picture may be, and above this server's limit
+            claiming("JPEG", jpeg_size, ">HH"),
+            claiming("GIF", 6, "<HH"),
+            claiming("BMP", 18, "<ii"),
+            b"YUV4MPEG2 W60000 H60000 F25:1 Ip A1:1 C420\nFRAME\n",
+        ],
+        "truncated": [
+            data[: len(data) * share // 10]
+            for data in whole.values()
+            for share in range(1, 9, 8 // min(count, 8))
+        ],
+        "other kind": [
+            *(
+                b"",
+                b"%PDF-1.7\n",
+                b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+                b"<!doctype html>",
+                b"\x7fELF",
+            ),
+            *(b"PK\x03\x04", b"\x80\x04\x95", b"RIFF\x24\x00\x00\x00WAVEfmt ", b"ID3\x04", b"\x1f\x8b\x08"),
+            b"1\n00:00:01,000 --> 00:00:02,000\nwords\n",
+        ],
+        "reads others": [  # of this machine, or of others
+            *(
+                text.encode()
+                for text in (playlist, playlist.replace("http://127.0.0.1:1/a.ts", "/etc/passwd"))
+            ),
+            b"ffconcat version 1.0\nfile /etc/passwd\n",
+            b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 1 RTP/AVP 96\n",
+            b"<MPD xmlns='urn:mpeg:dash:schema:mpd:2011'><Period><BaseURL>http://127.0.0.1:1</BaseURL></Period></MPD>",
+        ],
+        "style file": [
+            struct.pack("<Q", 1 << 60) + b"{}",
+            struct.pack("<Q", 2) + b"{}",
+            struct.pack("<Q", len(header)) + header,
+            struct.pack("<Q", 9000) + b"{" * 9000,
+            struct.pack("<Q", 40) + b"{" + rng.bytes(100),
+        ],
+        "random": [rng.bytes(int(rng.integers(1, 3000))) for _ in range(count)],
+        "random after a true start": [
+            data[:12] + rng.bytes(int(rng.integers(1, 3000))) for data in [*whole.values()] * count
+        ][:count],
+    }
+
+
+_PLACES = {
+    "picture": "/v1/stylize",
+    "style": "/v1/stylize",
+    "style that is kept": "/v1/styles",
+    "clip": "/v1/jobs",
+    "style of a clip": "/v1/jobs",
+}
+
+
+def test_these_are_300_uploads_and_more() -> None:
+    assert sum(map(len, bad_files().values())) * len(_PLACES) > 300
+
+
+@pytest.mark.parametrize("place", _PLACES)
+@pytest.mark.parametrize("kind", bad_files())
+def test_bad_uploads_are_refused_in_one_line(site: Site, kind: str, place: str) -> None:
+    whole, style = ("picture", ("x.png", encoded(noise(1)))), style_of(site)
+    for data in bad_files()[kind]:
+        parts = {
+            "picture": [("picture", ("x.png", data)), style],
+            "style": [whole, ("style", ("s.png", data))],
+            "style that is kept": [("picture", ("x.png", data))],
+            "clip": [("clip", ("c.mp4", data)), style],
+            "style of a clip": [("clip", ("c.mp4", b"")), ("style", ("s.png", data))],
+        }[place]
+        answer = site.post(_PLACES[place], *parts)
+        assert answer.status == 400, (data[:20], answer)
+        assert str(site.server.uploads.folder) not in answer.error
+        assert "/etc/passwd" not in answer.error
     assert not list(site.server.uploads.folder.iterdir())
+
+
+def test_a_picture_above_the_limit_is_told_the_limit(site: Site) -> None:
+    assert "the limit is 1 megapixels" in site.post("/v1/styles", ("picture", ("x", bomb(2_000)))).error
 
 
 @pytest.mark.parametrize(
@@ -142,6 +254,7 @@ def test_bad_pictures_are_refused_in_one_line(site: Site, count: int) -> None:
         ([("picture", 0), ("style", "nobody")], "there is no style 'nobody'"),
         ([("picture", 0), ("style", "a:b")], "a style is ID or ID:WEIGHT"),
         ([("picture", 0), ("style", 0), ("weights", "1,2")], "give one weight a style"),
+        ([("picture", 0), *[("style", 0)] * 17], "at most 16 styles are blended, got 17"),
         ([("picture", 0), ("style", 0), ("weights", "x")], "weights must be numbers"),
         ([("picture", 0), ("style", 0), ("strength", "x")], "strength must be a number"),
         ([("picture", 0), ("style", 0), ("strength", "1e999")], "strength must be a number"),
@@ -175,7 +288,9 @@ def test_bodies_that_are_no_forms_are_refused(site: Site) -> None:
             answer = site.ask("POST", path, body, headers)
             assert answer.status == 400, (body[:40], answer)
             assert answer.error
-    for body in (b"{", b"[1]", b"\xff\xfe", b"[" * 9000):
+    picture = ("picture", ("x.png", encoded(noise(1))))
+    assert "there is no field 'colour'" in site.post("/v1/styles", picture, ("colour", "red")).error
+    for body in (b"{", b"[1]", b'{"name": "x", "colour": "red"}', b"\xff\xfe", b"[" * 9000):
         answer = site.ask("PATCH", "/v1/styles/x", body)
         assert answer.status in (400, 404)
         assert answer.error
@@ -202,23 +317,31 @@ def test_a_body_that_is_too_large_is_refused_with_or_without_its_length(site: Si
         assert b"413" in raw.recv(4096)
 
 
-def test_a_body_that_comes_too_slowly_is_given_up(stylizer: Stylizer, art: dict[str, Frame]) -> None:
+def test_bodies_that_come_too_slowly_are_given_up(stylizer: Stylizer, art: dict[str, Frame]) -> None:
+    def given_up(site: Site, drip_s: float) -> bool:
+        with socket.create_connection(("127.0.0.1", site.port), timeout=20) as raw:
+            head = "POST /v1/styles HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n"
+            raw.sendall(f"{head}Content-Type: multipart/form-data; boundary=edge\r\n\r\n".encode())
+            raw.sendall(b'--edge\r\nContent-Disposition: form-data; name="picture"; filename="x"\r\n\r\n')
+            raw.settimeout(drip_s)
+            began, answer = time.monotonic(), b""
+            while b"slowly" not in answer and time.monotonic() - began < 10:
+                try:
+                    answer += raw.recv(4096)
+                except TimeoutError:
+                    raw.sendall(b"x")
+            return b"408" in answer and b"came too slowly" in answer
+
     limits = Limits(idle_s=0.3, body_s=1.0)
-    with Server(stylizer, own(art), Options(limits=limits)) as server, running(server) as site:
-        for drip_s in (10.0, 0.1):  # one that stands still, and one that drips
-            with socket.create_connection(("127.0.0.1", site.port), timeout=20) as raw:
-                head = "POST /v1/styles HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n"
-                raw.sendall(f"{head}Content-Type: multipart/form-data; boundary=edge\r\n\r\n".encode())
-                raw.sendall(b'--edge\r\nContent-Disposition: form-data; name="picture"; filename="x"\r\n\r\n')
-                raw.settimeout(drip_s)
-                began, answer = time.monotonic(), b""
-                while b"slowly" not in answer and time.monotonic() - began < 10:
-                    try:
-                        answer += raw.recv(4096)
-                    except TimeoutError:
-                        raw.sendall(b"x")
-                assert b"408" in answer
-                assert b"came too slowly" in answer
+    with (
+        Server(stylizer, own(art), Options(limits=limits)) as server,
+        running(server) as site,
+        streaming(site) as session,
+        session.undisturbed(),
+        ThreadPoolExecutor() as pool,
+    ):
+        # Half of them stand still, and half drip.
+        assert all(pool.map(given_up, [site] * 20, [10.0, 0.1] * 10))
 
 
 def test_headers_that_come_too_slowly_are_given_up(stylizer: Stylizer, art: dict[str, Frame]) -> None:
@@ -244,6 +367,37 @@ def test_headers_that_come_too_slowly_are_given_up(stylizer: Stylizer, art: dict
         next_result(session)
 
 
+def masked(first: int, data: bytes, length: int | None = None) -> bytes:
+    """A frame as a client sends it. ``first``: its first byte. ``length``: what it says that it has."""
+    return struct.pack(">BBQ4x", first, 0x80 | 127, len(data) if length is None else length) + data
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (masked(0x82, b"", 1 << 62), 1009),
+        (masked(0x02, bytes(1 << 20)) + 5 * masked(0x00, bytes(1 << 20)), 1009),  # a message without an end
+        (masked(0x81, bytes(5 << 20)), 1009),
+        (masked(0x81, b"\xff\xfe"), 1007),
+        (masked(0x83, b"x"), 1002),  # of no kind
+        (masked(0xC2, b"x"), 1002),  # compressed, which was not agreed upon
+        (masked(0x89, bytes(200)), 1002),  # a ping that is too long
+        (b"\x82\x01x", 1002),  # not masked
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", 1002),
+        (masked(0x82, b"short"), 1008),
+        (masked(0x82, struct.pack("<IId", 1, 0, 0.0) + bomb(100_000)), 1008),
+    ],
+    ids=range(11),
+)
+def test_what_is_no_message_ends_its_own_session_only(site: Site, data: bytes, code: int) -> None:
+    with site.connect() as session:
+        next_text(session, "session")
+        with suppress(OSError):  # the server may hang up before it has all of it
+            session.socket.sendall(data)
+        assert end_code(session) == code
+    wait_until(lambda: site.server.pool.counts()["sessions"] == 1)  # the one that paints all along
+
+
 def test_paths_do_not_lead_out_of_the_static_files(site: Site) -> None:
     for path in ("/static/../app.py", "/static/%2e%2e/app.py", "/static//etc/passwd", "/static/..%2fapp.py"):
         answer = site.get(path)
@@ -262,6 +416,33 @@ def test_a_failure_says_nothing_of_the_inside(
     monkeypatch.setattr(site.server.library, "sweep", fail)
     answer = site.get("/v1/styles")
     assert (answer.status, answer.error) == (500, "the server has failed; its log says more")
+
+
+def test_the_end_of_the_server_is_no_failure(
+    stylizer: Stylizer,
+    art: dict[str, Frame],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It waits three seconds for what is being painted."""
+    begun, over = threading.Event(), threading.Event()
+
+    def paint(*_: object) -> None:
+        begun.set()
+        over.wait(20)
+
+    with Server(stylizer, own(art), Options()) as server, ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(server, "_painted", paint)
+        try:
+            with running(server) as site:
+                asked = pool.submit(site.post, "/v1/stylize", ("picture", ("x", b"")))
+                assert begun.wait(20)
+                threading.Timer(5, over.set).start()
+            answer = asked.result()
+        finally:
+            over.set()
+    assert (answer.status, answer.error) == (503, "the server has ended")
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_several_pictures_at_once_are_bounded(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
