@@ -59,7 +59,7 @@ def bundle(made: dict[str, Path]) -> Bundle:
 
 @pytest.fixture(scope="module")
 def own(made: dict[str, Path]) -> Bundle:
-    """std-tiny in miniature: the UNet sees the frames' clean latents; its time embedding scales and shifts."""
+    """std-tiny in miniature: its UNet sees the clean latents, and its time embedding scales and shifts."""
     return export_pipeline(
         write_own_pipeline(made["folder"] / "tiny", sees_content=True),
         made["folder"] / "own",
