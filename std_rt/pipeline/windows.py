@@ -242,7 +242,8 @@ class WindowStream:
         as a window is full, as for a camera; see the module.
         """
         self._kind, self._guidance, self._current = prediction_type, guidance, current
-        self._mark, self._sees_content = no_mark, sees_content
+        self._mark: Mark = no_mark
+        self._sees_content = sees_content
         self._windows = Windows(window, steps, self._predict, carried=carried)
 
     def push(self, working: Frame, noise: Array, mark: Mark = no_mark) -> list[Frame]:
