@@ -249,7 +249,7 @@ def unet_graph(source: Source, unet: Network, dtype: torch.dtype, style: Style, 
         Port("time_ids", (batch, 6), "H, W, crop top, crop left, target H, target W in px"),
         Port("style_tokens", (batch, style.tokens, style.dim), "style tokens, projected"),
         Port("style_strength", (batch,), "factor of the style's attention, 1 as trained"),
-        *_seen(source),
+        *_seen(source, rows),
     )
     output = _latents("noise_pred", source, f"network output ({source.schedule.prediction_type})", rows)
     multiple = source.latent_multiple
@@ -258,14 +258,14 @@ def unet_graph(source: Source, unet: Network, dtype: torch.dtype, style: Style, 
     return Graph("unet", plan, unet.state_dict(), type(unet).__name__, plain_config(unet))
 
 
-def _seen(source: Source) -> tuple[Port, ...]:
+def _seen(source: Source, rows: int | str) -> tuple[Port, ...]:
     """The inputs beside the noisy latents."""
     mask = Port(
         "mask", ("batch", 1, "latent_height", "latent_width"), "1 where to paint, 0 where the frame is kept"
     )
     known = {
         "content_latents": _latents(
-            "content_latents", source, "clean latents of the frame, as from vae_encoder"
+            "content_latents", source, "clean latents of the frame, as from vae_encoder", rows
         ),
         "mask": mask,
         "masked_latents": _latents("masked_latents", source, "those of the frame, grey where to paint"),
@@ -326,7 +326,7 @@ class ReferenceRun:
             "style_tokens": self._tokens,
             "style_strength": torch.full((1,), self.strength),
         }
-        seen = self._seen(source)
+        seen = self._seen(source, z)
         for processor in unet.attn_processors.values():
             if getattr(processor, "scale", [0.0]) != [0.0]:
                 processor.scale = [self.strength]
@@ -343,14 +343,14 @@ class ReferenceRun:
         )[0]
         output = output if window is None else output[0].transpose(0, 1)
         if "content_latents" in seen:
-            seen["content_latents"] = self._z
+            seen["content_latents"] = z
         return _example(inputs | seen, {"noise_pred": output})
 
-    def _seen(self, source: Source) -> dict[str, Tensor]:
+    def _seen(self, source: Source, z: Tensor) -> dict[str, Tensor]:
         """What stands beside the noisy latents, as the network itself takes it, in its order."""
         if source.unet_inputs == CONTENT:
             shift, scale = source.content_affine
-            return {"content_latents": self._z / scale + shift}
+            return {"content_latents": z / scale + shift}
         if source.unet_inputs == INPAINTING:
             mask = (torch.rand(self._z[:, :1].shape, generator=self._rng) > 0.5).float()
             return {"mask": mask, "masked_latents": (1 - mask) * self._z}

@@ -253,10 +253,8 @@ def _read_motion(options: ExportOptions, unet: Network) -> Network:
         raise ExportError(f"--frames {frames} is more than the {longest} that {folder} has positions for")
     if config.get("conv_in_channels"):
         raise ExportError(f"{folder} is a PIA adapter (conv_in_channels), which std-rt does not export")
-    if _unet_inputs(unet.config.in_channels, unet.config.out_channels):
-        raise ExportError("--motion-adapter needs a UNet that sees the noisy latents only")
-    if unet.config.resnet_time_scale_shift != "default":
-        raise ExportError("the UNet has resnet_time_scale_shift, which diffusers' UNetMotionModel lacks")
+    if _unet_inputs(unet.config.in_channels, unet.config.out_channels) == INPAINTING:
+        raise ExportError("--motion-adapter does not work with an inpainting UNet; give another base")
     with torch.device("meta"), quiet("diffusers"):
         adapter = resolve("motion_adapter", config["_class_name"]).from_config(config)
         return _with_motion(unet, adapter, weights=False)

@@ -160,14 +160,31 @@ def motion_unet(unet: Network, adapter: Network, *, weights: bool = True) -> Net
     """diffusers' UNetMotionModel of an SDXL UNet and a motion adapter, all weights of the two in it.
 
     ``weights`` False: the architecture alone, on torch's current device. Raises ValueError or RuntimeError if
-    they do not fit together.
+    they do not fit together. Of a UNet whose time embedding scales and shifts (std-tiny), the layers are not
+    copied but shared.
     """
+    shares = unet.config.resnet_time_scale_shift != "default"
     with quiet("diffusers"):
-        motion = UNetMotionModel.from_unet2d(unet, adapter, load_weights=weights)
-    if weights:  # diffusers 0.42 forgets this layer, and what it leaves there is random
+        motion = UNetMotionModel.from_unet2d(unet, adapter, load_weights=weights and not shares)
+    if shares:  # the blocks of diffusers 0.42 could have such layers, but its UNetMotionModel makes others
+        _share_layers(unet, motion)
+        if weights:
+            motion.load_motion_modules(adapter)
+    elif weights:  # diffusers 0.42 forgets this layer, and what it leaves there is random
         motion.add_embedding.load_state_dict(unet.add_embedding.state_dict())
-    elif unet.encoder_hid_proj is not None:  # it takes image branches over with the weights only
+    if (shares or not weights) and unet.encoder_hid_proj is not None:  # it takes image branches over so only
         motion.set_attn_processor({**motion.attn_processors, **unet.attn_processors})
         motion.encoder_hid_proj = unet.encoder_hid_proj
         motion.register_to_config(encoder_hid_dim_type="ip_image_proj")
     return motion
+
+
+def _share_layers(unet: Network, motion: Network) -> None:
+    """Put the layers of ``unet`` in the place of those that ``motion`` has beside its motion modules."""
+    for name in ("conv_in", "time_embedding", "add_embedding", "conv_norm_out", "conv_out"):
+        setattr(motion, name, getattr(unet, name))
+    ours, theirs = ([*u.down_blocks, u.mid_block, *u.up_blocks] for u in (motion, unet))
+    for block, source in zip(ours, theirs, strict=True):
+        for name in ("resnets", "attentions", "downsamplers", "upsamplers"):
+            if hasattr(source, name):
+                setattr(block, name, getattr(source, name))

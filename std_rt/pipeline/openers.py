@@ -120,16 +120,18 @@ def window_specs(
     assert bundle.window is not None
     _check_size(bundle, size)
     latents = (bundle.latent_channels, size[0] // bundle.vae_scale, size[1] // bundle.vae_scale)
+    window = (bundle.window[0], *latents)
     shapes: dict[str, dict[str, Shape]] = {
         "vae_encoder": {"image": (1, 3, *size)},
         "unet": {
-            "sample": (bundle.window[0], *latents),
+            "sample": window,
             "timestep": (1,),
             "encoder_hidden_states": text["encoder_hidden_states"],
             "text_embeds": text["text_embeds"],
             "time_ids": (1, 6),
             "style_tokens": (1, int(bundle.style["tokens"]), int(bundle.style["dim"])),
             "style_strength": (1,),
+            **dict.fromkeys(bundle.unet_inputs, window),
         },
         "vae_decoder": {"latents": (1, *latents)},
     }

@@ -22,7 +22,7 @@ from types import TracebackType
 import numpy as np
 
 from std_rt.core.arrays import Array, Frame, Size
-from std_rt.core.bundle import INPAINTING, Bundle, load_bundle
+from std_rt.core.bundle import CONTENT, INPAINTING, Bundle, load_bundle
 from std_rt.core.errors import UsageError
 from std_rt.core.turns import Turns
 from std_rt.engines import Engine
@@ -548,7 +548,15 @@ class Stylizer:
         with self.lock:
             self._graphs_of_windows(size)
         kind = self.bundle.prediction_type
-        return WindowStream(self.bundle.window, steps, kind, self.guidance, current, carried=carried)
+        return WindowStream(
+            self.bundle.window,
+            steps,
+            kind,
+            self.guidance,
+            current,
+            sees_content=self.bundle.unet_inputs == CONTENT,
+            carried=carried,
+        )
 
     def _window_key(self, size: Size) -> tuple[Size, int]:
         return size, self._text["encoder_hidden_states"].shape[1]

@@ -51,7 +51,8 @@ __all__ = ["WINDOW_GRAPHS", "WindowGraphs", "WindowStream", "Windows"]
 
 WINDOW_GRAPHS = ("vae_encoder", "unet", "vae_decoder")
 
-PredictWindow = Callable[[Array, StepCoefficients], Array]  # x_t [T, C, h, w] -> predicted noise
+# x_t and the clean latents of the frames, both [T, C, h, w] -> predicted noise
+PredictWindow = Callable[[Array, Array, StepCoefficients], Array]
 
 
 @dataclass(eq=False, slots=True)
@@ -61,6 +62,7 @@ class _Inside:
     Levels that no window will run at again are left out.
     """
 
+    z: Array
     states: dict[int, Array]
     noise: Array
     eps: Array | None = None
@@ -108,7 +110,7 @@ class Windows:
                 f"the state has noise {list(noise.shape)} for latents {list(z.shape)}; "
                 "use state_for(...) with this size and these steps"
             )
-        self._held.append(_Inside({0: add_noise(z, noise[0], self._steps[0])}, noise))
+        self._held.append(_Inside(z, {0: add_noise(z, noise[0], self._steps[0])}, noise))
         self._reached[0] += 1
         return self._advance()
 
@@ -146,9 +148,9 @@ class Windows:
     def _window(self, level: int, c: StepCoefficients) -> None:
         begin = self._run[level] * self._hop - self._gone
         frames = [self._held[i] for i in range(begin, min(begin + self._length, len(self._held)))]
-        rows = [frame.states[level] for frame in frames]
-        rows += [rows[-1]] * (self._length - len(rows))
-        eps = self._predict(np.stack(rows), c)
+        rows = frames + [frames[-1]] * (self._length - len(frames))
+        x, z = np.stack([row.states[level] for row in rows]), np.stack([row.z for row in rows])
+        eps = self._predict(x, z, c)
         painted = self._reached[level + 1] - self._gone - begin  # frames carried into this window
         for i, frame in enumerate(frames[painted:], painted):
             frame.eps = eps[i] if frame.eps is None else frame.eps + eps[i]
@@ -207,7 +209,10 @@ class WindowGraphs:
         return frame
 
     def predict(self, x: Array, timestep: int, given: Mapping[str, Array]) -> Array:
-        """The network's output for latents [T, C, h, w]; ``given``: one side of a `Conditioning`."""
+        """The network's output for latents [T, C, h, w].
+
+        ``given``: one side of a `Conditioning`, and the content latents if the network sees them.
+        """
         sample, t = np.ascontiguousarray(x, np.float32), np.full(1, timestep, np.float32)
         return np.array(self._engines["unet"].result()(sample=sample, timestep=t, **given)["noise_pred"])
 
@@ -228,14 +233,17 @@ class WindowStream:
         guidance: Guidance,
         current: Callable[[], tuple[WindowGraphs, Conditioning]],
         *,
+        sees_content: bool = False,
         carried: bool = False,
     ) -> None:
         """``current``: the graphs, and the conditioning of the style and prompt that are set now.
 
-        ``carried``: paint as soon as a window is full, as for a camera; see the module.
+        ``sees_content``: the UNet is given the clean latents of the frames, too. ``carried``: paint as soon
+        as a window is full, as for a camera; see the module.
         """
         self._kind, self._guidance, self._current = prediction_type, guidance, current
         self._mark: Mark = no_mark
+        self._sees_content = sees_content
         self._windows = Windows(window, steps, self._predict, carried=carried)
 
     def push(self, working: Frame, noise: Array, mark: Mark = no_mark) -> list[Frame]:
@@ -257,12 +265,13 @@ class WindowStream:
             self._mark("vae_decoder")
             yield frame
 
-    def _predict(self, x: Array, c: StepCoefficients) -> Array:
+    def _predict(self, x: Array, z: Array, c: StepCoefficients) -> Array:
         graphs, conditioning = self._current()
+        seen = {"content_latents": z} if self._sees_content else {}
 
         def predict(x_t: Array, timestep: int, negative: bool) -> Array:
             given = conditioning.negative if negative else conditioning.positive
-            return graphs.predict(x_t, timestep, given)
+            return graphs.predict(x_t, timestep, {**given, **seen})
 
         if self._guidance.mode == "full":
             eps, _ = guided(x, c, predict, self._kind, self._guidance.scale)

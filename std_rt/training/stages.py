@@ -11,6 +11,7 @@ from typing import Any
 _FUNCTIONS = {
     "autoencoder": ("std_rt.training.tiny.autoencoder_stage", "train_autoencoder"),
     "stylist": ("std_rt.training.tiny.stylist", "train_stylist"),
+    "motion": ("std_rt.training.tiny.motion_stage", "train_motion"),
     "distil": ("std_rt.training.distil.loop", "train_distil"),
 }
 

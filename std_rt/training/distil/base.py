@@ -412,8 +412,6 @@ def _add_motion(base: Base, config: MotionConfig) -> None:
     """Put the recipe's motion adapter into the base's UNet (in place): it takes ``[B, C, T, h, w]`` then."""
     from diffusers import MotionAdapter
 
-    if base.text is None:
-        raise RecipeError(f"{base.name} takes no motion adapter; set base to an SDXL, or motion.adapter = ''")
     plain = base.unet
     logging.getLogger("diffusers.models.modeling_utils").addFilter(_is_of_use)
     try:

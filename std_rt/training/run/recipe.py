@@ -152,6 +152,33 @@ class StylistConfig:
     model: UNetConfig = field(default_factory=UNetConfig)
 
 
+@dataclass(frozen=True)
+class MotionStageConfig:
+    """Recipe of the motion stage: motion modules for std-tiny, taught by generated clips."""
+
+    output: str
+    base: str  # a stylist's pipeline folder
+    photos: str
+    art: str
+    perceptual: str  # VGG-19 or SqueezeNet weights
+    stage: str = "motion"
+    seed: Whole = 0
+    steps: Count = 1_500
+    frames: Annotated[tuple[Annotated[int, Meta(ge=3)], ...], Meta(min_length=1)] = (8, 8, 8, 8, 16)
+    crop_px: CropSide = 128
+    learning_rate: Positive = 3e-3  # of what comes out of the modules; all else a sixth of it
+    ema_decay: Share = 0.99
+    eta: PositiveShare = 0.75
+    own_steps: Counts = (1, 2, 2)  # lengths of the runs
+    steadiness_weight: Amount = 15.0
+    style_weight: Amount = 2.0
+    kept_weight: Amount = 1.0
+    bf16: bool = False  # for GPUs, and processors that have it
+    device: Literal["auto", "cpu", "cuda"] = "cpu"  # auto: CUDA where there is one
+    snapshot_every: Count = 250
+    log_every: Count = 50
+
+
 LORA_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
     "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
@@ -307,6 +334,7 @@ class DistilConfig:
 STAGES: dict[str, type] = {
     "autoencoder": AutoencoderConfig,
     "stylist": StylistConfig,
+    "motion": MotionStageConfig,
     "distil": DistilConfig,
 }
 

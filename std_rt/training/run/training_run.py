@@ -287,25 +287,32 @@ class Run:
 class ModuleRun(Run):
     """A run that trains whole modules with AdamW in one process, those ``by_muon`` with Muon.
 
+    ``slower``: parameters that learn at a sixth of the rate.
+
     Everything random must come from ``rng`` and ``generator``, which are part of the checkpoint.
     """
 
     def __init__(
         self,
         config: Any,
-        modules: dict[str, nn.Module],
+        modules: Mapping[str, nn.Module | Mapping[str, Tensor]],
         parameters: list[nn.Parameter],
         weight_decay: float,
         by_muon: Sequence[nn.Parameter] = (),
+        slower: Sequence[nn.Parameter] = (),
     ) -> None:
         self.parameters = parameters
         self.rng = np.random.default_rng(config.seed)
         self.generator = torch.Generator().manual_seed(config.seed)
-        rate, others = config.learning_rate, {id(p) for p in by_muon}
+        rate, others = config.learning_rate, {id(p) for p in (*by_muon, *slower)}
         rest = [p for p in parameters if id(p) not in others]
         optimizers: dict[str, torch.optim.Optimizer] = {
             "main": torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=weight_decay)
         }
+        if slower:
+            optimizers["slower"] = torch.optim.AdamW(
+                slower, lr=rate / 6, betas=(0.9, 0.99), weight_decay=weight_decay
+            )
         if by_muon:
             optimizers["muon"] = Muon(by_muon, lr=rate, weight_decay=weight_decay)
         super().__init__(config, modules, optimizers, self)

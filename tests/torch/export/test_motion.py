@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from support.cli_support import Cli
 from support.motion_export import motion_unet, write_motion_adapter, write_v2v_lora
-from support.pipelines import write_clip_pipeline, write_lora
+from support.pipelines import write_clip_pipeline, write_lora, write_own_pipeline
 
 from std_rt import Stylizer
 from std_rt.core.bundle import Bundle, load_bundle
@@ -53,6 +53,22 @@ def bundle(made: dict[str, Path]) -> Bundle:
         style_layers="all",
         weights="fp32",
         steps=(4, 2),
+        size=SIZE,
+    )
+
+
+@pytest.fixture(scope="module")
+def own(made: dict[str, Path]) -> Bundle:
+    """std-tiny in miniature: its UNet sees the clean latents, and its time embedding scales and shifts."""
+    return export_pipeline(
+        write_own_pipeline(made["folder"] / "tiny", sees_content=True),
+        made["folder"] / "own",
+        motion_adapter=write_motion_adapter(made["folder"] / "own-adapter", layers=1),
+        frames=FRAMES,
+        overlap=OVERLAP,
+        eta=0.75,
+        weights="fp32",
+        steps=(2,),
         size=SIZE,
     )
 
@@ -116,16 +132,19 @@ def opened(bundle: Bundle, **options: Any) -> Stylizer:
     return stylizer
 
 
-def test_a_short_clip_is_one_window_of_the_reference_loop(bundle: Bundle) -> None:
-    frames = moving(FRAMES)
+@pytest.mark.parametrize("kind", ["bundle", "own"])
+def test_a_short_clip_is_one_window_of_the_reference_loop(kind: str, request: pytest.FixtureRequest) -> None:
+    frames, bundle = moving(FRAMES), request.getfixturevalue(kind)
+    assert bundle.manifest["parity"]["unet"]["psnr_db"] >= 60
     with opened(bundle) as stylizer:
         styled = [*FrameStream(stylizer).frames(frames)]
         noise = np.repeat(stylizer.state(*SIZE).noise[:1], FRAMES, 0)
         graphs, given = stylizer._graphs_of_windows(SIZE), stylizer.conditioning(SIZE)
         z = np.stack([graphs.encode(frame) for frame in frames])
+        seen = dict.fromkeys(bundle.unet_inputs, z)  # own: the clean latents, of every frame its own
         x = denoise(
             z,
-            lambda x, t, _: graphs.predict(x, t, given.positive),
+            lambda x, t, _: graphs.predict(x, t, {**given.positive, **seen}),
             noise=[noise],
             steps=stylizer.coefficients,
             prediction_type=bundle.prediction_type,

@@ -119,14 +119,14 @@ def _write(tmp_path: Path, text: str) -> Path:
 def test_recipes_in_the_repository_load() -> None:
     folder = Path(__file__).parents[3] / "training"
     stages = {load_recipe(path).stage for path in folder.glob("*.toml")}
-    assert stages == {"autoencoder", "stylist", "distil"}
+    assert stages == {"autoencoder", "stylist", "motion", "distil"}
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("stage = 'stylist'\nstep = 3\n", "did you mean steps"),
-        ("stage = 'stilist'\n", "known stages: autoencoder, stylist, distil"),
+        ("stage = 'stilist'\n", "known stages: autoencoder, stylist, motion, distil"),
         (
             "stage = 'stylist'\noutput = 'x'\nautoencoder = 'x'\nsteps = 'many'\n",
             "steps = 'many': expected int, got text",

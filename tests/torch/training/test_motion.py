@@ -126,6 +126,30 @@ def test_without_what_motion_modules_add_each_frame_is_the_pictures_network(fold
     assert (base.motion.name, base.motion.frames, base.motion.interval) == ("motion", 4, 2)
 
 
+@torch.no_grad()
+def test_std_tiny_takes_a_motion_adapter(tmp_path: Path) -> None:
+    """Its layers are shared with the network of pictures: scale and shift, content latents, style tokens."""
+    folder = write_own_pipeline(tmp_path / "tiny", sees_content=True)
+    adapter = write_adapter(tmp_path / "adapter", widths=(16, 32))
+    base = load_base(folder, motion=MotionConfig(str(adapter), 4, 2))
+    pictures = load_base(folder)
+    rng = torch.Generator().manual_seed(1)
+    x, z = torch.randn(2, 1, 8, 4, 8, 8, generator=rng)
+    style, ids = base.look(torch.rand(1, 3, 64, 64, generator=rng)), 64 * torch.rand(1, 6, generator=rng)
+    t = torch.tensor([739])
+    clip = base.predict(base.unet, x, t, base.condition(None, style, ids, z))
+    for name, value in base.unet.named_parameters():
+        if "motion_modules" in name and ".proj_out." in name:
+            value.data.zero_()
+    still = base.predict(base.unet, x, t, base.condition(None, style, ids, z))
+    frames = [
+        pictures.predict(pictures.unet, x[:, :, n], t, pictures.condition(None, style, ids, z[:, :, n]))
+        for n in range(4)
+    ]
+    torch.testing.assert_close(still, torch.stack(frames, 2), atol=1e-5, rtol=1e-5)
+    assert (clip - still).abs().max() > 0.01
+
+
 def test_an_adapter_that_does_not_fit_is_one_line(folder: Path, tmp_path: Path) -> None:
     def refused(base: Path, adapter: Path, frames: int = 4) -> str:
         with pytest.raises(RecipeError) as caught:
@@ -137,8 +161,6 @@ def test_an_adapter_that_does_not_fit_is_one_line(folder: Path, tmp_path: Path) 
     assert "cannot be put into base" in refused(folder, write_adapter(tmp_path / "wide", widths=(48,)))
     assert "cannot be put into base" in refused(folder, write_adapter(tmp_path / "two", widths=(32, 32)))
     assert "has 8 positions; set it to 8 or less" in refused(folder, folder / "motion", frames=9)
-    own = write_own_pipeline(tmp_path / "tiny", levels=1)
-    assert "tiny takes no motion adapter" in refused(own, folder / "motion")
 
 
 # --- the LoRA -------------------------------------------------------------------------------------------

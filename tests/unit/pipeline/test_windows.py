@@ -14,7 +14,7 @@ from std_rt.pipeline.denoise import denoise, noise_draws
 from std_rt.pipeline.windows import Windows
 
 SHAPE = (2, 3, 4)
-Predict = Callable[[Array, StepCoefficients], Array]
+Predict = Callable[[Array, Array, StepCoefficients], Array]
 
 
 def steps(count: int = 4, gamma: float = 0.0) -> list[StepCoefficients]:
@@ -22,12 +22,12 @@ def steps(count: int = 4, gamma: float = 0.0) -> list[StepCoefficients]:
 
 
 def network(seed: int = 0) -> Predict:
-    """Every frame sees every other, and its own position; not linear."""
+    """Every frame sees every other, its own position and its clean latents; not linear."""
     mixing = np.random.default_rng(seed).normal(size=(64, 64)) / 3
 
-    def predict(x: Array, c: StepCoefficients) -> Array:
+    def predict(x: Array, z: Array, c: StepCoefficients) -> Array:
         t = len(x)
-        return np.tanh(np.einsum("st,t...->s...", mixing[:t, :t], x) + c.timestep / 1000)
+        return np.tanh(np.einsum("st,t...->s...", mixing[:t, :t], x) + z / 2 + c.timestep / 1000)
 
     return predict
 
@@ -48,7 +48,7 @@ def whole_clip(
         total, count = np.zeros_like(x), np.zeros(len(x))
         for begin in range(0, padded - length + 1, hop):
             rows = np.minimum(np.arange(begin, begin + length), len(z) - 1)
-            eps = predict(x[rows], c)
+            eps = predict(x[rows], z[rows], c)
             real = min(length, len(z) - begin)
             total[begin : begin + real] += eps[:real]
             count[begin : begin + real] += 1
@@ -71,7 +71,7 @@ def carried_clip(
         rows = np.minimum(np.arange(begin, begin + length), len(z) - 1)
         end, drawn = min(begin + length, len(z)), 1
         for level, c in enumerate(cs):
-            eps = predict(states[level][rows], c)
+            eps = predict(states[level][rows], z[rows], c)
             new = slice(painted, end)
             fresh = noise[new, drawn] if c.noise else None
             drawn += bool(c.noise)
@@ -101,7 +101,7 @@ def test_a_clip_of_one_window_is_the_reference_loop() -> None:
     cs, predict = steps(), network()
     z, noise = clip(6)
     by_time = {c.timestep: c for c in cs}
-    wanted = denoise(z, lambda x, t, _: predict(x, by_time[t]), noise=[noise[:, 0]], steps=cs)
+    wanted = denoise(z, lambda x, t, _: predict(x, z, by_time[t]), noise=[noise[:, 0]], steps=cs)
     np.testing.assert_allclose(streamed(Windows((6, 2), cs, predict), z, noise), wanted, atol=1e-9)
 
 
@@ -109,7 +109,7 @@ def test_windows_of_a_frame_wise_network_are_one_long_window() -> None:
     """Where no frame sees another the mean changes nothing, so any joint would be a fault of the scheme."""
     cs = steps()
 
-    def alone(x: Array, c: StepCoefficients) -> Array:
+    def alone(x: Array, z: Array, c: StepCoefficients) -> Array:
         return np.tanh(x * (1 + c.timestep / 500))
 
     z, noise = clip(21)
@@ -121,10 +121,10 @@ def test_only_the_frames_of_the_wave_are_held_and_no_window_runs_twice() -> None
     cs, calls = steps(4), 0
     predict = network()
 
-    def counted(x: Array, c: StepCoefficients) -> Array:
+    def counted(x: Array, z: Array, c: StepCoefficients) -> Array:
         nonlocal calls
         calls += 1
-        return predict(x, c)
+        return predict(x, z, c)
 
     windows, most = Windows((8, 2), cs, counted), 0
     z, noise = clip(1)
