@@ -56,12 +56,15 @@ class Matching:
         return F.mse_loss(self._estimate(self._noised(clean, states)), clean)
 
     def _noised(self, clean: Tensor, states: States) -> States:
-        """``states`` at random grid points, on trajectories that end at ``clean``."""
+        """``states`` at random grid points, on trajectories that end at ``clean``.
+
+        Those of a network that sees the content begin there; others get plain noise, as in DMD2.
+        """
         d = self.distiller
         low, high = torch.zeros_like(states.index), torch.full_like(states.index, d.levels.tau_index)
         index = randint(low, high, d.generator)
         noise = send(torch.randn(clean.shape, generator=d.generator), d.device)
-        content = states.z if states.cond.content is None else states.cond.content
+        content = clean.detach() if states.cond.content is None else states.cond.content
         x = trajectory_state(d.device_levels, index, clean.detach(), content, noise)
         return replace(states, x=x, index=index)
 

@@ -71,8 +71,8 @@ def _by_hand(distiller: Distiller, clean: Tensor, states: States) -> tuple[State
     ratio = at.sigma(index) / at.alpha(index)
     start = at.sigma(torch.tensor([top])) / at.alpha(torch.tensor([top]))
     k = ratio / start
-    assert states.cond.content is not None
-    mixed = (1 - k) * clean + k * states.cond.content
+    seen = states.cond.content
+    mixed = clean if seen is None else (1 - k) * clean + k * seen
     noised = replace(states, x=at.alpha(index) * mixed + at.sigma(index) * noise, index=index)
     base, t = distiller.base, at.timestep(index)
     with torch.no_grad(), adapters_off(base.unet):
@@ -88,8 +88,14 @@ def _by_hand(distiller: Distiller, clean: Tensor, states: States) -> tuple[State
     return noised, _clean(distiller, output, noised), _clean(distiller, made, noised)
 
 
-def test_the_students_gradient_is_what_the_two_estimates_say(config: DistilConfig) -> None:
+@pytest.mark.parametrize("sees_content", [True, False])
+def test_the_students_gradient_is_what_the_two_estimates_say(
+    config: DistilConfig, sees_content: bool, tmp_path: Path
+) -> None:
+    if not sees_content:
+        config = replace(config, base=str(write_own_pipeline(tmp_path / "blind", levels=1)))
     distiller, matching = _shaken(replace(config, batch=3))
+    assert distiller.base.sees_content == sees_content
     batch = distiller.draw()
     clean = distiller.student_jump(distiller.base.unet, batch.states, batch.s).detach().requires_grad_()
     _, likely, made = _by_hand(distiller, clean.detach(), batch.states)

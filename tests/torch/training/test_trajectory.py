@@ -87,7 +87,7 @@ def test_a_jump_to_where_one_is_changes_nothing(kind: str) -> None:
     assert torch.allclose(jump(x_0, eps, LEVELS.alpha(t), LEVELS.sigma(t)), x, atol=1e-5)
 
 
-@given(st.integers(0, 36), st.sampled_from(["std", "tcd", "lcm", "pcm"]), st.integers(0, 99))
+@given(st.integers(0, 36), st.sampled_from(["std", "tcd", "lcm", "mcm", "dmd", "pcm"]), st.integers(0, 99))
 @settings(max_examples=200, deadline=None)
 def test_targets_lie_below_t_and_in_the_methods_range(t: int, method: str, seed: int) -> None:
     window, edges = target_window(0.75, 0.5, 739), phase_edges(739, 4)
@@ -97,7 +97,7 @@ def test_targets_lie_below_t_and_in_the_methods_range(t: int, method: str, seed:
     assert (s >= -1).all()
     if method == "std":
         assert (s >= t - window).all()
-    if method == "lcm":
+    if method in ("lcm", "mcm", "dmd"):
         assert (s == -1).all()
     if method == "pcm":
         assert set(s.tolist()) == {max(e for e in edges if e < t)}
