@@ -119,6 +119,7 @@ class Distiller:
                 "start from; set eta = 0.98 or less"
             )
         self.device_levels = self.levels.to(device)
+        self.own_runs = [run_indices(self.tau, n) for n in config.run_steps]  # of the student
         self.last = last_index(self.tau, config.run_steps)
         self.window = target_window(config.eta, config.window, self.tau)
         self.edges = phase_edges(self.tau, config.phases)
@@ -269,8 +270,10 @@ class Distiller:
         if not self.uses_bank:
             std = self.config.method == "std"
             states = self.solved(count, shape) if std else self.fresh(count, shape)
-            if self.config.method in ("mcm", "dmd"):
-                states = self.restarted(states) if self.config.method == "mcm" else self.on_own_run(states)
+            if self.config.method == "mcm":
+                states = self.restarted(states)
+            elif self.config.method == "dmd":
+                states = self.on_own_run(states)
             return states, [], shape
         new, slots = self.bank.plan(count, shape, self.rng)
         parts = [self.bank.get(shape, slots, self.device)] if slots else []
@@ -302,10 +305,9 @@ class Distiller:
 
         So it is trained at the states that its runs will meet (DMD2's backward simulation).
         """
-        runs = [run_indices(self.tau, n) for n in self.config.run_steps]
         first = torch.zeros_like(states.index)
-        chosen = randint(first, torch.full_like(first, len(runs) - 1), self.generator)
-        some = [runs[int(i)] for i in chosen]
+        chosen = randint(first, torch.full_like(first, len(self.own_runs) - 1), self.generator)
+        some = [self.own_runs[int(i)] for i in chosen]
         reached = randint(first, torch.tensor([len(run) - 1 for run in some]), self.generator)
         x, index = states.x.clone(), states.index.clone()
         for step in range(1, int(reached.max()) + 1):

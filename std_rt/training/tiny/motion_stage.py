@@ -249,16 +249,10 @@ def start_module(module: Any, features: Tensor) -> None:
     width = channels // module.transformer_blocks[0].attn1.heads
     own = torch.arange(channels).unflatten(0, (-1, width))[:, : width // 2].flatten()
     block, same = module.transformer_blocks[0], torch.eye(channels)
-    order = (
-        torch.arange(channels // 2).unflatten(0, (width // 2, -1)).T.flatten()
-    )  # strong ones in every head
-    for layer in (
-        module.proj_in,
-        block.attn1.to_out[0],
-        block.attn2.to_out[0],
-        block.ff.net[2],
-        module.proj_out,
-    ):
+    # Strong ones in every head.
+    order = torch.arange(channels // 2).unflatten(0, (width // 2, -1)).T.flatten()
+    ends = (block.attn1.to_out[0], block.attn2.to_out[0], block.ff.net[2])
+    for layer in (module.proj_in, *ends, module.proj_out):
         layer.weight.zero_()
         layer.bias.zero_()
     module.proj_in.weight[own] = spread[order].to(module.proj_in.weight)
@@ -313,7 +307,7 @@ def _pipeline_folder(base: str) -> Path:
     if not (folder / "ip_adapter.safetensors").is_file():
         raise RecipeError(
             f"base = {base!r} is not a std-tiny pipeline; get the built-in one: "
-            f"std-rt bundles unpack -o {base}"
+            f"std-rt bundles unpack std-tiny -o {base}"
         )
     return folder
 
