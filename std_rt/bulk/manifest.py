@@ -10,7 +10,7 @@ again by the next one, over the same files.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from uuid import uuid4
 
@@ -19,7 +19,7 @@ from pyarrow import parquet
 
 from std_rt.bulk import places, segments
 from std_rt.core.errors import MediaError
-from std_rt.core.files import writing
+from std_rt.core.files import disk_is_full, writing
 
 __all__ = ["FAILED", "FOLDER", "Manifest"]
 
@@ -81,15 +81,41 @@ class Manifest:
         for row in results:
             (self._failed if row["reason"] else self._new).append(row)
 
-    def flush(self) -> None:
-        """Write what is new. Raises MediaError; then nothing is lost, and the next call tries again."""
-        if self._new:
-            name = f"{uuid4().hex}.parquet"
-            self._write(name, pa.Table.from_pylist([dict(row) for row in self._new], schema=_ROW))
-            self._parts.append(name)
-            if any(row["frames"] > 1 for row in self._new):
-                segments.discard(self._out, {row["key"] for row in self._new}.__contains__)
+    def flush(self) -> int:
+        """Write what is new. Raises MediaError; then nothing is lost, and the next call tries again.
+
+        On a full disk the newest results are removed until the record fits: without it all would be made
+        again. Returns how many were.
+        """
+        before = len(self._new)
+        try:
+            self._with_room(self._write_failed)
+        finally:  # what is finished is recorded, even if what failed cannot be
+            self._with_room(self._write_new)
+            removed = before - len(self._new)
             self._new = []
+        return removed
+
+    def _with_room(self, write: Callable[[], None]) -> None:
+        while True:
+            try:
+                return write()
+            except MediaError as error:
+                cause = error.__cause__
+                if not (self._new and isinstance(cause, OSError) and disk_is_full(cause)):
+                    raise
+                places.remove(places.joined(self._out, self._new.pop()["output"]))
+
+    def _write_new(self) -> None:
+        if not self._new:
+            return
+        name = f"{uuid4().hex}.parquet"
+        self._write(name, pa.Table.from_pylist([dict(row) for row in self._new], schema=_ROW))
+        self._parts.append(name)
+        if any(row["frames"] > 1 for row in self._new):
+            segments.discard(self._out, {row["key"] for row in self._new}.__contains__)
+
+    def _write_failed(self) -> None:
         told = ("input", "style", "output", "stage", "reason")
         lines = [json.dumps({name: row[name] for name in told}, ensure_ascii=False) for row in self._failed]
         place = places.joined(self._out, FAILED)

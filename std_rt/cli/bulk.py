@@ -229,7 +229,8 @@ def _recorded(manifest: Manifest, console: Console) -> Iterator[Callable[[list[M
         nonlocal last_s
         last_s = time.monotonic()
         try:
-            manifest.flush()
+            if removed := manifest.flush():
+                note(console, f"note: {_told(removed, 'result')} removed again, to make room for the record")
         except MediaError as error:  # tried again; what it loses is made again
             note(console, f"note: {error}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -163,6 +164,30 @@ def test_finished_is_what_is_recorded_and_there_in_full(tmp_path: Path) -> None:
     assert again.exists
     assert [again.is_finished(key, sizes) for key in ("k1", "k2", "k3", "k4")] == [True, False, False, False]
     assert '"reason": "bad"' in (tmp_path / "failed.jsonl").read_text(encoding="utf-8")
+
+
+def test_on_a_full_disk_the_newest_results_make_room_for_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = [tmp_path / f"{index}.png" for index in range(4)]
+    manifest = Manifest(str(tmp_path))
+    manifest.begin()
+    for path in results:
+        path.write_bytes(b"abc")
+    manifest.add(_result(path.stem, path.name, 3) for path in results)
+    write = parquet.write_table
+
+    def on_a_small_disk(table: object, path: object) -> None:
+        if results[2].exists():
+            raise OSError(errno.ENOSPC, "no space")
+        write(table, path)
+
+    monkeypatch.setattr(parquet, "write_table", on_a_small_disk)
+    assert manifest.flush() == 2
+    again = Manifest(str(tmp_path))
+    there = listed(str(tmp_path))
+    assert [again.is_finished(path.stem, there) for path in results] == [True, True, False, False]
+    assert manifest.flush() == 0, "they were recorded or removed once"
 
 
 def test_parts_are_joined_and_read_by_parquet(tmp_path: Path) -> None:
