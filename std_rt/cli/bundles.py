@@ -1,4 +1,4 @@
-"""`std-rt bundles list | info | verify | compare | unpack | int8`: the models std-rt can find."""
+"""`std-rt bundles list | info | verify | compare | unpack | int8 | fp8`: the models std-rt can find."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typer import Option
 from std_rt.cli.options import BundleArgument, DeviceOption, OverwriteOption, PrecisionOption, choose_device
 from std_rt.cli.terminal import print_table
 from std_rt.core.errors import UsageError, counted
-from std_rt.core.machine import require
+from std_rt.core.machine import QUANTIZED, require
 
 if TYPE_CHECKING:
     from std_rt.core.bundle import Bundle
@@ -25,6 +25,13 @@ bundles_app = typer.Typer(
     help="List, describe, verify, compare, unpack and quantize bundles (exported models).",
     no_args_is_help=True,
 )
+
+QuantizedOption = Annotated[
+    Path, Option("--output", "-o", metavar="FOLDER", help="The bundle to write, with both forms.")
+]
+CalibrateOption = Annotated[
+    Path | None, Option(metavar="FOLDER", help="Pictures to calibrate on; default: example pictures.")
+]
 
 
 @bundles_app.command("list")
@@ -88,9 +95,10 @@ def _facts(bundle: Bundle) -> Iterator[tuple[str, str]]:
         megabytes = bundle.weights_path(name).stat().st_size / 2**20
         checked = f", {parity['psnr_db']:.1f} dB against {parity['against']}" if parity else ""
         yield f"graph {name}", f"{megabytes:.1f} MB, weights {precision.get('weights', '?')}{checked}"
-    for name, row in bundle.int8_graphs.items():
-        near = f"{row['psnr_db']:.1f} dB (worst {row['worst_db']:.1f} dB)"
-        yield f"int8 {name}", f"the same weights, pictures {near} against fp32"
+    for form in QUANTIZED:
+        for name, row in bundle.quantized(form).items():
+            near = f"{row['psnr_db']:.1f} dB (worst {row['worst_db']:.1f} dB)"
+            yield f"{form} {name}", f"the same weights, pictures {near} against the form above"
     for source in manifest.get("sources", []):
         origin = f"{source['id']} ({source['licence']}) sha256 {source['sha256'][:16]}"
         yield f"source {source['role']}", origin
@@ -210,30 +218,47 @@ def unpack(
 
 @bundles_app.command("int8")
 def int8(
-    output: Annotated[
-        Path, Option("--output", "-o", metavar="FOLDER", help="The bundle to write, with both forms.")
-    ],
+    output: QuantizedOption,
     bundle: BundleArgument = None,
-    calibrate: Annotated[
-        Path | None, Option(metavar="FOLDER", help="Pictures to calibrate on; default: example pictures.")
-    ] = None,
+    calibrate: CalibrateOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Add an int8 form to a bundle in fp32, for processors with VNNI. Needs: pip install '.\\[export,int8]'
 
     std-rt bundles int8 my-bundle -o engines/my-bundle-int8 --calibrate photos
     """
+    require("std-rt bundles int8", "export,int8", "onnx", "onnxscript", "nncf")
+    _quantize("int8", bundle, output, calibrate, overwrite)
+
+
+@bundles_app.command("fp8")
+def fp8(
+    output: QuantizedOption,
+    bundle: BundleArgument = None,
+    calibrate: CalibrateOption = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Add an FP8 form to a bundle in fp16, for rtx and tensorrt on RTX 40 GPUs and newer.
+
+    Needs: pip install '.\\[export]'
+
+    std-rt bundles fp8 my-sdxl -o engines/my-sdxl-fp8 --calibrate photos
+    """
+    require("std-rt bundles fp8", "export", "onnx", "onnxscript", "onnxruntime")
+    _quantize("fp8", bundle, output, calibrate, overwrite)
+
+
+def _quantize(form: str, bundle: str | None, output: Path, calibrate: Path | None, overwrite: bool) -> None:
     from rich.console import Console
 
-    from std_rt.cli.export import print_int8, read_calibration
+    from std_rt.cli.export import print_quantized, read_calibration
     from std_rt.core.bundle import check_target, load_bundle
 
-    require("std-rt bundles int8", "export,int8", "onnx", "onnxscript", "nncf")
     check_target(output, overwrite)
     pictures, found = read_calibration(calibrate), load_bundle(bundle)
     from std_rt.export.quantize import quantize_bundle
 
     with Console(stderr=True).status("quantizing") as status:
-        made = quantize_bundle(found, output, pictures, status.update, overwrite=overwrite)
+        made = quantize_bundle(found, output, pictures, status.update, overwrite=overwrite, form=form)
     typer.echo(f"{made.path} ({made.name}, {made.total_bytes / 2**20:.1f} MB)")
-    print_int8(made)
+    print_quantized(made)

@@ -67,7 +67,7 @@ def engines_build(
     ] = None,
     vae: Annotated[str, typer.Option("--vae", help="full, or tiny as `std-rt live` uses it.")] = "full",
     precision: Annotated[
-        str, typer.Option("--precision", help="auto; fp32 for no TF32 on GPUs; on CPUs bf16 or int8.")
+        str, typer.Option("--precision", help="auto; on GPUs fp32 (no TF32) or fp8; on CPUs bf16 or int8.")
     ] = "auto",
     sm: Annotated[
         str,
@@ -79,7 +79,7 @@ def engines_build(
     std-rt engines build my-bundle --backend rtx --size 512 --sm 89,120
     """
     from std_rt.core.bundle import load_bundle
-    from std_rt.engines.registry import BACKENDS, PRECISIONS, choose_form
+    from std_rt.engines.registry import BACKENDS, PRECISIONS, choose_form, in_form
 
     if backend not in ("rtx", "tensorrt", "openvino"):
         known = backend in BACKENDS
@@ -100,7 +100,8 @@ def engines_build(
     if backend == "openvino":
         _open_once(wanted.engines(glue=False), precision)
     else:
-        _build_ahead(backend, wanted.engines(glue=True), precision, targets, cache)
+        specs = [in_form(backend, spec, precision)[0] for spec in wanted.engines(glue=True)]
+        _build_ahead(backend, specs, precision, targets, cache)
 
 
 @engines_app.command("verify")

@@ -15,7 +15,7 @@ from typer import Argument, Option
 from std_rt.cli.options import OverwriteOption, parse_frame_size
 from std_rt.cli.terminal import note, working
 from std_rt.core.errors import UsageError
-from std_rt.core.machine import require
+from std_rt.core.machine import QUANTIZED, require
 
 if TYPE_CHECKING:
     from std_rt.core.bundle import Bundle
@@ -107,10 +107,13 @@ class ExportRequest:
         str | None, Option(metavar="PX|WxH", help="Working size; default: 512, or 256 for a small model.")
     ] = None
     precision: Annotated[
-        str, Option(help="auto, fp32, fp16, bf16, or int8 (fp32 and int8 in one bundle): see docs/export.md.")
+        str,
+        Option(help="auto, fp32, fp16, bf16, int8 (beside fp32) or fp8 (beside fp16): see docs/export.md."),
     ] = "auto"
     weights: Annotated[str, Option(help="Storage of weights in fp32 graphs: fp16 or fp32.")] = "fp16"
-    calibrate: Annotated[Path | None, Option(metavar="FOLDER", help="Pictures to calibrate int8 on.")] = None
+    calibrate: Annotated[
+        Path | None, Option(metavar="FOLDER", help="Pictures to calibrate int8 or fp8 on.")
+    ] = None
     prompt: Annotated[str, Option(help="The fixed prompt, if the pipeline has text encoders.")] = ""
     negative_prompt: Annotated[
         str | None, Option(help="What to avoid, with guidance; default: the model's own.")
@@ -147,8 +150,8 @@ def export(request: ExportRequest) -> None:
     check_choices(options)
     if request.precision == "int8":
         require("--precision int8", "int8", "nncf")
-    elif request.calibrate is not None:
-        raise UsageError("--calibrate needs --precision int8; give both or neither")
+    if request.calibrate is not None and request.precision not in QUANTIZED:
+        raise UsageError("--calibrate needs --precision int8 or fp8; give both or neither")
     pictures = read_calibration(request.calibrate)
 
     def say(line: str) -> None:
@@ -184,7 +187,7 @@ def export(request: ExportRequest) -> None:
     typer.echo(f"{bundle.path} ({bundle.name}, {bundle.total_bytes / 2**20:.1f} MB)")
     for graph, parity in bundle.manifest["parity"].items():
         typer.echo(f"  {graph}: {parity['psnr_db']:.1f} dB against {parity['against']} ({parity['runtime']})")
-    print_int8(bundle)
+    print_quantized(bundle)
 
 
 def _bundle_name(request: ExportRequest) -> str:
@@ -205,7 +208,7 @@ def _bundle_name(request: ExportRequest) -> str:
 
 
 def read_calibration(folder: Path | None) -> list[Any]:
-    """The user's pictures to calibrate int8 on; none if example pictures are used."""
+    """The user's pictures to calibrate on; none if example pictures are used."""
     if folder is None:
         return []
     from std_rt.media.image import read_picture
@@ -219,27 +222,31 @@ def read_calibration(folder: Path | None) -> list[Any]:
     return pictures
 
 
-def print_int8(bundle: Bundle) -> None:
-    """What is there in int8, and how near its pictures come."""
-    for graph, row in bundle.int8_graphs.items():
-        near = f"{row['psnr_db']:.1f} dB (worst {row['worst_db']:.1f} dB)"
-        typer.echo(f"  {graph}, int8: pictures {near} against fp32, with those above in int8 too")
+def print_quantized(bundle: Bundle) -> None:
+    """What is there in 8 bits, and how near its pictures come."""
+    for form in bundle.forms[1:]:
+        for graph, row in bundle.quantized(form).items():
+            near = f"{row['psnr_db']:.1f} dB (worst {row['worst_db']:.1f} dB) against {bundle.forms[0]}"
+            typer.echo(f"  {graph}, {form}: pictures {near}, with those above in {form} too")
 
 
 def _export(
     folder: Path, output: Path, options: dict[str, Any], pictures: list[Any], progress: Callable[[str], None]
 ) -> Bundle:
-    """Write the bundle, then add the int8 form; one that does not pass is left out with a line."""
+    """Write the bundle, then add the form in 8 bits; one that does not pass is left out with a line."""
     from std_rt.core.errors import ExportError
     from std_rt.export.build import export_pipeline
 
     bundle = export_pipeline(folder, output, progress=progress, **options)
-    if options["precision"] != "int8":
+    form = options["precision"]
+    if form not in QUANTIZED:
         return bundle
     from std_rt.export.quantize import quantize_bundle
 
     try:
-        return quantize_bundle(bundle, output, pictures, progress, overwrite=True, name=bundle.name)
+        return quantize_bundle(
+            bundle, output, pictures, progress, overwrite=True, name=bundle.name, form=form
+        )
     except ExportError as error:
-        options["remark"](f"the bundle has no int8 form: {error}")
+        options["remark"](f"the bundle has no {form} form: {error}")
         return bundle

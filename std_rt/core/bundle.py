@@ -5,6 +5,7 @@
       GRAPH.onnx            one per graph: style_encoder, vae_encoder, unet, vae_decoder
       GRAPH.safetensors     its weights, under the names of the torch module; the ONNX file points into it
       GRAPH.int8.onnx       perhaps: the same graph in int8, which rounds the same weights when it is opened
+      GRAPH.fp8.onnx        perhaps: the same in FP8, for GPUs
       conditioning.npz      baked text: encoder_hidden_states [1, L, D], text_embeds [1, P]
       reference.npz         inputs and outputs for a self-check
 
@@ -32,7 +33,7 @@ from numpy.typing import NDArray
 
 from std_rt.core.errors import BundleError, UsageError
 from std_rt.core.files import file_digest, is_inside, writing
-from std_rt.core.machine import install_hint, upgrade_hint
+from std_rt.core.machine import QUANTIZED, install_hint, upgrade_hint
 from std_rt.core.onnx_file import external_locations
 from std_rt.core.schedule import StepCoefficients
 
@@ -110,19 +111,18 @@ class Bundle:
 
     @property
     def forms(self) -> tuple[str, ...]:
-        """What the UNet is there in: fp32, fp16 or bf16 (int8 in old bundles), then int8 beside it."""
+        """What the UNet is there in: fp32, fp16 or bf16 (int8 in old bundles), then those of `QUANTIZED`."""
         exported = str(self.manifest.get("precision", {}).get("unet", {}).get("compute", "fp32"))
-        return (exported, "int8") if self.int8_graphs else (exported,)
+        return (exported, *(form for form in QUANTIZED if self.quantized(form)))
 
-    @property
-    def int8_graphs(self) -> dict[str, dict[str, Any]]:
-        """The int8 form: graph name -> its file, the weights file that it shares, and how near it comes."""
-        return dict(self.manifest.get("int8", {}).get("graphs", {}))
+    def quantized(self, form: str) -> dict[str, dict[str, Any]]:
+        """A form of `QUANTIZED`: graph -> its file, the weights file that it shares, how near it comes."""
+        return dict(self.manifest.get(form, {}).get("graphs", {}))
 
-    def int8_path(self, name: str) -> Path | None:
-        """Path of a graph's ONNX file in int8, if there is one."""
-        entry = self.int8_graphs.get(name)
-        return None if entry is None else self.path / str(entry["file"])
+    def quantized_paths(self, name: str) -> dict[str, Path]:
+        """A graph's ONNX file in each form of `QUANTIZED` that it is there in."""
+        found = {form: self.quantized(form).get(name) for form in QUANTIZED}
+        return {form: self.path / str(entry["file"]) for form, entry in found.items() if entry is not None}
 
     @property
     def has_tiny_vae(self) -> bool:
@@ -149,12 +149,12 @@ class Bundle:
         return f"{TINY}{name}"
 
     def check_precision(self, precision: str) -> None:
-        """Raise BundleError if int8 is asked for and not there."""
-        if precision == "int8" and "int8" not in self.forms:
+        """Raise BundleError if int8 or FP8 is asked for and not there."""
+        if precision in QUANTIZED and precision not in self.forms:
             found = self.name if _known().get(self.name) == self.path else self.path
             raise BundleError(
-                f"bundle '{self.name}' has no int8 form; make one: std-rt bundles int8 {found} "
-                f"-o engines/{self.name}-int8"
+                f"bundle '{self.name}' has no {precision} form; make one: std-rt bundles {precision} {found} "
+                f"-o engines/{self.name}-{precision}"
             )
 
     def _graph(self, name: str) -> dict[str, Any]:
@@ -489,7 +489,7 @@ def _check_structure(bundle: Bundle) -> None:
             f"bundle '{bundle.name}' has windows of {frames} frames that share {overlap}; "
             f"{_repair(bundle.path)}"
         )
-    for graph in [*REQUIRED_GRAPHS, *bundle.int8_graphs]:
+    for graph in [*REQUIRED_GRAPHS, *(name for form in QUANTIZED for name in bundle.quantized(form))]:
         if graph not in bundle.manifest["graphs"]:
             raise BundleError(f"bundle '{bundle.name}' has no graph '{graph}'; {_repair(bundle.path)}")
 
@@ -520,7 +520,8 @@ def _check_files(bundle: Bundle) -> None:
 
 def _all_graphs(bundle: Bundle) -> list[tuple[str, dict[str, Any]]]:
     """(name, entry) of every graph in every form."""
-    return [*bundle.manifest["graphs"].items(), *bundle.int8_graphs.items()]
+    forms = (bundle.quantized(form) for form in QUANTIZED)
+    return [*bundle.manifest["graphs"].items(), *(item for form in forms for item in form.items())]
 
 
 def _check_external(bundle: Bundle) -> None:

@@ -8,7 +8,7 @@ noise_pred = engine(sample=..., timestep=...)["noise_pred"]
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,8 +50,8 @@ class GraphSpec:
 
     ``steady`` names inputs that rarely change. Engines may cache what depends only on them for as long as
     their values (compared at every call) stay the same; this does not change results. ``compute`` is the
-    precision that the file's arithmetic is written in, as the bundle's manifest says: fp32, fp16, bf16 or
-    int8. ``int8`` is the file of the same graph in int8, if the bundle has one.
+    precision that the file's arithmetic is written in, as the bundle's manifest says: fp32, fp16, bf16, int8
+    or fp8. ``quantized`` are the files of the same graph in int8 or fp8, by that form.
     """
 
     name: str
@@ -60,18 +60,18 @@ class GraphSpec:
     key: str
     steady: frozenset[str] = STEADY_INPUTS
     compute: str = "fp32"
-    int8: Path | None = None
+    quantized: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def forms(self) -> tuple[str, ...]:
-        """What the graph can be opened in: ``compute``, then int8 if that is a file of its own."""
-        return (self.compute,) if self.int8 is None else (self.compute, "int8")
+        """What the graph can be opened in: ``compute``, then what is a file of its own."""
+        return (self.compute, *self.quantized)
 
     @property
     def identity(self) -> tuple[Any, ...]:
         """Equal for specs that can share one engine; hashable."""
-        files = str(self.path), str(self.int8)
-        return self.name, *files, tuple(sorted(self.shapes.items())), self.steady, self.compute
+        shapes, quantized = (tuple(sorted(found.items())) for found in (self.shapes, self.quantized))
+        return self.name, self.path, quantized, shapes, self.steady, self.compute
 
     def describe_shapes(self) -> str:
         """The shapes for an error message: ``sample [1, 4, 8, 8], timestep [1]``."""

@@ -14,7 +14,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from std_rt.core.errors import BackendError
-from std_rt.core.machine import describe_machine, fastest_arithmetic, install_hint
+from std_rt.core.machine import QUANTIZED, describe_machine, fastest_arithmetic, install_hint
 from std_rt.engines.protocol import Engine, GraphSpec
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BACKENDS",
+    "FP8_BACKENDS",
     "GPU_BACKENDS",
     "PRECISIONS",
     "BackendInfo",
@@ -33,7 +34,7 @@ __all__ = [
     "open_runner",
 ]
 
-PRECISIONS = ("auto", "fp32", "bf16", "int8")
+PRECISIONS = ("auto", "fp32", "bf16", *QUANTIZED)
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ BACKENDS: dict[str, Backend] = {  # in order of preference
         "std_rt.engines.onnxruntime.ort_session",
     ),
 }
+FP8_BACKENDS = ("rtx", "tensorrt")
 GPU_BACKENDS = {name: backend.gpus for name, backend in BACKENDS.items() if backend.gpus is not None}
 
 
@@ -127,35 +129,45 @@ def choose_form(backend: str, precision: str, forms: tuple[str, ...]) -> tuple[s
     """(one of ``forms``, why): the form of graphs that a backend runs at a ``precision`` of `PRECISIONS`.
 
     ``forms`` are what the graphs are there in (`Bundle.forms`, `GraphSpec.forms`). ``auto`` is int8 where the
-    processor does it fastest. Raises BackendError if int8 is asked for, or all there is,
-    and the backend is for GPUs.
+    processor does it fastest; FP8 has to be asked for. Raises BackendError if the backend does not compute in
+    what is asked for, or in all there is.
     """
+    if precision == "fp8" and backend not in FP8_BACKENDS:
+        known = " or ".join(FP8_BACKENDS)
+        raise BackendError(
+            f"backend '{backend}' does not compute in FP8; use --precision auto, or --backend {known} on an "
+            "RTX 40 GPU or newer"
+        )
     if backend in GPU_BACKENDS:
-        if forms[-1] == "int8" and (precision == "int8" or len(forms) == 1):
-            instead = "--precision auto" if len(forms) > 1 else "--backend cpu"
+        if "int8" in (forms[0], precision):
+            instead = "--precision auto" if forms[0] != "int8" else "--backend cpu"
             raise BackendError(
                 f"backend '{backend}' runs no int8 graphs: their activations are uint8 with a zero point, "
                 f"which GPU engines refuse; use {instead}"
             )
+        if precision == "fp8" and "fp8" in forms:
+            return "fp8", "asked for"
         return forms[0], f"{backend} runs graphs as they were exported"
     if precision != "auto":
-        return forms[-1 if precision == "int8" else 0], "asked for"
+        return precision if precision in forms else forms[0], "asked for"
     if forms[0] == "int8":
         return "int8", "the bundle has no other form"
     if backend != "openvino":  # ONNX Runtime was slower in int8 than in fp32, also with VNNI
         return forms[0], f"{backend} runs graphs as they were exported"
-    arithmetic, why = fastest_arithmetic(describe_machine(), int8_at_hand=len(forms) > 1)
+    has_int8 = "int8" in forms
+    arithmetic, why = fastest_arithmetic(describe_machine(), int8_at_hand=has_int8)
     if arithmetic != "int8":
         return forms[0], why
-    return forms[-1], why if len(forms) > 1 else f"{why}, but the bundle has no int8 form"
+    return ("int8", why) if has_int8 else (forms[0], f"{why}, but the bundle has no int8 form")
 
 
 def in_form(backend: str, spec: GraphSpec, precision: str) -> tuple[GraphSpec, str]:
-    """``spec`` with the file that `choose_form` chooses, and the precision of what is not int8 in it."""
+    """``spec`` with the file that `choose_form` chooses, and the precision of what is not quantized in it."""
     form, _ = choose_form(backend, precision, spec.forms)
-    if form != spec.compute and spec.int8 is not None:
-        spec = replace(spec, path=spec.int8, compute="int8")
-    return replace(spec, int8=None), "auto" if precision == "int8" else precision
+    path = spec.quantized.get(form, spec.path)
+    return replace(
+        spec, path=path, compute=form, quantized={}
+    ), "auto" if precision in QUANTIZED else precision
 
 
 def open_engine(backend: str, spec: GraphSpec, precision: str = "auto") -> Engine:

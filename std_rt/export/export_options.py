@@ -13,12 +13,14 @@ import msgspec
 
 from std_rt.core.errors import ExportError
 from std_rt.core.files import reason as cause
+from std_rt.core.machine import QUANTIZED
 from std_rt.core.samplers import SCHEDULES
 
 __all__ = ["LARGE", "ExportOptions", "check_choices", "load_recipe"]
 
 WEIGHTS = ("fp16", "fp32")
-PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8")
+PRECISIONS = ("auto", "fp32", "fp16", "bf16", *QUANTIZED)
+_MADE_FROM = {"int8": "fp32", "fp8": "fp16"}  # the form in 8 bits (`std_rt.export.quantize`): from which
 GUIDANCE_MODES = ("auto", "none", "full", "residual")
 PROMPTS = ("baked", "encoder")
 # Parameters of a UNet of SDXL's size: it is made for GPUs, which compute in halves, and to export it takes
@@ -110,7 +112,7 @@ class ExportOptions:
             raise ExportError(
                 f"--overlap must be from 0 to {frames - 1}, less than --frames {frames}, got {overlap}"
             )
-        for flag, asked in (("--precision int8", self.precision == "int8"),
+        for flag, asked in ((f"--precision {self.precision}", self.precision in QUANTIZED),
                             ("--guidance-mode residual", self.guidance_mode == "residual")):  # fmt: skip
             if asked:
                 raise ExportError(f"{flag} does not work with --motion-adapter; omit one of them")
@@ -127,12 +129,9 @@ class ExportOptions:
         return self.size or ((512, 512) if parameters >= LARGE else (256, 256))
 
     def compute(self, parameters: int) -> str:
-        """What graphs compute in: ``precision``, or for ``auto`` fp16 if the UNet is large, else fp32.
-
-        int8 is made afterwards, from fp32 (`std_rt.export.quantize`).
-        """
+        """What graphs compute in: ``precision``, or for ``auto`` fp16 if the UNet is large, else fp32."""
         if self.precision != "auto":
-            return "fp32" if self.precision == "int8" else self.precision
+            return _MADE_FROM.get(self.precision, self.precision)
         return "fp16" if parameters >= LARGE else "fp32"
 
     @property

@@ -1,11 +1,13 @@
-"""An int8 form beside the graphs of a bundle in float: `std-rt export ... --precision int8`, `bundles int8`.
+"""A form in 8 bits beside the graphs of a bundle in float: `std-rt export --precision int8`, `bundles int8`.
 
     quantize_bundle(load_bundle("std-tiny"), Path("engines/std-tiny-int8"))
+    quantize_bundle(load_bundle("my-sdxl"), Path("engines/my-sdxl-fp8"), form="fp8")
 
-Needs the extra ``[int8]``. Activations are calibrated on what the graphs see in use: states on the bundle's
-own trajectory, from tau down, of pictures under real style tokens, at every step count that the bundle
-allows. Then pictures and styles that calibration has not seen are stylized in float and in int8 and compared:
-layers that cost too much stay in float, and a form that still differs is not written.
+int8 is for processors and needs the extra ``[int8]``; FP8 is for GPUs. Activations are calibrated on what the
+graphs see in use: states on the bundle's own trajectory, from tau down, of pictures under real style tokens,
+at every step count that the bundle allows. Then pictures and styles that calibration has not seen are
+stylized in float and in 8 bits and compared (FP8 on ONNX Runtime, which rounds as a GPU does): layers that
+cost too much stay in float, and a form that still differs is not written.
 """
 
 from __future__ import annotations
@@ -27,24 +29,41 @@ from std_rt.core.errors import ExportError
 from std_rt.core.machine import install_hint
 from std_rt.engines import Engine, GraphSpec, choose_backend, open_engine
 from std_rt.examples import scenes, styles
+from std_rt.export.float8 import float8_graph
 from std_rt.export.parity import lint
 from std_rt.export.quantize_graph import RUNGS, quantize_graph
 from std_rt.pipeline.stylizer import Stylizer
 
-__all__ = ["FLOOR_MEAN_DB", "FLOOR_WORST_DB", "QUANTIZED", "Quality", "make_pairs", "quantize_bundle"]
+__all__ = ["FLOOR_MEAN_DB", "FLOOR_WORST_DB", "FORMS", "Form", "Quality", "make_pairs", "quantize_bundle"]
 
 Frame = NDArray[np.uint8]
 Pair = tuple[Frame, Frame]  # (picture, style)
 Samples = dict[str, list[dict[str, NDArray[Any]]]]
 
-# In this order: what comes later is judged on top of what was accepted before. The style encoder runs once
-# a style, so its speed is of no use.
-QUANTIZED = ("unet", "vae_decoder", "vae_encoder")
-# Stylized pictures in int8 against fp32, over 8 bits. 34 dB is an error of 5 levels of 255, which a side by
-# side at full zoom does not show on paint; 28 dB, what the project allows bf16, is asked of every picture.
+
+@dataclass(frozen=True)
+class Form:
+    """A form in 8 bits: of which ``graphs``, in this order (what comes later is judged on top of what was
+    accepted before), computed how in the bundle, tried on which ``backend``, and on how many ``pairs``
+    calibrated.
+    """
+
+    graphs: tuple[str, ...]
+    compute: str
+    backend: str
+    pairs: int
+    make: Callable[..., list[str]]
+
+
+# The style encoder runs once a style, so its speed is of no use. FP8 is floating: it needs fewer pictures.
+FORMS = {
+    "int8": Form(("unet", "vae_decoder", "vae_encoder"), "fp32", "cpu", 18, quantize_graph),
+    "fp8": Form(("unet",), "fp16", "onnxruntime", 6, float8_graph),
+}
+# Stylized pictures against those of the float form, over 8 bits. 34 dB is an error of 5 levels of 255, which a
+# side by side at full zoom does not show on paint; 28 dB, what the project allows bf16, is asked of every one.
 FLOOR_MEAN_DB, FLOOR_WORST_DB = 34.0, 28.0
 
-_PAIRS = 18  # (picture, style) to calibrate on, about
 _HELD_OUT = 6  # pairs to judge on
 _PICTURES = 4  # fewer than these are filled up with the example pictures
 
@@ -77,24 +96,25 @@ def quantize_bundle(
     *,
     overwrite: bool = False,
     name: str = "",
+    form: str = "int8",
 ) -> Bundle:
-    """Write ``output``, perhaps the bundle's own folder: ``bundle`` with an int8 form beside its graphs.
+    """Write ``output``, perhaps the bundle's own folder: ``bundle`` with a ``form`` of `FORMS` added.
 
     ``calibration`` are pictures uint8 [H, W, 3], of the kind that will be stylized; fewer than four are
-    filled up with example pictures. A VAE graph that does not pass has no int8 form. Raises ExportError if
-    the UNet does not pass, the bundle does not compute in fp32, or NNCF is not installed.
+    filled up with example pictures. A VAE graph that does not pass has no such form. Raises ExportError if
+    the UNet does not pass, the bundle does not compute in what the form is made from, or NNCF is missing.
     """
-    _check(bundle)
-    seen, unseen = make_pairs(calibration)
+    _check(bundle, form)
+    work = _Work(bundle, form, *make_pairs(calibration, FORMS[form].pairs), progress)
     return write_bundle(
         Path(output),
-        lambda folder: _fill(bundle, folder, name or Path(output).resolve().name, seen, unseen, progress),
+        lambda folder: work.fill(folder, name or Path(output).resolve().name),
         overwrite=overwrite,
     )
 
 
-def make_pairs(pictures: Sequence[Frame]) -> tuple[list[Pair], list[Pair]]:
-    """(pairs to calibrate on, pairs to judge on); no picture is in both, be it as content or as style.
+def make_pairs(pictures: Sequence[Frame], count: int) -> tuple[list[Pair], list[Pair]]:
+    """(``count`` pairs or more to calibrate on, pairs to judge on); no picture is in both, in either role.
 
     Every fourth picture and every third example style is kept for the judgement; every picture is stylized
     by others. What a range of activations does not cover is most often a style unlike the others.
@@ -105,7 +125,7 @@ def make_pairs(pictures: Sequence[Frame]) -> tuple[list[Pair], list[Pair]]:
     used, held = _split(contents, _PICTURES)
     used_styles, held_styles = _split(list(styles().values()), 3)
     return (
-        _combine(used + used_styles, max(_PAIRS, len(used))),
+        _combine(used + used_styles, max(count, len(used))),
         _combine(held + held_styles, max(_HELD_OUT, len(held))),
     )
 
@@ -123,63 +143,99 @@ def _combine(pictures: Sequence[Frame], count: int) -> list[Pair]:
     return [(pictures[i], pictures[k]) for i, k in islice(chain.from_iterable(rounds), count)]
 
 
-def _check(bundle: Bundle) -> None:
-    bundle.check_single_frames("int8")
+def _check(bundle: Bundle, form: str) -> None:
+    bundle.check_single_frames(form)
     try:
-        metadata.version("nncf")
+        if form == "int8":
+            metadata.version("nncf")
     except metadata.PackageNotFoundError as error:
         raise ExportError(f"int8 needs nncf; run: {install_hint('int8')}") from error
-    for graph in QUANTIZED:
+    for graph in FORMS[form].graphs:
         compute = bundle.manifest["precision"].get(graph, {}).get("compute", "fp32")
-        if compute != "fp32":
+        if compute != FORMS[form].compute:
             raise ExportError(
-                f"bundle '{bundle.name}' computes {graph} in {compute}, and int8 is made from fp32; "
-                "export it with --precision fp32 first"
+                f"bundle '{bundle.name}' computes {graph} in {compute}, and {form} is made from "
+                f"{FORMS[form].compute}; export it with --precision {FORMS[form].compute} first"
             )
 
 
-def _fill(
-    bundle: Bundle,
-    folder: Path,
-    name: str,
-    seen: list[Pair],
-    unseen: list[Pair],
-    progress: Callable[[str], None],
-) -> dict[str, Any]:
-    replaced = {entry["file"] for entry in bundle.int8_graphs.values()}
-    for file in bundle.manifest["files"].keys() - replaced:
-        target = folder / file
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(bundle.path / file, target)
-    progress(f"calibrating on {len(seen)} pictures")
-    samples = _record(bundle, seen)
-    progress(f"stylizing {len(unseen)} other pictures for comparison")
-    gate = Gate(bundle, unseen)
-    done: dict[str, dict[str, Any]] = {}
-    for graph in QUANTIZED:
-        done |= _descend(bundle, folder, graph, samples[graph], gate, progress)
-    added = ("schema", "files", "manifest_sha256")
-    manifest = deepcopy({key: value for key, value in bundle.manifest.items() if key not in added})
-    manifest["name"] = name
-    manifest["created_with"] |= {"nncf": metadata.version("nncf")}
-    counts = {"pictures": len(seen), "unet_states": len(samples["unet"]), "judged_on": len(unseen)}
-    manifest["int8"] = {"calibration": counts, "graphs": done}
-    return manifest
+@dataclass(frozen=True)
+class _Work:
+    """The making of one form of one bundle; pairs that are ``seen`` in calibration, and others."""
 
+    bundle: Bundle
+    form: str
+    seen: list[Pair]
+    unseen: list[Pair]
+    progress: Callable[[str], None]
 
-def _record(bundle: Bundle, pairs: list[Pair]) -> Samples:
-    """Every input of every graph while ``pairs`` are stylized, with the allowed step counts in turn."""
-    samples: Samples = {graph: [] for graph in bundle.graph_names}
-    counts = bundle.steps_allowed
+    def fill(self, folder: Path, name: str) -> dict[str, Any]:
+        """Everything but the manifest, which is returned."""
+        bundle = self.bundle
+        replaced = {entry["file"] for entry in bundle.quantized(self.form).values()}
+        for file in bundle.manifest["files"].keys() - replaced:
+            target = folder / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle.path / file, target)
+        self.progress(f"calibrating on {len(self.seen)} pictures")
+        samples = self._record()
+        self.progress(f"stylizing {len(self.unseen)} other pictures for comparison")
+        gate = Gate(bundle, self.form, self.unseen)
+        done: dict[str, dict[str, Any]] = {}
+        for graph in FORMS[self.form].graphs:
+            done |= self._descend(folder, graph, samples[graph], gate)
+        added = ("schema", "files", "manifest_sha256")
+        manifest = deepcopy({key: value for key, value in bundle.manifest.items() if key not in added})
+        manifest["name"] = name
+        if self.form == "int8":
+            manifest["created_with"] |= {"nncf": metadata.version("nncf")}
+        counts = {"pictures": len(self.seen), "unet_states": len(samples["unet"])}
+        counts["judged_on"] = len(self.unseen)
+        manifest[self.form] = {"calibration": counts, "graphs": done}
+        return manifest
 
-    def opened(spec: GraphSpec) -> Engine:
-        return Recorder(_open(spec), samples[spec.name])
+    def _record(self) -> Samples:
+        """Every input of every graph while pairs are stylized, with the allowed step counts in turn."""
+        samples: Samples = {graph: [] for graph in self.bundle.graph_names}
+        counts = self.bundle.steps_allowed
 
-    for i, steps in enumerate(counts):
-        mine = pairs[i :: len(counts)]
-        if mine:
-            _stylize(bundle, opened, mine, steps)
-    return samples
+        def opened(spec: GraphSpec) -> Engine:
+            return Recorder(_open(spec, self.form), samples[spec.name])
+
+        for i, steps in enumerate(counts):
+            mine = self.seen[i :: len(counts)]
+            if mine:
+                _stylize(self.bundle, opened, mine, steps)
+        return samples
+
+    def _descend(
+        self, folder: Path, graph: str, samples: Sequence[Mapping[str, NDArray[Any]]], gate: Gate
+    ) -> dict[str, dict[str, Any]]:
+        """Quantize one graph, with more layers in float on every rung; {} where no rung passes."""
+        bundle, found, best = self.bundle, [], None
+        path = folder / f"{graph}.{self.form}.onnx"
+        for rung, keep in enumerate(RUNGS):
+            self.progress(f"quantizing {graph}" + (f", attempt {rung + 1}" if rung else ""))
+            kept = FORMS[self.form].make(bundle.graph_path(graph), path, graph, samples, keep)
+            if rung and kept == best:
+                continue  # this graph has none of the layers that the rung names
+            best = kept
+            lint(path)
+            quality = gate.judge(graph, path)
+            found.append(quality)
+            if quality.passes:
+                gate.accept(graph, path, quality)
+                entry = {"file": path.name, "weights": bundle.weights_path(graph).name, "kept_float": kept}
+                return {graph: entry | quality.rounded()}
+        path.unlink()
+        if graph == "unet":
+            raise ExportError(
+                f"{self.form} changes the pictures of '{bundle.name}' too much: "
+                f"{', '.join(map(str, found))}, and {FLOOR_MEAN_DB:.0f} dB (worst {FLOOR_WORST_DB:.0f} dB) are required; "
+                "--calibrate with pictures like those you will stylize"
+            )
+        self.progress(f"{graph} stays in float: {found[-1]}")
+        return {}
 
 
 class Recorder:
@@ -199,29 +255,29 @@ class Recorder:
 
 
 class Gate:
-    """Pictures stylized in float, and how near int8 comes to them."""
+    """Pictures stylized in float, and how near a form in 8 bits comes to them."""
 
-    def __init__(self, bundle: Bundle, pairs: list[Pair]) -> None:
-        self._bundle, self._pairs = bundle, pairs
-        self._wanted = _stylize(bundle, _open, pairs)
+    def __init__(self, bundle: Bundle, form: str, pairs: list[Pair]) -> None:
+        self._bundle, self._form, self._pairs = bundle, form, pairs
+        self._wanted = _stylize(bundle, lambda spec: _open(spec, form), pairs)
         self.accepted: dict[str, Path] = {}
         self.quality = Quality(float("inf"), float("inf"))
 
     def judge(self, graph: str, path: Path) -> Quality:
-        """The quality with ``graph`` in int8 from ``path``, on top of the graphs accepted before."""
+        """The quality with ``graph`` in 8 bits from ``path``, on top of the graphs accepted before."""
         paths = self.accepted | {graph: path}
 
         def opened(spec: GraphSpec) -> Engine:
             if spec.name in paths:
-                spec = replace(spec, path=paths[spec.name], compute="int8")
-            return _open(spec)
+                spec = replace(spec, path=paths[spec.name], compute=self._form)
+            return _open(spec, self._form)
 
         found = _stylize(self._bundle, opened, self._pairs)
         rows = [_psnr(a, b) for a, b in zip(found, self._wanted, strict=True)]
         return Quality(float(np.mean(rows)), min(rows))
 
     def accept(self, graph: str, path: Path, quality: Quality) -> None:
-        """Judge later graphs with this one in int8."""
+        """Judge later graphs with this one in 8 bits."""
         self.accepted[graph], self.quality = path, quality
 
 
@@ -242,40 +298,9 @@ def _stylize(
         return results
 
 
-def _open(spec: GraphSpec) -> Engine:
-    """In fp32 (or int8, if the file is), uncached: what is tried here is opened once."""
-    return open_engine(choose_backend("cpu")[0], replace(spec, key="", int8=None), "fp32")
-
-
-def _descend(
-    bundle: Bundle,
-    folder: Path,
-    graph: str,
-    samples: Sequence[Mapping[str, NDArray[Any]]],
-    gate: Gate,
-    progress: Callable[[str], None],
-) -> dict[str, dict[str, Any]]:
-    """Quantize one graph, with more layers in float on every rung; {} where no rung passes."""
-    path, found, best = folder / f"{graph}.int8.onnx", [], None
-    for rung, keep in enumerate(RUNGS):
-        progress(f"quantizing {graph}" + (f", attempt {rung + 1}" if rung else ""))
-        kept = quantize_graph(bundle.graph_path(graph), path, graph, samples, keep)
-        if rung and kept == best:
-            continue  # this graph has none of the layers that the rung names
-        best = kept
-        lint(path)
-        quality = gate.judge(graph, path)
-        found.append(quality)
-        if quality.passes:
-            gate.accept(graph, path, quality)
-            entry = {"file": path.name, "weights": bundle.weights_path(graph).name, "kept_float": kept}
-            return {graph: entry | quality.rounded()}
-    path.unlink()
-    if graph == "unet":
-        raise ExportError(
-            f"int8 changes the pictures of '{bundle.name}' too much: {', '.join(map(str, found))}, and "
-            f"{FLOOR_MEAN_DB:.0f} dB (worst {FLOOR_WORST_DB:.0f} dB) are required; "
-            "--calibrate with pictures like those you will stylize"
-        )
-    progress(f"{graph} stays in float: {found[-1]}")
-    return {}
+def _open(spec: GraphSpec, form: str) -> Engine:
+    """In float (or 8 bits, if the file is), uncached: what is tried here is opened once."""
+    backend, _ = choose_backend(FORMS[form].backend)
+    # OpenVINO must be kept from bf16; ONNX Runtime has no choice.
+    precision = "fp32" if backend == "openvino" else "auto"
+    return open_engine(backend, replace(spec, key="", quantized={}), precision)

@@ -25,7 +25,7 @@ from std_rt.export.weights import INLINE_ELEMENTS
 from std_rt.models.components import quiet
 from std_rt.models.weight_files import read_places
 
-__all__ = ["RUNGS", "quantize_graph"]
+__all__ = ["RUNGS", "kept_layers", "quantize_graph", "steady_layers", "weighted_layers"]
 
 Sample = Mapping[str, NDArray[Any]]
 
@@ -48,10 +48,10 @@ def quantize_graph(
     """
     model = ir.load(source)
     _check_size(model, name)
-    kept = _kept(_layers(model), keep)
+    kept = kept_layers(weighted_layers(model), keep)
     folded = _folded(model)
     before = {tensor.name: tensor.raw_data for tensor in folded.graph.initializer}
-    quantized = _quantize(folded, name, samples, sorted({*kept, *_steady_layers(folded)}))
+    quantized = _quantize(folded, name, samples, sorted({*kept, *steady_layers(folded)}))
     del quantized.graph.value_info[:]  # shapes that shape inference found; runtimes find their own
     same = {
         tensor.name
@@ -72,7 +72,7 @@ def _check_size(model: ir.Model, name: str) -> None:
         )
 
 
-def _layers(model: ir.Model) -> dict[str, tuple[str, str]]:
+def weighted_layers(model: ir.Model) -> dict[str, tuple[str, str]]:
     """Name of each node that multiplies by a weight -> (operator, the weight's name in torch)."""
     found = {}
     for node in model.graph:
@@ -92,7 +92,7 @@ def _torch_name(tensor: ir.ExternalTensor) -> str:
     return max((place, key) for key, place in read_places(Path(tensor.path)).items() if place <= offset)[1]
 
 
-def _kept(layers: Mapping[str, tuple[str, str]], keep: Sequence[str]) -> dict[str, str]:
+def kept_layers(layers: Mapping[str, tuple[str, str]], keep: Sequence[str]) -> dict[str, str]:
     """Those of ``layers`` that ``keep`` names: node -> weight."""
     convs = [node for node, (kind, _) in layers.items() if kind == "Conv"]
     ends = {convs[0], convs[-1]} if convs and "ends" in keep else set()
@@ -103,7 +103,7 @@ def _kept(layers: Mapping[str, tuple[str, str]], keep: Sequence[str]) -> dict[st
     }
 
 
-def _steady_layers(model: onnx.ModelProto) -> list[str]:
+def steady_layers(model: onnx.ModelProto) -> list[str]:
     """Layers that follow from the style, the text and the time alone, and those that take such values in.
 
     The former run once per style (`std_rt.engines.openvino.graph`), so int8 saves nothing there; and the

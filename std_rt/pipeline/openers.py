@@ -141,8 +141,8 @@ def window_specs(
 def graph_spec(bundle: Bundle, name: str, shapes: Mapping[str, Shape]) -> GraphSpec:
     """One of a bundle's graphs at these shapes."""
     compute = bundle.manifest.get("precision", {}).get(name, {}).get("compute", "fp32")
-    path, int8 = bundle.graph_path(name), bundle.int8_path(name)
-    return GraphSpec(name, path, shapes, bundle.digest, compute=compute, int8=int8)
+    path, quantized = bundle.graph_path(name), bundle.quantized_paths(name)
+    return GraphSpec(name, path, shapes, bundle.digest, compute=compute, quantized=quantized)
 
 
 def _check_size(bundle: Bundle, size: tuple[int, int]) -> None:

@@ -16,7 +16,8 @@ import numpy as np
 import onnxruntime as ort
 
 from std_rt.core.errors import BackendError, one_line
-from std_rt.core.onnx_file import axis_values, fixed_shapes, read_ports
+from std_rt.core.files import is_inside
+from std_rt.core.onnx_file import axis_values, external_locations, fixed_shapes, read_ports
 from std_rt.engines.protocol import Array, GraphSpec, Ports, check_inputs
 
 __all__ = [
@@ -94,13 +95,11 @@ def open_session(spec: GraphSpec, providers: Providers) -> ort.InferenceSession:
     options.intra_op_num_threads = _physical_cores()
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors only
-    # The graph and its weights file.
-    size = sum(path.stat().st_size for path in spec.path.parent.glob(f"{spec.path.stem}.*"))
-    lean = list(providers) == CPU and size > _LEAN_FROM_BYTES
-    if lean:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     try:
+        lean = list(providers) == CPU and _bytes_of_weights(spec) > _LEAN_FROM_BYTES
+        if lean:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         declared = read_ports(spec.path).inputs
         if declared.keys() != spec.shapes.keys():
             raise BackendError(
@@ -114,12 +113,21 @@ def open_session(spec: GraphSpec, providers: Providers) -> ort.InferenceSession:
             options,
             providers=list(providers),
             enable_fallback=0,
-            disabled_optimizers=["ConstantFolding"] if lean else [],
+            disabled_optimizers=[
+                *(["ConstantFolding"] if lean else []),
+                # It moves FP8 values through transposes, for which there are no FP8 kernels.
+                *(["QDQPropagationTransformer"] if spec.compute == "fp8" else []),
+            ],
         )
     except failures() as error:
         raise BackendError(run_error(spec, error)) from error
     session.disable_fallback()  # else a provider that fails is swapped for the CPU, with a line on stdout
     return session
+
+
+def _bytes_of_weights(spec: GraphSpec) -> int:
+    files = (spec.path.parent / location for location in external_locations(spec.path) if is_inside(location))
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 class OnnxRuntimeEngine:

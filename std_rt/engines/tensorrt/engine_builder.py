@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from std_rt.core.errors import BackendError
+from std_rt.core.machine import QUANTIZED
 from std_rt.core.onnx_file import external_locations
 from std_rt.engines.cache import EngineCache, EngineKey
 from std_rt.engines.protocol import GraphSpec
@@ -29,6 +30,8 @@ from std_rt.engines.tensorrt.onnx_to_engine import (
 )
 
 __all__ = ["EngineBuilder", "progress_to"]
+
+_OLDEST_FP8 = 89  # compute capability of the first GPUs with FP8 units: RTX 40
 
 
 class EngineBuilder:
@@ -62,6 +65,7 @@ class EngineBuilder:
     def key(self, spec: GraphSpec) -> EngineKey:
         """The cache key of ``spec``. A graph that belongs to no bundle is identified by its file's sha256."""
         capture = " user allocation" if capture_flag(self._trt) is not None else ""
+        form = f" {spec.compute}" if spec.compute in QUANTIZED else ""
         file = "" if spec.key else f" file={hashlib.sha256(spec.path.read_bytes()).hexdigest()}"
         return EngineKey(
             bundle=spec.key,
@@ -71,7 +75,7 @@ class EngineBuilder:
             version=self._trt.__version__,
             target="+".join(self.targets),
             driver=self._driver,
-            flags=f"tf32={self._tf32}{capture}{file}",
+            flags=f"tf32={self._tf32}{capture}{form}{file}",
         )
 
     def kernels_key(self, spec: GraphSpec, driver: str) -> EngineKey:
@@ -110,6 +114,11 @@ class EngineBuilder:
             yield data
 
     def _make(self, spec: GraphSpec, path: Path) -> None:
+        old = [target for target in self.targets if int(target.removeprefix("sm")) < _OLDEST_FP8]
+        if spec.compute == "fp8" and old:
+            raise BackendError(
+                f"{', '.join(old)} has no FP8 units, which begin with SM{_OLDEST_FP8}; use --precision auto"
+            )
         timings = self._timings_key()
         known = self.cache.read(timings) if self.cache is not None and timings is not None else None
         learned = build_engine(

@@ -59,7 +59,7 @@ class Product:
         return f"{install_hint(self.backend)} --upgrade"
 
 
-TENSORRT = Product("tensorrt", "tensorrt", "TensorRT", (10, 12), ahead=False)
+TENSORRT = Product("tensorrt", "tensorrt", "TensorRT", (10, 14), ahead=False)
 RTX = Product("rtx", "tensorrt_rtx", "TensorRT-RTX", (1, 2), ahead=True)
 PRODUCTS = {product.backend: product for product in (RTX, TENSORRT)}
 

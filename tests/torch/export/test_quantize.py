@@ -40,6 +40,10 @@ def _quick_renders() -> Iterator[None]:
         yield
 
 
+def _change_form(patch: pytest.MonkeyPatch, form: str = "int8", **changes: Any) -> None:
+    patch.setitem(quantize.FORMS, form, replace(quantize.FORMS[form], **changes))
+
+
 def _waves(seed: int) -> np.ndarray[Any, Any]:
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:64, :64]
@@ -51,8 +55,7 @@ def _waves(seed: int) -> np.ndarray[Any, Any]:
 def int8_bundle(own_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """`own_bundle` with an int8 form; its random weights make noisy pictures, so the floors are lower."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantize, "QUANTIZED", ("unet", "vae_decoder"))
-        patch.setattr(quantize, "_PAIRS", 4)
+        _change_form(patch, graphs=("unet", "vae_decoder"), pairs=4)
         patch.setattr(quantize, "_HELD_OUT", 2)
         patch.setattr(quantize, "FLOOR_MEAN_DB", 20.0)
         patch.setattr(quantize, "FLOOR_WORST_DB", 15.0)
@@ -78,7 +81,7 @@ def _compute(path: Path) -> str:
 def test_the_manifest_says_what_is_int8_and_how_near_it_comes(
     own_bundle: Bundle, int8_bundle: Bundle
 ) -> None:
-    done = int8_bundle.int8_graphs
+    done = int8_bundle.quantized("int8")
     assert "unet" in done
     assert all(row["psnr_db"] >= row["worst_db"] >= 15 for row in done.values())
     assert int8_bundle.manifest["int8"]["calibration"]["judged_on"] == 2
@@ -90,11 +93,10 @@ def test_the_manifest_says_what_is_int8_and_how_near_it_comes(
 
 def test_both_forms_read_the_same_weights(own_bundle: Bundle, int8_bundle: Bundle) -> None:
     added = int8_bundle.manifest["files"].keys() - own_bundle.manifest["files"].keys()
-    assert added == {entry["file"] for entry in int8_bundle.int8_graphs.values()}
+    assert added == {entry["file"] for entry in int8_bundle.quantized("int8").values()}
     for name, entry in own_bundle.manifest["files"].items():
         assert int8_bundle.manifest["files"][name] == entry
-    path = int8_bundle.int8_path("unet")
-    assert path is not None
+    path = _int8(int8_bundle, "unet")
     weights = own_bundle.weights_path("unet")
     assert external_locations(path) == {weights.name}
     # More than the float graph has to say, and far less than its weights.
@@ -114,9 +116,7 @@ def test_every_cpu_runtime_gives_nearly_the_float_graph(
 
 
 def _int8(bundle: Bundle, graph: str) -> Path:
-    path = bundle.int8_path(graph)
-    assert path is not None
-    return path
+    return bundle.quantized_paths(graph)["int8"]
 
 
 def test_sizes_stay_open(int8_bundle: Bundle) -> None:
@@ -174,7 +174,7 @@ def test_a_bundle_that_differs_too_much_is_not_written(
         shutil.copyfile(source, target)
         return [str(keep)]
 
-    monkeypatch.setattr(quantize, "quantize_graph", fake)
+    _change_form(monkeypatch, make=fake)
     monkeypatch.setattr(quantize.Gate, "judge", lambda self, graph, path: Quality(33.9, 30.0))
     with pytest.raises(ExportError, match=r"33\.9 dB \(worst 30\.0 dB\).*34 dB.*--calibrate"):
         quantize_bundle(own_bundle, tmp_path / "bad")
@@ -190,18 +190,18 @@ def test_a_vae_that_does_not_pass_stays_in_float(
         return [str(keep)]
 
     good, bad = Quality(50, 50), Quality(50, 27)
-    monkeypatch.setattr(quantize, "quantize_graph", fake)
+    _change_form(monkeypatch, make=fake)
     monkeypatch.setattr(quantize.Gate, "judge", lambda self, graph, path: bad if "vae" in graph else good)
     notes: list[str] = []
     made = quantize_bundle(own_bundle, tmp_path / "half", progress=notes.append)
-    assert list(made.int8_graphs) == ["unet"]
+    assert list(made.quantized("int8")) == ["unet"]
     assert not list(made.path.glob("vae_*.int8.onnx"))
     assert any("vae_encoder stays in float: 50.0 dB (worst 27.0 dB)" in note for note in notes)
     # Once more, in place: the form is replaced.
-    monkeypatch.setattr(quantize, "QUANTIZED", ("unet", "vae_decoder"))
+    _change_form(monkeypatch, graphs=("unet", "vae_decoder"))
     monkeypatch.setattr(quantize.Gate, "judge", lambda self, graph, path: good)
     again = quantize_bundle(made, made.path, overwrite=True)
-    assert list(again.int8_graphs) == ["unet", "vae_decoder"]
+    assert list(again.quantized("int8")) == ["unet", "vae_decoder"]
     assert again.name == made.name
 
 
@@ -227,11 +227,11 @@ def test_int8_is_made_from_fp32_alone(own_bundle: Bundle, tmp_path: Path) -> Non
 @pytest.mark.parametrize("count", [0, 1, 4, 9, 40])
 def test_what_is_judged_on_was_not_calibrated_on(count: int) -> None:
     pictures = [np.full((2, 2, 3), i, np.uint8) for i in range(count)]
-    seen, unseen = make_pairs(pictures)
+    seen, unseen = make_pairs(pictures, 18)
     calibrated = {frame.tobytes() for pair in seen for frame in pair}
     judged = {frame.tobytes() for pair in unseen for frame in pair}
     assert not calibrated & judged
-    assert len(seen) >= quantize._PAIRS
+    assert len(seen) >= 18
     assert len(unseen) >= quantize._HELD_OUT
     assert len({tuple(map(bytes, pair)) for pair in seen}) == len(seen)
     assert {p.tobytes() for p in pictures} <= calibrated | judged
@@ -255,7 +255,7 @@ def test_bundles_int8_adds_the_form_and_says_its_numbers(
 
     monkeypatch.setattr(quantize, "quantize_bundle", made)
     result = cli("bundles", "int8", handmade.path, "-o", tmp_path / "both")
-    assert asked == [("handmade", 0, {"overwrite": False})]
+    assert asked == [("handmade", 0, {"overwrite": False, "form": "int8"})]
     assert "unet, int8: pictures 40.0 dB (worst 35.0 dB) against fp32" in result.out
     again = cli("bundles", "int8", handmade.path, "-o", tmp_path / "both")
     assert (again.code, len(asked)) == (2, 1)
@@ -275,7 +275,7 @@ def test_an_export_in_int8_adds_the_form_to_the_bundle_that_it_wrote(
     pictures, say = [np.zeros((4, 4, 3), np.uint8)], print
     for precision, made in (("fp32", handmade), ("int8", "both")):
         assert _export(tmp_path, tmp_path / "out", {"precision": precision}, pictures, say) == made
-    wanted = {"overwrite": True, "name": "handmade"}
+    wanted = {"overwrite": True, "name": "handmade", "form": "int8"}
     assert asked == [((handmade, tmp_path / "out", pictures, say), wanted)]
 
 

@@ -34,7 +34,7 @@ def test_it_is_intact_and_within_its_size(bundle: Bundle) -> None:
     """Both forms and the self-check together."""
     verify_bundle(bundle)
     assert bundle.total_bytes <= 40 * MB
-    assert "unet" in bundle.int8_graphs
+    assert "unet" in bundle.quantized("int8")
     assert bundle.tau == 739
     assert {source["licence"] for source in bundle.manifest["sources"]} == {"apache-2.0"}
 

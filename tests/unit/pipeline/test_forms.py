@@ -83,7 +83,7 @@ def test_a_bundle_without_an_int8_form_says_how_to_make_one(handmade: Bundle, pr
 
 
 def test_gpus_run_the_float_form_and_refuse_int8() -> None:
-    spec = GraphSpec("unet", Path("unet.onnx"), {}, "", int8=Path("unet.int8.onnx"))
+    spec = GraphSpec("unet", Path("unet.onnx"), {}, "", quantized={"int8": Path("unet.int8.onnx")})
     for backend in ("rtx", "tensorrt", "cuda"):
         assert in_form(backend, spec, "auto")[0].path == Path("unet.onnx")
         with pytest.raises(BackendError, match=rf"'{backend}' runs no int8 graphs.*use --precision auto"):
@@ -113,8 +113,11 @@ def test_bench_says_the_form_and_why(
 
 def test_the_int8_form_is_checked_like_the_other(tmp_path: Path) -> None:
     made = write_handmade(tmp_path / "mine", int8=True)
-    assert (made.forms, made.int8_path("unet")) == (("fp32", "int8"), made.path / "unet.int8.onnx")
-    assert made.int8_path("vae_decoder") is None
+    assert (made.forms, made.quantized_paths("unet")) == (
+        ("fp32", "int8"),
+        {"int8": made.path / "unet.int8.onnx"},
+    )
+    assert made.quantized_paths("vae_decoder") == {}
     (made.path / "unet.int8.onnx").unlink()
     with pytest.raises(BundleError, match=r"incomplete: unet\.int8\.onnx is missing"):
         load_bundle(made.path)
