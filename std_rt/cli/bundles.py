@@ -32,6 +32,9 @@ QuantizedOption = Annotated[
 CalibrateOption = Annotated[
     Path | None, Option(metavar="FOLDER", help="Pictures to calibrate on; default: example pictures.")
 ]
+PairsOption = Annotated[
+    int | None, Option(min=1, help="Pairs of picture and style to calibrate on; default: 18 (int8), 6 (fp8).")
+]
 
 
 @bundles_app.command("list")
@@ -221,6 +224,7 @@ def int8(
     output: QuantizedOption,
     bundle: BundleArgument = None,
     calibrate: CalibrateOption = None,
+    pairs: PairsOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Add an int8 form to a bundle in fp32, for processors with VNNI. Needs: pip install '.\\[export,int8]'
@@ -228,7 +232,7 @@ def int8(
     std-rt bundles int8 my-bundle -o engines/my-bundle-int8 --calibrate photos
     """
     require("std-rt bundles int8", "export,int8", "onnx", "onnxscript", "nncf")
-    _quantize("int8", bundle, output, calibrate, overwrite)
+    _quantize("int8", bundle, output, calibrate, pairs, overwrite)
 
 
 @bundles_app.command("fp8")
@@ -236,6 +240,7 @@ def fp8(
     output: QuantizedOption,
     bundle: BundleArgument = None,
     calibrate: CalibrateOption = None,
+    pairs: PairsOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Add an FP8 form to a bundle in fp16, for rtx and tensorrt on RTX 40 GPUs and newer.
@@ -245,10 +250,17 @@ def fp8(
     std-rt bundles fp8 my-sdxl -o engines/my-sdxl-fp8 --calibrate photos
     """
     require("std-rt bundles fp8", "export", "onnx", "onnxscript", "onnxruntime")
-    _quantize("fp8", bundle, output, calibrate, overwrite)
+    _quantize("fp8", bundle, output, calibrate, pairs, overwrite)
 
 
-def _quantize(form: str, bundle: str | None, output: Path, calibrate: Path | None, overwrite: bool) -> None:
+def _quantize(
+    form: str,
+    bundle: str | None,
+    output: Path,
+    calibrate: Path | None,
+    pairs: int | None,
+    overwrite: bool,
+) -> None:
     from rich.console import Console
 
     from std_rt.cli.export import print_quantized, read_calibration
@@ -259,6 +271,8 @@ def _quantize(form: str, bundle: str | None, output: Path, calibrate: Path | Non
     from std_rt.export.quantize import quantize_bundle
 
     with Console(stderr=True).status("quantizing") as status:
-        made = quantize_bundle(found, output, pictures, status.update, overwrite=overwrite, form=form)
+        made = quantize_bundle(
+            found, output, pictures, status.update, overwrite=overwrite, form=form, pairs=pairs
+        )
     typer.echo(f"{made.path} ({made.name}, {made.total_bytes / 2**20:.1f} MB)")
     print_quantized(made)

@@ -237,7 +237,7 @@ class Build:
         with within_range(unet, self._compute, "unet"):
             examples = [run.unet(unet, self._source, start, text.arrays) for run in self._runs]
         detach_diffusers(unet)
-        prepare_attention(unet, branches)
+        prepare_attention(unet, branches, fused=self._compute == "fp16")
         dtype = half_dtype(self._compute)
         if dtype is not None:
             to_half(unet, dtype)

@@ -33,9 +33,9 @@ __all__ = [
 
 Arrays = dict[str, NDArray[Any]]
 
-# 20 is the newest that ONNX Runtime, OpenVINO and TensorRT-RTX all take; OpenVINO executes the same
-# fused operations for 21 and 23.
-OPSET = 20
+# 23 has attention as an operator, for which GPU runtimes have kernels; OpenVINO executes the same fused
+# operations for 20, 21 and 23.
+OPSET, OPSET_OF_ATTENTION = 20, 23
 _MAX_BATCH = 32  # 64 meets a limit of another axis, and torch then traces twice
 _MAX_UNITS = 1024
 _STACKS = "do_not_emit_stack_traces"
@@ -64,13 +64,14 @@ class Port:
 class Trace:
     """What to trace: a module whose arguments are ``inputs`` and whose results are ``outputs``, in order.
 
-    ``multiples`` says of which number an open axis must be a multiple.
+    ``multiples`` says of which number an open axis must be a multiple, ``opset`` which ONNX to write.
     """
 
     module: nn.Module
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     multiples: Mapping[str, int] = field(default_factory=dict)
+    opset: int = OPSET
 
 
 def trace(plan: Trace) -> ir.Model:
@@ -83,7 +84,7 @@ def trace(plan: Trace) -> ir.Model:
             (),
             kwargs=_trace_inputs(plan),
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=plan.opset,
             dynamic_shapes=shapes,
             output_names=[port.name for port in plan.outputs],
             verbose=False,
@@ -254,7 +255,9 @@ def unet_graph(source: Source, unet: Network, dtype: torch.dtype, style: Style, 
     output = _latents("noise_pred", source, f"network output ({source.schedule.prediction_type})", rows)
     multiple = source.latent_multiple
     module = (UNet if window is None else MotionUNet)(unet, dtype, source.content_affine)
-    plan = Trace(module, inputs, (output,), {"latent_height": multiple, "latent_width": multiple})
+    multiples = {"latent_height": multiple, "latent_width": multiple}
+    opset = OPSET_OF_ATTENTION if dtype == torch.float16 else OPSET  # see `prepare_attention`
+    plan = Trace(module, inputs, (output,), multiples, opset)
     return Graph("unet", plan, unet.state_dict(), type(unet).__name__, plain_config(unet))
 
 

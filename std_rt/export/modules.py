@@ -1,8 +1,8 @@
 """Tensor-only modules around the pipeline's networks, to be traced: their arguments are the graphs' inputs.
 
 Each wrapper holds the network it wraps as ``module``, so the names in a weights file are those of that
-network's ``state_dict``. Attention is written out as two matrix products and a softmax: runtimes fuse
-that form, where torch's own operator leaves a chain of shape arithmetic behind.
+network's ``state_dict``. Attention is written out as two matrix products and a softmax, which OpenVINO
+fuses, where torch's own operator leaves a chain of shape arithmetic behind; for GPUs it is ONNX's operator.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+from torch.onnx.ops import attention as onnx_attention
 
 from std_rt.models.components import Network
 
@@ -41,52 +42,67 @@ def _heads(x: Tensor, attn: Attention) -> Tensor:
     return x.unflatten(2, (attn.heads, x.shape[2] // attn.heads))
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, attn: Attention) -> Tensor:
-    """Softmax attention over ``[B, N, heads * d]`` inputs; returns the query's shape.
+class Processor(nn.Module):
+    """Softmax attention, written out or, with ``fused``, as ONNX's operator."""
 
-    The scale goes to the key, which in cross-attention is computed once per style and not once per step.
-    """
+    def __init__(self, *, fused: bool = False) -> None:
+        super().__init__()
+        self.fused = fused
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, attn: Attention) -> Tensor:
+        """``[B, N, heads * d]`` each, keys and values perhaps for a batch of 1; as the query."""
+        if not self.fused:
+            return _attend(query, key, value, attn)
+        batch = query.shape[0]  # not len(), which tracing makes a number of
+        key, value = (x if x.shape[0] == batch else x.expand(batch, -1, -1) for x in (key, value))
+        out, *_ = onnx_attention(
+            query, key, value, q_num_heads=attn.heads, kv_num_heads=attn.heads, scale=attn.scale
+        )
+        return out
+
+    def attend_text(self, query: Tensor, text: Tensor, attn: Attention) -> Tensor:
+        """Attention to ``[B, L, D]``; to a single token it is that token's value, whatever the query."""
+        if text.shape[1] == 1:
+            value: Tensor = attn.to_v(text)
+            return value
+        return self.attend(query, attn.to_k(text), attn.to_v(text), attn)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, attn: Attention) -> Tensor:
+    """The scale goes to the key, which in cross-attention is computed once per style, not once per step."""
     q = _heads(query, attn).transpose(1, 2)
     k = _heads(key * attn.scale, attn).permute(0, 2, 3, 1)
     v = _heads(value, attn).transpose(1, 2)
     return ((q @ k).softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
-def _attend_text(query: Tensor, text: Tensor, attn: Attention) -> Tensor:
-    """Attention to ``[B, L, D]``; to a single token it is that token's value, whatever the query."""
-    if text.shape[1] == 1:
-        value: Tensor = attn.to_v(text)
-        return value
-    return _attend(query, attn.to_k(text), attn.to_v(text), attn)
-
-
-class SelfAttention(nn.Module):
+class SelfAttention(Processor):
     """Attention of ``[B, N, D]`` to itself."""
 
     def forward(self, attn: Attention, x: Tensor, **_: Any) -> Tensor:
         """As diffusers calls a processor; other arguments do not apply here."""
-        out: Tensor = attn.to_out[0](_attend(attn.to_q(x), attn.to_k(x), attn.to_v(x), attn))
+        out: Tensor = attn.to_out[0](self.attend(attn.to_q(x), attn.to_k(x), attn.to_v(x), attn))
         return out
 
 
-class TextAttention(nn.Module):
+class TextAttention(Processor):
     """Cross-attention to the text only: for a layer outside the style layout."""
 
     def forward(self, attn: Attention, x: Tensor, encoder_hidden_states: Any = None, **_: Any) -> Tensor:
         """``encoder_hidden_states`` is (text, style, strength)."""
         query = attn.to_q(x)
-        out: Tensor = attn.to_out[0](_attend_text(query, encoder_hidden_states[0], attn).expand_as(query))
+        out: Tensor = attn.to_out[0](self.attend_text(query, encoder_hidden_states[0], attn).expand_as(query))
         return out
 
 
-class StyleAttention(nn.Module):
+class StyleAttention(Processor):
     """Decoupled cross-attention (IP-Adapter, arXiv 2308.06721, eq. 5): text plus ``strength`` times style.
 
     Parameters are named as in diffusers' processor (``to_k_ip.0.weight``), so that weights go both ways.
     """
 
-    def __init__(self, to_k_ip: Tensor, to_v_ip: Tensor) -> None:
-        super().__init__()
+    def __init__(self, to_k_ip: Tensor, to_v_ip: Tensor, *, fused: bool = False) -> None:
+        super().__init__(fused=fused)
         self.to_k_ip = nn.ModuleList([_linear(to_k_ip)])
         self.to_v_ip = nn.ModuleList([_linear(to_v_ip)])
 
@@ -96,8 +112,9 @@ class StyleAttention(nn.Module):
         query = attn.to_q(x)
         # Strength on the value is strength on the result, and leaves nothing to do at every step.
         value = strength[:, None, None] * self.to_v_ip[0](style)
+        # Always written out: TensorRT-RTX 1.7.1 crashes on two operators with one query. It is a few tokens.
         styled = _attend(query, self.to_k_ip[0](style), value, attn)
-        out: Tensor = attn.to_out[0](styled + _attend_text(query, text, attn))
+        out: Tensor = attn.to_out[0](styled + self.attend_text(query, text, attn))
         return out
 
 
@@ -121,8 +138,10 @@ def _linear(weight: Tensor) -> nn.Linear:
     return layer
 
 
-def prepare_attention(unet: Network, styled: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Replace the attention processors (in place) by those above.
+def prepare_attention(
+    unet: Network, styled: Mapping[str, tuple[Tensor, Tensor]], *, fused: bool = False
+) -> None:
+    """Replace the attention processors (in place) by those above; ``fused``: as ONNX's operator.
 
     ``styled`` maps a cross-attention layer's name to its (to_k_ip, to_v_ip) weights; cross-attention
     layers outside it keep the text only.
@@ -134,9 +153,12 @@ def prepare_attention(unet: Network, styled: Mapping[str, tuple[Tensor, Tensor]]
     for name in unet.attn_processors:
         layer = name.removesuffix(".processor")
         if layer.endswith("attn1") or ".motion_modules." in layer:
-            processors[name] = SelfAttention()
+            processors[name] = SelfAttention(fused=fused)
         else:
-            processors[name] = StyleAttention(*styled[layer]) if layer in styled else TextAttention()
+            weights = styled.get(layer)
+            processors[name] = (
+                TextAttention(fused=fused) if weights is None else StyleAttention(*weights, fused=fused)
+            )
     unet.set_attn_processor(processors)
     _split_geglu(unet)
 

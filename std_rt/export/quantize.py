@@ -60,8 +60,8 @@ FORMS = {
     "int8": Form(("unet", "vae_decoder", "vae_encoder"), "fp32", "cpu", 18, quantize_graph),
     "fp8": Form(("unet",), "fp16", "onnxruntime", 6, float8_graph),
 }
-# Stylized pictures against those of the float form, over 8 bits. 34 dB is an error of 5 levels of 255, which a
-# side by side at full zoom does not show on paint; 28 dB, what the project allows bf16, is asked of every one.
+# Stylized pictures against those of the float form, over 8 bits. 34 dB is an error of 5 levels of 255, which
+# a side by side at full zoom does not show on paint; 28 dB, what is asked of bf16, is asked of every picture.
 FLOOR_MEAN_DB, FLOOR_WORST_DB = 34.0, 28.0
 
 _HELD_OUT = 6  # pairs to judge on
@@ -97,15 +97,18 @@ def quantize_bundle(
     overwrite: bool = False,
     name: str = "",
     form: str = "int8",
+    pairs: int | None = None,
 ) -> Bundle:
     """Write ``output``, perhaps the bundle's own folder: ``bundle`` with a ``form`` of `FORMS` added.
 
     ``calibration`` are pictures uint8 [H, W, 3], of the kind that will be stylized; fewer than four are
-    filled up with example pictures. A VAE graph that does not pass has no such form. Raises ExportError if
+    filled up with example pictures. ``pairs`` of them with a style are calibrated on, and at most as many (6)
+    judged on; by default as `FORMS` says. A VAE graph that does not pass has no such form. Raises ExportError if
     the UNet does not pass, the bundle does not compute in what the form is made from, or NNCF is missing.
     """
     _check(bundle, form)
-    work = _Work(bundle, form, *make_pairs(calibration, FORMS[form].pairs), progress)
+    seen, unseen = make_pairs(calibration, pairs or FORMS[form].pairs)
+    work = _Work(bundle, form, seen, unseen[:pairs], progress)
     return write_bundle(
         Path(output),
         lambda folder: work.fill(folder, name or Path(output).resolve().name),
@@ -231,8 +234,8 @@ class _Work:
         if graph == "unet":
             raise ExportError(
                 f"{self.form} changes the pictures of '{bundle.name}' too much: "
-                f"{', '.join(map(str, found))}, and {FLOOR_MEAN_DB:.0f} dB (worst {FLOOR_WORST_DB:.0f} dB) are required; "
-                "--calibrate with pictures like those you will stylize"
+                f"{', '.join(map(str, found))}, and {FLOOR_MEAN_DB:.0f} dB (worst {FLOOR_WORST_DB:.0f} dB) "
+                "are required; --calibrate with pictures like those you will stylize"
             )
         self.progress(f"{graph} stays in float: {found[-1]}")
         return {}

@@ -109,6 +109,7 @@ def build_engine(
     if not parser.parse_from_file(str(spec.path)):
         raise BackendError(_refusal(product, spec, _parser_error(parser, logger)))
     _fix_shapes(product, spec, network, logger)
+    _let_decompose(trt, network)
     config = builder.create_builder_config()
     (config.set_flag if tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
     capture = capture_flag(trt)
@@ -292,6 +293,15 @@ def _fix_shapes(product: Product, spec: GraphSpec, network: Any, logger: Any) ->
         if any(side < 0 for side in shape):
             reason = f"the shape of its output {name} depends on the data"
             raise BackendError(_refusal(product, spec, reason))
+
+
+def _let_decompose(trt: Any, network: Any) -> None:
+    """Attention of a shape without a kernel of its own is refused, unless it may be built from others."""
+    kind = getattr(getattr(trt, "LayerType", None), "ATTENTION_OUTPUT", None)
+    for layer in (network.get_layer(i) for i in range(network.num_layers)) if kind is not None else ():
+        if layer.type == kind:
+            layer.__class__ = trt.IAttentionOutputLayer
+            layer.attention.decomposable = True
 
 
 def capability(trt: Any, product: Product, target: str) -> Any:

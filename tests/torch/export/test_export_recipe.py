@@ -71,7 +71,7 @@ def test_only_what_the_file_states_is_returned(tmp_path: Path) -> None:
         ("eta = 'high'", "Expected `float`, got `str`, in `eta`"),
         ("steps = 4", "Expected `array`, got `int`, in `steps`"),
         ("lora = [1]", r"Expected `str`, got `int`, in `lora\[0\]`"),
-        ("precision = 'fp8'", "--precision must be one of auto, fp32, fp16, bf16, int8, got 'fp8'"),
+        ("precision = 'fp4'", "--precision must be one of auto, fp32, fp16, bf16, int8, fp8, got 'fp4'"),
         ("guidance = 80", r"--guidance must be in 1\.\.50"),
         ("schedule = 'ddpm'", "--schedule must be one of auto, std"),
         ("eta = ", "cannot be read"),

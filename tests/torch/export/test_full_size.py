@@ -1,6 +1,6 @@
 """SDXL at its true sizes with random weights: exported, built for GPUs, and one picture painted on the CPU.
 
-Takes 9 GB of disk for the pipeline, as much for bundle and engines, up to 18 GB of memory and a quarter of
+Takes 9 GB of disk for the pipeline, three times that for bundles and engines, up to 18 GB of memory and the better part of
 an hour on two cores, so it runs only where ``STD_RT_FULL_SIZE`` names a folder: ``make full-size``. What was
 measured is printed and kept in ``FOLDER/full-size.json``.
 """
@@ -90,6 +90,7 @@ def _pictures(folder: Path) -> tuple[Path, Path]:
 def test_sdxl_at_its_true_size() -> None:
     folder = Path(FOLDER).resolve()
     source, bundle, painted = folder / "sdxl", folder / "bundle", folder / "painted.png"
+    eight = folder / "bundle-fp8"
     if not (source / "model_index.json").is_file():
         write_full_size(source)
     measured = Measured(folder)
@@ -112,6 +113,9 @@ def test_sdxl_at_its_true_size() -> None:
     pytest.importorskip("tensorrt_rtx")
     targets = ("--backend", "rtx", "--size", str(SIDE_PX), "--sm", "89,120")
     measured.run("engines", "engines", "build", str(bundle), *targets)
+    measured.run("fp8", "bundles", "fp8", str(bundle), "-o", str(eight), "--pairs", "1", "--overwrite")
+    assert load_bundle(eight, verify=False).forms == ("fp16", "fp8")
+    measured.run("fp8 engines", "engines", "build", str(eight), *targets, "--precision", "fp8")
     listed = measured.run("list", "engines", "list")
     for graph in ("unet", "vae_encoder", "vae_decoder"):
         assert graph in listed

@@ -255,7 +255,7 @@ def test_bundles_int8_adds_the_form_and_says_its_numbers(
 
     monkeypatch.setattr(quantize, "quantize_bundle", made)
     result = cli("bundles", "int8", handmade.path, "-o", tmp_path / "both")
-    assert asked == [("handmade", 0, {"overwrite": False, "form": "int8"})]
+    assert asked == [("handmade", 0, {"overwrite": False, "form": "int8", "pairs": None})]
     assert "unet, int8: pictures 40.0 dB (worst 35.0 dB) against fp32" in result.out
     again = cli("bundles", "int8", handmade.path, "-o", tmp_path / "both")
     assert (again.code, len(asked)) == (2, 1)

@@ -175,7 +175,7 @@ def test_guidance_that_does_not_fit_is_refused_before_any_work(own_source: Path,
         ({"guidance_mode": "full"}, "--guidance-mode full needs a scale"),
         ({"guidance": 3.0, "guidance_mode": "none"}, "exclude each other"),
         ({"guidance": 0.5}, "--guidance must be in 1..50"),
-        ({"precision": "fp8"}, "--precision must be one of auto, fp32, fp16, bf16, int8"),
+        ({"precision": "fp4"}, "--precision must be one of auto, fp32, fp16, bf16, int8, fp8"),
         ({"prompts": "encoder"}, "has no text encoders"),
     ):
         with pytest.raises(ExportError, match=message):
