@@ -1,8 +1,8 @@
 """SDXL at its true sizes with random weights: exported, built for GPUs, and one picture painted on the CPU.
 
-Takes 9 GB of disk for the pipeline, three times that for bundles and engines, up to 18 GB of memory and the better part of
-an hour on two cores, so it runs only where ``STD_RT_FULL_SIZE`` names a folder: ``make full-size``. What was
-measured is printed and kept in ``FOLDER/full-size.json``.
+Takes 9 GB of disk for the pipeline, three times as much for bundles and engines, up to 18 GB of memory and
+half an hour on two cores, so it runs only where ``STD_RT_FULL_SIZE`` names a folder: ``make full-size``. What
+was measured is printed and kept in ``FOLDER/full-size.json``.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,26 @@ def test_gpus_run_the_float_form_and_refuse_int8() -> None:
         # A bundle of before, which has int8 graphs alone.
         with pytest.raises(BackendError, match=r"uint8 with a zero point.*use --backend cpu"):
             choose_form(backend, "auto", ("int8",))
+
+
+def test_fp8_runs_where_it_is_asked_for_and_computed() -> None:
+    files = {"fp8": Path("unet.fp8.onnx")}
+    spec = GraphSpec("unet", Path("unet.onnx"), {}, "", compute="fp16", quantized=files)
+    for backend in ("rtx", "tensorrt"):
+        assert in_form(backend, spec, "auto")[0].path == Path("unet.onnx")
+        wanted = GraphSpec("unet", Path("unet.fp8.onnx"), {}, "", compute="fp8")
+        assert in_form(backend, spec, "fp8") == (wanted, "auto")
+        # The VAE has no such form and runs as it was exported.
+        assert in_form(backend, replace(spec, quantized={}), "fp8")[0].compute == "fp16"
+    for backend in ("cuda", "openvino", "onnxruntime"):
+        with pytest.raises(BackendError, match=f"'{backend}' does not compute in FP8; .*--backend rtx"):
+            choose_form(backend, "fp8", ("fp16", "fp8"))
+    assert choose_form("openvino", "auto", ("fp16", "fp8"))[0] == "fp16"
+
+
+def test_a_bundle_without_an_fp8_form_says_how_to_make_one(handmade: Bundle) -> None:
+    with pytest.raises(BundleError, match="'handmade' has no fp8 form; make one: std-rt bundles fp8 "):
+        handmade.check_precision("fp8")
 
 
 def test_a_bundle_in_int8_alone_runs_as_it_is(processor: Any) -> None:
