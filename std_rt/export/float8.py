@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx.reference import ReferenceEvaluator
 
 from std_rt.engines import GraphSpec, open_engine
 from std_rt.export.quantize_graph import Sample, kept_layers, steady_layers, weighted_layers
@@ -107,13 +109,26 @@ def _largest(model: ir.Model, value: ir.Value) -> ir.Value:
 def _row_scales(node: ir.Node) -> NDArray[np.float32]:
     """The scale of each output of a layer."""
     value = node.inputs[1]
-    while value is not None and (maker := value.producer()) is not None:
-        assert maker.op_type in ("Cast", "Transpose"), maker.op_type
-        value = maker.inputs[0]
     assert value is not None
-    assert value.const_value is not None
-    weight = value.const_value.numpy().astype(np.float32)  # as torch has it: the first axis is the outputs'
-    return np.maximum(np.abs(weight).reshape(len(weight), -1).max(1), _SMALLEST) / np.float32(_LARGEST)
+    weight = np.moveaxis(np.abs(_constant(value)), _axis(node), 0)
+    largest = weight.reshape(len(weight), -1).max(1).astype(np.float32)
+    return np.maximum(largest, _SMALLEST) / np.float32(_LARGEST)
+
+
+def _constant(value: ir.Value) -> NDArray[Any]:
+    """A weight as a layer reads it: stored so, or through nodes such as Transpose and Slice."""
+    maker = value.producer()
+    if maker is None:
+        assert value.const_value is not None
+        return value.const_value.numpy()
+    inputs = {str(each.name): _constant(each) for each in maker.inputs if each is not None}
+    [result] = ReferenceEvaluator(ir.to_proto(maker)).run(None, inputs)
+    return np.asarray(result)
+
+
+def _axis(node: ir.Node) -> int:
+    """The axis of a layer's weight that counts its outputs."""
+    return 0 if node.op_type == "Conv" else 1
 
 
 def _quantized(
@@ -134,7 +149,7 @@ def _quantized(
             )
         )
         model.graph.register_initializer(ports[-1])
-    attributes = {"axis": int(reader.op_type == "MatMul")} if np.ndim(scale) else {}
+    attributes = {"axis": _axis(reader)} if np.ndim(scale) else {}
     down = ir.node("QuantizeLinear", [value, *ports], attributes, name=f"{name}.quantize")
     up = ir.node("DequantizeLinear", [down.outputs[0], *ports], attributes, name=f"{name}.dequantize")
     down.outputs[0].name, up.outputs[0].name = f"{name}.fp8", f"{name}.rounded"
