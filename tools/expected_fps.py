@@ -6,7 +6,8 @@ The networks are made without weights (torch's meta device) from their published
 own counter counts the operations of one call. A call takes as long as its arithmetic at ``SHARE`` of the
 card's peak, or as reading its weights once, whichever is longer; a frame is the encoder, the UNet once per
 step and the decoder. Left out are launches, copies, activations that do not fit the cache and the host's
-work, which overlaps. fp16 with fp32 accumulation, dense, one frame at a time, no guidance.
+work, which overlaps. fp16 with fp32 accumulation, dense, one frame at a time, no guidance. In FP8 the UNet's
+layers have twice the peak and half the bytes; its attention and the VAE stay in fp16.
 """
 
 from __future__ import annotations
@@ -22,16 +23,21 @@ SHARE = 0.45  # of the peak: a goal; nothing has been measured
 BANDWIDTH_SHARE = 0.8
 SIZES_PX, STEPS = (512, 1024), (1, 2, 4)
 # Keys and values of the text in the UNet's 70 cross-attention layers: 2 matrices each, from 2048.
+_ATTENTION = ("attention", "bmm")  # in the names of torch's operators
 TEXT_PARAMETERS = 2 * 2048 * (10 * 640 + 60 * 1280)
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """``peak``: FLOP/s of tensor cores in fp16 with fp32 accumulation, dense; ``bandwidth``: bytes/s."""
+    """``peak``: FLOP/s of tensor cores in fp16 with fp32 accumulation, dense; ``bandwidth``: bytes/s.
+
+    ``fp8``: whether they do FP8 (at twice that).
+    """
 
     name: str
     peak: float
     bandwidth: float
+    fp8: bool = True
 
 
 GPUS = (
@@ -40,7 +46,7 @@ GPUS = (
     # RTX Blackwell architecture whitepaper, appendix A (209.5 TFLOPS); 1792 GB/s
     Gpu("RTX 5090", 209.5e12, 1792e9),
     # 28 SMs x 256 FMA a clock (half of the rate with fp16 accumulation: Ampere GA102 whitepaper) x 1.777 GHz
-    Gpu("RTX 3060 12 GB", 28 * 256 * 2 * 1.777e9, 360e9),
+    Gpu("RTX 3060 12 GB", 28 * 256 * 2 * 1.777e9, 360e9, fp8=False),
     # H100 datasheet, SXM, without sparsity: 989.4 TFLOPS; 3.35 TB/s
     Gpu("H100 SXM", 989.4e12, 3350e9),
 )
@@ -48,10 +54,18 @@ GPUS = (
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one call: floating-point operations (a multiply-add is two), and bytes of weights in fp16."""
+    """Of one call: floating-point operations (a multiply-add is two), and bytes of weights in fp16.
+
+    ``attention``: those of the operations that multiply no weights.
+    """
 
     flop: float
     weight_bytes: float
+    attention: float = 0.0
+
+    def in_fp8(self) -> Cost:
+        """As an fp16 cost that takes as long."""
+        return Cost((self.flop - self.attention) / 2 + self.attention, self.weight_bytes / 2, self.attention)
 
     def seconds(self, gpu: Gpu, share: float = SHARE) -> float:
         """The longer of arithmetic and reading the weights."""
@@ -71,7 +85,9 @@ def _count(module: Any, call: Callable[[Any], object]) -> Cost:
     with counter, torch.no_grad():
         call(module)
     weights = sum(parameter.numel() for parameter in module.parameters())
-    return Cost(counter.get_total_flops(), 2.0 * weights)
+    counts = counter.get_flop_counts().get("Global", {})
+    attention = sum(flop for name, flop in counts.items() if any(part in str(name) for part in _ATTENTION))
+    return Cost(counter.get_total_flops(), 2.0 * weights, attention)
 
 
 def _networks() -> tuple[Any, Any, Any]:
@@ -111,18 +127,19 @@ def main() -> int:
     """Print the costs and the table, in Markdown."""
     costs = {side: _costs(side) for side in SIZES_PX}
     for side, (unet, vaes) in costs.items():
+        unet_parts = f"UNet {unet.flop / 1e12:.2f} TFLOP ({unet.attention / 1e12:.2f} of them attention)"
         parts = ", ".join(f"{name} VAE {cost.flop / 1e12:.2f} TFLOP" for name, cost in vaes.items())
-        print(f"{side} px: UNet {unet.flop / 1e12:.2f} TFLOP, {unet.weight_bytes / 1e9:.2f} GB; {parts}")
+        print(f"{side} px: {unet_parts}, {unet.weight_bytes / 1e9:.2f} GB; {parts}")
     columns = [f"{side} px, {steps} step{'s' * (steps > 1)}" for side in SIZES_PX for steps in STEPS]
     print("\n| fps, calculated | VAE | " + " | ".join(columns) + " |\n" + "| --- " * (len(columns) + 2) + "|")
     for gpu in GPUS:
-        for name in ("tiny", "full"):
+        for name, fp8 in (("tiny", False), ("full", False), *([("tiny", True)] if gpu.fp8 else [])):
             cells = [
-                f"{1 / frame_s(gpu, vaes[name], unet, steps):.1f}"
+                f"{1 / frame_s(gpu, vaes[name], unet.in_fp8() if fp8 else unet, steps):.1f}"
                 for unet, vaes in costs.values()
                 for steps in STEPS
             ]
-            print(f"| {gpu.name} | {name} | " + " | ".join(cells) + " |")
+            print(f"| {gpu.name}{', UNet in FP8' if fp8 else ''} | {name} | " + " | ".join(cells) + " |")
     print("\nkeys and values of the text, computed anew in every call of the UNet:")
     text = Cost(2.0 * 77 * TEXT_PARAMETERS, 2.0 * TEXT_PARAMETERS)
     for gpu in GPUS:

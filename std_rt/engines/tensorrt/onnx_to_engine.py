@@ -60,7 +60,7 @@ class Product:
 
 
 TENSORRT = Product("tensorrt", "tensorrt", "TensorRT", (10, 14), ahead=False)
-RTX = Product("rtx", "tensorrt_rtx", "TensorRT-RTX", (1, 2), ahead=True)
+RTX = Product("rtx", "tensorrt_rtx", "TensorRT-RTX", (1, 4), ahead=True)
 PRODUCTS = {product.backend: product for product in (RTX, TENSORRT)}
 
 
