@@ -68,7 +68,9 @@ BackendOption = Annotated[
 DeviceOption = Annotated[
     str | None, Option(metavar="cuda:N", help="Which GPU, as `std-rt doctor` lists them. Default: the first.")
 ]
-PrecisionOption = Annotated[str, Option(help="auto (what this processor is fastest at), fp32, bf16, int8; fp8 on GPUs.")]
+PrecisionOption = Annotated[
+    str, Option(help="auto (what this processor is fastest at), fp32, bf16, int8; fp8 on GPUs.")
+]
 VaeOption = Annotated[
     str,
     Option(

@@ -276,6 +276,11 @@ class Bundle:
         rows = zip(entry["timesteps"], targets, entry["coefficients"], strict=True)
         return [StepCoefficients(t, s, *row) for t, s, row in rows]
 
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether text encoders are in it; else its text is baked, and never another."""
+        return bool(self.manifest["text"]["mode"] == "encoder")
+
     def conditioning(self) -> dict[str, NDArray[np.float32]]:
         """Baked text: ``encoder_hidden_states`` [1, L, D] and ``text_embeds`` [1, P]."""
         return _read_npz(self.path / self.manifest["text"]["file"])

@@ -7,6 +7,7 @@ noise_pred = engine(sample=..., timestep=...)["noise_pred"]
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,7 +52,8 @@ class GraphSpec:
     ``steady`` names inputs that rarely change. Engines may cache what depends only on them for as long as
     their values (compared at every call) stay the same; this does not change results. ``compute`` is the
     precision that the file's arithmetic is written in, as the bundle's manifest says: fp32, fp16, bf16, int8
-    or fp8. ``quantized`` are the files of the same graph in int8 or fp8, by that form.
+    or fp8. ``quantized`` are the files of the same graph in int8 or fp8, by that form. ``baked`` are inputs
+    that will never have other values: an engine may be built around them and ignore what it is given.
     """
 
     name: str
@@ -61,6 +63,7 @@ class GraphSpec:
     steady: frozenset[str] = STEADY_INPUTS
     compute: str = "fp32"
     quantized: Mapping[str, Path] = field(default_factory=dict)
+    baked: Mapping[str, Array] = field(default_factory=dict)
 
     @property
     def forms(self) -> tuple[str, ...]:
@@ -71,7 +74,16 @@ class GraphSpec:
     def identity(self) -> tuple[Any, ...]:
         """Equal for specs that can share one engine; hashable."""
         shapes, quantized = (tuple(sorted(found.items())) for found in (self.shapes, self.quantized))
-        return self.name, self.path, quantized, shapes, self.steady, self.compute
+        return self.name, self.path, quantized, shapes, self.steady, self.compute, self.baked_digest
+
+    @property
+    def baked_digest(self) -> str:
+        """sha256 hex of ``baked``; empty if there is nothing in it."""
+        arrays = [(name.encode(), np.ascontiguousarray(array)) for name, array in sorted(self.baked.items())]
+        parts = [
+            part for name, array in arrays for part in (name, str(array.shape).encode(), array.tobytes())
+        ]
+        return hashlib.sha256(b"".join(parts)).hexdigest() if parts else ""
 
     def describe_shapes(self) -> str:
         """The shapes for an error message: ``sample [1, 4, 8, 8], timestep [1]``."""

@@ -102,14 +102,14 @@ def quantize_bundle(
     """Write ``output``, perhaps the bundle's own folder: ``bundle`` with a ``form`` of `FORMS` added.
 
     ``calibration`` are pictures uint8 [H, W, 3], of the kind that will be stylized; fewer than four are
-    filled up with example pictures. ``pairs`` of a picture and a style, or a few more, are calibrated on
-    (default: see `FORMS`), and at most as many judged on. A VAE graph that does not pass has no such form.
+    filled up with example pictures. ``pairs`` of a picture and a style are calibrated on (default: see
+    `FORMS`), and at most as many judged on. A VAE graph that does not pass has no such form.
     Raises ExportError if the UNet does not pass, the bundle computes in another type than the form is made
     from, or NNCF is missing.
     """
     _check(bundle, form)
     seen, unseen = make_pairs(calibration, pairs or FORMS[form].pairs)
-    work = _Work(bundle, form, seen, unseen[:pairs], progress)
+    work = _Work(bundle, form, seen[:pairs], unseen[:pairs], progress)
     return write_bundle(
         Path(output),
         lambda folder: work.fill(folder, name or Path(output).resolve().name),

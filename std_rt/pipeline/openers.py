@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Thread
+
+import numpy as np
 
 from std_rt.core.bundle import Bundle
 from std_rt.core.errors import UsageError
@@ -107,7 +109,12 @@ def program_for(
     common = (numbers, bundle.coefficients(key.quality.steps), bundle.prediction_type, size, guidance)
     program = stream_program(*common) if key.stream else frame_program(*common, key.frames, masked=key.masked)
     shapes = graph_shapes(program)
-    return program, {name: graph_spec(bundle, bundle.vae_graph(name, vae), shapes[name]) for name in shapes}
+    specs = {name: graph_spec(bundle, bundle.vae_graph(name, vae), shapes[name]) for name in shapes}
+    if guidance.mode == "none" and not bundle.takes_prompts:
+        hidden = bundle.conditioning()["encoder_hidden_states"].astype(np.float32)
+        baked = np.broadcast_to(hidden, shapes["unet"]["encoder_hidden_states"])
+        specs["unet"] = replace(specs["unet"], baked={"encoder_hidden_states": baked})
+    return program, specs
 
 
 def window_specs(

@@ -86,7 +86,7 @@ class TextEncoder:
     def __init__(self, bundle: Bundle, open_graph: Opener, remember: int = 32) -> None:
         """``open_graph`` opens one graph at static shapes. Raises UsageError if prompts are baked in."""
         text = bundle.manifest["text"]
-        if text["mode"] != "encoder":
+        if not bundle.takes_prompts:
             if text["mode"] == "none":
                 raise UsageError(f"bundle '{bundle.name}' has no text encoders; leave out --prompt")
             raise UsageError(

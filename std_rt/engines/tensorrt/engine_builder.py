@@ -66,6 +66,7 @@ class EngineBuilder:
         """The cache key of ``spec``. A graph that belongs to no bundle is identified by its file's sha256."""
         capture = " user allocation" if capture_flag(self._trt) is not None else ""
         form = f" {spec.compute}" if spec.compute in QUANTIZED else ""
+        baked = f" baked={spec.baked_digest}" if spec.baked else ""
         file = "" if spec.key else f" file={hashlib.sha256(spec.path.read_bytes()).hexdigest()}"
         return EngineKey(
             bundle=spec.key,
@@ -75,7 +76,7 @@ class EngineBuilder:
             version=self._trt.__version__,
             target="+".join(self.targets),
             driver=self._driver,
-            flags=f"tf32={self._tf32}{capture}{form}{file}",
+            flags=f"tf32={self._tf32}{capture}{form}{baked}{file}",
         )
 
     def kernels_key(self, spec: GraphSpec, driver: str) -> EngineKey:

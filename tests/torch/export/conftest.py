@@ -65,6 +65,16 @@ def clip_bundle(one_level: tuple[Path, Path], tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="session")
+def half_bundle(one_level: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """`one_level` in fp16, its prompt baked."""
+
+    def make(output: Path) -> None:
+        export_pipeline(one_level[0], output, size=(64, 64), prompt="in ink", precision="fp16", steps=(2,))
+
+    return load_bundle(made_once(tmp_path_factory, "mini-half", make))
+
+
+@pytest.fixture(scope="session")
 def own_bundle(own_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """`own_source` with fp32 weights and the defaults of everything else."""
 

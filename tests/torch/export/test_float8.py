@@ -21,7 +21,6 @@ from std_rt.core.errors import BackendError, ExportError
 from std_rt.core.onnx_file import external_locations
 from std_rt.engines import GraphSpec, open_engine
 from std_rt.export import quantize
-from std_rt.export.build import export_pipeline
 from std_rt.export.float8 import MARGIN, float8_graph
 from std_rt.export.parity import psnr_db
 from std_rt.export.quantize import quantize_bundle
@@ -42,24 +41,14 @@ def _quick_renders() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def half(one_level: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """SDXL in miniature, in fp16."""
-
-    def make(output: Path) -> None:
-        export_pipeline(one_level[0], output, size=(64, 64), prompt="in ink", precision="fp16", steps=(2,))
-
-    return load_bundle(made_once(tmp_path_factory, "mini-half", make))
-
-
-@pytest.fixture(scope="module")
-def eight(half: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """`half` with an FP8 form; its random weights make noisy pictures, so the floors are lower."""
+def eight(half_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """`half_bundle` with an FP8 form; its random weights make noisy pictures, so the floors are lower."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantize, "FLOOR_MEAN_DB", 20.0)
         patch.setattr(quantize, "FLOOR_WORST_DB", 15.0)
 
         def make(output: Path) -> None:
-            quantize_bundle(half, output, form="fp8", pairs=2)
+            quantize_bundle(half_bundle, output, form="fp8", pairs=2)
 
         return load_bundle(made_once(tmp_path_factory, "mini-fp8", make))
 
@@ -78,12 +67,12 @@ def _run(path: Path, inputs: dict[str, Any], compute: str) -> np.ndarray[Any, An
     return engine(**inputs)["noise_pred"].copy()
 
 
-def test_a_unet_in_fp16_has_attention_as_one_operator(half: Bundle, own_bundle: Bundle) -> None:
+def test_a_unet_in_fp16_has_attention_as_one_operator(half_bundle: Bundle, own_bundle: Bundle) -> None:
     """Except to the style, which shares its query with attention to the text."""
-    model = onnx.load(half.graph_path("unet"), load_external_data=False)
+    model = onnx.load(half_bundle.graph_path("unet"), load_external_data=False)
     assert model.opset_import[0].version == 23
     found = Counter(node.op_type for node in model.graph.node)
-    styled = len(half.style["layout"]["layers"])
+    styled = len(half_bundle.style["layout"]["layers"])
     assert styled > 0
     assert (found["Softmax"], found["Attention"] > styled) == (styled, True)
     queries = [node.input[0] for node in model.graph.node if node.op_type == "Attention"]
@@ -92,12 +81,12 @@ def test_a_unet_in_fp16_has_attention_as_one_operator(half: Bundle, own_bundle: 
     assert plain.opset_import[0].version == 20  # fp32: for processors
 
 
-def test_the_form_shares_the_weights_and_says_how_near_it_comes(half: Bundle, eight: Bundle) -> None:
-    assert (half.forms, eight.forms) == (("fp16",), ("fp16", "fp8"))
-    added = eight.manifest["files"].keys() - half.manifest["files"].keys()
+def test_the_form_shares_the_weights_and_says_how_near_it_comes(half_bundle: Bundle, eight: Bundle) -> None:
+    assert (half_bundle.forms, eight.forms) == (("fp16",), ("fp16", "fp8"))
+    added = eight.manifest["files"].keys() - half_bundle.manifest["files"].keys()
     assert added == {"unet.fp8.onnx"}
     path = eight.quantized_paths("unet")["fp8"]
-    assert external_locations(path) == {half.weights_path("unet").name}
+    assert external_locations(path) == {half_bundle.weights_path("unet").name}
     [row] = eight.quantized("fp8").values()
     assert 100 > row["psnr_db"] >= row["worst_db"] >= 15
     assert eight.manifest["fp8"]["calibration"]["judged_on"] <= 2
@@ -110,13 +99,13 @@ def test_the_graph_computes_nearly_what_the_float_graph_does(eight: Bundle) -> N
     assert 25 < psnr_db(found, wanted) < 60  # and it is not the float graph
 
 
-def test_scales_cover_what_was_seen(half: Bundle, tmp_path: Path) -> None:
+def test_scales_cover_what_was_seen(half_bundle: Bundle, tmp_path: Path) -> None:
     """Checked against the values themselves: weights row by row, activations with the margin."""
-    weights = half.weights_path("unet")
+    weights = half_bundle.weights_path("unet")
     shutil.copyfile(weights, tmp_path / weights.name)
-    inputs = _inputs(half)
+    inputs = _inputs(half_bundle)
     target = tmp_path / "unet.fp8.onnx"
-    assert float8_graph(half.graph_path("unet"), target, "unet", [inputs]) == []
+    assert float8_graph(half_bundle.graph_path("unet"), target, "unet", [inputs]) == []
     assert not (tmp_path / "unet.fp8.range").exists()
     model = onnx.load(target)
     constants = {t.name: t for t in model.graph.initializer}
@@ -133,7 +122,7 @@ def test_scales_cover_what_was_seen(half: Bundle, tmp_path: Path) -> None:
         [node] = [node for node in down if node.input[0] == name]
         assert node.attribute[0].i == int(transposed)
     activations = [name for name, scale in scales.items() if not scale.ndim]
-    plain = onnx.load(half.graph_path("unet"))
+    plain = onnx.load(half_bundle.graph_path("unet"))
     plain.graph.output.extend(onnx.ValueInfoProto(name=name) for name in activations)
     import onnxruntime
 
@@ -185,10 +174,10 @@ def test_fp8_is_made_from_fp16_alone(own_bundle: Bundle, tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
 
 
-def test_bundles_fp8_adds_the_form(cli: Cli, half: Bundle, tmp_path: Path, monkeypatch: Any) -> None:
+def test_bundles_fp8_adds_the_form(cli: Cli, half_bundle: Bundle, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(quantize, "FLOOR_MEAN_DB", 15.0)
     monkeypatch.setattr(quantize, "FLOOR_WORST_DB", 10.0)
-    result = cli("bundles", "fp8", half.path, "-o", tmp_path / "both", "--pairs", "1")
+    result = cli("bundles", "fp8", half_bundle.path, "-o", tmp_path / "both", "--pairs", "1")
     assert (result.code, "unet, fp8: pictures " in result.out) == (0, True), result.error
     assert "fp8 unet" in cli("bundles", "info", tmp_path / "both").out
     refused = cli("stylize", "x.png", "--style", "y.png", "-b", tmp_path / "both", "--precision", "fp8")

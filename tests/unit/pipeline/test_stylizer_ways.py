@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from support.fake_backend import Backend
 from support.fake_engine import FakeEngine
-from support.handmade import write_handmade
+from support.handmade import SEQUENCE, TEXT, write_handmade
 
 from std_rt import Stylizer
 from std_rt.core.bundle import Bundle, load_bundle
@@ -147,6 +148,42 @@ def test_many_with_one_noise_are_fed_once(handmade: Bundle) -> None:
         assert len(fed) == 1
         stylizer.run_many(frames(4), [stylizer.state_for((64, 64))] * 4, frames=4)
     assert fed[1:] == [{"noise_0"}]
+
+
+@pytest.mark.parametrize("guidance", ["none", "full", "residual"])
+def test_text_that_engines_may_be_built_around_is_what_they_are_fed(
+    guidance: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One frame, several a call, and a stream batch. With guidance there are two texts, and none is baked."""
+    bundle = write_handmade(tmp_path / "mine", negative=0.5)
+    given = dict(bundle.conditioning())
+    given["encoder_hidden_states"] = np.random.default_rng(0).random((1, SEQUENCE, TEXT), np.float32)
+    monkeypatch.setattr(Bundle, "conditioning", lambda self: given)
+    fed: list[Any] = []
+
+    def opener(program: Program, specs: dict[str, GraphSpec]) -> HostRunner:
+        baked, backend = specs["unet"].baked, Backend()
+        assert [name for name, spec in specs.items() if spec.baked] == (["unet"] if baked else [])
+
+        class Recorder(HostRunner):
+            def set(self, **feeds: Any) -> None:
+                if "encoder_hidden_states" in feeds:
+                    fed.append((baked.get("encoder_hidden_states"), feeds["encoder_hidden_states"]))
+                super().set(**feeds)
+
+        return Recorder({name: backend(spec) for name, spec in specs.items()}, program)
+
+    scale = 1.0 if guidance == "none" else 1.5
+    with Stylizer(bundle, Openers(Backend(), Backend(), opener), guidance=scale, guidance_mode=guidance) as s:
+        s.set_style(STYLE)
+        s.run(frames(1)[0], s.state_for((64, 64)))
+        s.run_many(frames(4), [s.state_for((64, 64))] * 4, frames=4)
+    assert len(fed) == 2
+    for baked, value in fed:
+        if guidance == "none":
+            np.testing.assert_array_equal(baked, value)
+        else:
+            assert baked is None
 
 
 def test_wrong_numbers_of_frames_are_refused(stylizer: Stylizer) -> None:
