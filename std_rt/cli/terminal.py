@@ -120,7 +120,7 @@ def print_table(rows: Iterable[Sequence[str]], titles: Sequence[str] = (), *, nu
     for row in cells:
         table.add_row(*row)
     console = Console()
-    if numeric and not console.is_terminal:
+    if not console.is_terminal:  # whoever reads it there looks for whole words
         console.width = _WIDE
     console.print(table)
 

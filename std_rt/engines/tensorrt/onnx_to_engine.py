@@ -18,13 +18,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from std_rt.core.errors import BackendError, one_line
 from std_rt.core.files import is_inside
 from std_rt.core.machine import install_hint
 from std_rt.core.onnx_file import external_locations
-from std_rt.engines.protocol import Array, GraphSpec
+from std_rt.engines.protocol import GraphSpec
+from std_rt.engines.tensorrt.baked_inputs import bake
 
 __all__ = [
     "PRODUCTS",
@@ -112,7 +111,7 @@ def build_engine(
         raise BackendError(_refusal(product, spec, _parser_error(parser, logger)))
     _fix_shapes(product, spec, network, logger)
     _let_decompose(trt, network)
-    baked = _bake(trt, network, spec)  # TensorRT reads them while it builds
+    baked = bake(trt, network, spec.baked)
     config = builder.create_builder_config()
     (config.set_flag if tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
     capture = capture_flag(trt)
@@ -306,25 +305,6 @@ def _let_decompose(trt: Any, network: Any) -> None:
         if layer.type == kind:
             layer.__class__ = trt.IAttentionOutputLayer
             layer.attention.decomposable = True
-
-
-def _bake(trt: Any, network: Any, spec: GraphSpec) -> list[Array]:
-    """Let layers read constants in place of inputs. The inputs stay, unread; what follows is folded.
-
-    So the keys and values of a fixed prompt are computed once, and the weights that make them (SDXL: 682 MB
-    of 5.1 GB in fp16) are neither kept nor read in every call.
-    """
-    arrays = {name: np.ascontiguousarray(array) for name, array in spec.baked.items()}
-    constants = {
-        name: network.add_constant(array.shape, trt.Weights(array)).get_output(0)
-        for name, array in arrays.items()
-    }
-    for layer in (network.get_layer(i) for i in range(network.num_layers)) if constants else ():
-        for i in range(layer.num_inputs):
-            read = layer.get_input(i)
-            if read is not None and read.is_network_input and read.name in constants:
-                layer.set_input(i, constants[read.name])
-    return list(arrays.values())
 
 
 def capability(trt: Any, product: Product, target: str) -> Any:

@@ -5,7 +5,7 @@ It refuses graphs that mix number formats, so this is a gate for export. No GPU 
 
 from __future__ import annotations
 
-import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +13,17 @@ import pytest
 
 pytest.importorskip("tensorrt_rtx")
 
+import numpy as np
 import tensorrt_rtx as trt
+import torch
+from safetensors.torch import load_file
 
 from std_rt.cli.engines import plan
 from std_rt.core.bundle import Bundle
 from std_rt.engines.cache import EngineCache
+from std_rt.engines.tensorrt.baked_inputs import bake
 from std_rt.engines.tensorrt.engine_builder import EngineBuilder
-from std_rt.engines.tensorrt.onnx_to_engine import RTX
-from std_rt.models.weight_files import read_shapes
+from std_rt.engines.tensorrt.onnx_to_engine import RTX, make_logger
 
 
 @pytest.fixture
@@ -43,23 +46,40 @@ def test_every_graph_is_built_for_two_gpus(
     assert {entry.key.bundle for entry in builder.cache.entries()} == {bundle.digest}
 
 
-def test_the_keys_and_values_of_a_baked_prompt_are_folded(
-    half_bundle: Bundle, builder: EngineBuilder
-) -> None:
-    """The engine lacks the weights that make them, and one for another prompt is another engine."""
-    builder = EngineBuilder(trt, RTX, ("sm89",), cache=builder.cache)
+def test_an_engine_for_another_prompt_is_another_engine(half_bundle: Bundle, builder: EngineBuilder) -> None:
     [unet] = [s for s in plan(str(half_bundle.path)).engines(glue=False) if s.name == "unet"]
     [(name, text)] = unet.baked.items()
     assert (name, text.shape) == ("encoder_hidden_states", unet.shapes[name])
-    weights = sum(
-        math.prod(shape) * 2
-        for key, shape in read_shapes(half_bundle.weights_path("unet")).items()
-        if ".attn2.to_k." in key or ".attn2.to_v." in key
-    )
-    open_, baked = (builder.ensure(spec).stat().st_size for spec in (replace(unet, baked={}), unet))
-    assert weights > 0
-    assert open_ - baked > 0.8 * weights
-    assert builder.key(unet) != builder.key(replace(unet, baked={name: text + 1}))
+    builder = EngineBuilder(trt, RTX, ("sm89",), cache=builder.cache)
+    others = [replace(unet, baked={}), replace(unet, baked={name: text + 1})]
+    assert len({builder.ensure(spec) for spec in (unet, *others)}) == 3
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_keys_and_values_of_a_baked_prompt_become_constants(half_bundle: Bundle, rows: int) -> None:
+    """Each is the text times a weight, as torch computes it, and whatever read it reads the constant."""
+    logger = make_logger(trt)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse_from_file(str(half_bundle.graph_path("unet")))
+    [unet] = [s for s in plan(str(half_bundle.path)).engines(glue=False) if s.name == "unet"]
+    for port in (network.get_input(i) for i in range(network.num_inputs)):
+        port.shape = (rows, *unet.shapes[port.name][1:])
+    text = np.repeat(unet.baked["encoder_hidden_states"], rows, 0)
+    constants = bake(trt, network, {"encoder_hidden_states": text})
+    state = load_file(half_bundle.weights_path("unet"))
+    layers = [key for key in state if re.search(r"attn2\.to_[kv]\.weight", key)]
+    wanted = [(torch.from_numpy(text) @ state[key].float().T).numpy() for key in layers]
+    found = [value for name, value in constants.items() if name.startswith("linear")]
+    assert len(found) == len(wanted) > 0
+    for value in found:
+        assert value.dtype == np.float16
+        assert min(np.abs(value - each).max() for each in wanted if each.shape == value.shape) < 5e-3
+    for layer in (network.get_layer(i) for i in range(network.num_layers)):
+        read = [layer.get_input(i) for i in range(layer.num_inputs)]
+        stale = [tensor.name for tensor in read if tensor is not None and tensor.name in constants]
+        assert not stale or layer.get_output(0).name in constants
 
 
 def test_the_unet_is_built_at_twice_the_batch(clip_bundle: Bundle, builder: EngineBuilder) -> None:
