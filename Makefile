@@ -2,7 +2,7 @@
 # make test   everything the tests need, then pytest
 # make test-all   and the long matrices
 # make check  formatter, linter, types
-# make full-size   SDXL at its true sizes (random weights): 30 GB of disk, 18 GB of memory, a quarter of an hour
+# make full-size   SDXL at its true sizes (random weights): 35 GB of disk, 18 GB of memory, half an hour
 # make gpu    a quarter of an hour on an NVIDIA GPU, results in runs/gpu; without one, on a simulated GPU
 # Each target installs once and again only when pyproject.toml or constraints.txt change.
 PYTHON ?= python3
