@@ -174,6 +174,22 @@ def test_a_pinned_bank_keeps_its_rows_in_pinned_memory(monkeypatch: pytest.Monke
     assert _same(bank.get(SHAPE, [0, 1]), again.get(SHAPE, [0, 1]))
 
 
+def test_rows_of_a_bank_live_on_its_device_and_what_leaves_it_on_the_asked_one() -> None:
+    """ "meta" stands for a GPU. Indices and numbers stay on the CPU, where the loop decides by them."""
+    devices = {"index": "cpu", "id": "cpu"}
+    on = {name: value.device.type for name, value in _states([0]).to("meta").tensors().items()}
+    assert on == {name: devices.get(name, "meta") for name in on}
+    bank = TrajectoryBank(4, LAST, device="meta")
+    bank.update(SHAPE, [], _states([0, 1]))
+    bank.update(SHAPE, [1], _states([1], index=TOP - 1))
+    for row in bank.slots[SHAPE]:
+        assert {name: value.device.type for name, value in row.tensors().items()} == on
+    here = TrajectoryBank(4, LAST)
+    here.update(SHAPE, [], _states([0, 1]))
+    mixed = here.mixed(here.get(SHAPE, [0], "meta"), SHAPE, np.random.default_rng(0))
+    assert {value.device.type for value in (mixed.x, mixed.cond.context, mixed.cond.tokens)} == {"meta"}
+
+
 def test_mixed_conditioning_is_of_other_trajectories() -> None:
     bank = TrajectoryBank(8, LAST)
     bank.update(SHAPE, [], _states(list(range(8))))
