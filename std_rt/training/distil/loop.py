@@ -196,7 +196,7 @@ class _Game:
                     self.config.adversarial.r1,
                     [m.detach() for m in self.maps],
                 )
-            # Not in there: autocast would take the fp32 heads' gradients, R1's above all, in half precision.
+            # Not in there: autocast would take the fp32 heads' gradients in half precision (1 % off in bf16).
             judged = self.batch.judged_share * judged
             (judged / self.config.accumulate).backward()
             if self.accelerator.sync_gradients:

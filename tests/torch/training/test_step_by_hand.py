@@ -679,7 +679,7 @@ def test_pictures_are_never_decoded_in_fp16(tmp_path: Path, precision: str, dtyp
 def test_the_heads_gradients_are_fp32s_own_where_pictures_are_judged_in_bf16(
     watched: Callable[..., Watched], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """R1 differentiates them once more; under autocast those products would be bf16's."""
+    """A backward pass under autocast would multiply them in bf16."""
     watched()
     seen: list[Tensor] = []
 
