@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -62,17 +63,28 @@ def test_a_trajectory_leaves_after_the_last_grid_point_of_use() -> None:
     bank = TrajectoryBank(8, LAST)
     bank.update(SHAPE, [], cat([_states([0], index=LAST), _states([1], index=LAST - 1)]))
     assert [int(row.id) for row in bank.slots[SHAPE]] == [0]
+    bank.update(SHAPE, [0], _states([0], index=LAST - 1))
+    assert bank.state()[0] == {}, "a size without any is saved too"
 
 
 def test_stored_rows_do_not_change_with_the_callers_tensors() -> None:
     bank = TrajectoryBank(8, LAST)
     put = _states([0])
-    bank.update(SHAPE, [], put)
-    kept = bank.get(SHAPE, [0]).x.clone()
-    put.x.add_(1)
-    put.cond.pooled.add_(1)
-    assert torch.equal(bank.get(SHAPE, [0]).x, kept)
-    assert not torch.equal(bank.get(SHAPE, [0]).cond.pooled, put.cond.pooled)
+    for slots in ([], [0]):  # as new rows, as moved ones
+        bank.update(SHAPE, slots, put)
+        kept = bank.get(SHAPE, [0]).map(torch.clone)
+        put.x.add_(1)
+        put.index.sub_(1)
+        put.cond.pooled.add_(1)
+        assert _same(bank.get(SHAPE, [0]), kept)
+
+
+def test_stored_rows_keep_no_graph_alive() -> None:
+    bank = TrajectoryBank(8, LAST)
+    grown = _states([0]).map(lambda v: v.clone().requires_grad_() if v.is_floating_point() else v)
+    for slots in ([], [0]):
+        bank.update(SHAPE, slots, grown.map(lambda v: v * 1))
+        assert not any(v.requires_grad for v in bank.get(SHAPE, [0]).tensors().values())
 
 
 def test_sizes_are_kept_apart() -> None:
@@ -149,11 +161,16 @@ def test_saved_and_restored_it_goes_on_as_it_would_have() -> None:
     bank.number(8)
     tensors, meta = bank.state()
     again = TrajectoryBank(8, LAST)
-    again.restore(tensors, meta)
+    again.update((2, 2), [], _states([9]))
+    again.restore(tensors, json.loads(json.dumps(meta)))
+    assert len(again) == len(bank), "nothing of before"
     for shape in (SHAPE, (6, 4)):
         slots = list(range(bank.filled(shape)))
         assert _same(bank.get(shape, slots), again.get(shape, slots))
-    assert (again.visits == bank.visits).all()
+    for either in (bank, again):
+        either.count(torch.tensor([20, 4]))
+    assert again.visits.tolist() == bank.visits.tolist()
+    assert [again.visits[i] for i in (4, 5, 20)] == [1, 1, 3]
     assert again.number(1).tolist() == bank.number(1).tolist() == [8]
     assert bank.plan(4, SHAPE, np.random.default_rng(3)) == again.plan(4, SHAPE, np.random.default_rng(3))
     assert bank.state()[0].keys() == tensors.keys()
@@ -172,6 +189,24 @@ def test_a_pinned_bank_keeps_its_rows_in_pinned_memory(monkeypatch: pytest.Monke
     for row in (*bank.slots[SHAPE], *again.slots[SHAPE]):
         assert {id(v) for v in (row.x, row.z, row.cond.context, row.cond.tokens)} <= kept
     assert _same(bank.get(SHAPE, [0, 1]), again.get(SHAPE, [0, 1]))
+
+
+def test_rows_of_a_bank_live_on_its_device_and_what_leaves_it_on_the_asked_one() -> None:
+    """ "meta" stands for a GPU. Indices and numbers stay on the CPU, where the loop decides by them."""
+    devices = {"index": "cpu", "id": "cpu"}
+    on = {name: value.device.type for name, value in _states([0]).to("meta").tensors().items()}
+    assert on == {name: devices.get(name, "meta") for name in on}
+    bank = TrajectoryBank(4, LAST, device="meta")
+    bank.update(SHAPE, [], _states([0, 1]))
+    bank.update(SHAPE, [1], _states([1], index=TOP - 1))
+    here = TrajectoryBank(4, LAST)
+    here.update(SHAPE, [], _states([0, 1]))
+    again = TrajectoryBank(4, LAST, device="meta")
+    again.restore(*here.state())
+    for row in (*bank.slots[SHAPE], *again.slots[SHAPE]):
+        assert {name: value.device.type for name, value in row.tensors().items()} == on
+    mixed = here.mixed(here.get(SHAPE, [0], "meta"), SHAPE, np.random.default_rng(0))
+    assert {value.device.type for value in (mixed.x, mixed.cond.context, mixed.cond.tokens)} == {"meta"}
 
 
 def test_mixed_conditioning_is_of_other_trajectories() -> None:

@@ -174,7 +174,40 @@ def test_hinge_numbers_by_hand() -> None:
     fake = torch.tensor([[-3.0, 1.0], [-1.0, -2.0]])
     assert hinge_d(real, fake).tolist() == [0.5 + 1.0, 0.0]
     assert hinge_g(fake).tolist() == [1.0, 1.5]
-    assert hinge_d(real.bfloat16(), fake.bfloat16()).dtype == torch.float32
+    halves = hinge_d(real[:, [0, 0, 1]].bfloat16(), fake[:, [0, 0, 1]].bfloat16())
+    assert halves.tolist() == pytest.approx([1 / 3 + 2 / 3, 0.0], abs=1e-6), "means are fp32's"
+    assert hinge_g(fake.bfloat16()).dtype == torch.float32
+
+
+def _leaky(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x, 0.2 * x)
+
+
+def test_logits_by_hand() -> None:
+    """``v h + b + (E c) h / sqrt(width)`` at each place; h has a residual branch, normed in eight groups."""
+    heads = Heads([3, 5], CONDITION_DIM, 16).double()
+    for seed, value in enumerate(heads.parameters()):
+        value.data = _noise(*value.shape, seed=seed).double()
+    maps, c = [_noise(2, 3, 4, 6).double(), _noise(2, 5, 2, 3).double()], _noise(2, CONDITION_DIM).double()
+    expected = []
+    for head, x in zip(heads.heads, maps, strict=True):
+        entered = torch.einsum("oc,bcij->boij", head.enter.weight[..., 0, 0], x)
+        h = _leaky(entered + head.enter.bias[:, None, None])
+        groups = nn.functional.conv2d(h, head.look.weight, head.look.bias, padding=1).view(2, 8, -1)
+        normed = (groups - groups.mean(2, True)) / (groups.var(2, correction=0, keepdim=True) + 1e-5).sqrt()
+        h = h + _leaky(normed.view_as(h) * head.norm.weight[:, None, None] + head.norm.bias[:, None, None])
+        h = h.view(2, 16, 2, x.shape[2] // 2, 3, x.shape[3] // 3).mean((3, 5)).flatten(2)
+        told = c @ head.embed.weight.T / 4
+        expected.append(((head.judge.weight[..., 0, 0] + told)[:, :, None] * h).sum(1) + head.judge.bias)
+    assert torch.allclose(heads(maps, c), torch.cat(expected, 1))
+
+
+def test_heads_take_maps_of_any_precision_in_their_own_one_each() -> None:
+    heads = Heads([5, 5], CONDITION_DIM, 16)
+    x, c = _noise(2, 5, 3, 3).bfloat16(), _noise(2, CONDITION_DIM).bfloat16()
+    assert torch.equal(heads([x, x], c), heads([x.float(), x.float()], c.float()))
+    with pytest.raises(ValueError, match="shorter"):
+        heads([x], c)
 
 
 def test_condition_matters_and_a_dropped_one_is_unconditional() -> None:
@@ -270,6 +303,8 @@ def test_real_is_strictly_below_fake_and_uniform() -> None:
 def test_symmetric_mode_and_unknown_mode() -> None:
     s = torch.tensor([-1, 0, 7])
     assert torch.equal(draw_real_index(s, _rng(), "same"), s)
+    below = [draw_real_index(torch.full((99,), 30), _rng(5), "below") for _ in range(2)]
+    assert torch.equal(*below), "drawn by the given generator alone"
     assert has_pair(s, "same").all()
     with pytest.raises(RecipeError, match="'above'"):
         draw_real_index(s, _rng(), "above")
@@ -291,8 +326,10 @@ def test_renoise_to_each_samples_own_level() -> None:
 
 def test_generator_loss_teaches_the_student_only(adversary: Adversary) -> None:
     fake = _noise(2, 4, 14, 10).requires_grad_()
-    loss = adversary.generator_loss(fake, _noise(2, CONDITION_DIM), torch.tensor([True, False]))
+    condition = _noise(2, CONDITION_DIM).requires_grad_()
+    loss = adversary.generator_loss(fake, condition, torch.tensor([True, False]))
     loss.backward()
+    assert condition.grad is None
     assert fake.grad is not None
     assert fake.grad[0].abs().sum() > 0
     assert fake.grad[1].abs().sum() == 0, "a masked sample teaches nothing"
@@ -329,18 +366,26 @@ def test_features_are_frozen(adversary: Adversary) -> None:
     assert not any(p.requires_grad for p in frozen.parameters())
 
 
-def test_discriminator_loss_is_its_parts(adversary: Adversary) -> None:
-    """One forward over real and fake together is the same as the plain functions on each."""
+@pytest.mark.parametrize("paired", [[0, 2], [1], []])
+def test_discriminator_loss_is_its_parts(adversary: Adversary, paired: list[int]) -> None:
+    """One forward over real and fake together is the same as the plain functions on each; the loss divides
+    by the batch, what is logged is of the samples that have a pair."""
     fake, real, c = _noise(3, 4, 7, 7), _noise(3, 4, 7, 7, seed=1), _noise(3, CONDITION_DIM)
-    mask = torch.tensor([1.0, 0.0, 1.0])
+    mask = torch.zeros(3)
+    mask[paired] = 1
     loss, logs = adversary.discriminator_loss(adversary.heads, fake, real, c, mask, 0.3)
     maps = adversary.features(real)
-    per_sample = hinge_d(adversary.heads(maps, c), adversary.heads(adversary.features(fake), c))
+    trues, falses = adversary.heads(maps, c), adversary.heads(adversary.features(fake), c)
+    per_sample = hinge_d(trues, falses)
     penalty = r1_penalty(adversary.heads, maps, c)
-    assert torch.allclose(loss, ((per_sample + 0.3 * penalty) * mask).sum() / 3, atol=1e-6)
-    assert torch.allclose(logs["r1"], (penalty * mask).sum() / 2)
-    without, _ = adversary.discriminator_loss(adversary.heads, fake, real, c, mask, 0.0)
-    assert torch.allclose(without, (per_sample * mask).sum() / 3, atol=1e-6)
+    assert torch.allclose(loss, (per_sample + 0.3 * penalty)[paired].sum() / 3, atol=1e-6)
+    shown = {"d_real": trues.mean(1), "d_fake": falses.mean(1), "r1": penalty}
+    for name, value in shown.items():
+        expected = value[paired].mean() if paired else torch.tensor(0.0)
+        assert torch.allclose(logs[name], expected, atol=1e-6), name
+    without, logs = adversary.discriminator_loss(adversary.heads, fake, real, c, mask, 0.0)
+    assert torch.allclose(without, per_sample[paired].sum() / 3, atol=1e-6)
+    assert logs["r1"] == 0
 
 
 def test_two_half_batches_are_one_batch_for_both_networks(adversary: Adversary) -> None:
@@ -386,8 +431,9 @@ def test_fakes_are_encoded_once_for_both_losses() -> None:
 def test_under_autocast_losses_and_penalty_stay_fp32() -> None:
     adversary = _adversary("dinov2")
     fake, real, c = _noise(2, 4, 7, 7).requires_grad_(), _noise(2, 4, 7, 7, seed=1), _noise(2, CONDITION_DIM)
-    maps = [m.detach() for m in adversary.features(real)]
-    expected = r1_penalty(adversary.heads, maps, c)
+    maps = [m.detach().requires_grad_() for m in adversary.features(real)]
+    slopes = torch.autograd.grad(adversary.heads(maps, c).sum(), maps, create_graph=True)
+    expected = torch.stack([g.square().flatten(1).sum(1) for g in slopes]).sum(0)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(r1_penalty(adversary.heads, maps, c), expected)
         loss = adversary.generator_loss(fake, c, torch.ones(2))

@@ -676,6 +676,29 @@ def test_pictures_are_never_decoded_in_fp16(tmp_path: Path, precision: str, dtyp
         assert (a @ a).dtype == dtype
 
 
+def test_the_heads_gradients_are_fp32s_own_where_pictures_are_judged_in_bf16(
+    watched: Callable[..., Watched], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backward pass under autocast would multiply them in bf16."""
+    watched()
+    seen: list[Tensor] = []
+
+    class Checked(Adversary):
+        def discriminator_loss(self, *given: Any) -> tuple[Tensor, dict[str, Tensor]]:
+            loss, parts = super().discriminator_loss(*given)
+            weight = self.heads.heads[0].look.weight
+            weight.register_hook(seen.append)
+            with torch.autocast("cpu", enabled=False):
+                torch.autograd.grad(loss, weight, retain_graph=True)
+            return loss, parts
+
+    monkeypatch.setattr(loop, "Adversary", Checked)
+    train_distil(_config(tmp_path, precision="bf16", steps=2, accumulate=1), base=_base())
+    expected, trained = seen
+    assert expected.abs().max() > 0
+    assert torch.equal(trained, expected)
+
+
 def test_latents_are_scaled_and_shifted_as_the_autoencoder_says() -> None:
     """As diffusers does: ``(z - shift) scaling``, and back."""
     base, x = _base(), _values(1, C, 4, 4, seed=0)

@@ -32,6 +32,7 @@ from std_rt.training.distil.trajectory import (
     pseudo_huber,
     send,
     to_x0_eps,
+    trajectory_state,
 )
 from std_rt.training.run.recipe import PUBLISHED_TAU, target_window
 
@@ -118,11 +119,14 @@ def test_near_the_end_every_target_down_to_clean_is_reached() -> None:
     for method in ("std", "tcd"):
         assert set(draw_target(method, t, 19, (), _generator()).tolist()) == {-1, 0, 1, 2}
         assert set(draw_target(method, t, 19, (), _generator(), stride=3).tolist()) == {-1, 0}
+        assert set(draw_target(method, t, 19, (), _generator(), stride=9).tolist()) == {-1}
 
 
 def test_the_other_methods_start_anywhere_between_the_last_point_and_tau() -> None:
     for method in ("tcd", "lcm", "pcm"):
-        assert set(draw_start(method, 36, 30, 400, _generator()).tolist()) == set(range(30, 37))
+        drawn = [draw_start(method, 36, 30, 400, _generator()) for _ in range(2)]
+        assert set(drawn[0].tolist()) == set(range(30, 37))
+        assert torch.equal(*drawn), "by the given generator alone"
 
 
 def test_a_clean_state_is_what_a_network_of_samples_says_it_is() -> None:
@@ -165,9 +169,10 @@ def test_the_last_index_is_the_lowest_that_a_run_visits() -> None:
 
 
 def test_pseudo_huber_by_hand() -> None:
-    a, b = torch.tensor([[3.0, 0.0], [0.0, 0.0]]), torch.zeros(2, 2)
+    a, b = torch.tensor([[5.0, -1.0], [0.0, 2.0]]), torch.tensor([[2.0, -1.0], [0.0, 2.0]])
     expected = ((9 + 1e-6) ** 0.5 - 1e-3 + 0) / 2
-    assert pseudo_huber(a, b, 1e-3).tolist() == pytest.approx([expected, 0.0])
+    latents = a.view(2, 1, 2, 1), b.view(2, 1, 2, 1)
+    assert pseudo_huber(*latents, 1e-3).tolist() == pytest.approx([expected, 0.0])
 
 
 def _follow(z: torch.Tensor, c: torch.Tensor, noise: torch.Tensor, to: int) -> torch.Tensor:
@@ -184,9 +189,7 @@ def _follow(z: torch.Tensor, c: torch.Tensor, noise: torch.Tensor, to: int) -> t
 @pytest.mark.parametrize("to", [35, 20, 4])
 def test_a_state_made_from_content_and_target_is_the_solved_one(to: int) -> None:
     z, c, noise = torch.randn(3, 1, 2, 4, 4, generator=_generator(), dtype=torch.float64)
-    index = torch.tensor([to])
-    k = content_share(LEVELS, index).double()
-    made = LEVELS.alpha(index) * ((1 - k) * z + k * c) + LEVELS.sigma(index) * noise
+    made = trajectory_state(LEVELS, torch.tensor([to]), z, c, noise)
     assert torch.allclose(made, _follow(z, c, noise, to), atol=1e-5)
 
 

@@ -49,6 +49,10 @@ def test_a_trajectory_starts_at_tau_and_falls(eta: float) -> None:
 
 def test_eta_of_the_paper_starts_at_739() -> None:
     assert sch.start_timestep(0.75) == 739
+    assert [sch.grid_timestep(i) for i in (0, 36, 49)] == [19, 739, 999]
+    for outside in (-1, 50):
+        with pytest.raises(ValueError, match=rf"grid index {outside} is outside 0\.\.49"):
+            sch.grid_timestep(outside)
     assert sch.trajectory_timesteps(0.75, 4) == [739, 559, 379, 199]
 
 
@@ -116,6 +120,7 @@ def test_a_stochastic_step_keeps_the_variance_of_the_schedule(s: int, gamma: flo
     alpha, sigma = SCHEDULE.alpha_sigma(s)
     assert c.alpha_s == pytest.approx(alpha)
     assert c.sigma_s**2 + c.noise**2 == pytest.approx(sigma**2)
+    assert SCHEDULE.coefficient(999, s).noise == 0, "unless asked for"
 
 
 def test_a_stochastic_step_without_noise_is_refused() -> None:
@@ -126,8 +131,15 @@ def test_a_stochastic_step_without_noise_is_refused() -> None:
 @pytest.mark.parametrize("kind", ["scaled_linear", "linear"])
 def test_alphas_are_those_of_a_diffusers_config(kind: str) -> None:
     config = {"beta_schedule": kind, "beta_start": 0.001, "beta_end": 0.02}
-    ours = sch.NoiseSchedule.from_config(config).alphas_cumprod
-    np.testing.assert_allclose(ours, _tcd(**config).alphas_cumprod.numpy(), rtol=2e-5)
+    ours = sch.NoiseSchedule.from_config(config | {"prediction_type": "v_prediction"})
+    np.testing.assert_allclose(ours.alphas_cumprod, _tcd(**config).alphas_cumprod.numpy(), rtol=2e-5)
+    assert ours.prediction_type == "v_prediction"
+
+
+def test_a_config_that_says_nothing_is_stable_diffusions() -> None:
+    ours = sch.NoiseSchedule.from_config({})
+    np.testing.assert_allclose(ours.alphas_cumprod, _tcd().alphas_cumprod.numpy(), rtol=2e-5)
+    assert ours.prediction_type == "epsilon"
 
 
 def test_a_shifted_schedule_survives_trained_betas() -> None:
@@ -152,11 +164,12 @@ def test_an_unknown_schedule_or_prediction_is_named() -> None:
         sch.to_eps(x, x, SCHEDULE.coefficient(999, 0), "velocity")
 
 
-def test_zero_terminal_snr_is_diffusers() -> None:
-    config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+@pytest.mark.parametrize("kind", ["scaled_linear", "linear"])
+def test_zero_terminal_snr_is_diffusers(kind: str) -> None:
+    config = {"beta_schedule": kind, "beta_start": 0.00085, "beta_end": 0.012}
     zero = config | {"rescale_betas_zero_snr": True}
     ours = sch.NoiseSchedule.from_config(zero).alphas_cumprod
     # diffusers ends at a tiny number in the place of 0, so that its samplers need not divide by it.
     np.testing.assert_allclose(ours, _tcd(**zero).alphas_cumprod.numpy(), atol=2e-6)
     assert ours[-1] == 0
-    assert abs(ours[739] - sch.NoiseSchedule.from_config(config).alphas_cumprod[739]) > 0.01
+    assert abs(ours[499] - sch.NoiseSchedule.from_config(config).alphas_cumprod[499]) > 0.01
