@@ -22,8 +22,8 @@ __all__ = ["GPUS", "SHARE", "Cost", "Gpu", "frame_s", "main"]
 SHARE = 0.45  # of the peak: a goal; nothing has been measured
 BANDWIDTH_SHARE = 0.8
 SIZES_PX, STEPS = (512, 1024), (1, 2, 4)
-# Keys and values of the text in the UNet's 70 cross-attention layers: 2 matrices each, from 2048.
 _ATTENTION = ("attention", "bmm")  # in the names of torch's operators
+# Keys and values of the text in the UNet's 70 cross-attention layers: 2 matrices each, from 2048.
 TEXT_PARAMETERS = 2 * 2048 * (10 * 640 + 60 * 1280)
 
 

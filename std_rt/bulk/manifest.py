@@ -9,6 +9,7 @@ again by the next one, over the same files.
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -19,11 +20,12 @@ from pyarrow import parquet
 
 from std_rt.bulk import places, segments
 from std_rt.core.errors import MediaError
-from std_rt.core.files import disk_is_full, writing
+from std_rt.core.files import writing
 
 __all__ = ["FAILED", "FOLDER", "Manifest"]
 
 FOLDER, FAILED = "manifest", "failed.jsonl"
+_ROOM_BYTES = 256 * 1024  # more than the record of ten seconds needs
 _ROW = pa.schema(
     [
         *(("key", pa.string()), ("input", pa.string()), ("style", pa.string()), ("strength", pa.float64())),
@@ -45,6 +47,8 @@ class Manifest:
         """Identities of items by the outputs that were written for them."""
         self._new: list[Mapping[str, Any]] = []
         self._failed: list[Mapping[str, Any]] = []
+        self.removed = 0
+        """Results that were removed again by `flush`."""
         for name in self._parts:
             self._remember(self._read(name))
 
@@ -81,30 +85,34 @@ class Manifest:
         for row in results:
             (self._failed if row["reason"] else self._new).append(row)
 
-    def flush(self) -> int:
-        """Write what is new. Raises MediaError; then nothing is lost, and the next call tries again.
+    def flush(self) -> None:
+        """Write what is new. Raises MediaError; the next call tries again.
 
-        On a full disk the newest results are removed until the record fits: without it all would be made
-        again. Returns how many were.
+        On a full disk a few of the newest results are removed, as many as the record needs room: without it
+        all would be made again. They are counted in ``removed``.
         """
-        before = len(self._new)
         try:
             self._with_room(self._write_failed)
         finally:  # what is finished is recorded, even if what failed cannot be
             self._with_room(self._write_new)
-            removed = before - len(self._new)
             self._new = []
-        return removed
 
     def _with_room(self, write: Callable[[], None]) -> None:
+        freed = 0
         while True:
             try:
                 return write()
             except MediaError as error:
-                cause = error.__cause__
-                if not (self._new and isinstance(cause, OSError) and disk_is_full(cause)):
+                if not self._new or freed > _ROOM_BYTES or not self._is_full(error.__cause__):
                     raise
-                places.remove(places.joined(self._out, self._new.pop()["output"]))
+                row = self._new.pop()
+                places.remove(places.joined(self._out, row["output"]))
+                freed += row["bytes"]
+                self.removed += 1
+
+    def _is_full(self, cause: BaseException | None) -> bool:
+        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", -1))
+        return full and not places.is_address(self._out)  # of a store, the local disk is full
 
     def _write_new(self) -> None:
         if not self._new:

@@ -193,6 +193,10 @@ def _bulk(request: BulkRequest, options: BulkOptions, found: list[Wish], out: st
                 report = run(job, take)
             finally:
                 places.sweep(out)
+    report.done -= manifest.removed
+    if manifest.removed:
+        report.disk_is_full = True
+        note(console, f"note: {_told(manifest.removed, 'result')} removed again, to make room for the record")
     return _tell_end(report, request, out, console)
 
 
@@ -229,8 +233,7 @@ def _recorded(manifest: Manifest, console: Console) -> Iterator[Callable[[list[M
         nonlocal last_s
         last_s = time.monotonic()
         try:
-            if removed := manifest.flush():
-                note(console, f"note: {_told(removed, 'result')} removed again, to make room for the record")
+            manifest.flush()
         except MediaError as error:  # tried again; what it loses is made again
             note(console, f"note: {error}")
 

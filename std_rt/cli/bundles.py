@@ -12,8 +12,9 @@ from typer import Option
 
 from std_rt.cli.options import BundleArgument, DeviceOption, OverwriteOption, PrecisionOption, choose_device
 from std_rt.cli.terminal import print_table
+from std_rt.core.bundle import QUANTIZED
 from std_rt.core.errors import UsageError, counted
-from std_rt.core.machine import QUANTIZED, require
+from std_rt.core.machine import require
 
 if TYPE_CHECKING:
     from std_rt.core.bundle import Bundle
@@ -33,7 +34,11 @@ CalibrateOption = Annotated[
     Path | None, Option(metavar="FOLDER", help="Pictures to calibrate on; default: example pictures.")
 ]
 PairsOption = Annotated[
-    int | None, Option(min=1, help="Pairs of picture and style to calibrate on; default: 18 (int8), 6 (fp8).")
+    int | None,
+    Option(
+        min=1,
+        help="Pairs of picture and style to calibrate on; default: 18 (int8), 6 (fp8), or all pictures.",
+    ),
 ]
 
 
@@ -142,6 +147,8 @@ def compare(
     std-rt doctor.
     """
     require("std-rt bundles compare", "export", "onnx")
+    if precision in QUANTIZED:
+        raise UsageError(f"layers in {precision} are not compared; use --precision auto, fp32 or bf16")
     from std_rt.core.bundle import load_bundle
     from std_rt.export.layer_comparison import first_difference
 
@@ -245,11 +252,11 @@ def fp8(
 ) -> None:
     """Add an FP8 form to a bundle in fp16, for rtx and tensorrt on RTX 40 GPUs and newer.
 
-    Needs: pip install '.\\[export]'
+    Needs: pip install '.\\[export,onnx]'
 
     std-rt bundles fp8 my-sdxl -o engines/my-sdxl-fp8 --calibrate photos
     """
-    require("std-rt bundles fp8", "export", "onnx", "onnxscript", "onnxruntime")
+    require("std-rt bundles fp8", "export,onnx", "onnx", "onnxscript", "onnxruntime")
     _quantize("fp8", bundle, output, calibrate, pairs, overwrite)
 
 

@@ -16,6 +16,7 @@ import typer
 
 from std_rt.cli.options import SizeOption, StepsOption, parse_size
 from std_rt.cli.terminal import print_table
+from std_rt.core.bundle import QUANTIZED
 from std_rt.core.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
@@ -323,7 +324,7 @@ def _row(entry: Entry, names: Mapping[str, str]) -> tuple[str, ...]:
     shape = next(iter(key.shapes.values()), ())  # the first input's shows the size
     return (
         names.get(key.bundle, Path(entry.origin).name if entry.origin else key.bundle[:8]),
-        key.graph,
+        " ".join([key.graph, *(part for part in key.flags.split() if part in QUANTIZED)]),
         "x".join(map(str, shape)),
         f"{key.product} {key.version.partition('-')[0]}",
         " ".join(part for part in (key.target.partition(" (")[0], key.driver) if part),

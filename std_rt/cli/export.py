@@ -14,8 +14,9 @@ from typer import Argument, Option
 
 from std_rt.cli.options import OverwriteOption, parse_frame_size
 from std_rt.cli.terminal import note, working
+from std_rt.core.bundle import QUANTIZED
 from std_rt.core.errors import UsageError
-from std_rt.core.machine import QUANTIZED, require
+from std_rt.core.machine import require
 
 if TYPE_CHECKING:
     from std_rt.core.bundle import Bundle
@@ -150,6 +151,8 @@ def export(request: ExportRequest) -> None:
     check_choices(options)
     if request.precision == "int8":
         require("--precision int8", "int8", "nncf")
+    if request.precision == "fp8":
+        require("--precision fp8", "onnx", "onnxruntime")
     if request.calibrate is not None and request.precision not in QUANTIZED:
         raise UsageError("--calibrate needs --precision int8 or fp8; give both or neither")
     pictures = read_calibration(request.calibrate)

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from std_rt.core.errors import BundleError, UsageError
 from std_rt.core.files import file_digest, is_inside, writing
-from std_rt.core.machine import QUANTIZED, install_hint, upgrade_hint
+from std_rt.core.machine import install_hint, upgrade_hint
 from std_rt.core.onnx_file import external_locations
 from std_rt.core.schedule import StepCoefficients
 
@@ -41,6 +41,8 @@ __all__ = [
     "BUILT_IN",
     "CONTENT",
     "INPAINTING",
+    "MADE_FROM",
+    "QUANTIZED",
     "REQUIRED_GRAPHS",
     "SCHEMA",
     "TINY",
@@ -60,6 +62,9 @@ BUILT_IN = "std-tiny"
 REQUIRED_GRAPHS = ("style_encoder", "vae_encoder", "unet", "vae_decoder")
 VAES = ("full", "tiny")
 TINY = "tiny_"  # before the names of the graphs of a second, faster VAE
+MADE_FROM = {"int8": "fp32", "fp8": "fp16"}
+"""Forms of 8 bits that graphs may have beside the one they were exported in, and which that must be."""
+QUANTIZED = tuple(MADE_FROM)
 # What a UNet may see beside the noisy latents: the frame's clean latents (InstructPix2Pix, arXiv 2211.09800),
 # or where to paint and the latents of the rest (Stable Diffusion's inpainting models).
 CONTENT, INPAINTING = ("content_latents",), ("mask", "masked_latents")
@@ -111,7 +116,7 @@ class Bundle:
 
     @property
     def forms(self) -> tuple[str, ...]:
-        """What the UNet is there in: fp32, fp16 or bf16 (int8 in old bundles), then those of `QUANTIZED`."""
+        """The UNet's forms: fp32, fp16 or bf16 (int8 in old bundles), then those of `QUANTIZED`."""
         exported = str(self.manifest.get("precision", {}).get("unet", {}).get("compute", "fp32"))
         return (exported, *(form for form in QUANTIZED if self.quantized(form)))
 
@@ -152,9 +157,14 @@ class Bundle:
         """Raise BundleError if int8 or FP8 is asked for and not there."""
         if precision in QUANTIZED and precision not in self.forms:
             found = self.name if _known().get(self.name) == self.path else self.path
+            said = f"bundle '{self.name}' has no {precision} form"
+            if self.forms[0] != MADE_FROM[precision]:
+                raise BundleError(
+                    f"{said}, which is made from {MADE_FROM[precision]}, and it is in {self.forms[0]}; "
+                    f"export it again with --precision {precision}"
+                )
             raise BundleError(
-                f"bundle '{self.name}' has no {precision} form; make one: std-rt bundles {precision} {found} "
-                f"-o engines/{self.name}-{precision}"
+                f"{said}; make one: std-rt bundles {precision} {found} -o engines/{self.name}-{precision}"
             )
 
     def _graph(self, name: str) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from pathlib import Path
 from std_rt.core.errors import UsageError
 
 __all__ = [
-    "QUANTIZED",
     "Machine",
     "available_memory_gb",
     "describe_machine",
@@ -29,9 +28,6 @@ __all__ = [
     "require",
     "upgrade_hint",
 ]
-
-QUANTIZED = ("int8", "fp8")
-"""Forms of 8 bits that a graph may be there in, beside the float form that it was exported in."""
 
 # Vector units and number formats that decide how fast a network runs.
 _FEATURES = {

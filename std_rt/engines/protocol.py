@@ -63,11 +63,11 @@ class GraphSpec:
     steady: frozenset[str] = STEADY_INPUTS
     compute: str = "fp32"
     quantized: Mapping[str, Path] = field(default_factory=dict)
-    baked: Mapping[str, Array] = field(default_factory=dict)
+    baked: Mapping[str, Array] = field(default_factory=dict, compare=False)
 
     @property
     def forms(self) -> tuple[str, ...]:
-        """What the graph can be opened in: ``compute``, then what is a file of its own."""
+        """``compute``, then the forms that are files of their own."""
         return (self.compute, *self.quantized)
 
     @property
@@ -79,11 +79,10 @@ class GraphSpec:
     @property
     def baked_digest(self) -> str:
         """sha256 hex of ``baked``; empty if there is nothing in it."""
-        arrays = [(name.encode(), np.ascontiguousarray(array)) for name, array in sorted(self.baked.items())]
-        parts = [
-            part for name, array in arrays for part in (name, str(array.shape).encode(), array.tobytes())
-        ]
-        return hashlib.sha256(b"".join(parts)).hexdigest() if parts else ""
+        digest = hashlib.sha256()
+        for name, array in sorted(self.baked.items()):
+            digest.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
+        return digest.hexdigest() if self.baked else ""
 
     def describe_shapes(self) -> str:
         """The shapes for an error message: ``sample [1, 4, 8, 8], timestep [1]``."""

@@ -13,8 +13,9 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from std_rt.core.bundle import QUANTIZED
 from std_rt.core.errors import BackendError
-from std_rt.core.machine import QUANTIZED, describe_machine, fastest_arithmetic, install_hint
+from std_rt.core.machine import describe_machine, fastest_arithmetic, install_hint
 from std_rt.engines.protocol import Engine, GraphSpec
 
 if TYPE_CHECKING:
@@ -129,8 +130,8 @@ def choose_form(backend: str, precision: str, forms: tuple[str, ...]) -> tuple[s
     """(one of ``forms``, why): the form of graphs that a backend runs at a ``precision`` of `PRECISIONS`.
 
     ``forms`` are what the graphs are there in (`Bundle.forms`, `GraphSpec.forms`). ``auto`` is int8 where the
-    processor does it fastest; FP8 has to be asked for. Raises BackendError if the backend does not compute in
-    what is asked for, or in all there is.
+    processor does it fastest; FP8 has to be asked for. Raises BackendError if the backend does not compute
+    what is asked for, or none of the forms.
     """
     if precision == "fp8" and backend not in FP8_BACKENDS:
         known = " or ".join(FP8_BACKENDS)
@@ -165,9 +166,8 @@ def in_form(backend: str, spec: GraphSpec, precision: str) -> tuple[GraphSpec, s
     """``spec`` with the file that `choose_form` chooses, and the precision of what is not quantized in it."""
     form, _ = choose_form(backend, precision, spec.forms)
     path = spec.quantized.get(form, spec.path)
-    return replace(
-        spec, path=path, compute=form, quantized={}
-    ), "auto" if precision in QUANTIZED else precision
+    between = "auto" if precision in QUANTIZED else precision
+    return replace(spec, path=path, compute=form, quantized={}), between
 
 
 def open_engine(backend: str, spec: GraphSpec, precision: str = "auto") -> Engine:

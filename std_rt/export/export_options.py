@@ -11,16 +11,15 @@ from typing import Any
 
 import msgspec
 
+from std_rt.core.bundle import MADE_FROM, QUANTIZED
 from std_rt.core.errors import ExportError
 from std_rt.core.files import reason as cause
-from std_rt.core.machine import QUANTIZED
 from std_rt.core.samplers import SCHEDULES
 
 __all__ = ["LARGE", "ExportOptions", "check_choices", "load_recipe"]
 
 WEIGHTS = ("fp16", "fp32")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16", *QUANTIZED)
-_MADE_FROM = {"int8": "fp32", "fp8": "fp16"}  # the form in 8 bits (`std_rt.export.quantize`): from which
 GUIDANCE_MODES = ("auto", "none", "full", "residual")
 PROMPTS = ("baked", "encoder")
 # Parameters of a UNet of SDXL's size: it is made for GPUs, which compute in halves, and to export it takes
@@ -131,7 +130,7 @@ class ExportOptions:
     def compute(self, parameters: int) -> str:
         """What graphs compute in: ``precision``, or for ``auto`` fp16 if the UNet is large, else fp32."""
         if self.precision != "auto":
-            return _MADE_FROM.get(self.precision, self.precision)
+            return MADE_FROM.get(self.precision, self.precision)
         return "fp16" if parameters >= LARGE else "fp32"
 
     @property

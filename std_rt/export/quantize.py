@@ -6,8 +6,8 @@
 int8 is for processors and needs the extra ``[int8]``; FP8 is for GPUs. Activations are calibrated on what the
 graphs see in use: states on the bundle's own trajectory, from tau down, of pictures under real style tokens,
 at every step count that the bundle allows. Then pictures and styles that calibration has not seen are
-stylized in float and in 8 bits and compared (FP8 on ONNX Runtime, which rounds as a GPU does): layers that
-cost too much stay in float, and a form that still differs is not written.
+stylized in float and in 8 bits and compared (FP8 on ONNX Runtime, which rounds to E4M3 as the standard says):
+layers that cost too much stay in float, and a form that still differs is not written.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from std_rt.core.bundle import Bundle, write_bundle
+from std_rt.core.bundle import MADE_FROM, Bundle, write_bundle
 from std_rt.core.errors import ExportError
 from std_rt.core.machine import install_hint
 from std_rt.engines import Engine, GraphSpec, choose_backend, open_engine
@@ -43,13 +43,13 @@ Samples = dict[str, list[dict[str, NDArray[Any]]]]
 
 @dataclass(frozen=True)
 class Form:
-    """A form in 8 bits: of which ``graphs``, in this order (what comes later is judged on top of what was
-    accepted before), computed how in the bundle, tried on which ``backend``, and on how many ``pairs``
-    calibrated.
+    """How a form in 8 bits is made.
+
+    ``graphs`` have it, in this order: each is judged on top of those accepted before. ``backend`` runs it for
+    the judgement; ``pairs`` are calibrated on, at least; ``make`` is `quantize_graph` or one like it.
     """
 
     graphs: tuple[str, ...]
-    compute: str
     backend: str
     pairs: int
     make: Callable[..., list[str]]
@@ -57,8 +57,8 @@ class Form:
 
 # The style encoder runs once a style, so its speed is of no use. FP8 is floating: it needs fewer pictures.
 FORMS = {
-    "int8": Form(("unet", "vae_decoder", "vae_encoder"), "fp32", "cpu", 18, quantize_graph),
-    "fp8": Form(("unet",), "fp16", "onnxruntime", 6, float8_graph),
+    "int8": Form(("unet", "vae_decoder", "vae_encoder"), "cpu", 18, quantize_graph),
+    "fp8": Form(("unet",), "onnxruntime", 6, float8_graph),
 }
 # Stylized pictures against those of the float form, over 8 bits. 34 dB is an error of 5 levels of 255, which
 # a side by side at full zoom does not show on paint; 28 dB, what is asked of bf16, is asked of every picture.
@@ -70,7 +70,7 @@ _PICTURES = 4  # fewer than these are filled up with the example pictures
 
 @dataclass(frozen=True)
 class Quality:
-    """Stylized pictures against fp32: PSNR in dB, mean over pictures and of the worst."""
+    """Stylized pictures against those of the float form: PSNR in dB, mean over pictures and of the worst."""
 
     mean_db: float
     worst_db: float
@@ -129,8 +129,8 @@ def make_pairs(pictures: Sequence[Frame], count: int) -> tuple[list[Pair], list[
     used, held = _split(contents, _PICTURES)
     used_styles, held_styles = _split(list(styles().values()), 3)
     return (
-        _combine(used + used_styles, max(count, len(used))),
-        _combine(held + held_styles, max(_HELD_OUT, len(held))),
+        _combine(used, used_styles, max(count, len(used))),
+        _combine(held, held_styles, max(_HELD_OUT, len(held))),
     )
 
 
@@ -140,26 +140,29 @@ def _split(items: Sequence[Frame], every: int) -> tuple[list[Frame], list[Frame]
     return rest, list(items[every - 1 :: every])
 
 
-def _combine(pictures: Sequence[Frame], count: int) -> list[Pair]:
-    """The first ``count`` pairs of two different pictures, in an order that takes all of them evenly."""
-    n = len(pictures)
+def _combine(contents: Sequence[Frame], styles: Sequence[Frame], count: int) -> list[Pair]:
+    """``count`` pairs: each content once in one of the styles, then any two of all pictures, evenly."""
+    pictures = [*contents, *styles]
+    n, first = len(pictures), len(contents)
+    begin = [(i, first + i % len(styles)) for i in range(first)]
     rounds = (((i, (i + k) % n) for i in range(n)) for k in range(n - 1, 0, -1))
-    return [(pictures[i], pictures[k]) for i, k in islice(chain.from_iterable(rounds), count)]
+    rest = (pair for pair in chain.from_iterable(rounds) if pair not in begin)
+    return [(pictures[i], pictures[k]) for i, k in islice(chain(begin, rest), count)]
 
 
 def _check(bundle: Bundle, form: str) -> None:
     bundle.check_single_frames(form)
-    try:
-        if form == "int8":
+    if form == "int8":
+        try:
             metadata.version("nncf")
-    except metadata.PackageNotFoundError as error:
-        raise ExportError(f"int8 needs nncf; run: {install_hint('int8')}") from error
+        except metadata.PackageNotFoundError as error:
+            raise ExportError(f"int8 needs nncf; run: {install_hint('int8')}") from error
     for graph in FORMS[form].graphs:
         compute = bundle.manifest["precision"].get(graph, {}).get("compute", "fp32")
-        if compute != FORMS[form].compute:
+        if compute != MADE_FROM[form]:
             raise ExportError(
                 f"bundle '{bundle.name}' computes {graph} in {compute}, and {form} is made from "
-                f"{FORMS[form].compute}; export it with --precision {FORMS[form].compute} first"
+                f"{MADE_FROM[form]}; export it with --precision {MADE_FROM[form]} first"
             )
 
 
@@ -199,9 +202,12 @@ class _Work:
         return manifest
 
     def _record(self) -> Samples:
-        """Every input of every graph while pairs are stylized, with the allowed step counts in turn."""
+        """Every input of every graph while pairs are stylized, with the allowed step counts in turn.
+
+        The highest comes first: it visits the most states.
+        """
         samples: Samples = {graph: [] for graph in self.bundle.graph_names}
-        counts = self.bundle.steps_allowed
+        counts = sorted(self.bundle.steps_allowed, reverse=True)
 
         def opened(spec: GraphSpec) -> Engine:
             return Recorder(_open(spec, self.form), samples[spec.name])

@@ -54,13 +54,17 @@ def openers(backend: str, precision: str, meanwhile: Callable[[str], None] | Non
     name, reason = choose_backend(backend)
     first = name if meanwhile is None or name not in GPU_BACKENDS else choose_backend("cpu")[0]
 
+    # A CPU that stands in for a GPU computes as it does best.
+    interim = precision if first == name else "auto"
+
     def open_graph(spec: GraphSpec) -> Engine:
-        return open_engine(first, spec, precision)
+        return open_engine(first, spec, interim)
 
     shared = SharedEngines(open_graph)
 
     def open_on(backend: str, program: Program, specs: dict[str, GraphSpec]) -> Runner:
-        return open_runner(backend, program, specs, precision, shared.open)
+        asked = precision if backend == name else interim
+        return open_runner(backend, program, specs, asked, shared.open)
 
     def open_program(program: Program, specs: dict[str, GraphSpec]) -> Runner:
         if meanwhile is None or first == name:

@@ -177,8 +177,8 @@ class Stylizer:
         With ``meanwhile``, frames run on a CPU backend until the engines of a GPU backend are built;
         ``meanwhile`` is called with a message when that changes. ``device`` is the GPU, as ``cuda:1``; a
         process has one (`engines.gpu.driver.choose_gpu`). ``precision`` is auto (see
-        `engines.registry.choose_form`), fp32, bf16 or int8. Raises BundleError (unknown, damaged, wrong
-        step count, no int8 form) or BackendError (not installed, wrong precision), and UsageError if
+        `engines.registry.choose_form`), fp32, bf16, int8 or fp8. Raises BundleError (unknown, damaged, wrong
+        step count, no such form) or BackendError (not installed, wrong precision), and UsageError if
         ``guidance`` and ``guidance_mode`` do not fit together, or for a ``device`` that is not there.
         """
         if device is not None:
@@ -206,7 +206,7 @@ class Stylizer:
 
     @property
     def precision(self) -> str:
-        """The precision of the UNet, once engines are open: fp32, bf16, fp16 or int8."""
+        """The precision of the UNet, once engines are open: fp32, bf16, fp16, int8 or fp8."""
         for runner in self._cache.values():
             return runner.wait().precision
         for graphs in self._window_graphs.values():

@@ -127,7 +127,7 @@ def open_session(spec: GraphSpec, providers: Providers) -> ort.InferenceSession:
 
 def _bytes_of_weights(spec: GraphSpec) -> int:
     files = (spec.path.parent / location for location in external_locations(spec.path) if is_inside(location))
-    return sum(path.stat().st_size for path in files if path.is_file())
+    return spec.path.stat().st_size + sum(path.stat().st_size for path in files if path.is_file())
 
 
 class OnnxRuntimeEngine:

@@ -28,8 +28,9 @@ def bake(trt: Any, network: Any, values: Mapping[str, Array]) -> dict[str, Array
             layer.get_output(i).name: layer for layer in _layers(network) for i in range(layer.num_outputs)
         }
         for layer in _layers(network):
-            name = layer.get_input(0).name if layer.num_inputs else ""
-            result = _evaluated(trt, layer, known[name], makers) if name in known else None
+            read = layer.get_input(0) if layer.num_inputs else None  # a Fill may have none in first place
+            value = None if read is None else known.get(read.name)
+            result = None if value is None else _evaluated(trt, layer, value, makers)
             if result is not None:
                 known[layer.get_output(0).name] = np.ascontiguousarray(result)
         _replace(trt, network, known)

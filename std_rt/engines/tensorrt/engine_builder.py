@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from std_rt.core.bundle import QUANTIZED
 from std_rt.core.errors import BackendError
-from std_rt.core.machine import QUANTIZED
 from std_rt.core.onnx_file import external_locations
 from std_rt.engines.cache import EngineCache, EngineKey
 from std_rt.engines.protocol import GraphSpec

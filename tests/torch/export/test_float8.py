@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
-from support.cli_support import Cli
+from support.cli_support import Cli, picture
 from support.once import made_once
 
 from std_rt.core.bundle import Bundle, load_bundle
@@ -180,5 +180,11 @@ def test_bundles_fp8_adds_the_form(cli: Cli, half_bundle: Bundle, tmp_path: Path
     result = cli("bundles", "fp8", half_bundle.path, "-o", tmp_path / "both", "--pairs", "1")
     assert (result.code, "unet, fp8: pictures " in result.out) == (0, True), result.error
     assert "fp8 unet" in cli("bundles", "info", tmp_path / "both").out
-    refused = cli("stylize", "x.png", "--style", "y.png", "-b", tmp_path / "both", "--precision", "fp8")
+    picture(tmp_path / "photo.png", 64, 64, seed=0)
+    sides = (tmp_path / "photo.png", "--style", tmp_path / "photo.png", "-b", tmp_path / "both")
+    refused = cli("stylize", *sides, "-o", tmp_path / "out.png", "--precision", "fp8")
     assert refused.code == 2
+    assert "does not compute in FP8; use --precision auto, or --backend rtx or tensorrt" in refused.error
+    assert not (tmp_path / "out.png").exists()
+    compared = cli("bundles", "compare", tmp_path / "both", "--precision", "fp8")
+    assert (compared.code, "layers in fp8 are not compared" in compared.error) == (2, True)

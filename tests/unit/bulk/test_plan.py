@@ -183,11 +183,37 @@ def test_on_a_full_disk_the_newest_results_make_room_for_the_record(
         write(table, path)
 
     monkeypatch.setattr(parquet, "write_table", on_a_small_disk)
-    assert manifest.flush() == 2
+    manifest.flush()
+    assert manifest.removed == 2
     again = Manifest(str(tmp_path))
     there = listed(str(tmp_path))
     assert [again.is_finished(path.stem, there) for path in results] == [True, True, False, False]
-    assert manifest.flush() == 0, "they were recorded or removed once"
+    manifest.flush()
+    assert manifest.removed == 2, "they were recorded or removed once"
+
+
+@pytest.mark.parametrize(("number", "removed"), [(errno.ENOSPC, 2), (errno.EFBIG, 0), (errno.EACCES, 0)])
+def test_where_it_does_not_help_few_results_are_removed(
+    number: int, removed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(table: object, path: object) -> None:
+        raise OSError(number, "no")
+
+    results = [tmp_path / f"{index}.png" for index in range(9)]
+    manifest = Manifest(str(tmp_path))
+    manifest.begin()
+    for path in results:
+        path.write_bytes(bytes(200_000))
+    manifest.add(_result(path.stem, path.name, 200_000) for path in results)
+    with monkeypatch.context() as patch:
+        patch.setattr(parquet, "write_table", fails)
+        with pytest.raises(MediaError, match="cannot be written"):
+            manifest.flush()
+    assert sum(path.exists() for path in results) == 9 - removed
+    manifest.flush()  # later there is room, and nothing else was lost
+    there = listed(str(tmp_path))
+    again = Manifest(str(tmp_path))
+    assert sum(again.is_finished(path.stem, there) for path in results) == 9 - removed
 
 
 def test_parts_are_joined_and_read_by_parquet(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from std_rt.core.errors import BackendError, BundleError
 from std_rt.engines import GraphSpec
 from std_rt.engines.registry import choose_form, in_form
 from std_rt.evaluation.bench import Settings, run
+from std_rt.pipeline.openers import openers
 from std_rt.pipeline.stylizer import Stylizer
 
 openvino = pytest.importorskip("std_rt.engines.openvino.engine")
@@ -110,8 +111,33 @@ def test_fp8_runs_where_it_is_asked_for_and_computed() -> None:
 
 
 def test_a_bundle_without_an_fp8_form_says_how_to_make_one(handmade: Bundle) -> None:
-    with pytest.raises(BundleError, match="'handmade' has no fp8 form; make one: std-rt bundles fp8 "):
+    with pytest.raises(BundleError, match="made from fp16, and it is in fp32; export it again with --prec"):
         handmade.check_precision("fp8")
+    half = {"precision": {"unet": {"compute": "fp16"}}}
+    with pytest.raises(BundleError, match="'handmade' has no fp8 form; make one: std-rt bundles fp8 "):
+        replace(handmade, manifest=handmade.manifest | half).check_precision("fp8")
+
+
+def test_a_cpu_that_stands_in_for_a_gpu_is_not_asked_for_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def opened(backend: str, *given: Any) -> Any:
+        asked.append((backend, next(value for value in given if isinstance(value, str))))
+        raise BackendError("enough is known")
+
+    for function in ("open_engine", "open_runner"):
+        monkeypatch.setattr(f"std_rt.pipeline.openers.{function}", opened)
+    monkeypatch.setattr(
+        "std_rt.pipeline.openers.choose_backend", lambda name: ("openvino" if name == "cpu" else name, "")
+    )
+    found = openers("rtx", "fp8", meanwhile=print)
+    program: Any = None
+    for call in (lambda: found.graph(None), lambda: found.runner(program, {})):  # type: ignore[arg-type]
+        with pytest.raises(BackendError):
+            call()
+    for backend, precision in asked:
+        assert precision == {"openvino": "auto", "rtx": "fp8"}[backend]
+    assert {backend for backend, _ in asked} == {"openvino", "rtx"}
 
 
 def test_a_bundle_in_int8_alone_runs_as_it_is(processor: Any) -> None:
