@@ -12,7 +12,6 @@ from typer import Option
 
 from std_rt.cli.options import BundleArgument, DeviceOption, OverwriteOption, PrecisionOption, choose_device
 from std_rt.cli.terminal import print_table
-from std_rt.core.bundle import QUANTIZED
 from std_rt.core.errors import UsageError, counted
 from std_rt.core.machine import require
 
@@ -103,7 +102,7 @@ def _facts(bundle: Bundle) -> Iterator[tuple[str, str]]:
         megabytes = bundle.weights_path(name).stat().st_size / 2**20
         checked = f", {parity['psnr_db']:.1f} dB against {parity['against']}" if parity else ""
         yield f"graph {name}", f"{megabytes:.1f} MB, weights {precision.get('weights', '?')}{checked}"
-    for form in QUANTIZED:
+    for form in bundle.forms[1:]:
         for name, row in bundle.quantized(form).items():
             near = f"{row['psnr_db']:.1f} dB (worst {row['worst_db']:.1f} dB)"
             yield f"{form} {name}", f"the same weights, pictures {near} against the form above"
@@ -147,9 +146,10 @@ def compare(
     std-rt doctor.
     """
     require("std-rt bundles compare", "export", "onnx")
+    from std_rt.core.bundle import QUANTIZED, load_bundle
+
     if precision in QUANTIZED:
         raise UsageError(f"layers in {precision} are not compared; use --precision auto, fp32 or bf16")
-    from std_rt.core.bundle import load_bundle
     from std_rt.export.layer_comparison import first_difference
 
     choose_device(device)

@@ -16,7 +16,6 @@ import typer
 
 from std_rt.cli.options import SizeOption, StepsOption, parse_size
 from std_rt.cli.terminal import print_table
-from std_rt.core.bundle import QUANTIZED
 from std_rt.core.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
@@ -320,6 +319,8 @@ def _cache() -> EngineCache:
 
 
 def _row(entry: Entry, names: Mapping[str, str]) -> tuple[str, ...]:
+    from std_rt.core.bundle import QUANTIZED
+
     key = entry.key
     shape = next(iter(key.shapes.values()), ())  # the first input's shows the size
     return (

@@ -14,7 +14,6 @@ from typer import Argument, Option
 
 from std_rt.cli.options import OverwriteOption, parse_frame_size
 from std_rt.cli.terminal import note, working
-from std_rt.core.bundle import QUANTIZED
 from std_rt.core.errors import UsageError
 from std_rt.core.machine import require
 
@@ -139,7 +138,7 @@ def export(request: ExportRequest) -> None:
     """
     parse_frame_size(request.size)
     require("std-rt export", "export", *_MODULES)
-    from std_rt.core.bundle import check_target
+    from std_rt.core.bundle import QUANTIZED, check_target
     from std_rt.export.export_options import check_choices
     from std_rt.export.sources.resolve import resolve_sources
 
@@ -237,6 +236,7 @@ def _export(
     folder: Path, output: Path, options: dict[str, Any], pictures: list[Any], progress: Callable[[str], None]
 ) -> Bundle:
     """Write the bundle, then add the form in 8 bits; one that does not pass is left out with a line."""
+    from std_rt.core.bundle import QUANTIZED
     from std_rt.core.errors import ExportError
     from std_rt.export.build import export_pipeline
 
