@@ -105,7 +105,7 @@ def _facts(bundle: Bundle) -> Iterator[tuple[str, str]]:
     for form in bundle.forms[1:]:
         for name, row in bundle.quantized(form).items():
             near = f"{row['psnr_db']:.1f} dB (worst {row['worst_db']:.1f} dB)"
-            yield f"{form} {name}", f"the same weights, pictures {near} against the form above"
+            yield f"{form} {name}", f"the same weights, pictures {near} against {bundle.forms[0]}"
     for source in manifest.get("sources", []):
         origin = f"{source['id']} ({source['licence']}) sha256 {source['sha256'][:16]}"
         yield f"source {source['role']}", origin
