@@ -132,6 +132,19 @@ class SplitGEGLU(nn.Module):
         return F.linear(x, weight[:half], bias[:half]) * F.gelu(F.linear(x, weight[half:], bias[half:]))
 
 
+class PlainGroupNorm(nn.GroupNorm):
+    """GroupNorm by InstanceNormalization, as opset 20 has it.
+
+    ONNX Runtime has no kernel for the operator of later opsets and makes a dozen small ones of each.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, ...]``."""
+        rows = F.instance_norm(x.reshape(x.shape[0], self.num_groups, -1), eps=self.eps)
+        shape = (-1, *(1,) * (x.ndim - 2))
+        return rows.reshape(x.shape) * self.weight.view(shape) + self.bias.view(shape)
+
+
 def _linear(weight: Tensor) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
@@ -141,7 +154,7 @@ def _linear(weight: Tensor) -> nn.Linear:
 def prepare_attention(
     unet: Network, styled: Mapping[str, tuple[Tensor, Tensor]], *, fused: bool = False
 ) -> None:
-    """Replace the attention processors (in place) by those above; ``fused``: as ONNX's operator.
+    """Replace the attention processors (in place) by those above; ``fused``: for opset 23, with its operator.
 
     ``styled`` maps a cross-attention layer's name to its (to_k_ip, to_v_ip) weights; cross-attention
     layers outside it keep the text only.
@@ -161,6 +174,9 @@ def prepare_attention(
             )
     unet.set_attn_processor(processors)
     _split_geglu(unet)
+    for module in unet.modules() if fused else ():
+        if isinstance(module, nn.GroupNorm):
+            module.__class__ = PlainGroupNorm
 
 
 def _check_plain(name: str, attn: Attention) -> None:
