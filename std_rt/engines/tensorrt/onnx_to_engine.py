@@ -111,16 +111,8 @@ def build_engine(
         raise BackendError(_refusal(product, spec, _parser_error(parser, logger)))
     _fix_shapes(product, spec, network, logger)
     _let_decompose(trt, network)
-    baked = bake(trt, network, spec.baked)
-    config = builder.create_builder_config()
-    (config.set_flag if tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
-    capture = capture_flag(trt)
-    if capture is not None:
-        config.set_flag(capture)
-    if targets:
-        config.num_compute_capabilities = len(targets)
-    for i, target in enumerate(targets):
-        config.set_compute_capability(capability(trt, product, target), i)
+    constants = bake(trt, network, spec.baked)  # must live until the engine is built
+    config = _config(trt, product, builder, targets, tf32)
     if timings is not None:
         config.set_timing_cache(config.create_timing_cache(timings), ignore_mismatch=False)
     monitor = None
@@ -131,10 +123,23 @@ def build_engine(
     finally:
         if monitor is not None:
             monitor.raise_failure()
-    del baked
+    constants.clear()
     if not done:
         raise BackendError(_refusal(product, spec, logger.reason()))
     return None if timings is None else bytes(config.get_timing_cache().serialize())
+
+
+def _config(trt: Any, product: Product, builder: Any, targets: Sequence[str], tf32: bool) -> Any:
+    config = builder.create_builder_config()
+    (config.set_flag if tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
+    capture = capture_flag(trt)
+    if capture is not None:
+        config.set_flag(capture)
+    if targets:
+        config.num_compute_capabilities = len(targets)
+    for i, target in enumerate(targets):
+        config.set_compute_capability(capability(trt, product, target), i)
+    return config
 
 
 def make_logger(trt: Any) -> Any:
