@@ -7,7 +7,7 @@ are those of the float graph, in the same file, and are rounded when an engine i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
 from std_rt.engines import GraphSpec, open_engine
-from std_rt.export.quantize_graph import Sample, kept_layers, steady_layers, weighted_layers
+from std_rt.export.quantize_graph import Sample, steady_layers, weighted_layers
 
-__all__ = ["MARGIN", "float8_graph"]
+__all__ = ["MARGIN", "activation_ranges", "float8_graph"]
 
 # Room above the largest magnitude seen. It costs one of E4M3's 18 binades, at the small end.
 MARGIN = 2.0
@@ -33,21 +33,15 @@ _LAYERS = ("Conv", "MatMul")
 _FLOAT = ir.DataType.FLOAT
 
 
-def float8_graph(
-    source: Path, target: Path, name: str, samples: Sequence[Sample], keep: Sequence[str] = ()
-) -> list[str]:
+def float8_graph(source: Path, target: Path, ranges: Mapping[str, float], kept: Collection[str] = ()) -> None:
     """Write ``target``, in a folder that holds the weights of ``source``: that graph in FP8.
 
-    ``samples``, ``keep`` and the result are those of `quantize_graph`. Layers that see the style, the text or
-    the time stay in float. Raises BackendError if ONNX Runtime does not run the graph.
+    ``ranges`` are those of `activation_ranges`; ``kept`` are nodes that stay in float. So do layers that see
+    the style, the text or the time.
     """
     plain = onnx.shape_inference.infer_shapes(onnx.load(source, load_external_data=False))
     model = ir.load(source)
-    layers = {node: layer for node, layer in weighted_layers(model).items() if layer[0] in _LAYERS}
-    kept = kept_layers(layers, keep)
-    left = {*kept, *steady_layers(plain)}
-    nodes = [node for node in model.graph if node.name in layers and node.name not in left]
-    ranges = _ranges(source, target.with_suffix(_RANGE), name, samples, {_name(node, 0) for node in nodes})
+    nodes = [node for node in _float8_layers(model) if node.name not in kept]
     kinds = {
         info.name: info.type.tensor_type.elem_type for info in (*plain.graph.value_info, *plain.graph.input)
     }
@@ -62,25 +56,21 @@ def float8_graph(
         for index, name in enumerate((x, w)):
             node.replace_input_with(index, done[name])
     ir.save(model, target)
-    return sorted(kept.values())
 
 
-def _name(node: ir.Node, index: int) -> str:
-    value = node.inputs[index]
-    assert value is not None
-    assert value.name is not None
-    return value.name
+def activation_ranges(source: Path, folder: Path, name: str, samples: Sequence[Sample]) -> dict[str, float]:
+    """The largest magnitude of every value that layers in FP8 read, over the samples.
 
-
-def _ranges(
-    source: Path, scratch: Path, name: str, samples: Sequence[Sample], values: Collection[str]
-) -> dict[str, float]:
-    """The largest magnitude of each of ``values`` over the samples."""
-    model, found = ir.load(source), dict.fromkeys(values, 0.0)
+    ``folder`` holds the weights of ``source``; a graph is written there for the time being. ``samples``: as
+    for `quantize_graph`. Raises BackendError if ONNX Runtime does not run the graph.
+    """
+    model = ir.load(source)
+    found = {_name(node, 0): 0.0 for node in _float8_layers(model)}
     makers = [out for node in model.graph for out in node.outputs]
     for value in [*model.graph.inputs, *makers]:
         if value.name in found:
             model.graph.outputs.append(_largest(model, value))
+    scratch = folder / f"{name}{_RANGE}"
     ir.save(model, scratch)
     try:
         for shapes, group in groupby(samples, lambda sample: {key: sample[key].shape for key in sample}):
@@ -92,6 +82,20 @@ def _ranges(
     finally:
         scratch.unlink()
     return found
+
+
+def _float8_layers(model: ir.Model) -> list[ir.Node]:
+    """The layers that can be in FP8, in the graph's order."""
+    layers = {node for node, (kind, _) in weighted_layers(model).items() if kind in _LAYERS}
+    layers.difference_update(steady_layers(ir.to_proto(model)))
+    return [node for node in model.graph if node.name in layers]
+
+
+def _name(node: ir.Node, index: int) -> str:
+    value = node.inputs[index]
+    assert value is not None
+    assert value.name is not None
+    return value.name
 
 
 def _largest(model: ir.Model, value: ir.Value) -> ir.Value:

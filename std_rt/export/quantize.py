@@ -13,7 +13,7 @@ layers that cost too much stay in float, and a form that still differs is not wr
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from std_rt.core.bundle import MADE_FROM, Bundle, write_bundle
@@ -29,9 +30,9 @@ from std_rt.core.errors import ExportError
 from std_rt.core.machine import install_hint
 from std_rt.engines import Engine, GraphSpec, choose_backend, open_engine
 from std_rt.examples import scenes, styles
-from std_rt.export.float8 import float8_graph
+from std_rt.export.float8 import activation_ranges, float8_graph
 from std_rt.export.parity import lint
-from std_rt.export.quantize_graph import RUNGS, quantize_graph
+from std_rt.export.quantize_graph import RUNGS, Sample, kept_layers, quantize_graph, weighted_layers
 from std_rt.pipeline.stylizer import Stylizer
 
 __all__ = ["FLOOR_MEAN_DB", "FLOOR_WORST_DB", "FORMS", "Form", "Quality", "make_pairs", "quantize_bundle"]
@@ -39,6 +40,7 @@ __all__ = ["FLOOR_MEAN_DB", "FLOOR_WORST_DB", "FORMS", "Form", "Quality", "make_
 Frame = NDArray[np.uint8]
 Pair = tuple[Frame, Frame]  # (picture, style)
 Samples = dict[str, list[dict[str, NDArray[Any]]]]
+Maker = Callable[[Path, Collection[str]], None]
 
 
 @dataclass(frozen=True)
@@ -46,19 +48,29 @@ class Form:
     """How a form in 8 bits is made.
 
     ``graphs`` have it, in this order: each is judged on top of those accepted before. ``backend`` runs it for
-    the judgement; ``pairs`` are calibrated on, at least; ``make`` is `quantize_graph` or one like it.
+    the judgement; ``pairs`` are calibrated on, at least. ``maker`` takes a graph's file, the folder of the new
+    bundle, the graph's name and its samples, and returns what writes a file with some nodes kept in float.
     """
 
     graphs: tuple[str, ...]
     backend: str
     pairs: int
-    make: Callable[..., list[str]]
+    maker: Callable[[Path, Path, str, Sequence[Sample]], Maker]
+
+
+def _int8_maker(source: Path, folder: Path, name: str, samples: Sequence[Sample]) -> Maker:
+    return lambda target, kept: quantize_graph(source, target, name, samples, kept)
+
+
+def _float8_maker(source: Path, folder: Path, name: str, samples: Sequence[Sample]) -> Maker:
+    ranges = activation_ranges(source, folder, name, samples)
+    return lambda target, kept: float8_graph(source, target, ranges, kept)
 
 
 # The style encoder runs once a style, so its speed is of no use. FP8 is floating: it needs fewer pictures.
 FORMS = {
-    "int8": Form(("unet", "vae_decoder", "vae_encoder"), "cpu", 18, quantize_graph),
-    "fp8": Form(("unet",), "onnxruntime", 6, float8_graph),
+    "int8": Form(("unet", "vae_decoder", "vae_encoder"), "cpu", 18, _int8_maker),
+    "fp8": Form(("unet",), "onnxruntime", 6, _float8_maker),
 }
 # Stylized pictures against those of the float form, over 8 bits. 34 dB is an error of 5 levels of 255, which
 # a side by side at full zoom does not show on paint; 28 dB, what is asked of bf16, is asked of every picture.
@@ -219,24 +231,27 @@ class _Work:
         return samples
 
     def _descend(
-        self, folder: Path, graph: str, samples: Sequence[Mapping[str, NDArray[Any]]], gate: Gate
+        self, folder: Path, graph: str, samples: Sequence[Sample], gate: Gate
     ) -> dict[str, dict[str, Any]]:
         """Quantize one graph, with more layers in float on every rung; {} where no rung passes."""
-        bundle, found, best = self.bundle, [], None
+        bundle, source, found = self.bundle, self.bundle.graph_path(graph), []
         path = folder / f"{graph}.{self.form}.onnx"
-        for rung, keep in enumerate(RUNGS):
-            self.progress(f"quantizing {graph}" + (f", attempt {rung + 1}" if rung else ""))
-            kept = FORMS[self.form].make(bundle.graph_path(graph), path, graph, samples, keep)
-            if rung and kept == best:
-                continue  # this graph has none of the layers that the rung names
-            best = kept
+        self.progress(f"quantizing {graph}")
+        make = FORMS[self.form].maker(source, folder, graph, samples)
+        layers = weighted_layers(ir.load(source))
+        rungs = [kept_layers(layers, keep) for keep in RUNGS]
+        # A graph may have none of the layers that a rung names.
+        for kept in [kept for i, kept in enumerate(rungs) if kept not in rungs[:i]]:
+            if found:
+                self.progress(f"quantizing {graph}, attempt {len(found) + 1}")
+            make(path, kept)
             lint(path)
             quality = gate.judge(graph, path)
             found.append(quality)
             if quality.passes:
                 gate.accept(graph, path, quality)
-                entry = {"file": path.name, "weights": bundle.weights_path(graph).name, "kept_float": kept}
-                return {graph: entry | quality.rounded()}
+                entry = {"file": path.name, "weights": bundle.weights_path(graph).name}
+                return {graph: entry | {"kept_float": sorted(kept.values())} | quality.rounded()}
         path.unlink()
         if graph == "unet":
             raise ExportError(

@@ -38,17 +38,16 @@ _LARGEST_BYTES = 2**31 - 2**20  # of a protobuf message, as which NNCF handles a
 
 
 def quantize_graph(
-    source: Path, target: Path, name: str, samples: Sequence[Sample], keep: Sequence[str] = ()
-) -> list[str]:
+    source: Path, target: Path, name: str, samples: Sequence[Sample], kept: Collection[str] = ()
+) -> None:
     """Write ``target``: the graph ``source`` in int8, which reads the same weights file beside it.
 
     ``samples`` are inputs as the graph sees them in use; from them come the ranges of activations.
-    ``keep`` (a rung of `RUNGS`) says which layers stay in float; their weights' names are returned.
-    Raises ExportError if the graph is too large, or NNCF does not take it.
+    ``kept`` are the nodes that stay in float. Raises ExportError if the graph is too large, or NNCF does not
+    take it.
     """
     model = ir.load(source)
     _check_size(model, name)
-    kept = kept_layers(weighted_layers(model), keep)
     folded = _folded(model)
     before = {tensor.name: tensor.raw_data for tensor in folded.graph.initializer}
     quantized = _quantize(folded, name, samples, sorted({*kept, *steady_layers(folded)}))
@@ -60,7 +59,6 @@ def quantize_graph(
     }
     _share_constants(quantized.graph, onnx.load(source, load_external_data=False).graph, same)
     onnx.save(quantized, target)
-    return sorted(kept.values())
 
 
 def _check_size(model: ir.Model, name: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("nncf")
 
 import onnx
+import onnx_ir as ir
 from support.cli_support import Cli
 from support.handmade import write_handmade
 from support.once import made_once
@@ -26,7 +27,7 @@ from std_rt.engines import GraphSpec, backends, open_engine
 from std_rt.export import quantize
 from std_rt.export.parity import psnr_db
 from std_rt.export.quantize import Quality, make_pairs, quantize_bundle
-from std_rt.export.quantize_graph import RUNGS, quantize_graph
+from std_rt.export.quantize_graph import RUNGS, kept_layers, quantize_graph, weighted_layers
 from std_rt.pipeline.stylizer import Stylizer
 
 
@@ -167,36 +168,49 @@ def test_what_follows_from_style_and_time_alone_stays_in_float(int8_bundle: Bund
 def test_a_bundle_that_differs_too_much_is_not_written(
     own_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rungs = []
+    rungs, makers = [], []
 
-    def fake(source: Path, target: Path, name: str, samples: Any, keep: Any = ()) -> list[str]:
-        rungs.append((name, keep))
-        shutil.copyfile(source, target)
-        return [str(keep)]
+    def maker(source: Path, folder: Path, name: str, samples: Any) -> Any:
+        makers.append(name)
 
-    _change_form(monkeypatch, make=fake)
+        def make(target: Path, kept: Any) -> None:
+            rungs.append(kept)
+            shutil.copyfile(source, target)
+
+        return make
+
+    _change_form(monkeypatch, maker=maker)
     monkeypatch.setattr(quantize.Gate, "judge", lambda self, graph, path: Quality(33.9, 30.0))
     with pytest.raises(ExportError, match=r"33\.9 dB \(worst 30\.0 dB\).*34 dB.*--calibrate"):
         quantize_bundle(own_bundle, tmp_path / "bad")
-    assert rungs == [("unet", keep) for keep in RUNGS]
+    layers = weighted_layers(ir.load(own_bundle.graph_path("unet")))
+    assert rungs == [kept_layers(layers, keep) for keep in RUNGS]
+    assert len(rungs[0]) < len(rungs[1]) < len(rungs[2])
+    assert makers == ["unet"]  # calibrated once
     assert not list(tmp_path.iterdir())
 
 
 def test_a_vae_that_does_not_pass_stays_in_float(
     own_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fake(source: Path, target: Path, name: str, samples: Any, keep: Any = ()) -> list[str]:
-        shutil.copyfile(source, target)
-        return [str(keep)]
+    def maker(source: Path, folder: Path, name: str, samples: Any) -> Any:
+        return lambda target, kept: shutil.copyfile(source, target)
 
     good, bad = Quality(50, 50), Quality(50, 27)
-    _change_form(monkeypatch, make=fake)
-    monkeypatch.setattr(quantize.Gate, "judge", lambda self, graph, path: bad if "vae" in graph else good)
+    judged: list[str] = []
+
+    def judge(gate: Any, graph: str, path: Path) -> Quality:
+        judged.append(graph)
+        return bad if "vae" in graph else good
+
+    _change_form(monkeypatch, maker=maker)
+    monkeypatch.setattr(quantize.Gate, "judge", judge)
     notes: list[str] = []
     made = quantize_bundle(own_bundle, tmp_path / "half", progress=notes.append)
     assert list(made.quantized("int8")) == ["unet"]
     assert not list(made.path.glob("vae_*.int8.onnx"))
     assert any("vae_encoder stays in float: 50.0 dB (worst 27.0 dB)" in note for note in notes)
+    assert judged.count("vae_encoder") == 2  # the last rung names none of its layers
     # Once more, in place: the form is replaced.
     _change_form(monkeypatch, graphs=("unet", "vae_decoder"))
     monkeypatch.setattr(quantize.Gate, "judge", lambda self, graph, path: good)
@@ -208,8 +222,10 @@ def test_a_vae_that_does_not_pass_stays_in_float(
 def test_the_ends_of_a_graph_can_stay_in_float(own_bundle: Bundle, tmp_path: Path) -> None:
     samples = [_inputs(own_bundle, "vae_decoder")]
     target = tmp_path / "vae_decoder.onnx"
-    kept = quantize_graph(own_bundle.graph_path("vae_decoder"), target, "vae_decoder", samples, ("ends",))
+    source = own_bundle.graph_path("vae_decoder")
+    kept = kept_layers(weighted_layers(ir.load(source)), ("ends",))
     assert len(kept) == 2
+    quantize_graph(source, target, "vae_decoder", samples, kept)
     model = onnx.load(target, load_external_data=False)
     convs = [node for node in model.graph.node if node.op_type == "Conv"]
     makers = {output: node.op_type for node in model.graph.node for output in node.output}
