@@ -2,7 +2,7 @@
 
     python -m tools.make_triplets --photos PHOTOS --art ART --out TRIPLETS --count 2000 \
         [--photos-per-style 6] [--adain adain_vgg19.safetensors] [--microast FILE] \
-        [--fixed FILE] [--cd-wct FILE] [--magenta FOLDER]
+        [--fixed FILE] [--cd-wct FILE] [--magenta FOLDER] [--destylizer PIPELINE]
 
 The folder written is a triplet data set as training reads it, and users can bring their own in its layout:
 
@@ -18,6 +18,9 @@ and an artwork by weight. Several crops of the artwork at different scales are t
 plus content distance is kept, and none where even that one is poor. VGG weights come from the --adain file.
 Without it one crop is tried and kept unjudged, which is far faster. Triplet i depends only on the options and
 i, so a run that was stopped goes on where it was, and gives the same files.
+
+A destylizer (training/std_tiny_destylizer.toml) makes triplets with real paint as their target: an artwork
+without its style, another crop of the artwork, and the artwork itself.
 """
 
 from __future__ import annotations
@@ -40,6 +43,8 @@ from std_rt.models.perceptual import SqueezeNet, Vgg, content_distance, load_per
 from std_rt.training.data.picture_set import Frame, load_pictures
 from std_rt.training.run.sheet import to_frames, to_tensor
 from std_rt.training.tiny.generated_styles import draw_style
+from std_rt.training.tiny.tiny_pipeline import load_tiny
+from std_rt.training.tiny.trajectories import sample
 from tools.teachers import AdaIn, CdWct, Magenta, MicroAst, Teacher, load_fixed
 
 SIDES_PX = (256, 288, 320, 352, 384)
@@ -47,7 +52,7 @@ JUDGE_PX = 192
 COLUMNS = ("name", "teacher", "style_distance", "content_distance", "photo", "art")
 SHARES = {
     "microast": 0.46, "adain": 0.11, "swap": 0.18, "magenta": 0.06, "fixed": 0.06, "cd_wct": 0.05,
-    "generated": 0.08,
+    "generated": 0.08, "destylized": 0.3,
 }  # fmt: skip
 # Largest (style, content) distances kept. WCT breaks the drawing on a third of all pairs. A style picture of
 # a fixed or generated style is another photo in it, so that both distances are larger there and say less.
@@ -111,7 +116,9 @@ class Maker:
         }
         self.teachers = {name: make(path) for name, (path, make) in makers.items() if path}
         self.fixed = load_fixed(args.fixed) if args.fixed else {}
+        self.destylizer = load_tiny(args.destylizer) if args.destylizer else None
         known = {*self.teachers, "generated"} | ({"fixed"} if self.fixed else set())
+        known |= {"destylized"} if self.destylizer else set()
         self.kinds = [k for k in SHARES if k in known]
         weights = np.array([SHARES[k] for k in self.kinds])
         self.weights = weights / weights.sum()
@@ -154,6 +161,17 @@ class Maker:
         style, stylized = (to_tensor([apply(to_frames(x)[0], rng)]) for x in (other, photo))
         return self._judge(f"generated:{name}", photo, [(style, stylized)])
 
+    def _destylized(
+        self, art: Frame, side: int, rng: np.random.Generator, at: np.random.Generator
+    ) -> list[Made]:
+        """A crop of an artwork as the target, and the same without its style as the photo."""
+        assert self.destylizer is not None
+        style = square(art, max(side, self.style_px), rng.uniform(0.5, 1.0), rng)
+        target = square(art, side, at.uniform(0.5, 1.0), at)
+        return self._judge(
+            "destylized", sample(self.destylizer, target, None, 2).clamp(-1, 1), [(style, target)]
+        )
+
     @torch.no_grad()
     def make(self, number: int) -> tuple[Made, str, str] | None:
         """Triplet ``number`` with the names of its sources, or None where no candidate is good enough."""
@@ -170,10 +188,14 @@ class Maker:
             source = self.photos.names[other]
         else:
             drawn = self.art.draw(rng)
-            source = self.art.names[drawn]
-            made = self._candidates(kind, photo, self.art.frames[drawn], rng)
+            source, art = self.art.names[drawn], self.art.frames[drawn]
+            if kind == "destylized":
+                made = self._destylized(art, side, rng, of_photo)
+            else:
+                made = self._candidates(kind, photo, art, rng)
         best = min(made, key=lambda m: m.score)
-        return (best, self.photos.names[at], source) if best.good else None
+        names = source if kind == "destylized" else self.photos.names[at], source
+        return (best, *names) if best.good else None
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -250,6 +272,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cd-wct", help="safetensors")
     parser.add_argument("--fixed", help="feed-forward styles (safetensors)")
     parser.add_argument("--magenta", help="folder with the predict and transform ONNX files")
+    parser.add_argument("--destylizer", help="pipeline folder trained with reverse = true")
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--sides", type=int, nargs="+", default=SIDES_PX, help="of photos, in pixels")
     parser.add_argument("--style-px", type=int, default=256, help="least side of a style picture")

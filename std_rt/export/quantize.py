@@ -48,8 +48,8 @@ class Form:
     """How a form in 8 bits is made.
 
     ``graphs`` have it, in this order: each is judged on top of those accepted before. ``backend`` runs it for
-    the judgement; ``pairs`` are calibrated on, at least. ``maker`` takes a graph's file, the folder of the new
-    bundle, the graph's name and its samples, and returns what writes a file with some nodes kept in float.
+    the judgement; ``pairs`` are calibrated on, at least. ``maker`` takes a graph's file, the folder of the
+    new bundle, the graph's name and its samples, and returns what writes a file with some nodes in float.
     """
 
     graphs: tuple[str, ...]
@@ -234,7 +234,8 @@ class _Work:
         self, folder: Path, graph: str, samples: Sequence[Sample], gate: Gate
     ) -> dict[str, dict[str, Any]]:
         """Quantize one graph, with more layers in float on every rung; {} where no rung passes."""
-        bundle, source, found = self.bundle, self.bundle.graph_path(graph), []
+        bundle, source = self.bundle, self.bundle.graph_path(graph)
+        found: list[Quality] = []
         path = folder / f"{graph}.{self.form}.onnx"
         self.progress(f"quantizing {graph}")
         make = FORMS[self.form].maker(source, folder, graph, samples)

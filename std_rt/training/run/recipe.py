@@ -124,6 +124,7 @@ class StylistConfig:
     cooldown: Whole = 270  # steps at the end in which the rate falls in a straight line
     ema_decay: Share = 0.99
     drop_style: Share = 0.05
+    reverse: bool = False  # a destylizer: from the stylized picture to the photo, never told a style
     snr_ratio: Positive = 6.0
     eta: PositiveShare = 0.75  # of the run that ships: half of all trajectories start here
     start_eta: Annotated[float, Meta(ge=LOWEST_START_ETA, le=1)] = 0.95  # highest level trained
@@ -402,6 +403,8 @@ def _override(table: dict[str, Any], assignment: str) -> None:
 def _check_stylist(recipe: StylistConfig) -> None:
     if recipe.model.cross_attention_dim % STYLE_HEADS:
         raise RecipeError(f"model.cross_attention_dim must be a multiple of {STYLE_HEADS}")
+    if recipe.reverse and recipe.own_styles:
+        raise RecipeError("reverse learns from triplets alone; set own_styles = 0")
     if recipe.own_styles > recipe.styles:
         raise RecipeError(f"own_styles = {recipe.own_styles} is more than styles = {recipe.styles}")
     if recipe.own_styles and not recipe.perceptual:

@@ -219,7 +219,8 @@ class Stylist:
             len(z), run.rng, eta=config.eta, etas=etas, run_steps=config.run_steps, on_runs=0.9
         )
         states = noisy_states(z, c, self.live.schedule, levels, run.rng, run.generator)
-        styled = torch.from_numpy(run.rng.random(len(z)) >= config.drop_style).to(self.device)
+        dropped = 1.0 if config.reverse else config.drop_style
+        styled = torch.from_numpy(run.rng.random(len(z)) >= dropped).to(self.device)
         with self.precision():
             tokens, pooled = (
                 x.float().repeat_interleave(config.photos, 0)
@@ -459,5 +460,6 @@ def train_stylist(config: StylistConfig, stop_after: int | None = None) -> Path:
             save_tiny(stylist.average, run.folder / "pipeline")
             if config.sheet.contents:
                 copy = load_tiny(run.folder / "pipeline")
-                run_sheet(copy, config.sheet, run.sheet(step), [(1, 1.0), (2, 1.0), (4, 1.0)])
+                settings = [(1, 1.0), (2, 1.0), (4, 1.0)]
+                run_sheet(copy, config.sheet, run.sheet(step), settings, styled=not config.reverse)
     return run.folder / "pipeline"

@@ -116,21 +116,24 @@ def v_loss(v: Tensor, batch: NoisyBatch, weights: Tensor | None = None, most: fl
 def sample(
     pipeline: TinyPipeline,
     images: Tensor,
-    styles: Tensor,
+    styles: Tensor | None,
     steps: int,
     guidance: float = 1.0,
     eta: float = 0.75,
     seed: int = 0,
 ) -> Tensor:
-    """Stylize ``images [B, 3, H, W]`` in the looks of ``styles [B, 3, S, S]``, deterministically."""
+    """Stylize ``images [B, 3, H, W]`` in the looks of ``styles [B, 3, S, S]``, deterministically.
+
+    ``styles`` is None: the network is told no style.
+    """
     z = pipeline.vae.encode(images).latents
-    tokens, pooled = pipeline.style_encoder(styles)
+    tokens, pooled = pipeline.style_encoder(images if styles is None else styles)
     ids = torch.tensor([[images.shape[2], images.shape[3], 0, 0, images.shape[2], images.shape[3]]]).float()
     ids = ids.expand(len(z), 6)
     noise = torch.randn(z.shape[1:], generator=torch.Generator().manual_seed(seed))
 
     def predict(x: Tensor, timestep: int, unstyled: bool) -> Tensor:
-        t, styled = torch.full((len(z),), timestep), 0 if unstyled else 1
+        t, styled = torch.full((len(z),), timestep), 0 if unstyled or styles is None else 1
         return run_unet(pipeline.unet, x, t, styled * tokens, styled * pooled, ids, z)
 
     z_0 = denoise(
@@ -145,10 +148,18 @@ def sample(
 
 
 def run_sheet(
-    pipeline: TinyPipeline, config: SheetConfig, path: Path, settings: list[tuple[int, float]]
+    pipeline: TinyPipeline,
+    config: SheetConfig,
+    path: Path,
+    settings: list[tuple[int, float]],
+    styled: bool = True,
 ) -> None:
-    """One row a pair of unseen pictures: content, style, then one output per (steps, guidance)."""
+    """One row a pair of unseen pictures: content, style, then one output per (steps, guidance).
+
+    ``styled``: the network is told the style.
+    """
     pairs = spread_pairs(Path(config.contents), Path(config.styles), config.pairs, config.size_px)
     images, styles = to_tensor([a for a, _ in pairs]), to_tensor([b for _, b in pairs])
-    columns = [to_frames(sample(pipeline, images, styles, n, g)) for n, g in settings]
+    told = styles if styled else None
+    columns = [to_frames(sample(pipeline, images, told, n, g)) for n, g in settings]
     save_sheet(path, [[a, b, *outs] for (a, b), *outs in zip(pairs, *columns, strict=True)])

@@ -73,10 +73,11 @@ def find_triplets(folder: str | Path) -> list[Triplet]:
 class TripletSet:
     """All triplets of a folder in memory (uint8; 256 to 384 px: about 0.9 MB each), cropped at random.
 
-    Equal style pictures are kept once.
+    Equal style pictures are kept once. ``reverse``: the stylized picture stands for the photo, and the photo
+    for its stylized form.
     """
 
-    def __init__(self, folder: str | Path, min_px: int) -> None:
+    def __init__(self, folder: str | Path, min_px: int, reverse: bool = False) -> None:
         self.items: list[Item] = []
         styles: dict[bytes, Frame] = {}
         for found in track(find_triplets(folder), f"reading {folder}", transient=True):
@@ -85,7 +86,8 @@ class TripletSet:
                 continue
             if content.shape == stylized.shape and min(content.shape[:2]) >= min_px:
                 style = styles.setdefault(sha256(style.tobytes()).digest(), style)
-                self.items.append((content, style, stylized))
+                pair = (stylized, content) if reverse else (content, stylized)
+                self.items.append((pair[0], style, pair[1]))
         if not self.items:
             raise RecipeError(
                 f"no triplet in {folder} has a photo of {min_px} px or more and a stylized one of its size"
@@ -141,7 +143,7 @@ class StylistData:
     def __init__(self, config: StylistConfig) -> None:
         """Read everything into memory. Raises RecipeError."""
         self.config = config
-        self.groups = TripletSet(config.triplets, config.crop_px).by_style()
+        self.groups = TripletSet(config.triplets, config.crop_px, config.reverse).by_style()
 
     def draw(self, step: int) -> Pictures:
         """The crops of a step, from random numbers of its own: so steps can be drawn in any order."""

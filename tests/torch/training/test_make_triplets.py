@@ -11,6 +11,9 @@ from safetensors.torch import load_file, save_file
 from support.weights import random_conv
 
 from std_rt.training.run.recipe import DataConfig
+from std_rt.training.run.sheet import to_tensor
+from std_rt.training.tiny.tiny_pipeline import load_tiny
+from std_rt.training.tiny.trajectories import sample
 from std_rt.training.tiny.triplets import find_triplets
 from tools import make_triplets
 from tools.teachers import adain, style_swap, whiten_and_colour
@@ -41,7 +44,7 @@ def maker(
     monkeypatch.setattr(make_triplets, "LIMITS", {})
     adain = str(tmp_path / "adain.safetensors") if request.param == "judged" else None
     args = Namespace(
-        adain=adain, microast=None, cd_wct=None, magenta=None, fixed=None,
+        adain=adain, microast=None, cd_wct=None, magenta=None, fixed=None, destylizer=None,
         photos=data.photos, art=data.art, sources="", seed=3, candidates=2,
         sides=(64, 96), style_px=64, photos_per_style=1,
     )  # fmt: skip
@@ -72,6 +75,21 @@ def test_photos_of_a_style_share_its_picture(maker: make_triplets.Maker, tmp_pat
     )
     assert style[0] == style[1] == style[2] != style[3] == style[4] == style[5]
     assert len(set(content)) > 3
+
+
+def test_artworks_are_the_targets_of_what_a_destylizer_makes_of_them(
+    maker: make_triplets.Maker, stylist_folder: Path, tmp_path: Path
+) -> None:
+    """Target and style are crops of one artwork; the photo is the network's run without a style."""
+    maker.destylizer, maker.kinds, maker.weights = load_tiny(stylist_folder), ["destylized"], [1.0]
+    made, photo, art = maker.make(5) or pytest.fail("nothing was made")
+    again = sample(maker.destylizer, made.stylized, None, 2).clamp(-1, 1)
+    assert torch.equal(made.photo, again)
+    assert not torch.equal(made.photo, made.stylized)
+    source = maker.art.frames[maker.art.names.index(art)]
+    assert torch.isclose(made.stylized.mean(), to_tensor([source]).mean(), atol=0.3)
+    assert photo == art
+    assert bool(made.style_distance >= 0) == (maker.vgg is not None)
 
 
 def test_transfers_give_the_style_statistics() -> None:

@@ -194,6 +194,7 @@ def test_a_loss_of_the_lattice_without_a_network_to_decode_for_is_refused() -> N
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
+        ("reverse=true", "reverse learns from triplets alone; set own_styles = 0"),
         ("own_styles=9", "own_styles = 9 is more than styles = 8"),
         ("perceptual=", "own_styles needs a perceptual network"),
         ("steady_photos=17", "steady_photos = 17 is more than the 16 own runs"),

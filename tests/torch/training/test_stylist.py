@@ -291,6 +291,23 @@ def test_an_own_run_without_a_style_gives_the_photo_back(stylist: Stylist) -> No
     assert float(noted["content"]) < 1e-6
 
 
+def test_a_destylizer_learns_the_way_back_and_is_told_no_style(stylist_config: StylistConfig) -> None:
+    back = replace(stylist_config, reverse=True)
+    there, here = StylistData(stylist_config).draw(3), StylistData(back).draw(3)
+    assert torch.equal(there.content, here.target)
+    assert torch.equal(there.target, here.content)
+    assert torch.equal(there.style, here.style)
+    stylist = Stylist(back, here.content)
+    seen = stylist.sample(here, _run(), 0)
+    tokens, pooled, _, content = seen.told
+    assert not seen.styled.any()
+    assert not tokens.any()
+    assert not pooled.any()
+    encode = stylist.live.vae.encode
+    torch.testing.assert_close(content, encode(stylist.images(there.target)).latents)
+    torch.testing.assert_close(seen.states.z, encode(stylist.images(there.content)).latents)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_own_states_lie_on_the_networks_own_run(stylist: Stylist, seed: int) -> None:
     """Two steps from the photo, by hand; the triplets' states before them stay as they were."""
