@@ -18,11 +18,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -38,6 +40,7 @@ __all__ = ["CALLS", "Command", "main"]
 
 ROOT = Path(__file__).parents[1]
 REPLAYS, FRAMES, SIZE_PX, OTHER_PX = 1000, 6, 128, 192
+TIMED_FRAMES, TIMED_PX = 200, 512
 MOST_FRAMES = 10_000  # while engines open
 MOST_DIFFERENCE = 24  # of 255
 FAKE_PATIENCE = 4  # times the limit on the simulated GPU, which computes on the processor
@@ -91,6 +94,7 @@ CALLS = {
             needs=("torch", "diffusers"),
             on_fake=None,
         ),
+        Command("nhwc", ("-m", "tools.gpu_session", "nhwc"), 90, ("onnxruntime",), on_fake=None),
         _cli("live", *_LIVE, limit_s=60, on_fake=("--duration", "30", "--size", "64", "--steps", "1")),
     ),
 }
@@ -271,6 +275,39 @@ def step_capture() -> dict[str, Any]:
     return {"frames": done}
 
 
+def step_nhwc() -> dict[str, Any]:
+    """Backend ``cuda`` in the provider's own layout and with channels last: ms a frame, the difference."""
+    from std_rt.engines.onnxruntime import cuda
+
+    options = cuda.provider_options
+    found: dict[str, Any] = {}
+    pictures = []
+    for layout in ("0", "1", "0", "1"):
+        changed = partial(_with_layout, options, layout)
+        with mock.patch.object(cuda, "provider_options", changed), _opened_cuda() as stylizer:
+            frame = sample_frame(TIMED_PX, TIMED_PX)
+            pictures.append(stylizer.stylize(frame))
+            begun = time.perf_counter()
+            for _ in range(TIMED_FRAMES):
+                stylizer.stylize(frame)
+            ms = 1000 * (time.perf_counter() - begun) / TIMED_FRAMES
+        found.setdefault("channels last" if layout == "1" else "as it is", []).append(round(ms, 3))
+    difference = np.abs(pictures[0].astype(int) - pictures[1]).max()
+    return {"ms a frame": found, "largest difference": int(difference)}
+
+
+def _with_layout(
+    options: Callable[..., dict[str, str]], layout: str, *given: Any, **named: Any
+) -> dict[str, str]:
+    return options(*given, **named) | {"prefer_nhwc": layout}
+
+
+def _opened_cuda() -> Stylizer:
+    stylizer = Stylizer.load(None, backend="cuda", size=TIMED_PX, steps=2)
+    stylizer.set_style(sample_frame(256, 256, seed=1))
+    return stylizer
+
+
 def _counting(thread: threading.Thread) -> Iterator[int]:
     count = 0
     while thread.is_alive() or count < FRAMES:
@@ -295,6 +332,7 @@ STEPS: dict[str, Callable[[], dict[str, Any]]] = {
     "driver": step_driver,
     "modes": step_modes,
     "capture": step_capture,
+    "nhwc": step_nhwc,
 }
 
 

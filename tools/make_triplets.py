@@ -272,7 +272,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cd-wct", help="safetensors")
     parser.add_argument("--fixed", help="feed-forward styles (safetensors)")
     parser.add_argument("--magenta", help="folder with the predict and transform ONNX files")
-    parser.add_argument("--destylizer", help="pipeline folder trained with reverse = true")
+    parser.add_argument("--destylizer", type=Path, help="pipeline folder trained with reverse = true")
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--sides", type=int, nargs="+", default=SIDES_PX, help="of photos, in pixels")
     parser.add_argument("--style-px", type=int, default=256, help="least side of a style picture")

@@ -50,6 +50,30 @@ def test_frames_stay_the_same_while_engines_are_opened(
         gpu_session.step_capture()
 
 
+def test_both_layouts_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    from std_rt.engines.onnxruntime import cuda
+
+    seen: list[str] = []
+
+    def opened() -> Stylizer:
+        seen.append(cuda.provider_options("auto", capture=True)["prefer_nhwc"])
+        stylizer = Stylizer.load(None, backend="cpu", size=64, steps=1)
+        stylizer.set_style(np.zeros((64, 64, 3), np.uint8))
+        return stylizer
+
+    monkeypatch.setattr(gpu_session, "_opened_cuda", opened)
+    monkeypatch.setattr(gpu_session, "TIMED_FRAMES", 2)
+    monkeypatch.setattr(gpu_session, "TIMED_PX", 64)
+    found = gpu_session.step_nhwc()
+    assert seen == ["0", "1", "0", "1"]
+    assert "prefer_nhwc" not in cuda.provider_options("auto", capture=True)
+    assert {name: len(times) for name, times in found["ms a frame"].items()} == {
+        "as it is": 2,
+        "channels last": 2,
+    }
+    assert found["largest difference"] == 0
+
+
 def test_the_outcome_of_every_command_is_told_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
