@@ -23,20 +23,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from std_rt.core.machine import describe_machine
 from std_rt.examples import moving, styles, write_moving
 from std_rt.media import write_picture
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
-from support.browser import browser
-
-if TYPE_CHECKING:
-    from support.browser import Page
+from tools.browser import Page, browser
 
 _FRAMES, _FPS = 150, 30
 _BAR_MS = 35.0

@@ -11,20 +11,14 @@ import sys
 import tempfile
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from std_rt.examples import scenes
 from std_rt.media import write_picture
+from tools.browser import Page, browser
 
 _ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(_ROOT / "tests"))
-
-from support.browser import browser  # noqa: E402
-
-if TYPE_CHECKING:
-    from support.browser import Page
 
 _SCENE = "cat"
 _QUALITY = 88

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from typer import Option
 
-from std_rt.cli.options import BundleArgument, DeviceOption, OverwriteOption, PrecisionOption, choose_device
+from std_rt.cli.options import BundleArgument, DeviceOption, OverwriteOption, PrecisionOption, use_device
 from std_rt.cli.terminal import print_table
 from std_rt.core.errors import UsageError, counted
 from std_rt.core.machine import require
@@ -152,7 +152,7 @@ def compare(
         raise UsageError(f"layers in {precision} are not compared; use --precision auto, fp32 or bf16")
     from std_rt.export.layer_comparison import first_difference
 
-    choose_device(device)
+    use_device(device)
     one = load_bundle(bundle)
     second = one if other is None else load_bundle(other)
     names = graph or [name for name in one.graph_names if name in second.graph_names]

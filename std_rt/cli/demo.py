@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from typer import Option
 
-from std_rt.cli.options import BackendOption, BundleOption, DeviceOption, choose_device
+from std_rt.cli.options import BackendOption, BundleOption, DeviceOption, use_device
 from std_rt.cli.stylize import StylizeRequest
 from std_rt.cli.terminal import progress_lines, working
 
@@ -42,7 +42,7 @@ def demo(
     from std_rt import examples
     from std_rt.evaluation.picture_quality import write_sheet
 
-    choose_device(device)
+    use_device(device)
     scenes = _write(examples.scenes(EXAMPLE_PX), output / "inputs")
     styles = _write(examples.styles(EXAMPLE_PX), output / "styles")
     results = {size: _stylize(scenes, styles, size, output / str(size), bundle, backend) for size in SIZES}

@@ -21,8 +21,8 @@ from std_rt.cli.options import (
     OverwriteOption,
     PrecisionOption,
     SizeOption,
-    choose_device,
     parse_size,
+    use_device,
 )
 from std_rt.cli.terminal import counting, print_table, progress_lines
 from std_rt.core.errors import UsageError
@@ -183,7 +183,7 @@ class EvaluateRequest:
         if self.evaluations and self.steps:
             raise UsageError("--evaluations and --steps are mutually exclusive; give one of the two")
         if self.teacher is None:  # torch takes the name itself
-            choose_device(self.device)
+            use_device(self.device)
         if self.protocol is not None:
             self._check_protocol_flags()
         if self.teacher is None:
@@ -616,12 +616,12 @@ def _prepare(
     from std_rt.evaluation.candidates import read_candidate, teachers
     from std_rt.evaluation.picture_quality import read_mask
     from std_rt.evaluation.students import Comparison
-    from std_rt.evaluation.students import choose_device as torch_device
     from std_rt.training.distil.base import load_base
     from std_rt.training.distil.sampling import encode_scene
+    from std_rt.training.run.precision import choose_device
 
     assert request.teacher is not None
-    device = torch_device(request.device or "auto")
+    device = choose_device(request.device or "auto", "--device cpu")
     judge = _judge_with(request, device)
     base = load_base(request.teacher)
     loras = [read_candidate(path, base) for path in dict.fromkeys(request.lora or ())]

@@ -29,12 +29,12 @@ __all__ = [
     "TemporalOption",
     "VaeOption",
     "check_stroke_option",
-    "choose_device",
     "command_of",
     "parse_frame_size",
     "parse_size",
     "parse_style",
     "split_number",
+    "use_device",
 ]
 
 Size = tuple[int, int]  # (H, W) in pixels
@@ -103,7 +103,7 @@ class EngineFlags:
     def __post_init__(self) -> None:
         if self.vae not in ("auto", "full", "tiny"):
             raise BadParameter(f"--vae must be auto, full or tiny, got {self.vae!r}")
-        choose_device(self.device)
+        use_device(self.device)
         parse_size(self.size)
         if self.temporal not in ("off", "noise", "full"):
             raise BadParameter(f"--temporal must be off, noise or full, got {self.temporal!r}")
@@ -172,7 +172,7 @@ def parse_size(text: str | None) -> int | Size | None:
     return (int(match[2]), int(match[1])) if match[2] else int(match[1])
 
 
-def choose_device(device: str | None) -> None:
+def use_device(device: str | None) -> None:
     """``--device``: the GPU of this process. Raises UsageError as `choose_gpu` does."""
     if device is not None:
         from std_rt.engines.gpu.driver import choose_gpu

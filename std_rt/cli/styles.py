@@ -18,9 +18,9 @@ from std_rt.cli.options import (
     OverwriteOption,
     StrokeSizeOption,
     check_stroke_option,
-    choose_device,
     parse_style,
     split_number,
+    use_device,
 )
 from std_rt.cli.terminal import print_table
 from std_rt.core.errors import UsageError
@@ -61,7 +61,7 @@ def save(
 
     pairs = [parse_style(text) for text in styles]
     check_stroke_option(stroke_size)
-    choose_device(device)
+    use_device(device)
     check_style_output(output, overwrite)
     for path, _ in pairs:
         check_input(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,15 @@ from typer import Argument, Option
 from std_rt.core.machine import require
 
 __all__ = ["train"]
+
+# Stage of a recipe -> its function. Each is imported when it runs: the stages of std-tiny need no Accelerate
+# and no DINOv2.
+_STAGES = {
+    "autoencoder": ("std_rt.training.tiny.autoencoder_stage", "train_autoencoder"),
+    "stylist": ("std_rt.training.tiny.stylist", "train_stylist"),
+    "motion": ("std_rt.training.tiny.motion_stage", "train_motion"),
+    "distil": ("std_rt.training.distil.loop", "train_distil"),
+}
 
 
 def train(
@@ -51,6 +61,5 @@ def train(
         for line in describe_run(resolved):
             typer.echo(line)
         return
-    from std_rt.training.stages import run_recipe
-
-    typer.echo(run_recipe(resolved))
+    module, function = _STAGES[resolved.stage]
+    typer.echo(getattr(import_module(module), function)(resolved))

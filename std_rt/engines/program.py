@@ -169,11 +169,12 @@ def launch_specs(program: Program, specs: Mapping[str, GraphSpec]) -> list[Graph
     found = []
     for launch in program.launches:
         shapes = {port: program.buffers[buffer][0] for port, buffer in launch.inputs.items()}
-        if launch.graph in GLUE:
-            spec = glue_spec(launch.graph, shapes)
-        else:
-            spec = replace(specs[launch.graph], shapes=shapes)
-        found.append(known.setdefault(spec.identity, spec))
+        graph = launch.graph, *sorted(shapes.items())
+        if graph not in known and launch.graph in GLUE:
+            known[graph] = glue_spec(launch.graph, shapes)
+        elif graph not in known:
+            known[graph] = replace(specs[launch.graph], shapes=shapes)
+        found.append(known[graph])
     return found
 
 

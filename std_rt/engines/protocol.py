@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -76,7 +77,7 @@ class GraphSpec:
         shapes, quantized = (tuple(sorted(found.items())) for found in (self.shapes, self.quantized))
         return self.name, self.path, quantized, shapes, self.steady, self.compute, self.baked_digest
 
-    @property
+    @cached_property
     def baked_digest(self) -> str:
         """sha256 hex of ``baked``; empty if there is nothing in it."""
         digest = hashlib.sha256()

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 import typer
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from std_rt.core.arrays import Frame, Size
 from std_rt.core.bundle import Bundle, load_bundle
 from std_rt.core.errors import UsageError, one_line
 from std_rt.core.machine import describe_machine, fastest_arithmetic, peak_memory_mb, require
@@ -52,8 +52,6 @@ ENGINES = ("vae_encoder", "unet", "vae_decoder", "frame")  # stages that call en
 AGAINST = ("diffusers", "compile")
 _TURN = 10  # frames in a row if several runs take turns; one more before them is not counted
 _STARTS = 3  # processes whose start is timed
-Frame = NDArray[np.uint8]
-Size = tuple[int, int]  # (H, W) in pixels
 Step = Callable[[], Mapping[str, float]]  # stylize one frame -> milliseconds by stage
 
 

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from std_rt.core.arrays import Frame
 from std_rt.core.bundle import CONTENT, INPAINTING, Bundle
 from std_rt.core.errors import UsageError
 from std_rt.engines.glue import GLUE
@@ -32,8 +33,6 @@ from std_rt.pipeline.denoise import denoise, noise_draws
 from std_rt.pipeline.stylizer import draw_noise
 
 __all__ = ["DiffusersLoop"]
-
-Frame = NDArray[np.uint8]
 
 
 class DiffusersLoop:

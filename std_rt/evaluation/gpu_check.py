@@ -21,7 +21,7 @@ from std_rt.core.errors import BackendError, StdRtError, one_line
 from std_rt.core.machine import describe_machine
 from std_rt.engines import BackendInfo, backends, open_engine, open_runner
 from std_rt.engines.gpu import probe
-from std_rt.engines.program import FRAME, STYLED, Launch, Program, Runner
+from std_rt.engines.program import FRAME, STYLED, Launch, Program
 from std_rt.engines.protocol import Array, GraphSpec, Ports
 from std_rt.engines.registry import GPU_BACKENDS
 from std_rt.evaluation.bench import measure, sample_frame, stream_step
@@ -84,16 +84,13 @@ def _picture(backend: str, result: dict[str, Any] | None, precision: str = "auto
             result["open_s"] = round(time.perf_counter() - begun, 2)
             result["precision"] = stylizer.precision
             result["memory_mb"] = None if before is None else round(before - (_free_mb(result) or 0))
-            result["one_graph"] = _is_one_graph(stylizer.runner(RunnerKey(stylizer.quality_at(size))).wait())
+            runner = stylizer.runner(RunnerKey(stylizer.quality_at(size))).wait()
+            # Whether a whole frame is replayed as one CUDA graph.
+            result["one_graph"] = bool(getattr(runner, "captured", False))
             timing = measure({"": stream_step(stylizer, size)}, FRAMES, WARMUP, silent=True)[""]
             result["frame_ms"] = round(timing.median_ms["total"], 3)
             result["p95_ms"] = round(timing.p95_ms["total"], 3)
     return styled
-
-
-def _is_one_graph(runner: Runner) -> bool:
-    """Whether a whole frame is replayed as one CUDA graph."""
-    return bool(getattr(runner, "captured", False))
 
 
 def _free_mb(result: dict[str, Any] | None) -> float | None:

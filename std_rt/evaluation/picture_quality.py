@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from std_rt.core.arrays import Frame
 from std_rt.core.errors import UsageError
 from std_rt.evaluation.measures import Mask, WarpingError, means, score, sharpness
 from std_rt.media.fit import resize
@@ -50,7 +51,6 @@ __all__ = [
     "write_sheet",
 ]
 
-Frame = NDArray[np.uint8]
 Pair = tuple[Frame, Frame]  # (content, style)
 # (output, content, style, mask or None) -> numbers by name
 Judge = Callable[[Frame, Frame, Frame, Mask | None], dict[str, float]]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from std_rt.core.errors import UsageError, one_line
+from std_rt.core.errors import UsageError
 from std_rt.core.schedule import GRID_POINTS, img2img_timesteps, trajectory_timesteps
 from std_rt.evaluation.candidates import Candidate, attached
 from std_rt.evaluation.inpaint import composite, keep_outside, latent_mask, outside_difference
@@ -32,7 +32,6 @@ __all__ = [
     "Row",
     "Setting",
     "aggregate",
-    "choose_device",
     "compare",
     "timesteps_for",
 ]
@@ -79,17 +78,6 @@ class Row:
     def as_dict(self) -> dict[str, Any]:
         """For JSON: everything but the frames."""
         return {name: value for name, value in vars(self).items() if name != "frames"}
-
-
-def choose_device(name: str) -> str:
-    """``auto``: a GPU if there is one. Raises UsageError if the device cannot be used."""
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    try:
-        torch.zeros(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        reason = one_line(error, 120)
-        raise UsageError(f"--device {name} cannot be used ({reason}); try --device cpu") from None
-    return chosen
 
 
 def timesteps_for(candidate: Candidate, setting: Setting) -> list[int]:

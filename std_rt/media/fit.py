@@ -9,8 +9,8 @@ from typing import Any
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
+from std_rt.core.arrays import Frame
 from std_rt.core.errors import UsageError
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "working_size",
 ]
 
-Frame = NDArray[np.uint8]
 _WINDOW = (7, 7)  # px of the small picture, over which a result is compared with the luma of its input
 _NOISE = 5.0**2  # variance of luma (0..255) below which a window counts as flat
 

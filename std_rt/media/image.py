@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, IptcImagePlugin, TiffImagePlugin
 
+from std_rt.core.arrays import Frame
 from std_rt.core.errors import MediaError
 from std_rt.core.files import atomic_file, check_input, reason
 from std_rt.media.fit import over_white, resize, spread
@@ -50,7 +51,6 @@ __all__ = [
 MAX_PIXELS = 200_000_000
 """Largest picture that is decoded (200 megapixels: 600 MB as RGB); a larger one is refused unread."""
 
-Frame = NDArray[np.uint8]  # [H, W, 3] RGB
 
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"subsampling": 0},

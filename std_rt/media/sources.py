@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from std_rt.core.errors import MediaError
+from std_rt.core.errors import MediaError, counted
 from std_rt.core.files import check_input, check_output, missing, reason, writing
 from std_rt.media.image import PICTURE_SUFFIXES, WRITABLE_SUFFIXES, is_animated, open_picture
 from std_rt.media.picture_formats import RefusedKind, UnreadablePictureError, refused_kind
@@ -150,7 +150,7 @@ def _folder_files(folder: Path, say: Callable[[str], None]) -> list[Path]:
 def _left_out(kind: RefusedKind, names: list[str]) -> str:
     """Such as ``3 files (a.NEF, b.NEF, c.NEF), each a raw file of a camera: develop it first ...``."""
     shown = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
-    count = "1 file" if len(names) == 1 else f"{len(names)} files"
+    count = counted(len(names), "file")
     return f"{count} ({shown}), {'' if len(names) == 1 else 'each '}{kind.name}: {kind.remedy}"
 
 

@@ -189,7 +189,8 @@ class _Connection:
 
     async def _close(self, found: list[Any]) -> None:
         errors = [each for each in found if isinstance(each, StdRtError)]
-        others = [each for each in found if isinstance(each, Exception) and not _is_end(each)]
+        gone = (WebSocketDisconnect, RuntimeError, OSError)  # the client is: no failure
+        others = [each for each in found if isinstance(each, Exception) and not isinstance(each, gone)]
         reason = one_line(errors[0]) if errors else self._over.result() if self._over.done() else ""
         code = _REFUSED if reason else 1000
         if others and not errors:
@@ -279,8 +280,3 @@ class _Connection:
             await self._tell(figures=self._live.figures())
             while self._live.mixer.problems:
                 await self._tell(error=self._live.mixer.problems.popleft())
-
-
-def _is_end(error: Exception) -> bool:
-    """The client is gone: no failure."""
-    return isinstance(error, WebSocketDisconnect | RuntimeError | OSError)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from std_rt.core.arrays import Array
-from std_rt.streaming.optical_flow import Followed, unmoved
+from std_rt.streaming.optical_flow import Followed, read_at, unmoved
 
 __all__ = ["MovingNoise"]
 
@@ -52,7 +52,7 @@ class MovingNoise:
         trusted &= _together(moved_by, trusted)
         moved_by = moved_by * trusted[..., None]
         came_from = unmoved(self._size) + moved_by
-        owed = _at(self._owed, came_from) * trusted[..., None] + moved_by
+        owed = read_at(self._owed, came_from, cv2.INTER_NEAREST) * trusted[..., None] + moved_by
         jump = _in_step(np.where(np.abs(owed) > _ENOUGH, np.rint(owed), 0)) * trusted[..., None]
         self._owed = np.where(trusted[..., None], np.clip(owed - jump, -1, 1), self._owed)
         wanted = unmoved(self._size) + jump
@@ -89,12 +89,6 @@ def _together(moved_by: Array, trusted: NDArray[np.bool_]) -> NDArray[np.bool_]:
 def _around(values: Array) -> Array:
     mean = cv2.blur(np.ascontiguousarray(values), (_REGION, _REGION), borderType=cv2.BORDER_REPLICATE)
     return np.asarray(mean, np.float32)
-
-
-def _at(field: Array, source: Array) -> Array:
-    """``field`` [h, w, 2] at the cells nearest to ``source`` [h, w, 2]."""
-    read = cv2.remap(field, source, None, cv2.INTER_NEAREST, borderMode=cv2.BORDER_REPLICATE)  # type: ignore[call-overload]
-    return np.asarray(read, np.float32)
 
 
 def _in_step(jumps: Array) -> Array:

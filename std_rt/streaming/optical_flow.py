@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from std_rt.core.arrays import Array, Frame, Size
 
-__all__ = ["SMALLEST_PX", "Followed", "Follower", "enlarged", "reduced", "unmoved"]
+__all__ = ["SMALLEST_PX", "Followed", "Follower", "enlarged", "read_at", "reduced", "unmoved"]
 
 
 # 256 px of any aspect is followed at its own size, 512 px at half. Noise moves by cells and needs less.
@@ -90,9 +90,9 @@ class Follower:
         back = np.asarray(self._back.calc(grey, before, None), np.float32)  # type: ignore[call-overload]
         forth = np.asarray(self._forth.calc(before, grey, None), np.float32)  # type: ignore[call-overload]
         source = unmoved(grey.shape) + back
-        agreed = _agreement(back, _read(forth, source))
+        agreed = _agreement(back, read_at(forth, source))
         new = small.astype(np.float32)
-        carried = _read(self._history, source)
+        carried = read_at(self._history, source)
         moved_off, stayed_off = _unlike(carried, new), _unlike(self._history, new)
         short = cv2.magnitude(*cv2.split(back)) < _STAYED_PX
         stayed = (stayed_off <= moved_off + _STAYED_LEVELS) & (short | (agreed < 0.5))
@@ -141,6 +141,12 @@ def unmoved(size: Size) -> Array:
     return grid
 
 
+def read_at(picture: Array, source: Array, interpolation: int = cv2.INTER_LINEAR) -> Array:
+    """``picture`` [H, W, C] float32 at the places ``source`` [H, W, 2]; beyond the edge, the edge."""
+    read = cv2.remap(picture, source, None, interpolation, borderMode=cv2.BORDER_REPLICATE)  # type: ignore[call-overload]
+    return np.asarray(read, np.float32)
+
+
 def _fine() -> cv2.DISOpticalFlow:
     """Half the frame's resolution; with fewer rounds than the preset has, at two thirds of its time."""
     search = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
@@ -149,12 +155,6 @@ def _fine() -> cv2.DISOpticalFlow:
     search.setVariationalRefinementIterations(3)
     search.setPatchStride(5)
     return search
-
-
-def _read(picture: Array, source: Array) -> Array:
-    """``picture`` [H, W, C] float32 at ``source``, bilinear."""
-    read = cv2.remap(picture, source, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)  # type: ignore[call-overload]
-    return np.asarray(read, np.float32)
 
 
 def _agreement(back: Array, forth: Array) -> Array:

@@ -28,7 +28,7 @@ from std_rt.core.arrays import Array, Frame, Size
 from std_rt.evaluation.measures import Flow, sharpness
 from std_rt.pipeline.stylizer import State
 from std_rt.streaming.noise_warp import MovingNoise
-from std_rt.streaming.optical_flow import SMALLEST_PX, Followed, Follower, enlarged, reduced
+from std_rt.streaming.optical_flow import SMALLEST_PX, Followed, Follower, enlarged, read_at, reduced
 
 __all__ = ["TEMPORAL_MODES", "Motion", "TemporalFilter"]
 
@@ -182,7 +182,8 @@ class _Mixer:
         history, self._history = self._history, new
         if history is None or followed is None:
             return styled
-        gap = _carried(history, followed.source) - new
+        # Cubic: bilinear sampling would blur the history again in every frame.
+        gap = read_at(history, followed.source, cv2.INTER_CUBIC) - new
         share = self._weight(gap, followed.trust, changing) * followed.trust
         if not share.any():
             return styled
@@ -197,12 +198,6 @@ class _Mixer:
         if not changing:
             self._usual += (levels - self._usual) / 16
         return np.float32(_CHANGING_WEIGHT if changing else _WEIGHT)
-
-
-def _carried(history: Array, source: Array) -> Array:
-    """``history`` at ``source``, cubic: bilinear sampling would blur it again in every frame."""
-    read = cv2.remap(history, source, None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)  # type: ignore[call-overload]
-    return np.asarray(read, np.float32)
 
 
 def _with_detail(mixed: Array, new: Array) -> Frame:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import queue
 
+from std_rt.core.arrays import Size
 from std_rt.core.errors import MediaError
-from std_rt.media.camera.device import Properties, Size
+from std_rt.media.camera.device import Properties
 
 
 class FakeDevice:

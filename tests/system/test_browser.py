@@ -19,7 +19,6 @@ import pytest
 for _package in ("starlette", "uvicorn", "websockets"):
     pytest.importorskip(_package)
 
-from support.browser import CHROMIUM, Page, browser  # noqa: E402
 from support.live_support import wait_until  # noqa: E402
 from support.media_samples import ClipSpec, make_clip  # noqa: E402
 from support.serve_support import own, running  # noqa: E402
@@ -28,6 +27,7 @@ from std_rt.core.bundle import Bundle  # noqa: E402
 from std_rt.media import write_picture  # noqa: E402
 from std_rt.pipeline.stylizer import Stylizer  # noqa: E402
 from std_rt.serve.app import Options, Server  # noqa: E402
+from tools.browser import CHROMIUM, Page, browser  # noqa: E402
 
 pytestmark = [
     pytest.mark.long,

@@ -17,11 +17,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from std_rt.core.arrays import Frame, Size
 from std_rt.core.errors import MediaError
 from std_rt.core.prefetcher import Prefetcher
-from std_rt.media.camera.device import CvDevice, Device, Properties, Size, camera_choices, camera_name
+from std_rt.media.camera.device import CvDevice, Device, Properties, camera_choices, camera_name
 from std_rt.media.camera.file_camera import FileCamera, clip_playback, still_playback
-from std_rt.media.camera.frame_source import Captured, Frame, Pause, Sleep, Source, after
+from std_rt.media.camera.frame_source import Captured, Pause, Sleep, Source, after
 from std_rt.media.sources import media_kind
 
 __all__ = ["Camera", "Captured", "Source", "open_source", "to_frame"]

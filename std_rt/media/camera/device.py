@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 import cv2
 
+from std_rt.core.arrays import Size
 from std_rt.core.errors import MediaError
 
 __all__ = ["CvDevice", "Device", "Properties", "camera_choices", "camera_name", "list_cameras"]
 
-Size = tuple[int, int]  # (H, W)
 
 _DEV, _SYSFS = Path("/dev"), Path("/sys/class/video4linux")
 # OpenCV's backends by sys.platform, best first (Media Foundation can take long to open a camera).

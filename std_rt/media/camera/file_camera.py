@@ -17,9 +17,10 @@ from pathlib import Path
 
 import av
 
+from std_rt.core.arrays import Frame
 from std_rt.core.errors import MediaError
 from std_rt.core.prefetcher import Prefetcher
-from std_rt.media.camera.frame_source import Captured, Frame, Pause, Sleep, after
+from std_rt.media.camera.frame_source import Captured, Pause, Sleep, after
 from std_rt.media.fit import resize
 from std_rt.media.image import read_picture
 from std_rt.media.video.clip import nothing_decoded, open_clip, probe

@@ -9,12 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
+from std_rt.core.arrays import Frame
 
-__all__ = ["Captured", "Frame", "Pause", "Sleep", "Source", "after"]
+__all__ = ["Captured", "Pause", "Sleep", "Source", "after"]
 
-Frame = NDArray[np.uint8]  # [H, W, 3] RGB, C-contiguous
 Sleep = Callable[[float], object]
 
 # An event wakes up to 16 ms late on Windows; time.sleep does not.

@@ -7,8 +7,8 @@ from typing import Any
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
+from std_rt.core.arrays import Frame, Size
 from std_rt.core.errors import MediaError
 from std_rt.core.files import reason
 from std_rt.core.machine import install_hint
@@ -16,8 +16,6 @@ from std_rt.media.fit import resize
 
 __all__ = ["VirtualCamera", "letterbox"]
 
-Frame = NDArray[np.uint8]
-Size = tuple[int, int]  # (H, W)
 
 # Instead of bars narrower than this share of a side, the frame is stretched.
 _LEAST_BAR = 0.01

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from av.stream import Disposition
-from numpy.typing import NDArray
 
+from std_rt.core.arrays import Frame
 from std_rt.media.fit import over_white
 from std_rt.media.video.colour import Colour
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 __all__ = ["Clip", "DecodedFrame", "Tags"]
-
-Frame = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)

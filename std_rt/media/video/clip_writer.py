@@ -22,8 +22,8 @@ from av.container import InputContainer, OutputContainer
 from av.packet import Packet
 from av.stream import Disposition, Stream
 from av.subtitles.stream import SubtitleStream
-from numpy.typing import NDArray
 
+from std_rt.core.arrays import Frame
 from std_rt.core.errors import MediaError
 from std_rt.core.files import reason
 from std_rt.media.fit import resize
@@ -43,8 +43,6 @@ _STREAM_TAGS = frozenset({"language", "title", "handler_name"})
 _WITH_COVERS = ("mp4", "matroska")
 # Raised by containers for packets of damaged sound; never for frames encoded here.
 _BAD_PACKET = (av.ArgumentError, av.InvalidDataError)
-
-Frame = NDArray[np.uint8]
 
 
 class ClipWriter:

@@ -15,8 +15,8 @@ from av.container import OutputContainer
 from av.packet import Packet
 from av.video.frame import PictureType
 from av.video.stream import VideoStream
-from numpy.typing import NDArray
 
+from std_rt.core.arrays import Frame
 from std_rt.core.errors import MediaError
 from std_rt.core.files import reason
 from std_rt.media.fit import resize
@@ -30,8 +30,6 @@ _TRIAL_PX = 256
 # Encoders that keep transparency, and the format in which they take it; the one for each suffix.
 _WITH_ALPHA = {"libvpx-vp9": "yuva420p", "prores_ks": "yuva444p10le"}
 _ALPHA_ENCODERS = {".webm": "libvpx-vp9", ".mkv": "libvpx-vp9", ".mov": "prores_ks"}
-
-Frame = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ import av
 import numpy as np
 from av.packet import Packet
 from av.video.stream import VideoStream
-from numpy.typing import NDArray
 
+from std_rt.core.arrays import Frame
 from std_rt.core.errors import MediaError
 from std_rt.core.files import atomic_file, check_output, reason
 from std_rt.media.video.colour import Colour
@@ -41,8 +41,6 @@ _MUX_OPTIONS = {"mp4": _FRAGMENTS, "mov": _FRAGMENTS, "matroska": _CLUSTERS, "we
 _TICKS = {"mp4": 10_000, "mov": 10_000, "matroska": 1000, "webm": 1000}
 _SPARE_BYTES = 1 << 20
 _FAILURES = (av.FFmpegError, OSError, ValueError, MemoryError, MediaError)
-
-Frame = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
+from std_rt.core.arrays import Frame
 from std_rt.core.errors import MediaError
 from std_rt.core.files import atomic_file, check_output
 from std_rt.core.prefetcher import Prefetcher
@@ -30,7 +28,6 @@ _DECODED_AHEAD = 4
 _STYLED_AHEAD = 4
 _LONGEST_CALL_S = 60.0  # allowed for the threads to finish their last frame before the clip is closed
 
-Frame = NDArray[np.uint8]
 Stream = Callable[[Iterator[Frame]], Iterator[Frame]]
 
 

@@ -17,12 +17,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from std_rt.core.arrays import Frame
 from std_rt.media.fit import resize
 from std_rt.media.window.sdl import pygame
 
 __all__ = ["HelpLine", "Overlay", "Scene", "Thumbnail", "icon", "text_px"]
 
-Frame = NDArray[np.uint8]  # [H, W, 3] RGB
 Colour = tuple[int, int, int]
 Thumbnail = tuple[Frame, float, bool]
 """A style in the strip: its picture, its weight 0..1 in the blend, and whether it is selected."""

@@ -16,15 +16,14 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
+from std_rt.core.arrays import Frame
 from std_rt.core.errors import MediaError
 from std_rt.media.window.overlay import HelpLine, Overlay, Scene, Thumbnail, icon
 from std_rt.media.window.sdl import keep_forever, key_name, open_screen, pygame, screen_is_lost
 
 __all__ = ["Box", "Closed", "Dropped", "Event", "Key", "Window", "layout"]
 
-Frame = NDArray[np.uint8]  # [H, W, 3] RGB
 Box = tuple[int, int, int, int]
 """x, y, width, height in pixels of the window."""
 

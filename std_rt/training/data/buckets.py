@@ -14,12 +14,12 @@ from math import log
 import cv2
 import numpy as np
 
+from std_rt.core.arrays import Size
 from std_rt.core.errors import RecipeError
 from std_rt.training.data.picture_set import Frame
 
 __all__ = ["Placement", "Size", "bucket_sizes", "nearest_bucket", "place"]
 
-Size = tuple[int, int]
 
 MAX_ASPECT = 2
 MIN_AREA = 0.85  # of the square's

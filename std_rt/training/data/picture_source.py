@@ -543,7 +543,7 @@ class _Cache:
 
     def key(self, values: list[Any]) -> str:
         """Name of a file."""
-        return _sha256(self.made_by, values)
+        return hashlib.sha256(json.dumps([self.made_by, values]).encode("utf-8")).hexdigest()
 
     def _file(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
@@ -580,10 +580,6 @@ def _crc32(tensors: dict[str, Tensor]) -> int:
     for name in sorted(tensors):
         crc = zlib.crc32(tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes(), crc)
     return crc
-
-
-def _sha256(*values: Any) -> str:
-    return hashlib.sha256(json.dumps(values).encode("utf-8")).hexdigest()
 
 
 def _identity(base: Base) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from std_rt.core.base_model import licence, unet_digest
 from std_rt.core.errors import ExportError, RecipeError, one_line
@@ -341,10 +341,6 @@ def _is_tiny(folder: Path) -> bool:
     return encoder.is_file() and read_json(encoder).get("_class_name") == "StyleEncoder"
 
 
-def _digest(unet: nn.Module) -> str:
-    return unet_digest({name: tuple(value.shape) for name, value in unet.state_dict().items()})
-
-
 def _tiny(folder: Path) -> Base:
     p = load_tiny(folder)
     style, name = p.style_encoder, folder.resolve().name
@@ -515,7 +511,8 @@ def load_base(
         _add_style(base, folder, style, dtype)
     if motion is not None and motion.adapter:
         _add_motion(base, motion)
-    base.digest, base.licence = _digest(base.unet), licence(folder)
+    base.digest = unet_digest({name: value.shape for name, value in base.unet.state_dict().items()})
+    base.licence = licence(folder)
     for part in (base.unet, base.vae, base.style_encoder):
         if part is not None:
             part.requires_grad_(False).eval()

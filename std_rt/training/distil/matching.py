@@ -8,9 +8,8 @@ that difference is its gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,13 +68,12 @@ class Matching:
         return replace(states, x=x, index=index)
 
     def _estimate(self, states: States) -> Tensor:
-        network: Callable[..., Any] = partial(_call, self.distiller.base.unet, self.tensors)
+        def network(*args: Any, **kwargs: Any) -> Any:
+            unet = self.distiller.base.unet
+            return functional_call(unet, dict(self.tensors), args, kwargs, tie_weights=False)
+
         return self.distiller.student_jump(network, states, _end(states), "score")
 
 
 def _end(states: States) -> Tensor:
     return torch.full_like(states.index, CLEAN)
-
-
-def _call(unet: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-    return functional_call(unet, dict(tensors), args, kwargs, tie_weights=False)

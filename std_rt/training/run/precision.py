@@ -1,4 +1,4 @@
-"""Number format and attention kernels of the networks in training."""
+"""Device, number format and attention kernels of the networks in training."""
 
 from __future__ import annotations
 
@@ -8,11 +8,24 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from std_rt.core.errors import UsageError, one_line
 from std_rt.training.run.recipe import Precision
 
-__all__ = ["DTYPES", "attention_kernels", "precision_context", "resolve_precision"]
+__all__ = ["DTYPES", "attention_kernels", "choose_device", "precision_context", "resolve_precision"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def choose_device(name: str, instead: str = "--set device=cpu") -> str:
+    """``auto`` is CUDA where there is one. If torch cannot use ``name``: UsageError, advising ``instead``."""
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        torch.zeros(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise UsageError(
+            f"torch cannot use device {name!r} ({one_line(error, 120)}); use {instead}"
+        ) from None
+    return chosen
 
 
 def resolve_precision(precision: Precision, device: str) -> Precision:

@@ -11,14 +11,8 @@ from torch import Tensor, nn
 from std_rt.core.errors import RecipeError
 from std_rt.models.autoencoder import AutoencoderPixelShuffle, Shortcut, body_of
 from std_rt.models.perceptual import feature_distance, gram_distance, load_perceptual
+from std_rt.training.run.precision import choose_device as choose_device
 from std_rt.training.run.recipe import AutoencoderConfig
-
-
-def choose_device(name: str) -> str:
-    """``auto`` is CUDA where there is one; RecipeError where CUDA is asked for and there is none."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("device = 'cuda', but torch finds no CUDA GPU here; set device = 'auto' or 'cpu'")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def load_autoencoder(folder: str) -> AutoencoderPixelShuffle:

@@ -28,14 +28,13 @@ from std_rt.training.data.picture_set import (
     random_crop,
     read_picture,
 )
-from std_rt.training.run.precision import precision_context
+from std_rt.training.run.precision import choose_device, precision_context
 from std_rt.training.run.recipe import AutoencoderConfig
 from std_rt.training.run.sheet import centre_crop, save_sheet, to_frames, to_tensor
 from std_rt.training.run.training_run import ModuleRun, cosine_rate
 from std_rt.training.tiny.autoencoder_parts import (
     ExtraLosses,
     build_autoencoder,
-    choose_device,
     fit_shortcut,
     load_autoencoder,
 )

@@ -39,11 +39,10 @@ from std_rt.models.perceptual import (
 from std_rt.pipeline.denoise import denoise
 from std_rt.training.data.picture_set import Frame, load_pictures
 from std_rt.training.distil.lora import Average
-from std_rt.training.run.precision import attention_kernels, precision_context
+from std_rt.training.run.precision import attention_kernels, choose_device, precision_context
 from std_rt.training.run.recipe import MotionStageConfig
 from std_rt.training.run.sheet import save_sheet, to_frames, to_tensor
 from std_rt.training.run.training_run import ModuleRun, cosine_rate
-from std_rt.training.tiny.autoencoder_parts import choose_device
 from std_rt.training.tiny.scenes import Scene, camera, draw_scene
 from std_rt.training.tiny.tiny_pipeline import load_tiny, random_time_ids, run_unet
 from std_rt.training.tiny.triplets import crop_style

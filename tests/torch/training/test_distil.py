@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from support.distil_runs import ADVERSARIAL, assert_same, read_checkpoint, small_recipe, write_triplets
 from support.pipelines import write_clip_pipeline, write_own_pipeline
 
-from std_rt.core.errors import RecipeError
+from std_rt.core.errors import RecipeError, UsageError
 from std_rt.core.schedule import NoiseSchedule, trajectory_timesteps
 from std_rt.export.export_options import ExportOptions
 from std_rt.export.source_pipeline import read_source
@@ -30,7 +30,7 @@ from std_rt.training.distil.loop import train_distil
 from std_rt.training.distil.lora import Average, add_lora, lora_parameters
 from std_rt.training.distil.trajectory import Levels
 from std_rt.training.run.checkpoint import load_state
-from std_rt.training.run.precision import precision_context, resolve_precision
+from std_rt.training.run.precision import choose_device, precision_context, resolve_precision
 from std_rt.training.run.recipe import (
     AdversarialConfig,
     BankConfig,
@@ -505,6 +505,12 @@ def test_auto_is_fp16_on_cuda_which_loses_less_of_a_guided_step_than_bf16(config
         return float((distiller.teacher_step(states) - exact).abs().mean())
 
     assert 0 < 4 * lost("fp16") < lost("bf16")
+
+
+def test_a_device_that_torch_cannot_use_is_one_line() -> None:
+    assert choose_device("cpu") == "cpu"
+    with pytest.raises(UsageError, match=r"torch cannot use device 'cuda:99' \(.+\); use --set device=cpu$"):
+        choose_device("cuda:99")
 
 
 def test_fp16_without_a_gpu_is_one_line(config: DistilConfig) -> None:

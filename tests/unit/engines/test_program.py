@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 from support.fake_engine import FakeEngine, float_ports
 
 from std_rt.core.errors import BackendError
 from std_rt.engines.host import HostRunner
-from std_rt.engines.program import FRAME, STYLED, Launch, Program
+from std_rt.engines.program import FRAME, STYLED, Launch, Program, launch_specs
+from std_rt.engines.protocol import GraphSpec
 
 BYTE, FLOAT = np.dtype(np.uint8), np.dtype(np.float32)
 SHAPE = (1, 3, 1, 1)
@@ -95,3 +99,16 @@ def test_only_carried_buffers_are_carried_and_only_feeds_are_set() -> None:
         host.set(last=zeros)
     with pytest.raises(BackendError, match=r"'last' is float32 \[1, 3, 1, 1\]; got float32 \[3\]"):
         host.carry(last=zeros.reshape(3))
+
+
+def test_what_is_baked_into_a_graph_is_hashed_once_however_often_it_is_launched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sha256, hashed = hashlib.sha256, []
+    monkeypatch.setattr("hashlib.sha256", lambda *data: hashed.append(data) or sha256(*data))
+    twice = Program((IN, ADD, KEEP, KEEP, OUT), BUFFERS, ONE, frozenset({"last"}))
+    kept = GraphSpec("keep", Path("keep.onnx"), {"x": SHAPE}, "", baked={"x": np.ones(SHAPE, np.float32)})
+    specs = launch_specs(twice, {"keep": kept})
+    assert specs[2] is specs[3]
+    assert specs[2].identity == specs[3].identity
+    assert len(hashed) == 1

@@ -9,20 +9,27 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from support.live_support import wait_until
 from websockets.sync.client import ClientConnection, connect
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+_SOON_S = 20.0
 _FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
     *("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream", "--remote-debugging-port=0"),
     *("--disable-background-networking", "--disable-component-update", "--mute-audio", "--hide-scrollbars"),
 )
+
+
+def _wait_until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + _SOON_S
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
 
 
 class Page:
@@ -70,7 +77,7 @@ class Page:
         return done["result"].get("value")
 
     def until(self, script: str) -> None:
-        wait_until(lambda: self.run(script) or time.sleep(0.05))
+        _wait_until(lambda: self.run(script))
 
     def click(self, css: str) -> None:
         self.run(f"document.querySelector({css!r}).click()")
@@ -106,7 +113,7 @@ def browser(*flags: str) -> Iterator[Page]:
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             try:
                 port = Path(folder) / "DevToolsActivePort"
-                wait_until(lambda: port.exists() and port.read_text().count("\n"))
+                _wait_until(lambda: port.exists() and port.read_text().count("\n"))
                 yield from _page(port.read_text().split("\n")[0], Path(folder))
             finally:
                 process.terminate()
