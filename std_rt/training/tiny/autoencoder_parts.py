@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from std_rt.core.errors import RecipeError
 from std_rt.models.autoencoder import AutoencoderPixelShuffle, Shortcut, body_of
 from std_rt.models.perceptual import feature_distance, gram_distance, load_perceptual
-from std_rt.training.run.precision import choose_device as choose_device
 from std_rt.training.run.recipe import AutoencoderConfig
 
 

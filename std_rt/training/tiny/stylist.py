@@ -43,11 +43,10 @@ from std_rt.models.perceptual import (
 )
 from std_rt.pipeline.denoise import denoise
 from std_rt.training.run.muon import hidden_weights
-from std_rt.training.run.precision import attention_kernels, precision_context
+from std_rt.training.run.precision import attention_kernels, choose_device, precision_context
 from std_rt.training.run.recipe import LOWEST_START_ETA, StylistConfig
 from std_rt.training.run.training_run import ModuleRun, linear_rate
 from std_rt.training.tiny.autoencoder_parts import (
-    choose_device,
     latent_weights,
     load_autoencoder,
 )
