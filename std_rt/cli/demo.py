@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from statistics import median
@@ -13,7 +14,7 @@ from typer import Option
 
 from std_rt.cli.options import BackendOption, BundleOption, DeviceOption, use_device
 from std_rt.cli.stylize import StylizeRequest
-from std_rt.cli.terminal import progress_lines, working
+from std_rt.cli.terminal import program, progress_lines, working
 
 if TYPE_CHECKING:
     import numpy as np
@@ -121,7 +122,10 @@ def _clip(style: Frame, output: Path, bundle: str | None, backend: str) -> None:
         stream = FrameStream(stylizer, batching=GROUPED, temporal=TemporalFilter(StylizeRequest.temporal))
         report = transcode_stream(source, sink, stream.frames, overwrite=True)
     typer.echo(f"clip: {sink} ({report.frames} frames, {report.frames / report.seconds:.1f} fps)")
-    typer.echo(f"live without a camera: std-rt live --style {output / 'styles'} --camera {source}")
+    styles = shlex.quote(str(output / "styles"))
+    typer.echo(
+        f"live without a camera: {program()} live --style {styles} --camera {shlex.quote(str(source))}"
+    )
 
 
 def _tiles(*frames: Frame) -> list[Frame]:

@@ -45,6 +45,8 @@ _EXTRAS = (
     ("text", "--prompt", ("tokenizers",)),
     ("serve", "std-rt serve", ("starlette", "uvicorn", "websockets", "python_multipart")),
     ("webrtc", "the camera of std-rt serve by WebRTC", ("aiortc",)),
+    ("bulk", "std-rt bulk", ("ray",)),
+    ("photos", "HEIC and JPEG XL", ("pillow_heif", "pillow_jxl")),
 )
 _LITTLE_MEMORY_GB, _LITTLE_DISK_GB = 2.0, 1.0  # less than the built-in model needs with some room to spare
 

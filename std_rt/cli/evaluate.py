@@ -347,6 +347,11 @@ class _Run:
         }
 
 
+def _note_pairs(request: EvaluateRequest, found: int) -> None:
+    if request.pairs is not None and found < request.pairs:
+        typer.echo(f"note: there are {found} different pairs, so not {request.pairs}", err=True)
+
+
 def _judge_bundles(request: EvaluateRequest) -> tuple[Found, Found]:
     """Mean scores by candidate and figures of clips, printed and for JSON; all pairs for the table."""
     from rich.console import Console
@@ -356,6 +361,7 @@ def _judge_bundles(request: EvaluateRequest) -> tuple[Found, Found]:
     from std_rt.evaluation.picture_quality import clips_among, pair_files
 
     files = pair_files(request.contents, request.styles, request.pair_count)
+    _note_pairs(request, len(files))
     clips = clips_among([request.contents], request.video or ())
     run = _Run(request, *_candidates(request), files, clips, request.save_outputs)
     _check_plan(run)
@@ -579,6 +585,7 @@ def _judge_students(request: EvaluateRequest) -> tuple[Found, Found]:
     assert isinstance(side, int)
     check_side(side)
     files = pair_files(request.contents, request.styles, request.pair_count)
+    _note_pairs(request, len(files))
     pairs = [draw_pair(*pair, side) for pair in files]
     settings = [
         Setting(steps, guidance, request.schedule)

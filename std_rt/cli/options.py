@@ -50,7 +50,10 @@ BundleOption = Annotated[
 ]
 SizeOption = Annotated[
     str | None,
-    Option(metavar="PX|WxH", help="Working size: 512 for about 512 x 512 px in any aspect, or WIDTHxHEIGHT."),
+    Option(
+        metavar="PX|WxH",
+        help="Working size: 512 for the area of 512 x 512 px, or WIDTHxHEIGHT; the input's aspect stays.",
+    ),
 ]
 StepsOption = Annotated[
     int | None, Option(help="Denoising steps; a count the bundle supports (std-rt bundles info).")
@@ -113,7 +116,7 @@ class EngineFlags:
 class StylizerFlags(EngineFlags):
     """How a command stylizes. Raises UsageError for flags that do not fit together."""
 
-    style_strength: Annotated[float, Option(help="0: no effect, 1: as trained.")] = 1.0
+    style_strength: Annotated[float, Option(help="0: painted in no style, 1: as trained, 2: stronger.")] = 1.0
     stroke_size: StrokeSizeOption = None
     keep_colours: Annotated[
         bool,

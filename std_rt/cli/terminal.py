@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import signal
 import sys
 import time
@@ -23,6 +25,7 @@ __all__ = [
     "interruptible",
     "note",
     "print_table",
+    "program",
     "progress_lines",
     "say",
     "working",
@@ -35,6 +38,14 @@ _WIDE = 200  # characters of a table of numbers in a file or a pipe, which has n
 def note(console: Console, line: str) -> None:
     """Print a line in grey, exactly as it is."""
     console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def program() -> str:
+    """What to type for this program: its name where a shell finds it, else how it was started."""
+    if shutil.which("std-rt"):
+        return "std-rt"
+    started = sys.argv[0]
+    return f"{shlex.quote(sys.executable)} -m std_rt" if started.endswith(".py") else shlex.quote(started)
 
 
 def say(line: str) -> None:

@@ -120,15 +120,15 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
     write_bytes(path, text.encode("utf-8"), durable=durable)
 
 
-def check_input(path: Path) -> None:
-    """Raise MediaError unless ``path`` is a readable file with at least one byte."""
+def check_input(path: Path, *, may_be_empty: bool = False) -> None:
+    """Raise MediaError unless ``path`` is a readable file with at least one byte (or none)."""
     try:
         found = path.stat()
         if stat.S_ISDIR(found.st_mode):
-            raise MediaError(f"{path} is a folder; name a picture or video file")
+            raise MediaError(f"{path} is a folder; name a file in it")
         if not stat.S_ISREG(found.st_mode):
             raise MediaError(f"{path} is a pipe or a device, not a file; save what it gives to a file first")
-        if found.st_size == 0:
+        if found.st_size == 0 and not may_be_empty:
             raise MediaError(f"{path} is empty (zero bytes); nothing can be read from it")
         with path.open("rb"):
             pass

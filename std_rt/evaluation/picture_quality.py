@@ -84,7 +84,7 @@ def pair_files(contents: Path, styles: Path, number: int) -> list[tuple[Path, Pa
 
 
 def pair_up(a: Sequence[Path], b: Sequence[Path], number: int) -> list[tuple[Path, Path]]:
-    """``number`` pairs of contents ``a`` and styles ``b``, both in order.
+    """``number`` pairs of contents ``a`` and styles ``b``, both in order, or all if there are fewer.
 
     Of the C contents, pair i has the one at i C / number, rounded down, and of the S styles the one at
     (7 i + 1) modulo S (7, or the next number prime to S): no style comes twice before all came once, and in
@@ -92,6 +92,7 @@ def pair_up(a: Sequence[Path], b: Sequence[Path], number: int) -> list[tuple[Pat
     """
     if number < 1:
         raise UsageError(f"--pairs must be at least 1, got {number}")
+    number = min(number, len(a) * len(b))
     stride = next(step for step in count(7) if gcd(step, len(b)) == 1)
     return [(a[i * len(a) // number], b[(stride * i + 1) % len(b)]) for i in range(number)]
 

@@ -57,11 +57,12 @@ Kind = Literal["picture", "video"]
 def media_kind(path: Path) -> Kind:
     """``"picture"`` or ``"video"``; animated GIF, PNG, WebP and AVIF are videos, still ones are pictures.
 
-    Reads headers only. A damaged file counts as what its suffix says; reading it then reports the error.
-    Raises MediaError if the file is missing, a folder, empty, a picture of a kind that is not read, or if
+    Reads headers only. A damaged or empty file counts as what its suffix says; reading it then reports the
+    error. Raises MediaError if the file is missing, a folder, a picture of a kind that is not read, or if
     neither content nor suffix is known.
     """
-    check_input(path)
+    known = PICTURE_SUFFIXES | VIDEO_SUFFIXES | _AUDIO_SUFFIXES
+    check_input(path, may_be_empty=path.suffix.lower() in known)
     try:
         with open_picture(path) as picture:
             return "video" if is_animated(picture) else "picture"

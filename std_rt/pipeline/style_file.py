@@ -28,7 +28,8 @@ from std_rt.core.bundle import Bundle
 from std_rt.core.errors import MediaError, UsageError
 from std_rt.core.files import check_input, check_output, reason, write_bytes, writing
 from std_rt.core.machine import upgrade_hint
-from std_rt.media.image import PICTURE_SUFFIXES, read_picture
+from std_rt.media.image import PICTURE_SUFFIXES, Picture, read_picture
+from std_rt.media.sources import VIDEO_SUFFIXES
 from std_rt.pipeline.conditioning import EncodedStyle, StyleSquares, blend, square
 
 __all__ = [
@@ -135,7 +136,7 @@ def read_style(
         if is_style_file(source):
             loaded = load_style(source, bundle, stroke_size)
             return loaded if name is None else replace(loaded, name=clean_name(name))
-        picture: Frame | StyleSquares = read_picture(source).frame
+        picture: Frame | StyleSquares = _picture(source).frame
         origin, called = source.name, name or source.stem
     else:
         picture, origin, called = source, name or "a picture", name or "style"
@@ -166,11 +167,17 @@ def open_styles(
         if is_style_file(path):
             opened.append((load_style(path, bundle, stroke_size).style, weight))
             continue
-        picture = read_picture(path)
+        picture = _picture(path)
         opened.append((picture.frame, weight))
         for line in picture.notes:
             say(f"{path.name}: {line}")
     return opened
+
+
+def _picture(path: Path) -> Picture:
+    if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():
+        raise MediaError(f"{path} is a clip; a style is a picture or a style file")
+    return read_picture(path)
 
 
 def encode_styles(

@@ -307,9 +307,9 @@ class Stylizer:
         """Set the style: one picture, or (picture, weight) pairs that blend.
 
         A picture is a frame uint8 [H, W, 3] or the path of a file. ``strength`` scales the style's
-        effect; 0 is none, 1 as trained. ``stroke_size`` (0.5..2) scales its strokes; 1 is as in the picture.
-        ``keep_colours`` gives results the colours of their frames. Raises UsageError on a weight, strength or
-        stroke size out of range, MediaError on an unreadable file.
+        effect: 1 is as trained, at 0 the model paints in no style. ``stroke_size`` (0.5..2) scales its
+        strokes; 1 is as in the picture. ``keep_colours`` gives results the colours of their frames. Raises
+        UsageError on a weight, strength or stroke size out of range, MediaError on an unreadable file.
         """
         self.bundle.check_strength(strength)
         pairs = [(style, 1.0)] if isinstance(style, np.ndarray | Path | str) else list(style)

@@ -73,7 +73,9 @@ def open_screen() -> None:
 
 
 def _no_screen(found: str) -> MediaError:
-    return MediaError(f"no screen to show a window on ({found}); use --no-window, or --record out.mp4")
+    return MediaError(
+        f"no screen to show a window on ({found}); use --no-window (with --record out.mp4 to keep the result)"
+    )
 
 
 # X11: if the server ends or cuts the connection (xkill), or someone else destroys the window, Xlib calls

@@ -28,6 +28,19 @@ def test_zero_bytes(stylize: Cli, tmp_path: Path) -> None:
     assert "zero.png is empty" in stylize(tmp_path / "zero.png").error
 
 
+def test_zero_bytes_among_others(stylize: Cli, tmp_path: Path) -> None:
+    """They fail as damaged files do; the others are made."""
+    inputs = [tmp_path / name for name in ("zero.png", "zero.mp4", "good.png")]
+    for path in inputs[:2]:
+        path.touch()
+    picture(inputs[2], 64, 64)
+    result = stylize(*inputs, "-o", tmp_path / "out")
+    assert result.code == 2
+    assert files_in(tmp_path / "out") == {"good_styled.png"}
+    assert result.err.count("is empty (zero bytes)") == 2
+    assert "2 of 3 inputs failed" in result.err
+
+
 def test_text_named_png(stylize: Cli, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("not a picture at all\n" * 50, encoding="utf-8")
     assert "text.png" in stylize(tmp_path / "text.png").error
@@ -100,7 +113,13 @@ def test_a_style_that_is_missing_or_a_folder_or_a_text(
 ) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "text.png").write_text("nothing", encoding="utf-8")
-    for style, words in (("none.png", "does not exist"), ("folder", "is a folder"), ("text.png", "text.png")):
+    (tmp_path / "clip.mp4").write_bytes(b"anything")
+    for style, words in (
+        ("none.png", "does not exist"),
+        ("folder", "is a folder; name a file in it"),
+        ("text.png", "text.png"),
+        ("clip.mp4", "is a clip; a style is a picture or a style file"),
+    ):
         assert words in cli("stylize", photo, "--style", tmp_path / style, "-b", bundle).error
 
 

@@ -76,6 +76,13 @@ def test_pictures_are_scored_at_any_size(
     assert sheet.exists()
 
 
+def test_no_pair_is_judged_twice(cli: Cli, bundle: Path, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    flags = ("--pairs", 99, "--size", 64, "--bundle", bundle, "-o", tmp_path / "sheet.png")
+    result = cli("evaluate", *folders, *flags)
+    assert _last(result)["pairs"] == 4
+    assert "note: there are 4 different pairs, so not 99" in result.err
+
+
 def test_a_clip_is_judged_for_flicker(
     cli: Cli, bundle: Path, folders: tuple[Path, Path], tmp_path: Path
 ) -> None:

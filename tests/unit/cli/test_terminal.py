@@ -15,6 +15,7 @@ from rich.console import Console
 from support.cli_support import Cli, files_in, picture
 from support.media_samples import ClipSpec, frame_times, make_clip
 
+from std_rt.cli import terminal
 from std_rt.cli.terminal import progress_lines, working
 from std_rt.core.machine import install_hint
 from std_rt.media import probe, read_picture
@@ -313,3 +314,14 @@ def test_a_current_folder_that_is_gone(
     (tmp_path / "gone").rmdir()
     assert stylize(photo).code == 0
     assert "pip install" in install_hint("cuda")
+
+
+def test_what_to_type_is_what_was_typed_unless_the_shell_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal.shutil, "which", lambda name: None)
+    monkeypatch.setattr(terminal.sys, "argv", ["my env/bin/std-rt", "demo"])
+    assert terminal.program() == "'my env/bin/std-rt'"
+    monkeypatch.setattr(terminal.sys, "argv", ["/somewhere/std_rt/__main__.py", "demo"])
+    monkeypatch.setattr(terminal.sys, "executable", "/usr/bin/python3")
+    assert terminal.program() == "/usr/bin/python3 -m std_rt"
+    monkeypatch.setattr(terminal.shutil, "which", lambda name: f"/bin/{name}")
+    assert terminal.program() == "std-rt"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -230,3 +233,22 @@ def test_weights_stored_in_fp16_stay_so_until_they_are_packed(compute: int, tmp_
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-2)
     [path] = engines()
     assert path.stat().st_size < 1.2 * (up.nbytes + down.nbytes)
+
+
+def test_nobody_is_told_that_openvino_was_imported(tmp_path: Path) -> None:
+    """Its own import keeps an id in the home folder and sends a line to its makers, from a thread."""
+    pytest.importorskip("openvino_telemetry")
+    code = (
+        "import sys, threading; import std_rt.engines.openvino.engine as engine; "
+        "assert engine.ov.Core().available_devices; assert 'openvino_telemetry' not in sys.modules; "
+        "print(threading.active_count()); import openvino_telemetry"  # still there for others
+    )
+    home = {"HOME": str(tmp_path), "USERPROFILE": str(tmp_path), "LOCALAPPDATA": str(tmp_path)}
+    # Where it believes to be in a CI it is quiet by itself.
+    quiet = {"CI", "TF_BUILD", "JENKINS_URL", "GITHUB_ACTIONS"}
+    environment = {k: v for k, v in os.environ.items() if k not in quiet} | home
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["1"]
+    assert not list(tmp_path.iterdir())

@@ -118,6 +118,8 @@ def test_every_style_comes_before_one_comes_again(tmp_path: Path, styles: int) -
     for half in (pairs[:styles], pairs[styles:]):
         assert len({style for _, style in half}) == styles
     assert len({content for content, _ in pairs}) == min(10, 2 * styles)
+    every = pair_files(tmp_path / "contents", tmp_path / "styles", 1000)
+    assert len(every) == len({*every}) == 10 * styles
 
 
 def test_what_a_mask_leaves_transparent_is_not_stylized(tmp_path: Path) -> None:

@@ -516,7 +516,7 @@ def test_no_screen_is_one_line(
     with pytest.raises(MediaError) as error:
         Window("test")
     assert str(error.value) == (
-        f"no screen to show a window on ({found}); use --no-window, or --record out.mp4"
+        f"no screen to show a window on ({found}); use --no-window (with --record out.mp4 to keep the result)"
     )
     assert not pygame.display.get_init()
     assert capfd.readouterr().err == ""
