@@ -223,8 +223,7 @@ class Server:
 
     async def _add_style(self, request: Request) -> Response:
         async with request.form(max_files=1, max_fields=4) as form:
-            if other := next((key for key in form if key not in ("picture", "name")), None):
-                raise UsageError(f"there is no field {other[:40]!r}; use picture and name")
+            _check_fields(form, ("picture", "name"))
             file, name = form.get("picture"), form.get("name")
             if not isinstance(file, UploadFile):
                 raise UsageError("send the style as a file called picture: curl -F picture=@art.png ...")
@@ -415,8 +414,9 @@ def _file(form: FormData, name: str) -> Any:
 
 
 def _check_fields(form: FormData, known: Sequence[str]) -> None:
-    if other := next((key for key in form if key not in known), None):
-        raise UsageError(f"there is no field {other[:40]!r} here; use {', '.join(known)}")
+    for name in form:
+        if name not in known:
+            raise UsageError(f"there is no field {name[:40]!r} here; use {', '.join(known)}")
 
 
 def _setting(name: str, value: UploadFile | str) -> Any:

@@ -291,12 +291,13 @@ def test_wrong_fields_are_refused_in_one_line(site: Site, parts: list[tuple[str,
     assert said in answer.error
 
 
-@pytest.mark.parametrize("path", ["/v1/stylize", "/v1/jobs"])
-@pytest.mark.parametrize("name", ["strokes", "styles", "crossfade"])
+@pytest.mark.parametrize("path", ["/v1/stylize", "/v1/jobs", "/v1/styles"])
+@pytest.mark.parametrize("name", ["strokes", "styles", "crossfade", ""])
 def test_a_field_that_is_not_known_is_told_those_of_its_form(site: Site, path: str, name: str) -> None:
     described = site.get("/v1/openapi.json").json["paths"][path]["post"]["requestBody"]["content"]
     fields = described["multipart/form-data"]["schema"]["properties"]
-    answer = site.post(path, (next(iter(fields)), ("x", encoded(noise(1)))), style_of(site), (name, "1"))
+    file = next(iter(fields)), ("x", encoded(noise(1)))
+    answer = site.post(path, (name, "1"), file)
     assert answer.status == 400
     assert answer.error == f"there is no field '{name}' here; use {', '.join(fields)}"
 
