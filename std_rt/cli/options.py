@@ -166,13 +166,15 @@ def command_of(run: Callable[[Any], int | None]) -> Callable[..., None]:
 
 
 def parse_size(text: str | None) -> int | Size | None:
-    """``512`` -> 512, ``512x384`` (WIDTHxHEIGHT) -> (384, 512). Raises BadParameter on anything else."""
+    """`core.arrays.parse_size`, None for None. Raises BadParameter."""
     if text is None:
         return None
-    match = re.fullmatch(r"(\d{1,6})(?:[xX](\d{1,6}))?", text.strip())
-    if match is None or int(match[1]) == 0 or (match[2] and int(match[2]) == 0):
-        raise BadParameter(f"{text!r} is not a size; use pixels such as 512, or WIDTHxHEIGHT such as 512x384")
-    return (int(match[2]), int(match[1])) if match[2] else int(match[1])
+    from std_rt.core import arrays
+
+    try:
+        return arrays.parse_size(text)
+    except UsageError as error:
+        raise BadParameter(str(error)) from None
 
 
 def use_device(device: str | None) -> None:

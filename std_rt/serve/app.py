@@ -31,7 +31,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from std_rt import __version__
-from std_rt.core.arrays import Frame
+from std_rt.core.arrays import Frame, parse_size
 from std_rt.core.bundle import Bundle, list_bundles
 from std_rt.core.errors import StdRtError, UsageError, one_line
 from std_rt.core.machine import peak_memory_mb
@@ -223,8 +223,7 @@ class Server:
 
     async def _add_style(self, request: Request) -> Response:
         async with request.form(max_files=1, max_fields=4) as form:
-            if other := next((key for key in form if key not in ("picture", "name")), None):
-                raise UsageError(f"there is no field {other[:40]!r}; use picture and name")
+            _check_fields(form, ("picture", "name"))
             file, name = form.get("picture"), form.get("name")
             if not isinstance(file, UploadFile):
                 raise UsageError("send the style as a file called picture: curl -F picture=@art.png ...")
@@ -273,6 +272,7 @@ class Server:
             self._pictures -= 1
 
     def _painted(self, form: FormData) -> Response:
+        _check_fields(form, _PICTURE_FIELDS)
         suffix = str(form.get("format") or "png")
         if suffix not in _FORMATS:
             raise UsageError(f"format must be one of {', '.join(_FORMATS)}, got {suffix[:40]!r}")
@@ -295,6 +295,7 @@ class Server:
         return JSONResponse(job.described(), 202, headers={"location": f"/v1/jobs/{job.id}"})
 
     def _submitted(self, form: FormData) -> Any:
+        _check_fields(form, _CLIP_FIELDS)
         clip = _file(form, "clip")
         look, style, upscale = self._asked(form, temporal="full")
         return self.jobs.submit(self.uploads.store(clip), look, style, upscale=upscale)
@@ -324,14 +325,10 @@ class Server:
         return JSONResponse({"type": "answer", "sdp": sdp})
 
     def _asked(self, form: FormData, **defaults: Any) -> tuple[Look, StyleFile, bool]:
-        """Look, style and ``upscale`` of a form. Raises UsageError for a field that is not known."""
+        """Look, style and ``upscale`` of a form. Raises UsageError for a wrong value."""
         styles, weights = form.getlist("style"), _numbers(form.get("weights"))
-        fields = {
-            key: _value(value) for key, value in form.items() if isinstance(value, str) and key not in _OTHER
-        }
-        upscale = _value(str(form.get("upscale") or "false"))
-        if not isinstance(upscale, bool):
-            raise UsageError("upscale must be true or false")
+        fields = {key: _setting(key, value) for key, value in form.items() if key in _SETTINGS}
+        upscale = _switch("upscale", str(form.get("upscale") or "false"))
         base = Look(size=self.pool.look.size, steps=self.pool.look.steps)
         look = base.changed({**defaults, **fields}, self.stylizer)
         if not styles:
@@ -354,7 +351,10 @@ class Server:
         return self.library.read(style.file, style.filename or "style", stroke_size), 1.0
 
 
-_OTHER = frozenset({"picture", "clip", "style", "weights", "format", "upscale"})  # fields that are no setting
+_SETTINGS = ("strength", "stroke_size", "keep_colours", "size", "steps", "temporal", "seed")
+_CLIP_FIELDS = ("clip", "style", "weights", *_SETTINGS, "upscale")
+_PICTURE_FIELDS = ("picture", *_CLIP_FIELDS[1:], "format")
+_SWITCH = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
 
 
 def uvicorn_config(server: Server, **options: Any) -> uvicorn.Config:
@@ -408,7 +408,31 @@ def _file(form: FormData, name: str) -> Any:
     file = form.get(name)
     if not isinstance(file, UploadFile):
         raise UsageError(f"send a file called {name}: curl -F {name}=@FILE ...")
+    if len(form.getlist(name)) > 1:
+        raise UsageError(f"got {len(form.getlist(name))} fields called {name}; send one a request")
     return file.file
+
+
+def _check_fields(form: FormData, known: Sequence[str]) -> None:
+    for name in form:
+        if name not in known:
+            raise UsageError(f"there is no field {name[:40]!r} here; use {', '.join(known)}")
+
+
+def _setting(name: str, value: UploadFile | str) -> Any:
+    """What the text of a form's field spells, for `Look.changed`."""
+    if not isinstance(value, str):
+        raise UsageError(f"{name} is a value and no file: curl -F {name}=VALUE ...")
+    if name == "keep_colours":
+        return _switch(name, value)
+    found = _value(value)
+    return parse_size(found) if name == "size" and isinstance(found, str) else found
+
+
+def _switch(name: str, text: str) -> bool:
+    if text.lower() not in _SWITCH:
+        raise UsageError(f"{name} must be true or false (or 1/0, yes/no, on/off), got {text[:40]!r}")
+    return _SWITCH[text.lower()]
 
 
 def _value(text: str) -> Any:

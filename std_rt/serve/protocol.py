@@ -169,8 +169,8 @@ def _whole(name: str, value: Any) -> int | None:
 
 
 def _size(name: str, value: Any) -> int | Size | None:
-    """A side, or [H, W]."""
-    if isinstance(value, list) and len(value) == 2:
+    """A side, or [H, W], which is (H, W) where a form said WIDTHxHEIGHT."""
+    if isinstance(value, list | tuple) and len(value) == 2:
         height, width = (_whole(name, side) or 0 for side in value)
         return height, width
     return _whole(name, value)

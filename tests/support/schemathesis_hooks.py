@@ -25,8 +25,12 @@ for _path in _folder.glob("*_*"):
 
 @schemathesis.hook
 def before_load_schema(context: Any, described: dict[str, Any]) -> None:
-    """Which styles are here, and how many weights. (It sends files of a list without their names.)"""
+    """Which styles are here, a size that the bundle takes, and how many weights.
+
+    (It sends files of a list without their names.)
+    """
     described["components"]["schemas"]["StyleHere"] = {"enum": _known["styles"]}
+    described["components"]["schemas"]["Sides"] = {"enum": ["64x48"]}
     for path in ("/v1/stylize", "/v1/jobs"):
         form = described["paths"][path]["post"]["requestBody"]["content"]["multipart/form-data"]
         fields = form["schema"]["properties"]

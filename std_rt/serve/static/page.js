@@ -484,7 +484,8 @@ let job = null;
 function lookForm(file, name) {
   const form = new FormData();
   for (const [key, weight] of Object.entries(look.styles)) if (weight > 0) form.append("style", `${key}:${weight}`);
-  for (const key of ["strength", "stroke_size", "keep_colours", "size", "steps"]) if (look[key] != null) form.append(key, look[key]);
+  for (const key of ["strength", "stroke_size", "keep_colours", "steps"]) if (look[key] != null) form.append(key, look[key]);
+  if (look.size != null) form.append("size", [look.size].flat().reverse().join("x")); // a side, or [H, W]
   form.append(name, file);
   return form;
 }

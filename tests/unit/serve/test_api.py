@@ -79,6 +79,32 @@ def test_its_options_are_those_of_the_command(site: Site, stylizer: Stylizer, ar
         np.testing.assert_array_equal(decoded(answer.body), alone.stylize(noise(2, 64, 96), 5))
 
 
+def test_a_size_is_what_the_flag_takes(site: Site, stylizer: Stylizer, art: dict[str, Frame]) -> None:
+    parts = ("picture", ("x", encoded(noise(2, 64, 96)))), ("style", ids(site)["dark"])
+    with Stylizer.load(
+        stylizer.bundle, backend="openvino", precision="fp32", size=(32, 48), steps=2
+    ) as alone:
+        alone.set_style(art["dark"])
+        expected = alone.stylize(noise(2, 64, 96))
+    for text in ("48x32", "48X32"):
+        answer = site.post("/v1/stylize", *parts, ("size", text))
+        assert answer.status == 200, answer.body
+        np.testing.assert_array_equal(decoded(answer.body), expected)
+
+
+@pytest.mark.parametrize(
+    "words", [("true", "false"), ("1", "0"), ("yes", "NO"), ("on", "Off"), ("TRUE", "False")]
+)
+def test_switches_are_written_as_people_write_them(site: Site, words: tuple[str, str]) -> None:
+    form = [("picture", ("x", encoded(noise(3, 80, 160)))), ("style", ids(site)["dark"]), ("size", 32)]
+    (plain, large), (_, kept) = (
+        [decoded(site.post("/v1/stylize", *form, (name, word)).body) for word in reversed(words)]
+        for name in ("upscale", "keep_colours")
+    )
+    assert (plain.shape[0] < 80, large.shape) == (True, (80, 160, 3))
+    assert not np.array_equal(kept, plain)
+
+
 def test_alpha_is_kept_and_upscale_brings_the_size_back(site: Site) -> None:
     cut_out = np.dstack([noise(3, 80, 160), np.tile(np.uint8([0, 255]), (80, 80))])
     parts = ("picture", ("x.png", encoded(cut_out))), ("style", ids(site)["dark"]), ("size", 32)

@@ -11,10 +11,12 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 from support.live_support import wait_until
+from support.media_samples import make_clip
 from support.serve_support import (
     Frame,
     Site,
@@ -262,8 +264,23 @@ def test_a_picture_above_the_limit_is_told_the_limit(site: Site) -> None:
         ([("picture", 0), ("style", 0), ("size", "99999")], "16 to 512 px"),
         ([("picture", 0), ("style", 0), ("steps", "0")], "steps, not 0"),
         ([("picture", 0), ("style", 0), ("format", "exe")], "format must be one of png, jpg, webp"),
-        ([("picture", 0), ("style", 0), ("upscale", "perhaps")], "upscale must be true or false"),
-        ([("picture", 0), ("style", 0), ("__proto__", "1")], "there is no setting '__proto__'"),
+        (
+            [("picture", 0), ("style", 0), ("size", "64by48")],
+            "'64by48' is not a size; use pixels such as 512",
+        ),
+        ([("picture", 0), ("style", 0), ("size", "64x9999")], "16 to 512 px"),
+        ([("picture", 0), ("style", 0), ("strength", 0)], "strength is a value and no file"),
+        *(
+            ([("picture", 0), ("style", 0), (name, text)], f"{name} must be true or false (or 1/0, {shown}")
+            for name in ("keep_colours", "upscale")
+            for text, shown in (
+                ("perhaps", "yes/no, on/off), got 'perhaps'"),
+                ("2", "yes/no, on/off), got '2'"),
+            )
+        ),
+        ([("picture", 0), ("style", 0), ("__proto__", "1")], "there is no field '__proto__' here"),
+        ([("picture", 0), ("style", 0), ("clip", 0)], "there is no field 'clip' here"),
+        ([("picture", 0), ("picture", 0), ("style", 0)], "got 2 fields called picture; send one a request"),
     ],
 )
 def test_wrong_fields_are_refused_in_one_line(site: Site, parts: list[tuple[str, object]], said: str) -> None:
@@ -272,6 +289,29 @@ def test_wrong_fields_are_refused_in_one_line(site: Site, parts: list[tuple[str,
     answer = site.post("/v1/stylize", *filled)
     assert answer.status == (404 if said.startswith("there is no style") else 400)
     assert said in answer.error
+
+
+@pytest.mark.parametrize("path", ["/v1/stylize", "/v1/jobs", "/v1/styles"])
+@pytest.mark.parametrize("name", ["strokes", "styles", "crossfade", ""])
+def test_a_field_that_is_not_known_is_told_those_of_its_form(site: Site, path: str, name: str) -> None:
+    described = site.get("/v1/openapi.json").json["paths"][path]["post"]["requestBody"]["content"]
+    fields = described["multipart/form-data"]["schema"]["properties"]
+    file = next(iter(fields)), ("x", encoded(noise(1)))
+    answer = site.post(path, (name, "1"), file)
+    assert answer.status == 400
+    assert answer.error == f"there is no field '{name}' here; use {', '.join(fields)}"
+
+
+def test_a_clip_takes_no_format_and_comes_alone(site: Site, tmp_path: Path) -> None:
+    clip, style = ("clip", ("c.mp4", make_clip(tmp_path / "c.mp4").read_bytes())), style_of(site)
+    for parts, said in (
+        ((clip, style, ("format", "avi")), "there is no field 'format' here"),
+        ((clip, clip, style), "got 2 fields called clip; send one a request"),
+    ):
+        answer = site.post("/v1/jobs", *parts)
+        assert answer.status == 400
+        assert said in answer.error
+    assert not list(site.server.uploads.folder.iterdir())
 
 
 def test_bodies_that_are_no_forms_are_refused(site: Site) -> None:
