@@ -277,6 +277,8 @@ def step_capture() -> dict[str, Any]:
 
 def step_nhwc() -> dict[str, Any]:
     """Backend ``cuda`` in the provider's own layout and with channels last: ms a frame, the difference."""
+    if "cuda" not in _usable():
+        return {"left out": "backend cuda is not installed"}
     from std_rt.engines.onnxruntime import cuda
 
     options = cuda.provider_options

@@ -117,8 +117,11 @@ class Maker:
         self.teachers = {name: make(path) for name, (path, make) in makers.items() if path}
         self.fixed = load_fixed(args.fixed) if args.fixed else {}
         self.destylizer = load_tiny(args.destylizer) if args.destylizer else None
-        known = {*self.teachers, "generated"} | ({"fixed"} if self.fixed else set())
-        known |= {"destylized"} if self.destylizer else set()
+        known = {*self.teachers, *({"fixed"} if self.fixed else ())}
+        if known or not self.destylizer:  # a destylizer alone makes real paint only
+            known.add("generated")
+        if self.destylizer:
+            known.add("destylized")
         self.kinds = [k for k in SHARES if k in known]
         weights = np.array([SHARES[k] for k in self.kinds])
         self.weights = weights / weights.sum()

@@ -65,7 +65,8 @@ class _FixedStyle(nn.Module):
 
 def time_on_openvino(teacher: Teacher, side: int, threads: int, runs: int = 60) -> float:
     """Median seconds per picture of ``side`` x ``side``; of Magenta, its transformer at that size."""
-    from std_rt.engines.openvino import openvino as ov  # imported so that it reports to nobody
+    import std_rt.engines.openvino  # noqa: F401, I001  (first, so that OpenVINO reports nothing)
+    import openvino as ov
 
     photo = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(1))
     if isinstance(teacher, Magenta):

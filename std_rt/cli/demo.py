@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from pathlib import Path
 from statistics import median
@@ -15,6 +14,7 @@ from typer import Option
 from std_rt.cli.options import BackendOption, BundleOption, DeviceOption, use_device
 from std_rt.cli.stylize import StylizeRequest
 from std_rt.cli.terminal import program, progress_lines, working
+from std_rt.core.machine import quoted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -122,10 +122,8 @@ def _clip(style: Frame, output: Path, bundle: str | None, backend: str) -> None:
         stream = FrameStream(stylizer, batching=GROUPED, temporal=TemporalFilter(StylizeRequest.temporal))
         report = transcode_stream(source, sink, stream.frames, overwrite=True)
     typer.echo(f"clip: {sink} ({report.frames} frames, {report.frames / report.seconds:.1f} fps)")
-    styles = shlex.quote(str(output / "styles"))
-    typer.echo(
-        f"live without a camera: {program()} live --style {styles} --camera {shlex.quote(str(source))}"
-    )
+    styles = quoted(str(output / "styles"))
+    typer.echo(f"live without a camera: {program()} live --style {styles} --camera {quoted(str(source))}")
 
 
 def _tiles(*frames: Frame) -> list[Frame]:

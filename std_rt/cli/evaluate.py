@@ -349,7 +349,9 @@ class _Run:
 
 def _note_pairs(request: EvaluateRequest, found: int) -> None:
     if request.pairs is not None and found < request.pairs:
-        typer.echo(f"note: there are {found} different pairs, so not {request.pairs}", err=True)
+        typer.echo(
+            f"note: only {found} distinct pairs exist; --pairs {request.pairs} was reduced to that", err=True
+        )
 
 
 def _judge_bundles(request: EvaluateRequest) -> tuple[Found, Found]:

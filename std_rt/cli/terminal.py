@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import signal
 import sys
@@ -17,6 +16,7 @@ import typer
 from rich.console import Console
 
 from std_rt.core.files import reason
+from std_rt.core.machine import quoted
 
 __all__ = [
     "builds_shown",
@@ -45,7 +45,7 @@ def program() -> str:
     if shutil.which("std-rt"):
         return "std-rt"
     started = sys.argv[0]
-    return f"{shlex.quote(sys.executable)} -m std_rt" if started.endswith(".py") else shlex.quote(started)
+    return f"{quoted(sys.executable)} -m std_rt" if started.endswith(".py") else quoted(started)
 
 
 def say(line: str) -> None:

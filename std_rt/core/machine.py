@@ -25,6 +25,7 @@ __all__ = [
     "free_disk_gb",
     "install_hint",
     "peak_memory_mb",
+    "quoted",
     "require",
     "upgrade_hint",
 ]
@@ -144,7 +145,7 @@ def install_hint(extra: str = "") -> str:
     else:
         place = "std-rt" if extra else _origin()
     what = f"{place}[{extra}]" if extra else place
-    return f"{_pip_install()} {_quoted(what)}"
+    return f"{_pip_install()} {quoted(what)}"
 
 
 def upgrade_hint() -> str:
@@ -184,11 +185,11 @@ def _pip_install() -> str:
     if pip is not None and Path(pip).parent in (here, here / "Scripts"):
         return "pip install"
     if find_spec("pip") is None:
-        return f"uv pip install --python {_quoted(sys.executable)}"
-    return f"{_quoted(sys.executable)} -m pip install"
+        return f"uv pip install --python {quoted(sys.executable)}"
+    return f"{quoted(sys.executable)} -m pip install"
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """For the shell; cmd.exe knows double quotes only."""
     if os.name == "nt":
         return f'"{text}"' if re.search(r"[\s\[]", text) else text

@@ -327,7 +327,7 @@ class Server:
     def _asked(self, form: FormData, **defaults: Any) -> tuple[Look, StyleFile, bool]:
         """Look, style and ``upscale`` of a form. Raises UsageError for a wrong value."""
         styles, weights = form.getlist("style"), _numbers(form.get("weights"))
-        fields = {key: _setting(key, value) for key, value in form.items() if key in _SETTINGS}
+        fields = {key: _setting(key, str(value)) for key, value in form.items() if key in _SETTINGS}
         upscale = _switch("upscale", str(form.get("upscale") or "false"))
         base = Look(size=self.pool.look.size, steps=self.pool.look.steps)
         look = base.changed({**defaults, **fields}, self.stylizer)
@@ -351,6 +351,7 @@ class Server:
         return self.library.read(style.file, style.filename or "style", stroke_size), 1.0
 
 
+_FILES = frozenset({"picture", "clip", "style"})  # fields that hold one
 _SETTINGS = ("strength", "stroke_size", "keep_colours", "size", "steps", "temporal", "seed")
 _CLIP_FIELDS = ("clip", "style", "weights", *_SETTINGS, "upscale")
 _PICTURE_FIELDS = ("picture", *_CLIP_FIELDS[1:], "format")
@@ -409,20 +410,20 @@ def _file(form: FormData, name: str) -> Any:
     if not isinstance(file, UploadFile):
         raise UsageError(f"send a file called {name}: curl -F {name}=@FILE ...")
     if len(form.getlist(name)) > 1:
-        raise UsageError(f"got {len(form.getlist(name))} fields called {name}; send one a request")
+        raise UsageError(f"got {len(form.getlist(name))} fields called {name}; send one per request")
     return file.file
 
 
 def _check_fields(form: FormData, known: Sequence[str]) -> None:
-    for name in form:
+    for name, value in form.multi_items():
         if name not in known:
             raise UsageError(f"there is no field {name[:40]!r} here; use {', '.join(known)}")
+        if not isinstance(value, str) and name not in _FILES:
+            raise UsageError(f"{name} takes a value, not a file: curl -F {name}=VALUE ...")
 
 
-def _setting(name: str, value: UploadFile | str) -> Any:
+def _setting(name: str, value: str) -> Any:
     """What the text of a form's field spells, for `Look.changed`."""
-    if not isinstance(value, str):
-        raise UsageError(f"{name} is a value and no file: curl -F {name}=VALUE ...")
     if name == "keep_colours":
         return _switch(name, value)
     found = _value(value)
@@ -430,9 +431,10 @@ def _setting(name: str, value: UploadFile | str) -> Any:
 
 
 def _switch(name: str, text: str) -> bool:
-    if text.lower() not in _SWITCH:
+    found = _SWITCH.get(text.strip().lower())
+    if found is None:
         raise UsageError(f"{name} must be true or false (or 1/0, yes/no, on/off), got {text[:40]!r}")
-    return _SWITCH[text.lower()]
+    return found
 
 
 def _value(text: str) -> Any:

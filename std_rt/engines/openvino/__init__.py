@@ -1,7 +1,7 @@
 """OpenVINO: the CPU backend ``openvino``, the default.
 
-Its Python package tells its makers of every import, over the network and from a thread, where the package
-that does so is installed (pip installs it). std-rt tells nobody anything: it is imported as without that.
+Its Python package sends a usage report when it is imported and ``openvino_telemetry`` is installed, which pip
+does. std-rt reports nothing to anyone, so it imports OpenVINO with that package hidden.
 """
 
 import sys
@@ -12,7 +12,7 @@ if "openvino" not in sys.modules:
     _there = sys.modules.get(_REPORTING)
     sys.modules[_REPORTING] = None  # type: ignore[assignment]  # an import of it fails
     try:
-        import openvino as openvino
+        import openvino  # noqa: F401
     finally:
         if _there is None:
             del sys.modules[_REPORTING]

@@ -16,7 +16,6 @@ from std_rt.core.errors import MediaError
 
 __all__ = ["CvDevice", "Device", "Properties", "camera_choices", "camera_name", "list_cameras"]
 
-
 _DEV, _SYSFS = Path("/dev"), Path("/sys/class/video4linux")
 # OpenCV's backends by sys.platform, best first (Media Foundation can take long to open a camera).
 _BACKENDS = {

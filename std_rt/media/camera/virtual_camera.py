@@ -16,7 +16,6 @@ from std_rt.media.fit import resize
 
 __all__ = ["VirtualCamera", "letterbox"]
 
-
 # Instead of bars narrower than this share of a side, the frame is stretched.
 _LEAST_BAR = 0.01
 

@@ -18,8 +18,7 @@ from std_rt.core.arrays import Size
 from std_rt.core.errors import RecipeError
 from std_rt.training.data.picture_set import Frame
 
-__all__ = ["Placement", "Size", "bucket_sizes", "nearest_bucket", "place"]
-
+__all__ = ["Placement", "bucket_sizes", "nearest_bucket", "place"]
 
 MAX_ASPECT = 2
 MIN_AREA = 0.85  # of the square's

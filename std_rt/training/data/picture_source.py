@@ -39,9 +39,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from std_rt.core.arrays import Size
 from std_rt.core.errors import RecipeError
 from std_rt.core.files import write_bytes
-from std_rt.training.data.buckets import Size, bucket_sizes, nearest_bucket, place
+from std_rt.training.data.buckets import bucket_sizes, nearest_bucket, place
 from std_rt.training.data.picture_set import Frame, random_crop
 from std_rt.training.data.pictures import (
     BrokenFileError,

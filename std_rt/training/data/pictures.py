@@ -32,9 +32,9 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 from rich.progress import track
 
+from std_rt.core.arrays import Size
 from std_rt.core.errors import RecipeError
 from std_rt.core.files import reason
-from std_rt.training.data.buckets import Size
 from std_rt.training.data.picture_set import SUFFIXES, Frame
 from std_rt.training.run.recipe import PicturesConfig
 

@@ -80,7 +80,7 @@ def test_no_pair_is_judged_twice(cli: Cli, bundle: Path, folders: tuple[Path, Pa
     flags = ("--pairs", 99, "--size", 64, "--bundle", bundle, "-o", tmp_path / "sheet.png")
     result = cli("evaluate", *folders, *flags)
     assert _last(result)["pairs"] == 4
-    assert "note: there are 4 different pairs, so not 99" in result.err
+    assert "note: only 4 distinct pairs exist; --pairs 99 was reduced to that" in result.err
 
 
 def test_a_clip_is_judged_for_flicker(

@@ -17,6 +17,7 @@ from support.media_samples import ClipSpec, frame_times, make_clip
 
 from std_rt.cli import terminal
 from std_rt.cli.terminal import progress_lines, working
+from std_rt.core import machine
 from std_rt.core.machine import install_hint
 from std_rt.media import probe, read_picture
 
@@ -323,5 +324,10 @@ def test_what_to_type_is_what_was_typed_unless_the_shell_finds_it(monkeypatch: p
     monkeypatch.setattr(terminal.sys, "argv", ["/somewhere/std_rt/__main__.py", "demo"])
     monkeypatch.setattr(terminal.sys, "executable", "/usr/bin/python3")
     assert terminal.program() == "/usr/bin/python3 -m std_rt"
+    monkeypatch.setattr(terminal.sys, "argv", ["C:\\venv\\Scripts\\std-rt.exe", "demo"])
+    with monkeypatch.context() as windows:
+        windows.setattr(machine.os, "name", "nt")
+        shown = terminal.program()
+    assert shown == "C:\\venv\\Scripts\\std-rt.exe"  # cmd.exe knows no single quotes
     monkeypatch.setattr(terminal.shutil, "which", lambda name: f"/bin/{name}")
     assert terminal.program() == "std-rt"

@@ -112,5 +112,5 @@ def test_another_pythons_pip_is_not_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_cmd_gets_double_quotes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.os, "name", "nt")
-    assert machine._quoted(".[cuda]") == '".[cuda]"'
-    assert machine._quoted(".") == "."
+    assert machine.quoted(".[cuda]") == '".[cuda]"'
+    assert machine.quoted(".") == "."

@@ -61,6 +61,9 @@ def test_both_layouts_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None
         stylizer.set_style(np.zeros((64, 64, 3), np.uint8))
         return stylizer
 
+    monkeypatch.setattr(gpu_session, "_usable", lambda: ["rtx"])
+    assert gpu_session.step_nhwc() == {"left out": "backend cuda is not installed"}
+    monkeypatch.setattr(gpu_session, "_usable", lambda: ["rtx", "cuda"])
     monkeypatch.setattr(gpu_session, "_opened_cuda", opened)
     monkeypatch.setattr(gpu_session, "TIMED_FRAMES", 2)
     monkeypatch.setattr(gpu_session, "TIMED_PX", 64)

@@ -269,7 +269,10 @@ def test_a_picture_above_the_limit_is_told_the_limit(site: Site) -> None:
             "'64by48' is not a size; use pixels such as 512",
         ),
         ([("picture", 0), ("style", 0), ("size", "64x9999")], "16 to 512 px"),
-        ([("picture", 0), ("style", 0), ("strength", 0)], "strength is a value and no file"),
+        *(
+            ([("picture", 0), ("style", 0), (name, 0)], f"{name} takes a value, not a file")
+            for name in ("strength", "upscale", "format")
+        ),
         *(
             ([("picture", 0), ("style", 0), (name, text)], f"{name} must be true or false (or 1/0, {shown}")
             for name in ("keep_colours", "upscale")
@@ -280,7 +283,7 @@ def test_a_picture_above_the_limit_is_told_the_limit(site: Site) -> None:
         ),
         ([("picture", 0), ("style", 0), ("__proto__", "1")], "there is no field '__proto__' here"),
         ([("picture", 0), ("style", 0), ("clip", 0)], "there is no field 'clip' here"),
-        ([("picture", 0), ("picture", 0), ("style", 0)], "got 2 fields called picture; send one a request"),
+        ([("picture", 0), ("picture", 0), ("style", 0)], "got 2 fields called picture; send one per request"),
     ],
 )
 def test_wrong_fields_are_refused_in_one_line(site: Site, parts: list[tuple[str, object]], said: str) -> None:
@@ -306,7 +309,7 @@ def test_a_clip_takes_no_format_and_comes_alone(site: Site, tmp_path: Path) -> N
     clip, style = ("clip", ("c.mp4", make_clip(tmp_path / "c.mp4").read_bytes())), style_of(site)
     for parts, said in (
         ((clip, style, ("format", "avi")), "there is no field 'format' here"),
-        ((clip, clip, style), "got 2 fields called clip; send one a request"),
+        ((clip, clip, style), "got 2 fields called clip; send one per request"),
     ):
         answer = site.post("/v1/jobs", *parts)
         assert answer.status == 400
