@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,10 +34,10 @@ def _wait_until(condition: Callable[[], object]) -> None:
 
 
 class Page:
-    """One page. ``said``: what its console said, and errors nobody caught."""
+    """One page. ``said``: what its console said, and errors nobody caught. ``downloads``: what it saved."""
 
-    def __init__(self, socket: ClientConnection) -> None:
-        self._socket, self._ids = socket, itertools.count(1)
+    def __init__(self, socket: ClientConnection, downloads: Path) -> None:
+        self._socket, self._ids, self.downloads = socket, itertools.count(1), downloads
         self.said: list[str] = []
         self.requested: list[str] = []
         for domain in ("Page", "Runtime", "Network", "Log", "DOM"):
@@ -120,16 +121,12 @@ def browser(*flags: str) -> Iterator[Page]:
 
 
 def _page(port: str, folder: Path) -> Iterator[Page]:
-    import urllib.request
-
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list") as answer:
         target = next(each for each in json.load(answer) if each["type"] == "page")
     with connect(
         target["webSocketDebuggerUrl"], max_size=None, compression=None, ping_interval=None
     ) as socket:
-        page = Page(socket)
-        saved = folder / "downloads"
-        saved.mkdir()
-        page.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(saved))
-        page.downloads = saved  # type: ignore[attr-defined]
+        page = Page(socket, folder / "downloads")
+        page.downloads.mkdir()
+        page.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(page.downloads))
         yield page

@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import islice
@@ -60,8 +59,8 @@ class Command:
     on_fake: tuple[str, ...] | None = ()
 
 
-def _step(name: str, limit_s: int) -> Command:
-    return Command(name, ("-m", "tools.gpu_session", name), limit_s)
+def _step(name: str, limit_s: int, on_fake: tuple[str, ...] | None = ()) -> Command:
+    return Command(name, ("-m", "tools.gpu_session", name), limit_s, on_fake=on_fake)
 
 
 def _cli(
@@ -94,7 +93,7 @@ CALLS = {
             needs=("torch", "diffusers"),
             on_fake=None,
         ),
-        Command("nhwc", ("-m", "tools.gpu_session", "nhwc"), 90, ("onnxruntime",), on_fake=None),
+        _step("nhwc", 90, on_fake=None),
         _cli("live", *_LIVE, limit_s=60, on_fake=("--duration", "30", "--size", "64", "--steps", "1")),
     ),
 }
@@ -285,7 +284,10 @@ def step_nhwc() -> dict[str, Any]:
     found: dict[str, Any] = {}
     pictures = []
     for layout in ("0", "1", "0", "1"):
-        changed = partial(_with_layout, options, layout)
+
+        def changed(*given: Any, layout: str = layout, **named: Any) -> dict[str, str]:
+            return options(*given, **named) | {"prefer_nhwc": layout}
+
         with mock.patch.object(cuda, "provider_options", changed), _opened_cuda() as stylizer:
             frame = sample_frame(TIMED_PX, TIMED_PX)
             pictures.append(stylizer.stylize(frame))
@@ -296,12 +298,6 @@ def step_nhwc() -> dict[str, Any]:
         found.setdefault("channels last" if layout == "1" else "as it is", []).append(round(ms, 3))
     difference = np.abs(pictures[0].astype(int) - pictures[1]).max()
     return {"ms a frame": found, "largest difference": int(difference)}
-
-
-def _with_layout(
-    options: Callable[..., dict[str, str]], layout: str, *given: Any, **named: Any
-) -> dict[str, str]:
-    return options(*given, **named) | {"prefer_nhwc": layout}
 
 
 def _opened_cuda() -> Stylizer:

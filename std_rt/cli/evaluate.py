@@ -347,11 +347,15 @@ class _Run:
         }
 
 
-def _note_pairs(request: EvaluateRequest, found: int) -> None:
-    if request.pairs is not None and found < request.pairs:
-        typer.echo(
-            f"note: only {found} distinct pairs exist; --pairs {request.pairs} was reduced to that", err=True
-        )
+def _pairs_of(request: EvaluateRequest) -> list[tuple[Path, Path]]:
+    """The files of the pairs to judge; a note where there are fewer than asked for."""
+    from std_rt.evaluation.picture_quality import pair_files
+
+    files = pair_files(request.contents, request.styles, request.pair_count)
+    if request.pairs is not None and len(files) < request.pairs:
+        only = f"note: only {len(files)} distinct pairs exist; --pairs {request.pairs} was reduced to that"
+        typer.echo(only, err=True)
+    return files
 
 
 def _judge_bundles(request: EvaluateRequest) -> tuple[Found, Found]:
@@ -360,10 +364,9 @@ def _judge_bundles(request: EvaluateRequest) -> tuple[Found, Found]:
 
     from std_rt.evaluation.blind import key_path, write_blind
     from std_rt.evaluation.measures import means
-    from std_rt.evaluation.picture_quality import clips_among, pair_files
+    from std_rt.evaluation.picture_quality import clips_among
 
-    files = pair_files(request.contents, request.styles, request.pair_count)
-    _note_pairs(request, len(files))
+    files = _pairs_of(request)
     clips = clips_among([request.contents], request.video or ())
     run = _Run(request, *_candidates(request), files, clips, request.save_outputs)
     _check_plan(run)
@@ -580,14 +583,13 @@ def _judge_students(request: EvaluateRequest) -> tuple[Found, Found]:
     from std_rt.core.machine import require
 
     require("std-rt evaluate --teacher", "train", "torch", "diffusers", "peft", "safetensors")
-    from std_rt.evaluation.picture_quality import check_side, clips_among, draw_pair, pair_files, read_clips
+    from std_rt.evaluation.picture_quality import check_side, clips_among, draw_pair, read_clips
     from std_rt.evaluation.students import Setting, aggregate
 
     side = parse_size(request.size) or 256
     assert isinstance(side, int)
     check_side(side)
-    files = pair_files(request.contents, request.styles, request.pair_count)
-    _note_pairs(request, len(files))
+    files = _pairs_of(request)
     pairs = [draw_pair(*pair, side) for pair in files]
     settings = [
         Setting(steps, guidance, request.schedule)

@@ -86,8 +86,7 @@ class TripletSet:
                 continue
             if content.shape == stylized.shape and min(content.shape[:2]) >= min_px:
                 style = styles.setdefault(sha256(style.tobytes()).digest(), style)
-                pair = (stylized, content) if reverse else (content, stylized)
-                self.items.append((pair[0], style, pair[1]))
+                self.items.append((stylized, style, content) if reverse else (content, style, stylized))
         if not self.items:
             raise RecipeError(
                 f"no triplet in {folder} has a photo of {min_px} px or more and a stylized one of its size"
