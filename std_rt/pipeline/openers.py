@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from threading import Thread
 
 import numpy as np
@@ -114,15 +115,11 @@ def program_for(
     program = stream_program(*common) if key.stream else frame_program(*common, key.frames, masked=key.masked)
     shapes = graph_shapes(program)
     specs = {name: graph_spec(bundle, bundle.vae_graph(name, vae), shapes[name]) for name in shapes}
-    if guidance.mode == "none" and not bundle.takes_prompts:
-        hidden = bundle.conditioning()["encoder_hidden_states"].astype(np.float32)
-        baked = np.broadcast_to(hidden, shapes["unet"]["encoder_hidden_states"])
-        specs["unet"] = replace(specs["unet"], baked={"encoder_hidden_states": baked})
-    return program, specs
+    return program, _around_prompt(bundle, specs, guidance)
 
 
 def window_specs(
-    bundle: Bundle, size: tuple[int, int], text: Mapping[str, Shape], vae: str = "full"
+    bundle: Bundle, size: tuple[int, int], guidance: Guidance, text: Mapping[str, Shape], vae: str = "full"
 ) -> dict[str, GraphSpec]:
     """The graphs of a video-to-video bundle at a size (H, W): the VAE frame by frame, the UNet by windows.
 
@@ -146,7 +143,21 @@ def window_specs(
         },
         "vae_decoder": {"latents": (1, *latents)},
     }
-    return {name: graph_spec(bundle, bundle.vae_graph(name, vae), each) for name, each in shapes.items()}
+    specs = {name: graph_spec(bundle, bundle.vae_graph(name, vae), each) for name, each in shapes.items()}
+    return _around_prompt(bundle, specs, guidance)
+
+
+def _around_prompt(bundle: Bundle, specs: dict[str, GraphSpec], guidance: Guidance) -> dict[str, GraphSpec]:
+    """``specs`` with the prompt baked in if it is the only text that the UNet will ever see.
+
+    Backends compute what depends on it with the onnx package, which their extras bring. Without it they do so
+    in every call.
+    """
+    if bundle.takes_prompts or guidance.mode != "none" or find_spec("onnx") is None:
+        return specs
+    hidden = bundle.conditioning()["encoder_hidden_states"].astype(np.float32)
+    text = np.broadcast_to(hidden, specs["unet"].shapes["encoder_hidden_states"])
+    return specs | {"unet": replace(specs["unet"], baked={"encoder_hidden_states": text})}
 
 
 def graph_spec(bundle: Bundle, name: str, shapes: Mapping[str, Shape]) -> GraphSpec:

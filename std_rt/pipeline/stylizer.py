@@ -568,7 +568,7 @@ class Stylizer:
             while len(self._window_graphs) >= _WINDOW_SIZES:
                 self._window_graphs.pop(next(iter(self._window_graphs))).close()
             text = {name: value.shape for name, value in self._text.items()}
-            specs = window_specs(self.bundle, size, text, self.vae)
+            specs = window_specs(self.bundle, size, self.guidance, text, self.vae)
             opening = {name: self._pool.submit(self._openers.graph, spec) for name, spec in specs.items()}
             self._window_graphs[key] = WindowGraphs(opening, size)
         return self._window_graphs[key]

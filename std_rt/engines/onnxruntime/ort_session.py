@@ -109,7 +109,7 @@ def open_session(spec: GraphSpec, providers: Providers) -> ort.InferenceSession:
         for axis, value in axis_values(declared, spec.shapes).items():
             options.add_free_dimension_override_by_name(axis, value)
         session = ort.InferenceSession(
-            str(spec.path),
+            _baked(spec, options) if spec.baked else str(spec.path),
             options,
             providers=list(providers),
             enable_fallback=0,
@@ -123,6 +123,14 @@ def open_session(spec: GraphSpec, providers: Providers) -> ort.InferenceSession:
         raise BackendError(run_error(spec, error)) from error
     session.disable_fallback()  # else a provider that fails is swapped for the CPU, with a line on stdout
     return session
+
+
+def _baked(spec: GraphSpec, options: ort.SessionOptions) -> bytes:
+    from std_rt.engines.baked_inputs import baked_graph
+
+    folder = str(spec.path.parent)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    return baked_graph(spec)
 
 
 def _bytes_of_weights(spec: GraphSpec) -> int:

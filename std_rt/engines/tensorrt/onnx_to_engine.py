@@ -23,7 +23,6 @@ from std_rt.core.files import is_inside
 from std_rt.core.machine import install_hint
 from std_rt.core.onnx_file import external_locations
 from std_rt.engines.protocol import GraphSpec
-from std_rt.engines.tensorrt.baked_inputs import bake
 
 __all__ = [
     "PRODUCTS",
@@ -107,11 +106,10 @@ def build_engine(
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(spec.path)):
+    if not parser.parse(_onnx(spec), str(spec.path)):
         raise BackendError(_refusal(product, spec, _parser_error(parser, logger)))
     _fix_shapes(product, spec, network, logger)
     _let_decompose(trt, network)
-    constants = bake(trt, network, spec.baked)  # must live until the engine is built
     config = _config(trt, product, builder, targets, tf32)
     if timings is not None:
         config.set_timing_cache(config.create_timing_cache(timings), ignore_mismatch=False)
@@ -123,10 +121,18 @@ def build_engine(
     finally:
         if monitor is not None:
             monitor.raise_failure()
-    constants.clear()
     if not done:
         raise BackendError(_refusal(product, spec, logger.reason()))
     return None if timings is None else bytes(config.get_timing_cache().serialize())
+
+
+def _onnx(spec: GraphSpec) -> bytes:
+    """The graph without its weights, which the parser reads from beside the file."""
+    if not spec.baked:
+        return spec.path.read_bytes()
+    from std_rt.engines.baked_inputs import baked_graph  # not before: it loads the onnx package
+
+    return baked_graph(spec)
 
 
 def _config(trt: Any, product: Product, builder: Any, targets: Sequence[str], tf32: bool) -> Any:

@@ -20,7 +20,7 @@ from std_rt.engines import open_engine
 from std_rt.evaluation.bench import sample_frame
 from std_rt.export.build import export_pipeline
 from std_rt.pipeline.conditioning import EncodedStyle, unet_inputs
-from std_rt.pipeline.denoise import denoise
+from std_rt.pipeline.denoise import Guidance, denoise
 from std_rt.pipeline.openers import window_specs
 from std_rt.pipeline.runner_cache import RunnerKey
 from std_rt.streaming.frame_stream import ONE_BY_ONE, STREAM_BATCH, FrameStream
@@ -100,7 +100,10 @@ def test_the_graph_is_diffusers_motion_model_with_the_lora_in_it(
         layer = unet.get_submodule(key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
         layer.weight += lora[key.replace("lora_A", "lora_B")] @ lora[key]
     text = bundle.conditioning()
-    specs = window_specs(bundle, SIZE, {name: value.shape for name, value in text.items()})
+    shapes = {name: value.shape for name, value in text.items()}
+    specs = window_specs(bundle, SIZE, Guidance(), shapes)
+    assert specs["unet"].baked.keys() == {"encoder_hidden_states"}
+    assert not window_specs(bundle, SIZE, Guidance("full", 2.0), shapes)["unet"].baked
     sample = np.random.default_rng(0).normal(size=specs["unet"].shapes["sample"]).astype(np.float32)
     tokens = np.zeros(specs["unet"].shapes["style_tokens"], np.float32)
     given: dict[str, Any] = unet_inputs(text, EncodedStyle(tokens), 0.0, SIZE)

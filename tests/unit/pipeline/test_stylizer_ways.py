@@ -22,8 +22,9 @@ from std_rt.engines.host import HostRunner, open_on_host
 from std_rt.engines.program import Program
 from std_rt.media.chroma import keep_colours
 from std_rt.pipeline.conditioning import EncodedStyle, blend
-from std_rt.pipeline.openers import Openers
-from std_rt.pipeline.runner_cache import Quality
+from std_rt.pipeline.denoise import Guidance
+from std_rt.pipeline.openers import Openers, program_for
+from std_rt.pipeline.runner_cache import Quality, RunnerKey
 from std_rt.streaming.stream_batch import StreamBatch
 
 STYLE = np.full((32, 32, 3), 200, np.uint8)
@@ -184,6 +185,16 @@ def test_text_that_engines_may_be_built_around_is_what_they_are_fed(
             np.testing.assert_array_equal(baked, value)
         else:
             assert baked is None
+
+
+def test_without_the_onnx_package_nothing_is_baked(handmade: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def specs() -> dict[str, GraphSpec]:
+        text = {name: value.shape[1:] for name, value in handmade.conditioning().items()}
+        return program_for(handmade, RunnerKey(Quality((64, 64), 4)), Guidance(), text)[1]
+
+    assert specs()["unet"].baked
+    monkeypatch.setattr("std_rt.pipeline.openers.find_spec", lambda name: None)
+    assert not specs()["unet"].baked
 
 
 def test_wrong_numbers_of_frames_are_refused(stylizer: Stylizer) -> None:

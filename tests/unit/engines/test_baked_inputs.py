@@ -1,0 +1,112 @@
+"""Graphs around a prompt that never changes: what becomes a constant, and what stays as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from onnx.external_data_helper import set_external_data
+
+from std_rt.core.errors import BackendError
+from std_rt.engines import GraphSpec, open_engine
+from std_rt.engines.baked_inputs import baked_graph
+from std_rt.engines.protocol import Array
+
+TEXT, ROWS, WIDTH = "encoder_hidden_states", 2, 64
+GRAPH = f"""
+<ir_version: 10, opset_import: ["" : 20]>
+unet (float[B, 3, {WIDTH}] {TEXT}, float16[B, 3, 8] sample, bool flag) => (float16[B, 3, 8] noise_pred) {{
+    half = Cast <to = 10> ({TEXT})
+    for_keys = Transpose <perm = [1, 0]> (key_weight)
+    keys = MatMul (half, for_keys)
+    values = MatMul (half, value_weight)
+    query = MatMul (sample, query_weight)
+    score = Mul (query, keys)
+    seen = Add (score, values)
+    pooled = ReduceMean <keepdims = 1> ({TEXT})
+    pooled_half = Cast <to = 10> (pooled)
+    branched = If (flag) <
+        then_branch = chosen () => (float16[B, 3, 8] first) {{ first = Add (values, values) }},
+        else_branch = other () => (float16[B, 3, 8] second) {{ second = Identity (keys) }}
+    >
+    added = Add (seen, pooled_half)
+    noise_pred = Add (added, branched)
+}}
+"""
+
+
+@pytest.fixture
+def text() -> Array:
+    return np.random.default_rng(1).standard_normal((ROWS, 3, WIDTH)).astype(np.float32)
+
+
+def write(folder: Path, text: Array, location: str = "unet.bin") -> GraphSpec:
+    """A graph that reads a prompt as keys, as values, in branches and by itself; its weights in a file."""
+    rng = np.random.default_rng(0)
+    model = onnx.parser.parse_model(GRAPH)
+    shapes = {"key_weight": (8, WIDTH), "value_weight": (WIDTH, 8), "query_weight": (8, 8)}
+    data = b""
+    for name, shape in shapes.items():
+        weight = rng.standard_normal(shape).astype(np.float16)
+        tensor = numpy_helper.from_array(weight, name)
+        set_external_data(tensor, location, len(data), weight.nbytes)
+        data += weight.tobytes()
+        model.graph.initializer.append(tensor)
+    (folder / location).write_bytes(data)
+    (folder / "unet.onnx").write_bytes(model.SerializeToString())
+    ports = {TEXT: text.shape, "sample": (ROWS, 3, 8), "flag": ()}
+    return GraphSpec("unet", folder / "unet.onnx", ports, "", compute="fp16", baked={TEXT: text})
+
+
+def result(spec: GraphSpec, text: Array, *, flag: bool) -> Array:
+    """What ONNX Runtime makes of a prompt."""
+    sample = np.random.default_rng(2).standard_normal((ROWS, 3, 8)).astype(np.float16)
+    engine = open_engine("onnxruntime", spec)
+    return engine(**{TEXT: text, "sample": sample, "flag": np.array(flag)})["noise_pred"].astype(np.float32)
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_baked_prompt_gives_what_it_gives_as_an_input(tmp_path: Path, text: Array, flag: bool) -> None:
+    baked = write(tmp_path, text)
+    plain = GraphSpec("unet", baked.path, baked.shapes, "", compute="fp16")
+    wanted = result(plain, text, flag=flag)
+    np.testing.assert_allclose(result(baked, text, flag=flag), wanted, rtol=2e-3, atol=2e-2)
+    other = np.zeros_like(text)
+    np.testing.assert_array_equal(result(baked, other, flag=flag), result(baked, text, flag=flag))
+    assert np.abs(result(plain, other, flag=flag) - wanted).max() > 1
+
+
+def test_keys_and_values_take_the_place_of_their_weights(tmp_path: Path, text: Array) -> None:
+    spec = write(tmp_path, text)
+    graph: Any = onnx.load_from_string(baked_graph(spec)).graph
+    assert [port.name for port in graph.input] == [TEXT, "sample", "flag"]
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    assert tensors.keys() == {"query_weight", "keys", "values", f"{TEXT}.baked"}
+    assert tensors["query_weight"].data_location == onnx.TensorProto.EXTERNAL
+    kinds = [node.op_type for node in graph.node]
+    assert kinds == ["MatMul", "Mul", "Add", "ReduceMean", "Cast", "If", "Add", "Add"]
+    read = np.fromfile(tmp_path / "unet.bin", np.float16)[: 8 * WIDTH].reshape(8, WIDTH)
+    exact = text.astype(np.float16).astype(np.float64) @ read.astype(np.float64).T
+    keys = numpy_helper.to_array(tensors["keys"])
+    assert keys.dtype == np.float16
+    assert np.abs(keys - exact).max() <= np.spacing(np.float16(np.abs(exact).max())) / 2
+
+
+def test_weights_outside_the_folder_are_refused(tmp_path: Path, text: Array) -> None:
+    (tmp_path / "bundle").mkdir()
+    spec = write(tmp_path / "bundle", text, "../unet.bin")
+    for use in (baked_graph, lambda spec: open_engine("onnxruntime", spec)):
+        with pytest.raises(BackendError, match=r"graph 'unet' cannot be read: .*unet\.bin") as refused:
+            use(spec)
+        assert "\n" not in str(refused.value)
+
+
+def test_a_broken_file_is_one_line(tmp_path: Path, text: Array) -> None:
+    spec = write(tmp_path, text)
+    spec.path.write_bytes(spec.path.read_bytes()[:100])
+    with pytest.raises(BackendError, match=r"graph 'unet' cannot be read: .*; export it again"):
+        baked_graph(spec)
