@@ -6,8 +6,9 @@ The networks are made without weights (torch's meta device) from their published
 own counter counts the operations of one call. A call takes as long as its arithmetic at ``SHARE`` of the
 card's peak, or as reading its weights once, whichever is longer; a frame is the encoder, the UNet once per
 step and the decoder. Left out are launches, copies, activations that do not fit the cache and the host's
-work, which overlaps. fp16 with fp32 accumulation, dense, one frame at a time, no guidance. In FP8 the UNet's
-layers have twice the peak and half the bytes; its attention and the VAE stay in fp16.
+work, which overlaps. fp16 with fp32 accumulation, dense, one frame at a time, no guidance, the prompt baked in:
+its keys and values are not computed. In FP8 the UNet's layers have twice the peak and half the bytes; its
+attention and the VAE stay in fp16.
 """
 
 from __future__ import annotations
@@ -23,8 +24,6 @@ SHARE = 0.45  # of the peak: a goal; nothing has been measured
 BANDWIDTH_SHARE = 0.8
 SIZES_PX, STEPS = (512, 1024), (1, 2, 4)
 _ATTENTION = ("attention", "bmm")  # in the names of torch's operators
-# Keys and values of the text in the UNet's 70 cross-attention layers: 2 matrices each, from 2048.
-TEXT_PARAMETERS = 2 * 2048 * (10 * 640 + 60 * 1280)
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,11 @@ class Cost:
     weight_bytes: float
     attention: float = 0.0
 
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(
+            self.flop - other.flop, self.weight_bytes - other.weight_bytes, self.attention - other.attention
+        )
+
     def in_fp8(self) -> Cost:
         """As an fp16 cost that takes as long."""
         return Cost((self.flop - self.attention) / 2 + self.attention, self.weight_bytes / 2, self.attention)
@@ -70,6 +74,11 @@ class Cost:
     def seconds(self, gpu: Gpu, share: float = SHARE) -> float:
         """The longer of arithmetic and reading the weights."""
         return max(self.flop / (share * gpu.peak), self.weight_bytes / (BANDWIDTH_SHARE * gpu.bandwidth))
+
+
+# Keys and values of the text in the UNet's 70 cross-attention layers: 2 matrices each, from 77 tokens of 2048.
+TEXT_PARAMETERS = 2 * 2048 * (10 * 640 + 60 * 1280)
+TEXT = Cost(2.0 * 77 * TEXT_PARAMETERS, 2.0 * TEXT_PARAMETERS)
 
 
 def frame_s(gpu: Gpu, vae: Cost, unet: Cost, steps: int, share: float = SHARE) -> float:
@@ -104,7 +113,7 @@ def _networks() -> tuple[Any, Any, Any]:
 
 
 def _costs(side_px: int) -> tuple[Cost, dict[str, Cost]]:
-    """(the UNet, both VAEs: encode and decode together) at a side in pixels."""
+    """(the UNet around its prompt, both VAEs: encode and decode together) at a side in pixels."""
     import torch
 
     unet, full, tiny = _networks()
@@ -120,7 +129,7 @@ def _costs(side_px: int) -> tuple[Cost, dict[str, Cost]]:
         net.encode(image)
         net.decode(latents)
 
-    return cost, {"tiny": _count(tiny, both), "full": _count(full, both)}
+    return cost - TEXT, {"tiny": _count(tiny, both), "full": _count(full, both)}
 
 
 def main() -> int:
@@ -140,13 +149,12 @@ def main() -> int:
                 for steps in STEPS
             ]
             print(f"| {gpu.name}{', UNet in FP8' if fp8 else ''} | {name} | " + " | ".join(cells) + " |")
-    print("\nkeys and values of the text, computed anew in every call of the UNet:")
-    text = Cost(2.0 * 77 * TEXT_PARAMETERS, 2.0 * TEXT_PARAMETERS)
+    print("\nkeys and values of a prompt that is not baked in add to every call of the UNet:")
     for gpu in GPUS:
         shares = [
-            f"{text.seconds(gpu) / unet.seconds(gpu):.1%} at {side}" for side, (unet, _) in costs.items()
+            f"{TEXT.seconds(gpu) / unet.seconds(gpu):.1%} at {side}" for side, (unet, _) in costs.items()
         ]
-        print(f"{gpu.name}: {1000 * text.seconds(gpu):.2f} ms a call, {', '.join(shares)} px")
+        print(f"{gpu.name}: {1000 * TEXT.seconds(gpu):.2f} ms, {', '.join(shares)} px")
     return 0
 
 
