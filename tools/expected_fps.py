@@ -6,8 +6,8 @@ The networks are made without weights (torch's meta device) from their published
 own counter counts the operations of one call. A call takes as long as its arithmetic at ``SHARE`` of the
 card's peak, or as reading its weights once, whichever is longer; a frame is the encoder, the UNet once per
 step and the decoder. Left out are launches, copies, activations that do not fit the cache and the host's
-work, which overlaps. fp16 with fp32 accumulation, dense, one frame at a time, no guidance, the prompt baked in:
-its keys and values are not computed. In FP8 the UNet's layers have twice the peak and half the bytes; its
+work, which overlaps. fp16 with fp32 accumulation, dense, one frame at a time, no guidance, and the prompt baked
+in: its keys and values are not computed. In FP8 the UNet's layers have twice the peak and half the bytes; its
 attention and the VAE stay in fp16.
 """
 
@@ -76,7 +76,7 @@ class Cost:
         return max(self.flop / (share * gpu.peak), self.weight_bytes / (BANDWIDTH_SHARE * gpu.bandwidth))
 
 
-# Keys and values of the text in the UNet's 70 cross-attention layers: 2 matrices each, from 77 tokens of 2048.
+# Keys and values of the text in the UNet's 70 cross-attention layers: 2 matrices each, 77 tokens of 2048.
 TEXT_PARAMETERS = 2 * 2048 * (10 * 640 + 60 * 1280)
 TEXT = Cost(2.0 * 77 * TEXT_PARAMETERS, 2.0 * TEXT_PARAMETERS)
 

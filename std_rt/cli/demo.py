@@ -17,10 +17,8 @@ from std_rt.cli.terminal import program, progress_lines, working
 from std_rt.core.machine import quoted
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from std_rt.core.arrays import Frame
 
-    Frame = NDArray[np.uint8]
     Pictures = dict[str, Frame]
 
 __all__ = ["demo"]

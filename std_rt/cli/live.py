@@ -27,17 +27,13 @@ from std_rt.core.errors import MediaError, UsageError
 from std_rt.core.machine import install_hint
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
+    from std_rt.core.arrays import Frame
     from std_rt.live.presenter import Outputs, Presenter
     from std_rt.live.session import Session, Settings
     from std_rt.live.style_mixer import StyleMixer
     from std_rt.media.camera.frame_source import Source
     from std_rt.media.video.record import Recorder
     from std_rt.pipeline.stylizer import Stylizer
-
-    Frame = NDArray[np.uint8]
 
 __all__ = ["LiveRequest", "live"]
 

@@ -25,6 +25,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from std_rt.core.arrays import Frame
 from std_rt.core.bundle import MADE_FROM, Bundle, write_bundle
 from std_rt.core.errors import ExportError
 from std_rt.core.machine import install_hint
@@ -37,7 +38,6 @@ from std_rt.pipeline.stylizer import Stylizer
 
 __all__ = ["FLOOR_MEAN_DB", "FLOOR_WORST_DB", "FORMS", "Form", "Quality", "make_pairs", "quantize_bundle"]
 
-Frame = NDArray[np.uint8]
 Pair = tuple[Frame, Frame]  # (picture, style)
 Samples = dict[str, list[dict[str, NDArray[Any]]]]
 Maker = Callable[[Path, Collection[str]], None]
