@@ -6,7 +6,7 @@ The networks are made without weights (torch's meta device) from their published
 own counter counts the operations of one call. A call takes as long as its arithmetic at ``SHARE`` of the
 card's peak, or as reading its weights once, whichever is longer; a frame is the encoder, the UNet once per
 step and the decoder. Left out are launches, copies, activations that do not fit the cache and the host's
-work, which overlaps. fp16 with fp32 accumulation, dense, one frame at a time, no guidance, and the prompt baked
+work, which overlaps. fp16 with fp32 accumulation, dense, one frame at a time, no guidance, the prompt baked
 in: its keys and values are not computed. In FP8 the UNet's layers have twice the peak and half the bytes; its
 attention and the VAE stay in fp16.
 """
