@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -284,3 +286,12 @@ def test_onnxruntime_measures_outputs_without_running_anything(monkeypatch: pyte
         "vae_decoder": (2, 3, 64, 96),
         "unet": (2, channels, 8, 12),
     }
+
+
+def test_onnxruntime_is_told_to_report_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    told: list[bool] = []
+    monkeypatch.setattr(ort, "disable_telemetry_events", lambda: told.append(True))
+    monkeypatch.delitem(sys.modules, "std_rt.engines.onnxruntime")
+    importlib.import_module("std_rt.engines.onnxruntime")
+    assert told == [True]
