@@ -11,9 +11,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Axes", "GraphPorts", "axis_values", "external_locations", "fixed_shapes", "read_ports"]
+__all__ = [
+    "Axes",
+    "GraphPorts",
+    "axis_values",
+    "external_locations",
+    "fixed_shapes",
+    "read_opset",
+    "read_ports",
+]
 
 _GRAPH, _INPUT, _OUTPUT = 7, 11, 12
+_OPSET, _DOMAIN, _VERSION = 8, 1, 2
 _NAME, _TYPE = 1, 2
 _TENSOR, _SHAPE = 1, 2
 _DIM, _VALUE, _PARAM = 1, 1, 2
@@ -62,6 +71,18 @@ def read_ports(path: Path) -> GraphPorts:
     except (LookupError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path.name} is not a readable ONNX file") from error
     return GraphPorts(inputs, outputs)
+
+
+def read_opset(path: Path) -> int:
+    """The version of ONNX's own operators. Raises OSError, or ValueError on a file that is not ONNX."""
+    try:
+        for opset in _all(_fields(memoryview(path.read_bytes())), _OPSET):
+            found = dict(_fields(opset))
+            if not found.get(_DOMAIN):
+                return int(found[_VERSION])
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"{path.name} is not a readable ONNX file") from error
+    raise ValueError(f"{path.name} names no opset")
 
 
 def axis_values(inputs: Mapping[str, Axes], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

@@ -7,7 +7,7 @@ comes with the extras of these backends.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,15 +21,17 @@ from std_rt.engines.protocol import Array, GraphSpec
 __all__ = ["baked_graph"]
 
 
-def baked_graph(spec: GraphSpec) -> bytes:
+def baked_graph(spec: GraphSpec, rewrite: Callable[[Any], None] = lambda model: None) -> bytes:
     """The ONNX file of ``spec`` with constants for its ``baked`` inputs and for their products with weights.
 
     The inputs stay, unread. Other weights stay in their files, so whoever opens it has to be told the folder.
-    Raises BackendError if the graph cannot be read, or takes weights from outside its folder.
+    ``rewrite`` is given the model afterwards, to change it further. Raises BackendError if the graph cannot
+    be read, or takes weights from outside its folder.
     """
     try:
         model = onnx.load(spec.path, load_external_data=False)
         _bake(model.graph, spec.baked, str(spec.path.parent))
+        rewrite(model)
     except Exception as error:  # those of protobuf, onnx and its C++ parts share no base class
         reason = one_line(error, -300)
         raise BackendError(f"graph '{spec.name}' cannot be read: {reason}; export it again") from error

@@ -56,7 +56,7 @@ HEAVY_MODULES = {
         f"evaluation.{name}"
         for name in ("diffusers_baseline", "inpaint", "students", "scorers", "candidates")
     ),
-    "engines.baked_inputs",  # imported by backends whose extras bring onnx
+    *("engines.baked_inputs", "engines.onnxruntime.cuda_graph"),  # imported where an extra brings onnx
 }
 
 

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, redirect_stdout
-from functools import cache
+from functools import cache, partial
 from io import StringIO
 from itertools import count
 from threading import RLock
@@ -26,6 +26,7 @@ import onnxruntime as ort
 
 from std_rt.core.errors import BackendError
 from std_rt.core.machine import install_hint
+from std_rt.core.onnx_file import read_opset
 from std_rt.engines.glue import GLUE
 from std_rt.engines.gpu.libraries import missing_libraries, provider_problem
 from std_rt.engines.gpu.probe import probe
@@ -46,6 +47,7 @@ from std_rt.engines.shared import Shared
 __all__ = ["devices", "open_graph", "open_runner", "provider_options"]
 
 _PROVIDER = "CUDAExecutionProvider"
+_OPSET = 20  # every operator that export writes has a CUDA kernel at this one: see `cuda_graph`
 _INSTALL = install_hint("cuda")
 _LOG = logging.getLogger(__name__)
 # ONNX Runtime captures in CUDA's global mode, which is spoilt by memory that any thread allocates or frees
@@ -199,8 +201,10 @@ def _open_captured(spec: GraphSpec, precision: str) -> ort.InferenceSession:
     try:
         session = _open(spec, precision, capture=True)
     except BackendError as error:
+        if "graph capture" not in str(error):
+            raise
         session = _open(spec, precision, capture=False)
-        _LOG.warning("graph '%s' runs without a CUDA graph, so somewhat slower: %s", spec.name, error)
+        _LOG.warning("graph '%s' runs without a CUDA graph, so much slower: %s", spec.name, error)
     _warm_up(spec, session)
     return session
 
@@ -220,7 +224,7 @@ def _warm_up(spec: GraphSpec, session: ort.InferenceSession) -> None:
 def _open(spec: GraphSpec, precision: str, *, capture: bool) -> ort.InferenceSession:
     said = _load_libraries()
     provider = (_PROVIDER, provider_options(precision, capture=capture))
-    session = open_session(spec, [provider, *CPU])
+    session = open_session(spec, [provider, *CPU], _graph(spec))
     # ONNX Runtime continues without a provider it cannot load; a user who asked for a GPU must know.
     if session.get_providers()[0] != _PROVIDER:
         why = said or provider_problem() or "it loads but does not start; std-rt doctor --gpu tests it"
@@ -228,6 +232,20 @@ def _open(spec: GraphSpec, precision: str, *, capture: bool) -> ort.InferenceSes
             f"onnxruntime cannot load its CUDA provider: {why}; run: {_INSTALL}  and see std-rt doctor"
         )
     return session
+
+
+def _graph(spec: GraphSpec) -> bytes | None:
+    """The file of ``spec`` as the CUDA kernels want it; None if it is as it should be."""
+    if not spec.baked and read_opset(spec.path) <= _OPSET:
+        return None
+    try:
+        from std_rt.engines.baked_inputs import baked_graph  # not before: they load the onnx package
+        from std_rt.engines.onnxruntime.cuda_graph import for_cuda
+    except ImportError as error:
+        raise BackendError(
+            f"graph '{spec.name}' is opened with onnx on backend 'cuda'; run: {_INSTALL}"
+        ) from error
+    return baked_graph(spec, partial(for_cuda, opset=_OPSET))
 
 
 @cache

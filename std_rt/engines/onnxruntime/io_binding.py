@@ -43,6 +43,7 @@ class _Call:
     spec: GraphSpec
     session: ort.InferenceSession
     binding: ort.IOBinding
+    inputs: Mapping[str, ort.OrtValue]  # to bind anew for every run
     options: ort.RunOptions | None
     stage: str
 
@@ -96,6 +97,8 @@ class OrtRunner:
         check_frame(self._program, frame, self._fed)
         self._fill(FRAME, frame)
         for call in self._calls:
+            for port, value in call.inputs.items():
+                call.binding.bind_ortvalue_input(port, value)
             try:
                 call.session.run_with_iobinding(call.binding, call.options)
             except failures() as error:
@@ -141,11 +144,15 @@ class OrtRunner:
             session = sessions[id(spec)]
             _check_ports(launch, session)
             binding = session.io_binding()
-            for port, buffer in launch.inputs.items():
-                binding.bind_ortvalue_input(port, self._values[buffer])
+            inputs = {port: self._values[buffer] for port, buffer in launch.inputs.items()}
+            for port, value in inputs.items():
+                binding.bind_ortvalue_input(port, value)
             for port, buffer in launch.outputs.items():
                 binding.bind_ortvalue_output(port, self._values[buffer])
-            calls.append(_Call(spec, session, binding, options(index, launch), launch.stage))
+            # What a node on the CPU reads is copied there when it is bound. All nodes of a CUDA graph are on
+            # the GPU, and its addresses have to stay.
+            again = {} if self._device == "cpu" or _is_captured(session) else inputs
+            calls.append(_Call(spec, session, binding, again, options(index, launch), launch.stage))
         return calls
 
     def _check_open(self) -> None:
@@ -163,6 +170,10 @@ def _allocate(buffers: Ports, device: str, device_id: int) -> dict[str, ort.OrtV
         raise BackendError(
             f"onnxruntime cannot allocate {size_mb:.0f} MB for a frame's buffers on {device}: {reason}"
         ) from error
+
+
+def _is_captured(session: ort.InferenceSession) -> bool:
+    return any(given.get("enable_cuda_graph") == "1" for given in session.get_provider_options().values())
 
 
 def _check_ports(launch: Launch, session: ort.InferenceSession) -> None:

@@ -38,6 +38,8 @@ CPU = ["CPUExecutionProvider"]
 # The CPU computes halves in fp32. Folded, a 2.6 B-parameter UNet in fp16 would be 10 GB of fp32 weights, and
 # as much again while they are repacked; from this size on a weight is widened when its layer runs.
 _LEAN_FROM_BYTES = 2 * 2**30
+# For a graph that is not read from its file.
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _FAILURES = (
     "EPFail",
     "Fail",
@@ -89,8 +91,11 @@ def check_precision(spec: GraphSpec, precision: str) -> None:
         )
 
 
-def open_session(spec: GraphSpec, providers: Providers) -> ort.InferenceSession:
-    """Open ``spec`` with its named axes fixed. Raises BackendError in one line."""
+def open_session(spec: GraphSpec, providers: Providers, graph: bytes | None = None) -> ort.InferenceSession:
+    """Open ``spec`` with its named axes fixed. ``graph``: its file, rewritten.
+
+    Raises BackendError in one line.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = _physical_cores()
     options.inter_op_num_threads = 1
@@ -108,8 +113,13 @@ def open_session(spec: GraphSpec, providers: Providers) -> ort.InferenceSession:
             )
         for axis, value in axis_values(declared, spec.shapes).items():
             options.add_free_dimension_override_by_name(axis, value)
+        if graph is None and spec.baked:
+            from std_rt.engines.baked_inputs import baked_graph  # not before: it loads the onnx package
+
+            graph = baked_graph(spec)
+        options.add_session_config_entry(_WEIGHTS_FOLDER, str(spec.path.parent))
         session = ort.InferenceSession(
-            _baked(spec, options) if spec.baked else str(spec.path),
+            str(spec.path) if graph is None else graph,
             options,
             providers=list(providers),
             enable_fallback=0,
@@ -123,14 +133,6 @@ def open_session(spec: GraphSpec, providers: Providers) -> ort.InferenceSession:
         raise BackendError(run_error(spec, error)) from error
     session.disable_fallback()  # else a provider that fails is swapped for the CPU, with a line on stdout
     return session
-
-
-def _baked(spec: GraphSpec, options: ort.SessionOptions) -> bytes:
-    from std_rt.engines.baked_inputs import baked_graph
-
-    folder = str(spec.path.parent)
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-    return baked_graph(spec)
 
 
 def _bytes_of_weights(spec: GraphSpec) -> int:

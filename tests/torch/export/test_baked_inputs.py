@@ -17,9 +17,17 @@ from std_rt.cli.engines import plan
 from std_rt.core.bundle import Bundle
 from std_rt.engines import GraphSpec, open_engine
 from std_rt.engines.baked_inputs import baked_graph
+from std_rt.engines.onnxruntime import cuda
+from std_rt.engines.onnxruntime.ort_session import CPU, open_session
 from std_rt.export.quantize_graph import weighted_layers
 
 TEXT = "encoder_hidden_states"
+KERNELS = {
+    *("Add", "Cast", "Concat", "Conv", "Cos", "Div", "Expand", "Gelu", "Gemm", "InstanceNormalization"),
+    *("LayerNormalization", "MatMul", "Mul", "MultiHeadAttention", "Reshape", "Resize", "Shape", "Sigmoid"),
+    *("Sin", "Slice", "Softmax", "Split", "Squeeze", "Transpose", "Unsqueeze"),
+}
+)
 
 
 @pytest.fixture(params=[1, 2])
@@ -47,6 +55,23 @@ def test_each_is_the_text_times_a_weight_as_torch_computes_it(half_bundle: Bundl
         assert value.dtype == np.float16
         assert np.abs(value - product.numpy()).max() < 5e-3
     assert TEXT not in {name for node in graph.node for name in node.input}
+
+
+def test_cuda_is_given_operators_that_it_has_kernels_for(unet: GraphSpec) -> None:
+    """And they compute the same, on the CPU here. Which have kernels was seen with `tools.cuda_placement`."""
+    graph = cuda._graph(unet)
+    assert graph is not None
+    model = onnx.load_from_string(graph)
+    assert {(each.domain, each.version) for each in model.opset_import} == {("", 20), ("com.microsoft", 1)}
+    assert {node.op_type for node in model.graph.node} <= KERNELS
+    rng = np.random.default_rng(0)
+    plain = open_engine("onnxruntime", replace(unet, baked={}))
+    given = {name: rng.standard_normal(shape).astype(dtype) for name, (shape, dtype) in plain.inputs.items()}
+    given[TEXT] = np.ascontiguousarray(unet.baked[TEXT])
+    session = open_session(unet, CPU, graph)
+    [found] = session.run(["noise_pred"], given)
+    wanted = plain(**given)["noise_pred"]
+    np.testing.assert_allclose(found, wanted, atol=5e-3 * np.abs(wanted).max())
 
 
 def test_the_network_predicts_what_it_does_with_the_prompt_as_an_input(unet: GraphSpec) -> None:

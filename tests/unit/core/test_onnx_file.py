@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, load, numpy_helper, save_model
 
 from std_rt.core.bundle import load_bundle
-from std_rt.core.onnx_file import axis_values, external_locations, fixed_shapes, read_ports
+from std_rt.core.onnx_file import axis_values, external_locations, fixed_shapes, read_opset, read_ports
 from std_rt.engines.glue import GLUE, glue_path
 
 BUILT_IN = load_bundle(None, verify=False)
@@ -112,6 +112,16 @@ def test_what_is_not_onnx_is_an_error(content: bytes, tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"g\.onnx is not a readable ONNX file"):
         read_ports(path)
+    with pytest.raises(ValueError, match=r"g\.onnx (is not a readable ONNX file|names no opset)"):
+        read_opset(path)
+
+
+def test_the_opset_is_that_of_onnxs_own_operators(tmp_path: Path) -> None:
+    opsets = [helper.make_opsetid("com.microsoft", 1), helper.make_opsetid("", 23)]
+    graph = helper.make_graph([], "g", [], [])
+    path = tmp_path / "g.onnx"
+    path.write_bytes(helper.make_model(graph, opset_imports=opsets).SerializeToString())
+    assert read_opset(path) == 23
 
 
 INPUTS = {"a": ("batch", 3, "width"), "b": ("batch", None)}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 from onnx.external_data_helper import set_external_data
 
 from std_rt.core.errors import BackendError
@@ -94,6 +94,28 @@ def test_keys_and_values_take_the_place_of_their_weights(tmp_path: Path, text: A
     keys = numpy_helper.to_array(tensors["keys"])
     assert keys.dtype == np.float16
     assert np.abs(keys - exact).max() <= np.spacing(np.float16(np.abs(exact).max())) / 2
+
+
+def test_keys_and_values_in_bf16_are_numbers(tmp_path: Path, text: Array) -> None:
+    """As TensorRT takes them; older versions of the onnx package returned their bits as integers."""
+    model = onnx.parser.parse_model("""
+        <ir_version: 10, opset_import: ["" : 20]>
+        unet (float[B, 3, 64] encoder_hidden_states, bfloat16[B, 3, 8] sample) => (bfloat16[B, 3, 8] noise_pred) {
+            text = Cast <to = 16> (encoder_hidden_states)
+            keys = MatMul (text, weight)
+            noise_pred = Add (sample, keys)
+        }""")
+    weight = np.random.default_rng(0).standard_normal((WIDTH, 8)).astype(np.float32)
+    model.graph.initializer.append(
+        onnx.helper.make_tensor("weight", TensorProto.BFLOAT16, weight.shape, weight)
+    )
+    (tmp_path / "unet.onnx").write_bytes(model.SerializeToString())
+    shapes = {TEXT: text.shape, "sample": (ROWS, 3, 8)}
+    spec = GraphSpec("unet", tmp_path / "unet.onnx", shapes, "", compute="bf16", baked={TEXT: text})
+    [keys] = onnx.load_from_string(baked_graph(spec)).graph.initializer
+    assert (keys.name, keys.data_type) == ("keys", TensorProto.BFLOAT16)
+    found = numpy_helper.to_array(keys).astype(np.float32)
+    assert np.abs(found - text @ weight).max() < 0.03 * np.abs(found).max()
 
 
 def test_weights_outside_the_folder_are_refused(tmp_path: Path, text: Array) -> None:

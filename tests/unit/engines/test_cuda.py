@@ -79,7 +79,7 @@ def test_a_provider_that_is_dropped_in_silence_is_an_error(monkeypatch: pytest.M
     """ONNX Runtime goes on with the CPU where CUDA's libraries are missing."""
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(ort, "preload_dlls", lambda: print("Failed to load libcudnn.so.9"))
-    on_cpu = lambda spec, providers: open_session(spec, CPU)  # noqa: E731
+    on_cpu = lambda spec, *_: open_session(spec, CPU)  # noqa: E731
     monkeypatch.setattr(cuda, "open_session", on_cpu)
     with pytest.raises(
         BackendError, match=r"cannot load its CUDA provider: Failed to load libcudnn.so.9; run"
@@ -98,7 +98,7 @@ def test_a_provider_that_does_not_load_is_told_in_the_systems_words(
     monkeypatch.setattr(libraries, "find_spec", lambda name: found if name == "onnxruntime" else None)
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(ort, "preload_dlls", lambda: None)
-    monkeypatch.setattr(cuda, "open_session", lambda spec, providers: open_session(spec, CPU))
+    monkeypatch.setattr(cuda, "open_session", lambda spec, *_: open_session(spec, CPU))
     with pytest.raises(BackendError, match=r"cannot load its CUDA provider: (?!it loads).+; run: "):
         cuda.open_graph(spec(), "auto")
     (tmp_path / "capi" / "libonnxruntime_providers_cuda.so").unlink()
@@ -137,7 +137,7 @@ def test_opening_in_two_threads_at_once_leaves_stdout_alone(monkeypatch: pytest.
 
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(ort, "preload_dlls", preload)
-    monkeypatch.setattr(cuda, "open_session", lambda spec, providers: open_session(spec, CPU))
+    monkeypatch.setattr(cuda, "open_session", lambda spec, *_: open_session(spec, CPU))
     before = sys.stdout
 
     def fails(open_it: Callable[[], object]) -> None:
@@ -364,13 +364,18 @@ def test_a_graph_that_cannot_be_captured_runs_as_it_is_and_says_so(
 ) -> None:
     def choosy(spec: GraphSpec, precision: str, *, capture: bool) -> object:
         if capture:
-            raise BackendError("nodes are left to the CPU")
+            raise BackendError(reason)
         return open_session(spec, CPU)
+
+    reason = "this session cannot use the graph capture feature as nodes are left to the CPU"
 
     monkeypatch.setattr(cuda, "_open", choosy)
     with caplog.at_level(logging.WARNING):
         assert cuda._open_captured(spec(), "auto") is not None
-    assert "'unet' runs without a CUDA graph, so somewhat slower: nodes are left to the CPU" in caplog.text
+    assert f"'unet' runs without a CUDA graph, so much slower: {reason}" in caplog.text
+    reason = "out of memory"  # nor would it fit without
+    with pytest.raises(BackendError, match="out of memory"):
+        cuda._open_captured(spec(), "auto")
 
 
 @pytest.mark.gpu

@@ -18,6 +18,7 @@ from std_rt.core.errors import BackendError
 from std_rt.engines import GraphSpec, open_engine
 from std_rt.engines.glue import GLUE
 from std_rt.engines.host import HostRunner
+from std_rt.engines.onnxruntime import io_binding
 from std_rt.engines.onnxruntime.io_binding import OrtRunner
 from std_rt.engines.onnxruntime.ort_session import CPU, open_session
 from std_rt.engines.program import FRAME, STYLED, Launch, Program, launch_specs
@@ -195,6 +196,45 @@ def test_between_two_frames_only_the_frame_is_copied(
         device.run(frame)
     assert filled == [FRAME] * 3
     assert {name: value.data_ptr() for name, value in device._values.items()} == addresses
+
+
+def test_what_nodes_on_the_cpu_read_is_what_a_buffer_holds_now(
+    stochastic: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a graph reads an input in other memory than it is in, binding copies it, there and then."""
+    program = program_of(stochastic)
+    specs = specs_of(stochastic, program)
+    allocate, bind = io_binding._allocate, ort.IOBinding.bind_ortvalue_input
+    monkeypatch.setattr(io_binding, "_allocate", lambda buffers, *_: allocate(buffers, "cpu", 0))
+    monkeypatch.setattr(
+        ort.IOBinding,
+        "bind_ortvalue_input",
+        lambda self, name, value: bind(self, name, ort.OrtValue.ortvalue_from_numpy(value.numpy())),
+    )
+    opener = lambda spec: (open_session(spec, CPU), lambda: None)  # noqa: E731
+    device, host = OrtRunner(program, specs, opener, device="gpu"), on_host(program, specs)
+    for seed, frame in enumerate(frames_of(program)):
+        for runner in (host, device):
+            runner.set(**feeds_of(program, seed))
+        assert np.abs(host.run(frame).astype(int) - device.run(frame)).max() <= 1
+
+
+def test_the_addresses_of_a_cuda_graph_stay(stochastic: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, bound = program_of(stochastic), []
+    allocate, bind = io_binding._allocate, ort.IOBinding.bind_ortvalue_input
+    monkeypatch.setattr(io_binding, "_allocate", lambda buffers, *_: allocate(buffers, "cpu", 0))
+    monkeypatch.setattr(
+        ort.IOBinding, "bind_ortvalue_input", lambda *given: bound.append(given[1]) or bind(*given)
+    )
+    captured = {"CUDAExecutionProvider": {"enable_cuda_graph": "1"}}
+    monkeypatch.setattr(ort.InferenceSession, "get_provider_options", lambda self: captured)
+    opener = lambda spec: (open_session(spec, CPU), lambda: None)  # noqa: E731
+    device = OrtRunner(program, specs_of(stochastic, program), opener, device="gpu")
+    device.set(**feeds_of(program))
+    before = list(bound)
+    for frame in frames_of(program):
+        device.run(frame)
+    assert bound == before != []
 
 
 def test_a_frame_that_was_returned_is_the_callers(stochastic: Bundle) -> None:
