@@ -27,7 +27,6 @@ KERNELS = {
     *("LayerNormalization", "MatMul", "Mul", "MultiHeadAttention", "Reshape", "Resize", "Shape", "Sigmoid"),
     *("Sin", "Slice", "Softmax", "Split", "Squeeze", "Transpose", "Unsqueeze"),
 }
-)
 
 
 @pytest.fixture(params=[1, 2])

@@ -100,10 +100,10 @@ def test_keys_and_values_in_bf16_are_numbers(tmp_path: Path, text: Array) -> Non
     """As TensorRT takes them; older versions of the onnx package returned their bits as integers."""
     model = onnx.parser.parse_model("""
         <ir_version: 10, opset_import: ["" : 20]>
-        unet (float[B, 3, 64] encoder_hidden_states, bfloat16[B, 3, 8] sample) => (bfloat16[B, 3, 8] noise_pred) {
+        unet (float[B, 3, 64] encoder_hidden_states, bfloat16[B, 3, 8] sample) => (bfloat16[B, 3, 8] y) {
             text = Cast <to = 16> (encoder_hidden_states)
             keys = MatMul (text, weight)
-            noise_pred = Add (sample, keys)
+            y = Add (sample, keys)
         }""")
     weight = np.random.default_rng(0).standard_normal((WIDTH, 8)).astype(np.float32)
     model.graph.initializer.append(

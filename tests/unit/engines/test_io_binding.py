@@ -209,7 +209,7 @@ def test_what_nodes_on_the_cpu_read_is_what_a_buffer_holds_now(
     monkeypatch.setattr(
         ort.IOBinding,
         "bind_ortvalue_input",
-        lambda self, name, value: bind(self, name, ort.OrtValue.ortvalue_from_numpy(value.numpy())),
+        lambda self, name, value: bind(self, name, ort.OrtValue.ortvalue_from_numpy(value.numpy().copy())),
     )
     opener = lambda spec: (open_session(spec, CPU), lambda: None)  # noqa: E731
     device, host = OrtRunner(program, specs, opener, device="gpu"), on_host(program, specs)
