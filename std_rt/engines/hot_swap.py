@@ -49,6 +49,11 @@ class HotSwapRunner:
         """True once ``fast`` is in use, or has failed."""
         return self._coming is None
 
+    @property
+    def settled(self) -> Runner:
+        """The runner to use from now on: the one in use once `switched`, until then this one."""
+        return self._now if self.switched else self
+
     def set(self, **feeds: Array) -> None:
         """See `Runner`."""
         self._now.set(**feeds)

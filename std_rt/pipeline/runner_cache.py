@@ -23,7 +23,7 @@ import numpy as np
 from std_rt.core.arrays import Array, Frame, Size
 from std_rt.core.errors import UsageError
 from std_rt.core.schedule import StepCoefficients
-from std_rt.engines.hot_swap import close_when_open, has_failed
+from std_rt.engines.hot_swap import HotSwapRunner, close_when_open, has_failed
 from std_rt.engines.program import Mark, Runner
 from std_rt.media.fit import check_frame
 from std_rt.pipeline.conditioning import Conditioning
@@ -151,7 +151,9 @@ class CachedRunner:
     def wait(self) -> Runner:
         """Wait for the runner. Raises the error of opening it."""
         try:
-            return self._runner.result()
+            runner = self._runner.result()
+            # Once it is the one to stay, the fast runner itself, which may take frames in two halves.
+            return runner.settled if isinstance(runner, HotSwapRunner) else runner
         finally:
             self.failed = has_failed(self._runner)
 

@@ -107,8 +107,11 @@ class EngineBuilder:
                 self._make(spec, path)
                 yield path.read_bytes()
             return
-        if self.cache.find(self.key(spec)) is None:
-            self.ensure(spec)
+        with self.cache.mapped(self.key(spec)) as data:  # gigabytes, so hashed only once
+            if data is not None:
+                yield data
+                return
+        self.ensure(spec)
         with self.cache.mapped(self.key(spec)) as data:
             if data is None:
                 raise BackendError(f"the engine of '{spec.name}' was removed while it was built; run again")

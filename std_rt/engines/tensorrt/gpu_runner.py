@@ -222,6 +222,7 @@ class Kernels:
     cache: Any
     device: CudaDevice
     known: bytes
+    kept: bool = False
 
     @classmethod
     def open(cls, builder: EngineBuilder, spec: GraphSpec, config: Any, device: CudaDevice) -> Kernels:
@@ -236,11 +237,13 @@ class Kernels:
         return cls(builder, spec, cache, device, known)
 
     def keep(self) -> None:
-        """Store newly compiled kernels in the engine cache."""
+        """Store newly compiled kernels in the engine cache, once: the first run at a shape compiles all."""
+        if self.kept:
+            return
+        self.kept = True
         blob = bytes(self.cache.serialize() or b"")
         if self.builder.cache is not None and blob and blob != self.known:
             key = self.builder.kernels_key(self.spec, self.device.driver)
-            self.known = blob
             try:
                 self.builder.cache.build(key, blob, replace=True, origin=self.spec.path.parent.resolve())
             except BackendError as error:  # the frame is good; only the next start is slower
@@ -503,8 +506,8 @@ class GpuRunner:
         self._device.synchronize(self._stream)
         for slot in self._slots:
             self._finish(slot)
-            if slot.graph is not None:
-                self._device.drop_graph(slot.graph)
+        self._drop_graphs()
+        for slot in self._slots:
             self._device.drop_event(slot.event)
         for graph in self._graphs:
             graph.close()
@@ -513,6 +516,12 @@ class GpuRunner:
         for array in self._pinned:
             self._device.free_pinned(array)
         self._device.drop_stream(self._stream)
+
+    def _drop_graphs(self) -> None:
+        for slot in self._slots:
+            if slot.graph is not None:
+                self._device.drop_graph(slot.graph)
+                slot.graph = None
 
     def _begin(self) -> None:
         if not self._open:
@@ -543,7 +552,7 @@ class GpuRunner:
     def _warm_up(self) -> None:
         """Runs without effect, then the capture of a frame as a CUDA graph: the buffers never move.
 
-        If TensorRT says that an engine cannot be captured, so does a warning. Carried buffers are restored.
+        If an engine cannot be captured, a warning says so. Carried buffers are restored.
         """
         carried = self.carried()
         for slot in self._slots:
@@ -555,16 +564,21 @@ class GpuRunner:
         for graph in dict.fromkeys(self._graphs):
             graph.keep_kernels()
         refused = [graph.engine.name for graph in self._graphs if not graph.capturable(self._stream)]
-        if refused:
-            warnings.warn(
-                f"'{refused[0]}' cannot be captured in a CUDA graph, so frames run launch by launch: slower",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            return
+        why = f"'{refused[0]}' cannot be captured in a CUDA graph" if refused else self._capture()
+        if why:
+            slower = f"{why}, so frames run launch by launch: slower"
+            warnings.warn(slower, RuntimeWarning, stacklevel=2)
+
+    def _capture(self) -> str:
+        """Capture the frame of every slot; why it cannot be, or nothing."""
         self._device.drain()
-        for slot in self._slots:
-            slot.graph = self._device.capture(self._stream, partial(self._enqueue, slot))
+        try:
+            for slot in self._slots:
+                slot.graph = self._device.capture(self._stream, partial(self._enqueue, slot))
+        except BackendError as error:
+            self._drop_graphs()
+            return f"a frame cannot be captured in a CUDA graph ({error})"
+        return ""
 
     def _enqueue(self, slot: _Slot) -> None:
         """Put a whole frame on the stream."""

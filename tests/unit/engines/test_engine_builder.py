@@ -86,7 +86,7 @@ def _data(builder: EngineBuilder, spec: GraphSpec) -> bytes:
 
 
 def test_a_graph_with_weights_beside_it_is_built_for_two_gpus_once(
-    builder: EngineBuilder, decoder: GraphSpec, cache: EngineCache
+    builder: EngineBuilder, decoder: GraphSpec, cache: EngineCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = _data(builder, decoder)
     weights = decoder.path.with_suffix(".safetensors").stat().st_size
@@ -101,7 +101,12 @@ def test_a_graph_with_weights_beside_it_is_built_for_two_gpus_once(
     assert entry.key.driver == ""
     assert Path(entry.origin) == decoder.path.parent.resolve()
     before = (cache.folder / "manifest.json").read_bytes()
-    assert _data(builder, decoder) == data
+    hashed = []
+    load = EngineCache._load
+    with monkeypatch.context() as patch:
+        patch.setattr(EngineCache, "_load", lambda self, *given: hashed.append(given) or load(self, *given))
+        assert _data(builder, decoder) == data
+    assert len(hashed) == 1  # an engine has gigabytes
     assert (cache.folder / "manifest.json").read_bytes() == before
     for target in TARGETS:
         assert EngineBuilder(trt, RTX, (target,), cache=cache).find(decoder) is not None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from std_rt.engines.host import HostRunner
 from std_rt.engines.hot_swap import HotSwapRunner
 from std_rt.engines.program import Program, Runner, no_mark
 from std_rt.engines.protocol import GraphSpec
-from std_rt.engines.tensorrt.gpu_runner import GpuRunner, GpuSession
+from std_rt.engines.tensorrt.gpu_runner import GpuRunner, GpuSession, Kernels
 from std_rt.engines.tensorrt.onnx_to_engine import RTX, TENSORRT
 from std_rt.pipeline.denoise import Guidance
 from std_rt.pipeline.program_builder import CONDITIONING, FrameNumbers, frame_program, graph_shapes
@@ -285,6 +286,40 @@ def test_frames_go_piece_by_piece_with_a_warning_where_no_graph_can_hold_them(gp
     for seed in range(4):
         np.testing.assert_array_equal(runner.run(_frame(program, seed)), host.run(_frame(program, seed)))
     assert "capture" not in gpu.device.log
+
+
+def test_a_capture_that_the_driver_refuses_leaves_a_slower_runner_not_none(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some products cannot say beforehand; here the second slot is refused."""
+    program, capture, captured = _stream("residual"), FakeDevice.capture, []
+
+    def second_fails(self: FakeDevice, stream: int, record: Callable[[], None]) -> int:
+        if captured:
+            raise BackendError("the GPU refused cuStreamEndCapture")
+        captured.append(capture(self, stream, record))
+        return captured[0]
+
+    monkeypatch.setattr(FakeDevice, "capture", second_fails)
+    with pytest.warns(
+        RuntimeWarning, match=r"captured in a CUDA graph \(the GPU refused .*\), so frames run"
+    ):
+        runner = gpu.open(program)
+    assert not runner.captured
+    assert not gpu.device.graphs
+    monkeypatch.undo()
+    _test_equal(runner, program, 0)
+    runner.close()
+
+
+def test_kernels_are_stored_once_however_often_an_engine_runs() -> None:
+    asked: list[bool] = []
+    cache = SimpleNamespace(serialize=lambda: asked.append(True) or b"kernels")
+    nowhere = cast(Any, SimpleNamespace(cache=None))
+    kernels = Kernels(nowhere, cast(Any, None), cache, cast(Any, None), b"")
+    kernels.keep()
+    kernels.keep()
+    assert asked == [True]
 
 
 @pytest.mark.parametrize("twice", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from std_rt.core.errors import BackendError, UsageError
 from std_rt.core.schedule import NoiseSchedule, trajectory_timesteps
+from std_rt.engines.hot_swap import HotSwapRunner
 from std_rt.engines.program import Mark, Runner, no_mark
 from std_rt.pipeline.conditioning import Conditioning
 from std_rt.pipeline.program_builder import CONDITIONING, NEGATIVE
@@ -151,6 +153,30 @@ def test_one_that_failed_is_opened_again_once_somebody_knows() -> None:
     cache.get(key(64))
     openings.future(key(64)).set_result(Fake())
     assert cache.ready(key(64))
+
+
+def test_frames_are_submitted_to_the_fast_runner_once_it_has_taken_over() -> None:
+    class Fast(Fake):
+        def submit(self, frame: np.ndarray) -> Callable[[Mark], np.ndarray]:
+            return lambda mark: frame + 1
+
+    slow, fast, coming, opened = Fake(), Fast(), Future[Runner](), Future[Runner]()
+    opened.set_result(HotSwapRunner(slow, coming, lambda line: None))
+    runner = CachedRunner(key(64), coefficients(4), (4, 8, 8), "none", opened)
+    one = dict.fromkeys(CONDITIONING, np.zeros((1, 1), np.float32))
+    frame, noise = np.zeros((1, 64, 64, 3), np.uint8), np.zeros((5, 4, 8, 8), np.float32)
+
+    def submit() -> tuple[bool, int]:
+        submitted = runner.submit(frame, [Conditioning(one)], [noise], no_mark)
+        return submitted.running, int(submitted.collect(no_mark).max())
+
+    assert submit() == (False, 0)
+    coming.set_result(fast)
+    assert submit() == (False, 0)  # in which it takes over
+    assert submit() == (True, 1)
+    assert (slow.closed, fast.closed) == (1, 0)
+    runner.close()
+    assert (slow.closed, fast.closed) == (1, 1)
 
 
 def test_one_that_goes_while_it_opens_is_closed_when_it_is_there() -> None:
