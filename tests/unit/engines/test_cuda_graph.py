@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from onnx import numpy_helper
 
 from std_rt.core.bundle import load_bundle
+from std_rt.core.errors import BackendError
 from std_rt.engines.glue import GLUE, glue_spec
 from std_rt.engines.onnxruntime import cuda
 from std_rt.engines.onnxruntime.cuda_graph import for_cuda
@@ -82,3 +85,16 @@ def test_graphs_in_the_box_are_not_rewritten() -> None:
     specs = [GraphSpec(name, bundle.graph_path(name), {}, "") for name in bundle.manifest["graphs"]]
     for spec in [*specs, *(glue_spec(op, {}) for op in GLUE)]:
         assert cuda._graph(spec) is None
+
+
+def test_a_missing_package_is_one_line_with_the_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "unet.onnx").write_bytes(made().SerializeToString())
+    spec = GraphSpec("unet", tmp_path / "unet.onnx", {"x": (2, 5, WIDTH)}, "", compute="fp16")
+    graph = cuda._graph(spec)
+    assert graph is not None
+    assert "MultiHeadAttention" in kinds(onnx.load_from_string(graph))
+    monkeypatch.setitem(sys.modules, "std_rt.engines.baked_inputs", None)  # as where onnx is not installed
+    with pytest.raises(BackendError, match=r"'unet' is opened with onnx on backend 'cuda'; run: .*cuda"):
+        cuda._graph(spec)
