@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 from support.cli_support import Cli, Result
 from support.handmade import write_handmade
@@ -24,6 +25,11 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get(
 # Tracing makes millions of objects that live on, and a collection walks over all of them: at Python's own
 # thresholds 13 % of an export's time. Tests that count objects collect by themselves.
 gc.set_threshold(100_000, 20, 50)
+
+
+# How long an example takes depends on what else runs, and a first one on what it loads.
+hypothesis.settings.register_profile("std-rt", deadline=None)
+hypothesis.settings.load_profile("std-rt")
 
 
 @pytest.fixture(scope="session", autouse=True)

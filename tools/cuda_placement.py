@@ -1,4 +1,4 @@
-"""Where ONNX Runtime would run the nodes of a bundle on an NVIDIA GPU. Needs none, but Linux and gcc.
+"""Where ONNX Runtime would run the nodes of a bundle on an NVIDIA GPU. Needs none, but Linux, gcc and nm.
 
     pip download --no-deps -d runs/cuda onnxruntime-gpu          # 250 MB
     python -m tools.cuda_placement BUNDLE --wheel runs/cuda/onnxruntime_gpu-*.whl
@@ -57,10 +57,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("bundle", help="a bundle's folder or name")
-    parser.add_argument("--wheel", type=Path, help="of onnxruntime-gpu, for this Python")
+    parser.add_argument("--wheel", type=Path, required=True, help="of onnxruntime-gpu, for this Python")
     given = parser.parse_args()
-    if given.wheel is None:
-        return _look(given.bundle)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with zipfile.ZipFile(given.wheel) as wheel:
@@ -68,7 +66,8 @@ def main() -> int:
         _make_libraries(folder / "wheel/onnxruntime/capi/libonnxruntime_providers_cuda.so", folder)
         paths = [str(folder / "wheel"), str(Path.cwd()), *sys.path[1:]]
         environment = {"LD_LIBRARY_PATH": name, "PYTHONPATH": os.pathsep.join(paths)}
-        command = [sys.executable, "-m", "tools.cuda_placement", given.bundle]
+        look = "import sys; from tools.cuda_placement import _look; sys.exit(_look(sys.argv[1]))"
+        command = [sys.executable, "-c", look, given.bundle]
         return subprocess.run(command, env=os.environ | environment, check=False).returncode
 
 
@@ -103,7 +102,8 @@ def _body(name: str) -> str:
     return _HANDLE if "Create" in name else "(void) {return 0;}"
 
 
-def _look(bundle: str) -> int:
+def _look(bundle: str) -> int | str:
+    """What a process exits with."""
     import onnxruntime as ort
 
     from std_rt.cli.engines import plan
@@ -122,12 +122,14 @@ def _look(bundle: str) -> int:
     wrong = False
     for spec in plan(bundle).engines(glue=False):
         chosen, precision = in_form("cuda", spec, "auto")
-        captured = True
+        graph, captured = cuda._graph(chosen), True
         try:
-            session: Any = cuda._open(chosen, precision, capture=True)
+            session: Any = cuda._open(chosen, precision, graph, capture=True)
         except BackendError as error:
+            if "graph capture" not in str(error):
+                return str(error)
             print(f"{spec.name}: {error}")
-            session, captured = cuda._open(chosen, precision, capture=False), False
+            session, captured = cuda._open(chosen, precision, graph, capture=False), False
         kinds: dict[str, Counter[str]] = {}
         for part in session.get_provider_graph_assignment_info():
             found = kinds.setdefault(part.ep_name, Counter())

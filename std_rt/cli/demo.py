@@ -119,7 +119,9 @@ def _clip(style: Frame, output: Path, bundle: str | None, backend: str) -> None:
         stylizer.set_style(style)
         stream = FrameStream(stylizer, batching=GROUPED, temporal=TemporalFilter(StylizeRequest.temporal))
         report = transcode_stream(source, sink, stream.frames, overwrite=True)
-    typer.echo(f"clip: {sink} ({report.frames} frames, {report.frames / report.seconds:.1f} fps)")
+    typer.echo(
+        f"clip: {sink} ({report.frames} frames, painted at {report.frames / report.seconds:.1f} a second)"
+    )
     styles = quoted(str(output / "styles"))
     typer.echo(f"live without a camera: {program()} live --style {styles} --camera {quoted(str(source))}")
 

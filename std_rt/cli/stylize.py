@@ -211,6 +211,12 @@ def open_stylizer(flags: StylizerFlags, console: Console, *, live: bool = False)
         meanwhile=(lambda line: note(console, f"note: {line}")) if flags.build_in_background else None,
     ) as stylizer:
         check_size(stylizer.bundle, size)
+        if stylizer.guidance.mode != "none" and bundle.guidance["mode"] == "none":
+            line = (
+                f"note: bundle '{bundle.name}' was made for pictures without guidance; with it "
+                "they can come out as noise: leave out --guidance"
+            )
+            note(console, line)
         yield stylizer
 
 
@@ -279,6 +285,8 @@ class _Work:
                 bar.advance(whole, 0 if job.is_video else 1)
                 if self._interrupted:
                     break
+        if self._interrupted and len(jobs) > 1:
+            note(self._console, f"stopped early: {index} of {len(jobs)} inputs were not begun")
         if failed:
             summary = f"{failed} of {len(jobs)} inputs failed (above); {len(jobs) - failed} done"
             self._console.print(summary, style="red")
@@ -299,16 +307,18 @@ class _Work:
         )
         height, width = done.frame.shape[:2]
         write_picture(job.sink, done.frame, done.alpha, exif=done.exif)
-        self._report(job, (width, height), f"{time.perf_counter() - started:.2f} s")
-        self._tell_size(job, (picture.frame.shape[1], picture.frame.shape[0]), (width, height))
+        self._report(job.sink, (width, height), f"{time.perf_counter() - started:.2f} s")
+        # Under a mask the result keeps the input's size, but what is painted has the model's.
+        painted_px = (height, width) if self._mask is None else self._stylizer.quality(height, width).size
+        self._tell_size(job, (picture.frame.shape[1], picture.frame.shape[0]), painted_px[::-1])
 
-    def _report(self, job: Job, size: tuple[int, int], what: str) -> None:
+    def _report(self, result: Path, size: tuple[int, int], what: str) -> None:
         """A line on a result; on stderr if stdout has the result itself."""
         line = f"({size[0]}x{size[1]}, {what})"
         if self._request.to_stdout:
             note(self._console, f"stdout {line}")
         else:
-            say(f"{job.sink} {line}")
+            say(f"{result} {line}")
 
     def _tell_size(self, job: Job, before: tuple[int, int], after: tuple[int, int]) -> None:
         """Once: that a result is smaller than its input, and what changes that. Sizes are (width, height)."""
@@ -317,10 +327,11 @@ class _Work:
         self._has_told_size = True
         note(
             self._console,
-            f"note: {job.source.name} is {before[0]}x{before[1]} and its result {after[0]}x{after[1]}, "
+            f"note: {job.source.name} is {before[0]}x{before[1]} and "
+            f"{'its result' if self._mask is None else 'what is painted in it'} {after[0]}x{after[1]}, "
             "the size the model worked at; --size sets that "
-            f"(up to {self._stylizer.bundle.size_range[1]} px), --upscale brings results back to their "
-            "input's size",
+            f"(up to {self._stylizer.bundle.size_range[1]} px)"
+            + ("" if self._mask else ", --upscale brings results back to their input's size"),
         )
 
     def _clip(self, job: Job, bar: Progress) -> None:
@@ -367,8 +378,10 @@ class _Work:
             return
         fps = report.frames / report.seconds if report.seconds else 0.0
         early = ", stopped early, playable" if report.stopped else ""
+        if report.output != job.sink:
+            early += f"; {job.sink} is as it was"
         size = (report.width, report.height)
-        self._report(job, size, f"{report.frames} frames, {fps:.1f} fps{early}")
+        self._report(report.output, size, f"{report.frames} frames, painted at {fps:.1f} a second{early}")
         if not self._has_told_size:
             info = probe(job.source)
             self._tell_size(job, (info.width, info.height), size)

@@ -136,16 +136,17 @@ def require(what: str, extra: str, *modules: str) -> None:
 def install_hint(extra: str = "") -> str:
     """The command that installs std-rt with ``extra`` into this Python, typed in the current folder.
 
-    std-rt is not on PyPI: a clone is named by its folder, and an installed package, whose extras pip finds in
-    its own metadata, by its name, or by where it came from if it is to be installed itself.
+    std-rt is not on PyPI: a clone is named by its folder (and stays in use: without ``-e`` it is copied),
+    and an installed package, whose extras pip finds in its own metadata, by its name, or by where it came
+    from if it is to be installed itself.
     """
     clone = _clone()
     if clone is not None:
         place = "." if _is_here(clone) else str(clone)
     else:
         place = "std-rt" if extra else _origin()
-    what = f"{place}[{extra}]" if extra else place
-    return f"{_pip_install()} {quoted(what)}"
+    what = quoted(f"{place}[{extra}]" if extra else place)
+    return f"{_pip_install()} {what if clone is None else f'-e {what}'}"
 
 
 def upgrade_hint() -> str:

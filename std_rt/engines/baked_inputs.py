@@ -1,8 +1,8 @@
 """Graphs around inputs that never change: the keys and values of a baked prompt are computed before it opens.
 
 Backends fold constants only in part: TensorRT small products, ONNX Runtime none in fp16. Left alone they
-would multiply the prompt by 682 MB of weights in every call of SDXL's UNet. Needs the ``onnx`` package, which
-comes with the extras of these backends.
+would multiply the prompt by 682 MB of weights in every call of SDXL's UNet. The onnx package, which comes
+with the extras of these backends, is loaded at the first use.
 """
 
 from __future__ import annotations
@@ -11,23 +11,27 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import onnx
-from onnx.numpy_helper import from_array, to_array
-from onnx.reference import ReferenceEvaluator
 
 from std_rt.core.errors import BackendError, one_line
 from std_rt.engines.protocol import Array, GraphSpec
 
-__all__ = ["baked_graph"]
+__all__ = ["baked_graph", "reads"]
 
 
 def baked_graph(spec: GraphSpec, rewrite: Callable[[Any], None] = lambda model: None) -> bytes:
     """The ONNX file of ``spec`` with constants for its ``baked`` inputs and for their products with weights.
 
-    The inputs stay, unread. Other weights stay in their files, so whoever opens it has to be told the folder.
-    ``rewrite`` is given the model afterwards, to change it further. Raises BackendError if the graph cannot
-    be read, or takes weights from outside its folder.
+    The inputs stay, unread but in branches. Other weights stay in their files, so whoever opens the graph has
+    to be told the folder, and checks them. ``rewrite`` is given the model afterwards, to change it further.
+    Raises BackendError if onnx is missing, the graph cannot be read, or a weight of those products lies
+    outside its folder.
     """
+    try:
+        import onnx
+    except ImportError as error:
+        raise BackendError(
+            f"graph '{spec.name}' is opened with the onnx package; run: pip install onnx"
+        ) from error
     try:
         model = onnx.load(spec.path, load_external_data=False)
         _bake(model.graph, spec.baked, str(spec.path.parent))
@@ -40,6 +44,9 @@ def baked_graph(spec: GraphSpec, rewrite: Callable[[Any], None] = lambda model: 
 
 
 def _bake(graph: Any, baked: Mapping[str, Array], folder: str) -> None:
+    from onnx.numpy_helper import to_array
+    from onnx.reference import ReferenceEvaluator
+
     known = {name: np.ascontiguousarray(value) for name, value in baked.items()}
     makers = {name: node for node in graph.node for name in node.output}
     weights = {tensor.name: tensor for tensor in graph.initializer}
@@ -49,7 +56,7 @@ def _bake(graph: Any, baked: Mapping[str, Array], folder: str) -> None:
         if name in weights:
             return np.asarray(to_array(weights[name], folder))
         node = makers.get(name)
-        if node is None:
+        if node is None or len(node.output) != 1:
             return None
         inputs = {each: constant(each) for each in node.input}
         if not inputs or any(value is None for value in inputs.values()):
@@ -72,6 +79,8 @@ def _bake(graph: Any, baked: Mapping[str, Array], folder: str) -> None:
 
 def _replace(graph: Any, known: Mapping[str, Array], baked: Mapping[str, Array]) -> None:
     """Put what is known in place of what made it, and leave out what nothing reads any more."""
+    from onnx.numpy_helper import from_array
+
     constants = {name: f"{name}.baked" if name in baked else name for name in known}
     needed = {port.name for port in graph.output}
     kept = []
@@ -80,7 +89,7 @@ def _replace(graph: Any, known: Mapping[str, Array], baked: Mapping[str, Array])
             continue
         for i, name in enumerate(node.input):
             node.input[i] = constants.get(name, name)
-        needed |= _reads(node)
+        needed |= reads(node)
         kept.append(node)
     tensors = [tensor for tensor in graph.initializer if tensor.name in needed]
     tensors += [from_array(known[name], new) for name, new in constants.items() if new in needed]
@@ -89,7 +98,7 @@ def _replace(graph: Any, known: Mapping[str, Array], baked: Mapping[str, Array])
         getattr(graph, field).extend(values)
 
 
-def _reads(node: Any) -> set[str]:
+def reads(node: Any) -> set[str]:
     """Names that a node reads, in its branches too."""
     branches = [graph for attribute in node.attribute for graph in (attribute.g, *attribute.graphs)]
-    return set(node.input).union(*(_reads(inner) for graph in branches for inner in graph.node))
+    return set(node.input).union(*(reads(inner) for graph in branches for inner in graph.node))

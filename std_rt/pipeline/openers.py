@@ -151,10 +151,11 @@ def _around_prompt(bundle: Bundle, specs: dict[str, GraphSpec], guidance: Guidan
     """``specs`` with the prompt baked in if it is the only text that the UNet will ever see.
 
     Backends compute what depends on it with the onnx package, which their extras bring. Without it they do so
-    in every call.
+    in every call, and ``cuda`` opens no graph of an opset after 20.
     """
-    if bundle.takes_prompts or guidance.mode != "none" or find_spec("onnx") is None:
-        return specs
+    onnx = find_spec("onnx")
+    if bundle.takes_prompts or guidance.mode != "none" or onnx is None or onnx.origin is None:
+        return specs  # no origin: only a folder of that name
     hidden = bundle.conditioning()["encoder_hidden_states"].astype(np.float32)
     text = np.broadcast_to(hidden, specs["unet"].shapes["encoder_hidden_states"])
     return specs | {"unet": replace(specs["unet"], baked={"encoder_hidden_states": text})}

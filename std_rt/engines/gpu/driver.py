@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from std_rt.core.errors import BackendError, UsageError
 from std_rt.engines.gpu.probe import Gpu, probe
 
-__all__ = ["CudaDevice", "choose_gpu", "cuda_device", "driver_problem"]
+__all__ = ["CudaDevice", "EmptyCaptureError", "choose_gpu", "cuda_device", "driver_problem"]
 
 Array = NDArray[Any]
 
@@ -36,6 +36,11 @@ _NO_TIMING = 2  # an event that only marks a place is cheaper
 _THREAD_LOCAL = 1  # capture mode: what other threads do on the GPU does not break it
 _MAJOR, _MINOR = 75, 76  # device attributes: compute capability
 _LEGACY = 0
+
+
+class EmptyCaptureError(BackendError):
+    """A capture in which nothing reached the stream that was captured."""
+
 
 _ADDRESS = c_ulonglong
 # name -> argument types; every function returns a code, 0 for success.
@@ -259,7 +264,9 @@ class CudaDevice:
         nodes, executable = c_size_t(), c_void_p()
         self._call("cuGraphGetNodes", graph, None, byref(nodes))
         if not nodes.value:  # nothing reached this stream; replaying it would repeat the last picture
-            raise BackendError(f"nothing was captured on {self.gpu.name}; use --backend cuda or openvino")
+            raise EmptyCaptureError(
+                f"nothing was captured on {self.gpu.name}; use --backend cuda or openvino"
+            )
         self._call("cuGraphInstantiateWithFlags", byref(executable), graph, 0)
         return int(executable.value or 0)
 

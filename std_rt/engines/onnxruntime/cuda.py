@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, redirect_stdout
-from functools import cache, partial
+from functools import cache
 from io import StringIO
 from itertools import count
 from threading import RLock
@@ -27,6 +27,7 @@ import onnxruntime as ort
 from std_rt.core.errors import BackendError
 from std_rt.core.machine import install_hint
 from std_rt.core.onnx_file import read_opset
+from std_rt.engines.baked_inputs import baked_graph
 from std_rt.engines.glue import GLUE
 from std_rt.engines.gpu.libraries import missing_libraries, provider_problem
 from std_rt.engines.gpu.probe import probe
@@ -146,8 +147,9 @@ class CudaRunner(OrtRunner):
 def open_graph(spec: GraphSpec, precision: str) -> OnnxRuntimeEngine:
     """Open one graph on the GPU, NumPy arrays in and out. Raises BackendError."""
     _check_precision(spec, precision)
+    graph = _graph(spec)
     with _ALLOCATING:
-        return CudaEngine(spec, _open(spec, precision, capture=False), spec.compute)
+        return CudaEngine(spec, _open(spec, precision, graph, capture=False), spec.compute)
 
 
 def open_runner(program: Program, specs: Mapping[str, GraphSpec], precision: str) -> OrtRunner:
@@ -197,13 +199,14 @@ def provider_options(precision: str, *, capture: bool) -> dict[str, str]:
 def _open_captured(spec: GraphSpec, precision: str) -> ort.InferenceSession:
     """With CUDA graph capture if possible; a graph with nodes left to the CPU runs without, and a warning."""
     if not spec.key and spec.name.startswith("glue."):  # two or three kernels: nothing to save
-        return _open(spec, precision, capture=False)
+        return _open(spec, precision, None, capture=False)
+    graph = _graph(spec)
     try:
-        session = _open(spec, precision, capture=True)
+        session = _open(spec, precision, graph, capture=True)
     except BackendError as error:
         if "graph capture" not in str(error):
             raise
-        session = _open(spec, precision, capture=False)
+        session = _open(spec, precision, graph, capture=False)
         _LOG.warning("graph '%s' runs without a CUDA graph, so much slower: %s", spec.name, error)
     _warm_up(spec, session)
     return session
@@ -221,10 +224,10 @@ def _warm_up(spec: GraphSpec, session: ort.InferenceSession) -> None:
         raise BackendError(run_error(spec, error)) from error
 
 
-def _open(spec: GraphSpec, precision: str, *, capture: bool) -> ort.InferenceSession:
+def _open(spec: GraphSpec, precision: str, graph: bytes | None, *, capture: bool) -> ort.InferenceSession:
     said = _load_libraries()
     provider = (_PROVIDER, provider_options(precision, capture=capture))
-    session = open_session(spec, [provider, *CPU], _graph(spec))
+    session = open_session(spec, [provider, *CPU], graph)
     # ONNX Runtime continues without a provider it cannot load; a user who asked for a GPU must know.
     if session.get_providers()[0] != _PROVIDER:
         why = said or provider_problem() or "it loads but does not start; std-rt doctor --gpu tests it"
@@ -235,17 +238,19 @@ def _open(spec: GraphSpec, precision: str, *, capture: bool) -> ort.InferenceSes
 
 
 def _graph(spec: GraphSpec) -> bytes | None:
-    """The file of ``spec`` as the CUDA kernels want it; None if it is as it should be."""
-    if not spec.baked and read_opset(spec.path) <= _OPSET:
-        return None
+    """The file of ``spec`` as the CUDA kernels want it, None if it is so already. Raises BackendError."""
     try:
-        from std_rt.engines.baked_inputs import baked_graph  # not before: they load the onnx package
-        from std_rt.engines.onnxruntime.cuda_graph import for_cuda
-    except ImportError as error:
-        raise BackendError(
-            f"graph '{spec.name}' is opened with onnx on backend 'cuda'; run: {_INSTALL}"
-        ) from error
-    return baked_graph(spec, partial(for_cuda, opset=_OPSET))
+        if not spec.baked and read_opset(spec.path) <= _OPSET:
+            return None
+    except (OSError, ValueError) as error:
+        raise BackendError(run_error(spec, error)) from error
+    return baked_graph(spec, _rewrite)
+
+
+def _rewrite(model: Any) -> None:
+    from std_rt.engines.onnxruntime.cuda_graph import for_cuda  # not before: it loads the onnx package
+
+    for_cuda(model, _OPSET)
 
 
 @cache

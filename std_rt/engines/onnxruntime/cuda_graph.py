@@ -12,6 +12,8 @@ from typing import Any
 
 from onnx import TensorProto, helper
 
+from std_rt.engines.baked_inputs import reads
+
 __all__ = ["for_cuda"]
 
 _CONTRIB = "com.microsoft"
@@ -46,37 +48,40 @@ def _is_plain(node: Any) -> bool:
 
 
 def _drop_casts_of_norms(graph: Any) -> None:
-    """Let a LayerNormalization in fp32 between casts read and write fp16: the kernel computes in fp32 anyway.
+    """Let a LayerNormalization in fp32, between casts from fp16 and back, read and write fp16.
 
-    Its weights are cast instead, which ONNX Runtime does when it opens the graph.
+    The kernel computes in fp32 anyway. Weights are cast instead, which is done when the graph is opened.
     """
     makers = {name: node for node in graph.node for name in node.output}
     readers: dict[str, list[Any]] = {}
     for node in graph.node:
-        for name in node.input:
+        for name in reads(node):
             readers.setdefault(name, []).append(node)
-    nodes: list[Any] = []
+    outputs, nodes = {port.name for port in graph.output}, list[Any]()
     for node in graph.node:
         if node.op_type == "LayerNormalization" and len(node.output) == 1:
             result, before = node.output[0], makers.get(node.input[0])
             after = readers.get(result, [])
             if (
                 len(after) == 1
+                and result not in outputs
                 and _is_cast(before, TensorProto.FLOAT)
                 and _is_cast(after[0], TensorProto.FLOAT16)
             ):
                 for i, name in enumerate(node.input[1:], 1):
+                    if not name:
+                        continue
                     node.input[i] = f"{result}.{i}"
                     nodes.append(helper.make_node("Cast", [name], [node.input[i]], to=TensorProto.FLOAT16))
                 node.input[0], node.output[0] = makers[node.input[0]].input[0], after[0].output[0]
                 after[0].ClearField("output")
         nodes.append(node)
     # ONNX Runtime would go on to compute casts that nothing reads.
-    read = {name for node in nodes for name in node.input} | {port.name for port in graph.output}
+    read = outputs.union(*map(reads, nodes))
     kept = [node for node in nodes if node.op_type != "Cast" or not read.isdisjoint(node.output)]
     graph.ClearField("node")
     graph.node.extend(kept)
 
 
 def _is_cast(node: Any, dtype: int) -> bool:
-    return node is not None and node.op_type == "Cast" and node.attribute[0].i == dtype
+    return node is not None and any(each.name == "to" and each.i == dtype for each in node.attribute)

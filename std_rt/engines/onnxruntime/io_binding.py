@@ -1,8 +1,9 @@
 """The runner on ONNX Runtime with every buffer on one device: a frame goes in, a frame comes out.
 
-Buffers are allocated once, constants copied there once, and every launch is bound once to the buffers it
-reads and writes (IO binding). So graphs pass their results on without a copy, and addresses never change,
-which CUDA graphs need. The same code runs on the CPU, where tests compare it with `HostRunner`.
+Buffers are allocated once, and constants copied there once. Launches are bound to the buffers that they read
+and write (IO binding): once, or before every run where a session on a GPU has no CUDA graph. So graphs pass
+their results on without a copy, and addresses never change, which CUDA graphs need. The same code runs on the
+CPU, where tests compare it with `HostRunner`.
 """
 
 from __future__ import annotations
@@ -97,9 +98,9 @@ class OrtRunner:
         check_frame(self._program, frame, self._fed)
         self._fill(FRAME, frame)
         for call in self._calls:
-            for port, value in call.inputs.items():
-                call.binding.bind_ortvalue_input(port, value)
             try:
+                for port, value in call.inputs.items():
+                    call.binding.bind_ortvalue_input(port, value)
                 call.session.run_with_iobinding(call.binding, call.options)
             except failures() as error:
                 raise BackendError(run_error(call.spec, error)) from error

@@ -18,6 +18,7 @@ import onnxruntime as ort
 from std_rt.core.errors import BackendError, one_line
 from std_rt.core.files import is_inside
 from std_rt.core.onnx_file import axis_values, external_locations, fixed_shapes, read_ports
+from std_rt.engines.baked_inputs import baked_graph
 from std_rt.engines.protocol import Array, GraphSpec, Ports, check_inputs
 
 __all__ = [
@@ -114,8 +115,6 @@ def open_session(spec: GraphSpec, providers: Providers, graph: bytes | None = No
         for axis, value in axis_values(declared, spec.shapes).items():
             options.add_free_dimension_override_by_name(axis, value)
         if graph is None and spec.baked:
-            from std_rt.engines.baked_inputs import baked_graph  # not before: it loads the onnx package
-
             graph = baked_graph(spec)
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(spec.path.parent))
         session = ort.InferenceSession(

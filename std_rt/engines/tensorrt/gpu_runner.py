@@ -26,7 +26,7 @@ import numpy as np
 
 from std_rt.core.errors import BackendError
 from std_rt.engines.cache import EngineCache
-from std_rt.engines.gpu.driver import CudaDevice, cuda_device, driver_problem
+from std_rt.engines.gpu.driver import CudaDevice, EmptyCaptureError, cuda_device, driver_problem
 from std_rt.engines.program import (
     FRAME,
     STYLED,
@@ -575,9 +575,12 @@ class GpuRunner:
         try:
             for slot in self._slots:
                 slot.graph = self._device.capture(self._stream, partial(self._enqueue, slot))
+        except EmptyCaptureError:  # launches would go where nobody waits for them, too
+            raise
         except BackendError as error:
             self._drop_graphs()
-            return f"a frame cannot be captured in a CUDA graph ({error})"
+            self._device.synchronize(self._stream)  # a GPU that is broken refuses this too: an error
+            return f"a frame cannot be captured in a CUDA graph ({str(error).partition(';')[0]})"
         return ""
 
     def _enqueue(self, slot: _Slot) -> None:

@@ -22,6 +22,7 @@ from std_rt.core.errors import BackendError, one_line
 from std_rt.core.files import is_inside
 from std_rt.core.machine import install_hint
 from std_rt.core.onnx_file import external_locations
+from std_rt.engines.baked_inputs import baked_graph
 from std_rt.engines.protocol import GraphSpec
 
 __all__ = [
@@ -128,11 +129,7 @@ def build_engine(
 
 def _onnx(spec: GraphSpec) -> bytes:
     """The graph without its weights, which the parser reads from beside the file."""
-    if not spec.baked:
-        return spec.path.read_bytes()
-    from std_rt.engines.baked_inputs import baked_graph  # not before: it loads the onnx package
-
-    return baked_graph(spec)
+    return baked_graph(spec) if spec.baked else spec.path.read_bytes()
 
 
 def _config(trt: Any, product: Product, builder: Any, targets: Sequence[str], tf32: bool) -> Any:

@@ -64,8 +64,8 @@ def default_clip_suffix(source: Path, sound: str = "auto") -> str:
         return ".mkv" if not in_mp4 and all(sound_fits(stream, ".mkv") for stream in sounds) else ".mp4"
 
 
-class _StoppedAtOnceError(Exception):
-    """``should_stop`` before the first frame: there is no file to keep."""
+class _StoppedError(Exception):
+    """``should_stop``, and nothing for the place of the result: no frame, or a clip is there already."""
 
 
 def transcode_stream(
@@ -93,13 +93,14 @@ def transcode_stream(
     converted to AAC or Opus where ``sink`` cannot hold it), copy, convert or drop. announce: called before
     any frame with each note on what will not be kept as it is; ``notes`` of the report has them, too.
 
-    Stopped early: a playable file with what was done. Any exception (from ``stream`` too, passed on as it
+    Stopped early: a playable file with what was done, beside the sink (NAME_stopped) if that was there
+    already. Any exception (from ``stream`` too, passed on as it
     is): no file. Raises MediaError before any work for an output that exists (without ``overwrite``), is
     the source or cannot be written, and for a source with no video or none that can be decoded.
     """
     started_s = time.perf_counter()
     check_output(sink, source=source, overwrite=overwrite)
-    stopped = False
+    stopped, kept = False, sink
     with open_clip(source) as clip:
         writer, total = ClipWriter(sink, clip, codec, crf, sound), clip.frames
         losses = writer.losses()
@@ -117,13 +118,17 @@ def transcode_stream(
                         if progress is not None:
                             progress(writer.frames, total)
                 if not writer.frames:
-                    raise _StoppedAtOnceError if stopped else nothing_decoded(source)
-        except _StoppedAtOnceError:
+                    raise _StoppedError if stopped else nothing_decoded(source)
+                if stopped and sink.exists():
+                    kept = sink.with_stem(f"{sink.stem}_stopped")
+                    partial.replace(kept)
+                    raise _StoppedError
+        except _StoppedError:
             pass
         notes = (*losses, *clip.notes(stopped=stopped), *writer.notes())
     width, height = writer.size
     seconds = time.perf_counter() - started_s
-    return VideoReport(sink, writer.frames, seconds, width, height, stopped, notes)
+    return VideoReport(kept, writer.frames, seconds, width, height, stopped, notes)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ def test_a_call_takes_the_longer_of_arithmetic_and_reading_weights() -> None:
     assert frame_s(gpu, reading, arithmetic, 4, 0.5) == pytest.approx(0.09)
     assert Cost(1e12, 1e9, attention=0.4e12).in_fp8().seconds(gpu, 0.5) == pytest.approx(0.014)
     assert reading.in_fp8().seconds(gpu, 0.5) == pytest.approx(0.005)
-    assert Cost(5.0, 4.0, 3.0) - Cost(1.0, 2.0) == Cost(4.0, 2.0, 3.0)
+    assert Cost(5.0, 4.0, 3.0).without(Cost(1.0, 2.0)) == Cost(4.0, 2.0, 3.0)
 
 
 @pytest.mark.long

@@ -52,7 +52,7 @@ def test_an_engine_for_another_prompt_is_another_engine_and_smaller_than_one_for
     engines = [builder.ensure(spec) for spec in (unet, *others)]
     assert len(set(engines)) == 3
     baked, plain, other = (path.stat().st_size for path in engines)
-    assert baked == other < plain  # keys and values are smaller than the weights that make them
+    assert max(baked, other) < plain  # keys and values are smaller than the weights that make them
 
 
 def test_the_unet_is_built_at_twice_the_batch(clip_bundle: Bundle, builder: EngineBuilder) -> None:

@@ -180,7 +180,7 @@ def test_a_backend_that_is_not_installed(stylize: Cli, photo: Path, monkeypatch:
 
     missing = base.BACKENDS["onnxruntime"]._replace(package="no_such_module")
     monkeypatch.setitem(base.BACKENDS, "onnxruntime", missing)
-    assert "pip install '.[onnx]'" in stylize(photo, "--backend", "onnxruntime").error
+    assert "pip install -e '.[onnx]'" in stylize(photo, "--backend", "onnxruntime").error
 
 
 def test_a_backend_that_nobody_knows(stylize: Cli, photo: Path) -> None:

@@ -107,7 +107,7 @@ def test_doctor_shows_what_is_here_and_how_to_add_what_is_not(
         __version__,
         "cores",
         "openvino",
-        "to add it: pip install '.[onnx]'",
+        "to add it: pip install -e '.[onnx]'",
         "cache",
         "std-tiny",
     ):
@@ -147,7 +147,7 @@ def test_bench_against_something_unknown(cli: Cli, bundle: Path) -> None:
 
 def test_bench_against_diffusers_needs_torch(cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("std_rt.core.machine.find_spec", lambda name: None)
-    assert "pip install '.[export]'" in cli("bench", "-b", bundle, "--against", "diffusers").error
+    assert "pip install -e '.[export]'" in cli("bench", "-b", bundle, "--against", "diffusers").error
 
 
 @pytest.mark.parametrize(("command", "extra"), [("export", "export"), ("train", "train")])
@@ -157,7 +157,7 @@ def test_what_torch_is_needed_for_says_how_to_get_it(
     monkeypatch.setattr("std_rt.core.machine.find_spec", lambda name: None)
     recipe = _recipe(tmp_path)
     arguments = ("export", tmp_path, "-o", tmp_path / "out") if command == "export" else ("train", recipe)
-    assert f"pip install '.[{extra}]'" in cli(*arguments).error
+    assert f"pip install -e '.[{extra}]'" in cli(*arguments).error
 
 
 def _recipe(folder: Path) -> Path:

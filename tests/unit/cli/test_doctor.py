@@ -60,12 +60,12 @@ def test_a_backend_that_is_installed_and_not_usable_is_not_to_be_installed() -> 
         BackendInfo(
             "rtx", False, "tensorrt-rtx 1.7; no NVIDIA driver found", "pip", "no NVIDIA driver found"
         ),
-        BackendInfo("cuda", False, "not installed", "pip install '.[cuda]'"),
+        BackendInfo("cuda", False, "not installed", "pip install -e '.[cuda]'"),
         BackendInfo("openvino", True, "openvino 2026", "pip"),
     ]
     assert lines(doctor._backends(found)) == [
         "-- rtx: tensorrt-rtx 1.7; no NVIDIA driver found",
-        "-- cuda: not installed; to add it: pip install '.[cuda]'",
+        "-- cuda: not installed; to add it: pip install -e '.[cuda]'",
         "openvino: openvino 2026",
     ]
 
@@ -108,7 +108,7 @@ def test_missing_cuda_libraries_are_named(cuda_build: Callable[[str, list[str]],
     cuda_build("13.0", here)
     assert cuda_version() == "13.0"
     assert lines(doctor._packages()) == [
-        f"!! cuda: onnxruntime-gpu does not find {library_names('13.0')[-1]}; run: pip install '.[cuda]'"
+        f"!! cuda: onnxruntime-gpu does not find {library_names('13.0')[-1]}; run: pip install -e '.[cuda]'"
     ]
 
 

@@ -56,7 +56,7 @@ def test_backends_and_doctor_name_extras_that_exist() -> None:
 
 def test_packages_that_a_hint_names_by_themselves_are_not_ours() -> None:
     """``pip install NAME`` in the source: packages of PyPI, each known."""
-    known = {".", "bitsandbytes", "tensorboard"}
+    known = {".", "bitsandbytes", "onnx", "tensorboard"}
     for path in _sources():
         for name in re.findall(r"pip install ([\w.][\w.-]*)", path.read_text(encoding="utf-8")):
             assert name in known, f"{path.name}: pip install {name}"
@@ -70,11 +70,11 @@ def test_in_a_clone_the_hint_names_it_from_everywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    assert _words(install_hint("cuda")) == ["pip", "install", ".[cuda]"]
-    assert install_hint() == "pip install ."
-    assert upgrade_hint() == "git pull, then pip install ."
+    assert _words(install_hint("cuda")) == ["pip", "install", "-e", ".[cuda]"]
+    assert install_hint() == "pip install -e ."
+    assert upgrade_hint() == "git pull, then pip install -e ."
     monkeypatch.chdir(tmp_path)
-    assert _words(install_hint("cuda")) == ["pip", "install", f"{ROOT}[cuda]"]
+    assert _words(install_hint("cuda")) == ["pip", "install", "-e", f"{ROOT}[cuda]"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -291,7 +290,7 @@ def test_onnxruntime_measures_outputs_without_running_anything(monkeypatch: pyte
 def test_onnxruntime_is_told_to_report_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     ort = pytest.importorskip("onnxruntime")
     told: list[bool] = []
+    package = importlib.import_module("std_rt.engines.onnxruntime")
     monkeypatch.setattr(ort, "disable_telemetry_events", lambda: told.append(True))
-    monkeypatch.delitem(sys.modules, "std_rt.engines.onnxruntime")
-    importlib.import_module("std_rt.engines.onnxruntime")
+    importlib.reload(package)
     assert told == [True]

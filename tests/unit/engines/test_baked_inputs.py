@@ -118,6 +118,23 @@ def test_keys_and_values_in_bf16_are_numbers(tmp_path: Path, text: Array) -> Non
     assert np.abs(found - text @ weight).max() < 0.03 * np.abs(found).max()
 
 
+def test_weights_that_one_node_cuts_from_one_are_left_to_the_backend(tmp_path: Path, text: Array) -> None:
+    model = onnx.parser.parse_model("""
+        <ir_version: 10, opset_import: ["" : 20]>
+        unet (float[B, 3, 64] encoder_hidden_states) => (float[B, 3, 8] y) {
+            for_keys, for_values = Split <axis = 1, num_outputs = 2> (both)
+            keys = MatMul (encoder_hidden_states, for_keys)
+            values = MatMul (encoder_hidden_states, for_values)
+            y = Add (keys, values)
+        }""")
+    weight = np.random.default_rng(0).standard_normal((WIDTH, 16)).astype(np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(weight, "both"))
+    (tmp_path / "unet.onnx").write_bytes(model.SerializeToString())
+    spec = GraphSpec("unet", tmp_path / "unet.onnx", {TEXT: text.shape}, "", baked={TEXT: text})
+    found = open_engine("onnxruntime", spec)(**{TEXT: text})["y"]
+    np.testing.assert_allclose(found, text @ weight[:, :8] + text @ weight[:, 8:], atol=1e-4)
+
+
 def test_weights_outside_the_folder_are_refused(tmp_path: Path, text: Array) -> None:
     (tmp_path / "bundle").mkdir()
     spec = write(tmp_path / "bundle", text, "../unet.bin")

@@ -184,7 +184,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
     """Sessions and buffers are the CPU's; what was asked for is kept as (graph, with CUDA graph)."""
     asked: list[tuple[str, bool]] = []
 
-    def on_cpu(spec: GraphSpec, precision: str, *, capture: bool) -> object:
+    def on_cpu(spec: GraphSpec, precision: str, graph: object, *, capture: bool) -> object:
         asked.append((spec.name, capture))
         return open_session(spec, CPU)
 
@@ -362,7 +362,7 @@ def test_the_runner_computes_and_names_the_unets_precision(opened: list[tuple[st
 def test_a_graph_that_cannot_be_captured_runs_as_it_is_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def choosy(spec: GraphSpec, precision: str, *, capture: bool) -> object:
+    def choosy(spec: GraphSpec, precision: str, graph: object, *, capture: bool) -> object:
         if capture:
             raise BackendError(reason)
         return open_session(spec, CPU)

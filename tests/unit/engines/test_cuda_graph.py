@@ -95,6 +95,31 @@ def test_a_missing_package_is_one_line_with_the_command(
     graph = cuda._graph(spec)
     assert graph is not None
     assert "MultiHeadAttention" in kinds(onnx.load_from_string(graph))
-    monkeypatch.setitem(sys.modules, "std_rt.engines.baked_inputs", None)  # as where onnx is not installed
-    with pytest.raises(BackendError, match=r"'unet' is opened with onnx on backend 'cuda'; run: .*cuda"):
+    spec.path.write_bytes(b"not onnx")
+    with pytest.raises(BackendError, match=r"cannot run graph 'unet' .*: unet\.onnx is not a readable ONNX"):
         cuda._graph(spec)
+    spec.path.write_bytes(made().SerializeToString())
+    monkeypatch.setitem(sys.modules, "onnx", None)  # as where it is not installed
+    with pytest.raises(BackendError, match=r"'unet' is opened with the onnx package; run: pip install onnx"):
+        cuda._graph(spec)
+
+
+def test_norms_that_are_read_elsewhere_too_stay_in_fp32() -> None:
+    """In a branch, or by whoever runs the graph; a norm without a bias has nothing to cast there."""
+    text = GRAPH.replace(
+        "y = Cast <to = 10> (summed)",
+        """
+    zero = Constant <value_float = 0.0> ()
+    yes = Greater (zero, zero)
+    chosen = If (yes) <then_branch = a () => (float[2, 5, 16] p) { p = Identity (normed) },
+                       else_branch = b () => (float[2, 5, 16] q) { q = Identity (wide) }>
+    bare = LayerNormalization <axis = -1> (chosen, gamma)
+    more = Add (bare, summed)
+    y = Cast <to = 10> (more)""",
+    )
+    model, x = made(text), np.random.default_rng(1).standard_normal((2, 5, WIDTH)).astype(np.float16)
+    shown = onnx.helper.make_tensor_value_info("normed", onnx.TensorProto.FLOAT, [2, 5, WIDTH])
+    model.graph.output.append(shown)
+    wanted = result(model, x)
+    for_cuda(model, 20)
+    np.testing.assert_allclose(result(model, x), wanted, rtol=4e-3, atol=2e-2)

@@ -331,7 +331,7 @@ def test_a_product_that_is_missing_or_too_old_is_one_line(monkeypatch: pytest.Mo
         BackendError, match=r"TensorRT-RTX 1\.\S+ is too old, 99\.0 is needed; run: pip install"
     ):
         load_product(replace(RTX, oldest=(99, 0)))
-    with pytest.raises(BackendError, match=r"TensorRT is not installed; run: pip install '\.\["):
+    with pytest.raises(BackendError, match=r"TensorRT is not installed; run: pip install -e '\.\["):
         load_product(replace(TENSORRT, module="no_such_module"))
 
 

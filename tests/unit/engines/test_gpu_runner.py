@@ -315,11 +315,14 @@ def test_a_capture_that_the_driver_refuses_leaves_a_slower_runner_not_none(
 def test_kernels_are_stored_once_however_often_an_engine_runs() -> None:
     asked: list[bool] = []
     cache = SimpleNamespace(serialize=lambda: asked.append(True) or b"kernels")
-    nowhere = cast(Any, SimpleNamespace(cache=None))
-    kernels = Kernels(nowhere, cast(Any, None), cache, cast(Any, None), b"")
+    stored: list[bytes] = []
+    store = SimpleNamespace(build=lambda key, data, **_: stored.append(data))
+    builder = SimpleNamespace(cache=store, kernels_key=lambda *_: "key")
+    spec, device = SimpleNamespace(path=Path("unet.onnx")), SimpleNamespace(driver="")
+    kernels = Kernels(*cast(Any, (builder, spec, cache, device, b"")))
     kernels.keep()
     kernels.keep()
-    assert asked == [True]
+    assert (asked, stored) == ([True], [b"kernels"])
 
 
 @pytest.mark.parametrize("twice", [False, True])

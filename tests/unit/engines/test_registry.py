@@ -153,15 +153,15 @@ def test_a_folder_that_has_a_packages_name_is_no_package(monkeypatch: pytest.Mon
 
 def test_a_backend_asked_for_is_never_swapped(installed: Installs) -> None:
     installed("onnxruntime")
-    with pytest.raises(BackendError, match=r"'openvino' is not installed; run: pip install \."):
+    with pytest.raises(BackendError, match=r"'openvino' is not installed; run: pip install -e \."):
         choose_backend("openvino")
-    with pytest.raises(BackendError, match=r"'cuda' is not installed; run: pip install '\.\[cuda\]'"):
+    with pytest.raises(BackendError, match=r"'cuda' is not installed; run: pip install -e '\.\[cuda\]'"):
         choose_backend("cuda")
 
 
 def test_no_backend_at_all_lists_the_commands(installed: Installs) -> None:
     installed()
-    with pytest.raises(BackendError, match=r"pip install \.  or  pip install '\.\[onnx\]'"):
+    with pytest.raises(BackendError, match=r"pip install -e \.  or  pip install -e '\.\[onnx\]'"):
         choose_backend()
 
 

@@ -184,9 +184,9 @@ def test_backends_that_are_not_installed_are_left_out_with_the_command(
 ) -> None:
     infos = [
         BackendInfo("openvino", True, "", ""),
-        BackendInfo("onnxruntime", False, "", "pip install '.[onnx]'"),
+        BackendInfo("onnxruntime", False, "", "pip install -e '.[onnx]'"),
     ]
     monkeypatch.setattr(bench_table, "backends", lambda: infos)
     found, left_out = columns_here(has_int8=True)
     assert Column("openvino", "int8") in found
-    assert left_out["onnxruntime fp32"] == "not installed; run: pip install '.[onnx]'"
+    assert left_out["onnxruntime fp32"] == "not installed; run: pip install -e '.[onnx]'"

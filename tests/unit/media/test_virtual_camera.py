@@ -164,7 +164,7 @@ def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "pyvirtualcam", None)
     with pytest.raises(MediaError) as raised:
         VirtualCamera((48, 64), 30)
-    assert str(raised.value) == "the virtual camera needs pyvirtualcam; run: pip install '.[live]'"
+    assert str(raised.value) == "the virtual camera needs pyvirtualcam; run: pip install -e '.[live]'"
 
 
 def test_a_package_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

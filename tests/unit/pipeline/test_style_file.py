@@ -209,7 +209,7 @@ def test_a_file_of_a_later_version(handmade: Bundle, tmp_path: Path) -> None:
     notes = json.dumps({"format_version": FORMAT_VERSION + 1})
     save_file({"new": np.zeros(1)}, tmp_path / "new.safetensors", {"std_rt_style": notes})
     said = _refusal(tmp_path / "new.safetensors", handmade)
-    assert "reads up to 1; upgrade std-rt: git pull, then pip install ." in said
+    assert "reads up to 1; upgrade std-rt: git pull, then pip install -e ." in said
 
 
 @pytest.mark.parametrize("notes", ["", "{", "[]", "null", '{"format_version": "x"}', "[" * 10_000])

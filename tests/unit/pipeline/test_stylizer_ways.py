@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -193,8 +194,9 @@ def test_without_the_onnx_package_nothing_is_baked(handmade: Bundle, monkeypatch
         return program_for(handmade, RunnerKey(Quality((64, 64), 4)), Guidance(), text)[1]
 
     assert specs()["unet"].baked
-    monkeypatch.setattr("std_rt.pipeline.openers.find_spec", lambda name: None)
-    assert not specs()["unet"].baked
+    for found in (None, SimpleNamespace(origin=None)):  # or only a folder of that name
+        monkeypatch.setattr("std_rt.pipeline.openers.find_spec", lambda name, found=found: found)
+        assert not specs()["unet"].baked
 
 
 def test_wrong_numbers_of_frames_are_refused(stylizer: Stylizer) -> None:

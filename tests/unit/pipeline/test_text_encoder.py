@@ -111,7 +111,7 @@ def test_text_that_is_none_is_refused(tokenizers: tuple[Any, Any]) -> None:
 
 def test_without_the_package_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UsageError, match=r"run: pip install '\.\[text\]'"):
+    with pytest.raises(UsageError, match=r"run: pip install -e '\.\[text\]'"):
         ClipTokenizer("{}", LENGTH, 0, 1, 1)
 
 
