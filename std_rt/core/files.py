@@ -185,6 +185,10 @@ def _refuse_taken(sink: Path, source: Path | None, overwrite: bool, flag: str) -
     if sink.is_dir():
         raise MediaError(f"{sink} is a folder; give a file name with {flag}, such as {sink / 'out.png'}")
     if not sink.exists():
+        above = next((folder for folder in sink.parents if folder.exists()), None)
+        if above is not None and not above.is_dir():
+            what = f"{sink} cannot be written: {above} is a file, not a folder"
+            raise MediaError(f"{what}; choose another place with {flag}")
         return
     if source is not None and source.exists() and source.samefile(sink):
         raise MediaError(f"{sink} is the input itself; give another name with {flag}")

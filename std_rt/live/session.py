@@ -110,11 +110,13 @@ class Session:
             seed=settings.seed,
             now=now,
         )
+        target = settings.target_fps
         self._control = QualityControl(
             stylizer,
             self.stream,
             self.metrics,
-            target_fps=settings.target_fps,
+            # More frames than come cannot be shown, whatever quality is given up for them.
+            target_fps=target if target is None or source.fps is None else min(target, source.fps),
             stream_batch=settings.stream_batch,
         )
         self._captured: Prefetcher[FramePacket] | None = None

@@ -118,13 +118,14 @@ class Picture:
     notes: tuple[str, ...] = ()
 
 
-def read_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Picture:
+def read_picture(path: Path | str, max_pixels: int = MAX_PIXELS) -> Picture:
     """Read the first (or only) picture of a file.
 
     Any Pillow mode, 16-bit and float included; EXIF orientation applied, colours converted to sRGB. Raises
     MediaError (one line) for everything that cannot be read: missing, folder, empty, not a picture, of a
     kind that needs another program, truncated, or more than ``max_pixels`` (checked before decoding).
     """
+    path = Path(path)
     check_input(path)
     with quiet_pillow():
         _refuse(path)
@@ -371,7 +372,7 @@ def painted(picture: Picture, paint: Callable[[Frame], Frame], *, upscale: bool 
 
 
 def write_picture(
-    path: Path,
+    path: Path | str,
     frame: Frame,
     alpha: NDArray[np.uint8] | None = None,
     quality: int = 95,
@@ -384,6 +385,7 @@ def write_picture(
     for jpg, webp and avif. exif: of a `Picture`, stored in png, webp, tiff, avif and jpg. Raises MediaError
     for an unknown suffix or a place that cannot be written.
     """
+    path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in WRITABLE_SUFFIXES:
         known = " ".join(sorted(WRITABLE_SUFFIXES))

@@ -145,7 +145,18 @@ def _folder_files(folder: Path, say: Callable[[str], None]) -> list[Path]:
         )
     for line in left_out:
         say(f"{folder}: left out {line}")
+    inside = [entry.name for entry in sorted(folder.iterdir()) if entry.is_dir() and _holds_media(entry)]
+    if inside:
+        say(f"{folder}: subfolders are not searched ({', '.join(inside[:_NAMED])}); name them as inputs")
     return files
+
+
+def _holds_media(folder: Path) -> bool:
+    """Whether a visible subfolder has pictures or clips."""
+    with suppress(OSError):
+        names = [] if folder.name.startswith(".") else folder.iterdir()
+        return any(name.suffix.lower() in PICTURE_SUFFIXES | VIDEO_SUFFIXES for name in names)
+    return False
 
 
 def _left_out(kind: RefusedKind, names: list[str]) -> str:
@@ -280,6 +291,10 @@ def _spooled(path: Path, stack: ExitStack) -> Path:
     )
     with writing(place.parent, advice="set TMPDIR to a folder with room"), place.open("wb") as file:
         shutil.copyfileobj(sys.stdin.buffer if is_stdin else stack.enter_context(path.open("rb")), file)
+    if not place.stat().st_size:
+        raise MediaError(
+            f"{'stdin' if is_stdin else path} is empty (zero bytes); pipe a picture or a clip in"
+        )
     with suppress(MediaError):  # a clip, or nothing that can be read: told when it is opened
         with open_picture(place) as picture:
             suffix = f".{str(picture.format).lower()}"

@@ -44,7 +44,7 @@ class Mask:
         self._weights: dict[Size, tuple[Array, Array]] = {}
 
     @classmethod
-    def read(cls, path: Path) -> Mask:
+    def read(cls, path: Path | str) -> Mask:
         """The brightness of a picture; what is transparent counts as black. Raises MediaError."""
         picture = read_picture(path)
         grey = cv2.cvtColor(picture.frame, cv2.COLOR_RGB2GRAY)

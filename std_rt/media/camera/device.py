@@ -162,7 +162,7 @@ def camera_choices() -> str:
         return "give another index (0, 1, 2) or a video file"
     found = list_cameras()
     if not found:
-        return "plug a camera in or give a video file instead (no camera was found)"
+        return "plug a camera in, or give a clip in its place: --camera clip.mp4 (no camera was found)"
     return f"give one of the cameras found: {', '.join(found)}, or a video file"
 
 

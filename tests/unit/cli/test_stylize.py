@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.cli_support import Cli, files_in, picture
+from support.handmade import write_handmade
 from support.media_samples import ClipSpec, frame_times, make_clip, sound_packets
 
 from std_rt import Stylizer
@@ -303,6 +304,21 @@ def test_a_mask_keeps_what_is_black_in_pictures_and_clips(stylize: Cli, photo: P
     assert (after[:, :29] != before[:, :29]).mean() > 0.5
     info = probe(photo.with_name("clip_styled.mp4"))
     assert (info.width, info.height) == (60, 40)
+
+
+def test_what_is_painted_under_a_mask_is_said_to_have_the_models_size(stylize: Cli, photo: Path) -> None:
+    mask = photo.with_name("half.png")
+    Image.fromarray(np.repeat([[0] * 30 + [255] * 30], 40, 0).astype(np.uint8)).save(mask)
+    said = stylize(photo, "--mask", mask, "--size", "32").err
+    assert "photo.png is 60x40 and what is painted in it 40x24" in said
+    assert "--upscale" not in said
+
+
+def test_guidance_that_a_bundle_was_not_made_for_is_told(cli: Cli, art: Path, photo: Path) -> None:
+    bundle = write_handmade(photo.with_name("bundles") / "mine", negative=0.5).path
+    asked = ("stylize", photo, "--style", art, "--bundle", bundle, "--overwrite")
+    said = [cli(*asked, *more).err for more in ((), ("--guidance", 3))]
+    assert ["was made for pictures without guidance" in line for line in said] == [False, True]
 
 
 @pytest.mark.parametrize("name", ["photo.png", "clip.mp4"])

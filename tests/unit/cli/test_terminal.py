@@ -135,7 +135,7 @@ def test_streams_that_cannot_work_are_one_line(
     assert "- is given twice" in stylize("-", "-", "-o", tmp_path / "out").error
     assert "-o - takes one input, got 2" in stylize(photo, picture(tmp_path / "b.png", 9, 9), "-o", "-").error
     _Pipes(monkeypatch, b"")
-    assert "is empty (zero bytes)" in stylize("-", "-o", tmp_path / "x.png").error
+    assert "error: stdin is empty (zero bytes)" in stylize("-", "-o", tmp_path / "x.png").error
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     assert "stdin, which is a terminal" in stylize("-", "-o", tmp_path / "x.png").error
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)

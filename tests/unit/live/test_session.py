@@ -140,7 +140,7 @@ def test_the_governor_goes_down_when_the_target_is_missed(
             if len(levels) > 1:
                 break
         assert levels == ["72x48, 2 steps", "72x48, 1 step"]
-        assert session.notes[0] == "now 72x48, 1 step to hold 100 fps"
+        assert session.notes[0] == "now 72x48, 1 step to hold 30 fps"  # more do not come
 
 
 def test_a_quality_whose_engines_do_not_open_is_named_and_left_out(

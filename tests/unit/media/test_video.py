@@ -389,6 +389,24 @@ def test_stopping_leaves_a_playable_file(tmp_path: Path) -> None:
     assert left_over(tmp_path, "a.mp4") == ["out.mp4"]
 
 
+def test_stopping_keeps_a_finished_clip_that_was_to_be_replaced(tmp_path: Path) -> None:
+    source = make_clip(tmp_path / "a.mp4", ClipSpec(pts=tuple(range(0, 40 * 512, 512))))
+    (tmp_path / "out.mp4").write_bytes(b"whole")
+    done: list[int] = []
+    report = transcode(
+        source,
+        tmp_path / "out.mp4",
+        same,
+        overwrite=True,
+        progress=lambda frames, total: done.append(frames),
+        should_stop=lambda: len(done) == 7,
+    )
+    assert (report.stopped, report.output) == (True, tmp_path / "out_stopped.mp4")
+    assert (tmp_path / "out.mp4").read_bytes() == b"whole"
+    assert frame_times(report.output) == frame_times(source)[:7]
+    assert left_over(tmp_path) == ["a.mp4", "out.mp4", "out_stopped.mp4"]
+
+
 def test_stopping_at_once_leaves_nothing(tmp_path: Path) -> None:
     source = make_clip(tmp_path / "a.mp4")
     (tmp_path / "out.mp4").write_bytes(b"older")
