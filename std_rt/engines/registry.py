@@ -122,7 +122,7 @@ def choose_backend(name: str = "auto") -> tuple[str, str]:
             f"backend '{name}' is installed but cannot be used here: {info.problem}; use --backend auto"
         )
     if not info.available:
-        raise BackendError(f"backend '{name}' is not installed; run: {info.install}{_no_gpu(name)}")
+        raise BackendError(f"backend '{name}' {_no_gpu(name)}is not installed; run: {info.install}")
     return name, "asked for"
 
 
@@ -241,13 +241,13 @@ def _info(name: str, probe: bool = False) -> BackendInfo:
 
 
 def _no_gpu(name: str) -> str:
-    """For a message: what else a GPU backend would need here."""
+    """What else a GPU backend would need here, for a message."""
     if name not in GPU_BACKENDS:
         return ""
     from std_rt.engines.gpu.probe import probe
 
     problem = probe().problem
-    return f"  (and it needs an NVIDIA GPU: {problem})" if problem else ""
+    return f"needs an NVIDIA GPU ({problem}) and " if problem else ""
 
 
 def _gpu_problem(name: str) -> str:
