@@ -64,8 +64,7 @@ def main() -> int:
         with zipfile.ZipFile(given.wheel) as wheel:
             wheel.extractall(folder / "wheel")
         _make_libraries(folder / "wheel/onnxruntime/capi/libonnxruntime_providers_cuda.so", folder)
-        paths = [str(folder / "wheel"), str(Path.cwd()), *sys.path[1:]]
-        environment = {"LD_LIBRARY_PATH": name, "PYTHONPATH": os.pathsep.join(paths)}
+        environment = {"LD_LIBRARY_PATH": name, "PYTHONPATH": str(folder / "wheel")}
         look = "import sys; from tools.cuda_placement import _look; sys.exit(_look(sys.argv[1]))"
         command = [sys.executable, "-c", look, given.bundle]
         return subprocess.run(command, env=os.environ | environment, check=False).returncode

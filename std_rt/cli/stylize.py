@@ -282,15 +282,24 @@ class _Work:
                     self._console.print(
                         f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
                     )
+                except KeyboardInterrupt:
+                    self._tell_stop(index, len(jobs))
+                    raise
                 bar.advance(whole, 0 if job.is_video else 1)
                 if self._interrupted:
+                    self._tell_stop(index, len(jobs))
                     break
-        if self._interrupted and len(jobs) > 1:
-            note(self._console, f"stopped early: {index} of {len(jobs)} inputs were not begun")
         if failed:
             summary = f"{failed} of {len(jobs)} inputs failed (above); {len(jobs) - failed} done"
             self._console.print(summary, style="red")
         return _INTERRUPTED if self._interrupted else 2 if failed else 0
+
+    def _tell_stop(self, index: int, count: int) -> None:
+        if count > 1:
+            line = (
+                f"stopped at input {index + 1} of {count}; --skip-existing keeps the results that are there"
+            )
+            note(self._console, line)
 
     def _picture(self, job: Job) -> None:
         from std_rt.media.image import painted, read_picture, stores_exif, write_picture
@@ -308,9 +317,7 @@ class _Work:
         height, width = done.frame.shape[:2]
         write_picture(job.sink, done.frame, done.alpha, exif=done.exif)
         self._report(job.sink, (width, height), f"{time.perf_counter() - started:.2f} s")
-        # Under a mask the result keeps the input's size, but what is painted has the model's.
-        painted_px = (height, width) if self._mask is None else self._stylizer.quality(height, width).size
-        self._tell_size(job, (picture.frame.shape[1], picture.frame.shape[0]), painted_px[::-1])
+        self._tell_size(job, (picture.frame.shape[1], picture.frame.shape[0]), (width, height))
 
     def _report(self, result: Path, size: tuple[int, int], what: str) -> None:
         """A line on a result; on stderr if stdout has the result itself."""
@@ -322,16 +329,17 @@ class _Work:
 
     def _tell_size(self, job: Job, before: tuple[int, int], after: tuple[int, int]) -> None:
         """Once: that a result is smaller than its input, and what changes that. Sizes are (width, height)."""
+        what, more = "its result", ", --upscale brings results back to their input's size"
+        if self._mask is not None:  # the result keeps the input's size, but what is painted has the model's
+            what, more = "what is painted in it", ""
+            after = self._stylizer.quality(after[1], after[0]).size[::-1]
         if self._has_told_size or before[0] * before[1] <= after[0] * after[1]:
             return
         self._has_told_size = True
         note(
             self._console,
-            f"note: {job.source.name} is {before[0]}x{before[1]} and "
-            f"{'its result' if self._mask is None else 'what is painted in it'} {after[0]}x{after[1]}, "
-            "the size the model worked at; --size sets that "
-            f"(up to {self._stylizer.bundle.size_range[1]} px)"
-            + ("" if self._mask else ", --upscale brings results back to their input's size"),
+            f"note: {job.source.name} is {before[0]}x{before[1]} and {what} {after[0]}x{after[1]}, the size "
+            f"the model worked at; --size sets that (up to {self._stylizer.bundle.size_range[1]} px){more}",
         )
 
     def _clip(self, job: Job, bar: Progress) -> None:

@@ -122,7 +122,9 @@ def choose_backend(name: str = "auto") -> tuple[str, str]:
             f"backend '{name}' is installed but cannot be used here: {info.problem}; use --backend auto"
         )
     if not info.available:
-        raise BackendError(f"backend '{name}' {_no_gpu(name)}is not installed; run: {info.install}")
+        problem = _gpu_problem(name) if name in GPU_BACKENDS else ""
+        needs = f"needs an NVIDIA GPU ({problem}) and " if problem else ""
+        raise BackendError(f"backend '{name}' {needs}is not installed; run: {info.install}")
     return name, "asked for"
 
 
@@ -238,16 +240,6 @@ def _info(name: str, probe: bool = False) -> BackendInfo:
     if probe:
         detail = f"{detail}; {_implementation(name).devices()}"
     return BackendInfo(name, True, detail, install)
-
-
-def _no_gpu(name: str) -> str:
-    """What else a GPU backend would need here, for a message."""
-    if name not in GPU_BACKENDS:
-        return ""
-    from std_rt.engines.gpu.probe import probe
-
-    problem = probe().problem
-    return f"needs an NVIDIA GPU ({problem}) and " if problem else ""
 
 
 def _gpu_problem(name: str) -> str:

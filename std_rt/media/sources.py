@@ -153,9 +153,10 @@ def _folder_files(folder: Path, say: Callable[[str], None]) -> list[Path]:
 
 def _holds_media(folder: Path) -> bool:
     """Whether a visible subfolder has pictures or clips."""
+    if folder.name.startswith("."):
+        return False
     with suppress(OSError):
-        names = [] if folder.name.startswith(".") else folder.iterdir()
-        return any(name.suffix.lower() in PICTURE_SUFFIXES | VIDEO_SUFFIXES for name in names)
+        return any(entry.suffix.lower() in PICTURE_SUFFIXES | VIDEO_SUFFIXES for entry in folder.iterdir())
     return False
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime as ort
 
 from std_rt.core.errors import BackendError, one_line
+from std_rt.engines.glue import GLUE
 from std_rt.engines.onnxruntime.ort_session import failures, run_error
 from std_rt.engines.program import (
     FRAME,
@@ -150,9 +151,10 @@ class OrtRunner:
                 binding.bind_ortvalue_input(port, value)
             for port, buffer in launch.outputs.items():
                 binding.bind_ortvalue_output(port, self._values[buffer])
-            # What a node on the CPU reads is copied there when it is bound. All nodes of a CUDA graph are on
-            # the GPU, and its addresses have to stay.
-            again = {} if self._device == "cpu" or _is_captured(session) else inputs
+            # What a node on the CPU reads is copied there when it is bound. All nodes of a CUDA graph, and of
+            # glue, are on the GPU, and a CUDA graph's addresses have to stay.
+            bound_once = self._device == "cpu" or launch.graph in GLUE or _is_captured(session)
+            again = {} if bound_once else inputs
             calls.append(_Call(spec, session, binding, again, options(index, launch), launch.stage))
         return calls
 

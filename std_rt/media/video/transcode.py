@@ -11,7 +11,7 @@ from pathlib import Path
 
 from std_rt.core.arrays import Frame
 from std_rt.core.errors import MediaError
-from std_rt.core.files import atomic_file, check_output
+from std_rt.core.files import atomic_file, check_output, writing
 from std_rt.core.prefetcher import Prefetcher
 from std_rt.media.video.animation import is_animated_picture
 from std_rt.media.video.base import DecodedFrame
@@ -94,9 +94,9 @@ def transcode_stream(
     any frame with each note on what will not be kept as it is; ``notes`` of the report has them, too.
 
     Stopped early: a playable file with what was done, beside the sink (NAME_stopped) if that was there
-    already. Any exception (from ``stream`` too, passed on as it
-    is): no file. Raises MediaError before any work for an output that exists (without ``overwrite``), is
-    the source or cannot be written, and for a source with no video or none that can be decoded.
+    already. Any exception (from ``stream`` too, passed on as it is): no file. Raises MediaError before any
+    work for an output that exists (without ``overwrite``), is the source or cannot be written, and for a
+    source with no video or none that can be decoded.
     """
     started_s = time.perf_counter()
     check_output(sink, source=source, overwrite=overwrite)
@@ -110,18 +110,13 @@ def transcode_stream(
         try:
             with atomic_file(sink, error=MediaError) as partial:
                 with writer.open(partial), stylized(clip.read(), stream) as frames:
-                    for frame, styled in frames:
-                        if should_stop is not None and should_stop():
-                            stopped = True
-                            break
-                        writer.write_frame(frame, styled)
-                        if progress is not None:
-                            progress(writer.frames, total)
+                    stopped = _encode(frames, writer, total, progress, should_stop)
                 if not writer.frames:
                     raise _StoppedError if stopped else nothing_decoded(source)
                 if stopped and sink.exists():
                     kept = sink.with_stem(f"{sink.stem}_stopped")
-                    partial.replace(kept)
+                    with writing(kept):
+                        partial.replace(kept)
                     raise _StoppedError
         except _StoppedError:
             pass
@@ -129,6 +124,23 @@ def transcode_stream(
     width, height = writer.size
     seconds = time.perf_counter() - started_s
     return VideoReport(kept, writer.frames, seconds, width, height, stopped, notes)
+
+
+def _encode(
+    frames: Iterator[tuple[DecodedFrame, Frame]],
+    writer: ClipWriter,
+    total: int | None,
+    progress: Callable[[int, int | None], None] | None,
+    should_stop: Callable[[], bool] | None,
+) -> bool:
+    """Write every result; True if ``should_stop`` ended it."""
+    for frame, styled in frames:
+        if should_stop is not None and should_stop():
+            return True
+        writer.write_frame(frame, styled)
+        if progress is not None:
+            progress(writer.frames, total)
+    return False
 
 
 @contextmanager

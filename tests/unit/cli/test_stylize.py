@@ -312,6 +312,29 @@ def test_what_is_painted_under_a_mask_is_said_to_have_the_models_size(stylize: C
     said = stylize(photo, "--mask", mask, "--size", "32").err
     assert "photo.png is 60x40 and what is painted in it 40x24" in said
     assert "--upscale" not in said
+    clip = make_clip(photo.with_name("clip.mp4"), ClipSpec(width=60, height=40))
+    assert (
+        "clip.mp4 is 60x40 and what is painted in it 40x24"
+        in stylize(clip, "--mask", mask, "--size", "32").err
+    )
+
+
+def test_stopping_among_several_inputs_says_where(
+    stylize: Cli, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, paint, calls = picture(photo.with_name("b.png"), 60, 40), Stylizer.stylize, []
+
+    def second_is_stopped(self: Stylizer, *given: object, **named: object) -> object:
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return paint(self, *given, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Stylizer, "stylize", second_is_stopped)
+    result = stylize(photo, other, "-o", photo.with_name("out"))
+    assert result.code == 130
+    assert "stopped at input 2 of 2; --skip-existing keeps the results that are there" in result.err
+    assert files_in(photo.with_name("out")) == {"photo_styled.png"}
 
 
 def test_guidance_that_a_bundle_was_not_made_for_is_told(cli: Cli, art: Path, photo: Path) -> None:

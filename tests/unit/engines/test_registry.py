@@ -151,14 +151,16 @@ def test_a_folder_that_has_a_packages_name_is_no_package(monkeypatch: pytest.Mon
     assert not any(info.available for info in backends())
 
 
-def test_a_backend_asked_for_is_never_swapped(installed: Installs) -> None:
+def test_a_backend_asked_for_is_never_swapped(installed: Installs, driver: Callable[[Report], None]) -> None:
     installed("onnxruntime")
     with pytest.raises(BackendError, match=r"'openvino' is not installed; run: pip install -e \."):
         choose_backend("openvino")
-    with pytest.raises(
-        BackendError,
-        match=r"'cuda' (needs an NVIDIA GPU .* and )?is not installed; run: pip install -e '\.\[cuda\]'",
-    ):
+    driver(Report(None, "13.0", (ADA,)))
+    with pytest.raises(BackendError, match=r"'cuda' is not installed; run: pip install -e '\.\[cuda\]'"):
+        choose_backend("cuda")
+    driver(Report("no NVIDIA driver found"))
+    needs = r"'cuda' needs an NVIDIA GPU \(no NVIDIA driver found\) and is not installed; run: pip install -e"
+    with pytest.raises(BackendError, match=needs):
         choose_backend("cuda")
 
 
