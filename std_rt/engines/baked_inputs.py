@@ -8,11 +8,13 @@ with the extras of these backends, is loaded at the first use.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from std_rt.core.errors import BackendError, one_line
+from std_rt.core.files import is_inside
 from std_rt.engines.protocol import Array, GraphSpec
 
 __all__ = ["baked_graph", "reads"]
@@ -34,7 +36,7 @@ def baked_graph(spec: GraphSpec, rewrite: Callable[[Any], None] = lambda model: 
         ) from error
     try:
         model = onnx.load(spec.path, load_external_data=False)
-        _bake(model.graph, spec.baked, str(spec.path.parent))
+        _bake(model.graph, spec.baked, spec.path.parent)
         rewrite(model)
     except Exception as error:  # those of protobuf, onnx and its C++ parts share no base class
         reason = one_line(error, -300)
@@ -43,8 +45,7 @@ def baked_graph(spec: GraphSpec, rewrite: Callable[[Any], None] = lambda model: 
     return data
 
 
-def _bake(graph: Any, baked: Mapping[str, Array], folder: str) -> None:
-    from onnx.numpy_helper import to_array
+def _bake(graph: Any, baked: Mapping[str, Array], folder: Path) -> None:
     from onnx.reference import ReferenceEvaluator
 
     known = {name: np.ascontiguousarray(value) for name, value in baked.items()}
@@ -54,7 +55,7 @@ def _bake(graph: Any, baked: Mapping[str, Array], folder: str) -> None:
     def constant(name: str) -> Array | None:
         """A weight as a layer reads it: stored so, or through nodes such as Transpose and Cast."""
         if name in weights:
-            return np.asarray(to_array(weights[name], folder))
+            return _weight(weights[name], folder)
         node = makers.get(name)
         if node is None or len(node.output) != 1:
             return None
@@ -75,6 +76,26 @@ def _bake(graph: Any, baked: Mapping[str, Array], folder: str) -> None:
                 product = value.astype(np.float32) @ weight.astype(np.float32)
                 known[node.output[0]] = product.astype(value.dtype)
     _replace(graph, known, baked)
+
+
+def _weight(tensor: Any, folder: Path) -> Array:
+    """A weight, from its file if it lies in one.
+
+    onnx would refuse a file with a second hard link, as installers make them, and a symbolic link, as the
+    cache of the Hugging Face Hub has them.
+    """
+    from onnx import TensorProto
+    from onnx.numpy_helper import to_array
+
+    if tensor.data_location == TensorProto.EXTERNAL:
+        entry = {each.key: each.value for each in tensor.external_data}
+        if not is_inside(entry["location"]):
+            raise ValueError(f"it reads weights from {entry['location']!r}, outside its folder")
+        tensor = TensorProto(data_type=tensor.data_type, dims=tensor.dims)
+        with (folder / entry["location"]).open("rb") as file:
+            file.seek(int(entry.get("offset", 0)))
+            tensor.raw_data = file.read(int(entry.get("length", -1)))
+    return np.asarray(to_array(tensor))
 
 
 def _replace(graph: Any, known: Mapping[str, Array], baked: Mapping[str, Array]) -> None:
