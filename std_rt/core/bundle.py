@@ -551,6 +551,11 @@ def _check_external(bundle: Bundle) -> None:
                 f"bundle '{bundle.name}': graph '{name}' reads weights from {sorted(outside)[0]!r} "
                 f"instead of {graph['weights']!r}; do not use it"
             )
+        if not (bundle.path / graph["weights"]).resolve().is_relative_to(bundle.path.resolve()):
+            raise BundleError(
+                f"bundle '{bundle.name}': {graph['weights']} is a link to another folder, which ONNX Runtime "
+                f"and OpenVINO refuse; copy what it links to: cp -rL {bundle.path} COPY"
+            )
 
 
 def _read_npz(path: Path) -> dict[str, NDArray[Any]]:

@@ -234,7 +234,8 @@ class _Work:
         self, folder: Path, graph: str, samples: Sequence[Sample], gate: Gate
     ) -> dict[str, dict[str, Any]]:
         """Quantize one graph, with more layers in float on every rung; {} where no rung passes."""
-        bundle, source = self.bundle, self.bundle.graph_path(graph)
+        # The copy: onnx_ir refuses weights with a second hard link, as installers make them.
+        bundle, source = self.bundle, folder / self.bundle.graph_path(graph).relative_to(self.bundle.path)
         found: list[Quality] = []
         path = folder / f"{graph}.{self.form}.onnx"
         self.progress(f"quantizing {graph}")

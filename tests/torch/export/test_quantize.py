@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -54,13 +55,20 @@ def _waves(seed: int) -> np.ndarray[Any, Any]:
 
 @pytest.fixture(scope="module")
 def int8_bundle(own_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """`own_bundle` with an int8 form; its random weights make noisy pictures, so the floors are lower."""
+    """`own_bundle` with an int8 form; its random weights make noisy pictures, so the floors are lower.
+
+    Made from files that have a second hard link, as installers make them.
+    """
+    folder = tmp_path_factory.mktemp("linked")
+    copy = shutil.copytree(own_bundle.path, folder / "copy")
+    linked = shutil.copytree(copy, folder / "bundle", copy_function=os.link)
     with pytest.MonkeyPatch.context() as patch:
         _change_form(patch, graphs=("unet", "vae_decoder"), pairs=4)
         patch.setattr(quantize, "_HELD_OUT", 2)
         patch.setattr(quantize, "FLOOR_MEAN_DB", 20.0)
         patch.setattr(quantize, "FLOOR_WORST_DB", 15.0)
-        return load_bundle(made_once(tmp_path_factory, "mini-int8", partial(quantize_bundle, own_bundle)))
+        make = partial(quantize_bundle, load_bundle(linked))
+        return load_bundle(made_once(tmp_path_factory, "mini-int8", make))
 
 
 def _inputs(bundle: Bundle, graph: str) -> dict[str, np.ndarray[Any, Any]]:

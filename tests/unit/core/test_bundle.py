@@ -189,6 +189,20 @@ def test_a_listed_file_outside_the_folder_is_refused(folder: Path, outside: str)
         load_bundle(folder)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a right there")
+def test_weights_behind_a_link_to_another_folder_are_refused(folder: Path, tmp_path: Path) -> None:
+    """As the cache of the Hugging Face Hub has them; the engines' own messages do not say what helps."""
+    weights = folder / "unet.safetensors"
+    weights.rename(tmp_path / "blob")
+    weights.symlink_to(tmp_path / "blob")
+    with pytest.raises(BundleError, match=r"unet\.safetensors is a link to another folder.*cp -rL"):
+        load_bundle(folder)
+    weights.unlink()
+    (tmp_path / "blob").rename(weights)
+    (tmp_path / "linked").symlink_to(folder)
+    load_bundle(tmp_path / "linked")  # the folder itself may be a link
+
+
 @pytest.mark.parametrize(
     "outside", ["../secret.safetensors", "/tmp/secret.safetensors", "vae_encoder.safetensors"]
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,22 @@ def test_weights_outside_the_folder_are_refused(tmp_path: Path, text: Array) -> 
         with pytest.raises(BackendError, match=r"graph 'unet' cannot be read: .*unet\.bin") as refused:
             use(spec)
         assert "\n" not in str(refused.value)
+
+
+def test_weights_with_a_second_name_are_read(tmp_path: Path, text: Array) -> None:
+    """Installers make hard links, and the onnx package refuses them; so does it symbolic links."""
+    spec = write(tmp_path, text)
+    expected = baked_graph(spec)
+    os.link(tmp_path / "unet.bin", tmp_path / "second.bin")
+    assert baked_graph(spec) == expected
+
+
+def test_weights_that_are_cut_off_are_one_line(tmp_path: Path, text: Array) -> None:
+    spec = write(tmp_path, text)
+    weights = (tmp_path / "unet.bin").read_bytes()
+    (tmp_path / "unet.bin").write_bytes(weights[:WIDTH])
+    with pytest.raises(BackendError, match=r"graph 'unet' cannot be read: .*; export it again"):
+        baked_graph(spec)
 
 
 def test_a_broken_file_is_one_line(tmp_path: Path, text: Array) -> None:
