@@ -17,7 +17,6 @@ from rich.console import Console
 from typer import Argument, BadParameter, Option
 
 from std_rt.cli.options import StylizerFlags, TemporalOption, parse_size
-from std_rt.cli.stylize import check_size
 from std_rt.cli.terminal import ended_as_by_ctrl_c, note, progress_lines, say
 from std_rt.core.errors import MediaError, UsageError
 
@@ -135,7 +134,7 @@ def _options(request: BulkRequest) -> BulkOptions:
     bundle.check_precision(request.precision)
     bundle.check_strength(request.style_strength)
     size = parse_size(request.size)
-    check_size(bundle, size)
+    bundle.check_size(size)
     bundle.coefficients(request.steps)
     if request.address is None:
         choose_form(choose_backend(request.backend)[0], request.precision, bundle.forms)

@@ -205,7 +205,6 @@ def plan(
 
     ``frame`` is the frames' (H, W), default the working size; the rest as in `Stylizer.load`.
     """
-    from std_rt.cli.stylize import check_size
     from std_rt.core.bundle import load_bundle
     from std_rt.pipeline.openers import Openers, graph_spec, program_for
     from std_rt.pipeline.runner_cache import RunnerKey
@@ -224,7 +223,6 @@ def plan(
         guidance_mode=guidance_mode,
         vae=vae,
     ) as stylizer:
-        check_size(stylizer.bundle, size)
         coming = frame or size or opened.size_default
         key = RunnerKey(stylizer.quality(*((coming, coming) if isinstance(coming, int) else coming)))
         text = {name: value.shape[1:] for name, value in opened.conditioning().items()}

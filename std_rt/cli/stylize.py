@@ -30,13 +30,12 @@ from std_rt.core.errors import MediaError, StdRtError, UsageError, counted
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from std_rt.core.bundle import Bundle
     from std_rt.media.image import Picture
     from std_rt.media.sources import Job
     from std_rt.pipeline.mask import Mask
     from std_rt.pipeline.stylizer import Stylizer
 
-__all__ = ["StylizeRequest", "check_size", "describe", "open_stylizer", "stylize"]
+__all__ = ["StylizeRequest", "describe", "open_stylizer", "stylize"]
 
 _INTERRUPTED = 130
 _ENDING = ("SIGINT", "SIGTERM", "SIGHUP")
@@ -210,7 +209,6 @@ def open_stylizer(flags: StylizerFlags, console: Console, *, live: bool = False)
         vae=bundle.choose_vae(flags.vae, live=live),
         meanwhile=(lambda line: note(console, f"note: {line}")) if flags.build_in_background else None,
     ) as stylizer:
-        check_size(stylizer.bundle, size)
         if stylizer.guidance.mode != "none" and bundle.guidance["mode"] == "none":
             line = (
                 f"note: bundle '{bundle.name}' was made for pictures without guidance; with it "
@@ -218,17 +216,6 @@ def open_stylizer(flags: StylizerFlags, console: Console, *, live: bool = False)
             )
             note(console, line)
         yield stylizer
-
-
-def check_size(bundle: Bundle, size: int | tuple[int, int] | None) -> None:
-    """Raise UsageError if the bundle does not support ``size``, a side or (H, W) in px."""
-    low, high = bundle.size_range
-    sides = (size, size) if isinstance(size, int) else size
-    if sides is not None and not all(low <= side <= high for side in sides):
-        raise UsageError(
-            f"bundle '{bundle.name}' works at {low} to {high} px per side, not at "
-            f"{sides[1]}x{sides[0]}; change --size"
-        )
 
 
 def describe(stylizer: Stylizer) -> str:

@@ -31,6 +31,7 @@ import numpy as np
 import platformdirs
 from numpy.typing import NDArray
 
+from std_rt.core.arrays import Size
 from std_rt.core.errors import BundleError, UsageError
 from std_rt.core.files import file_digest, is_inside, writing
 from std_rt.core.machine import install_hint, upgrade_hint
@@ -240,6 +241,16 @@ class Bundle:
         """Lowest and highest strength of a style."""
         low, high = self.manifest["style"].get("strength_range", (0, 2))
         return float(low), float(high)
+
+    def check_size(self, size: int | Size | None) -> None:
+        """Raise UsageError unless a working size, a side or (H, W), is in `size_range`; None always is."""
+        low, high = self.size_range
+        sides = (size, size) if isinstance(size, int) else size
+        if sides is not None and not all(low <= side <= high for side in sides):
+            raise UsageError(
+                f"bundle '{self.name}' works at {low} to {high} px per side, not at "
+                f"{sides[1]}x{sides[0]}; change the size"
+            )
 
     def check_strength(self, strength: float) -> float:
         """``strength`` itself. Raises UsageError unless it is in `strength_range`."""

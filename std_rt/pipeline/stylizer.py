@@ -124,13 +124,14 @@ class Stylizer:
         (diffusers' scale; 1 is none) and ``guidance_mode`` override the bundle's. ``vae`` is one of
         `core.bundle.VAES`; tiny is faster and loses detail. Raises BundleError if it is not there,
         the bundle needs a newer std-rt, has no schedule for ``steps``, or no negative prompt for guidance;
-        UsageError if scale and mode do not fit together.
+        UsageError if it does not support ``size``, or scale and mode do not fit together.
         """
         self._openers = openers if isinstance(openers, Openers) else Openers.on_host(openers)
         self.bundle, self.backend, self.reason = bundle, self._openers.backend, self._openers.reason
         self.guidance = choose_guidance(bundle, guidance, guidance_mode)
         self.vae = vae
         bundle.vae_graph("vae_decoder", vae)  # raises if it is not there
+        bundle.check_size(size)
         self.size: int | Size = bundle.size_default if size is None else size
         self.coefficients = bundle.coefficients(steps)
         self._asked_steps = bundle.default_steps if steps is None else steps
@@ -178,8 +179,9 @@ class Stylizer:
         ``meanwhile`` is called with a message when that changes. ``device`` is the GPU, as ``cuda:1``; a
         process has one (`engines.gpu.driver.choose_gpu`). ``precision`` is auto (see
         `engines.registry.choose_form`), fp32, bf16, int8 or fp8. Raises BundleError (unknown, damaged, wrong
-        step count, no such form) or BackendError (not installed, wrong precision), and UsageError if
-        ``guidance`` and ``guidance_mode`` do not fit together, or for a ``device`` that is not there.
+        step count, no such form) or BackendError (not installed, wrong precision), and UsageError if it does
+        not support ``size``, ``guidance`` and ``guidance_mode`` do not fit together, or for a ``device`` that
+        is not there.
         """
         if device is not None:
             choose_gpu(device)

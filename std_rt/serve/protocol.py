@@ -137,10 +137,7 @@ class Look:
         bundle = stylizer.bundle
         bundle.check_strength(self.strength)
         check_stroke_size(self.stroke_size)
-        low, high = bundle.size_range
-        sides = (self.size,) if isinstance(self.size, int) else self.size or ()
-        if not all(low <= side <= high for side in sides):
-            raise UsageError(f"bundle '{bundle.name}' works at {low} to {high} px per side; change size")
+        bundle.check_size(self.size)
         if self.steps is not None and self.steps not in bundle.steps_allowed:
             allowed = ", ".join(map(str, bundle.steps_allowed))
             raise UsageError(f"bundle '{bundle.name}' takes {allowed} steps, not {self.steps}")

@@ -28,7 +28,7 @@ def test_without_its_extra_it_says_what_to_install(cli: Cli, monkeypatch: pytest
         (["--token", "short"], "--token needs at least 12 ASCII characters"),
         (["--host", "no.such.host.invalid"], "--host no.such.host.invalid is no address of this machine"),
         (["-s", "missing.png"], "missing.png"),
-        (["--size", "100000"], "change --size"),
+        (["--size", "100000"], "change the size"),
         (["--camera", "missing.mp4"], "missing.mp4 is neither a camera nor a file"),
     ],
 )

@@ -205,6 +205,12 @@ def test_steps_that_the_bundle_lacks_are_refused(handmade: Bundle) -> None:
         Stylizer(handmade, Backend(), steps=3)
 
 
+@pytest.mark.parametrize("size", [-1, 0, 8, 5000, (64, 5000)])
+def test_a_size_that_the_bundle_does_not_support_is_refused(handmade: Bundle, size: Any) -> None:
+    with pytest.raises(UsageError, match=r"'handmade' works at 16 to 512 px per side, not at .*; change the"):
+        Stylizer(handmade, Backend(), size=size)
+
+
 def test_a_guidance_that_is_not_known_is_refused(handmade: Bundle) -> None:
     bundle = _changed(handmade, guidance={"mode": "cfg"})
     with pytest.raises(BundleError, match="'cfg'"):
