@@ -203,12 +203,16 @@ def split_number(text: str) -> tuple[str, float | None]:
     """``name:0.7`` -> ("name", 0.7); ("name", None) without a number.
 
     Colons in file names and drive letters stay: only a number after the last colon counts, and only if no
-    file has the whole text as its name.
+    file has the whole text as its name. Raises UsageError if something else follows the name of a file.
     """
     head, colon, tail = text.rpartition(":")
-    if not colon or not head or not _NUMBER.fullmatch(tail) or Path(text).exists():
+    if not colon or not head or Path(text).exists():
         return text, None
-    return head, float(tail)
+    if _NUMBER.fullmatch(tail):
+        return head, float(tail)
+    if Path(head).is_file():
+        raise UsageError(f"{tail[:20]!r} after {head} is not a weight; use a number, such as {head}:0.7")
+    return text, None
 
 
 def parse_style(text: str) -> tuple[Path, float]:

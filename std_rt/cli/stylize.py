@@ -289,12 +289,11 @@ class _Work:
             note(self._console, line)
 
     def _picture(self, job: Job) -> None:
-        from std_rt.media.image import painted, read_picture, stores_exif, write_picture
+        from std_rt.media.image import not_stored, painted, read_picture, write_picture
 
         started = time.perf_counter()
         picture, self._first = self._first or read_picture(job.source), None
-        lost = ["its EXIF (date, author, ...) cannot be stored as " + job.sink.suffix]
-        for line in (*picture.notes, *(lost if picture.exif and not stores_exif(job.sink) else ())):
+        for line in (*picture.notes, *not_stored(picture, job.sink)):
             note(self._console, f"note: {job.source.name}: {line}")
         done = painted(
             picture,

@@ -40,11 +40,11 @@ __all__ = [
     "Picture",
     "decode_picture",
     "is_animated",
+    "not_stored",
     "open_picture",
     "painted",
     "quiet_pillow",
     "read_picture",
-    "stores_exif",
     "write_picture",
 ]
 
@@ -402,7 +402,7 @@ def write_picture(
     options = dict(_SAVE_OPTIONS.get(file_format, {}))
     if file_format in _WITH_QUALITY:
         options["quality"] = quality
-    if exif and stores_exif(path):
+    if exif and file_format in _WITH_EXIF:
         options |= _exif_options(file_format, exif)
     with atomic_file(path, error=MediaError) as partial:
         try:
@@ -411,9 +411,16 @@ def write_picture(
             raise MediaError(f"{path} cannot be written: {reason(error)}") from error
 
 
-def stores_exif(path: Path) -> bool:
-    """Whether `write_picture` stores EXIF in a file of this name."""
-    return Image.registered_extensions().get(path.suffix.lower()) in _WITH_EXIF
+def not_stored(picture: Picture, path: Path) -> list[str]:
+    """One line each on what `write_picture` cannot store in a file of this name."""
+    suffix = path.suffix.lower()
+    file_format = Image.registered_extensions().get(suffix)
+    lines = []
+    if picture.exif and file_format not in _WITH_EXIF:
+        lines.append(f"its EXIF (date, author, ...) cannot be stored as {suffix}")
+    if picture.alpha is not None and file_format not in _WITH_ALPHA:
+        lines.append(f"its transparency cannot be stored as {suffix}: it is laid over white")
+    return lines
 
 
 def _exif_options(file_format: str, exif: bytes) -> dict[str, Any]:

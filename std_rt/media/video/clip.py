@@ -477,7 +477,9 @@ class ContainerClip(Clip):
         """After reading: one line each on what a user may want to know about the input."""
         notes = []
         if self.damage or (not stopped and self.is_short):
-            notes.append("the input is damaged or truncated; everything decodable was processed")
+            short = self.decoded + self.hidden < self.video.frames
+            counts = f" ({self.decoded} of {self.video.frames} frames)" if short else ""
+            notes.append(f"the input is damaged or truncated; everything decodable was processed{counts}")
         if self._deinterlacer.used:
             notes.append("it is interlaced and was deinterlaced (bwdif)")
         if self.is_hdr:

@@ -56,3 +56,11 @@ def test_a_file_of_that_very_name_has_no_weight(tmp_path: Path) -> None:
 def test_weights_that_are_not_positive_numbers(weight: str) -> None:
     with pytest.raises(UsageError, match=r"weight of style art\.png must be above 0"):
         parse_style(f"art.png:{weight}")
+
+
+@pytest.mark.parametrize("weight", ["70%", "0,7", "", "nan", "half"])
+def test_what_is_no_number_after_a_file_is_named(tmp_path: Path, weight: str) -> None:
+    art = tmp_path / "art.png"
+    art.touch()
+    with pytest.raises(UsageError, match=rf"{weight!r} after .*art\.png is not a weight; .*art\.png:0\.7"):
+        parse_style(f"{art}:{weight}")

@@ -129,6 +129,13 @@ def test_alpha_is_kept(stylize: Cli, tmp_path: Path) -> None:
     assert np.abs(found - np.asarray(alpha.resize(result.size))).max() < 24
 
 
+def test_a_format_without_alpha_is_told(stylize: Cli, tmp_path: Path) -> None:
+    Image.new("RGBA", (40, 40), (200, 40, 20, 90)).save(tmp_path / "a.png")
+    line = "its transparency cannot be stored as .jpg: it is laid over white"
+    assert f"note: a.png: {line}" in stylize(tmp_path / "a.png", "-o", tmp_path / "a.jpg").err
+    assert "note: a.png: its" not in stylize(tmp_path / "a.png", "-o", tmp_path / "b.png").err
+
+
 def test_an_input_that_fails_late_does_not_stop_the_others(stylize: Cli, tmp_path: Path) -> None:
     for name in ("a.jpg", "b.jpg", "c.jpg"):
         picture(tmp_path / "in" / name, 200, 200)

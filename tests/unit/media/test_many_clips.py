@@ -402,7 +402,11 @@ def test_flv_and_avi_without_their_end_are_told(tmp_path: Path, name: str, audio
     source.write_bytes(data[: len(data) * 7 // 10])
     report = transcode(source, tmp_path / "out.mkv", same)
     assert 1 < report.frames < 45
-    assert report.notes == (CUT_SHORT,)
+    [told] = report.notes
+    # What an AVI says of its length may be a frame off.
+    assert re.fullmatch(
+        re.escape(CUT_SHORT) + (rf" \({report.frames} of 5[01] frames\)" if name == "a.avi" else ""), told
+    )
 
 
 def test_gaps_in_pcm_are_told_where_they_cannot_be_kept(tmp_path: Path) -> None:
