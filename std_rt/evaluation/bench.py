@@ -270,26 +270,28 @@ def run_first_frame(settings: Settings) -> None:
         name: getattr(settings, name) for name in ("bundle", "size", "steps", "backend", "precision", "vae")
     }
     code = "import sys; from std_rt.evaluation.bench import first_frame; first_frame(sys.argv[1])"
-    seconds = []
+    seconds, told = [], {}
     for _ in range(_STARTS + 1):  # the first one fills the cache
         begun = time.time()
         command = [sys.executable, "-c", code, json.dumps(asked)]
         done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
         if done.returncode:
-            raise UsageError(f"no first frame: {done.stderr.strip().splitlines()[-1]}")
-        seconds.append(float(done.stdout.split()[-1]) - begun)
+            reasons = done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"]
+            raise UsageError(f"no first frame: {reasons[-1]}")
+        told = json.loads(done.stdout.splitlines()[-1])
+        seconds.append(told.pop("at") - begun)
     median = float(np.median(seconds[1:]))
     typer.echo(f"first frame {median:.2f} s after process start, {seconds[0]:.2f} s the first time")
-    typer.echo(json.dumps({**asked, "first_frame_s": round(median, 3), "cold_s": round(seconds[0], 3)}))
+    typer.echo(json.dumps({"first_frame_s": round(median, 3), "cold_s": round(seconds[0], 3), **told}))
 
 
 def first_frame(asked: str) -> None:
-    """In the timed process: stylize one frame and print when it was done (seconds since 1970)."""
+    """In the timed process: stylize a frame; print JSON of when (``at``, seconds since 1970) and by what."""
     given = json.loads(asked)
     size = given.pop("size")
     with load(Settings(size=tuple(size) if isinstance(size, list) else size, **given)) as stylizer:
         stream_step(stylizer, _size(stylizer))()
-        typer.echo(repr(time.time()))
+        typer.echo(json.dumps({"at": time.time(), **_facts(stylizer, _size(stylizer))}))
 
 
 def _result(stylizer: Stylizer, size: Size, timing: Timing, peak_mb: float | None) -> dict[str, Any]:
@@ -297,6 +299,12 @@ def _result(stylizer: Stylizer, size: Size, timing: Timing, peak_mb: float | Non
         **timing.as_dict(),
         "outside_engines": round(timing.outside, 4),
         "peak_memory_mb": None if peak_mb is None else round(peak_mb, 1),
+        **_facts(stylizer, size),
+    }
+
+
+def _facts(stylizer: Stylizer, size: Size) -> dict[str, Any]:
+    return {
         "bundle": stylizer.bundle.name,
         "digest": stylizer.bundle.digest,
         "backend": stylizer.backend,

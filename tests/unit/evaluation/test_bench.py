@@ -124,7 +124,7 @@ def test_first_frame_is_timed_in_new_processes(
     run_first_frame(Settings(bundle=str(handmade.path), size=(32, 64), steps=2))
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert 0.05 < result["first_frame_s"] < 60
-    assert result["size"] == [32, 64]
+    assert (result["size"], result["steps"], result["bundle"]) == ([64, 32], 2, "handmade")
 
 
 def test_a_start_that_fails_says_why(tmp_path: Path) -> None:
