@@ -64,19 +64,19 @@ class Uploads:
         return path
 
     @contextmanager
-    def spooled(self, file: BinaryIO, suffix: str = "") -> Iterator[Path]:
-        """`store` for the length of a block; errors in it call the file "the upload", not by its path."""
+    def spooled(self, file: BinaryIO, suffix: str = "", called: str = "the upload") -> Iterator[Path]:
+        """`store` for the length of a block; errors in it name the file so, not by its path."""
         path = self.store(file, suffix)
         try:
             yield path
         except StdRtError as error:
-            raise named(error, path) from error
+            raise named(error, path, called) from error
         finally:
             path.unlink(missing_ok=True)
 
     def picture(self, file: BinaryIO, max_pixels: int) -> Picture:
         """Read an uploaded picture; raises as `read_picture` does."""
-        with self.spooled(file) as path:
+        with self.spooled(file, called="the picture") as path:
             return read_picture(path, max_pixels)
 
     def close(self) -> None:
@@ -148,7 +148,7 @@ class Library:
 
     def read(self, file: BinaryIO, name: str, stroke_size: float) -> StyleFile:
         """An uploaded style that is used once and not kept. Raises MediaError."""
-        with self._uploads.spooled(file, _suffix(file)) as path:
+        with self._uploads.spooled(file, _suffix(file), "the style") as path:
             if path.suffix == SUFFIX:
                 return replace(load_style(path, self._stylizer.bundle), name=clean_name(name))
             # Whole, as `std-rt stylize` takes it: made small twice, it would be another style by a shade.
@@ -230,7 +230,7 @@ class Library:
             path.unlink(missing_ok=True)
 
 
-def named(error: StdRtError, path: Path, called: str = "the upload") -> StdRtError:
+def named(error: StdRtError, path: Path, called: str) -> StdRtError:
     """``error`` as a client may read it: files of the server's go by what they are, not where they lie."""
     text = str(error).replace(str(path), called).replace(path.name, called)
     return error if text == str(error) else MediaError(text)

@@ -127,7 +127,7 @@ class ClipJobs:
             total = self._checked(source)
         except StdRtError as error:
             source.unlink(missing_ok=True)
-            raise named(error, source) from error
+            raise named(error, source, "the clip") from error
         job = ClipJob(source, self._uploads.new(".mp4"), look, style, upscale, total)
         with self._lock:
             self._jobs[job.id] = job
@@ -137,7 +137,7 @@ class ClipJobs:
     def _checked(self, source: Path) -> int | None:
         """The number of frames, if it is known."""
         if not is_video(source):
-            raise MediaError("the upload is not a clip that can be read; send an .mp4, .webm or .mov")
+            raise MediaError("the clip is not one that can be read; send an .mp4, .webm or .mov")
         w, h = _stored_size(source)  # before a frame is decoded
         if w * h > self._limits.clip_px:
             raise MediaError(f"the clip is {w} x {h} px, which is too large; scale it down")
@@ -152,7 +152,7 @@ class ClipJobs:
                 job.state = "running"
                 self._transcode(job)
         except StdRtError as error:
-            told = named(named(error, job.source), job.sink, "the result")
+            told = named(named(error, job.source, "the clip"), job.sink, "the result")
             job.state, job.error = "failed", one_line(told)
         except Exception:  # noqa: BLE001 (told to the client, and logged)
             _log.exception("a clip has failed")

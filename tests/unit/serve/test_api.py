@@ -189,13 +189,17 @@ def test_a_job_can_be_cancelled_and_leaves_nothing(site: Site, tmp_path: Path) -
     wait_until(lambda: not list(site.server.uploads.folder.iterdir()))
 
 
+def test_of_two_files_the_broken_one_is_named(site: Site) -> None:
+    good, broken = ("a.png", encoded(noise(1))), ("b.png", b"nothing")
+    assert site.post("/v1/stylize", ("picture", broken), ("style", good)).error.startswith("the picture ")
+    assert site.post("/v1/stylize", ("picture", good), ("style", broken)).error.startswith("the style ")
+
+
 def test_what_is_no_clip_or_too_long_is_refused(site: Site, tmp_path: Path) -> None:
     style = ("style", ids(site)["dark"])
-    assert (
-        "not a clip that can be read" in site.post("/v1/jobs", ("clip", ("a.mp4", b"nothing")), style).error
-    )
-    picture = site.post("/v1/jobs", ("clip", ("a.mp4", encoded(noise(1)))), style)
-    assert "not a clip" in picture.error
+    for data in (b"nothing", encoded(noise(1))):
+        refused = site.post("/v1/jobs", ("clip", ("a.mp4", data)), style)
+        assert refused.error == "the clip is not one that can be read; send an .mp4, .webm or .mov"
     for limits, said in (
         (Limits(clip_frames=3), "the limit is 3"),
         (Limits(clip_px=99), "too large"),
