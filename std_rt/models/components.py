@@ -36,6 +36,7 @@ __all__ = [
     "TEXT_ROLES",
     "Network",
     "check_part",
+    "has_fp16_only",
     "load_part",
     "motion_unet",
     "plain_config",
@@ -128,6 +129,12 @@ def check_part(role: str, folder: Path) -> Any:
     return kind
 
 
+def has_fp16_only(folder: Path) -> bool:
+    """Whether a part's weights have the variant fp16 only, as in many folders from the hub."""
+    names = [path.name for path in folder.glob("*.safetensors")]
+    return bool(names) and all(".fp16" in name for name in names)
+
+
 def load_part(role: str, folder: Path) -> Network:
     """One part in fp32, ready for inference. Raises ExportError."""
     kind = check_part(role, folder)
@@ -136,7 +143,7 @@ def load_part(role: str, folder: Path) -> Network:
         options |= {"dtype": torch.float32, "attn_implementation": "eager"}
     else:
         options |= {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
-    if all(".fp16" in path.name for path in folder.glob("*.safetensors")):  # as in many folders from the hub
+    if has_fp16_only(folder):
         options["variant"] = "fp16"
     try:
         with quiet():

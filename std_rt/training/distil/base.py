@@ -21,7 +21,7 @@ from std_rt.core.base_model import licence, unet_digest
 from std_rt.core.errors import ExportError, RecipeError, one_line
 from std_rt.core.schedule import NoiseSchedule
 from std_rt.models.clip_style import ClipStyleEncoder, find_encoder, open_adapter
-from std_rt.models.components import motion_unet
+from std_rt.models.components import has_fp16_only, motion_unet
 from std_rt.models.ip_adapter import (
     Branches,
     adapter_digest,
@@ -304,7 +304,7 @@ class Base:
 
     def null(self, cond: Conditioning) -> Conditioning:
         """The unconditional branch of every row."""
-        return self.masked(cond, torch.zeros(len(cond)))
+        return self.masked(cond, cond.context.new_zeros(len(cond)))
 
     @property
     def pooled_dim(self) -> int:
@@ -351,10 +351,15 @@ def _sdxl(source: str, dtype: torch.dtype, device: torch.device | str) -> Base:
     from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
     text = torch.float32 if dtype == torch.float32 else torch.float16
+    options: dict[str, Any] = {"use_safetensors": True}  # the other format is pickle
+    if any(has_fp16_only(part) for part in Path(source).glob("*/")):
+        options["variant"] = "fp16"  # of each part that has it
     with warnings.catch_warnings():
         # diffusers 0.35 has no other name for it.
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-        unet: Network = UNet2DConditionModel.from_pretrained(source, subfolder="unet", torch_dtype=dtype)
+        unet: Network = UNet2DConditionModel.from_pretrained(
+            source, subfolder="unet", torch_dtype=dtype, **options
+        )
         p = StableDiffusionXLPipeline.from_pretrained(
             source,
             unet=unet.to(device),  # before the others are read
@@ -362,6 +367,7 @@ def _sdxl(source: str, dtype: torch.dtype, device: torch.device | str) -> Base:
             image_encoder=None,
             feature_extractor=None,
             torch_dtype={"vae": torch.float32, "default": text},
+            **options,
         )
     if p.text_encoder_2 is None:
         raise RecipeError(f"base = {source!r} has neither text encoders nor std-tiny's style encoder")
@@ -413,6 +419,8 @@ def _add_motion(base: Base, config: MotionConfig) -> None:
     try:
         adapter: Network = MotionAdapter.from_pretrained(config.adapter)
         unet: Network = motion_unet(plain, adapter)
+    except torch.OutOfMemoryError:
+        raise  # nothing is wrong with the files
     except (OSError, ValueError, RuntimeError, KeyError, IndexError) as error:
         reason = one_line(error, 200)
         raise RecipeError(
@@ -426,6 +434,8 @@ def _add_motion(base: Base, config: MotionConfig) -> None:
             f"set it to {longest} or less"
         )
     base.unet = unet.to(plain.device)
+    if base.text is not None:
+        base.text.pipeline.unet = None  # the plain one shares nothing, and would go to the GPU beside it
     name = Path(config.adapter).name if Path(config.adapter).is_dir() else config.adapter
     base.motion = Motion(name, config.frames, config.interval)
 
@@ -475,6 +485,18 @@ def _in_recipe_words(error: ExportError) -> str:
     return text
 
 
+def _load(source: str | Path, folder: Path, dtype: torch.dtype, device: torch.device | str) -> Base:
+    try:
+        return _tiny(folder) if _is_tiny(folder) else _sdxl(str(source), dtype, device)
+    except torch.OutOfMemoryError:
+        raise  # nothing is wrong with the files
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = one_line(error, 200)
+        raise RecipeError(
+            f"base = {str(source)!r} cannot be loaded ({reason}); give a pipeline folder"
+        ) from None
+
+
 def load_base(
     source: str | Path,
     dtype: torch.dtype = torch.float32,
@@ -492,13 +514,7 @@ def load_base(
     folder = check_source(source)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise RecipeError(f"base = {str(source)!r} is not a diffusers folder (it has no model_index.json)")
-    try:
-        base = _tiny(folder) if _is_tiny(folder) else _sdxl(str(source), dtype, device)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = one_line(error, 200)
-        raise RecipeError(
-            f"base = {str(source)!r} cannot be loaded ({reason}); give a pipeline folder"
-        ) from None
+    base = _load(source, folder, dtype, device)
     if base.unet.config.addition_embed_type != "text_time":
         raise RecipeError(f"base = {str(source)!r} is not an SDXL UNet (it has no text_time embedding)")
     taken, given = base.unet.config.in_channels, base.unet.config.out_channels

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,7 +20,7 @@ from std_rt.core.errors import RecipeError
 from std_rt.training.distil.bank import Shape, States, TrajectoryBank
 from std_rt.training.distil.base import Base, Fresh, cat
 from std_rt.training.distil.discriminator import draw_real_index, has_pair, renoise
-from std_rt.training.distil.lora import Average, adapters_off, functional
+from std_rt.training.distil.lora import Average, adapters_off, functional, tuner_layers
 from std_rt.training.distil.matching import Matching
 from std_rt.training.distil.motion import Representation
 from std_rt.training.distil.trajectory import (
@@ -45,6 +45,7 @@ from std_rt.training.run.training_run import random_state, restore_random_state
 __all__ = ["Distiller", "Source", "StepBatch"]
 
 Watch = Callable[[str], AbstractContextManager[Any]]
+_TOGETHER = 4  # trajectories solved at once when the bank is filled
 
 
 class Source(Protocol):
@@ -71,7 +72,7 @@ class StepBatch:
     target: Tensor | None
     real: Tensor  # [B, C, h, w] the item's own real latents at r
     pair: Tensor  # [B] whether there is an r below s
-    # Rows that the discriminator is shown, at least one.
+    # Rows that the discriminator is shown, at least one: a tensor, or all.
     judged: Tensor | slice = field(default_factory=lambda: slice(None))
     frames: Tensor | None = None  # [B, F] of each clip that it is shown; None: pictures
 
@@ -80,8 +81,8 @@ class StepBatch:
         rows = latents[self.judged]
         if self.frames is None:
             return rows
-        pairs = zip(rows, self.frames[self.judged], strict=True)
-        return torch.cat([clip[:, frames.tolist()].transpose(0, 1) for clip, frames in pairs])
+        each = torch.arange(len(rows), device=rows.device)[:, None]
+        return rows.transpose(1, 2)[each, self.frames[self.judged]].flatten(0, 1)
 
     def per_picture(self, values: Tensor) -> Tensor:
         """``[B, ...]`` -> a row for each picture that is shown ``[N, ...]``."""
@@ -91,7 +92,7 @@ class StepBatch:
     @property
     def judged_share(self) -> float:
         """Share of the batch that those rows are; brings their mean to one over the batch."""
-        return len(self.pair[self.judged]) / len(self.pair)
+        return 1.0 if isinstance(self.judged, slice) else len(self.judged) / len(self.pair)
 
 
 class Distiller:
@@ -132,6 +133,11 @@ class Distiller:
         self.generator = torch.Generator().manual_seed(int(self.rng.integers(2**62)))
         self._precision = partial(precision_context, config.precision, torch.device(device).type)
 
+    @cached_property
+    def tuner_layers(self) -> list[Any]:
+        """The UNet's layers that carry the student."""
+        return tuner_layers(self.base.unet)
+
     @property
     def uses_bank(self) -> bool:
         return self.config.method == "std" and self.config.bank.enabled
@@ -159,7 +165,7 @@ class Distiller:
         """One guided DDIM step of the frozen base, to grid index ``to [B]`` or ``stride`` points down."""
         to = self.below(states.index) if to is None else to
         t = self.device_levels.timestep(states.index)
-        with self.watch("teacher"), self._precision(), adapters_off(self.base.unet):
+        with self.watch("teacher"), self._precision(), adapters_off(self.tuner_layers):
             if self.config.guidance == (1.0, 1.0):
                 output = self.base.predict(self.base.unet, states.x, t, states.cond)
             else:
@@ -253,15 +259,19 @@ class Distiller:
             index[rows] = to
         return replace(states, x=x, index=index)
 
-    def spread_bank(self) -> None:
+    def spread_bank(self, say: Callable[[str], None] = lambda line: None) -> None:
         """Fill the bank with trajectories at random grid points, so that the first steps see all of t.
 
-        Without it the first batch all starts at tau and goes down together, in waves.
+        Without it the first batch all starts at tau and goes down together, in waves. On a GPU this takes
+        minutes; ``say`` is told how far it is.
         """
-        for shape in self.source.shapes:
+        # Without gradients there is room for more than the batch, and each call costs the host as much.
+        together = self.config.batch if self.base.motion is not None else max(self.config.batch, _TOGETHER)
+        for i, shape in enumerate(self.source.shapes):
             wanted = self.bank.room(shape)
+            say(f"filling the trajectory bank, size {i + 1} of {len(self.source.shapes)}")
             while self.bank.filled(shape) < wanted:
-                count = min(self.config.batch, wanted - self.bank.filled(shape))
+                count = min(together, wanted - self.bank.filled(shape))
                 self.bank.update(shape, [], self.solved(count, shape))
 
     def draw_states(self) -> tuple[States, list[int], Shape]:
@@ -339,7 +349,8 @@ class Distiller:
             # r was drawn all the same, so that both settings see the same states.
             r, pair = torch.full_like(s, CLEAN), s == CLEAN
             # One row even if none counts: every process runs the heads, or their gradients could not meet.
-            judged = pair.nonzero()[:, 0] if pair.any() else torch.zeros(1, dtype=torch.long)
+            rows = pair.nonzero()[:, 0] if pair.any() else torch.zeros(1, dtype=torch.long)
+            judged = send(rows, self.device)
         noise = send(torch.randn(states.z.shape, generator=self.generator), self.device)
         real = renoise(states.z, r, self.device_levels, noise)
         target = self.target_jump(states, x_next, s, after)
@@ -360,7 +371,7 @@ class Distiller:
         if self.base.motion is None or not self.config.adversarial.weight:
             return None
         order = torch.rand(batch, self.base.motion.frames, generator=self.generator).argsort(1)
-        return order[:, : self.config.motion.judged].sort(1).values
+        return send(order[:, : self.config.motion.judged].sort(1).values, self.device)
 
     def _strides(self, index: Tensor) -> Tensor:
         """Grid points that the teacher goes, ``[B]``.

@@ -172,6 +172,8 @@ def load_dino(source: str | Path) -> Any:
         lacking = sorted(set(found["missing_keys"]) - SPARE)
         if lacking:
             raise ValueError(f"it lacks {len(lacking)} weights, {lacking[0]!r} the first")
+    except torch.OutOfMemoryError:
+        raise  # nothing is wrong with the files
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = one_line(error, 200)
         raise RecipeError(

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor
 
-from std_rt.core.errors import RecipeError
+from std_rt.core.errors import RecipeError, one_line
 from std_rt.models.perceptual import load_perceptual
 from std_rt.models.style_encoder import StyleEncoder
 from std_rt.training.distil.base import Base, load_base
@@ -40,6 +40,8 @@ from std_rt.training.run.training_run import Run, cosine_rate
 from std_rt.training.tiny.triplets import TripletSource
 
 __all__ = ["train_distil"]
+
+_SCORE_SCALE = 2.0**12  # of the loss of DMD's second LoRA in fp16
 
 
 @contextmanager
@@ -147,7 +149,8 @@ def train_distil(config: DistilConfig, stop_after: int | None = None, base: Base
     """Start or continue a distillation; returns the LoRA file of the averaged student.
 
     ``stop_after`` ends the call after that many optimizer steps with the last due checkpoint standing, as
-    a kill would. ``base``: instead of loading ``config.base``. Raises RecipeError.
+    a kill would. ``base``: instead of loading ``config.base``. Raises RecipeError, also if the GPU's memory
+    does not suffice.
     """
     with (
         _accelerator(config) as accelerator,
@@ -156,8 +159,23 @@ def train_distil(config: DistilConfig, stop_after: int | None = None, base: Base
     ):
         device = accelerator.device
         dtype = _base_dtype(config, device)
-        base = base or load_base(config.base, dtype, device, config.style, config.motion)
-        return _train(config, accelerator, base, stop_after, stack)
+        try:
+            base = base or load_base(config.base, dtype, device, config.style, config.motion)
+            return _train(config, accelerator, base, stop_after, stack)
+        except torch.OutOfMemoryError as error:
+            raise RecipeError(_no_room(config, error)) from error
+
+
+def _no_room(config: DistilConfig, error: torch.OutOfMemoryError) -> str:
+    """What saves memory: of the run as it is, and of another one."""
+    saves = [] if config.gradient_checkpointing or config.method == "dmd" else ["gradient_checkpointing=true"]
+    saves += ["bank.device=cpu"] if config.bank.device == "auto" and config.method == "std" else []
+    start = f"continue with {' '.join(f'--set {each}' for each in saves)}, or start" if saves else "start"
+    return (
+        f"the GPU's memory does not suffice ({one_line(error, 120)}); {start} another run with a smaller "
+        "batch and as much more accumulate, --set optimizer=adamw8bit or a smaller pictures.resolution_px "
+        "(--dry-run estimates the memory)"
+    )
 
 
 class _Game:
@@ -212,19 +230,29 @@ class _Score:
         self, config: DistilConfig, matching: Matching, accelerator: Accelerator, rate: float
     ) -> None:
         self.accelerator, self.matching, self.share = accelerator, matching, 1 / config.accumulate
+        # In fp16 most of its gradients would be zero; the student's scaler knows only the student.
+        self.scale = 1.0 if accelerator.scaler is None else _SCORE_SCALE
         self.optimizer = _optimizer(config, [*matching.tensors.values()], rate * config.score_rate)
 
     def step(self, x_s: Tensor, batch: StepBatch) -> Tensor:
         """Its turn on the student's results; the loss, a scalar."""
         loss = self.matching.score_loss(x_s, batch.states)
         with self.matching.distiller.watch("score"):
-            (self.share * loss).backward()
+            (self.scale * self.share * loss).backward()
             if self.accelerator.sync_gradients:
                 for value in self.matching.tensors.values():
-                    value.grad = self.accelerator.reduce(value.grad, "mean")
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+                    value.grad = self.accelerator.reduce(value.grad, "mean") / self.scale
+                self._update()
         return loss
+
+    def _update(self) -> None:
+        """Its optimizer's step; none where fp16 overflowed, after which the scale is halved."""
+        gradients = [value.grad for value in self.matching.tensors.values() if value.grad is not None]
+        if self.accelerator.scaler is None or torch.nn.utils.get_total_norm(gradients).isfinite():
+            self.optimizer.step()
+        else:
+            self.scale = max(1.0, self.scale / 2)
+        self.optimizer.zero_grad()
 
 
 # One long function, to be read from top to bottom.
@@ -286,8 +314,7 @@ def _train(  # noqa: C901
     run.report.say(describe_rates(config, world))
     run.histogram = lambda: distiller.bank.visits[: distiller.levels.tau_index + 1]
     if run.start == 0 and distiller.uses_bank and config.bank.spread:
-        run.report.say("filling the trajectory bank")
-        distiller.spread_bank()
+        distiller.spread_bank(run.report.say)
     sheets = SheetMaker(config, base, distiller) if main else None
     if config.style.precompute:
         base.release_style_encoder()

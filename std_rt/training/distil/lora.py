@@ -40,6 +40,7 @@ __all__ = [
     "lora_parameters",
     "make_notes",
     "save_lora",
+    "tuner_layers",
 ]
 
 # diffusers' modules carry no types.
@@ -56,7 +57,7 @@ def add_lora(unet: Network, config: LoraConfig, seed: int) -> list[str]:
     """Freeze ``unet`` and put a trainable fp32 LoRA on its layers; returns the layers' names.
 
     B starts at zero, so the student starts as the teacher, exactly; A depends on ``seed`` alone. Raises
-    RecipeError if a target is the name of no layer.
+    RecipeError if a target is the name of no layer. Call the network under autocast if it is in a half type.
     """
     layers = choose_layers(unet, config.targets)
     unet.requires_grad_(False)
@@ -67,6 +68,9 @@ def add_lora(unet: Network, config: LoraConfig, seed: int) -> list[str]:
     for name, value in lora_parameters(unet).items():
         value.data = _initial(name, value, rng)
         value.requires_grad_(True)
+    for layer in tuner_layers(unet):
+        # PEFT would cast every input to fp32 for A, and autocast back: thousands of launches for nothing.
+        layer.cast_input_dtype_enabled = False
     call_by_position(unet)
     return layers
 
@@ -137,15 +141,19 @@ def lora_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in unet.named_parameters() if ".lora_A." in name or ".lora_B." in name}
 
 
+def tuner_layers(unet: nn.Module) -> list[BaseTunerLayer]:
+    """The layers that carry a LoRA. Finding them walks over all modules: keep the list."""
+    return [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+
+
 @contextmanager
-def adapters_off(unet: nn.Module) -> Iterator[None]:
-    """Inside, ``unet`` is the teacher. Nestable; restored on exceptions.
+def adapters_off(layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
+    """Inside, the network of these `tuner_layers` is the teacher. Nestable; restored on exceptions.
 
     Sets the layers' own switch and leaves ``requires_grad`` alone, which PEFT's method would toggle:
     DDP's reducer counts on it. Nothing may be differentiated backwards inside that ran outside with
     gradient checkpointing, which runs the forward again.
     """
-    layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
     before = [layer._disable_adapters for layer in layers]
     try:
         for layer in layers:

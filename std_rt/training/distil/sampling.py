@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -160,7 +161,8 @@ def sample_latents(
     def predict(x: Tensor, timestep: int, _: bool) -> Tensor:
         rows = x if guidance == 1 else torch.cat([x, x])
         t = torch.full((len(rows),), timestep, device=x.device)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        # Autocast that is switched off would switch off the caller's.
+        with torch.autocast(x.device.type, torch.bfloat16) if bf16 else nullcontext():
             output = base.predict(network, rows, t, both).float()
         if guidance == 1:
             return output
@@ -194,7 +196,7 @@ class SheetMaker:
         if self.scene is None:
             return False
         if not self.left:
-            with adapters_off(self.base.unet):
+            with adapters_off(self.distiller.tuner_layers):
                 teacher = self._run(reference_timesteps(self.distiller.tau), sum(self.config.guidance) / 2)
             known = (self.scene.contents, self.scene.styles, teacher)
             self.left = [list(row) for row in zip(*(column for column in known if column), strict=True)]

@@ -431,6 +431,7 @@ def measure_flops(device: str, precision: str, seconds: float = 0.3) -> float:
     """Operations per second of a large matmul in ``precision``, measured for about ``seconds``."""
     side = 512 if device == "cpu" else 4096
     a = torch.rand(side, side).to(device, DTYPES[precision])
+    (a @ a)[0, 0].item()  # CUDA loads its libraries at the first product
     count, began = 0, time.perf_counter()
     while (spent := time.perf_counter() - began) < seconds:
         for _ in range(10):

@@ -604,8 +604,8 @@ def load_run_recipe(folder: Path) -> Any:
 
 # What may change between a run and its continuation; everything else makes it another run.
 FREE_KEYS = {
-    "bf16", "device", "gradient_checkpointing", "learning_rate", "log_every", "output", "pictures.cache",
-    "pictures.workers", "precision", "rate_per_images", "sheet", "snapshot_every", "steps",
+    "bank.device", "bf16", "device", "gradient_checkpointing", "learning_rate", "log_every", "output",
+    "pictures.cache", "pictures.workers", "precision", "rate_per_images", "sheet", "snapshot_every", "steps",
     "style.precompute",
 }  # fmt: skip
 

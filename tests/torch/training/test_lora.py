@@ -32,6 +32,7 @@ from std_rt.training.distil.lora import (
     lora_parameters,
     make_notes,
     save_lora,
+    tuner_layers,
 )
 from std_rt.training.run.recipe import LORA_TARGETS, LoraConfig, UNetConfig
 from std_rt.training.tiny.tiny_pipeline import build_unet
@@ -127,7 +128,7 @@ def test_the_student_starts_as_the_teacher(make: Make) -> None:
     assert torch.equal(run(unet), teacher)
     draw(unet)
     assert (run(unet) - teacher).abs().max() > 0.01
-    with adapters_off(unet):
+    with adapters_off(tuner_layers(unet)):
         assert torch.equal(run(unet), teacher)
 
 
@@ -206,13 +207,13 @@ def test_switching_off_nests_restores_and_leaves_gradients_alone(own: UNet2DCond
     add_lora(unet, SMALL, 0)
     draw(unet)
     live = run(unet)
-    with adapters_off(unet):
-        with adapters_off(unet):
+    with adapters_off(tuner_layers(unet)):
+        with adapters_off(tuner_layers(unet)):
             assert torch.equal(run(unet), teacher)
         assert torch.equal(run(unet), teacher)
         assert all(value.requires_grad for value in lora_parameters(unet).values())
     assert torch.equal(run(unet), live)
-    with pytest.raises(TypeError), adapters_off(unet):
+    with pytest.raises(TypeError), adapters_off(tuner_layers(unet)):
         unet()
     assert torch.equal(run(unet), live)
 
@@ -246,7 +247,7 @@ def test_a_functional_run_and_the_teacher_disturb_no_graph(
 
     def both(unet: UNet2DConditionModel) -> None:
         zeros = {name: torch.zeros_like(value) for name, value in lora_parameters(unet).items()}
-        with adapters_off(unet), torch.no_grad():
+        with adapters_off(tuner_layers(unet)), torch.no_grad():
             teacher = unet(**inputs(unet)).sample
         assert torch.equal(functional(unet, zeros, **inputs(unet)).sample, teacher)
 

@@ -20,7 +20,7 @@ from std_rt.training.distil.bank import States
 from std_rt.training.distil.base import load_base
 from std_rt.training.distil.distiller import Distiller
 from std_rt.training.distil.loop import train_distil
-from std_rt.training.distil.lora import Average, adapters_off, add_lora, lora_parameters
+from std_rt.training.distil.lora import Average, adapters_off, add_lora, lora_parameters, tuner_layers
 from std_rt.training.distil.matching import Matching
 from std_rt.training.run.recipe import AdversarialConfig, DistilConfig, load_recipe
 from std_rt.training.tiny.triplets import TripletSource
@@ -75,7 +75,7 @@ def _by_hand(distiller: Distiller, clean: Tensor, states: States) -> tuple[State
     mixed = clean if seen is None else (1 - k) * clean + k * seen
     noised = replace(states, x=at.alpha(index) * mixed + at.sigma(index) * noise, index=index)
     base, t = distiller.base, at.timestep(index)
-    with torch.no_grad(), adapters_off(base.unet):
+    with torch.no_grad(), adapters_off(tuner_layers(base.unet)):
         styled = base.predict(base.unet, noised.x, t, states.cond)
         free = base.predict(base.unet, noised.x, t, base.null(states.cond))
     output = free + states.scale.view(-1, 1, 1, 1) * (styled - free)
