@@ -142,10 +142,10 @@ def compare(
 
     std-rt bundles compare engines/a engines/b --graph unet --against onnxruntime
 
-    On the bundle's own reference inputs. Exits with 1 if a layer differs. Needs the extra \\[export]: see
+    On the bundle's own reference inputs. Exits with 1 if a layer differs. Needs the extra \\[onnx]: see
     std-rt doctor.
     """
-    require("std-rt bundles compare", "export", "onnx")
+    require("std-rt bundles compare", "onnx", "onnx")
     from std_rt.core.bundle import QUANTIZED, load_bundle
 
     if precision in QUANTIZED:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from std_rt.cli.options import SizeOption, StepsOption, parse_size
-from std_rt.cli.terminal import print_table
+from std_rt.cli.terminal import print_table, say
 from std_rt.core.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
@@ -300,7 +300,7 @@ def _bars() -> Iterator[tuple[Callable[[str, float], None], Callable[[str, str],
         def done(name: str, what: str) -> None:
             if name in tasks:
                 bars.remove_task(tasks.pop(name))
-            typer.echo(f"{name}: {what}")
+            say(f"{name}: {what}", bars)
 
         yield report, done
 

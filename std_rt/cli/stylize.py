@@ -26,6 +26,7 @@ from std_rt.cli.terminal import (
     say,
 )
 from std_rt.core.errors import MediaError, StdRtError, UsageError, counted
+from std_rt.core.files import missing
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -127,6 +128,9 @@ def stylize(request: StylizeRequest) -> int:
     def tell(line: str) -> None:
         note(console, f"note: {line}")
 
+    lost = [path for path, _ in weights if not is_stream(path) and not path.exists()]
+    if lost:  # before a word on outputs
+        raise MediaError(missing(lost[0]))
     paths, count = [*request.inputs, *(path for path, _ in weights)], len(request.inputs)
     with spooled_inputs(paths) as found, spooled_output(request.output) as output:
         jobs = plan_outputs(
@@ -136,6 +140,7 @@ def stylize(request: StylizeRequest) -> int:
             skip_existing=request.skip_existing,
             sound=request.sound,
             say=tell,
+            needed=[*found[count:], *([request.mask] if request.mask else [])],
         )
         styles = [(path, weight) for path, (_, weight) in zip(found[count:], weights, strict=True)]
         mask = None if request.mask is None else unless_whole(Mask.read(request.mask))
@@ -234,6 +239,7 @@ class _Work:
         self._interrupted = False
         self._first: Picture | None = None
         self._lines = progress_lines(console)
+        self._bars = _progress(console)
         self._has_told_size = request.upscale
 
     def prepare(self, jobs: Sequence[Job]) -> None:
@@ -253,26 +259,27 @@ class _Work:
     def run(self, jobs: Sequence[Job]) -> int:
         """Do every job and return the exit code; among several, one that fails is reported and skipped."""
         failed, pictures = 0, sum(not job.is_video for job in jobs)
-        with _progress(self._console) as bar:
-            whole = bar.add_task("pictures", total=pictures, unit="/s", visible=pictures > 1)
+        with self._bars:
+            whole = self._bars.add_task("pictures", total=pictures, unit="/s", visible=pictures > 1)
             for index, job in enumerate(jobs):
                 self._lines("inputs", index, len(jobs))
                 try:
                     if job.is_video:
-                        self._clip(job, bar)
+                        self._clip(job)
                     else:
                         self._picture(job)
                 except StdRtError as error:
                     if len(jobs) == 1:
                         raise
                     failed += 1
+                    which = "" if job.source.name in str(error) else f"{job.source}: "
                     self._console.print(
-                        f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+                        f"error: {which}{error}", style="red", markup=False, highlight=False, soft_wrap=True
                     )
                 except KeyboardInterrupt:
                     self._tell_stop(index, len(jobs))
                     raise
-                bar.advance(whole, 0 if job.is_video else 1)
+                self._bars.advance(whole, 0 if job.is_video else 1)
                 if self._interrupted:
                     self._tell_stop(index, len(jobs))
                     break
@@ -295,6 +302,7 @@ class _Work:
         picture, self._first = self._first or read_picture(job.source), None
         for line in (*picture.notes, *not_stored(picture, job.sink)):
             note(self._console, f"note: {job.source.name}: {line}")
+        self._tell_size(job, picture.frame.shape[0], picture.frame.shape[1])
         done = painted(
             picture,
             lambda frame: self._stylizer.stylize(frame, self._request.seed, mask=self._mask),
@@ -303,7 +311,6 @@ class _Work:
         height, width = done.frame.shape[:2]
         write_picture(job.sink, done.frame, done.alpha, exif=done.exif)
         self._report(job.sink, (width, height), f"{time.perf_counter() - started:.2f} s")
-        self._tell_size(job, (picture.frame.shape[1], picture.frame.shape[0]), (width, height))
 
     def _report(self, result: Path, size: tuple[int, int], what: str) -> None:
         """A line on a result; on stderr if stdout has the result itself."""
@@ -311,24 +318,31 @@ class _Work:
         if self._request.to_stdout:
             note(self._console, f"stdout {line}")
         else:
-            say(f"{result} {line}")
+            say(f"{result} {line}", self._bars)
 
-    def _tell_size(self, job: Job, before: tuple[int, int], after: tuple[int, int]) -> None:
-        """Once: that a result is smaller than its input, and what changes that. Sizes are (width, height)."""
-        what, more = "its result", ", --upscale brings results back to their input's size"
-        if self._mask is not None:  # the result keeps the input's size, but what is painted has the model's
-            what, more = "what is painted in it", ""
-            after = self._stylizer.quality(after[1], after[0]).size[::-1]
-        if self._has_told_size or before[0] * before[1] <= after[0] * after[1]:
+    def _tell_size(self, job: Job, height_px: int, width_px: int) -> None:
+        """Once, before the work: that a result will be smaller than its input, and what changes that."""
+        from std_rt.media import fit
+
+        working = self._stylizer.working_size(height_px, width_px)
+        h, w = fit.result_size((height_px, width_px), working)
+        if self._has_told_size or height_px * width_px <= h * w:
             return
         self._has_told_size = True
+        what, more = "its result", ", --upscale brings results back to their input's size"
+        if self._mask is not None:  # the result keeps the input's size, but what is painted has the model's
+            (h, w), what, more = working, "what is painted in it", ""
+        elif job.is_video:
+            h, w = h + h % 2, w + w % 2  # as 4:2:0 needs them
+        bundle = self._stylizer.bundle
         note(
             self._console,
-            f"note: {job.source.name} is {before[0]}x{before[1]} and {what} {after[0]}x{after[1]}, the size "
-            f"the model worked at; --size sets that (up to {self._stylizer.bundle.size_range[1]} px){more}",
+            f"note: {job.source.name} is {width_px}x{height_px} and {what} {w}x{h}, the size the model works "
+            f"at (sides are multiples of {bundle.size_multiple} px); --size sets that (up to "
+            f"{bundle.size_range[1]} px){more}",
         )
 
-    def _clip(self, job: Job, bar: Progress) -> None:
+    def _clip(self, job: Job) -> None:
         from std_rt.media import fit
         from std_rt.media.video.clip import probe
         from std_rt.media.video.transcode import transcode_stream
@@ -342,10 +356,12 @@ class _Work:
             mask=self._mask,
             seed=self._request.seed,
         )
-        task = bar.add_task(job.source.name, total=None, unit="fps")
+        info = probe(job.source)
+        self._tell_size(job, info.height, info.width)
+        task = self._bars.add_task(job.source.name, total=None, unit="fps")
 
         def show(done: int, total: int | None) -> None:
-            bar.update(task, completed=done, total=None if total is None else max(total, done))
+            self._bars.update(task, completed=done, total=None if total is None else max(total, done))
             self._lines(f"{job.source.name}, frames", done, total)
 
         told: list[str] = []
@@ -365,6 +381,7 @@ class _Work:
                 announce=tell,
                 should_stop=interrupted,
             )
+        self._bars.remove_task(task)
         self._interrupted = report.stopped
         for line in report.notes[len(told) :]:
             tell(line)
@@ -376,9 +393,6 @@ class _Work:
             early += f"; {job.sink} is as it was"
         size = (report.width, report.height)
         self._report(report.output, size, f"{report.frames} frames, painted at {fps:.1f} a second{early}")
-        if not self._has_told_size:
-            info = probe(job.source)
-            self._tell_size(job, (info.width, info.height), size)
 
 
 def _progress(console: Console) -> Progress:

@@ -10,13 +10,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 
 from std_rt.core.files import reason
 from std_rt.core.machine import quoted
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 __all__ = [
     "builds_shown",
@@ -48,8 +51,14 @@ def program() -> str:
     return f"{quoted(sys.executable)} -m std_rt" if started.endswith(".py") else quoted(started)
 
 
-def say(line: str) -> None:
-    """Print a line of results. A stdout that takes no more (``| head``) ends the lines, not the work."""
+def say(line: str, bars: Progress | None = None) -> None:
+    """Print a line of results. A stdout that takes no more (``| head``) ends the lines, not the work.
+
+    ``bars`` on stderr leave the screen meanwhile: they would share its row.
+    """
+    shown = bars is not None and not bars.disable
+    if bars is not None and shown:
+        bars.stop()
     try:
         typer.echo(line)
     except OSError as error:
@@ -57,6 +66,9 @@ def say(line: str) -> None:
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
         note(Console(stderr=True), f"note: stdout takes no more lines ({reason(error)}); the work goes on")
+    finally:
+        if bars is not None and shown:
+            bars.start()
 
 
 def progress_lines(

@@ -213,6 +213,7 @@ def plan_outputs(
     skip_existing: bool = False,
     sound: str = "auto",
     say: Callable[[str], None] = lambda line: None,
+    needed: Sequence[Path] = (),
 ) -> list[Job]:
     """Expand (``say``: see `expand_inputs`), classify, name and check everything before any work.
 
@@ -220,7 +221,8 @@ def plan_outputs(
 
     ``skip_existing``: a job whose output exists is done, and results of an earlier run among the inputs are
     left out. Raises MediaError for the first input that is missing or not a picture or clip, for two inputs
-    with one output, for an output that exists (without either flag), is an input, or cannot be written.
+    with one output, for an output that exists (without either flag), is an input or one of ``needed``
+    (styles, a mask), or cannot be written.
     """
     sources = expand_inputs(inputs, say)
     jobs: dict[Path, Job] = {}
@@ -244,6 +246,8 @@ def plan_outputs(
         )
     for job in found:
         if not job.is_done:
+            if job.sink.exists() and any(path.exists() and job.sink.samefile(path) for path in needed):
+                raise MediaError(f"{job.sink} is the style or the mask itself; give another name with -o")
             check_output(job.sink, source=job.source, overwrite=overwrite)
     return found
 

@@ -65,7 +65,7 @@ def default_clip_suffix(source: Path, sound: str = "auto") -> str:
 
 
 class _StoppedError(Exception):
-    """``should_stop``, and nothing for the place of the result: no frame, or a clip is there already."""
+    """Nothing for the place of the result: no frame before ``should_stop``, or a clip is there already."""
 
 
 def transcode_stream(
@@ -94,9 +94,10 @@ def transcode_stream(
     any frame with each note on what will not be kept as it is; ``notes`` of the report has them, too.
 
     Stopped early: a playable file with what was done, beside the sink (NAME_stopped) if that was there
-    already. Any exception (from ``stream`` too, passed on as it is): no file. Raises MediaError before any
-    work for an output that exists (without ``overwrite``), is the source or cannot be written, and for a
-    source with no video or none that can be decoded.
+    already; NAME_2 if another program made the sink meanwhile (without ``overwrite``). Any exception (from
+    ``stream`` too, passed on as it is): no file. Raises MediaError before any work for an output that exists
+    (without ``overwrite``), is the source or cannot be written, and for a source with no video or none that
+    can be decoded.
     """
     started_s = time.perf_counter()
     check_output(sink, source=source, overwrite=overwrite)
@@ -113,8 +114,8 @@ def transcode_stream(
                     stopped = _encode(frames, writer, total, progress, should_stop)
                 if not writer.frames:
                     raise _StoppedError if stopped else nothing_decoded(source)
-                if stopped and sink.exists():
-                    kept = sink.with_stem(f"{sink.stem}_stopped")
+                if sink.exists() and (stopped or not overwrite):  # another run has made it meanwhile
+                    kept = sink.with_stem(f"{sink.stem}_{'stopped' if stopped else '2'}")
                     with writing(kept):
                         partial.replace(kept)
                     raise _StoppedError

@@ -228,3 +228,30 @@ def test_a_bench_table_refuses_flags_it_would_ignore(cli: Cli, flag: tuple[objec
     result = cli("bench", "--table", *flag)
     assert result.code == 2
     assert "--table measures" in result.err
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_overwrite_does_not_destroy_the_style_or_the_mask(
+    stylize: Cli, photo: Path, tmp_path: Path, mask: bool
+) -> None:
+    extra = picture(tmp_path / "extra.png", 64, 64)
+    before = extra.read_bytes()
+    given = ("--mask", extra) if mask else ("-s", extra)
+    error = stylize(photo, *given, "-o", extra, "--overwrite").error
+    assert error.endswith("extra.png is the style or the mask itself; give another name with -o")
+    assert extra.read_bytes() == before
+
+
+def test_a_missing_style_comes_before_a_word_on_outputs(stylize: Cli, photo: Path) -> None:
+    picture(photo.with_name("photo_styled.png"), 8, 8)
+    assert "none.png does not exist" in stylize(photo, "-s", photo.with_name("none.png")).error
+
+
+def test_of_several_pictures_the_one_that_a_mask_does_not_fit_is_named(stylize: Cli, tmp_path: Path) -> None:
+    for name, width in (("wide", 96), ("square", 48)):
+        picture(tmp_path / "in" / f"{name}.png", width, 48)
+    mask = picture(tmp_path / "mask.png", 48, 48)
+    result = stylize(tmp_path / "in", "--mask", mask, "-o", tmp_path / "out")
+    assert result.code == 2
+    assert "wide.png: the mask is 48x48 px and the picture 96x48" in result.err
+    assert files_in(tmp_path / "out") == {"square_styled.png"}

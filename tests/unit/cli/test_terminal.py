@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
+from rich.progress import Progress
 from support.cli_support import Cli, files_in, picture
 from support.media_samples import ClipSpec, frame_times, make_clip
 
 from std_rt.cli import terminal
-from std_rt.cli.terminal import progress_lines, working
+from std_rt.cli.terminal import progress_lines, say, working
 from std_rt.core import machine
 from std_rt.core.machine import install_hint
 from std_rt.media import probe, read_picture
@@ -24,6 +25,21 @@ from std_rt.media import probe, read_picture
 
 def _stdout(monkeypatch: pytest.MonkeyPatch, raw: io.RawIOBase | io.BytesIO, encoding: str) -> None:
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, write_through=True))  # type: ignore[arg-type]
+
+
+def test_results_have_rows_of_their_own_beside_progress_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bars on stderr and results on stdout are on one screen; the bars leave it for each result."""
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", screen)
+    with Progress(console=Console(file=screen, force_terminal=True), transient=True) as bars:
+        bars.add_task("clip.mp4", total=2)
+        bars.refresh()
+        say("clip_styled.mp4 (640x360)", bars)
+        bars.refresh()
+    [row] = [row for row in screen.getvalue().splitlines() if "clip_styled" in row]
+    erased = row.rpartition("\x1b[2K")
+    assert erased[1:] == ("\x1b[2K", "clip_styled.mp4 (640x360)")
+    assert screen.getvalue().count("clip.mp4") >= 2  # and come back
 
 
 def test_a_name_that_the_terminal_cannot_show_does_not_end_the_batch(
@@ -219,6 +235,7 @@ def test_a_smaller_result_is_announced_once_with_the_flags(stylize: Cli, tmp_pat
     err = stylize(tmp_path / "in").err
     assert err.count("--upscale brings results back") == 1
     assert "a.png is 120x80 and its result" in err
+    assert "(sides are multiples of 8 px)" in err
     assert "--upscale brings" not in stylize(tmp_path / "in", "--overwrite", "--upscale").err
     assert read_picture(tmp_path / "in" / "a_styled.png").frame.shape == (80, 120, 3)
 

@@ -343,6 +343,19 @@ def test_missing_end_is_done_as_far_as_it_goes(tmp_path: Path, flags: str) -> No
         assert report.notes == (f"{told} ({report.frames} of 20 frames)",)
 
 
+def test_a_clip_that_another_program_made_meanwhile_stays(tmp_path: Path) -> None:
+    source, sink = make_clip(tmp_path / "a.mp4", ClipSpec()), tmp_path / "out.mp4"
+
+    def beside(done: int, total: int | None) -> None:
+        sink.write_bytes(b"another's")
+
+    report = transcode(source, sink, same, progress=beside)
+    assert (sink.read_bytes(), report.output) == (b"another's", tmp_path / "out_2.mp4")
+    assert len(frame_times(report.output)) == report.frames
+    assert transcode(source, sink, same, progress=beside, overwrite=True).output == sink
+    assert left_over(tmp_path) == ["a.mp4", "out.mp4", "out_2.mp4"]
+
+
 @pytest.mark.parametrize("audio", [None, "aac"])
 def test_matroska_without_its_end_is_told_too(tmp_path: Path, audio: str | None) -> None:
     source = make_clip(tmp_path / "a.mkv", ClipSpec(pts=tuple(range(0, 60 * 512, 512)), audio=audio))
