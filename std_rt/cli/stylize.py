@@ -66,7 +66,7 @@ class StylizeRequest(StylizerFlags):
             "--output",
             "-o",
             metavar="FILE|FOLDER",
-            help="Default: NAME_styled next to each input; - is stdout.",
+            help="Default: NAME_styled next to each input. Without extension: a folder; -: stdout.",
         ),
     ] = None
     skip_existing: Annotated[

@@ -39,6 +39,7 @@ __all__ = [
     "writing",
 ]
 
+_EXAMPLES = Path(__file__).parents[1] / "examples"
 _ANOTHER_PLACE = "choose another place with -o"
 _LEFT_BEHIND_S = 24 * 3600  # no file takes that long to write
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)", re.IGNORECASE)  # a Path has one slash of the two
@@ -151,6 +152,8 @@ def missing(path: Path | str) -> str:
         return f"{path} does not exist: the shell has not expanded ~; write the whole path"
     if os.name == "posix" and "\\" in text:
         return f"{path} does not exist; on this system / separates folders, and \\ is a part of a name"
+    if text.isidentifier() and (example := next(_EXAMPLES.glob(f"*/{text}.jpg"), None)) is not None:
+        return f"{path} does not exist here; the example of that name is {example}"
     if any(mark in text for mark in "*?["):
         return f"no file matches {path}; check the pattern and the folder"
     return f"{path} does not exist; check the spelling and the folder"

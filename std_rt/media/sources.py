@@ -137,6 +137,7 @@ def _folder_files(folder: Path, say: Callable[[str], None]) -> list[Path]:
         else:
             refused.setdefault(kind, []).append(entry.name)
     left_out = [_left_out(kind, names) for kind, names in refused.items()]
+    others = [entry.name for entry in names if entry.suffix.lower() not in PICTURE_SUFFIXES | VIDEO_SUFFIXES]
     if not files:
         found = f", only {' and '.join(left_out)}" if left_out else ""
         raise MediaError(
@@ -145,6 +146,8 @@ def _folder_files(folder: Path, say: Callable[[str], None]) -> list[Path]:
         )
     for line in left_out:
         say(f"{folder}: left out {line}")
+    if others:
+        say(f"{folder}: left out {_counted_names(others)}, not named as a picture or clip")
     inside = [entry.name for entry in sorted(folder.iterdir()) if entry.is_dir() and _holds_media(entry)]
     if inside:
         say(f"{folder}: subfolders are not searched ({', '.join(inside[:_NAMED])}); name them as inputs")
@@ -162,9 +165,12 @@ def _holds_media(folder: Path) -> bool:
 
 def _left_out(kind: RefusedKind, names: list[str]) -> str:
     """Such as ``3 files (a.NEF, b.NEF, c.NEF), each a raw file of a camera: develop it first ...``."""
+    return f"{_counted_names(names)}, {'' if len(names) == 1 else 'each '}{kind.name}: {kind.remedy}"
+
+
+def _counted_names(names: list[str]) -> str:
     shown = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
-    count = counted(len(names), "file")
-    return f"{count} ({shown}), {'' if len(names) == 1 else 'each '}{kind.name}: {kind.remedy}"
+    return f"{counted(len(names), 'file')} ({shown})"
 
 
 def output_path(source: Path, out: Path | None, many: bool, is_video: bool, sound: str = "auto") -> Path:

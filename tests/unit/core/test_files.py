@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from std_rt.core.errors import BackendError, MediaError
-from std_rt.core.files import atomic_file, reason, write_bytes, write_text, writing
+from std_rt.core.files import atomic_file, missing, reason, write_bytes, write_text, writing
 
 
 @pytest.mark.parametrize("durable", [False, True])
@@ -87,3 +87,11 @@ def test_a_new_file_has_the_mode_that_the_umask_gives(tmp_path: Path) -> None:
     plain.touch()
     write_bytes(tmp_path / "a", b"")
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+def test_an_example_is_found_by_its_name() -> None:
+    told = missing(Path("wave"))
+    assert told.startswith("wave does not exist here; the example of that name is ")
+    assert Path(told.rpartition(" is ")[2]).is_file()
+    assert "example" not in missing(Path("waves"))
+    assert "example" not in missing(Path("a/wave"))

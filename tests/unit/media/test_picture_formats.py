@@ -127,9 +127,11 @@ def test_a_folder_counts_and_names_what_it_leaves_out(tmp_path: Path) -> None:
         _nef(tmp_path, name)
     (tmp_path / "IMG_1.jpg").write_bytes(heic_head(b"heic"))
     (tmp_path / "logo.svg").write_text("<svg></svg>", encoding="utf-8")
+    (tmp_path / "notes.txt").touch()
     lines: list[str] = []
     jobs = plan_outputs([tmp_path], tmp_path / "out", say=lines.append)
     assert [job.source.name for job in jobs] == ["a.jpg"]
+    assert lines.pop() == f"{tmp_path}: left out 1 file (notes.txt), not named as a picture or clip"
     assert len(lines) == 3
     text = "\n".join(lines)
     assert "2 files (b.NEF, c.NEF), each a raw file" in text
