@@ -290,7 +290,9 @@ def _bars() -> Iterator[tuple[Callable[[str, float], None], Callable[[str, str],
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
     tasks: dict[str, Any] = {}
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as bars:
+    console = Console(stderr=True)
+    hidden = not console.is_interactive
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=hidden) as bars:
 
         def report(name: str, share: float) -> None:
             if name not in tasks:

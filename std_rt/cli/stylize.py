@@ -29,7 +29,7 @@ from std_rt.core.errors import MediaError, StdRtError, UsageError, counted
 from std_rt.core.files import missing
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
     from std_rt.media.image import Picture
     from std_rt.media.sources import Job
@@ -329,18 +329,24 @@ class _Work:
         if self._has_told_size or height_px * width_px <= h * w:
             return
         self._has_told_size = True
-        what, more = "its result", ", --upscale brings results back to their input's size"
-        if self._mask is not None:  # the result keeps the input's size, but what is painted has the model's
-            (h, w), what, more = working, "what is painted in it", ""
-        elif job.is_video:
+        if job.is_video:
             h, w = h + h % 2, w + w % 2  # as 4:2:0 needs them
-        bundle = self._stylizer.bundle
+        result = f" and its result {w}x{h}" if self._mask is None else ""
+        more = ", --upscale brings results back to their input's size" if self._mask is None else ""
         note(
             self._console,
-            f"note: {job.source.name} is {width_px}x{height_px} and {what} {w}x{h}, the size the model works "
-            f"at (sides are multiples of {bundle.size_multiple} px); --size sets that (up to "
-            f"{bundle.size_range[1]} px){more}",
+            f"note: {job.source.name} is {width_px}x{height_px}{result}; the model works at "
+            f"{working[1]}x{working[0]}: --size sets that (up to {self._stylizer.bundle.size_range[1]} px)"
+            f"{more}",
         )
+
+    @contextmanager
+    def _removed(self, task: TaskID) -> Iterator[None]:
+        """A bar for as long as the block runs."""
+        try:
+            yield
+        finally:
+            self._bars.remove_task(task)
 
     def _clip(self, job: Job) -> None:
         from std_rt.media import fit
@@ -356,8 +362,9 @@ class _Work:
             mask=self._mask,
             seed=self._request.seed,
         )
-        info = probe(job.source)
-        self._tell_size(job, info.height, info.width)
+        if not self._has_told_size:
+            info = probe(job.source)
+            self._tell_size(job, info.height, info.width)
         task = self._bars.add_task(job.source.name, total=None, unit="fps")
 
         def show(done: int, total: int | None) -> None:
@@ -370,7 +377,7 @@ class _Work:
             told.append(line)
             note(self._console, f"note: {job.source.name}: {line}")
 
-        with interruptible(*_ENDING) as interrupted:
+        with interruptible(*_ENDING) as interrupted, self._removed(task):
             report = transcode_stream(
                 job.source,
                 job.sink,
@@ -381,7 +388,6 @@ class _Work:
                 announce=tell,
                 should_stop=interrupted,
             )
-        self._bars.remove_task(task)
         self._interrupted = report.stopped
         for line in report.notes[len(told) :]:
             tell(line)
@@ -390,7 +396,7 @@ class _Work:
         fps = report.frames / report.seconds if report.seconds else 0.0
         early = ", stopped early, playable" if report.stopped else ""
         if report.output != job.sink:
-            early += f"; {job.sink} is as it was"
+            early += f"; {job.sink} {'is as it was' if report.stopped else 'was made by another program'}"
         size = (report.width, report.height)
         self._report(report.output, size, f"{report.frames} frames, painted at {fps:.1f} a second{early}")
 
@@ -414,5 +420,5 @@ def _progress(console: Console) -> Progress:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(""))
     return Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_interactive
     )

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from std_rt.core.arrays import Size
 from std_rt.core.errors import BundleError, UsageError
 from std_rt.core.files import file_digest, is_inside, writing
-from std_rt.core.machine import install_hint, upgrade_hint
+from std_rt.core.machine import install_hint, quoted, upgrade_hint
 from std_rt.core.onnx_file import external_locations
 from std_rt.core.schedule import StepCoefficients
 
@@ -562,10 +562,11 @@ def _check_external(bundle: Bundle) -> None:
                 f"bundle '{bundle.name}': graph '{name}' reads weights from {sorted(outside)[0]!r} "
                 f"instead of {graph['weights']!r}; do not use it"
             )
+        copy = f"cp -rL {quoted(str(bundle.path))} COPY"
         if not (bundle.path / graph["weights"]).resolve().is_relative_to(bundle.path.resolve()):
             raise BundleError(
                 f"bundle '{bundle.name}': {graph['weights']} is a link to another folder, which ONNX Runtime "
-                f"and OpenVINO refuse; copy what it links to: cp -rL {bundle.path} COPY"
+                f"and OpenVINO refuse; copy the folder with what it links to: {copy}"
             )
 
 

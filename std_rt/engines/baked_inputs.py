@@ -81,8 +81,7 @@ def _bake(graph: Any, baked: Mapping[str, Array], folder: Path) -> None:
 def _weight(tensor: Any, folder: Path) -> Array:
     """A weight, from its file if it lies in one.
 
-    onnx would refuse a file with a second hard link, as installers make them, and a symbolic link, as the
-    cache of the Hugging Face Hub has them.
+    onnx would refuse a file with a second hard link, as installers make them.
     """
     from onnx import TensorProto
     from onnx.numpy_helper import to_array

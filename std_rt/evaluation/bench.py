@@ -312,6 +312,7 @@ def _facts(stylizer: Stylizer, size: Size) -> dict[str, Any]:
         "precision_reason": stylizer.precision_reason,
         "size": [size[1], size[0]],
         "steps": stylizer.steps,
+        "vae": stylizer.vae,
         "machine": str(describe_machine()),
     }
 

@@ -122,6 +122,9 @@ def expand_inputs(paths: list[Path], say: Callable[[str], None] = lambda line: N
     return list(found.values())
 
 
+_OF_THE_SYSTEM = {"desktop.ini", "thumbs.db"}  # Windows puts them into folders of pictures
+
+
 def _folder_files(folder: Path, say: Callable[[str], None]) -> list[Path]:
     names = sorted(entry for entry in folder.iterdir() if entry.is_file() and not entry.name.startswith("."))
     known = [entry for entry in names if entry.suffix.lower() in PICTURE_SUFFIXES | VIDEO_SUFFIXES]
@@ -137,7 +140,8 @@ def _folder_files(folder: Path, say: Callable[[str], None]) -> list[Path]:
         else:
             refused.setdefault(kind, []).append(entry.name)
     left_out = [_left_out(kind, names) for kind, names in refused.items()]
-    others = [entry.name for entry in names if entry.suffix.lower() not in PICTURE_SUFFIXES | VIDEO_SUFFIXES]
+    seen = PICTURE_SUFFIXES | VIDEO_SUFFIXES
+    others = [e.name for e in names if e.suffix.lower() not in seen and e.name.lower() not in _OF_THE_SYSTEM]
     if not files:
         found = f", only {' and '.join(left_out)}" if left_out else ""
         raise MediaError(

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 
 from std_rt.core.arrays import Frame
@@ -64,7 +65,7 @@ def default_clip_suffix(source: Path, sound: str = "auto") -> str:
         return ".mkv" if not in_mp4 and all(sound_fits(stream, ".mkv") for stream in sounds) else ".mp4"
 
 
-class _StoppedError(Exception):
+class _NotInPlaceError(Exception):
     """Nothing for the place of the result: no frame before ``should_stop``, or a clip is there already."""
 
 
@@ -94,10 +95,10 @@ def transcode_stream(
     any frame with each note on what will not be kept as it is; ``notes`` of the report has them, too.
 
     Stopped early: a playable file with what was done, beside the sink (NAME_stopped) if that was there
-    already; NAME_2 if another program made the sink meanwhile (without ``overwrite``). Any exception (from
-    ``stream`` too, passed on as it is): no file. Raises MediaError before any work for an output that exists
-    (without ``overwrite``), is the source or cannot be written, and for a source with no video or none that
-    can be decoded.
+    already. If another program made the sink meanwhile (without ``overwrite``), the clip is beside it, too
+    (NAME_2). Any exception (from ``stream`` too, passed on as it is): no file. Raises MediaError before any
+    work for an output that exists (without ``overwrite``), is the source or cannot be written, and for a
+    source with no video or none that can be decoded.
     """
     started_s = time.perf_counter()
     check_output(sink, source=source, overwrite=overwrite)
@@ -113,18 +114,24 @@ def transcode_stream(
                 with writer.open(partial), stylized(clip.read(), stream) as frames:
                     stopped = _encode(frames, writer, total, progress, should_stop)
                 if not writer.frames:
-                    raise _StoppedError if stopped else nothing_decoded(source)
+                    raise _NotInPlaceError if stopped else nothing_decoded(source)
                 if sink.exists() and (stopped or not overwrite):  # another run has made it meanwhile
-                    kept = sink.with_stem(f"{sink.stem}_{'stopped' if stopped else '2'}")
+                    kept = _free_name(sink, "stopped" if stopped else "2")
                     with writing(kept):
                         partial.replace(kept)
-                    raise _StoppedError
-        except _StoppedError:
+                    raise _NotInPlaceError
+        except _NotInPlaceError:
             pass
         notes = (*losses, *clip.notes(stopped=stopped), *writer.notes())
     width, height = writer.size
     seconds = time.perf_counter() - started_s
     return VideoReport(kept, writer.frames, seconds, width, height, stopped, notes)
+
+
+def _free_name(sink: Path, mark: str) -> Path:
+    """``NAME_mark``, with a number after it if that is taken."""
+    marks = chain([mark], (f"{mark}_{n}" for n in count(2)))
+    return next(name for each in marks if not (name := sink.with_stem(f"{sink.stem}_{each}")).exists())
 
 
 def _encode(

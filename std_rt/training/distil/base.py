@@ -351,14 +351,17 @@ def _sdxl(source: str, dtype: torch.dtype, device: torch.device | str) -> Base:
     from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
     text = torch.float32 if dtype == torch.float32 else torch.float16
-    options: dict[str, Any] = {"use_safetensors": True}  # the other format is pickle
-    if any(has_fp16_only(part) for part in Path(source).glob("*/")):
-        options["variant"] = "fp16"  # of each part that has it
+    folder = Path(source)
+    others = ("vae", "text_encoder", "text_encoder_2")
     with warnings.catch_warnings():
         # diffusers 0.35 has no other name for it.
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
         unet: Network = UNet2DConditionModel.from_pretrained(
-            source, subfolder="unet", torch_dtype=dtype, **options
+            source,
+            subfolder="unet",
+            torch_dtype=dtype,
+            use_safetensors=True,  # the other format is pickle
+            variant="fp16" if has_fp16_only(folder / "unet") else None,
         )
         p = StableDiffusionXLPipeline.from_pretrained(
             source,
@@ -367,7 +370,8 @@ def _sdxl(source: str, dtype: torch.dtype, device: torch.device | str) -> Base:
             image_encoder=None,
             feature_extractor=None,
             torch_dtype={"vae": torch.float32, "default": text},
-            **options,
+            use_safetensors=True,
+            variant="fp16" if any(has_fp16_only(folder / part) for part in others) else None,
         )
     if p.text_encoder_2 is None:
         raise RecipeError(f"base = {source!r} has neither text encoders nor std-tiny's style encoder")
@@ -490,11 +494,17 @@ def _load(source: str | Path, folder: Path, dtype: torch.dtype, device: torch.de
         return _tiny(folder) if _is_tiny(folder) else _sdxl(str(source), dtype, device)
     except torch.OutOfMemoryError:
         raise  # nothing is wrong with the files
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError) as error:
         reason = one_line(error, 200)
-        raise RecipeError(
-            f"base = {str(source)!r} cannot be loaded ({reason}); give a pipeline folder"
-        ) from None
+        pickled = [path.parent.name for path in folder.glob("*/*.bin") if not _has_safetensors(path.parent)]
+        remedy = "give a pipeline folder"
+        if pickled:
+            remedy = f"convert the .bin weights of {pickled[0]} to .safetensors"
+        raise RecipeError(f"base = {str(source)!r} cannot be loaded ({reason}); {remedy}") from None
+
+
+def _has_safetensors(part: Path) -> bool:
+    return any(part.glob("*.safetensors"))
 
 
 def load_base(

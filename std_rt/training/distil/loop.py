@@ -41,7 +41,8 @@ from std_rt.training.tiny.triplets import TripletSource
 
 __all__ = ["train_distil"]
 
-_SCORE_SCALE = 2.0**12  # of the loss of DMD's second LoRA in fp16
+_SCORE_SCALE = 2.0**12  # of the loss of DMD's second LoRA in fp16, at first
+_GROWS_AFTER = 2000  # steps without an overflow; as torch's GradScaler
 
 
 @contextmanager
@@ -169,11 +170,13 @@ def train_distil(config: DistilConfig, stop_after: int | None = None, base: Base
 def _no_room(config: DistilConfig, error: torch.OutOfMemoryError) -> str:
     """What saves memory: of the run as it is, and of another one."""
     saves = [] if config.gradient_checkpointing or config.method == "dmd" else ["gradient_checkpointing=true"]
-    saves += ["bank.device=cpu"] if config.bank.device == "auto" and config.method == "std" else []
-    start = f"continue with {' '.join(f'--set {each}' for each in saves)}, or start" if saves else "start"
+    uses_bank = config.method == "std" and config.bank.enabled
+    saves += ["bank.device=cpu"] if uses_bank and config.bank.device == "auto" else []
+    first = f"continue with {' '.join(f'--set {each}' for each in saves)}, or start" if saves else "start"
+    told = ". ".join(one_line(error, 500).split(". ")[:2])
     return (
-        f"the GPU's memory does not suffice ({one_line(error, 120)}); {start} another run with a smaller "
-        "batch and as much more accumulate, --set optimizer=adamw8bit or a smaller pictures.resolution_px "
+        f"the GPU ran out of memory ({told}); {first} another run with a smaller batch and a larger "
+        "accumulate to match, --set optimizer=adamw8bit or a smaller pictures.resolution_px "
         "(--dry-run estimates the memory)"
     )
 
@@ -224,34 +227,46 @@ class _Game:
 
 
 class _Score:
-    """DMD's second LoRA in a run; outside of DDP, which knows the student's alone."""
+    """DMD's second LoRA in a run; outside of DDP, which knows the student's alone.
+
+    ``scaling``: of its loss in fp16, where most gradients would be zero; the student's scaler knows only the
+    student. Part of the checkpoint, as are ``matching.tensors``.
+    """
 
     def __init__(
         self, config: DistilConfig, matching: Matching, accelerator: Accelerator, rate: float
     ) -> None:
         self.accelerator, self.matching, self.share = accelerator, matching, 1 / config.accumulate
-        # In fp16 most of its gradients would be zero; the student's scaler knows only the student.
-        self.scale = 1.0 if accelerator.scaler is None else _SCORE_SCALE
+        scale = 1.0 if accelerator.scaler is None else _SCORE_SCALE
+        self.scaling = {"scale": torch.tensor(scale), "good_steps": torch.tensor(0.0)}
         self.optimizer = _optimizer(config, [*matching.tensors.values()], rate * config.score_rate)
 
     def step(self, x_s: Tensor, batch: StepBatch) -> Tensor:
         """Its turn on the student's results; the loss, a scalar."""
         loss = self.matching.score_loss(x_s, batch.states)
         with self.matching.distiller.watch("score"):
-            (self.scale * self.share * loss).backward()
+            scale = float(self.scaling["scale"])
+            (scale * self.share * loss).backward()
             if self.accelerator.sync_gradients:
                 for value in self.matching.tensors.values():
-                    value.grad = self.accelerator.reduce(value.grad, "mean") / self.scale
+                    value.grad = self.accelerator.reduce(value.grad, "mean") / scale
                 self._update()
         return loss
 
     def _update(self) -> None:
-        """Its optimizer's step; none where fp16 overflowed, after which the scale is halved."""
+        """Its optimizer's step; in fp16 an overflow skips it and halves the scale, which grows again."""
         gradients = [value.grad for value in self.matching.tensors.values() if value.grad is not None]
-        if self.accelerator.scaler is None or torch.nn.utils.get_total_norm(gradients).isfinite():
+        if self.accelerator.scaler is None:
             self.optimizer.step()
+        elif torch.nn.utils.get_total_norm(gradients).isfinite():
+            self.optimizer.step()
+            self.scaling["good_steps"] += 1
+            if self.scaling["good_steps"] == _GROWS_AFTER:
+                self.scaling["scale"] *= 2
+                self.scaling["good_steps"].zero_()
         else:
-            self.scale = max(1.0, self.scale / 2)
+            self.scaling["scale"] /= 2
+            self.scaling["good_steps"].zero_()
         self.optimizer.zero_grad()
 
 
@@ -301,6 +316,8 @@ def _train(  # noqa: C901
         parts["heads"], optimizers["heads"] = game.adversary.heads, game.optimizer
     if score is not None:
         parts["score"], optimizers["score"] = score.matching.tensors, score.optimizer
+        if accelerator.scaler is not None:
+            parts["score_scaling"] = score.scaling
     run = Run(
         config,
         parts,

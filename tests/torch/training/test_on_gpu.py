@@ -226,7 +226,7 @@ def test_dmds_second_lora_has_its_gradients_in_fp16_too(small_losses: DistilConf
     found = {}
     for precision, scale in (("fp32", 1.0), ("fp16", None), ("fp16", 1.0)):
         score, given, made = _score(small_losses, precision)
-        score.scale = scale or score.scale
+        score.scaling["scale"].fill_(scale or score.scaling["scale"])
         states = made.fresh(2, made.source.shapes[0])
         score.step(torch.zeros_like(states.z), SimpleNamespace(states=states))
         found[precision, scale] = torch.cat([value.flatten() for value in given])
@@ -235,12 +235,22 @@ def test_dmds_second_lora_has_its_gradients_in_fp16_too(small_losses: DistilConf
     assert (unscaled - exact).norm() > 0.1 * exact.norm()
 
 
-def test_a_step_that_overflows_is_skipped_and_the_scale_halved(config: DistilConfig) -> None:
+def test_a_step_that_overflows_is_skipped_and_the_scale_halved_until_it_goes_well(
+    monkeypatch: pytest.MonkeyPatch, config: DistilConfig
+) -> None:
+    monkeypatch.setattr(loop, "_GROWS_AFTER", 3)
     score, given, made = _score(config, "fp16")
     states = made.fresh(2, made.source.shapes[0])
-    score.scale = 1e30
-    score.step(torch.zeros_like(states.z), SimpleNamespace(states=states))
-    assert (given, score.scale) == ([], 5e29)
+    batch = SimpleNamespace(states=states)
+    score.scaling["scale"].fill_(2.0**100)
+    score.step(torch.zeros_like(states.z), batch)
+    assert (given, score.scaling["scale"]) == ([], 2.0**99)
+    score.scaling["scale"].fill_(64)
+    found = []
+    for _ in range(4):
+        score.step(torch.zeros_like(states.z), batch)
+        found.append(float(score.scaling["scale"]))
+    assert found == [64, 64, 128, 128]
 
 
 # --- memory -----------------------------------------------------------------------------------------------
@@ -265,7 +275,7 @@ def test_a_full_gpu_is_not_a_bad_base(tmp_path: Path, config: DistilConfig) -> N
         load_base(folder)
     with pytest.raises(RecipeError) as told:
         loop.train_distil(replace(config, base=str(folder)))
-    assert str(told.value).startswith("the GPU's memory does not suffice (CUDA out of memory. Tried to")
+    assert str(told.value).startswith("the GPU ran out of memory (CUDA out of memory. Tried to allocate")
     assert "; continue with --set gradient_checkpointing=true --set bank.device=cpu" in str(told.value)
     assert "\n" not in str(told.value)
 
@@ -304,3 +314,24 @@ def test_a_folder_with_fp16_files_only_is_a_base(tmp_path: Path) -> None:
     assert half.text is not None
     assert whole.text is not None
     assert torch.equal(half.text(["a"])[0], whole.text(["a"])[0])
+
+
+def test_parts_with_and_without_fp16_files_and_other_folders_are_told_apart(tmp_path: Path) -> None:
+    folder = write_clip_pipeline(tmp_path / "base")
+    for path in folder.glob("text_encoder*/*.safetensors"):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    (folder / "text_encoder" / "LICENSE").touch()  # diffusers splits every name at its dots
+    with pytest.raises(RecipeError, match="cannot be loaded"):
+        load_base(folder)
+    (folder / "text_encoder" / "LICENSE").unlink()
+    (folder / "motion").mkdir()
+    (folder / "motion" / "a.fp16.safetensors").touch()
+    load_base(folder)
+
+
+def test_pickled_weights_are_named(tmp_path: Path) -> None:
+    folder = write_clip_pipeline(tmp_path / "base")
+    weights = next((folder / "unet").glob("*.safetensors"))
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(RecipeError, match=r"cannot be loaded .*; convert the \.bin weights of unet to"):
+        load_base(folder)

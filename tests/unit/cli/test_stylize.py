@@ -317,13 +317,10 @@ def test_what_is_painted_under_a_mask_is_said_to_have_the_models_size(stylize: C
     mask = photo.with_name("half.png")
     Image.fromarray(np.repeat([[0] * 30 + [255] * 30], 40, 0).astype(np.uint8)).save(mask)
     said = stylize(photo, "--mask", mask, "--size", "32").err
-    assert "photo.png is 60x40 and what is painted in it 40x24" in said
+    assert "photo.png is 60x40; the model works at 40x24: --size sets that" in said
     assert "--upscale" not in said
     clip = make_clip(photo.with_name("clip.mp4"), ClipSpec(width=60, height=40))
-    assert (
-        "clip.mp4 is 60x40 and what is painted in it 40x24"
-        in stylize(clip, "--mask", mask, "--size", "32").err
-    )
+    assert "clip.mp4 is 60x40; the model works at 40x24:" in stylize(clip, "--mask", mask, "--size", "32").err
 
 
 def test_stopping_among_several_inputs_says_where(

@@ -30,6 +30,7 @@ def _stdout(monkeypatch: pytest.MonkeyPatch, raw: io.RawIOBase | io.BytesIO, enc
 def test_results_have_rows_of_their_own_beside_progress_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bars on stderr and results on stdout are on one screen; the bars leave it for each result."""
     screen = io.StringIO()
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stdout", screen)
     with Progress(console=Console(file=screen, force_terminal=True), transient=True) as bars:
         bars.add_task("clip.mp4", total=2)
@@ -235,7 +236,7 @@ def test_a_smaller_result_is_announced_once_with_the_flags(stylize: Cli, tmp_pat
     err = stylize(tmp_path / "in").err
     assert err.count("--upscale brings results back") == 1
     assert "a.png is 120x80 and its result" in err
-    assert "(sides are multiples of 8 px)" in err
+    assert "; the model works at " in err
     assert "--upscale brings" not in stylize(tmp_path / "in", "--overwrite", "--upscale").err
     assert read_picture(tmp_path / "in" / "a_styled.png").frame.shape == (80, 120, 3)
 

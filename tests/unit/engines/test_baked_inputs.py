@@ -146,7 +146,7 @@ def test_weights_outside_the_folder_are_refused(tmp_path: Path, text: Array) -> 
 
 
 def test_weights_with_a_second_name_are_read(tmp_path: Path, text: Array) -> None:
-    """Installers make hard links, and the onnx package refuses them; so does it symbolic links."""
+    """Installers make hard links, and the onnx package refuses them."""
     spec = write(tmp_path, text)
     expected = baked_graph(spec)
     os.link(tmp_path / "unet.bin", tmp_path / "second.bin")

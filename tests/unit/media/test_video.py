@@ -345,15 +345,17 @@ def test_missing_end_is_done_as_far_as_it_goes(tmp_path: Path, flags: str) -> No
 
 def test_a_clip_that_another_program_made_meanwhile_stays(tmp_path: Path) -> None:
     source, sink = make_clip(tmp_path / "a.mp4", ClipSpec()), tmp_path / "out.mp4"
+    (tmp_path / "out_2.mp4").write_bytes(b"and this one")
 
     def beside(done: int, total: int | None) -> None:
         sink.write_bytes(b"another's")
 
     report = transcode(source, sink, same, progress=beside)
-    assert (sink.read_bytes(), report.output) == (b"another's", tmp_path / "out_2.mp4")
+    assert (sink.read_bytes(), report.output) == (b"another's", tmp_path / "out_2_2.mp4")
+    assert (tmp_path / "out_2.mp4").read_bytes() == b"and this one"
     assert len(frame_times(report.output)) == report.frames
     assert transcode(source, sink, same, progress=beside, overwrite=True).output == sink
-    assert left_over(tmp_path) == ["a.mp4", "out.mp4", "out_2.mp4"]
+    assert left_over(tmp_path) == ["a.mp4", "out.mp4", "out_2.mp4", "out_2_2.mp4"]
 
 
 @pytest.mark.parametrize("audio", [None, "aac"])
