@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,10 +26,10 @@ from std_rt.cli.terminal import (
     say,
 )
 from std_rt.core.errors import MediaError, StdRtError, UsageError, counted
-from std_rt.core.files import missing
+from std_rt.core.files import check_input
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress
 
     from std_rt.media.image import Picture
     from std_rt.media.sources import Job
@@ -128,9 +128,9 @@ def stylize(request: StylizeRequest) -> int:
     def tell(line: str) -> None:
         note(console, f"note: {line}")
 
-    lost = [path for path, _ in weights if not is_stream(path) and not path.exists()]
-    if lost:  # before a word on outputs
-        raise MediaError(missing(lost[0]))
+    for path, _ in weights:  # before a word on outputs
+        if not is_stream(path):
+            check_input(path)
     paths, count = [*request.inputs, *(path for path, _ in weights)], len(request.inputs)
     with spooled_inputs(paths) as found, spooled_output(request.output) as output:
         jobs = plan_outputs(
@@ -340,14 +340,6 @@ class _Work:
             f"{more}",
         )
 
-    @contextmanager
-    def _removed(self, task: TaskID) -> Iterator[None]:
-        """A bar for as long as the block runs."""
-        try:
-            yield
-        finally:
-            self._bars.remove_task(task)
-
     def _clip(self, job: Job) -> None:
         from std_rt.media import fit
         from std_rt.media.video.clip import probe
@@ -377,7 +369,8 @@ class _Work:
             told.append(line)
             note(self._console, f"note: {job.source.name}: {line}")
 
-        with interruptible(*_ENDING) as interrupted, self._removed(task):
+        with interruptible(*_ENDING) as interrupted, ExitStack() as stack:
+            stack.callback(self._bars.remove_task, task)
             report = transcode_stream(
                 job.source,
                 job.sink,

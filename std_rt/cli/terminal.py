@@ -56,8 +56,8 @@ def say(line: str, bars: Progress | None = None) -> None:
 
     ``bars`` on stderr leave the screen meanwhile: they would share its row.
     """
-    shown = bars is not None and not bars.disable
-    if bars is not None and shown:
+    bars = None if bars is None or bars.disable else bars
+    if bars is not None:
         bars.stop()
     try:
         typer.echo(line)
@@ -67,7 +67,7 @@ def say(line: str, bars: Progress | None = None) -> None:
         os.close(nowhere)
         note(Console(stderr=True), f"note: stdout takes no more lines ({reason(error)}); the work goes on")
     finally:
-        if bars is not None and shown:
+        if bars is not None:
             bars.start()
 
 

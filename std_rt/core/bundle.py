@@ -562,8 +562,8 @@ def _check_external(bundle: Bundle) -> None:
                 f"bundle '{bundle.name}': graph '{name}' reads weights from {sorted(outside)[0]!r} "
                 f"instead of {graph['weights']!r}; do not use it"
             )
-        copy = f"cp -rL {quoted(str(bundle.path))} COPY"
         if not (bundle.path / graph["weights"]).resolve().is_relative_to(bundle.path.resolve()):
+            copy = f"cp -rL {quoted(str(bundle.path))} COPY"
             raise BundleError(
                 f"bundle '{bundle.name}': {graph['weights']} is a link to another folder, which ONNX Runtime "
                 f"and OpenVINO refuse; copy the folder with what it links to: {copy}"

@@ -127,7 +127,7 @@ _OF_THE_SYSTEM = {"desktop.ini", "thumbs.db"}  # Windows puts them into folders 
 
 def _folder_files(folder: Path, say: Callable[[str], None]) -> list[Path]:
     names = sorted(entry for entry in folder.iterdir() if entry.is_file() and not entry.name.startswith("."))
-    known = [entry for entry in names if entry.suffix.lower() in PICTURE_SUFFIXES | VIDEO_SUFFIXES]
+    known = [entry for entry in names if _is_media(entry)]
     results = {_marked(entry.stem, "") for entry in known}
     files: list[Path] = []
     refused: dict[RefusedKind, list[str]] = {}
@@ -140,8 +140,7 @@ def _folder_files(folder: Path, say: Callable[[str], None]) -> list[Path]:
         else:
             refused.setdefault(kind, []).append(entry.name)
     left_out = [_left_out(kind, names) for kind, names in refused.items()]
-    seen = PICTURE_SUFFIXES | VIDEO_SUFFIXES
-    others = [e.name for e in names if e.suffix.lower() not in seen and e.name.lower() not in _OF_THE_SYSTEM]
+    others = [e.name for e in names if not _is_media(e) and e.name.lower() not in _OF_THE_SYSTEM]
     if not files:
         found = f", only {' and '.join(left_out)}" if left_out else ""
         raise MediaError(
@@ -158,12 +157,17 @@ def _folder_files(folder: Path, say: Callable[[str], None]) -> list[Path]:
     return files
 
 
+def _is_media(path: Path) -> bool:
+    """Whether a file is named as a picture or a clip."""
+    return path.suffix.lower() in PICTURE_SUFFIXES | VIDEO_SUFFIXES
+
+
 def _holds_media(folder: Path) -> bool:
     """Whether a visible subfolder has pictures or clips."""
     if folder.name.startswith("."):
         return False
     with suppress(OSError):
-        return any(entry.suffix.lower() in PICTURE_SUFFIXES | VIDEO_SUFFIXES for entry in folder.iterdir())
+        return any(map(_is_media, folder.iterdir()))
     return False
 
 

@@ -21,7 +21,7 @@ from std_rt.core.base_model import licence, unet_digest
 from std_rt.core.errors import ExportError, RecipeError, one_line
 from std_rt.core.schedule import NoiseSchedule
 from std_rt.models.clip_style import ClipStyleEncoder, find_encoder, open_adapter
-from std_rt.models.components import has_fp16_only, motion_unet
+from std_rt.models.components import TEXT_ROLES, check_part, has_fp16_only, motion_unet
 from std_rt.models.ip_adapter import (
     Branches,
     adapter_digest,
@@ -351,8 +351,10 @@ def _sdxl(source: str, dtype: torch.dtype, device: torch.device | str) -> Base:
     from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
     text = torch.float32 if dtype == torch.float32 else torch.float16
-    folder = Path(source)
-    others = ("vae", "text_encoder", "text_encoder_2")
+    folder, others = Path(source), ("vae", *TEXT_ROLES)
+    for role in ("unet", *others):
+        if (folder / role).is_dir():
+            check_part(role, folder / role)
     with warnings.catch_warnings():
         # diffusers 0.35 has no other name for it.
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
@@ -494,17 +496,11 @@ def _load(source: str | Path, folder: Path, dtype: torch.dtype, device: torch.de
         return _tiny(folder) if _is_tiny(folder) else _sdxl(str(source), dtype, device)
     except torch.OutOfMemoryError:
         raise  # nothing is wrong with the files
-    except (OSError, ValueError, RuntimeError, LookupError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, ExportError) as error:
         reason = one_line(error, 200)
-        pickled = [path.parent.name for path in folder.glob("*/*.bin") if not _has_safetensors(path.parent)]
-        remedy = "give a pipeline folder"
-        if pickled:
-            remedy = f"convert the .bin weights of {pickled[0]} to .safetensors"
-        raise RecipeError(f"base = {str(source)!r} cannot be loaded ({reason}); {remedy}") from None
-
-
-def _has_safetensors(part: Path) -> bool:
-    return any(part.glob("*.safetensors"))
+        raise RecipeError(
+            f"base = {str(source)!r} cannot be loaded ({reason}); give a pipeline folder"
+        ) from None
 
 
 def load_base(

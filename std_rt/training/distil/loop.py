@@ -42,7 +42,6 @@ from std_rt.training.tiny.triplets import TripletSource
 __all__ = ["train_distil"]
 
 _SCORE_SCALE = 2.0**12  # of the loss of DMD's second LoRA in fp16, at first
-_GROWS_AFTER = 2000  # steps without an overflow; as torch's GradScaler
 
 
 @contextmanager
@@ -229,45 +228,31 @@ class _Game:
 class _Score:
     """DMD's second LoRA in a run; outside of DDP, which knows the student's alone.
 
-    ``scaling``: of its loss in fp16, where most gradients would be zero; the student's scaler knows only the
-    student. Part of the checkpoint, as are ``matching.tensors``.
+    ``scaler``: its own, as the student's of Accelerate knows only the student; idle but in fp16.
     """
 
     def __init__(
         self, config: DistilConfig, matching: Matching, accelerator: Accelerator, rate: float
     ) -> None:
         self.accelerator, self.matching, self.share = accelerator, matching, 1 / config.accumulate
-        scale = 1.0 if accelerator.scaler is None else _SCORE_SCALE
-        self.scaling = {"scale": torch.tensor(scale), "good_steps": torch.tensor(0.0)}
+        self.scaler = torch.amp.GradScaler(
+            accelerator.device.type, init_scale=_SCORE_SCALE, enabled=accelerator.scaler is not None
+        )
         self.optimizer = _optimizer(config, [*matching.tensors.values()], rate * config.score_rate)
 
     def step(self, x_s: Tensor, batch: StepBatch) -> Tensor:
         """Its turn on the student's results; the loss, a scalar."""
         loss = self.matching.score_loss(x_s, batch.states)
         with self.matching.distiller.watch("score"):
-            scale = float(self.scaling["scale"])
-            (scale * self.share * loss).backward()
+            self.scaler.scale(self.share * loss).backward()
             if self.accelerator.sync_gradients:
+                # Before the scaler looks at them, so that every process skips the same steps.
                 for value in self.matching.tensors.values():
-                    value.grad = self.accelerator.reduce(value.grad, "mean") / scale
-                self._update()
+                    value.grad = self.accelerator.reduce(value.grad, "mean")
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+                self.optimizer.zero_grad()
         return loss
-
-    def _update(self) -> None:
-        """Its optimizer's step; in fp16 an overflow skips it and halves the scale, which grows again."""
-        gradients = [value.grad for value in self.matching.tensors.values() if value.grad is not None]
-        if self.accelerator.scaler is None:
-            self.optimizer.step()
-        elif torch.nn.utils.get_total_norm(gradients).isfinite():
-            self.optimizer.step()
-            self.scaling["good_steps"] += 1
-            if self.scaling["good_steps"] == _GROWS_AFTER:
-                self.scaling["scale"] *= 2
-                self.scaling["good_steps"].zero_()
-        else:
-            self.scaling["scale"] /= 2
-            self.scaling["good_steps"].zero_()
-        self.optimizer.zero_grad()
 
 
 # One long function, to be read from top to bottom.
@@ -316,14 +301,13 @@ def _train(  # noqa: C901
         parts["heads"], optimizers["heads"] = game.adversary.heads, game.optimizer
     if score is not None:
         parts["score"], optimizers["score"] = score.matching.tensors, score.optimizer
-        if accelerator.scaler is not None:
-            parts["score_scaling"] = score.scaling
     run = Run(
         config,
         parts,
         optimizers,
         distiller,
         accelerator=accelerator,
+        scalers={"student": accelerator.scaler, "score": score and score.scaler},
         title=f"{config.method} of {base.name}",
         watch=watch,
     )

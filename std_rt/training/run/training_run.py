@@ -63,7 +63,7 @@ class OneProcess:
     """The part of Accelerate's ``Accelerator`` that a run uses, for stages that train in one process."""
 
     process_index, num_processes, is_main_process = 0, 1, True
-    device, scaler = torch.device("cpu"), None
+    device = torch.device("cpu")
 
     def wait_for_everyone(self) -> None: ...
 
@@ -79,7 +79,8 @@ class Run:
 
     ``parts``: modules or named tensors that training changes. ``optimizers``: the first one gets the learning
     rate of `steps`, the others theirs in the proportion that they come with. ``own``: the state of this
-    process alone. ``accelerator``: Accelerate's, or one process.
+    process alone. ``accelerator``: Accelerate's, or one process. ``scalers``: torch's of gradients in fp16;
+    None where there is none.
     Raises RecipeError if the folder cannot be written or holds another run.
     """
 
@@ -91,11 +92,13 @@ class Run:
         own: Stateful,
         *,
         accelerator: Any = None,
+        scalers: Mapping[str, Any] | None = None,
         title: str = "",
         watch: Stopwatch | None = None,
     ) -> None:
         self.config, self.parts, self.optimizers, self.own = config, parts, optimizers, own
         self.accelerator = accelerator or OneProcess()
+        self.scalers = {name: scaler for name, scaler in (scalers or {}).items() if scaler is not None}
         self.watch = watch or Stopwatch()
         rates = [o.param_groups[0]["lr"] for o in optimizers.values()]  # a checkpoint's are those of its step
         self.proportions = dict(zip(optimizers, (rate / rates[0] for rate in rates), strict=True))
@@ -237,9 +240,9 @@ class Run:
         for name, optimizer in self.optimizers.items():
             flat, groups[name] = flatten_optimizer(f"{name}_optimizer", optimizer)
             tensors |= flat
-        scaler = self.accelerator.scaler
-        meta = {"step": done, "world": self.accelerator.num_processes, "groups": groups}
-        return tensors, meta | {"scaler": None if scaler is None else scaler.state_dict()}
+        scales = {name: scaler.state_dict() for name, scaler in self.scalers.items()}
+        world = self.accelerator.num_processes
+        return tensors, {"step": done, "world": world, "groups": groups, "scalers": scales}
 
     def _live(self) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
         for name, part in self.parts.items():
@@ -265,8 +268,9 @@ class Run:
                         value.copy_(tensors[f"{part}/{name}"])
             for name, optimizer in self.optimizers.items():
                 restore_optimizer(f"{name}_optimizer", optimizer, tensors, meta["groups"][name])
-            if self.accelerator.scaler is not None and meta["scaler"] is not None:
-                self.accelerator.scaler.load_state_dict(meta["scaler"])
+            for name, state in meta.get("scalers", {}).items():
+                if name in self.scalers and state:
+                    self.scalers[name].load_state_dict(state)
         own = folder / f"rank{self.accelerator.process_index}.safetensors"
         state = load_state(own)
         with unpacking(own):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support.distil_runs import write_triplets
+from support.pipelines import write_own_pipeline
 from support.weights import write_squeezenet, write_vgg
 
 from std_rt.training.run.recipe import (
@@ -45,6 +46,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
         for i in range(3):
             cv2.imwrite(str(root / name / f"{i}.png"), _picture(rng))
     return DataConfig(*(str(root / n) for n in ("photos", "art", "content", "style")))
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A std-tiny in miniature."""
+    return write_own_pipeline(tmp_path_factory.mktemp("base") / "tiny", levels=1, sees_content=True)
+
+
+@pytest.fixture(scope="session")
+def triplets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_triplets(tmp_path_factory.mktemp("triplets"))
 
 
 @pytest.fixture(scope="session")

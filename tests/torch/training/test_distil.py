@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from support.distil_runs import ADVERSARIAL, assert_same, read_checkpoint, small_recipe, write_triplets
-from support.pipelines import write_clip_pipeline, write_own_pipeline
+from support.distil_runs import ADVERSARIAL, assert_same, read_checkpoint, small_recipe
+from support.pipelines import write_clip_pipeline
 
 from std_rt.core.errors import RecipeError, UsageError
 from std_rt.core.schedule import NoiseSchedule, trajectory_timesteps
@@ -40,16 +40,6 @@ from std_rt.training.run.recipe import (
 from std_rt.training.tiny.triplets import TripletSource
 
 METHODS = ("std", "tcd", "lcm", "pcm")
-
-
-@pytest.fixture(scope="module")
-def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_own_pipeline(tmp_path_factory.mktemp("base") / "tiny", levels=1, sees_content=True)
-
-
-@pytest.fixture(scope="module")
-def triplets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_triplets(tmp_path_factory.mktemp("triplets"))
 
 
 @pytest.fixture

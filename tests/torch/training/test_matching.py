@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from support.distil_runs import assert_same, read_checkpoint, small_recipe, write_triplets
+from support.distil_runs import assert_same, read_checkpoint, small_recipe
 from support.pipelines import write_own_pipeline
 from torch import Tensor
 from torch.func import functional_call
@@ -28,15 +28,9 @@ from std_rt.training.tiny.triplets import TripletSource
 RECIPE = Path(__file__).parents[3] / "training" / "std_tiny.toml"
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    root = tmp_path_factory.mktemp("matching")
-    return write_own_pipeline(root / "tiny", levels=1, sees_content=True), write_triplets(root / "triplets")
-
-
 @pytest.fixture
-def config(folders: tuple[Path, Path], tmp_path: Path) -> DistilConfig:
-    return replace(small_recipe(tmp_path / "run", *folders), method="dmd")
+def config(base_folder: Path, triplets: Path, tmp_path: Path) -> DistilConfig:
+    return replace(small_recipe(tmp_path / "run", base_folder, triplets), method="dmd")
 
 
 def _shaken(config: DistilConfig) -> tuple[Distiller, Matching]:

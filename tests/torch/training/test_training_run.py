@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from std_rt.core.errors import RecipeError
 from std_rt.training.run.checkpoint import load_state, save_state
 from std_rt.training.run.recipe import AutoencoderConfig, DataConfig
-from std_rt.training.run.training_run import ModuleRun, cosine_rate
+from std_rt.training.run.training_run import ModuleRun, Run, cosine_rate
 
 
 @pytest.fixture
@@ -66,6 +67,29 @@ def test_a_stopped_run_goes_on_as_if_unbroken(config: AutoencoderConfig, tmp_pat
     for name in ("loss.png", "timing.jsonl", "recipe.json"):
         assert (tmp_path / "run" / name).is_file()
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.is_dir()] == ["000006"]
+
+
+def test_scales_of_gradients_are_restored(config: AutoencoderConfig) -> None:
+    class Own:
+        def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+            return {}, {}
+
+        def restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None: ...
+
+    def start(scale: float) -> tuple[GradScaler, Run]:
+        scaler, model = GradScaler("cpu", init_scale=scale), nn.Linear(2, 2)
+        scaler.scale(model(torch.ones(1, 2)).sum())
+        optimizers = {"net": torch.optim.AdamW(model.parameters())}
+        scalers = {"score": scaler, "student": None}
+        return scaler, Run(config, {"net": model}, optimizers, Own(), scalers=scalers)
+
+    run = start(8.0)[1]
+    for step in run.steps(lambda _: 1e-3, 2):
+        run.add(loss=torch.zeros(()))
+        if run.due(step):
+            run.save(step)
+    scaler, run = start(2.0)
+    assert (run.start, scaler.get_scale()) == (2, 8.0)
 
 
 def test_a_finished_run_does_nothing_more(config: AutoencoderConfig, tmp_path: Path) -> None:
