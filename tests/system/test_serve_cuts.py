@@ -39,6 +39,7 @@ _IDLE_S = 11.0  # threads of requests go away after ten
 _FRAME = jpeg(np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8))
 # A session keeps four frames at least: decoded, 200 lost ones would be 700 MB.
 _MOST_MB = 25.0
+_POOLED = 6  # threads for work that waits, which are made when the others are busy, and stay
 
 
 @dataclass(frozen=True)
@@ -196,11 +197,10 @@ _MOMENTS = [
 
 
 @pytest.mark.parametrize(
-    ("moments", "clients", "more_threads"),
+    ("moments", "clients"),
     [
-        pytest.param(_MOMENTS, 200, 0, id="anytime"),
-        # Threads of its codecs end when their objects, which refer to each other, are collected.
-        pytest.param([with_webrtc_under_way], 40, 30, id="webrtc"),
+        pytest.param(_MOMENTS, 200, id="anytime"),
+        pytest.param([with_webrtc_under_way], 40, id="webrtc"),
     ],
 )
 def test_clients_that_are_cut_off_leave_no_memory_thread_or_file(
@@ -208,13 +208,16 @@ def test_clients_that_are_cut_off_leave_no_memory_thread_or_file(
     tmp_path: Path,
     moments: list[Callable[[Running], None]],
     clients: int,
-    more_threads: int,
 ) -> None:
     if moments == [with_webrtc_under_way]:
         pytest.importorskip("aiortc", reason="the extra [webrtc] is not installed")
     write_picture(tmp_path / "art.png", np.full((32, 32, 3), 90, np.uint8))
     command = [sys.executable, "-m", "std_rt", "serve", "--no-open", "--port", "0", "--backend", "openvino"]
     command += ["--bundle", str(handmade.path), "-s", str(tmp_path / "art.png")]
+
+    # glibc keeps a pool of memory for each of a few threads, and what new threads leave in these grows for a
+    # while although nothing is kept.
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "2"}
 
     def cut_off(times: int) -> tuple[int, int, float]:
         """Threads, open files and MB afterwards, at their fewest: idle threads go after a while."""
@@ -233,7 +236,7 @@ def test_clients_that_are_cut_off_leave_no_memory_thread_or_file(
     log = tmp_path / "log"
     with (
         log.open("w") as said,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as process,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=environment) as process,
     ):
         assert process.stdout is not None
         try:
@@ -243,7 +246,7 @@ def test_clients_that_are_cut_off_leave_no_memory_thread_or_file(
             after = cut_off(clients)
             print(f"threads {threads} -> {after[0]}, files {files} -> {after[1]}")
             print(f"memory {memory_mb:.1f} -> {after[2]:.1f} MB")
-            assert after[0] <= threads + more_threads
+            assert after[0] <= threads + _POOLED
             assert after[1] <= files
             assert after[2] < memory_mb + _MOST_MB
         finally:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import threading
+import weakref
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -127,6 +129,31 @@ def test_a_track_is_painted_as_frames_of_the_websocket_are(
     with_client(site, work)
     wait_until(lambda: not decoders())
     wait_until(lambda: site.server.pool.counts()["sessions"] == 0)
+
+
+def test_a_connection_that_ended_is_freed_at_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not when Python collects next: until then its encoder keeps threads and memory."""
+    made: list[weakref.ref[RTCPeerConnection]] = []
+
+    def make(configuration: RTCConfiguration) -> RTCPeerConnection:
+        connection = RTCPeerConnection(configuration)
+        made.append(weakref.ref(connection))
+        return connection
+
+    monkeypatch.setattr("std_rt.serve.webrtc.RTCPeerConnection", make)
+
+    async def work(socket: ClientConnection, path: str, client: RTCPeerConnection) -> None:
+        await connected(site, path, client, Camera())
+        while (await text(socket, "figures"))["transport"] != "webrtc":
+            pass
+        assert [each() is None for each in made] == [False]
+
+    gc.disable()
+    try:
+        with_client(site, work)
+        wait_until(lambda: [each() is None for each in made] == [True])
+    finally:
+        gc.enable()
 
 
 def near(frame: np.ndarray, expected: np.ndarray) -> float:
