@@ -161,7 +161,8 @@ class Peers:
         if key in self._peers:
             await self._peers.pop(key).close()
             # aiortc's objects refer to each other, and its encoder keeps threads and memory until they are
-            # collected, which Python puts off. 6 ms in `std-rt serve`, which freezes what is there at its start.
+            # collected, which Python puts off. 6 ms in `std-rt serve`, where all that was there at its start
+            # is frozen.
             gc.collect()
 
 
