@@ -197,6 +197,15 @@ class Base:
         if self.vae._supports_gradient_checkpointing:
             self.vae.enable_gradient_checkpointing()
 
+    def compile(self, backend: str = "inductor") -> None:
+        """Compile the UNet's transformer blocks, most of its launches; each form at its first call."""
+        # One function for all of them, with a form for each width, batch and precision, with and without
+        # gradients and LoRA. With more than this many (8 unless set), torch goes on without compiling.
+        torch._dynamo.config.recompile_limit = 64
+        for module in self.unet.modules():
+            if type(module).__name__ == "BasicTransformerBlock":  # diffusers', not to be imported for this
+                module.compile(backend=backend)
+
     @property
     def sees_content(self) -> bool:
         """Whether the UNet takes the clean content latents beside the noisy ones."""

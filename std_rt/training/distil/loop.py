@@ -164,6 +164,11 @@ def train_distil(config: DistilConfig, stop_after: int | None = None, base: Base
             return _train(config, accelerator, base, stop_after, stack)
         except torch.OutOfMemoryError as error:
             raise RecipeError(_no_room(config, error)) from error
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise RecipeError(
+                f"compile = true does not work here ({one_line(error, 200)}); continue with "
+                "--set compile=false, or install a C++ compiler (on CUDA Triton, too)"
+            ) from error
 
 
 def _no_room(config: DistilConfig, error: torch.OutOfMemoryError) -> str:
@@ -273,6 +278,8 @@ def _train(  # noqa: C901
     add_lora(base.unet, config.lora, config.seed)
     if config.gradient_checkpointing:
         base.checkpoint()
+    if config.compile:
+        base.compile()
     parameters = lora_parameters(base.unet)
     average = Average(parameters)
     watch = Stopwatch(device)

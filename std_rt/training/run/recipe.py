@@ -320,6 +320,7 @@ class DistilConfig:
     huber_c: Positive = 1e-3
     precision: Precision = "auto"  # fp16 on CUDA, else bf16
     gradient_checkpointing: bool = False
+    compile: bool = False  # the UNet's transformer blocks
     snapshot_every: Count = 500
     log_every: Count = 10
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -604,9 +605,9 @@ def load_run_recipe(folder: Path) -> Any:
 
 # What may change between a run and its continuation; everything else makes it another run.
 FREE_KEYS = {
-    "bank.device", "bf16", "device", "gradient_checkpointing", "learning_rate", "log_every", "output",
-    "pictures.cache", "pictures.workers", "precision", "rate_per_images", "sheet", "snapshot_every", "steps",
-    "style.precompute",
+    "bank.device", "bf16", "compile", "device", "gradient_checkpointing", "learning_rate", "log_every",
+    "output", "pictures.cache", "pictures.workers", "precision", "rate_per_images", "sheet", "snapshot_every",
+    "steps", "style.precompute",
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -419,6 +420,47 @@ def test_gradient_checkpointing_and_online_target_and_mixed_conditioning_run(
     ):
         other = trained(name, **change)
         assert any(not torch.equal(other[k], v) for k, v in plain.items())
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch, while it traces
+@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"method": "dmd"}])
+def test_a_compiled_run_learns_the_same(
+    config: DistilConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """A compiler must not take the LoRA's switch, the average's weights or shapes for constant."""
+
+    def trained(name: str, **more: Any) -> dict[str, torch.Tensor]:
+        changed = replace(config, steps=3, output=str(tmp_path / name), **changes, **more)
+        return load_file(train_distil(changed))
+
+    compile_ = Base.compile
+    # It records and replays the blocks as the real one does, without a C++ compiler.
+    monkeypatch.setattr(Base, "compile", lambda base: compile_(base, "aot_eager"))
+    plain = trained("plain")
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiled = trained("compiled", compile=True)
+    assert counters["stats"]["unique_graphs"] >= 4
+    assert not counters["graph_break"]
+    for name, value in plain.items():
+        assert torch.allclose(value, compiled[name], atol=1e-3)
+
+
+def test_a_compiler_that_is_missing_is_one_line(
+    config: DistilConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object) -> None:
+        raise RuntimeError("no working C++ compiler found\nas CXX says")
+
+    compile_ = Base.compile
+    monkeypatch.setattr(Base, "compile", lambda base: compile_(base, missing))  # type: ignore[arg-type]
+    with pytest.raises(RecipeError) as told:
+        train_distil(replace(config, compile=True, output=str(tmp_path / "run")))
+    assert "no working C++ compiler" in str(told.value)
+    assert "continue with --set compile=false" in str(told.value)
+    assert "\n" not in str(told.value)
 
 
 def test_a_base_without_signal_at_the_start_is_one_line(config: DistilConfig) -> None:
