@@ -17,8 +17,9 @@ from rich.console import Console
 from typer import Argument, BadParameter, Option
 
 from std_rt.cli.options import StylizerFlags, TemporalOption, parse_size
-from std_rt.cli.terminal import ended_as_by_ctrl_c, note, progress_lines, say
+from std_rt.cli.terminal import note, progress_lines, say
 from std_rt.core.errors import MediaError, UsageError
+from std_rt.core.signals import ended_as_by_ctrl_c
 
 if TYPE_CHECKING:
     from std_rt.bulk.job import Report

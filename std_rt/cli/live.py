@@ -22,9 +22,10 @@ from typer import Option
 from std_rt.cli.options import StylizerFlags, parse_frame_size
 from std_rt.cli.styles import expand_styles
 from std_rt.cli.stylize import describe, open_stylizer
-from std_rt.cli.terminal import builds_shown, interruptible, note
+from std_rt.cli.terminal import builds_shown, note
 from std_rt.core.errors import MediaError, UsageError
 from std_rt.core.machine import install_hint
+from std_rt.core.signals import interruptible
 
 if TYPE_CHECKING:
     from std_rt.core.arrays import Frame

@@ -25,9 +25,10 @@ from typer import Option
 from std_rt.cli.options import StylizerFlags, parse_size
 from std_rt.cli.styles import expand_styles
 from std_rt.cli.stylize import describe, open_stylizer
-from std_rt.cli.terminal import builds_shown, ended_as_by_ctrl_c, note
+from std_rt.cli.terminal import builds_shown, note
 from std_rt.core.errors import UsageError
 from std_rt.core.machine import require
+from std_rt.core.signals import ended_as_by_ctrl_c
 
 if TYPE_CHECKING:
     from std_rt.media.camera.frame_source import Source

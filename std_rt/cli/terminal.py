@@ -1,16 +1,14 @@
-"""The terminal as commands use it: tables, notes, progress of engine builds, and Ctrl-C."""
+"""The terminal as commands use it: tables, notes, and progress of engine builds."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -24,8 +22,6 @@ if TYPE_CHECKING:
 __all__ = [
     "builds_shown",
     "counting",
-    "ended_as_by_ctrl_c",
-    "interruptible",
     "note",
     "print_table",
     "program",
@@ -166,49 +162,3 @@ def builds_shown(console: Console, backend: str) -> Iterator[None]:
 
     with progress_to(show):
         yield
-
-
-@contextmanager
-def interruptible(*names: str) -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether a signal asked the command to end; a second one ends it at once.
-
-    ``names`` are signals such as "SIGINT". Signals that are ignored (as under nohup) stay ignored.
-    """
-    asked = False
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(number, before[signal.Signals(number)])
-
-    before = _handlers(names)
-    with _handled(before, ask):
-        yield lambda: asked
-
-
-@contextmanager
-def ended_as_by_ctrl_c(*names: str) -> Iterator[None]:
-    """Inside the block these signals raise KeyboardInterrupt, so that partial files are removed."""
-    with _handled(_handlers(names), signal.default_int_handler):
-        yield
-
-
-def _handlers(names: Sequence[str]) -> dict[signal.Signals, Any]:
-    """Handlers of those signals that this system has and that are not ignored."""
-    known = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    found = {kind: signal.getsignal(kind) for kind in known}
-    # None: a handler that was not installed from Python, and cannot be put back.
-    return {kind: handler for kind, handler in found.items() if handler not in (signal.SIG_IGN, None)}
-
-
-@contextmanager
-def _handled(
-    before: Mapping[signal.Signals, Any], handler: Callable[[int, FrameType | None], Any]
-) -> Iterator[None]:
-    for kind in before:
-        signal.signal(kind, handler)
-    try:
-        yield
-    finally:
-        for kind, old in before.items():
-            signal.signal(kind, old)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
@@ -62,4 +63,18 @@ def train(
             typer.echo(line)
         return
     module, function = _STAGES[resolved.stage]
-    typer.echo(getattr(import_module(module), function)(resolved))
+    stage = getattr(import_module(module), function)
+    try:
+        typer.echo(stage(resolved))
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo(f"stopped; {_what_is_kept(Path(resolved.output))}", err=True)
+        raise
+
+
+def _what_is_kept(folder: Path) -> str:
+    try:
+        step = int((folder / "checkpoints" / "newest").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "there is no checkpoint yet, so the same command starts over"
+    return f"{folder} has all up to step {step}; the same command goes on from there"

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from std_rt.core.errors import RecipeError, one_line
-from std_rt.core.files import atomic_file
+from std_rt.core.files import atomic_file, reason
 
 __all__ = ["flatten_optimizer", "load_state", "restore_optimizer", "save_state", "unpacking", "whole_file"]
 
@@ -62,6 +62,8 @@ def whole_file(path: Path, standing: str = STANDING) -> Iterator[Path]:
         with atomic_file(path, durable=True) as partial:
             yield partial
     except (OSError, SafetensorError) as error:
+        if isinstance(error, FileExistsError | NotADirectoryError | PermissionError):
+            raise RecipeError(f"{path} cannot be written: {reason(error)}; choose another output") from None
         room = ""
         with suppress(OSError):
             room = f" ({shutil.disk_usage(path.parent).free / 2**20:.0f} MB free)"

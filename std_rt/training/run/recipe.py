@@ -619,18 +619,19 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_same_run(config: Any, folder: Path) -> None:
-    """RecipeError if ``folder`` holds a run of another recipe than ``config``."""
+def check_same_run(config: Any, folder: Path) -> dict[str, tuple[Any, Any]]:
+    """What changes in the run of ``folder`` with ``config``: key -> (before, now).
+
+    RecipeError if that makes it another run.
+    """
     before, now = _flat(asdict(load_run_recipe(folder))), _flat(asdict(config))
-    changed = sorted(
-        k
-        for k in before.keys() | now.keys()
-        if before.get(k) != now.get(k) and not {k, k.split(".")[0]} & FREE_KEYS
-    )
-    if changed:
-        raise RecipeError(
-            f"{folder} holds a run with another {changed[0]}; choose another output or delete the folder"
-        )
+    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    for key in keys:
+        if not {key, key.split(".")[0]} & FREE_KEYS:
+            raise RecipeError(
+                f"{folder} holds a run with another {key}; choose another output or delete the folder"
+            )
+    return {key: (before.get(key), now.get(key)) for key in keys if key not in ("output", "steps")}
 
 
 def as_dict(recipe: Any) -> dict[str, Any]:

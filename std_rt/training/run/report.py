@@ -221,6 +221,10 @@ class Report:
                 self._writer.add_scalar(name, value, step)
             self._writer.flush()
 
+    def begin(self, step: int) -> None:
+        """The time left is counted from here: what came before, a bank or a sheet, comes once."""
+        self._pace = deque([(step, self._clock())], maxlen=PACE_POINTS)
+
     def _eta_s(self, step: int) -> float | None:
         """Seconds to go at the recent pace; None before there is one."""
         if step > self._pace[-1][0]:

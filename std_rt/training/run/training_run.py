@@ -4,7 +4,8 @@ The same call continues where the last one stopped, and a run that was killed an
 one, bit for bit on the CPU: a stage registers every tensor that training changes and every source of
 randomness. ``checkpoints/000300/`` holds one file that all processes share (weights, averages, optimizers)
 and one of each process (random states, trajectory bank, place in the data). A file named ``newest`` says
-which folder is whole; it is replaced last, so a half-written folder is never read.
+which folder is whole; it is replaced last, so a half-written folder is never read. One process at a time
+trains in a folder, and Ctrl-C has it write a checkpoint first.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from std_rt.core.errors import RecipeError
-from std_rt.core.files import remove_partials
+from std_rt.core.files import remove_partials, writing
+from std_rt.core.signals import interruptible
 from std_rt.training.run.checkpoint import (
     flatten_optimizer,
     load_state,
@@ -35,6 +38,8 @@ from std_rt.training.run.recipe import as_dict, check_same_run
 from std_rt.training.run.report import Report, Stopwatch
 
 __all__ = ["ModuleRun", "Run", "cosine_rate", "linear_rate", "random_state", "restore_random_state"]
+
+_UNLOGGED = "unlogged/"  # losses since the last line of the log, in a checkpoint between two lines
 
 State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and JSON values
 
@@ -108,31 +113,65 @@ class Run:
         self.seen = 0  # samples since the last line of the log
         self.histogram: Callable[[], Any] = lambda: None  # counts to show beside the losses
         self._losses: dict[str, list[Tensor]] = {}
+        self._lock = FileLock(self.folder / ".std-rt-train.lock")
         self._logged = 0
-        self._open_folder()
-        self.accelerator.wait_for_everyone()
-        self.start = self._logged = self._restore()
-        self.report = Report(
-            self.folder,
-            total_steps=config.steps,
-            title=title or config.stage,
-            log_every=config.log_every,
-            main=self.accelerator.is_main_process,
-            resume_at=self.start,
-        )
+        try:
+            notes = self._open_folder()
+            self.accelerator.wait_for_everyone()
+            self.start = self._restore()
+            self.report = Report(
+                self.folder,
+                total_steps=config.steps,
+                title=title or config.stage,
+                log_every=config.log_every,
+                main=self.accelerator.is_main_process,
+                resume_at=self.start,
+            )
+        except BaseException:
+            self._lock.release()
+            raise
+        for note in notes:
+            self.report.say(note)
 
     def close(self) -> None:
-        """End the progress bar and TensorBoard's file."""
+        """End the progress bar and TensorBoard's file, and let others train in the folder."""
         self.report.close()
+        self._lock.release()
 
-    def _open_folder(self) -> None:
-        if (self.checkpoints / "newest").exists():
-            check_same_run(self.config, self.folder)
+    def _open_folder(self) -> list[str]:
+        """Take the folder for this run; returns what to tell of the run that it holds."""
+        newest, changed = self._newest(), dict[str, tuple[Any, Any]]()
+        if newest is not None:
+            changed = check_same_run(self.config, self.folder)
+            if int(newest.name) > self.end:
+                raise RecipeError(
+                    f"{self.folder} is at step {int(newest.name)} already, and {self.end} are asked for; "
+                    "ask for more with --max-steps, or choose another output"
+                )
         if not self.accelerator.is_main_process:
-            return
+            return []
+        self._take()
         remove_partials(self.folder)
         with whole_file(self.folder / "recipe.json") as partial:
             partial.write_text(json.dumps(as_dict(self.config), indent=1), encoding="utf-8")
+        if newest is None:
+            was_there = (self.folder / "log.jsonl").exists()
+            return [f"{self.folder} has no checkpoint: it starts over, with a new log"] if was_there else []
+        done = f"{self.folder} is at step {int(newest.name)} of {self.end}"
+        return [done, *(f"{key} was {before}, is {now}" for key, (before, now) in changed.items())]
+
+    def _take(self) -> None:
+        """One process trains in a folder: two would overwrite each other's checkpoints and mix their logs."""
+        with writing(self.folder, RecipeError, "choose another output"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise RecipeError(
+                f"another training runs in {self.folder}; wait for it, or choose another output"
+            ) from None
+        except (OSError, NotImplementedError):  # a file system without locks, as some that nodes share
+            return
 
     # --- steps ------------------------------------------------------------------------------------------
 
@@ -140,8 +179,19 @@ class Run:
         """Step numbers still to do, each with the learning rate ``rate(step)`` set; logs every so often.
 
         ``stop_after`` ends after that many steps with the last due checkpoint in place, as a kill would.
+        Ctrl-C or SIGTERM ends one process after the step, with a checkpoint, by KeyboardInterrupt; several,
+        which would have to agree on a step, at once and without.
         """
         self.end = min(self.config.steps, stop_after or self.config.steps)
+        names = ("SIGINT", "SIGTERM", "SIGHUP") if self.accelerator.num_processes == 1 else ()
+        with interruptible(*names, asked_to=self._say_stopping) as interrupted:
+            yield from self._steps(rate, interrupted)
+
+    def _say_stopping(self) -> None:
+        self.report.say("stopping after this step (once more: at once, and what is not saved is lost)")
+
+    def _steps(self, rate: Callable[[int], float], interrupted: Callable[[], bool]) -> Iterator[int]:
+        self.report.begin(self.start)
         try:
             for step in range(self.start, self.end):
                 self.rate = rate(step)
@@ -151,8 +201,13 @@ class Run:
                 self.watch.start()
                 yield step
                 self.report.advance(step + 1)
-                if not self.due(step) and (step + 1) % self.config.log_every == 0:
+                saved = self.due(step)
+                if not saved and (step + 1) % self.config.log_every == 0:
                     self._log(step + 1, {})
+                if interrupted() and step + 1 < self.end:
+                    if not saved:
+                        self._write(step + 1)
+                    raise KeyboardInterrupt
         finally:
             self.close()
 
@@ -236,13 +291,15 @@ class Run:
 
     def _shared(self, done: int) -> State:
         tensors = {f"{part}/{name}": v for part, live in self._live() for name, v in live.items()}
+        tensors |= {f"{_UNLOGGED}{name}": torch.stack(values) for name, values in self._losses.items()}
         groups = {}
         for name, optimizer in self.optimizers.items():
             flat, groups[name] = flatten_optimizer(f"{name}_optimizer", optimizer)
             tensors |= flat
         scales = {name: scaler.state_dict() for name, scaler in self.scalers.items()}
         world = self.accelerator.num_processes
-        return tensors, {"step": done, "world": world, "groups": groups, "scalers": scales}
+        logged = {"logged": self._logged, "seen": self.seen}
+        return tensors, {"step": done, "world": world, "groups": groups, "scalers": scales} | logged
 
     def _live(self) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
         for name, part in self.parts.items():
@@ -255,6 +312,8 @@ class Run:
         if folder is None:
             return 0
         shared = folder / "shared.safetensors"
+        if not folder.exists():
+            raise RecipeError(f"the checkpoint {folder} is gone; delete {self.checkpoints} to start over")
         tensors, meta = load_state(shared)
         with unpacking(shared):
             if meta["world"] != self.accelerator.num_processes:
@@ -271,6 +330,12 @@ class Run:
             for name, state in meta.get("scalers", {}).items():
                 if name in self.scalers and state:
                     self.scalers[name].load_state_dict(state)
+            self._logged, self.seen = meta.get("logged", meta["step"]), meta.get("seen", 0)
+            self._losses = {
+                name.removeprefix(_UNLOGGED): [*value.to(self.accelerator.device)]
+                for name, value in tensors.items()
+                if name.startswith(_UNLOGGED)
+            }
         own = folder / f"rank{self.accelerator.process_index}.safetensors"
         state = load_state(own)
         with unpacking(own):

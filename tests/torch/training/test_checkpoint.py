@@ -126,7 +126,7 @@ def test_the_message_names_the_checkpoint_that_stands(
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
-    with pytest.raises(RecipeError, match=r"^[^\n]*could not be written[^\n]*$"):
+    with pytest.raises(RecipeError, match=r"^[^\n]*cannot be written: Not a dir[^\n]*$"):
         save_state(tmp_path / "file" / "run" / "state.safetensors", _tensors(), META)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,11 +35,15 @@ def _start(config: AutoencoderConfig) -> tuple[nn.Module, ModuleRun]:
     return model, ModuleRun(config, {"net": model}, list(model.parameters()), weight_decay=1e-2)
 
 
-def _train(config: AutoencoderConfig, stop_after: int | None = None, wrong_at: int = -1) -> ModuleRun:
+def _train(
+    config: AutoencoderConfig, stop_after: int | None = None, wrong_at: int = -1, signal_at: int = -1
+) -> ModuleRun:
     model, run = _start(config)
     for step in run.steps(lambda i: cosine_rate(1e-2, i, config.steps, 2), stop_after):
         x = torch.randn(5, 3, generator=run.generator) * run.rng.random()
         run.update(model(x).square().mean() * (float("nan") if step == wrong_at else 1.0), 5)
+        if step == signal_at:
+            signal.raise_signal(signal.SIGINT)
         if run.due(step):
             run.save(step, figure=float(step))
     return run
@@ -67,6 +73,74 @@ def test_a_stopped_run_goes_on_as_if_unbroken(config: AutoencoderConfig, tmp_pat
     for name in ("loss.png", "timing.jsonl", "recipe.json"):
         assert (tmp_path / "run" / name).is_file()
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.is_dir()] == ["000006"]
+
+
+@pytest.mark.parametrize(("signal_at", "saved"), [(0, 1), (2, 3), (4, 5)])
+def test_ctrl_c_saves_the_step_and_the_run_goes_on_as_if_unbroken(
+    config: AutoencoderConfig, tmp_path: Path, signal_at: int, saved: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Between two lines of the log, which has means over several steps, and between two checkpoints."""
+    config = replace(config, log_every=4, snapshot_every=5)
+    broken = replace(config, output=str(tmp_path / "broken"))
+    _train(config)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        _train(broken, signal_at=signal_at)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert _newest(tmp_path / "broken").name == f"{saved:06d}"
+    assert "stopping after this step" in capsys.readouterr().err
+    _train(replace(broken, learning_rate=5.0))  # told, and without effect here
+    said = capsys.readouterr().err
+    assert f"broken is at step {saved} of 6" in said
+    assert f"learning_rate was {config.learning_rate}, is 5.0" in said
+    assert _files(tmp_path / "broken") == _files(tmp_path / "run")
+
+
+def test_ctrl_c_in_the_last_step_ends_the_run_as_usual(config: AutoencoderConfig, tmp_path: Path) -> None:
+    _train(config, signal_at=5)
+    assert _newest(tmp_path / "run").name == "000006"
+
+
+def test_a_second_ctrl_c_ends_at_once(config: AutoencoderConfig, tmp_path: Path) -> None:
+    steps = _start(config)[1].steps(lambda _: 1.0)
+    next(steps)
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    steps.close()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_two_trainings_in_one_folder_are_refused(config: AutoencoderConfig, tmp_path: Path) -> None:
+    _train(config, stop_after=2)
+    before = _files(tmp_path / "run")
+    _, first = _start(config)
+    with pytest.raises(RecipeError, match=r"^another training runs in [^\n]*run; wait for it"):
+        _start(config)
+    first.close()
+    assert _files(tmp_path / "run") == before
+    assert _start(config)[1].start == 2
+
+
+def test_fewer_steps_than_there_are_is_one_line(config: AutoencoderConfig, tmp_path: Path) -> None:
+    """It would write what it has as the result of fewer."""
+    _train(config, stop_after=4)
+    kept = (tmp_path / "run" / "recipe.json").read_bytes()
+    with pytest.raises(RecipeError, match=r"is at step 4 already, and 3 are asked for; .*--max-steps"):
+        _start(replace(config, steps=3))
+    assert (tmp_path / "run" / "recipe.json").read_bytes() == kept
+
+
+def test_a_checkpoint_that_is_gone_is_told(
+    config: AutoencoderConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _train(config, stop_after=2)
+    shutil.rmtree(_newest(tmp_path / "run"))
+    with pytest.raises(RecipeError, match=r"000002 is gone; delete [^\n]*checkpoints to start over"):
+        _start(config)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert _start(config)[1].start == 0
+    assert "run has no checkpoint: it starts over, with a new log" in capsys.readouterr().err
 
 
 def test_scales_of_gradients_are_restored(config: AutoencoderConfig) -> None:
@@ -185,7 +259,7 @@ def test_another_recipe_is_not_continued(config: AutoencoderConfig, tmp_path: Pa
 
 def test_a_folder_that_cannot_be_made_is_one_line(config: AutoencoderConfig, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(RecipeError, match=r"^[^\n]*recipe\.json could not be written[^\n]*$"):
+    with pytest.raises(RecipeError, match=r"^[^\n]*file.run cannot be written: [^\n]*another output$"):
         _start(replace(config, output=str(tmp_path / "file" / "run")))
 
 
