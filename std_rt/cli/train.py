@@ -45,7 +45,7 @@ def train(
 
     std-rt train training/std_tiny.toml --set method=tcd --output runs/tcd --seed 1
     """
-    require("std-rt train", "train", "msgspec")
+    require("std-rt train", "train", "msgspec", "torch", "diffusers", "safetensors", "accelerate", "peft")
     from std_rt.training.run.recipe import as_dict, load_recipe
 
     flags = {"output": output, "steps": max_steps, "seed": seed}
@@ -55,7 +55,6 @@ def train(
         typer.echo(json.dumps(as_dict(resolved), indent=2))
         if resolved.stage != "distil":
             return  # only the cost of a distillation can be estimated
-    require("std-rt train", "train", "torch", "diffusers", "safetensors", "accelerate", "peft")
     if dry_run:
         from std_rt.training.run.cost import describe_run
 

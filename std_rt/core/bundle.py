@@ -24,6 +24,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files as package_files
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -245,8 +246,13 @@ class Bundle:
     def check_size(self, size: int | Size | None) -> None:
         """Raise UsageError unless a working size, a side or (H, W), is in `size_range`; None always is."""
         low, high = self.size_range
-        sides = (size, size) if isinstance(size, int) else size
-        if sides is not None and not all(low <= side <= high for side in sides):
+        if size is None:
+            return
+        whole = int | np.integer
+        sides = (size, size) if isinstance(size, whole) else size
+        if isinstance(sides, str) or len(sides) != 2 or not all(isinstance(side, whole) for side in sides):
+            raise UsageError(f"a size must be a side in px, as 512, or (H, W), not {size!r}")
+        if not all(low <= side <= high for side in sides):
             raise UsageError(
                 f"bundle '{self.name}' works at {low} to {high} px per side, not at "
                 f"{sides[1]}x{sides[0]}; change the size"
@@ -255,6 +261,8 @@ class Bundle:
     def check_strength(self, strength: float) -> float:
         """``strength`` itself. Raises UsageError unless it is in `strength_range`."""
         low, high = self.strength_range
+        if not isinstance(strength, Real):
+            raise UsageError(f"style strength must be a number, got {strength!r}")
         if not low <= strength <= high:
             raise UsageError(f"style strength must be in {low:g}..{high:g}, got {strength:g}")
         return float(strength)

@@ -133,8 +133,9 @@ def choose_form(backend: str, precision: str, forms: tuple[str, ...]) -> tuple[s
 
     ``forms`` are what the graphs are there in (`Bundle.forms`, `GraphSpec.forms`). ``auto`` is int8 where the
     processor does it fastest; FP8 has to be asked for. Raises BackendError if the backend does not compute
-    what is asked for, or none of the forms.
+    what is asked for, or none of the forms, and for an unknown precision.
     """
+    _check_precision(precision)
     if precision == "fp8" and backend not in FP8_BACKENDS:
         known = " or ".join(FP8_BACKENDS)
         raise BackendError(

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Real
 from typing import Any, NamedTuple
 
 import cv2
@@ -77,6 +78,8 @@ def square(frame: Frame, side_px: int) -> Frame:
 def check_stroke_size(stroke_size: float) -> float:
     """``stroke_size`` itself. Raises UsageError unless it is in `STROKE_SIZES`."""
     low, high = STROKE_SIZES
+    if not isinstance(stroke_size, Real):
+        raise UsageError(f"stroke size must be a number, got {stroke_size!r}")
     if not low <= stroke_size <= high:
         raise UsageError(f"stroke size must be in {low:g}..{high:g}, got {stroke_size:g}")
     return float(stroke_size)

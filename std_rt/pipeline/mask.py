@@ -94,5 +94,7 @@ class Mask:
 
 
 def unless_whole(mask: Mask | None) -> Mask | None:
-    """``mask`` itself; None for one that is white everywhere."""
+    """``mask`` itself; None for one that is white everywhere. Raises UsageError if it is no `Mask`."""
+    if mask is not None and not isinstance(mask, Mask):
+        raise UsageError("a mask must be a Mask, as Mask.read(Path('mask.png')) makes one")
     return None if mask is None or mask.whole else mask

@@ -314,9 +314,14 @@ class Stylizer:
         UsageError on a weight, strength or stroke size out of range, MediaError on an unreadable file.
         """
         self.bundle.check_strength(strength)
-        pairs = [(style, 1.0)] if isinstance(style, np.ndarray | Path | str) else list(style)
-        if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
-            raise UsageError('several styles must be a list of pairs, as [("a.png", 0.7), ("b.png", 0.3)]')
+        pairs = [(style, 1.0)] if isinstance(style, np.ndarray | Path | str) else style
+        if not isinstance(pairs, Sequence) or not all(
+            isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs
+        ):
+            raise UsageError(
+                "a style is a picture or its path, and several must be a list of pairs, as "
+                '[("a.png", 0.7), ("b.png", 0.3)]'
+            )
         encoded = [(self.encode_style(one, stroke_size), float(weight)) for one, weight in pairs]
         self.use_style(blend(encoded), strength, keep_colours=keep_colours)
 

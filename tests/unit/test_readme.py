@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.media_samples import ClipSpec, frame_times, make_clip
 
 from std_rt import Stylizer
 from std_rt.core.bundle import Bundle
@@ -23,8 +24,10 @@ def test_the_example_runs(handmade: Bundle, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     for value, name in enumerate(("art", "ink", "one", "two")):
         write_picture(Path(f"{name}.png"), np.full((32, 48, 3), 60 * value, np.uint8))
+    make_clip(Path("clip.mp4"), ClipSpec())
     exec(compile(code, str(README), "exec"), {})
     assert read_picture(Path("styled_two.png")).frame.shape == (32, 48, 3)
+    assert len(frame_times(Path("styled.mp4"))) == len(frame_times(Path("clip.mp4")))
 
 
 def test_the_readme_shows_the_table_of_keys() -> None:

@@ -41,7 +41,7 @@ def picture_files(folder: Path) -> list[Path]:
     """Picture files of a folder, sorted; RecipeError if there is none."""
     files = sorted(p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES)
     if not files:
-        raise RecipeError(f"no pictures in {folder}; set [data] in the recipe to a folder of pictures")
+        raise RecipeError(f"no pictures in {folder}; name a folder of pictures in the recipe")
     return files
 
 

@@ -396,7 +396,8 @@ def _sdxl(source: str, dtype: torch.dtype, device: torch.device | str) -> Base:
 def check_source(source: str | Path) -> Path:
     """The folder of a base, or its hub id as a path; RecipeError if it can be neither."""
     folder = Path(source)
-    if not folder.exists() and len(folder.parts) != 2:  # a hub id has two parts
+    # A hub id has two parts, of which the first is an owner and hardly a folder here.
+    if not folder.exists() and (len(folder.parts) != 2 or folder.parent.is_dir()):
         raise RecipeError(
             f"base = {str(source)!r} does not exist; train that stage first, or get the built-in model's "
             f"weights: std-rt bundles unpack -o {source}"

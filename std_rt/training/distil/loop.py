@@ -321,9 +321,9 @@ def _train(  # noqa: C901
     stack.callback(run.close)
     run.report.say(describe_rates(config, world))
     run.histogram = lambda: distiller.bank.visits[: distiller.levels.tau_index + 1]
+    sheets = SheetMaker(config, base, distiller) if main else None
     if run.start == 0 and distiller.uses_bank and config.bank.spread:
         distiller.spread_bank(run.report.say)
-    sheets = SheetMaker(config, base, distiller) if main else None
     if config.style.precompute:
         base.release_style_encoder()
 

@@ -204,7 +204,10 @@ class SheetMaker:
             self._run(trajectory_timesteps(self.config.eta, n, start=self.distiller.tau), 1.0, student=True)
             for n in self.config.run_steps
         ]
-        save_sheet(path, [[*left, *outs] for left, *outs in zip(self.left, *columns, strict=True)])
+        steps = [f"{n} step{'s' * (n > 1)}" for n in self.config.run_steps]
+        styled = ["style"] if self.scene.styles else []
+        names = ["content", *styled, f"teacher ({GRID_POINTS}-step grid)", *steps]
+        save_sheet(path, [[*left, *outs] for left, *outs in zip(self.left, *columns, strict=True)], names)
         return True
 
     def _scene(self) -> Scene:

@@ -104,7 +104,18 @@ class Estimate:
 
 def describe_run(config: DistilConfig) -> list[str]:
     """An estimate of ``config`` as lines; RecipeError if the base's configs are missing or do not fit."""
-    return describe(config, estimate(config))
+    named = {
+        "pictures.folder": config.pictures.folder,
+        "style.folder": config.style.folder,
+        "sheet.contents": config.sheet.contents,
+        "sheet.styles": config.sheet.styles,
+    }
+    lost = [
+        f"{key} = {name!r} does not exist yet"
+        for key, name in named.items()
+        if name and not Path(name).exists()
+    ]
+    return [*describe(config, estimate(config)), *lost]
 
 
 def estimate(config: DistilConfig, device: str = "", flops_per_s: float | None = None) -> Estimate:

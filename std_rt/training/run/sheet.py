@@ -59,14 +59,22 @@ def spread_pairs(contents: Path, styles: Path, count: int = 8, size_px: int = 25
     return pairs
 
 
-def save_sheet(path: Path, rows: list[list[Frame]], gap_px: int = 4) -> None:
-    """Write rows of equally sized frames as one PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def save_sheet(path: Path, rows: list[list[Frame]], names: Sequence[str] = (), gap_px: int = 4) -> None:
+    """Write rows of equally sized frames as one PNG, under the ``names`` of its columns.
+
+    RecipeError if it cannot be written.
+    """
     padded = [
         np.concatenate([np.pad(f, ((0, gap_px), (0, gap_px), (0, 0)), constant_values=255) for f in row], 1)
         for row in rows
     ]
-    cv2.imwrite(str(path), cv2.cvtColor(np.concatenate(padded, 0), cv2.COLOR_RGB2BGR))
+    sheet = cv2.cvtColor(np.concatenate(padded, 0), cv2.COLOR_RGB2BGR)
+    if names:
+        head = np.full((20, sheet.shape[1], 3), 255, np.uint8)
+        for i, name in enumerate(names):
+            _write_text(head, name, (4 + i * (rows[0][0].shape[1] + gap_px), 14))
+        sheet = np.concatenate([head, sheet], 0)
+    _write_png(path, sheet)
 
 
 def save_curve(

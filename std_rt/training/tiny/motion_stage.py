@@ -238,7 +238,8 @@ class MotionStage:
             )
             rows.append([to_frames(strip)[0] for strip in strips])
         height = min(frame.shape[0] for row in rows for frame in row)
-        save_sheet(path, [[frame[:height] for frame in row] for row in rows])
+        names = ("clip", "frame by frame", "windows")
+        save_sheet(path, [[frame[:height] for frame in row] for row in rows], names)
 
 
 def start_module(module: Any, features: Tensor) -> None:
