@@ -385,15 +385,15 @@ class SessionPool:
         return True
 
     def counts(self) -> dict[str, int]:
-        """Totals since the start, and the sessions that run now."""
+        """Totals since the start, and the places that are taken now, also by sessions that are ending."""
         with self._lock:
-            running = list(self._sessions.values())
+            running, places = list(self._sessions.values()), self._places
             totals = {"frames": self._frames, "drops": self._drops}
         for counts in (live.session.metrics.counts() for live in running):
             totals["frames"] += counts.frames
             totals["drops"] += counts.drops
         return {
-            "sessions": len(running),
+            "sessions": places,
             "sessions_opened": self.opened,
             "sessions_refused": self.refused,
             **totals,

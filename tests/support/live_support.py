@@ -17,7 +17,7 @@ from std_rt.streaming.frame_stream import FramePacket
 
 Frame = NDArray[np.uint8]
 
-SOON_S = 20.0
+SOON_S = 60.0  # only to end a test that hangs
 
 
 class Clock:

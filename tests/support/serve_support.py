@@ -82,8 +82,8 @@ class Site:
 
     @contextmanager
     def connect(self, path: str = "/v1/stream", **options: Any) -> Iterator[ClientConnection]:
-        url = f"ws://{self.host}{path}"
-        with connect(url, compression=None, max_size=None, close_timeout=5, **options) as socket:
+        options = {"compression": None, "max_size": None, "open_timeout": 60, "close_timeout": 5} | options
+        with connect(f"ws://{self.host}{path}", **options) as socket:
             yield socket
 
 
@@ -207,7 +207,7 @@ def end_code(socket: ClientConnection) -> int | None:
     """The code that the server ends the connection with."""
     try:
         while True:
-            socket.recv(timeout=20)
+            socket.recv(timeout=60)
     except ConnectionClosed as closed:
         return None if closed.rcvd is None else closed.rcvd.code
 

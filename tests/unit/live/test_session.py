@@ -48,8 +48,12 @@ def test_the_newest_frame_wins_and_the_others_are_counted(
     stylizer: Stylizer, greys: StyleMixer, clock: Clock
 ) -> None:
     """All at once: the first ones go in, the last one stays, what is between is dropped."""
-    source = ScriptedSource(clock, *(FRAMES * 5))
+    source = ScriptedSource(clock)
     with Session(stylizer, source, greys, now=clock) as session:
+        with stylizer.lock:  # the engines are busy
+            for frame in FRAMES * 5:
+                source.give(frame)
+            wait_until(lambda: source.delivered == 40)
         indexes = [next_packet(session).index]
         while indexes[-1] != 39:
             indexes.append(next_packet(session).index)

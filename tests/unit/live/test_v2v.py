@@ -112,6 +112,8 @@ def test_results_of_a_window_are_presented_as_they_were_captured(
             clock.at += 0.1
             feed(session, source, [frame])
         assert next_packet(session).index == 0
+        assert session._styled is not None
+        wait_until(lambda: len(session._styled._queue) == 3)  # type: ignore[union-attr]
         for index in (1, 2, 3):
             assert session.get(0.02) is None  # here already, and not due
             clock.at += 0.091

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.fake_backend import Backend
-from support.live_support import Clock, ScriptedSource
+from support.live_support import Clock, ScriptedSource, wait_until
 
 from std_rt import Stylizer
 from std_rt.core.bundle import Bundle
@@ -120,10 +120,11 @@ def test_a_session_has_one_start_and_one_presenter(stylizer: Stylizer) -> None:
         with pytest.raises(UsageError, match="started already"):
             session.start()
         with ThreadPoolExecutor(1) as pool:
-            waiting = pool.submit(session.get, 1.0)
-            time.sleep(0.2)
+            waiting = pool.submit(session.get, 5.0)
+            wait_until(session._presenting.locked)
             with pytest.raises(UsageError, match="another thread presents"):
                 session.get(0)
+            session.close()
             assert waiting.result() is None
         assert session.get(0) is None
     mixer.close()
