@@ -50,6 +50,7 @@ def _moving(found: dict[str, float]) -> dict[str, float]:
 def test_the_flicker_reported_is_the_products(stylizer: Stylizer, clip: list[Frame]) -> None:
     """By hand, as `std-rt stylize --temporal full` does: follow the motion, move the noise, mix."""
     style = np.full((32, 32, 3), 200, np.uint8)
+    stylizer.set_style(style)
     temporal, state, steady = TemporalFilter("full"), stylizer.state(64, 64), []
     for frame in clip:
         motion = temporal.follow(frame)
