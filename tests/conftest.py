@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -26,6 +27,8 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get(
 # thresholds 13 % of an export's time. Tests that count objects collect by themselves.
 gc.set_threshold(100_000, 20, 50)
 
+# A shell that starts the tests in the background has Ctrl-C ignored, here and in processes that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes depends on what else runs, and a first one on what it loads.
 hypothesis.settings.register_profile("std-rt", deadline=None)
