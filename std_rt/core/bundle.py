@@ -250,7 +250,8 @@ class Bundle:
             return
         whole = int | np.integer
         sides = (size, size) if isinstance(size, whole) else size
-        if isinstance(sides, str) or len(sides) != 2 or not all(isinstance(side, whole) for side in sides):
+        pair = isinstance(sides, tuple | list) and len(sides) == 2
+        if not pair or not all(isinstance(side, whole) for side in sides):
             raise UsageError(f"a size must be a side in px, as 512, or (H, W), not {size!r}")
         if not all(low <= side <= high for side in sides):
             raise UsageError(

@@ -90,6 +90,10 @@ def test_a_recipe_value_of_the_wrong_type_is_refused_like_a_flag(cli: Cli, recip
 
 def test_a_source_that_does_not_exist(cli: Cli, tmp_path: Path) -> None:
     pytest.importorskip("torch")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lora.safetensors").touch()
+    error = cli("export", tmp_path / "run", "-o", tmp_path / "out").error
+    assert "run has no model_index.json, so it is not a diffusers pipeline folder; export the base" in error
     error = cli("export", tmp_path / "nowhere", "-o", tmp_path / "out").error
     assert "nowhere" in error
     assert not (tmp_path / "out").exists()

@@ -75,6 +75,43 @@ def test_a_dry_run_trains_nothing_and_counts(cli: Cli, recipe: Path, tmp_path: P
     assert "memory" in done.out
     assert not (tmp_path / "run").exists()
     assert "train that stage first" in cli("train", recipe, "--dry-run", "--set", "base=a/b/c").error
+    sheet = ("--set", f"sheet.contents={tmp_path}", "--set")
+    assert "does not exist" not in cli("train", recipe, "--dry-run", *sheet, f"sheet.styles={tmp_path}").out
+    lost = cli("train", recipe, "--dry-run", *sheet, "sheet.styles=lost/art")
+    assert lost.out.splitlines()[-1] == "sheet.styles = 'lost/art' does not exist yet"
+
+
+def test_a_base_beside_others_is_not_sought_on_the_hub(
+    cli: Cli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert "does not exist; train that stage first" in cli("train", recipe, "--set", "base=runs/bas").error
+
+
+def test_ctrl_c_says_what_is_kept(cli: Cli, recipe: Path, tmp_path: Path) -> None:
+    from std_rt.training.run.training_run import Run
+
+    save, steps, kept = Run._write, [], tmp_path / "run"
+
+    def stopped(run: Run, step: int) -> None:
+        steps.append(step)
+        if len(steps) == 1:
+            raise KeyboardInterrupt
+        save(run, step)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "_write", stopped)
+        flags = ("--set", "snapshot_every=1")
+        first, second = cli("train", recipe, *flags), cli("train", recipe, *flags)
+    assert (first.code, second.code) == (130, 130)
+    assert "stopped; there is no checkpoint yet, so the same command starts over" in first.err
+    assert f"stopped; {kept} has all up to step 1; the same command goes on from there" in second.err
+    done = cli("train", recipe, *flags)
+    assert done.code == 0
+    assert f"{kept} is at step 1 of 2" in done.err
 
 
 @pytest.mark.parametrize("eta", ["0.65", "0.75", "0.85", "0.95"])

@@ -180,6 +180,8 @@ def test_an_unknown_backend_names_those_known() -> None:
 def test_an_unknown_precision_names_those_known(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match="unknown precision 'int3'; use one of auto, fp32, bf16"):
         open_engine("auto", GraphSpec("g", tmp_path, {}, ""), "int3")
+    with pytest.raises(BackendError, match="unknown precision 'int3'; use one of auto, fp32, bf16"):
+        base.choose_form("openvino", "int3", ("fp32",))
 
 
 def test_inputs_are_checked_by_name_shape_and_dtype() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +211,31 @@ def test_steps_that_the_bundle_lacks_are_refused(handmade: Bundle) -> None:
 def test_a_size_that_the_bundle_does_not_support_is_refused(handmade: Bundle, size: Any) -> None:
     with pytest.raises(UsageError, match=r"'handmade' works at 16 to 512 px per side, not at .*; change the"):
         Stylizer(handmade, Backend(), size=size)
+
+
+@pytest.mark.parametrize("size", ["256", (64, "64"), (64, 64, 3), 64.0])
+def test_a_size_that_is_none_is_one_line(handmade: Bundle, size: Any) -> None:
+    with pytest.raises(UsageError, match=r"a size must be a side in px, as 512, or \(H, W\), not "):
+        Stylizer(handmade, Backend(), size=size)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda s: s.step(STYLE, mask=STYLE), "a mask must be a Mask, as Mask.read"),
+        (lambda s: s.step(STYLE, mask="mask.png"), "a mask must be a Mask, as Mask.read"),
+        (lambda s: s.set_style(None), "several must be a list of pairs"),
+        (lambda s: s.set_style(7), "several must be a list of pairs"),
+        (lambda s: s.set_style([STYLE]), "several must be a list of pairs"),
+        (lambda s: s.set_style(STYLE, strength="1"), "style strength must be a number, got '1'"),
+        (lambda s: s.set_style(STYLE, stroke_size=None), "stroke size must be a number, got None"),
+    ],
+)
+def test_what_is_of_another_type_is_one_line(
+    handmade: Bundle, call: Callable[[Any], None], said: str
+) -> None:
+    with pytest.raises(UsageError, match=re.escape(said)):
+        call(_stylizer(handmade))
 
 
 def test_a_guidance_that_is_not_known_is_refused(handmade: Bundle) -> None:
