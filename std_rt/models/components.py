@@ -47,6 +47,11 @@ __all__ = [
     "text_roles",
 ]
 
+# It says with which package its image processors, of which none is used here, would be faster.
+logging.getLogger("transformers.utils.import_utils").addFilter(
+    lambda record: "torchvision" not in record.getMessage()
+)
+
 # A network of diffusers or transformers: packages without types, so their attributes are not checked.
 Network = Any
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 from filelock import FileLock
 from safetensors import SafetensorError
 
@@ -140,6 +139,8 @@ def _has(shapes: Shapes, role: str) -> bool:
 
 def _convert(path: Path, shapes: Shapes, configs: Path, work: Path) -> None:
     """Write the weights of every part into ``work``, which has the configs."""
+    from diffusers import StableDiffusionXLPipeline
+
     left_out = dict.fromkeys(
         ("scheduler", "tokenizer", "tokenizer_2", "image_encoder", "feature_extractor", "safety_checker")
     )
