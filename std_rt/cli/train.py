@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
@@ -55,7 +56,6 @@ def train(
         typer.echo(json.dumps(as_dict(resolved), indent=2))
         if resolved.stage != "distil":
             return  # only the cost of a distillation can be estimated
-    if dry_run:
         from std_rt.training.run.cost import describe_run
 
         for line in describe_run(resolved):
@@ -67,7 +67,8 @@ def train(
         typer.echo(stage(resolved))
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            typer.echo(f"stopped; {_what_is_kept(Path(resolved.output))}", err=True)
+            with suppress(OSError):  # the terminal may be gone
+                typer.echo(f"stopped; {_what_is_kept(Path(resolved.output))}", err=True)
         raise
 
 

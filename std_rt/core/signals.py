@@ -13,19 +13,23 @@ __all__ = ["ended_as_by_ctrl_c", "interruptible"]
 
 
 @contextmanager
-def interruptible(*names: str, asked_to: Callable[[], object] = lambda: None) -> Iterator[Callable[[], bool]]:
+def interruptible(
+    *names: str, on_request: Callable[[], object] = lambda: None
+) -> Iterator[Callable[[], bool]]:
     """Yields a function that tells whether a signal asked the command to end; a second one ends it at once.
 
-    ``names`` are signals such as "SIGINT"; ``asked_to`` is called at the first one. Signals that are ignored
-    (as under nohup) stay ignored, and beside the main thread, which alone is told of signals, all do.
+    ``names`` are signals such as "SIGINT". Signals that are ignored (as under nohup) stay ignored; outside
+    the main thread nothing is changed. ``on_request`` is called at the first signal, in a thread of its own:
+    what the handler interrupts may hold the terminal's locks.
     """
     asked = False
 
     def ask(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         asked = True
-        signal.signal(number, before[signal.Signals(number)])
-        asked_to()
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+        threading.Thread(target=on_request, daemon=True).start()
 
     before = _handlers(names)
     with _handled(before, ask):

@@ -385,7 +385,7 @@ class SessionPool:
         return True
 
     def counts(self) -> dict[str, int]:
-        """Totals since the start, and the places that are taken now, also by sessions that are ending."""
+        """Totals since the start, and the places that are taken now, also by sessions that begin or end."""
         with self._lock:
             running, places = list(self._sessions.values()), self._places
             totals = {"frames": self._frames, "drops": self._drops}

@@ -143,12 +143,15 @@ class Peers:
         if live is None or not isinstance(live.source, PushedFrames):
             raise MissingError("there is no such session; connect to /v1/stream first")
         checked = _checked(offer, remote)
-        await self._end(key)
+        while key in self._peers:  # another offer may come meanwhile
+            await self._end(key)
+        if key not in self._invited:
+            raise MissingError("the session has ended")
         peer = self._peers[key] = _Peer(live, live.source, self._limits)
         try:
             return await peer.answer(checked, local)
         except Exception as error:
-            await peer.close()
+            await self._end(key)
             raise UsageError("the offer cannot be answered; send what RTCPeerConnection makes") from error
 
     async def leave(self, live: LiveSession) -> None:

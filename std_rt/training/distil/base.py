@@ -198,10 +198,11 @@ class Base:
             self.vae.enable_gradient_checkpointing()
 
     def compile(self, backend: str = "inductor") -> None:
-        """Compile the UNet's transformer blocks, most of its launches; each form at its first call."""
-        # One function for all of them, with a form for each width, batch and precision, with and without
-        # gradients and LoRA. With more than this many (8 unless set), torch goes on without compiling.
-        torch._dynamo.config.recompile_limit = 64
+        """Compile the UNet's transformer blocks, most of its launches.
+
+        One function for all of them, with a form for each width, batch and precision, with and without
+        gradients and LoRA; each is compiled at its first call.
+        """
         for module in self.unet.modules():
             if type(module).__name__ == "BasicTransformerBlock":  # diffusers', not to be imported for this
                 module.compile(backend=backend)
@@ -396,8 +397,9 @@ def _sdxl(source: str, dtype: torch.dtype, device: torch.device | str) -> Base:
 def check_source(source: str | Path) -> Path:
     """The folder of a base, or its hub id as a path; RecipeError if it can be neither."""
     folder = Path(source)
-    # A hub id has two parts, of which the first is an owner and hardly a folder here.
-    if not folder.exists() and (len(folder.parts) != 2 or folder.parent.is_dir()):
+    # A hub id has two parts; the first may be a folder of what was downloaded from there.
+    beside = folder.parent.is_dir() and not any(folder.parent.glob("*/model_index.json"))
+    if not folder.exists() and (len(folder.parts) != 2 or beside):
         raise RecipeError(
             f"base = {str(source)!r} does not exist; train that stage first, or get the built-in model's "
             f"weights: std-rt bundles unpack -o {source}"
@@ -507,9 +509,9 @@ def _load(source: str | Path, folder: Path, dtype: torch.dtype, device: torch.de
     except torch.OutOfMemoryError:
         raise  # nothing is wrong with the files
     except (OSError, ValueError, RuntimeError, LookupError, ExportError) as error:
-        reason = one_line(error, 200)
+        what = "cannot be loaded" if folder.exists() else "is no folder here, and cannot be had from the hub"
         raise RecipeError(
-            f"base = {str(source)!r} cannot be loaded ({reason}); give a pipeline folder"
+            f"base = {str(source)!r} {what} ({one_line(error, 200)}); give a pipeline folder"
         ) from None
 
 

@@ -7,7 +7,7 @@ data, noise and bank.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,8 @@ def train_distil(config: DistilConfig, stop_after: int | None = None, base: Base
     with (
         _accelerator(config) as accelerator,
         attention_kernels(accelerator.device.type),
+        # After 8 forms of one function, torch would go on without compiling: see `Base.compile`.
+        torch._dynamo.config.patch(recompile_limit=64) if config.compile else nullcontext(),
         ExitStack() as stack,
     ):
         device = accelerator.device
@@ -165,6 +167,8 @@ def train_distil(config: DistilConfig, stop_after: int | None = None, base: Base
         except torch.OutOfMemoryError as error:
             raise RecipeError(_no_room(config, error)) from error
         except torch._dynamo.exc.TorchDynamoException as error:
+            if isinstance(error.__cause__, torch.OutOfMemoryError):
+                raise RecipeError(_no_room(config, error.__cause__)) from error
             raise RecipeError(
                 f"compile = true does not work here ({one_line(error, 200)}); continue with "
                 "--set compile=false, or install a C++ compiler (on CUDA Triton, too)"

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from std_rt.core.errors import RecipeError, one_line
-from std_rt.core.files import atomic_file, reason
+from std_rt.core.files import atomic_file, writing
 
 __all__ = ["flatten_optimizer", "load_state", "restore_optimizer", "save_state", "unpacking", "whole_file"]
 
@@ -57,13 +57,12 @@ def whole_file(path: Path, standing: str = STANDING) -> Iterator[Path]:
 
     RecipeError if the disk is full or not writable; ``standing`` says what is left then.
     """
-    try:
+    with writing(path, RecipeError, "choose another output"):
         path.parent.mkdir(parents=True, exist_ok=True)
+    try:
         with atomic_file(path, durable=True) as partial:
             yield partial
     except (OSError, SafetensorError) as error:
-        if isinstance(error, FileExistsError | NotADirectoryError | PermissionError):
-            raise RecipeError(f"{path} cannot be written: {reason(error)}; choose another output") from None
         room = ""
         with suppress(OSError):
             room = f" ({shutil.disk_usage(path.parent).free / 2**20:.0f} MB free)"

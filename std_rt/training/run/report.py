@@ -12,7 +12,7 @@ import numbers
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -104,6 +104,11 @@ def histogram_bars(counts: Counts, bins: int = 12, *, ascii_only: bool = False) 
     return "".join(levels[math.ceil(8 * part / top) if top > 0 else 0] for part in parts)
 
 
+def _unheard() -> AbstractContextManager[None]:
+    """Around what is said: training goes on where the terminal or the pipe is gone (Rich would exit then)."""
+    return suppress(OSError, SystemExit)
+
+
 class Report:
     """Log, progress, TensorBoard and curves of one run in ``folder``; with ``main=False`` all do nothing.
 
@@ -181,7 +186,8 @@ class Report:
     def close(self) -> None:
         """End the progress bar and TensorBoard's file; more than once is fine."""
         if self._bar is not None:
-            self._bar.stop()
+            with _unheard():
+                self._bar.stop()
             self._bar = None
         if self._writer is not None:
             self._writer.close()
@@ -198,7 +204,8 @@ class Report:
     def say(self, text: str) -> None:
         """A line for the user, above the progress bar."""
         if self.main:
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            with _unheard():
+                self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def log(self, step: int, values: Values) -> None:
         """A line of log.jsonl. ``values`` must follow from the recipe alone, not from the clock."""

@@ -1,11 +1,11 @@
 """The run that every training stage goes through: folder, resuming, steps, log, checkpoints.
 
 The same call continues where the last one stopped, and a run that was killed and resumed equals an unbroken
-one, bit for bit on the CPU: a stage registers every tensor that training changes and every source of
-randomness. ``checkpoints/000300/`` holds one file that all processes share (weights, averages, optimizers)
-and one of each process (random states, trajectory bank, place in the data). A file named ``newest`` says
-which folder is whole; it is replaced last, so a half-written folder is never read. One process at a time
-trains in a folder, and Ctrl-C has it write a checkpoint first.
+one, bit for bit on the CPU (nearly so if compiled): a stage registers every tensor that training changes and
+every source of randomness. ``checkpoints/000300/`` holds one file that all processes share (weights,
+averages, optimizers) and one of each process (random states, trajectory bank, place in the data). A file
+named ``newest`` says which folder is whole; it is replaced last, so a half-written folder is never read. One
+process at a time trains in a folder, and Ctrl-C has it write a checkpoint first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from std_rt.core.errors import RecipeError
-from std_rt.core.files import remove_partials, writing
+from std_rt.core.files import reason, remove_partials, writing
 from std_rt.core.signals import interruptible
 from std_rt.training.run.checkpoint import (
     flatten_optimizer,
@@ -113,11 +113,10 @@ class Run:
         self.seen = 0  # samples since the last line of the log
         self.histogram: Callable[[], Any] = lambda: None  # counts to show beside the losses
         self._losses: dict[str, list[Tensor]] = {}
-        self._lock = FileLock(self.folder / ".std-rt-train.lock")
+        self._lock = FileLock(self.folder / ".std-rt-train.lock", thread_local=False)
         self._logged = 0
         try:
-            notes = self._open_folder()
-            self.accelerator.wait_for_everyone()
+            notes = self._open_together()
             self.start = self._restore()
             self.report = Report(
                 self.folder,
@@ -134,29 +133,42 @@ class Run:
             self.report.say(note)
 
     def close(self) -> None:
-        """End the progress bar and TensorBoard's file, and let others train in the folder."""
+        """End the progress bar and TensorBoard's file, and let others train in the folder; again is fine."""
         self.report.close()
         self._lock.release()
 
+    def _open_together(self) -> list[str]:
+        """`_open_folder` in every process; if one is refused, all are, for they would wait for it."""
+        notes, refused = list[str](), None
+        try:
+            notes = self._open_folder()
+        except RecipeError as error:
+            refused = error
+        failed = torch.tensor([refused is not None], device=self.accelerator.device)
+        if self.accelerator.gather(failed).any():
+            raise refused or RecipeError(f"another process of this run cannot use {self.folder}")
+        return notes
+
     def _open_folder(self) -> list[str]:
         """Take the folder for this run; returns what to tell of the run that it holds."""
+        if self.accelerator.is_main_process:
+            self._take()
         newest, changed = self._newest(), dict[str, tuple[Any, Any]]()
         if newest is not None:
             changed = check_same_run(self.config, self.folder)
             if int(newest.name) > self.end:
                 raise RecipeError(
-                    f"{self.folder} is at step {int(newest.name)} already, and {self.end} are asked for; "
-                    "ask for more with --max-steps, or choose another output"
+                    f"{self.folder} is at step {int(newest.name)} already, and only {self.end} steps were "
+                    "requested; request more with --max-steps, or choose another output"
                 )
         if not self.accelerator.is_main_process:
             return []
-        self._take()
         remove_partials(self.folder)
         with whole_file(self.folder / "recipe.json") as partial:
             partial.write_text(json.dumps(as_dict(self.config), indent=1), encoding="utf-8")
         if newest is None:
             was_there = (self.folder / "log.jsonl").exists()
-            return [f"{self.folder} has no checkpoint: it starts over, with a new log"] if was_there else []
+            return [f"{self.folder} has no checkpoint: starting over, with a new log"] if was_there else []
         done = f"{self.folder} is at step {int(newest.name)} of {self.end}"
         return [done, *(f"{key} was {before}, is {now}" for key, (before, now) in changed.items())]
 
@@ -170,6 +182,8 @@ class Run:
             raise RecipeError(
                 f"another training runs in {self.folder}; wait for it, or choose another output"
             ) from None
+        except PermissionError as error:
+            raise RecipeError(f"{self._lock.lock_file} cannot be opened: {reason(error)}") from None
         except (OSError, NotImplementedError):  # a file system without locks, as some that nodes share
             return
 
@@ -179,16 +193,16 @@ class Run:
         """Step numbers still to do, each with the learning rate ``rate(step)`` set; logs every so often.
 
         ``stop_after`` ends after that many steps with the last due checkpoint in place, as a kill would.
-        Ctrl-C or SIGTERM ends one process after the step, with a checkpoint, by KeyboardInterrupt; several,
-        which would have to agree on a step, at once and without.
+        Ctrl-C or SIGTERM ends a run of one process after the step, with a checkpoint, by KeyboardInterrupt.
+        Several processes would have to agree on a step: they end at once, without.
         """
         self.end = min(self.config.steps, stop_after or self.config.steps)
         names = ("SIGINT", "SIGTERM", "SIGHUP") if self.accelerator.num_processes == 1 else ()
-        with interruptible(*names, asked_to=self._say_stopping) as interrupted:
+        with interruptible(*names, on_request=self._say_stopping) as interrupted:
             yield from self._steps(rate, interrupted)
 
     def _say_stopping(self) -> None:
-        self.report.say("stopping after this step (once more: at once, and what is not saved is lost)")
+        self.report.say("stopping after this step (press Ctrl-C again to stop now and lose unsaved steps)")
 
     def _steps(self, rate: Callable[[int], float], interrupted: Callable[[], bool]) -> Iterator[int]:
         self.report.begin(self.start)
@@ -206,10 +220,11 @@ class Run:
                     self._log(step + 1, {})
                 if interrupted() and step + 1 < self.end:
                     if not saved:
+                        self._means(step + 1)  # raises before what is not finite replaces a good checkpoint
                         self._write(step + 1)
                     raise KeyboardInterrupt
         finally:
-            self.close()
+            self.report.close()
 
     def add(self, **losses: Tensor) -> None:
         """Note losses for the next line of the log; they stay on their device until then."""
@@ -241,18 +256,21 @@ class Run:
         images = self.seen // max(1, done - self._logged)
         self.report.timing(done, self.watch.summary(images_per_step=images))
         self.report.progress(done, values, histogram=self.histogram())
-        self.seen, self._logged = 0, done
+        self.seen, self._logged, self._losses = 0, done, {}
 
     def _means(self, done: int) -> dict[str, float]:
         """Means over steps and processes; RecipeError names the first step with a wrong one."""
-        stacked = {name: torch.stack(values) for name, values in self._losses.items()}
-        self._losses = {}
+        stacked = self._stacked()
         means = {name: float(self.accelerator.reduce(v.mean(), "mean").item()) for name, v in stacked.items()}
         wrong = [name for name, value in means.items() if not math.isfinite(value)]
         if wrong:
-            self.close()
+            self.report.close()
             raise RecipeError(self._not_a_number(wrong[0], stacked[wrong[0]], done))
         return means
+
+    def _stacked(self) -> dict[str, Tensor]:
+        """The losses since the last line; after resuming, the first of them are on the CPU."""
+        return {name: torch.stack([v.to(of[-1].device) for v in of]) for name, of in self._losses.items()}
 
     def _not_a_number(self, name: str, values: Tensor, done: int) -> str:
         bad = (~values.isfinite()).nonzero()
@@ -291,7 +309,8 @@ class Run:
 
     def _shared(self, done: int) -> State:
         tensors = {f"{part}/{name}": v for part, live in self._live() for name, v in live.items()}
-        tensors |= {f"{_UNLOGGED}{name}": torch.stack(values) for name, values in self._losses.items()}
+        # Of this process; between two lines only a run of one process writes a checkpoint.
+        tensors |= {f"{_UNLOGGED}{name}": values for name, values in self._stacked().items()}
         groups = {}
         for name, optimizer in self.optimizers.items():
             flat, groups[name] = flatten_optimizer(f"{name}_optimizer", optimizer)
@@ -332,7 +351,7 @@ class Run:
                     self.scalers[name].load_state_dict(state)
             self._logged, self.seen = meta.get("logged", meta["step"]), meta.get("seen", 0)
             self._losses = {
-                name.removeprefix(_UNLOGGED): [*value.to(self.accelerator.device)]
+                name.removeprefix(_UNLOGGED): [*value]
                 for name, value in tensors.items()
                 if name.startswith(_UNLOGGED)
             }

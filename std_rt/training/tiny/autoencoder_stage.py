@@ -11,6 +11,7 @@ L1 alone lets strokes of a few pixels go, which are most of what VGG calls style
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -148,33 +149,34 @@ def train_autoencoder(config: AutoencoderConfig, stop_after: int | None = None) 
     model = build_autoencoder(config).to(device, memory_format=torch.channels_last)
     extra = ExtraLosses(config, device)
     run = ModuleRun(config, {"model": model}, list(model.parameters()), weight_decay=1e-4)
-    if config.shortcut and config.start_from and run.start == 0:
-        start_shortcut(model, config, photos.frames[::20] + art.frames[::20] + stylized[:50])
+    with closing(run):
+        if config.shortcut and config.start_from and run.start == 0:
+            start_shortcut(model, config, photos.frames[::20] + art.frames[::20] + stylized[:50])
 
-    for step in run.steps(lambda i: cosine_rate(config.learning_rate, i, config.steps, 200), stop_after):
-        images = draw_batch(photos, art, made, config, run.rng, stylized)
-        images = images.to(device, memory_format=torch.channels_last)
-        half_size = run.rng.random() < config.scale_equivariance
-        with precision_context("bf16" if config.bf16 else "fp32", device):
-            z = model.encode(images).latents
-            kept = extra.latents(z, images)
-            spread = config.latent_noise * z.detach().float().std()
-            z, target = z + torch.randn(z.shape, generator=run.generator).to(device) * spread, images
-            if half_size:
-                z, target = F.avg_pool2d(z, 2), F.interpolate(images, scale_factor=0.5, mode="area")
-            output = model.decode(z).sample
-            # Features of half-size crops say little and would cost more than the step itself.
-            perceptual = extra.pictures(output, target) if not half_size else 0.0
-        # The small pull to zero keeps latents from drifting; standardize() sets their scale at the end.
-        pull = 1e-4 * z.float().square().mean()
-        loss = reconstruction_loss(output.float(), target, config.high_pass) + pull
-        run.update(loss + kept + perceptual, config.batch)
-        if run.due(step):
-            run.save(step, **_sheet(model, watched, run.sheet(step), extra))
+        for step in run.steps(lambda i: cosine_rate(config.learning_rate, i, config.steps, 200), stop_after):
+            images = draw_batch(photos, art, made, config, run.rng, stylized)
+            images = images.to(device, memory_format=torch.channels_last)
+            half_size = run.rng.random() < config.scale_equivariance
+            with precision_context("bf16" if config.bf16 else "fp32", device):
+                z = model.encode(images).latents
+                kept = extra.latents(z, images)
+                spread = config.latent_noise * z.detach().float().std()
+                z, target = z + torch.randn(z.shape, generator=run.generator).to(device) * spread, images
+                if half_size:
+                    z, target = F.avg_pool2d(z, 2), F.interpolate(images, scale_factor=0.5, mode="area")
+                output = model.decode(z).sample
+                # Features of half-size crops say little and would cost more than the step itself.
+                perceptual = extra.pictures(output, target) if not half_size else 0.0
+            # The small pull to zero keeps latents from drifting; standardize() sets their scale at the end.
+            pull = 1e-4 * z.float().square().mean()
+            loss = reconstruction_loss(output.float(), target, config.high_pass) + pull
+            run.update(loss + kept + perceptual, config.batch)
+            if run.due(step):
+                run.save(step, **_sheet(model, watched, run.sheet(step), extra))
 
-    if run.end == config.steps:
-        judged = photos.frames[:200] + art.frames[:200] + made[:80] + stylized[:200]
-        model.standardize(*latent_statistics(model, judged))
-        model.to(memory_format=torch.contiguous_format).save_pretrained(run.folder / "vae")
-        _sheet(model, watched, run.folder / "sheets" / "final.png", extra)
+        if run.end == config.steps:
+            judged = photos.frames[:200] + art.frames[:200] + made[:80] + stylized[:200]
+            model.standardize(*latent_statistics(model, judged))
+            model.to(memory_format=torch.contiguous_format).save_pretrained(run.folder / "vae")
+            _sheet(model, watched, run.folder / "sheets" / "final.png", extra)
     return run.folder / "vae"

@@ -14,6 +14,7 @@ values. What comes out of a module is zero at first and learned at the full rate
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -320,13 +321,14 @@ def train_motion(config: MotionStageConfig, stop_after: int | None = None) -> Pa
     stage = MotionStage(config)
     run = stage.run()
     folder = run.folder / "adapter"
-    if run.start == 0:
-        stage.start(run)
-    for step in run.steps(lambda i: cosine_rate(config.learning_rate, i, config.steps, 30), stop_after):
-        run.update(stage.loss(run), 1)
-        stage.average.update(min(config.ema_decay, (step + 1) / (step + 10)))
-        if run.due(step):
-            run.save(step)
-            stage.save(folder)
-            stage.sheet(run.sheet(step))
+    with closing(run):
+        if run.start == 0:
+            stage.start(run)
+        for step in run.steps(lambda i: cosine_rate(config.learning_rate, i, config.steps, 30), stop_after):
+            run.update(stage.loss(run), 1)
+            stage.average.update(min(config.ema_decay, (step + 1) / (step + 10)))
+            if run.due(step):
+                run.save(step)
+                stage.save(folder)
+                stage.sheet(run.sheet(step))
     return folder

@@ -18,7 +18,7 @@ part's edges).
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -451,14 +451,15 @@ def train_stylist(config: StylistConfig, stop_after: int | None = None) -> Path:
     def rate(step: int) -> float:
         return linear_rate(config.learning_rate, step, config.steps, config.warmup, config.cooldown)
 
-    for step, pictures in zip(run.steps(rate, stop_after), data.ahead(run.start), strict=False):
-        run.update(stylist.loss(pictures, run), len(pictures.content))
-        ema_update(stylist.average, stylist.live, step, config.ema_decay)
-        if run.due(step):
-            run.save(step)
-            save_tiny(stylist.average, run.folder / "pipeline")
-            if config.sheet.contents:
-                copy = load_tiny(run.folder / "pipeline")
-                settings = [(1, 1.0), (2, 1.0), (4, 1.0)]
-                run_sheet(copy, config.sheet, run.sheet(step), settings, styled=not config.reverse)
+    with closing(run):
+        for step, pictures in zip(run.steps(rate, stop_after), data.ahead(run.start), strict=False):
+            run.update(stylist.loss(pictures, run), len(pictures.content))
+            ema_update(stylist.average, stylist.live, step, config.ema_decay)
+            if run.due(step):
+                run.save(step)
+                save_tiny(stylist.average, run.folder / "pipeline")
+                if config.sheet.contents:
+                    copy = load_tiny(run.folder / "pipeline")
+                    settings = [(1, 1.0), (2, 1.0), (4, 1.0)]
+                    run_sheet(copy, config.sheet, run.sheet(step), settings, styled=not config.reverse)
     return run.folder / "pipeline"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -260,6 +261,32 @@ def test_a_resumed_run_equals_an_unbroken_one(config: DistilConfig, method: str,
     assert len(logs[0].splitlines()) == 4
     loras = [load_file(Path(c.output) / "lora.safetensors") for c in (whole, broken)]
     assert_same(*loras)
+
+
+@pytest.mark.parametrize("changes", [{"adversarial": ADVERSARIAL}, {"method": "dmd"}])
+def test_a_run_that_ctrl_c_ended_equals_an_unbroken_one(
+    config: DistilConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """In the middle of a step's batches, between two lines of the log and two checkpoints."""
+    whole = replace(config, steps=5, accumulate=2, log_every=3, snapshot_every=4, **changes)
+    broken = replace(whole, output=str(tmp_path / "broken"))
+    train_distil(whole)
+    draw, drawn = Distiller.draw, []
+
+    def interrupted(distiller: Distiller) -> StepBatch:
+        drawn.append(1)
+        if len(drawn) == 3:  # the first batch of step 2
+            signal.raise_signal(signal.SIGTERM)
+        return draw(distiller)
+
+    monkeypatch.setattr(Distiller, "draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_distil(broken)
+    assert (Path(broken.output) / "checkpoints" / "newest").read_text(encoding="utf-8") == "000002"
+    train_distil(broken)
+    assert_same(read_checkpoint(whole), read_checkpoint(broken))
+    logs = [(Path(c.output) / "log.jsonl").read_bytes() for c in (whole, broken)]
+    assert logs[0] == logs[1]
 
 
 def test_both_rates_grow_with_the_images_of_a_step_and_follow_one_schedule(config: DistilConfig) -> None:

@@ -369,8 +369,8 @@ def test_a_run_on_clips_with_styles_writes_sheets_of_their_frames(
     train_distil(run, None, replace(loaded, unet=deepcopy(loaded.unet)))
     sheets = sorted(Path(run.output).rglob("*.png"))
     sizes = {path.name: cv2.imread(str(path)).shape[:2] for path in sheets}
-    # Two clips of four frames; content, style, teacher, and the student at two step counts.
-    assert (8 * 36, 5 * 36) in sizes.values(), sizes
+    # Two clips of four frames under a heading; content, style, teacher, and the student at two step counts.
+    assert (20 + 8 * 36, 5 * 36) in sizes.values(), sizes
     notes = lora_notes(run, loaded, 2)
     assert {"ip_adapter", "motion_adapter"} <= notes.keys()
 

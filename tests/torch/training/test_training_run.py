@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,14 @@ def _train(
     config: AutoencoderConfig, stop_after: int | None = None, wrong_at: int = -1, signal_at: int = -1
 ) -> ModuleRun:
     model, run = _start(config)
-    for step in run.steps(lambda i: cosine_rate(1e-2, i, config.steps, 2), stop_after):
-        x = torch.randn(5, 3, generator=run.generator) * run.rng.random()
-        run.update(model(x).square().mean() * (float("nan") if step == wrong_at else 1.0), 5)
-        if step == signal_at:
-            signal.raise_signal(signal.SIGINT)
-        if run.due(step):
-            run.save(step, figure=float(step))
+    with closing(run):
+        for step in run.steps(lambda i: cosine_rate(1e-2, i, config.steps, 2), stop_after):
+            x = torch.randn(5, 3, generator=run.generator) * run.rng.random()
+            run.update(model(x).square().mean() * (float("nan") if step == wrong_at else 1.0), 5)
+            if step == signal_at:
+                signal.raise_signal(signal.SIGINT)
+            if run.due(step):
+                run.save(step, figure=float(step))
     return run
 
 
@@ -96,6 +98,45 @@ def test_ctrl_c_saves_the_step_and_the_run_goes_on_as_if_unbroken(
     assert _files(tmp_path / "broken") == _files(tmp_path / "run")
 
 
+def test_ctrl_c_does_not_replace_a_good_checkpoint_by_a_wrong_one(
+    config: AutoencoderConfig, tmp_path: Path
+) -> None:
+    config = replace(config, log_every=6, snapshot_every=2)
+    with pytest.raises(RecipeError, match="not a number at step 3"):
+        _train(config, wrong_at=2, signal_at=2)
+    assert _newest(tmp_path / "run").name == "000002"
+    assert _train(config).end == 6
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a terminal of POSIX")
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_where_nobody_listens_any_more_the_step_is_saved(
+    config: AutoencoderConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_terminal: bool
+) -> None:
+    """A terminal that hung up, or ``2>&1 | tee log``, where Ctrl-C ends tee, too."""
+    end, other = os.openpty() if is_terminal else os.pipe()[::-1]
+    with os.fdopen(other if is_terminal else end, "w") as gone:
+        monkeypatch.setattr("sys.stderr", gone)
+        os.close(end if is_terminal else other)
+        with pytest.raises(KeyboardInterrupt):
+            _train(replace(config, log_every=1, snapshot_every=5), signal_at=2)
+        monkeypatch.undo()
+        with suppress(OSError):
+            gone.close()
+    assert _newest(tmp_path / "run").name == "000003"
+
+
+def test_losses_of_a_checkpoint_go_on_where_the_next_ones_are(config: AutoencoderConfig) -> None:
+    """Stages of std-tiny train on the GPU beside what the checkpoint has on the CPU."""
+    config = replace(config, log_every=4, snapshot_every=6)
+    with pytest.raises(KeyboardInterrupt):
+        _train(config, signal_at=0)
+    _, run = _start(config)
+    run.add(loss=torch.zeros((), device="meta"))
+    assert run._stacked()["loss"].device.type == "meta"
+    assert len(run._stacked()["loss"]) == 2
+
+
 def test_ctrl_c_in_the_last_step_ends_the_run_as_usual(config: AutoencoderConfig, tmp_path: Path) -> None:
     _train(config, signal_at=5)
     assert _newest(tmp_path / "run").name == "000006"
@@ -126,7 +167,7 @@ def test_fewer_steps_than_there_are_is_one_line(config: AutoencoderConfig, tmp_p
     """It would write what it has as the result of fewer."""
     _train(config, stop_after=4)
     kept = (tmp_path / "run" / "recipe.json").read_bytes()
-    with pytest.raises(RecipeError, match=r"is at step 4 already, and 3 are asked for; .*--max-steps"):
+    with pytest.raises(RecipeError, match=r"at step 4 already, and only 3 .*; request more with --max-steps"):
         _start(replace(config, steps=3))
     assert (tmp_path / "run" / "recipe.json").read_bytes() == kept
 
@@ -140,7 +181,7 @@ def test_a_checkpoint_that_is_gone_is_told(
         _start(config)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     assert _start(config)[1].start == 0
-    assert "run has no checkpoint: it starts over, with a new log" in capsys.readouterr().err
+    assert "run has no checkpoint: starting over, with a new log" in capsys.readouterr().err
 
 
 def test_scales_of_gradients_are_restored(config: AutoencoderConfig) -> None:
@@ -162,6 +203,7 @@ def test_scales_of_gradients_are_restored(config: AutoencoderConfig) -> None:
         run.add(loss=torch.zeros(()))
         if run.due(step):
             run.save(step)
+    run.close()
     scaler, run = start(2.0)
     assert (run.start, scaler.get_scale()) == (2, 8.0)
 

@@ -128,7 +128,7 @@ def test_a_track_is_painted_as_frames_of_the_websocket_are(
     wait_until(lambda: site.server.pool.counts()["sessions"] == 0)
 
 
-def test_a_connection_that_ended_is_freed_at_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_its_session_a_connection_is_freed_at_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not when Python collects next: until then its encoder keeps threads and memory."""
     made: list[weakref.ref[RTCPeerConnection]] = []
 
