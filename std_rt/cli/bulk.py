@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -200,28 +200,15 @@ def _bulk(request: BulkRequest, options: BulkOptions, found: list[Wish], out: st
     return _tell_end(report, request, out, console)
 
 
-@contextmanager
-def _alone(out: str) -> Iterator[None]:
+def _alone(out: str) -> AbstractContextManager[None]:
     """One command at a time writes to a folder. Raises MediaError if another does, or it cannot be made."""
-    from filelock import FileLock, Timeout
-
     from std_rt.bulk import places
-    from std_rt.core.files import reason
+    from std_rt.core.files import alone
 
     if places.is_address(out):
-        yield
-        return
-    try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        lock = FileLock(Path(out, ".std-rt-bulk.lock")).acquire(timeout=0)
-    except Timeout:
-        raise MediaError(
-            f"another std-rt bulk writes to {out}; wait for it, or give another folder"
-        ) from None
-    except OSError as error:
-        raise MediaError(f"{out} cannot be written: {reason(error)}; choose another place with -o") from error
-    with lock:
-        yield
+        return nullcontext()
+    busy = f"another std-rt bulk writes to {out}; wait for it, or give another folder"
+    return alone(Path(out), ".std-rt-bulk.lock", busy, MediaError, "choose another place with -o")
 
 
 @contextmanager

@@ -17,12 +17,7 @@ from rich.console import Console
 from typer import Argument, BadParameter, Option
 
 from std_rt.cli.options import StylizerFlags, TemporalOption, parse_size, parse_style
-from std_rt.cli.terminal import (
-    builds_shown,
-    note,
-    progress_lines,
-    say,
-)
+from std_rt.cli.terminal import builds_shown, note, progress_lines, say
 from std_rt.core.errors import MediaError, StdRtError, UsageError, counted
 from std_rt.core.files import check_input
 from std_rt.core.signals import ended_as_by_ctrl_c, interruptible

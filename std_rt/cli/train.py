@@ -73,8 +73,9 @@ def train(
 
 
 def _what_is_kept(folder: Path) -> str:
-    try:
-        step = int((folder / "checkpoints" / "newest").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    from std_rt.training.run.training_run import newest_checkpoint
+
+    newest = newest_checkpoint(folder)
+    if newest is None:
         return "there is no checkpoint yet, so the same command starts over"
-    return f"{folder} has all up to step {step}; the same command goes on from there"
+    return f"{folder} has all up to step {int(newest.name)}; the same command goes on from there"

@@ -245,13 +245,13 @@ class Bundle:
 
     def check_size(self, size: int | Size | None) -> None:
         """Raise UsageError unless a working size, a side or (H, W), is in `size_range`; None always is."""
-        low, high = self.size_range
         if size is None:
             return
+        low, high = self.size_range
         whole = int | np.integer
         sides = (size, size) if isinstance(size, whole) else size
-        pair = isinstance(sides, tuple | list) and len(sides) == 2
-        if not pair or not all(isinstance(side, whole) for side in sides):
+        is_pair = isinstance(sides, tuple | list) and len(sides) == 2
+        if not is_pair or not all(isinstance(side, whole) for side in sides):
             raise UsageError(f"a size must be a side in px, as 512, or (H, W), not {size!r}")
         if not all(low <= side <= high for side in sides):
             raise UsageError(

@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from std_rt.core.errors import MediaError, StdRtError
 
 __all__ = [
+    "alone",
     "atomic_file",
     "cache_root",
     "check_input",
@@ -75,6 +76,31 @@ def writing(
         yield
     except OSError as found:
         raise error(f"{path} cannot be written: {reason(found)}; {advice}") from found
+
+
+@contextmanager
+def alone(folder: Path, lock: str, busy: str, error: type[StdRtError], advice: str) -> Iterator[None]:
+    """``folder``, which is made, for this process until the block ends, by a file ``lock`` in it.
+
+    Raises ``error``: ``busy`` if another process has it, or in one line with ``advice`` if it cannot be
+    written. Without effect on file systems without locks, as some that machines share.
+    """
+    from filelock import FileLock, Timeout
+
+    held = FileLock(folder / lock, thread_local=False)
+    with writing(folder, error, advice):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            raise error(busy) from None
+        except (OSError, NotImplementedError) as found:
+            if isinstance(found, OSError) and found.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                raise
+    try:
+        yield
+    finally:
+        held.release()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ __all__ = ["ended_as_by_ctrl_c", "interruptible"]
 
 @contextmanager
 def interruptible(
-    *names: str, on_request: Callable[[], object] = lambda: None
+    *names: str, on_request: Callable[[], object] | None = None
 ) -> Iterator[Callable[[], bool]]:
     """Yields a function that tells whether a signal asked the command to end; a second one ends it at once.
 
@@ -29,7 +29,8 @@ def interruptible(
         asked = True
         for kind, handler in before.items():
             signal.signal(kind, handler)
-        threading.Thread(target=on_request, daemon=True).start()
+        if on_request is not None:
+            threading.Thread(target=on_request, daemon=True).start()
 
     before = _handlers(names)
     with _handled(before, ask):

@@ -135,7 +135,8 @@ def choose_form(backend: str, precision: str, forms: tuple[str, ...]) -> tuple[s
     processor does it fastest; FP8 has to be asked for. Raises BackendError if the backend does not compute
     what is asked for, or none of the forms, and for an unknown precision.
     """
-    _check_precision(precision)
+    if precision not in PRECISIONS:
+        raise BackendError(f"unknown precision '{precision}'; use one of {', '.join(PRECISIONS)}")
     if precision == "fp8" and backend not in FP8_BACKENDS:
         known = " or ".join(FP8_BACKENDS)
         raise BackendError(
@@ -180,7 +181,6 @@ def open_engine(backend: str, spec: GraphSpec, precision: str = "auto") -> Engin
     `choose_form` says so and the graph is there in int8, else fp32. Raises BackendError if the backend is
     missing, does not support the precision, or cannot run the graph.
     """
-    _check_precision(precision)
     name, _ = choose_backend(backend)
     engine: Engine = _implementation(name).open_graph(*in_form(name, spec, precision))
     return engine
@@ -198,7 +198,6 @@ def open_runner(
     ``specs`` has one entry per graph of the program; ``open_graph`` opens each graph in that case.
     Raises BackendError as `open_engine` does.
     """
-    _check_precision(precision)
     name, _ = choose_backend(backend)
     implementation = _implementation(name)
     if hasattr(implementation, "open_runner"):
@@ -208,11 +207,6 @@ def open_runner(
     from std_rt.engines.host import open_on_host
 
     return open_on_host(program, specs, open_graph)
-
-
-def _check_precision(precision: str) -> None:
-    if precision not in PRECISIONS:
-        raise BackendError(f"unknown precision '{precision}'; use one of {', '.join(PRECISIONS)}")
 
 
 def _first_available(names: list[str]) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from std_rt.core.errors import ExportError
 from std_rt.core.files import reason as cause
 from std_rt.core.samplers import SCHEDULES
 
-__all__ = ["LARGE", "ExportOptions", "check_choices", "load_recipe"]
+__all__ = ["LARGE", "ExportOptions", "check_choices", "check_pipeline_folder", "load_recipe"]
 
 WEIGHTS = ("fp16", "fp32")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16", *QUANTIZED)
@@ -42,6 +42,15 @@ def check_choices(asked: Mapping[str, Any]) -> None:
     guidance = asked.get("guidance")
     if guidance is not None and not 1 <= guidance <= 50:
         raise ExportError(f"--guidance must be in 1..50 (1 is none), got {guidance:g}")
+
+
+def check_pipeline_folder(path: Path) -> None:
+    """Raise ExportError unless the folder has a pipeline; a training's is told what to export instead."""
+    if (path / "model_index.json").is_file():
+        return
+    lora = path / "lora.safetensors"
+    instead = f"; export the base that it was trained on, with --lora {lora}" if lora.is_file() else ""
+    raise ExportError(f"{path} has no model_index.json, so it is not a diffusers pipeline folder{instead}")
 
 
 @dataclass(frozen=True)
@@ -86,10 +95,7 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if not self.source.is_dir():
             raise ExportError(f"{self.source} is not a folder; export takes an SDXL-layout diffusers folder")
-        if not (self.source / "model_index.json").is_file():
-            raise ExportError(
-                f"{self.source} has no model_index.json, so it is not a diffusers pipeline folder"
-            )
+        check_pipeline_folder(self.source)
         check_choices(vars(self))
         for path, _ in self.lora:
             if not path.is_file():

@@ -14,6 +14,7 @@ from pathlib import Path
 from std_rt.core.base_model import licence
 from std_rt.core.errors import ExportError
 from std_rt.core.files import missing
+from std_rt.export.export_options import check_pipeline_folder
 from std_rt.export.profiles import PROFILES, find_profile
 from std_rt.export.sources.hub import (
     MODEL_ROLES,
@@ -224,7 +225,7 @@ class _Resolver:
         text = str(self.asked.base)
         path, ref = Path(text), parse_ref(text)
         if path.is_dir():
-            _check_folder(path)
+            check_pipeline_folder(path)
             self._refuse_config(text)
             self._check_adapter(text, (path / "ip_adapter.safetensors").is_file())
             return _Place(path), None
@@ -350,15 +351,6 @@ class _Resolver:
         place = self._folder(name, "--image-encoder")
         self._fetch()
         return place
-
-
-def _check_folder(path: Path) -> None:
-    """Before what it lacks of a pipeline is asked for, or fetched."""
-    if (path / "model_index.json").is_file():
-        return
-    lora = path / "lora.safetensors"
-    instead = f"; export the base that it was trained on, with --lora {lora}" if lora.is_file() else ""
-    raise ExportError(f"{path} has no model_index.json, so it is not a diffusers pipeline folder{instead}")
 
 
 def _unknown(text: str, usual: str) -> ExportError:

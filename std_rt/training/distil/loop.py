@@ -155,24 +155,32 @@ def train_distil(config: DistilConfig, stop_after: int | None = None, base: Base
     with (
         _accelerator(config) as accelerator,
         attention_kernels(accelerator.device.type),
-        # After 8 forms of one function, torch would go on without compiling: see `Base.compile`.
-        torch._dynamo.config.patch(recompile_limit=64) if config.compile else nullcontext(),
         ExitStack() as stack,
     ):
         device = accelerator.device
         dtype = _base_dtype(config, device)
         try:
             base = base or load_base(config.base, dtype, device, config.style, config.motion)
-            return _train(config, accelerator, base, stop_after, stack)
+            with _compiling() if config.compile else nullcontext():
+                return _train(config, accelerator, base, stop_after, stack)
         except torch.OutOfMemoryError as error:
             raise RecipeError(_no_room(config, error)) from error
-        except torch._dynamo.exc.TorchDynamoException as error:
-            if isinstance(error.__cause__, torch.OutOfMemoryError):
-                raise RecipeError(_no_room(config, error.__cause__)) from error
-            raise RecipeError(
-                f"compile = true does not work here ({one_line(error, 200)}); continue with "
-                "--set compile=false, or install a C++ compiler (on CUDA Triton, too)"
-            ) from error
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Around a run with compiled blocks: RecipeError if they cannot be compiled."""
+    try:
+        # After 8 forms of one function, torch would go on without compiling: see `Base.compile`.
+        with torch._dynamo.config.patch(recompile_limit=64):
+            yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        if isinstance(error.__cause__, torch.OutOfMemoryError):
+            raise error.__cause__ from error
+        raise RecipeError(
+            f"compile = true does not work here ({one_line(error, 200)}); continue with "
+            "--set compile=false, or install a C++ compiler (on CUDA Triton, too)"
+        ) from error
 
 
 def _no_room(config: DistilConfig, error: torch.OutOfMemoryError) -> str:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from std_rt.core.errors import RecipeError, UsageError
+from std_rt.core.errors import RecipeError, UsageError, counted
 from std_rt.core.schedule import (
     GRID_POINTS,
     NoiseSchedule,
@@ -204,7 +204,7 @@ class SheetMaker:
             self._run(trajectory_timesteps(self.config.eta, n, start=self.distiller.tau), 1.0, student=True)
             for n in self.config.run_steps
         ]
-        steps = [f"{n} step{'s' * (n > 1)}" for n in self.config.run_steps]
+        steps = [counted(n, "step") for n in self.config.run_steps]
         styled = ["style"] if self.scene.styles else []
         names = ["content", *styled, f"teacher ({GRID_POINTS}-step grid)", *steps]
         save_sheet(path, [[*left, *outs] for left, *outs in zip(self.left, *columns, strict=True)], names)

@@ -134,7 +134,7 @@ class Report:
             folder, total_steps, title, log_every, main,
         )  # fmt: skip
         self.console, self._clock = console or Console(stderr=True), clock
-        self._pace = deque([(resume_at, clock())], maxlen=PACE_POINTS)
+        self.begin(resume_at)
         self._values: Values = {}
         self._images_per_s = 0.0
         self._counts: list[float] = []

@@ -14,16 +14,16 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from std_rt.core.errors import RecipeError
-from std_rt.core.files import reason, remove_partials, writing
+from std_rt.core.files import alone, remove_partials
 from std_rt.core.signals import interruptible
 from std_rt.training.run.checkpoint import (
     flatten_optimizer,
@@ -37,7 +37,15 @@ from std_rt.training.run.muon import Muon
 from std_rt.training.run.recipe import as_dict, check_same_run
 from std_rt.training.run.report import Report, Stopwatch
 
-__all__ = ["ModuleRun", "Run", "cosine_rate", "linear_rate", "random_state", "restore_random_state"]
+__all__ = [
+    "ModuleRun",
+    "Run",
+    "cosine_rate",
+    "linear_rate",
+    "newest_checkpoint",
+    "random_state",
+    "restore_random_state",
+]
 
 _UNLOGGED = "unlogged/"  # losses since the last line of the log, in a checkpoint between two lines
 
@@ -79,6 +87,12 @@ class OneProcess:
         return value
 
 
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The last whole checkpoint of the run in ``folder``, which has the number of its step as its name."""
+    pointer = folder / "checkpoints" / "newest"
+    return pointer.with_name(pointer.read_text(encoding="utf-8").strip()) if pointer.exists() else None
+
+
 class Run:
     """A resumable run in ``config.output``.
 
@@ -113,7 +127,7 @@ class Run:
         self.seen = 0  # samples since the last line of the log
         self.histogram: Callable[[], Any] = lambda: None  # counts to show beside the losses
         self._losses: dict[str, list[Tensor]] = {}
-        self._lock = FileLock(self.folder / ".std-rt-train.lock", thread_local=False)
+        self._held = ExitStack()
         self._logged = 0
         try:
             notes = self._open_together()
@@ -127,7 +141,7 @@ class Run:
                 resume_at=self.start,
             )
         except BaseException:
-            self._lock.release()
+            self._held.close()
             raise
         for note in notes:
             self.report.say(note)
@@ -135,7 +149,7 @@ class Run:
     def close(self) -> None:
         """End the progress bar and TensorBoard's file, and let others train in the folder; again is fine."""
         self.report.close()
-        self._lock.release()
+        self._held.close()
 
     def _open_together(self) -> list[str]:
         """`_open_folder` in every process; if one is refused, all are, for they would wait for it."""
@@ -152,15 +166,18 @@ class Run:
     def _open_folder(self) -> list[str]:
         """Take the folder for this run; returns what to tell of the run that it holds."""
         if self.accelerator.is_main_process:
-            self._take()
-        newest, changed = self._newest(), dict[str, tuple[Any, Any]]()
-        if newest is not None:
-            changed = check_same_run(self.config, self.folder)
-            if int(newest.name) > self.end:
-                raise RecipeError(
-                    f"{self.folder} is at step {int(newest.name)} already, and only {self.end} steps were "
-                    "requested; request more with --max-steps, or choose another output"
-                )
+            # Two would overwrite each other's checkpoints and mix their logs.
+            busy = f"another training runs in {self.folder}; wait for it, or choose another output"
+            lock = alone(self.folder, ".std-rt-train.lock", busy, RecipeError, "choose another output")
+            self._held.enter_context(lock)
+        newest = newest_checkpoint(self.folder)
+        done = 0 if newest is None else int(newest.name)
+        changed = {} if newest is None else check_same_run(self.config, self.folder)
+        if done > self.end:
+            raise RecipeError(
+                f"{self.folder} is at step {done} already, and only {self.end} steps were requested; "
+                "request more with --max-steps, or choose another output"
+            )
         if not self.accelerator.is_main_process:
             return []
         remove_partials(self.folder)
@@ -169,23 +186,8 @@ class Run:
         if newest is None:
             was_there = (self.folder / "log.jsonl").exists()
             return [f"{self.folder} has no checkpoint: starting over, with a new log"] if was_there else []
-        done = f"{self.folder} is at step {int(newest.name)} of {self.end}"
-        return [done, *(f"{key} was {before}, is {now}" for key, (before, now) in changed.items())]
-
-    def _take(self) -> None:
-        """One process trains in a folder: two would overwrite each other's checkpoints and mix their logs."""
-        with writing(self.folder, RecipeError, "choose another output"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise RecipeError(
-                f"another training runs in {self.folder}; wait for it, or choose another output"
-            ) from None
-        except PermissionError as error:
-            raise RecipeError(f"{self._lock.lock_file} cannot be opened: {reason(error)}") from None
-        except (OSError, NotImplementedError):  # a file system without locks, as some that nodes share
-            return
+        said = f"{self.folder} is at step {done} of {self.end}"
+        return [said, *(f"{key} was {before}, is {now}" for key, (before, now) in changed.items())]
 
     # --- steps ------------------------------------------------------------------------------------------
 
@@ -287,7 +289,7 @@ class Run:
     def _write(self, done: int) -> None:
         """On an error the last good checkpoint is intact, and the error says so."""
         target = self.checkpoints / f"{done:06d}"
-        standing = self._newest() or self.checkpoints
+        standing = newest_checkpoint(self.folder) or self.checkpoints
         save_state(target / f"rank{self.accelerator.process_index}.safetensors", *self.own.state(), standing)
         if self.accelerator.is_main_process:
             save_state(target / "shared.safetensors", *self._shared(done), standing)
@@ -301,11 +303,6 @@ class Run:
         for old in self.checkpoints.iterdir():
             if old.is_dir() and old != target:
                 shutil.rmtree(old)
-
-    def _newest(self) -> Path | None:
-        """The last whole checkpoint's folder."""
-        pointer = self.checkpoints / "newest"
-        return self.checkpoints / pointer.read_text(encoding="utf-8").strip() if pointer.exists() else None
 
     def _shared(self, done: int) -> State:
         tensors = {f"{part}/{name}": v for part, live in self._live() for name, v in live.items()}
@@ -326,7 +323,7 @@ class Run:
 
     def _restore(self) -> int:
         """Load the newest checkpoint; returns its step, 0 if there is none."""
-        folder = self._newest()
+        folder = newest_checkpoint(self.folder)
         self._check_together(folder)
         if folder is None:
             return 0

@@ -140,11 +140,9 @@ def train_autoencoder(config: AutoencoderConfig, stop_after: int | None = None) 
     made = _generated(
         photos, art, count if config.generated_share else 0, np.random.default_rng(config.seed + 1)
     )
-    files = (
-        picture_files(Path(config.data.held_out_content))[:5],
-        picture_files(Path(config.data.held_out_style))[:5],
-    )
-    watched = [f for f in map(read_picture, [*files[0], *files[1]]) if f is not None]
+    held_out = (Path(config.data.held_out_content), Path(config.data.held_out_style))
+    files = [path for folder in held_out for path in picture_files(folder)[:5]]
+    watched = [frame for frame in map(read_picture, files) if frame is not None]
     stylized, device = _stylized(config), choose_device(config.device)
     model = build_autoencoder(config).to(device, memory_format=torch.channels_last)
     extra = ExtraLosses(config, device)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from std_rt.core.errors import counted
 from std_rt.core.schedule import (
     NoiseSchedule,
     grid_timestep,
@@ -162,5 +163,5 @@ def run_sheet(
     images, styles = to_tensor([a for a, _ in pairs]), to_tensor([b for _, b in pairs])
     told = styles if styled else None
     columns = [to_frames(sample(pipeline, images, told, n, g)) for n, g in settings]
-    names = ["content", "style", *(f"{n} step{'s' * (n > 1)}, guidance {g:g}" for n, g in settings)]
+    names = ["content", "style", *(f"{counted(n, 'step')}, guidance {g:g}" for n, g in settings)]
     save_sheet(path, [[a, b, *outs] for (a, b), *outs in zip(pairs, *columns, strict=True)], names)

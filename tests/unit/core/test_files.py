@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from std_rt.core.errors import BackendError, MediaError
-from std_rt.core.files import atomic_file, missing, reason, write_bytes, write_text, writing
+from std_rt.core.files import alone, atomic_file, missing, reason, write_bytes, write_text, writing
 
 
 @pytest.mark.parametrize("durable", [False, True])
@@ -95,3 +96,36 @@ def test_an_example_is_found_by_its_name() -> None:
     assert Path(told.rpartition(" is ")[2]).is_file()
     assert "example" not in missing(Path("waves"))
     assert "example" not in missing(Path("a/wave"))
+
+
+def test_a_folder_is_for_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def held(folder: Path) -> AbstractContextManager[None]:
+        return alone(folder, ".lock", "it is busy", MediaError, "choose another")
+
+    folder = tmp_path / "a" / "b"
+    with held(folder), pytest.raises(MediaError, match=r"^it is busy$"), held(folder):
+        pass
+    with held(folder):
+        pass
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(MediaError, match=r"file cannot be written: .*; choose another"),
+        held(tmp_path / "file"),
+    ):
+        pass
+
+    def fail(number: int) -> None:
+        def acquire(*_: object, **__: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("filelock.FileLock.acquire", acquire)
+
+    fail(errno.ENOLCK)  # a file system without locks
+    with held(folder), held(folder):
+        pass
+    fail(errno.EACCES)
+    with (
+        pytest.raises(MediaError, match=r"b cannot be written: Permission denied; choose another"),
+        held(folder),
+    ):
+        pass
